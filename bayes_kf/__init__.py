@@ -1,0 +1,28 @@
+"""bayes_kf: fine-tuned adapters with honest uncertainty.
+
+The LoRA parameters of a PEFT model, or the trainable tensors of any module, are Gaussian latent states; a guide holds
+their mean and covariance, advanced one batch at a time by the extended Kalman filter.
+"""
+
+from bayes_kf.inference import (
+    DivergenceError,
+    KalmanConfig,
+    KalmanFilter,
+    Posterior,
+    Prediction,
+    fit,
+)
+from bayes_kf.models import AdapterModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterModel",
+    "DivergenceError",
+    "KalmanConfig",
+    "KalmanFilter",
+    "Posterior",
+    "Prediction",
+    "__version__",
+    "fit",
+]

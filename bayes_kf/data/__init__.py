@@ -1,0 +1,25 @@
+"""Data for the demo, which needs no network, and readers of a user's own files."""
+
+from bayes_kf.data.arrays import array_data
+from bayes_kf.data.corruption import CORRUPTIONS, corrupt
+from bayes_kf.data.digits import LabelledImages, foreign_images, uci_digits, uci_digits_split
+from bayes_kf.data.files import open_dataset
+from bayes_kf.data.images import ImageFormat, image_folder_data
+from bayes_kf.data.labels import LabelledData, encode_labels
+from bayes_kf.data.text import text_data
+
+__all__ = [
+    "CORRUPTIONS",
+    "ImageFormat",
+    "LabelledData",
+    "LabelledImages",
+    "array_data",
+    "corrupt",
+    "encode_labels",
+    "foreign_images",
+    "image_folder_data",
+    "open_dataset",
+    "text_data",
+    "uci_digits",
+    "uci_digits_split",
+]

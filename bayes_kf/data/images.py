@@ -1,0 +1,159 @@
+"""Reads image folders, one folder a class, into the input a model expects."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from bayes_kf.data.labels import LabelledData, make_loader
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a model expects of an image: pixels / 255, resized, then (pixel - mean) / sd in each channel.
+
+    Attributes:
+        size: height and width of the input.
+        channels: 1 (grey) or 3 (RGB).
+        mean: subtracted from each channel, C numbers.
+        sd: divides each channel, C numbers.
+        shortest_edge: resize this side first, keeping proportions, and crop the centre; None resizes straight to `size`.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> ImageFormat((2, 2), 1, (0.5,), (0.5,)).from_pixels(np.full((1, 2, 2), 255, np.uint8))
+        tensor([[[[1., 1.],
+                  [1., 1.]]]])
+    """
+
+    size: tuple[int, int] = (224, 224)
+    channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    sd: tuple[float, ...] = (0.229, 0.224, 0.225)
+    shortest_edge: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"`size` must be a positive height and width, got {self.size}.")
+        if self.channels not in (1, 3):
+            raise ValueError(f"`channels` must be 1 or 3, got {self.channels}.")
+        if len(self.mean) != self.channels or len(self.sd) != self.channels or min(self.sd) <= 0:
+            raise ValueError(
+                f"`mean` and `sd` must be {self.channels} numbers each, `sd` positive, got {self.mean} and {self.sd}."
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> ImageFormat | None:
+        """The format that a Hugging Face model folder asks for; None if it has no `preprocessor_config.json`."""
+        config = _read_json(Path(folder) / "preprocessor_config.json")
+        if config is None:
+            return None
+        model = _read_json(Path(folder) / "config.json") or {}
+        mean, sd = tuple(config.get("image_mean", cls.mean)), tuple(config.get("image_std", cls.sd))
+        if not config.get("do_normalize", True):
+            mean, sd = (0.0,) * len(mean), (1.0,) * len(sd)
+        size, shortest = _sizes(config)
+        return cls(size, model.get("num_channels", len(mean)), mean, sd, shortest)
+
+    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
+        """A function from a PIL image to an input (C, H, W)."""
+        resize: list[Any] = [transforms.Resize(self.size, antialias=True)]
+        if self.shortest_edge is not None:
+            resize = [transforms.Resize(self.shortest_edge, antialias=True), transforms.CenterCrop(self.size)]
+        steps = [transforms.Grayscale(self.channels)] if self.channels == 1 else []
+        return transforms.Compose([*steps, *resize, transforms.ToTensor(), transforms.Normalize(self.mean, self.sd)])
+
+    def from_pixels(self, pixels: np.ndarray) -> torch.Tensor:
+        """Inputs (N, C, H, W) from uint8 pixels (N, H, W), (N, H, W, C) or (N, C, H, W)."""
+        x = pixels[..., None] if pixels.ndim == 3 else pixels
+        if x.ndim == 4 and x.shape[-1] != self.channels and x.shape[1] == self.channels:
+            x = x.transpose(0, 2, 3, 1)
+        if x.ndim != 4 or x.shape[-1] != self.channels:
+            raise ValueError(
+                f"`pixels` must be (N, H, W), (N, H, W, C) or (N, C, H, W) with {self.channels} channels,"
+                f" got {pixels.shape}."
+            )
+        to_input = self.transform()
+        return torch.stack([to_input(Image.fromarray(image.squeeze(-1) if self.channels == 1 else image)) for image in x])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"`folder` must hold a JSON object in {path.name}, got {path}: {error}.") from error
+
+
+def _sizes(config: dict[str, Any]) -> tuple[tuple[int, int], int | None]:
+    """Input height and width, and the shortest edge to resize to first, of a preprocessor configuration."""
+    size = config.get("size", 224)
+    size = {"height": size, "width": size} if isinstance(size, int) else size
+    shortest = size.get("shortest_edge")
+    target = config.get("crop_size") if config.get("do_center_crop") else None
+    target = target or (size if shortest is None else shortest)
+    target = {"height": target, "width": target} if isinstance(target, int) else target
+    return (target["height"], target["width"]), shortest
+
+
+def read_image(path: str) -> Image.Image:
+    """A file as an RGB image; 16-bit and float images, which would be clipped, are refused."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"`path` must hold 8-bit images, got mode {image.mode} in {path}.")
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"`path` must hold readable images, got {path}: {error}.") from error
+
+
+def image_folder_data(
+    path: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    image_format: ImageFormat | None = None,
+    batch_size: int = 1,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> LabelledData:
+    """Batches (inputs, targets) from `path/CLASS/IMAGE` files, as torchvision's ImageFolder reads them.
+
+    Args:
+        path: a folder with one folder a class.
+        class_names: the classes in order; None takes the folders' names, sorted. Given, some may have no folder.
+        image_format: what the model expects; None means 224x224 RGB with ImageNet's mean and standard deviation.
+        batch_size: examples a batch.
+        shuffle: draw a new order on every pass.
+        seed: of the order.
+
+    Returns:
+        The loader of inputs (B, C, H, W) and class indices (B,), and the class names.
+
+    Raises:
+        ValueError: there are no class folders or no images, or a folder is not among `class_names`. An unreadable
+            image raises, with its name, when its batch is drawn.
+    """
+    try:
+        dataset = ImageFolder(str(path), (image_format or ImageFormat()).transform(), loader=read_image)
+    except FileNotFoundError as error:
+        raise ValueError(f"`path` must hold one folder of images a class, got {path}: {error}") from error
+    names = tuple(dataset.classes if class_names is None else class_names)
+    unknown = sorted(set(dataset.classes) - set(names))
+    if unknown:
+        raise ValueError(f"`path` must hold folders named after the classes {', '.join(names)}, got {unknown[0]}.")
+    dataset.target_transform = [names.index(name) for name in dataset.classes].__getitem__
+    return LabelledData(make_loader(dataset, batch_size, shuffle, seed), names)

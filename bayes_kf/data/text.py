@@ -1,0 +1,165 @@
+"""Reads labelled text, CSV or JSON lines, into batches for a transformers model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from bayes_kf.data.labels import LabelledData, encode_labels, make_loader
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+
+def text_data(
+    path: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase,
+    *,
+    class_names: Sequence[str] | None = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    numeric: bool = False,
+    max_length: int = 512,
+    batch_size: int = 1,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> LabelledData:
+    """Batches that are mappings (input_ids, attention_mask, ..., labels) from a `.csv`, `.tsv` or `.jsonl` file.
+
+    Files are UTF-8. A CSV or TSV file names its columns in the first line; a JSON-lines file holds an object a line.
+
+    Args:
+        path: the file.
+        tokenizer: a Hugging Face model folder to read the tokenizer from, or the tokenizer.
+        class_names: the classes in order; None sorts the distinct labels (see `encode_labels`).
+        text_column: column of the text.
+        label_column: column of the label, an integer or a string.
+        numeric: the labels are numbers to regress on, and batches hold them in float32.
+        max_length: longer texts are cut to this number of tokens.
+        batch_size: examples a batch, padded to the longest of them.
+        shuffle: draw a new order on every pass.
+        seed: of the order.
+
+    Returns:
+        The loader and the class names, none where `numeric`.
+
+    Raises:
+        ValueError: the file or the tokenizer cannot be read, a column is missing or a label unknown; where there is
+            one, the message gives the line.
+    """
+    file = Path(path)
+    texts, labels = _read_columns(file, text_column, label_column)
+    try:
+        targets, names = (_numbers(labels), ()) if numeric else encode_labels(labels, class_names)
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('.')} of column {label_column!r} in {file}.") from error
+    collate = _collate(_tokenizer(tokenizer), max_length)
+    rows = [(text, target) for text, target in zip(texts, targets, strict=True)]
+    return LabelledData(make_loader(rows, batch_size, shuffle, seed, collate), names)  # type: ignore[arg-type]
+
+
+def _tokenizer(source: str | os.PathLike[str] | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that can pad, from a folder unless it is one already."""
+    if isinstance(source, PreTrainedTokenizerBase):
+        tokenizer = source
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"`tokenizer` must be a Hugging Face model folder with a tokenizer, got {source}: {error}."
+            ) from error
+    if tokenizer.pad_token is None:
+        raise ValueError(f"`tokenizer` must have a padding token, got {type(tokenizer).__name__} without one.")
+    return tokenizer
+
+
+def _collate(
+    tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Callable[[list[tuple[str, torch.Tensor]]], Mapping[str, torch.Tensor]]:
+    """A function from (text, target) pairs to a padded batch with `labels`."""
+
+    def collate(rows: list[tuple[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
+        texts, targets = zip(*rows, strict=True)
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        return {**batch, "labels": torch.stack(targets)}
+
+    return collate
+
+
+def _numbers(labels: Sequence[int | float | str]) -> torch.Tensor:
+    """Finite numbers (N,) in float32."""
+    values = []
+    for position, label in enumerate(labels):
+        try:
+            values.append(float(label))
+        except ValueError as error:
+            raise ValueError(f"`labels` must be numbers, got {label!r} at position {position}.") from error
+    numbers = torch.tensor(values, dtype=torch.float32)
+    if not numbers.isfinite().all():
+        raise ValueError(f"`labels` must be finite, got {numbers[~numbers.isfinite()][0].item()}.")
+    return numbers
+
+
+def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list[str], list[Any]]:
+    """The two columns of a file, each row checked."""
+    rows = _read_json_lines(file) if file.suffix == ".jsonl" else _read_csv(file)
+    texts: list[str] = []
+    labels: list[Any] = []
+    try:
+        for line, row in rows:
+            for option, column in (("text_column", text_column), ("label_column", label_column)):
+                if column not in row:
+                    found = ", ".join(map(str, row))
+                    raise ValueError(f"`{option}` must be a column of {file}, got {column!r}; line {line} has {found}.")
+            text, label = row[text_column], row[label_column]
+            if not isinstance(text, str):
+                raise ValueError(f"`path` must hold text in column {text_column!r}, got {text!r} in line {line}.")
+            if not isinstance(label, str | int | float) or str(label).strip() == "":
+                raise ValueError(f"`path` must hold a label in column {label_column!r}, got {label!r} in line {line}.")
+            texts.append(text)
+            labels.append(label)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`path` must be UTF-8 text, got byte {error.object[error.start]:#04x} in {file}.") from error
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"`path` must be a readable file, got {file}: {error}.") from error
+    if not texts:
+        raise ValueError(f"`path` must hold at least one row, got none in {file}.")
+    return texts, labels
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows, each with as many fields as the header."""
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        header = next(reader, [])
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"`path` must have the header's {len(header)} fields in every line,"
+                    f" got {len(fields)} in line {reader.line_num} of {file}."
+                )
+            yield reader.line_num, dict(zip(header, fields, strict=True))
+
+
+def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects; blank lines are skipped."""
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`path` must hold a JSON object a line, got {error} in line {number}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"`path` must hold a JSON object a line, got {type(row).__name__} in line {number}.")
+            yield number, row

@@ -1,0 +1,117 @@
+"""The report on a posterior: predict a loader, then look at the predictions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.classification import evaluate_predictions
+from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
+from bayes_kf.evaluation.regression_report import evaluate_regression
+from bayes_kf.evaluation.report import Report
+from bayes_kf.evaluation.uncertainty import EntropyParts
+
+
+def evaluate(
+    posterior: PosteriorLike,
+    loader: Any,
+    *,
+    ood: Mapping[str, Any] | None = None,
+    method: str = "linearized",
+    num_samples: int = 64,
+    num_bins: int = 15,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+    seed: int = 0,
+) -> Report:
+    """Report on a posterior's predictions for a loader.
+
+    Bernoulli outputs count as two-class problems, N·m of them. A posterior without class probabilities (Gaussian,
+    Poisson) gets a regression report.
+
+    Args:
+        posterior: Anything with `predict_loader`, `config` and `history`, see `PosteriorLike`.
+        loader: Known inputs with their targets, in whatever form the posterior takes.
+        ood: Name to loader of foreign inputs; their targets are not looked at and may be missing.
+        method: How to predict, as the posterior names it.
+        num_samples: Draws for each prediction.
+        num_bins: Number of bins of all calibration errors.
+        class_names: Names of the classes.
+        title: Title of the page.
+        seed: Seed of the predictions' draws and of the simulated bands.
+
+    Raises:
+        ValueError: If the loader has no targets, `ood` is given for a regression, or a prediction is malformed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    how: dict[str, Any] = {"method": method, "num_samples": num_samples, "generator": generator}
+    prediction = posterior.predict_loader(loader, **how)
+    if prediction.targets is None:
+        raise ValueError("`loader` must give targets, got inputs only.")
+    shared: dict[str, Any] = {
+        "log_prob": prediction.log_prob,
+        "history": posterior.history,
+        "parameter_variance": getattr(posterior, "variance", None),
+        "config": _settings(posterior.config) | {"method": method, "num_samples": num_samples},
+        "title": title,
+    }
+    if prediction.probs is None:
+        if ood:
+            raise ValueError(f"`ood` must be None for a posterior without class probabilities, got {sorted(ood)}.")
+        return _regression(prediction, shared)
+    bernoulli = getattr(posterior.config, "likelihood", None) == "bernoulli"
+    foreign = {name: posterior.predict_loader(other, **how) for name, other in (ood or {}).items()}
+    return evaluate_predictions(
+        _two_classes(prediction.probs) if bernoulli else prediction.probs,
+        _labels(prediction.targets) if bernoulli else prediction.targets,
+        uncertainty=_parts(prediction),
+        ood={name: _foreign_probs(name, found, bernoulli) for name, found in foreign.items()},
+        class_names=class_names,
+        num_bins=num_bins,
+        seed=seed,
+        **shared,
+    )
+
+
+def _regression(prediction: LoaderPrediction, shared: dict[str, Any]) -> Report:
+    """The report on real values."""
+    if prediction.mean is None or prediction.targets is None:
+        raise ValueError("`posterior` must predict probs or a mean, got neither.")
+    return evaluate_regression(
+        prediction.mean, prediction.targets, variance=prediction.variance, samples=prediction.samples, **shared
+    )
+
+
+def _foreign_probs(name: str, prediction: LoaderPrediction, bernoulli: bool) -> Tensor:
+    """Class probabilities of a foreign set."""
+    if prediction.probs is None:
+        raise ValueError(f"`posterior` must predict probs for ood[{name!r}] too, got none.")
+    return _two_classes(prediction.probs) if bernoulli else prediction.probs
+
+
+def _parts(prediction: LoaderPrediction) -> EntropyParts | None:
+    """The three entropies, where the posterior gives all of them."""
+    if prediction.entropy is None or prediction.aleatoric is None or prediction.epistemic is None:
+        return None
+    return EntropyParts(prediction.entropy, prediction.aleatoric, prediction.epistemic)
+
+
+def _two_classes(probs: Tensor) -> Tensor:
+    """Probabilities of one, (N,) or (N, m), as those of zero and one, (N·m, 2)."""
+    ones = probs.flatten().double()
+    return torch.stack([1 - ones, ones], dim=1)
+
+
+def _labels(targets: Tensor) -> Tensor:
+    """Zeros and ones of any dtype, (N,) or (N, m), as class indices (N·m,)."""
+    flat = targets.flatten()
+    if not ((flat == 0) | (flat == 1)).all():
+        raise ValueError(f"`targets` must hold zeros and ones for Bernoulli outputs, got values up to {flat.max()}.")
+    return flat.long()
+
+
+def _settings(config: Any) -> dict[str, object]:
+    """The fields of a dataclass, or nothing."""
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}

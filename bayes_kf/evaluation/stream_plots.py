@@ -1,0 +1,162 @@
+"""Figures of a stream and of the belief behind it. Each draws on `ax` (or a new one) and returns it."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from bayes_kf.evaluation._inputs import Array, as_float
+from bayes_kf.evaluation.health import innovation_health
+from bayes_kf.evaluation.online import moving_average, running_accuracy
+from bayes_kf.evaluation.plots import BLUE, SKY, VERMILLION, _axes
+
+
+def online_curves(history: Mapping[str, Array], *, window: int = 100, ax: Axes | None = None) -> Axes:
+    """Running accuracy (left scale) and the moving mean of the log loss (right scale) over a stream.
+
+    Args:
+        history: "log_loss" and, where there are labels to be right about, "correct": one value for each example, taken
+            before its update.
+        window: Examples in the moving mean, at most the length of the stream.
+        ax: Where to draw; the right scale is a twin of it.
+
+    Raises:
+        ValueError: If neither series is there, or one is malformed.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> _ = online_curves({"correct": torch.ones(5), "log_loss": torch.zeros(5)}, window=2, ax=ax)
+        >>> ax.get_lines()[0].get_ydata().tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    if not {"correct", "log_loss"} & set(history):
+        raise ValueError(f"`history` must hold correct or log_loss, got {sorted(history)}.")
+    ax = _axes(ax)
+    if "correct" in history:
+        accuracy = running_accuracy(history["correct"])
+        ax.plot(np.arange(1, len(accuracy) + 1), accuracy.numpy(), color=BLUE, label="running accuracy")
+        ax.set(ylim=(0, 1.02))
+        ax.set_ylabel("running accuracy (solid)", color=BLUE)
+    if "log_loss" in history:
+        right = ax.twinx() if "correct" in history else ax
+        loss = moving_average(history["log_loss"], window)
+        steps = np.arange(window, window + len(loss))
+        right.plot(steps, loss.numpy(), color=VERMILLION, linestyle="--", label=f"log loss, mean of {window}")
+        right.set_ylabel(f"log loss, mean of {window} (dashed, nats)", color=VERMILLION)
+        right.set_ylim(bottom=0)
+    ax.set_xlabel("examples seen")
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def innovation_plot(
+    nis: Array, dof: Array | int, *, window: int = 100, level: float = 0.95, ax: Axes | None = None
+) -> Axes:
+    """Windowed innovation ratio over the stream with the band of a consistent filter.
+
+    Args:
+        nis: Normalized innovation squared of each update, (T,).
+        dof: Degrees of freedom of each update, (T,), or one number for all.
+        window: Updates in a window, at most T.
+        level: Probability that a consistent filter stays in the band, at each step.
+        ax: Where to draw.
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> _ = innovation_plot(torch.ones(20), dof=1, window=5, ax=ax)
+        >>> ax.get_lines()[0].get_ydata().tolist() == [1.0] * 16
+        True
+    """
+    health = innovation_health(nis, dof, window, level)
+    steps = health.step.numpy()
+    ax = _axes(ax)
+    ax.plot(steps, health.ratio.numpy(), color=BLUE, label=f"mean of {window} updates")
+    label = f"consistent filter: {level:.0%} of chance"
+    ax.fill_between(steps, health.low.numpy(), health.high.numpy(), color=SKY, alpha=0.35, hatch="...", label=label)
+    ax.axhline(1, color="black", linestyle="--", linewidth=1)
+    ax.set(xlabel="updates", ylabel="innovation² / degrees of freedom")
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=8)
+    return ax
+
+
+def variance_by_tensor(
+    variance: Mapping[str, Array],
+    prior_variance: Mapping[str, Array] | None = None,
+    *,
+    max_tensors: int = 40,
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean posterior variance of each tensor on a logarithmic scale, relative to its prior's where that is given.
+
+    Args:
+        variance: Name to posterior variances of each tensor, any shape.
+        prior_variance: Name to prior variances, of the same names and shapes.
+        max_tensors: Bars to draw; the first ones are kept and the number left out is written below.
+        ax: Where to draw.
+
+    Raises:
+        ValueError: If the mapping is empty, a prior is missing, or a mean is not positive.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> _ = variance_by_tensor({"a": torch.full((2, 2), 0.5)}, {"a": torch.ones(2, 2)}, ax=ax)
+        >>> [float(bar.get_width()) for bar in ax.containers[0]]
+        [0.5]
+    """
+    if not variance:
+        raise ValueError("`variance` must hold at least one tensor, got an empty mapping.")
+    means = _means(variance, "variance")
+    if prior_variance is not None:
+        if set(prior_variance) != set(variance):
+            raise ValueError(f"`prior_variance` must name the tensors of `variance`, got {sorted(prior_variance)}.")
+        prior = _means(prior_variance, "prior_variance")
+        means = {name: mean / prior[name] for name, mean in means.items()}
+    names = list(means)[:max_tensors]
+    ax = _axes(ax)
+    ax.barh(range(len(names)), [means[name] for name in names], color=SKY, edgecolor="black")
+    ax.set_yticks(range(len(names)), short_names(names), fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    left_out = f" ({len(means) - len(names)} more tensors not drawn)" if len(means) > len(names) else ""
+    quantity = "mean posterior variance" if prior_variance is None else "posterior / prior variance"
+    ax.set_xlabel(quantity + left_out)
+    return ax
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Names without the dotted parts that all share at either end; each keeps at least its last part of its own.
+
+    Example:
+        >>> short_names(["base.model.0.lora_A.default.weight", "base.model.0.lora_B.default.weight"])
+        ['lora_A', 'lora_B']
+    """
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2:
+        return names
+    shortest = min(len(p) for p in parts)
+    start = 0
+    while start < shortest - 1 and len({p[start] for p in parts}) == 1:
+        start += 1
+    end = 0
+    while end < shortest - 1 - start and len({p[-1 - end] for p in parts}) == 1:
+        end += 1
+    return [".".join(p[start : len(p) - end]) for p in parts]
+
+
+def _means(tensors: Mapping[str, Array], name: str) -> dict[str, float]:
+    """Mean of each tensor; must be positive to stand on a logarithmic scale."""
+    means = {key: as_float(values, name).mean().item() for key, values in tensors.items()}
+    worst = min(means, key=lambda key: means[key])
+    if means[worst] <= 0:
+        raise ValueError(f"`{name}` must be positive on average, got {means[worst]:.3g} for {worst}.")
+    return means

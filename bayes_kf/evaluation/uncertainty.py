@@ -1,0 +1,102 @@
+"""How uncertain a prediction is, and how much of that is the posterior's doing. Everything in nats."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation._inputs import Array, as_probs
+
+ROUNDING = 1e-12
+
+
+class EntropyParts(NamedTuple):
+    """Entropy of the averaged prediction, (N,), as the sum of the two others."""
+
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+
+
+def entropy(probs: Array) -> Tensor:
+    """Entropy −Σ_c p_c log p_c of each prediction, (N,), in nats; 0 log 0 counts as 0.
+
+    Args:
+        probs: Class probabilities, (N, C).
+
+    Raises:
+        ValueError: If the probabilities are malformed.
+
+    Example:
+        >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+        tensor([0.6931, 0.0000], dtype=torch.float64)
+    """
+    return _entropy(as_probs(probs))
+
+
+def entropy_parts(samples: Array) -> EntropyParts:
+    """Total, aleatoric and epistemic entropy of each example from posterior draws, each (N,), in nats.
+
+    With draws π_1 … π_S: total H[mean π_s], aleatoric mean H[π_s], epistemic their difference, which is the mutual
+    information of label and parameters under the draws. It cannot be negative (Jensen's inequality); values between
+    −1e-12 and 0, which only rounding makes, are returned as 0.
+
+    Args:
+        samples: Class probabilities of each draw, (S, N, C). One draw is turned to float64 at a time.
+
+    Raises:
+        ValueError: If the samples are malformed.
+
+    Example:
+        >>> parts = entropy_parts(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+        >>> parts.aleatoric.item(), round(parts.epistemic.item(), 4)
+        (0.0, 0.6931)
+    """
+    draws = torch.as_tensor(samples)
+    if draws.ndim != 3 or draws.shape[0] == 0:
+        raise ValueError(f"`samples` must have shape (S, N, C) with at least one draw, got {tuple(draws.shape)}.")
+    mean = torch.zeros(draws.shape[1:], dtype=torch.float64)  # (N, C)
+    aleatoric = torch.zeros(draws.shape[1], dtype=torch.float64)  # (N,)
+    for draw in draws:
+        probs = as_probs(draw, "samples")
+        mean += probs / len(draws)
+        aleatoric += _entropy(probs) / len(draws)
+    total = _entropy(mean)
+    difference = total - aleatoric
+    rounding = (difference < 0) & (difference > -ROUNDING)
+    return EntropyParts(total, aleatoric, torch.where(rounding, 0.0, difference))
+
+
+def predictive_entropy(samples: Array) -> Tensor:
+    """Entropy of the averaged prediction, (N,), in nats; see `entropy_parts` for arguments and errors.
+
+    Example:
+        >>> predictive_entropy(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+        tensor([0.6931], dtype=torch.float64)
+    """
+    return entropy_parts(samples).total
+
+
+def aleatoric_entropy(samples: Array) -> Tensor:
+    """Average entropy of the draws, (N,), in nats; see `entropy_parts` for arguments and errors.
+
+    Example:
+        >>> aleatoric_entropy(torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]]))
+        tensor([0.6931], dtype=torch.float64)
+    """
+    return entropy_parts(samples).aleatoric
+
+
+def epistemic_entropy(samples: Array) -> Tensor:
+    """Mutual information of label and parameters, (N,), in nats; see `entropy_parts` for arguments and errors.
+
+    Example:
+        >>> epistemic_entropy(torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]]))
+        tensor([0.], dtype=torch.float64)
+    """
+    return entropy_parts(samples).epistemic
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    """Entropy over the last axis."""
+    return torch.special.entr(probs).sum(dim=-1)

@@ -1,0 +1,19 @@
+"""How beliefs move: linearization, noise, covariance structures, the filter, and what is fitted with it."""
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filter import DivergenceError, FilterState, KalmanFilter, UpdateInfo
+from bayes_kf.inference.fit import fit
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.prediction import LoaderPrediction, Prediction
+
+__all__ = [
+    "DivergenceError",
+    "FilterState",
+    "KalmanConfig",
+    "KalmanFilter",
+    "LoaderPrediction",
+    "Posterior",
+    "Prediction",
+    "UpdateInfo",
+    "fit",
+]

@@ -1,0 +1,184 @@
+"""Every setting of a filter, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bayes_kf.inference import diagonal, full
+from bayes_kf.models.likelihood import LIKELIHOODS
+
+
+class Structure(NamedTuple):
+    """The functions of one covariance structure; each documented in its own file."""
+
+    State: type[Any]
+    init: Callable[..., Any]
+    predict: Callable[..., Any]
+    condition: Callable[..., Any]
+    sample: Callable[..., Any]
+    marginal_variance: Callable[..., Any]
+    covariance_matrix: Callable[..., Any]
+    output_covariance: Callable[..., Any]
+    quadratic: Callable[..., Any]
+    log_determinant: Callable[..., Any]
+
+
+def _structure(module: Any, condition: Callable[..., Any]) -> Structure:
+    names = [name for name in Structure._fields if name != "condition"]
+    return Structure(condition=condition, **{name: getattr(module, name) for name in names})
+
+
+STRUCTURES: dict[str, Structure] = {
+    "diagonal": _structure(diagonal, diagonal.gain_condition),
+    "diagonal_information": _structure(diagonal, diagonal.information_condition),
+    "diagonal_mixed": _structure(diagonal, diagonal.mixed_condition),
+    "full": _structure(full, full.condition),
+}
+NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
+RULES = ("constant", "uniform")
+CONFIG_FILE = "kalman_config.json"
+
+
+@dataclass(frozen=True)
+class KalmanConfig:
+    """How a belief over adapters starts, moves and learns.
+
+    Attributes:
+        likelihood: "categorical", "bernoulli", "gaussian" or "poisson".
+        covariance: "diagonal" (gain form), "diagonal_information", "diagonal_mixed" or "full".
+        noise: observation noise. "exponential_family": the likelihood's own variance. "ema_taylor" and "ema_residual":
+            LoKO's equations 12 and 7. "identity": I. "decaying": exp(−k/50) I at update k.
+        noise_variance: σ² of a Gaussian likelihood in squared target units, or "estimated".
+        initial_logit_sd: prior standard deviation of the outputs, from which one constant prior variance follows.
+            Used when ``initial_variance`` is None.
+        initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
+        initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
+        beta: forgetting factor of the EMA noise models, in (0, 1).
+        forgetting: λ in (0, 1]; the variance is divided by it before every update.
+        drift_variance: q ≥ 0, added to every variance before every update.
+        damping: whether an update that does not lower its own objective is solved again with less precise data.
+        gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
+        temperature: factor on the posterior covariance in predictions, > 0.
+        seed: of the uniform prior rule.
+
+    Raises:
+        ValueError: one sentence for the first bad field.
+
+    Example:
+        >>> KalmanConfig(beta=1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: `beta` must lie strictly between 0 and 1, got 1.0.
+    """
+
+    likelihood: str = "categorical"
+    covariance: str = "diagonal"
+    noise: str = "exponential_family"
+    noise_variance: float | str = 1.0
+    initial_logit_sd: float = 2.0
+    initial_variance: float | None = None
+    initial_rule: str = "constant"
+    beta: float = 0.95
+    forgetting: float = 1.0
+    drift_variance: float = 0.0
+    damping: bool = True
+    gate_quantile: float | None = None
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("likelihood", self.likelihood, tuple(LIKELIHOODS))
+        _one_of("covariance", self.covariance, tuple(STRUCTURES))
+        _one_of("noise", self.noise, NOISES)
+        _one_of("initial_rule", self.initial_rule, RULES)
+        if self.noise_variance != "estimated":
+            _positive("noise_variance", self.noise_variance)
+        _positive("initial_logit_sd", self.initial_logit_sd)
+        if self.initial_variance is not None:
+            _positive("initial_variance", self.initial_variance)
+        _between("beta", self.beta)
+        if self.gate_quantile is not None:
+            _between("gate_quantile", self.gate_quantile)
+        if not (_is_number(self.forgetting) and 0 < self.forgetting <= 1):
+            raise ValueError(f"`forgetting` must lie in (0, 1], got {self.forgetting!r}.")
+        if not (_is_number(self.drift_variance) and 0 <= self.drift_variance < float("inf")):
+            raise ValueError(f"`drift_variance` must be >= 0 and finite, got {self.drift_variance!r}.")
+        _positive("temperature", self.temperature)
+        if not isinstance(self.damping, bool):
+            raise ValueError(f"`damping` must be True or False, got {self.damping!r}.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
+        if self.noise_variance == "estimated" and (self.likelihood, self.noise) != ("gaussian", "exponential_family"):
+            raise ValueError(
+                "`noise_variance` 'estimated' needs `likelihood` 'gaussian' and `noise` 'exponential_family', "
+                f"got {self.likelihood!r} and {self.noise!r}."
+            )
+
+    @classmethod
+    def loko(cls, **overrides: Any) -> KalmanConfig:
+        """LoKO's setting (its section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, no damping.
+
+        R₀ is not given in the paper; ours is the identity.
+        """
+        setting: dict[str, Any] = {
+            "covariance": "diagonal",
+            "noise": "ema_taylor",
+            "initial_variance": 0.2,
+            "initial_rule": "uniform",
+            "beta": 0.95,
+            "damping": False,
+        }
+        return cls(**(setting | overrides))
+
+    @property
+    def structure(self) -> Structure:
+        """The functions of the covariance structure."""
+        return STRUCTURES[self.covariance]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``kalman_config.json`` into ``folder``, which is made if missing."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+        (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> KalmanConfig:
+        """Read ``kalman_config.json`` from ``folder``.
+
+        Raises:
+            ValueError: when the file is missing, is not JSON, or holds fields this version does not know.
+        """
+        path = Path(folder) / CONFIG_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`folder` must hold a readable {CONFIG_FILE}, got {path}: {error}.") from error
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or not set(fields) <= known:
+            unknown = sorted(set(fields) - known) if isinstance(fields, dict) else type(fields).__name__
+            raise ValueError(f"`folder` must hold a {CONFIG_FILE} of this version's fields, got {unknown}.")
+        return cls(**fields)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _positive(name: str, value: object) -> None:
+    if not (_is_number(value) and 0 < value < float("inf")):  # type: ignore[operator]
+        raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
+
+
+def _between(name: str, value: object) -> None:
+    if not (_is_number(value) and 0 < value < 1):  # type: ignore[operator]
+        raise ValueError(f"`{name}` must lie strictly between 0 and 1, got {value!r}.")

@@ -1,0 +1,109 @@
+"""Beliefs with a diagonal covariance: N(μ, diag(p)), in three forms that differ in how they stay diagonal.
+
+- gain form: the marginal *variances* of the exact posterior (LoKO's equation 11);
+- information form: the marginal *precisions* of the exact posterior (natural gradient, mean-field optimum);
+- mixed form: the gain form's mean with the information form's variances.
+
+All three are the exact posterior projected; with one parameter they coincide.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.linearize import Observation
+
+
+class State(NamedTuple):
+    """A diagonal Gaussian: mean μ (n,), variance p (n,)."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def init(mean: Tensor, variance: Tensor) -> State:
+    """The belief N(mean, diag(variance)); both (n,)."""
+    return State(mean, variance)
+
+
+def predict(state: State, forgetting: float, drift_variance: float) -> State:
+    """μ⁻ = μ, p⁻ = p/λ + q."""
+    return State(state.mean, state.variance / forgetting + drift_variance)
+
+
+def gain_condition(state: State, observation: Observation) -> tuple[State, Tensor]:
+    """μ + p∘MᵀS⁻¹u and p − p²∘diag(MᵀS⁻¹M), S = I + M diag(p) Mᵀ, with uᵀS⁻¹u."""
+    mean, factor, normalized = _gain(state, observation)
+    shrink = state.variance * observation.column_squares(_inverse(factor, state.mean.dtype))
+    return State(mean, state.variance * (1.0 - shrink)), normalized
+
+
+def information_condition(state: State, observation: Observation) -> tuple[State, Tensor]:
+    """p⁻¹ + diag(MᵀM) and μ + p_new∘Mᵀu, with uᵀS⁻¹u."""
+    variance = state.variance / (1.0 + state.variance * observation.column_squares())
+    _, _, normalized = _gain(state, observation)
+    return State(state.mean + variance * observation.rmatvec(observation.residual), variance), normalized
+
+
+def mixed_condition(state: State, observation: Observation) -> tuple[State, Tensor]:
+    """The mean of the gain form, the variance of the information form, with uᵀS⁻¹u."""
+    mean, _, normalized = _gain(state, observation)
+    return State(mean, state.variance / (1.0 + state.variance * observation.column_squares())), normalized
+
+
+def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draws from the belief, (S, n)."""
+    noise = torch.randn(
+        num_samples, len(state.mean), generator=generator, dtype=state.mean.dtype, device=state.mean.device
+    )
+    return state.mean + state.variance.sqrt() * noise
+
+
+def marginal_variance(state: State) -> Tensor:
+    """p, (n,)."""
+    return state.variance
+
+
+def covariance_matrix(state: State) -> Tensor:
+    """diag(p), (n, n)."""
+    return torch.diag(state.variance)
+
+
+def output_covariance(state: State, jacobian: Tensor) -> Tensor:
+    """J P Jᵀ, (B, m, m) for J (B, m, n)."""
+    scaled = jacobian * state.variance.sqrt()
+    return scaled @ scaled.mT
+
+
+def quadratic(state: State, vector: Tensor) -> Tensor:
+    """vᵀ P⁻¹ v, a scalar."""
+    return (vector.square() / state.variance).sum()
+
+
+def log_determinant(state: State) -> Tensor:
+    """log det P, a scalar."""
+    return state.variance.log().sum()
+
+
+def _gain(state: State, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+    """The gain form's mean, the Cholesky factor of S in float64, and uᵀS⁻¹u."""
+    factor, weights, normalized = innovation(observation.gram(state.variance), observation.residual)
+    return state.mean + state.variance * observation.rmatvec(weights), factor, normalized
+
+
+def innovation(gram: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cholesky factor of S = I + G in float64 (k, k), S⁻¹u in u's dtype (k,), and uᵀS⁻¹u."""
+    innovation_cov = gram.double() + torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    factor = torch.linalg.cholesky(innovation_cov)
+    u = residual.double()
+    weights = torch.cholesky_solve(u.unsqueeze(-1), factor).squeeze(-1)
+    return factor, weights.to(residual.dtype), (u @ weights).to(residual.dtype)
+
+
+def _inverse(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """L⁻¹ for a lower-triangular L."""
+    eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, eye, upper=False).to(dtype)

@@ -1,0 +1,144 @@
+"""Passes over data: from a model and a loader to a posterior."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filter import DivergenceError, FilterState, KalmanFilter, UpdateInfo
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.models.adapter import Inputs, batch_size, split_batch, to_device
+
+STARTS = ("prior", "trained")
+SCALE_EXAMPLES = 32  # inputs that the prior's scale is measured on, taken from the first batches
+WINDOW = 100  # updates behind the numbers in the progress bar
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable[Any],
+    config: KalmanConfig | None = None,
+    *,
+    start: str = "prior",
+    progress: bool = True,
+) -> Posterior:
+    """The posterior over a model's trainable tensors after one pass over a loader.
+
+    Args:
+        model: a PEFT model or any module with trainable tensors; its weights are not changed.
+        loader: batches ``(inputs, targets)`` or mappings with ``labels``.
+        config: the settings; defaults to ``KalmanConfig()``.
+        start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
+            are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
+            of the model linearized there (a Laplace approximation).
+        progress: whether to show a bar with online accuracy, log loss and innovation health (its mean over its
+            degrees of freedom: 1 for a consistent filter).
+
+    Raises:
+        ValueError: for a bad ``start``, an empty loader, or a batch that does not fit, with the batch's index.
+        DivergenceError: when an update had to be refused; its ``posterior`` attribute is the belief before it.
+
+    Example:
+        >>> data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
+        >>> posterior = fit(nn.Linear(3, 1), data, KalmanConfig(likelihood="gaussian"), progress=False)
+        >>> posterior.mean["weight"].shape, len(posterior.history["log_loss"])
+        (torch.Size([1, 3]), 20)
+    """
+    if start not in STARTS:
+        raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
+    kf = KalmanFilter(model, config)
+    batches = iter(loader)
+    first = list(_first(batches, SCALE_EXAMPLES))
+    if not first:
+        raise ValueError("`loader` must yield at least one batch, got none.")
+    state = _initial(kf, first)
+    record = _Record(kf.config.likelihood)
+    total = len(loader) if hasattr(loader, "__len__") else None
+    bar = tqdm(itertools.chain(first, batches), total=total, disable=not progress, desc="fit", unit="batch")
+    with bar:
+        for index, batch in enumerate(bar):
+            inputs, targets = _complete(batch, index)
+            try:
+                state, info = kf.update(state, inputs, targets, hold_mean=start == "trained")
+            except DivergenceError as error:
+                error.posterior = Posterior(kf, state, record.history())
+                raise
+            except ValueError as error:
+                raise ValueError(f"{error} (batch {index} of `loader`)") from error
+            record.add(info)
+            if progress:
+                bar.set_postfix_str(record.summary(), refresh=False)
+    return Posterior(kf, state, record.history())
+
+
+def _initial(kf: KalmanFilter, batches: list[Any]) -> FilterState:
+    """The prior, its scale measured on the first batches' inputs together where they can be joined."""
+    pieces = [_complete(batch, index)[0] for index, batch in enumerate(batches)]
+    return kf.init(_join([to_device(piece, kf.adapter.device) for piece in pieces]))
+
+
+def _join(pieces: list[Inputs]) -> Inputs:
+    """Inputs as one batch; the first piece alone where their shapes differ (padded text)."""
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        same = all(isinstance(p, Tensor) and p.shape[1:] == first.shape[1:] for p in pieces)
+        return torch.cat(pieces) if same else first  # type: ignore[arg-type]
+    shapes = [{k: v.shape[1:] for k, v in p.items() if isinstance(v, Tensor)} for p in pieces]  # type: ignore[union-attr]
+    if any(s != shapes[0] for s in shapes) or len(shapes[0]) < len(first):
+        return first
+    return {k: torch.cat([p[k] for p in pieces]) for k in first}  # type: ignore[index]
+
+
+def _first(batches: Iterator[Any], num_examples: int) -> Iterator[Any]:
+    """The first batches that together hold ``num_examples``."""
+    seen = 0
+    for batch in itertools.takewhile(lambda _: seen < num_examples, batches):
+        yield batch
+        seen += batch_size(split_batch(batch)[0])
+        if seen >= num_examples:
+            return
+
+
+def _complete(batch: Any, index: int) -> tuple[Inputs, Tensor]:
+    """Inputs and targets of a batch that must have both."""
+    inputs, targets = split_batch(batch)
+    if targets is None:
+        raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")
+    return inputs, targets
+
+
+class _Record:
+    """What the updates of a pass reported, and its running summary."""
+
+    def __init__(self, likelihood: str) -> None:
+        self.likelihood = likelihood
+        self.per_example: dict[str, list[Tensor]] = {"log_loss": [], "correct": []}
+        self.per_update: dict[str, list[float]] = {
+            name: [] for name in ("innovation", "degrees_of_freedom", "damping", "seconds")
+        }
+        self._correct = self._seen = 0.0
+
+    def add(self, info: UpdateInfo) -> None:
+        self.per_example["log_loss"].append(info.log_loss.detach().cpu())
+        if info.correct is not None:
+            self.per_example["correct"].append(info.correct.detach().cpu())
+            self._correct += float(info.correct.sum())
+        self._seen += len(info.log_loss)
+        for name, values in self.per_update.items():
+            values.append(float(getattr(info, name)))
+
+    def summary(self) -> str:
+        recent = torch.cat(self.per_example["log_loss"][-WINDOW:])
+        ratio = sum(self.per_update["innovation"][-WINDOW:]) / sum(self.per_update["degrees_of_freedom"][-WINDOW:])
+        accuracy = f"accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
+        return f"{accuracy}log loss {recent.mean():.3f}, innovation {ratio:.2f}"
+
+    def history(self) -> dict[str, Tensor]:
+        joined = {name: torch.cat(parts) for name, parts in self.per_example.items() if parts}
+        return joined | {name: torch.tensor(values) for name, values in self.per_update.items()}

@@ -1,0 +1,83 @@
+"""Beliefs with a full covariance: N(μ, P), the exact posterior of a linear-Gaussian model and the oracle for the rest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.diagonal import innovation
+from bayes_kf.inference.linearize import Observation
+
+MAX_PARAMETERS = 20_000  # P takes 1.6 GB in float32 there
+
+
+class State(NamedTuple):
+    """A Gaussian: mean μ (n,), covariance P (n, n)."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def init(mean: Tensor, variance: Tensor) -> State:
+    """The belief N(mean, diag(variance)); both (n,).
+
+    Raises:
+        ValueError: above 20,000 parameters.
+    """
+    if len(mean) > MAX_PARAMETERS:
+        raise ValueError(f"`covariance` 'full' takes at most {MAX_PARAMETERS:,} parameters, got {len(mean):,}.")
+    return State(mean, torch.diag(variance))
+
+
+def predict(state: State, forgetting: float, drift_variance: float) -> State:
+    """μ⁻ = μ, P⁻ = P/λ + qI."""
+    covariance = state.covariance / forgetting
+    if drift_variance:
+        covariance = covariance + drift_variance * torch.eye(len(state.mean)).to(covariance)
+    return State(state.mean, covariance)
+
+
+def condition(state: State, observation: Observation) -> tuple[State, Tensor]:
+    """μ + PMᵀS⁻¹u and P in Joseph form (I − KM)P(I − KM)ᵀ + KKᵀ, K = PMᵀS⁻¹, with uᵀS⁻¹u."""
+    rows = observation.rows
+    cross = state.covariance @ rows.mT  # PMᵀ (n, k)
+    factor, weights, normalized = innovation(rows @ cross, observation.residual)
+    gain = torch.cholesky_solve(cross.mT.double(), factor).mT.to(cross.dtype)
+    left = state.covariance - gain @ cross.mT  # (I − KM)P
+    covariance = left - (left @ rows.mT) @ gain.mT + gain @ gain.mT
+    return State(state.mean + cross @ weights, 0.5 * (covariance + covariance.mT)), normalized
+
+
+def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draws from the belief, (S, n)."""
+    noise = torch.randn(
+        num_samples, len(state.mean), generator=generator, dtype=state.mean.dtype, device=state.mean.device
+    )
+    return state.mean + noise @ torch.linalg.cholesky(state.covariance).mT
+
+
+def marginal_variance(state: State) -> Tensor:
+    """diag(P), (n,)."""
+    return state.covariance.diagonal()
+
+
+def covariance_matrix(state: State) -> Tensor:
+    """P, (n, n)."""
+    return state.covariance
+
+
+def output_covariance(state: State, jacobian: Tensor) -> Tensor:
+    """J P Jᵀ, (B, m, m) for J (B, m, n)."""
+    return jacobian @ state.covariance @ jacobian.mT
+
+
+def quadratic(state: State, vector: Tensor) -> Tensor:
+    """vᵀ P⁻¹ v, a scalar."""
+    return vector @ torch.linalg.solve(state.covariance, vector)
+
+
+def log_determinant(state: State) -> Tensor:
+    """log det P, a scalar."""
+    return torch.linalg.slogdet(state.covariance).logabsdet

@@ -1,0 +1,94 @@
+"""The adapter as a Pyro model and its belief as a Pyro guide; both sample one site per tensor, under its name."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
+from bayes_kf.inference import noise
+from bayes_kf.models.adapter import Inputs, batch_size, evaluating, to_device
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.posterior import Posterior
+
+_COUNTER = itertools.count()
+
+
+class KalmanModel:
+    """θ ~ N(μ₀, diag(p₀)), the filter's prior, site by site; y ~ likelihood(f(θ, x)) as site ``y``.
+
+    Called ``(inputs, targets=None, num_data=None)``; returns ``y``. The raw outputs η are the deterministic site
+    ``outputs``. With ``num_data``, a batch stands for that many examples (for SVI on minibatches). The user's module is
+    not turned into a Pyro module: its tensors are replaced for the length of a call.
+
+    Args:
+        posterior: gives the module, the prior and the likelihood.
+    """
+
+    def __init__(self, posterior: Posterior) -> None:
+        self.adapter = posterior.adapter
+        prior = posterior.state.prior
+        self.prior_mean = self.adapter.unflatten(prior.mean)
+        self.prior_sd = self.adapter.unflatten(prior.variance.sqrt())
+        self.family = noise.likelihood(posterior.config, posterior.state.noise)
+
+    def __call__(self, inputs: Inputs, targets: Tensor | None = None, num_data: int | None = None) -> Tensor:
+        inputs = to_device(inputs, self.adapter.device)
+        sites = {
+            name: pyro.sample(name, dist.Normal(self.prior_mean[name], self.prior_sd[name]).to_event(len(shape)))
+            for name, shape in zip(self.adapter.names, self.adapter.shapes, strict=True)
+        }
+        tensors = {name: sites[name].to(dtype) for name, dtype in zip(sites, self.adapter.dtypes, strict=True)}
+        with evaluating(self.adapter.model):
+            outputs = self.adapter.call(tensors, inputs).to(self.adapter.dtype)
+        pyro.deterministic("outputs", outputs)
+        if targets is not None:
+            targets = self.family.check(outputs, targets.to(outputs.device))
+        size = batch_size(inputs)
+        with pyro.plate("data", num_data or size, subsample=torch.arange(size, device=outputs.device)):
+            return pyro.sample("y", self.family.distribution(outputs), obs=targets)
+
+
+class KalmanGuide(PyroModule):
+    """The belief as a guide: same sites as :class:`KalmanModel`, drawn from N(μ, temperature·P).
+
+    Its mean and spread are Pyro parameters that start at the belief, so SVI goes on from there. Each guide keeps its
+    parameters under a name of its own in the parameter store, so several posteriors can be used in one process.
+
+    Args:
+        posterior: the belief to start from; it is not changed by training the guide.
+    """
+
+    def __init__(self, posterior: Posterior) -> None:
+        super().__init__(name=f"kalman_guide_{next(_COUNTER)}")
+        self._adapter = posterior.adapter
+        temperature = posterior.config.temperature
+        self.loc = PyroParam(posterior.mean_vector.clone())
+        if posterior.config.covariance == "full":
+            root = torch.linalg.cholesky(temperature * posterior.state.belief.covariance)
+            self.scale_tril = PyroParam(root, constraints.lower_cholesky)
+        else:
+            self.scale = PyroParam((temperature * posterior.variance_vector).sqrt(), constraints.positive)
+        self._joint = posterior.config.covariance == "full"
+
+    def forward(self, inputs: Inputs | None = None, targets: Tensor | None = None, num_data: int | None = None) -> dict[str, Tensor]:
+        """Sample every site; the arguments are the model's and are not used. Returns name -> draw."""
+        return self._sample_joint() if self._joint else self._sample_sites()
+
+    def _sample_sites(self) -> dict[str, Tensor]:
+        locs, scales = self._adapter.unflatten(self.loc), self._adapter.unflatten(self.scale)
+        return {name: pyro.sample(name, dist.Normal(locs[name], scales[name]).to_event(locs[name].dim())) for name in locs}
+
+    def _sample_joint(self) -> dict[str, Tensor]:
+        """All tensors at once as an auxiliary site, then each as a point mass at its part."""
+        joint = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
+        draw = pyro.sample(f"{self._pyro_name}_joint", joint, infer={"is_auxiliary": True})
+        parts = self._adapter.unflatten(draw)
+        return {name: pyro.sample(name, dist.Delta(part, event_dim=part.dim())) for name, part in parts.items()}

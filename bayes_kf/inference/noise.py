@@ -1,0 +1,146 @@
+"""Observation noise models: from outputs and targets to the whitening factor W and residual u.
+
+The exponential-family model whitens the likelihood itself. The others give a covariance R to the residual e of the
+mean parameter, linearized as H = V J, and whiten by R = LLᵀ: W = L⁻¹V, u = L⁻¹e. On the probability simplex both e
+and H are orthogonal to the vector of ones, so R is used in the (m−1)-dimensional contrast basis, where S stays
+regular after the EMA has forgotten its start.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian, Likelihood
+
+PRIOR_COUNT = 1.0  # weight, in observations, of the first batch's guess of an estimated noise variance
+
+
+class State(NamedTuple):
+    """What a noise model remembers.
+
+    Attributes:
+        step: updates seen.
+        covariance: R of the EMA models, (m, m); the identity until the first update.
+        count: observations behind an estimated Gaussian noise variance.
+        sum_squares: their summed expected squares per output, (m,); σ² = sum_squares / count.
+    """
+
+    step: int = 0
+    covariance: Tensor | None = None
+    count: float = 0.0
+    sum_squares: Tensor | None = None
+
+
+class Whitened(NamedTuple):
+    """W (B, r, m), u (B, r), and the relative jitter that a Cholesky factor needed (0 as a rule)."""
+
+    factor: Tensor
+    residual: Tensor
+    jitter: float
+
+
+def likelihood(config: KalmanConfig, state: State) -> Likelihood:
+    """The likelihood as the noise model now sees it: a Gaussian's σ² may be fixed or estimated."""
+    if config.likelihood != "gaussian":
+        return LIKELIHOODS[config.likelihood]()
+    if state.sum_squares is not None:
+        return Gaussian(state.sum_squares / state.count)
+    if state.covariance is not None:
+        return Gaussian(state.covariance.diagonal())
+    value = 1.0 if config.noise_variance == "estimated" else float(config.noise_variance)
+    return Gaussian(torch.tensor(value, dtype=torch.float64))
+
+
+def begin(config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor, output_cov: Tensor) -> State:
+    """The state with what this batch must know beforehand: R₀ = I, or a first guess of σ²."""
+    num_outputs = outputs.shape[1]
+    if config.noise in ("ema_taylor", "ema_residual") and state.covariance is None:
+        return state._replace(covariance=torch.eye(num_outputs, dtype=torch.float64, device=outputs.device))
+    if config.noise_variance == "estimated" and state.sum_squares is None:
+        squares = (targets - outputs).double().square().mean(0) + output_cov.diagonal(dim1=1, dim2=2).double().mean(0)
+        return state._replace(count=PRIOR_COUNT, sum_squares=PRIOR_COUNT * squares)
+    return state
+
+
+def whiten(
+    config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor, output_cov: Tensor
+) -> tuple[Whitened, State]:
+    """W and u of a batch under the configured noise model, and the noise state after it.
+
+    Args:
+        config: names the model and β.
+        state: as :func:`begin` left it.
+        outputs: η, (B, m).
+        targets: as the likelihood's ``check`` returned them.
+        output_cov: J P⁻ Jᵀ, (B, m, m), for the Taylor term of equation 12.
+    """
+    family = likelihood(config, state)
+    outputs = outputs.double()
+    if config.noise == "exponential_family":
+        factor, residual = family.whiten(outputs, _as_targets(targets))
+        return Whitened(factor, residual, 0.0), state._replace(step=state.step + 1)
+    residual = family.residual(outputs, _as_targets(targets))
+    slope = family.variance(outputs)  # V = ∂π/∂η
+    covariance = _covariance(config, state, residual, slope, output_cov.double())
+    basis = _basis(config.likelihood, outputs)
+    root, jitter = _cholesky(basis @ covariance @ basis.mT)
+    whitener = torch.linalg.solve_triangular(root, basis, upper=False)  # L⁻¹Q (r, m)
+    keep = covariance if config.noise.startswith("ema") else None
+    return Whitened(whitener @ slope, residual @ whitener.mT, jitter), State(state.step + 1, keep)
+
+
+def absorb(config: KalmanConfig, state: State, residual: Tensor, output_cov: Tensor) -> State:
+    """Estimated σ² after an update: adds E[(y − η)²] under the new belief, a variational-Bayes step (ours).
+
+    Args:
+        config: nothing happens unless ``noise_variance`` is "estimated".
+        state: the noise state before.
+        residual: y − η⁺ with η⁺ the linearized outputs at the new mean, (B, m).
+        output_cov: J P⁺ Jᵀ, (B, m, m).
+    """
+    if state.sum_squares is None:
+        return state
+    squares = residual.double().square() + output_cov.double().diagonal(dim1=1, dim2=2)
+    return state._replace(count=state.count + len(residual), sum_squares=state.sum_squares + squares.sum(0))
+
+
+def _as_targets(targets: Tensor) -> Tensor:
+    return targets.double() if targets.is_floating_point() else targets
+
+
+def _covariance(config: KalmanConfig, state: State, residual: Tensor, slope: Tensor, output_cov: Tensor) -> Tensor:
+    """R of the present update, (m, m)."""
+    if config.noise in ("identity", "decaying"):
+        scale = math.exp(-state.step / 50) if config.noise == "decaying" else 1.0
+        return scale * torch.eye(residual.shape[1], dtype=residual.dtype, device=residual.device)
+    estimate = residual.mT @ residual / len(residual)  # batch mean of eeᵀ
+    if config.noise == "ema_taylor":
+        estimate = estimate + (slope @ output_cov @ slope.mT).mean(0)  # + HP⁻Hᵀ
+    assert state.covariance is not None
+    return config.beta * state.covariance + (1 - config.beta) * estimate
+
+
+def _basis(name: str, outputs: Tensor) -> Tensor:
+    """Rows that span the space of residuals: Helmert contrasts (m−1, m) on the simplex, else the identity."""
+    num_outputs = outputs.shape[1]
+    if name != "categorical":
+        return torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device)
+    k = torch.arange(1, num_outputs, dtype=outputs.dtype, device=outputs.device).unsqueeze(-1)
+    columns = torch.arange(num_outputs, dtype=outputs.dtype, device=outputs.device)
+    return ((columns < k).to(outputs.dtype) - k * (columns == k).to(outputs.dtype)) / (k * (k + 1)).sqrt()
+
+
+def _cholesky(covariance: Tensor) -> tuple[Tensor, float]:
+    """Lower Cholesky factor, with the relative jitter that it took (0 where none was needed)."""
+    scale = covariance.diagonal().mean()
+    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    for jitter in (0.0, 1e-14, 1e-12, 1e-10, 1e-8):
+        root, failed = torch.linalg.cholesky_ex(covariance + jitter * scale * eye)
+        if not bool(failed):
+            return root, jitter
+    raise FloatingPointError("the noise covariance is not positive definite even with a relative jitter of 1e-8")

@@ -1,0 +1,207 @@
+"""Posteriors on disk: a plain PEFT adapter (the mean) beside the settings and the belief; safetensors and JSON only.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, or ``model.safetensors``
+with the trainable tensors of a module that is no PEFT model; and ``kalman_config.json``, ``kalman_state.safetensors``.
+It is written beside its final place and renamed, so a folder is whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bayes_kf.inference import diagonal, noise
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filter import FilterState, KalmanFilter
+from bayes_kf.models.adapter import AdapterModel
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.posterior import Posterior
+
+FORMAT = 1
+STATE_FILE = "kalman_state.safetensors"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SAMPLED = 4096  # elements of a tensor that its fingerprint reads
+
+
+def save(posterior: Posterior, folder: Path) -> None:
+    """Write a posterior into ``folder``, replacing one that is there; see the module's docstring."""
+
+    def write(target: Path) -> None:
+        _write_adapter(posterior.adapter, posterior.mean_vector, target)
+        posterior.config.save_pretrained(target)
+        save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior))
+
+    _atomically(folder, write)
+
+
+def load(folder: Path, base_model: nn.Module) -> Posterior:
+    """Read a posterior; ``base_model`` is with or without its adapter. Everything is checked before it is touched."""
+    from bayes_kf.inference.posterior import Posterior
+
+    config = KalmanConfig.from_pretrained(folder)
+    tensors, metadata = _read(folder / STATE_FILE)
+    adapter = _adapter(folder, base_model, metadata["names"], metadata["base_fingerprint"])
+    if list(adapter.names) != metadata["names"] or [list(s) for s in adapter.shapes] != metadata["shapes"]:
+        raise ValueError(f"`base_model` must have the trainable tensors of {folder}, got others.")
+    adapter.assign(tensors["belief.mean"])
+    tensors = {name: t.to(adapter.device) if not name.startswith("history.") else t for name, t in tensors.items()}
+    history = {name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")}
+    kf = KalmanFilter(adapter, config)
+    belief = _fields(tensors, "belief.")
+    state = FilterState(
+        belief=config.structure.State(**belief),
+        prior=diagonal.State(**_fields(tensors, "prior.")),
+        noise=noise.State(step=metadata["noise_step"], count=metadata["noise_count"], **_fields(tensors, "noise.")),
+        scaled=metadata["scaled"],
+        step=metadata["step"],
+        examples=metadata["examples"],
+    )
+    return Posterior(kf, state, history)
+
+
+def export(posterior: Posterior, folder: Path, draws: Tensor) -> list[Path]:
+    """Write each draw (S, n) as a PEFT adapter of its own, ``draw_0``, ``draw_1``, ..."""
+    if not isinstance(posterior.adapter.model, PeftModel):
+        raise ValueError("`export_adapters` needs a posterior over a PEFT model, got another module.")
+
+    def write(target: Path) -> None:
+        for index, draw in enumerate(draws):
+            _write_adapter(posterior.adapter, draw, target / f"draw_{index}")
+
+    _atomically(folder, write)
+    return [folder / f"draw_{index}" for index in range(len(draws))]
+
+
+def fingerprint(model: nn.Module, skip: set[str]) -> str:
+    """SHA-256 over shapes and up to 4,096 evenly spaced elements of every tensor but those in ``skip``.
+
+    Names are left out: PEFT renames the base's tensors when it adds an adapter to it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if name in skip or _is_adapter(name):
+            continue
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, -(-len(flat) // SAMPLED))].cpu().contiguous()
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(picked.view(torch.uint8).numpy().tobytes() if len(picked) else b"")
+    return digest.hexdigest()
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in name for part in (".lora_", ".modules_to_save."))
+
+
+def _tensors(posterior: Posterior) -> dict[str, Tensor]:
+    """Every tensor of the state and the history under dotted names."""
+    state = posterior.state
+    parts: dict[str, Any] = {f"belief.{k}": v for k, v in state.belief._asdict().items()}
+    parts |= {f"prior.{k}": v for k, v in state.prior._asdict().items()}
+    parts |= {f"noise.{k}": v for k, v in state.noise._asdict().items()}
+    parts |= {f"history.{k}": v for k, v in posterior.history.items()}
+    return {k: v.detach().cpu().clone().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
+
+
+def _metadata(posterior: Posterior) -> dict[str, str]:
+    state, adapter = posterior.state, posterior.adapter
+    values = {
+        "format": FORMAT,
+        "names": list(adapter.names),
+        "shapes": [list(shape) for shape in adapter.shapes],
+        "base_fingerprint": fingerprint(adapter.model, set(adapter.names)),
+        "step": state.step,
+        "examples": state.examples,
+        "scaled": state.scaled,
+        "noise_step": state.noise.step,
+        "noise_count": state.noise.count,
+    }
+    return {"bayes_kf": json.dumps(values)}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a state file, checked for finiteness."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["bayes_kf"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"`folder` must hold a readable {STATE_FILE}, got {path}: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"`folder` must be of format {FORMAT}, got {metadata.get('format')}; a newer bayes_kf wrote it?")
+    for name, tensor in tensors.items():
+        if name.startswith(("belief.", "prior.")) and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"`folder` must hold a finite belief, got NaN or infinity in {name} of {path}.")
+    return tensors, metadata
+
+
+def _adapter(folder: Path, base_model: nn.Module, names: list[str], expected: str) -> AdapterModel:
+    """The model to attach to, after its frozen tensors have been recognized."""
+    present = {name for name, p in base_model.named_parameters() if p.requires_grad}
+    complete = present == set(names)
+    skip = set(names) if complete else set()
+    if fingerprint(base_model, skip) != expected:
+        raise ValueError(f"`base_model` must be the model that {folder} was fitted on, got one with other frozen weights.")
+    if complete:
+        return AdapterModel(base_model)
+    if not all((folder / name).is_file() for name in ADAPTER_FILES):
+        raise ValueError(f"`folder` must hold {' and '.join(ADAPTER_FILES)} to add the adapter, got {folder} without.")
+    return AdapterModel(PeftModel.from_pretrained(base_model, str(folder), is_trainable=True))
+
+
+def _fields(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
+    """The adapter with its tensors replaced by ``vector``, as PEFT saves it; the model itself is not changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtypes = dict(zip(adapter.names, adapter.dtypes, strict=True))
+    tensors = {k: v.detach().to(dtypes[k]).cpu().clone() for k, v in adapter.unflatten(vector).items()}
+    if isinstance(adapter.model, PeftModel):
+        state_dict = adapter.model.state_dict() | tensors
+        adapter.model.save_pretrained(str(folder), state_dict=state_dict, safe_serialization=True, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    else:
+        save_file(tensors, folder / "model.safetensors")
+
+
+def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new folder, then put it in ``folder``'s place; on any error the old one stays."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`folder` must be a folder or new, got the file {folder}.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        write(temporary)
+        if folder.exists():
+            _swap(temporary, folder)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Put ``temporary`` where ``folder`` is, whose former content is removed last."""
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.replace(folder, old)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,261 @@
+"""A fitted belief over adapters: predict with it, draw from it, save it, go on learning from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.inference import noise, persistence, prediction
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filter import FilterState, KalmanFilter
+from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
+from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.guide import KalmanGuide
+
+MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Belief over a model's trainable tensors with everything needed to use it.
+
+    Attributes:
+        kf: the filter that made it; holds the model and the settings.
+        state: the filter's state.
+        history: name -> 1-D tensor. Per example ``log_loss`` and, for classifiers, ``correct``, both before the
+            example's update; per update ``innovation``, ``degrees_of_freedom``, ``damping`` and ``seconds``.
+    """
+
+    kf: KalmanFilter
+    state: FilterState
+    history: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def config(self) -> KalmanConfig:
+        """The settings it was fitted with."""
+        return self.kf.config
+
+    @property
+    def adapter(self) -> AdapterModel:
+        """The model as a function of its trainable tensors."""
+        return self.kf.adapter
+
+    @property
+    def mean_vector(self) -> Tensor:
+        """μ, (n,)."""
+        return self.state.belief.mean
+
+    @property
+    def variance_vector(self) -> Tensor:
+        """Marginal variances, (n,), without the temperature."""
+        return self.config.structure.marginal_variance(self.state.belief)
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """Posterior means, tensor name -> tensor."""
+        return self.adapter.unflatten(self.mean_vector)
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """Marginal posterior variances, tensor name -> tensor, without the temperature."""
+        return self.adapter.unflatten(self.variance_vector)
+
+    @property
+    def prior_variance(self) -> dict[str, Tensor]:
+        """Prior variances, tensor name -> tensor."""
+        return self.adapter.unflatten(self.state.prior.variance)
+
+    def covariance_matrix(self) -> Tensor:
+        """P, (n, n), without the temperature.
+
+        Raises:
+            ValueError: above 20,000 parameters, with the size it would have.
+        """
+        size = len(self.mean_vector)
+        if size > MAX_MATRIX:
+            gib = size**2 * self.mean_vector.dtype.itemsize / 2**30
+            raise ValueError(f"`covariance_matrix` takes at most {MAX_MATRIX:,} parameters, got {size:,} ({gib:.1f} GiB).")
+        return self.config.structure.covariance_matrix(self.state.belief)
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of the latent vector from N(μ, temperature·P), (S, n)."""
+        draws = self.config.structure.sample(self.state.belief, num_samples, self._generator(generator))
+        return self.mean_vector + self.config.temperature**0.5 * (draws - self.mean_vector)
+
+    def predict(
+        self,
+        inputs: Inputs,
+        method: str = "linearized",
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+        targets: Tensor | None = None,
+    ) -> Prediction:
+        """Predictive distribution for a batch.
+
+        Args:
+            inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
+            method: "linearized": η ~ N(f(x, μ), J P Jᵀ), drawn in output space (exact moments for a Gaussian
+                likelihood); the posterior is one of the linearized model, so this is its own predictive. "probit":
+                MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each.
+                "mean": the outputs at μ alone, as plain PEFT gives.
+            num_samples: S draws for "linearized" and "sampled".
+            generator: source of the draws; by default a new one seeded with ``config.seed``: same call, same answer.
+            targets: when given, ``log_prob`` of the result is filled.
+
+        Raises:
+            ValueError: for an unknown method, a bad number of samples, or inputs or targets that do not fit.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+        if method == "probit" and self.config.likelihood == "poisson":
+            raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
+        check_inputs(inputs)
+        generator = self._generator(generator)
+        inputs = to_device(inputs, self.adapter.device)
+        if method == "sampled":
+            return self._sampled(inputs, num_samples, generator, targets)
+        if method == "mean":
+            return self._piece(inputs, method, num_samples, generator, targets)
+        parts = [
+            self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
+            for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
+        ]
+        return prediction.concatenate(parts)
+
+    def predict_loader(
+        self,
+        loader: Iterable[Any],
+        method: str = "linearized",
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+        keep_samples: bool | None = None,
+    ) -> LoaderPrediction:
+        """Predictions for every batch of a loader, joined on the CPU, with the targets that it carries.
+
+        Args:
+            loader: batches as ``fit`` takes them; targets may be missing.
+            method: as for :meth:`predict`.
+            num_samples: as for :meth:`predict`.
+            generator: as for :meth:`predict`.
+            keep_samples: whether the result holds all draws, (S, N, m); by default only outside classification.
+
+        Raises:
+            ValueError: when the loader yields nothing, or a batch does not fit.
+        """
+        keep = self.config.likelihood in ("gaussian", "poisson") if keep_samples is None else keep_samples
+        generator, parts = self._generator(generator), []
+        for batch in loader:
+            inputs, targets = split_batch(batch)
+            targets = None if targets is None else targets.to(self.adapter.device)
+            part = self.predict(inputs, method, num_samples, generator, targets)
+            kept = {name: _cpu(value) for name, value in vars(part).items() if name != "samples" or keep}
+            parts.append(LoaderPrediction(**kept, targets=_cpu(targets)))
+        if not parts:
+            raise ValueError("`loader` must yield at least one batch, got none.")
+        joined = prediction.concatenate(parts, LoaderPrediction)
+        assert isinstance(joined, LoaderPrediction)
+        return joined
+
+    def filter(self) -> KalmanFilter:
+        """The filter to go on learning with, from :attr:`state`."""
+        return self.kf
+
+    def apply_to(self, model: nn.Module) -> None:
+        """Write the posterior mean into ``model``'s trainable tensors, in place."""
+        other = AdapterModel(model)
+        if (other.names, other.shapes) != (self.adapter.names, self.adapter.shapes):
+            raise ValueError("`model` must have the trainable tensors that the posterior was fitted on, got others.")
+        other.assign(self.mean_vector.to(other.device))
+
+    def guide(self) -> KalmanGuide:
+        """A Pyro guide that samples every adapter tensor, under its name, from the belief."""
+        from bayes_kf.inference.guide import KalmanGuide
+
+        return KalmanGuide(self)
+
+    @property
+    def pyro_model(self) -> Callable[..., Tensor]:
+        """The Pyro model: adapter tensors from the prior, targets from the likelihood; called (inputs, targets=None)."""
+        from bayes_kf.inference.guide import KalmanModel
+
+        return KalmanModel(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter (plain PEFT), the settings and the belief into ``folder``; see ``persistence``."""
+        persistence.save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Posterior:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            folder: where it was written.
+            base_model: the model without its adapter, which PEFT then adds to it, or one that has it already.
+
+        Raises:
+            ValueError: when files are missing or damaged, or belong to another model; nothing is changed then.
+        """
+        return persistence.load(Path(folder), base_model)
+
+    def export_adapters(self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None) -> list[Path]:
+        """Write draws from the posterior as ordinary PEFT adapters ``draw_0`` ... and return their folders."""
+        return persistence.export(self, Path(folder), self.sample(num_samples, self._generator(generator)))
+
+    def to_arviz(self, num_samples: int = 500, generator: torch.Generator | None = None) -> Any:
+        """Draws from the belief as ArviZ data (group ``posterior``: one chain, a variable per tensor)."""
+        import arviz
+
+        draws = self.sample(num_samples, self._generator(generator)).cpu()
+        named = {
+            name: draws[:, where].reshape(1, num_samples, *shape).numpy()
+            for (name, where), shape in zip(self.adapter.slices().items(), self.adapter.shapes, strict=True)
+        }
+        if int(arviz.__version__.split(".")[0]) >= 1:
+            return arviz.from_dict({"posterior": named})
+        return arviz.from_dict(posterior=named)
+
+    def _generator(self, generator: torch.Generator | None) -> torch.Generator:
+        return generator or torch.Generator(device=self.adapter.device).manual_seed(self.config.seed)
+
+    def _piece(
+        self, inputs: Inputs, method: str, num_samples: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Prediction:
+        family = noise.likelihood(self.config, self.state.noise)
+        if method == "mean":
+            outputs = self.adapter.outputs(self.mean_vector, inputs)
+            return prediction.point(family, outputs, _checked(family, outputs, targets))
+        outputs, jacobian = self.kf.linearize(self.mean_vector, inputs)
+        targets = _checked(family, outputs, targets)
+        output_cov = self.config.temperature * self.config.structure.output_covariance(self.state.belief, jacobian)
+        if method == "probit" and family.name != "gaussian":
+            return prediction.probit(family, outputs, output_cov, targets)
+        draws = prediction.gaussian_draws(outputs, output_cov, num_samples, generator) if method == "linearized" else None
+        if family.name == "gaussian":
+            return prediction.gaussian_moments(family, outputs, output_cov, draws, targets)
+        assert draws is not None
+        return prediction.mixture(family, draws, targets)
+
+    def _sampled(
+        self, inputs: Inputs, num_samples: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Prediction:
+        family = noise.likelihood(self.config, self.state.noise)
+        draws = self.sample(num_samples, generator)
+        outputs = torch.stack([self.adapter.outputs(draw, inputs) for draw in draws])
+        return prediction.mixture(family, outputs, _checked(family, outputs[0], targets))
+
+
+def _checked(family: Any, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
+    return None if targets is None else family.check(outputs, targets)
+
+
+def _cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().cpu()

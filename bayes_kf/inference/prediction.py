@@ -1,0 +1,129 @@
+"""What a posterior says about inputs: probabilities, draws, and how uncertain they are and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from bayes_kf.models.likelihood import Gaussian, Likelihood
+
+METHODS = ("linearized", "probit", "sampled", "mean")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predictions for B examples of m outputs.
+
+    Attributes:
+        mean: predictive mean of the observed quantity: class probabilities, probabilities of a one, real values or
+            rates, (B, m).
+        probs: ``mean`` again for categorical and Bernoulli likelihoods; None for regression and counts.
+        samples: draws of the mean parameter under the posterior, (S, B, m); None for "mean" and "probit".
+        variance: predictive variance of the target, (B, m), aleatoric plus epistemic; None for classification.
+        entropy: total predictive entropy in nats, (B,), summed over the answers of a Bernoulli likelihood; of the
+            predictive Gaussian for regression; None for counts.
+        aleatoric: classification: mean entropy over draws, (B,), in nats, None without draws. Otherwise the mean of
+            the noise variances, (B, m).
+        epistemic: classification: entropy − aleatoric (mutual information), (B,). Otherwise the variance of the
+            means, (B, m).
+        log_prob: log predictive density of the targets, (B,); None where no targets were given.
+    """
+
+    mean: Tensor
+    probs: Tensor | None = None
+    samples: Tensor | None = None
+    variance: Tensor | None = None
+    entropy: Tensor | None = None
+    aleatoric: Tensor | None = None
+    epistemic: Tensor | None = None
+    log_prob: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LoaderPrediction(Prediction):
+    """Predictions for a whole loader, on the CPU, with the targets met on the way (None where there were none)."""
+
+    targets: Tensor | None = None
+
+
+def point(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Prediction:
+    """The prediction of one parameter vector: no epistemic part. ``outputs`` (B, m)."""
+    mean = family.mean(outputs)
+    log_prob = None if targets is None else family.log_prob(outputs, targets)
+    if family.name in ("categorical", "bernoulli"):
+        return Prediction(mean, mean, entropy=_entropy(family, mean), log_prob=log_prob)
+    noise_var = _noise_variance(family, mean)
+    return _regression(family, mean, noise_var, torch.zeros_like(mean), None, log_prob)
+
+
+def gaussian_moments(
+    family: Gaussian, outputs: Tensor, output_cov: Tensor, samples: Tensor | None, targets: Tensor | None
+) -> Prediction:
+    """Exact prediction of a Gaussian likelihood from η ~ N(outputs, output_cov); (B, m) and (B, m, m)."""
+    noise_var = _noise_variance(family, outputs)
+    log_prob = None
+    if targets is not None:
+        total = output_cov + torch.diag_embed(noise_var)
+        log_prob = torch.distributions.MultivariateNormal(outputs, total, validate_args=False).log_prob(targets)
+    return _regression(family, outputs, noise_var, output_cov.diagonal(dim1=1, dim2=2), samples, log_prob)
+
+
+def probit(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor | None) -> Prediction:
+    """MacKay's approximation: η/√(1 + πv/8) in place of η, v the marginal variances. (B, m), (B, m, m)."""
+    variance = output_cov.diagonal(dim1=1, dim2=2)
+    return point(family, outputs / (1.0 + math.pi / 8.0 * variance).sqrt(), targets)
+
+
+def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Prediction:
+    """The prediction of S equally likely outputs, (S, B, m)."""
+    samples = family.mean(outputs)
+    mean = samples.mean(0)
+    log_prob = None
+    if targets is not None:
+        log_prob = family.log_prob(outputs, targets).logsumexp(0) - math.log(len(outputs))
+    if family.name in ("categorical", "bernoulli"):
+        total, aleatoric = _entropy(family, mean), _entropy(family, samples).mean(0)
+        return Prediction(mean, mean, samples, None, total, aleatoric, total - aleatoric, log_prob)
+    noise_var = _noise_variance(family, samples).mean(0)
+    return _regression(family, mean, noise_var, samples.var(0, correction=0), samples, log_prob)
+
+
+def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+    """Draws from N(mean, covariance) per example, (S, B, m); singular covariances are fine."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)  # negative only by rounding
+    noise = torch.randn(num_samples, *mean.shape, 1, generator=generator, dtype=torch.float64, device=mean.device)
+    return (mean.double() + (root @ noise).squeeze(-1)).to(mean.dtype)
+
+
+def concatenate(parts: list[Prediction], kind: type[Prediction] = Prediction) -> Prediction:
+    """One prediction from those of consecutive batches."""
+    joined = {}
+    for field in fields(kind):
+        values = [getattr(part, field.name) for part in parts]
+        dim = 1 if field.name == "samples" else 0
+        joined[field.name] = None if any(v is None for v in values) else torch.cat(values, dim)
+    return kind(**joined)
+
+
+def _entropy(family: Likelihood, probs: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension, (..., B)."""
+    if family.name == "bernoulli":
+        return (torch.special.entr(probs) + torch.special.entr(1.0 - probs)).sum(-1)
+    return torch.special.entr(probs).sum(-1)
+
+
+def _noise_variance(family: Likelihood, mean: Tensor) -> Tensor:
+    """Var(y | mean parameter) of a regression likelihood: σ², or the rate of a Poisson."""
+    return family.noise_variance.to(mean).expand_as(mean) if isinstance(family, Gaussian) else mean
+
+
+def _regression(
+    family: Likelihood, mean: Tensor, noise_var: Tensor, spread: Tensor, samples: Tensor | None, log_prob: Tensor | None
+) -> Prediction:
+    variance = noise_var + spread
+    entropy = 0.5 * (2 * math.pi * math.e * variance).log().sum(-1) if isinstance(family, Gaussian) else None
+    return Prediction(mean, None, samples, variance, entropy, noise_var, spread, log_prob)

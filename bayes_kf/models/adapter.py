@@ -1,0 +1,192 @@
+"""A model as a function of its trainable tensors: the latent vector of the filter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Inputs = Tensor | Mapping[str, Any]
+
+LARGE = 20_000_000  # trainable numbers above which full fine-tuning by accident is more likely than intent
+
+
+class AdapterModel:
+    """A PEFT model, or any module with trainable tensors, as outputs = f(θ, inputs).
+
+    θ is every tensor with ``requires_grad`` (LoRA A and B, DoRA magnitudes, ``modules_to_save``), flattened and
+    concatenated in the order of ``model.named_parameters()``. The model itself is only read: its weights, gradients
+    and training modes are as they were after every call, also after one that raised.
+
+    Args:
+        model: the user's module; base weights frozen, adapter tensors trainable.
+
+    Raises:
+        ValueError: when no tensor is trainable.
+
+    Example:
+        >>> adapter = AdapterModel(nn.Linear(3, 2))
+        >>> adapter.names, adapter.num_parameters
+        (('weight', 'bias'), 8)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("`model` must have trainable tensors, got none with requires_grad=True.")
+        self.model = model
+        self.names: tuple[str, ...] = tuple(trainable)
+        self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())
+        self.dtypes: tuple[torch.dtype, ...] = tuple(p.dtype for p in trainable.values())
+        self.sizes: tuple[int, ...] = tuple(p.numel() for p in trainable.values())
+        self.num_parameters = sum(self.sizes)
+        self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        if self.num_parameters > LARGE:
+            state_gib = 4 * self.num_parameters * self.dtype.itemsize / 2**30
+            warnings.warn(
+                f"`model` has {self.num_parameters:,} trainable numbers, above {LARGE:,}: the belief and its prior take "
+                f"{state_gib:.1f} GiB, and as much again for every output row of a step; was the base left unfrozen?",
+                stacklevel=2,
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first trainable tensor; the belief lives there."""
+        return self.model.get_parameter(self.names[0]).device
+
+    def vector(self) -> Tensor:
+        """The model's present trainable tensors as one vector, (n,), a copy."""
+        return self.flatten({name: self.model.get_parameter(name).detach() for name in self.names})
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors as one vector, (n,), in the latent dtype."""
+        return torch.cat([tensors[name].reshape(-1).to(self.dtype) for name in self.names])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector (n,) as named tensors in their shapes, in the latent dtype (views)."""
+        parts = vector.split(self.sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def slices(self) -> dict[str, slice]:
+        """Where each tensor lies in the latent vector."""
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        return {name: slice(end - size, end) for name, end, size in zip(self.names, ends, self.sizes, strict=True)}
+
+    def leaves(self, vector: Tensor) -> dict[str, Tensor]:
+        """Fresh leaf tensors of the model's own dtypes that hold ``vector`` and ask for gradients."""
+        named = self.unflatten(vector.detach())
+        dtypes = dict(zip(self.names, self.dtypes, strict=True))
+        return {name: t.to(dtypes[name]).clone().requires_grad_(True) for name, t in named.items()}
+
+    def call(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        """Raw outputs η of the model with its trainable tensors replaced, (B, m); no modes are changed here.
+
+        Args:
+            tensors: name -> tensor for (some of) ``names``.
+            inputs: a tensor (B, ...) given as the model's only argument, or a mapping given as keywords.
+
+        Raises:
+            ValueError: when what the model returns is not a (B, m) tensor, nor has one as ``logits``.
+        """
+        inputs = to_device(inputs, self.device)
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+        outputs = functional_call(self.model, dict(tensors), args, kwargs)
+        return _as_matrix(outputs)
+
+    def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
+        """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m)."""
+        dtypes = dict(zip(self.names, self.dtypes, strict=True))
+        tensors = {name: t.to(dtypes[name]) for name, t in self.unflatten(vector).items()}
+        with evaluating(self.model), torch.no_grad():
+            return self.call(tensors, inputs).to(self.dtype)
+
+    @torch.no_grad()
+    def assign(self, vector: Tensor) -> None:
+        """Write ``vector`` into the user's model, in place; the only method that changes it."""
+        for name, tensor in self.unflatten(vector).items():
+            self.model.get_parameter(name).copy_(tensor)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside; each in the mode it had afterwards, whatever happened."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
+    """The inputs and targets of a loader's batch; targets are None where the batch carries none.
+
+    Args:
+        batch: ``(inputs, targets)``, a mapping with or without ``labels``, or a tensor of inputs alone.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> inputs, targets = split_batch({"input_ids": torch.ones(2, 3), "labels": torch.tensor([0, 1])})
+        >>> sorted(inputs), targets.tolist()
+        (['input_ids'], [0, 1])
+    """
+    if isinstance(batch, Mapping):
+        return {k: v for k, v in batch.items() if k != "labels"}, batch.get("labels")
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor | Mapping):
+        return batch[0], batch[1]
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return split_batch(batch[0])
+    raise ValueError(
+        f"`batch` must be (inputs, targets) or a mapping with `labels`, got {type(batch).__name__}"
+        f"{f' of {len(batch)} parts' if isinstance(batch, tuple | list) else ''}."
+    )
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Number of examples in a batch: the first dimension of its first tensor."""
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            return tensor.shape[0]
+    raise ValueError("`inputs` must hold a tensor with a batch dimension, got none.")
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Raise ValueError when a floating-point input holds NaN or infinity, or when the batch is empty."""
+    items = inputs.items() if isinstance(inputs, Mapping) else [("inputs", inputs)]
+    for name, tensor in items:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"`{name}` must be finite, got {bad} NaN or infinite values out of {tensor.numel()}.")
+    if batch_size(inputs) == 0:
+        raise ValueError("`inputs` must hold at least one example, got an empty batch.")
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Inputs with every tensor on ``device``."""
+    if isinstance(inputs, Mapping):
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return inputs.to(device)
+
+
+def _as_matrix(outputs: Any) -> Tensor:
+    """The (B, m) tensor in what a model returned."""
+    if not isinstance(outputs, Tensor):
+        outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not isinstance(outputs, Tensor):
+        raise ValueError("`model` must return a tensor or an object with `logits`, got neither.")
+    if outputs.ndim != 2:
+        raise ValueError(f"`model` must return outputs of shape (batch, outputs), got {tuple(outputs.shape)}.")
+    return outputs
