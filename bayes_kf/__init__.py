@@ -4,6 +4,7 @@ The LoRA parameters of a PEFT model, or the trainable tensors of any module, are
 their mean and covariance, advanced one batch at a time by the extended Kalman filter.
 """
 
+from bayes_kf.evaluation import Report, evaluate
 from bayes_kf.inference import (
     DivergenceError,
     KalmanConfig,
@@ -23,6 +24,8 @@ __all__ = [
     "KalmanFilter",
     "Posterior",
     "Prediction",
+    "Report",
     "__version__",
+    "evaluate",
     "fit",
 ]

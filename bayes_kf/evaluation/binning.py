@@ -80,11 +80,12 @@ def _bin_column(confidence: Tensor, num_bins: int, binning: Binning) -> tuple[Te
     """Edges (bins + 1,) and the bin of each value (N,); bins are closed below, the last one on both sides."""
     if binning == "equal_width":
         edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+        confidence = confidence + EDGE_TOLERANCE
     else:
         ordered = confidence.sort().values
         starts = torch.arange(num_bins) * len(ordered) // num_bins
         edges = torch.cat([ordered[starts].unique(), ordered[-1:]])  # equal values are one edge: ties stay together
-    bins = torch.searchsorted(edges[:-1].contiguous(), confidence + EDGE_TOLERANCE, right=True) - 1
+    bins = torch.searchsorted(edges[:-1].contiguous(), confidence.contiguous(), right=True) - 1
     return edges, bins
 
 

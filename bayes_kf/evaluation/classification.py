@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_positive_int
-from bayes_kf.evaluation.classification_sections import Chance, entropy_section, score_section, table_section
+from bayes_kf.evaluation.classification_sections import LEVEL, Chance, entropy_section, score_section, table_section
+from bayes_kf.evaluation.null import check_simulation
 from bayes_kf.evaluation.report import Report
 from bayes_kf.evaluation.stream_sections import stream_sections
 from bayes_kf.evaluation.uncertainty import EntropyParts, entropy_parts
@@ -43,7 +44,7 @@ def evaluate_predictions(
         class_names: C names.
         title: Title of the page.
         num_bins: Number of bins of all calibration errors.
-        num_simulations: Number of simulated data sets behind each band of chance.
+        num_simulations: Number of simulated data sets behind each band of chance, at least 39.
         seed: Seed of the simulation.
 
     Raises:
@@ -59,7 +60,7 @@ def evaluate_predictions(
     checked = as_probs(probs)
     labels = as_targets(targets, checked)
     check_positive_int(num_bins, "num_bins")
-    check_positive_int(num_simulations, "num_simulations")
+    check_simulation(num_simulations, LEVEL)
     names = _class_names(class_names, checked.shape[1])
     parts = entropy_parts(samples) if uncertainty is None and samples is not None else uncertainty
     chance = Chance(num_bins, num_simulations, seed)

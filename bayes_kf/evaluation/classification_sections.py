@@ -52,7 +52,7 @@ def score_section(probs: Tensor, labels: Tensor, log_prob: Array | None, chance:
         title="Reliability diagram",
         alt=f"Accuracy against confidence in {chance.num_bins} bins. {ece_text(tests['ece'])}. Numbers under Details.",
         draw=lambda ax: reliability_diagram(probs, labels, **asdict(chance), ax=ax),
-        height=5.2,
+        height=4.8,
     )
     return Sections(
         scores=scores,

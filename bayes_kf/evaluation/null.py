@@ -5,6 +5,7 @@ construction and has this sample size; whatever calibration error it shows is ch
 only where it lies outside these.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def calibration_null(
         num_bins: Number of bins.
         binning: "equal_width" or "equal_mass".
         kind: "top_label" or "classwise".
-        num_simulations: Number of simulated data sets.
+        num_simulations: Number of simulated data sets, at least 2/(1 − level) − 1.
         level: Probability inside the interval.
         seed: Seed of the simulation.
 
@@ -74,7 +75,7 @@ def calibration_null(
         True
     """
     checked, cells = _checked(probs, statistic, num_bins, binning, kind)
-    _check_simulation(num_simulations, level)
+    check_simulation(num_simulations, level)
     simulated = statistic_of(statistic, cells, simulated_hits(cells, checked, num_simulations, seed))
     return _summary(simulated, level)
 
@@ -100,7 +101,7 @@ def calibration_test(
         num_bins: Number of bins.
         binning: "equal_width" or "equal_mass".
         kind: "top_label" or "classwise".
-        num_simulations: Number of simulated data sets.
+        num_simulations: Number of simulated data sets, at least 2/(1 − level) − 1.
         level: Probability inside the interval.
         seed: Seed of the simulation.
 
@@ -113,7 +114,7 @@ def calibration_test(
         (0.4, True, True)
     """
     checked, cells = _checked(probs, statistic, num_bins, binning, kind)
-    _check_simulation(num_simulations, level)
+    check_simulation(num_simulations, level)
     simulated = simulated_hits(cells, checked, num_simulations, seed)
     return compare(statistic, cells, observed_hits(cells, checked, as_targets(targets, checked)), simulated, level)
 
@@ -136,7 +137,7 @@ def reliability_band(
         probs: Class probabilities, (N, C).
         num_bins: Number of bins.
         binning: "equal_width" or "equal_mass".
-        num_simulations: Number of simulated data sets.
+        num_simulations: Number of simulated data sets, at least 2/(1 − level) − 1.
         level: Probability inside the band of each bin.
         seed: Seed of the simulation.
 
@@ -149,10 +150,10 @@ def reliability_band(
         True
     """
     checked, cells = checked_cells(probs, num_bins, binning, "top_label")
-    _check_simulation(num_simulations, level)
+    check_simulation(num_simulations, level)
     hits = simulated_hits(cells, checked, num_simulations, seed)
     shares = (hits / cells.counts)[:, : len(cells.edges[0]) - 1]  # (R, bins)
-    low, high = shares.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0)
+    low, high = shares.quantile(_positions(level, num_simulations), dim=0)
     return low, high
 
 
@@ -168,7 +169,7 @@ def compare(name: str, cells: Cells, hits: Tensor, simulated: Tensor, level: flo
 
 def _summary(simulated: Tensor, level: float) -> CalibrationNull:
     """Mean and central interval of simulated values (R,)."""
-    low, high = simulated.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    low, high = simulated.quantile(_positions(level, len(simulated)))
     return CalibrationNull(simulated.mean().item(), low.item(), high.item())
 
 
@@ -180,7 +181,16 @@ def _checked(probs: Array, statistic: str, num_bins: int, binning: Binning, kind
     return checked_cells(probs, num_bins, binning, kind)
 
 
-def _check_simulation(num_simulations: int, level: float) -> None:
+def check_simulation(num_simulations: int, level: float) -> None:
     """Refuses a number of simulations or a level that gives no interval."""
     check_positive_int(num_simulations, "num_simulations")
     check_fraction(level, "level")
+    needed = math.ceil(2 / (1 - level) - 1 - 1e-9)
+    if num_simulations < needed:
+        raise ValueError(f"`num_simulations` must be at least {needed} for level {level}, got {num_simulations}.")
+
+
+def _positions(level: float, num_simulations: int) -> Tensor:
+    """Where to read both quantiles: one more draw lies below the k-th of R with probability k/(R + 1)."""
+    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    return ((tail * (num_simulations + 1) - 1) / (num_simulations - 1)).clamp(0, 1)  # clamps rounding only, as checked

@@ -43,7 +43,7 @@ def reliability_diagram(
         targets: Class indices, (N,).
         num_bins: Number of bins.
         binning: "equal_width" or "equal_mass".
-        num_simulations: Number of simulated data sets behind the bands.
+        num_simulations: Number of simulated data sets behind the bands, at least 39.
         seed: Seed of the simulation.
         ax: Where to draw.
 
@@ -104,11 +104,14 @@ def entropy_histogram(
         >>> ax = Figure().subplots()
         >>> _ = entropy_histogram(torch.rand(50), {"noise": 1 + torch.rand(50)}, num_bins=4, ax=ax)
         >>> ax.get_legend_handles_labels()[1]
-        ['in distribution (50)', 'noise (50)']
+        ['in distribution (50)', '“noise” (50)']
     """
     check_positive_int(num_bins, "num_bins")
     groups = {"in distribution": as_vector(entropy_id, "entropy_id").numpy()}
-    groups |= {name: as_vector(values, "entropy_ood").numpy() for name, values in (entropy_ood or {}).items()}
+    groups |= {
+        f"“{name}”".replace("$", r"\$"): as_vector(values, "entropy_ood").numpy()
+        for name, values in (entropy_ood or {}).items()
+    }
     top = max(float(values.max()) for values in groups.values())
     edges = np.linspace(0, max(top, 1e-6), num_bins + 1)
     ax = _axes(ax)
@@ -116,7 +119,8 @@ def entropy_histogram(
         colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
         density, _ = np.histogram(values, edges, density=True)
         label, hatch = f"{name} ({len(values):,})", HATCHES[i % len(HATCHES)]
-        fill: dict[str, Any] = {"fill": True, "facecolor": (colour, 0.15), "edgecolor": colour, "hatch": hatch}
+        face = "none" if hatch else (colour, 0.2)  # in SVG a translucent face makes its hatch translucent too
+        fill: dict[str, Any] = {"fill": True, "facecolor": face, "edgecolor": colour, "hatch": hatch}
         ax.stairs(density, edges, linestyle=line, linewidth=1.6, label=label, **fill)
     ax.set(xlim=(0, edges[-1]), xlabel="predictive entropy (nats)", ylabel="density")
     ax.set_ylim(bottom=0)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from bayes_kf.evaluation.page import figure_uri, render_page, score_rows
 
+WIDTH = 5.4
 Drawing = Callable[[Axes], Axes]
 
 
@@ -23,7 +24,7 @@ class FigureSpec:
     title: str
     alt: str  # what it shows, in words and numbers
     draw: Drawing
-    height: float = 4.4  # inches; all are 6.4 wide
+    height: float = 3.9  # inches; all have the same width
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Report:
 
 def _draw(spec: FigureSpec) -> Figure:
     """The figure alone; made without pyplot, so that no window or global list holds it."""
-    figure = Figure(figsize=(6.4, spec.height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, spec.height), layout="constrained")
     spec.draw(figure.subplots())
     return figure
 
@@ -143,7 +144,7 @@ def _sheet(title: str, drawings: Mapping[str, FigureSpec]) -> Figure:
     columns = min(2, len(drawings))
     rows = -(-len(drawings) // columns)
     height = max(spec.height for spec in drawings.values())
-    figure = Figure(figsize=(6.4 * columns, height * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH * columns, height * rows + 0.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, spec in zip(axes, drawings.values(), strict=False):

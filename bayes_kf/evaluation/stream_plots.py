@@ -45,7 +45,8 @@ def online_curves(history: Mapping[str, Array], *, window: int = 100, ax: Axes |
         steps = np.arange(window, window + len(loss))
         right.plot(steps, loss.numpy(), color=VERMILLION, linestyle="--", label=f"log loss, mean of {window}")
         right.set_ylabel(f"log loss, mean of {window} (dashed, nats)", color=VERMILLION)
-        right.set_ylim(bottom=0)
+        if loss.min() >= 0:  # of densities it may be negative
+            right.set_ylim(bottom=0)
     ax.set_xlabel("examples seen")
     ax.grid(alpha=0.3)
     return ax
@@ -79,7 +80,7 @@ def innovation_plot(
     ax = _axes(ax)
     ax.plot(steps, health.ratio.numpy(), color=BLUE, label=f"mean of {window} updates")
     label = f"consistent filter: {level:.0%} of chance"
-    ax.fill_between(steps, health.low.numpy(), health.high.numpy(), color=SKY, alpha=0.35, hatch="...", label=label)
+    ax.fill_between(steps, health.low.numpy(), health.high.numpy(), color=SKY, alpha=0.35, label=label)
     ax.axhline(1, color="black", linestyle="--", linewidth=1)
     ax.set(xlabel="updates", ylabel="innovation² / degrees of freedom")
     ax.set_ylim(bottom=0)
@@ -94,12 +95,12 @@ def variance_by_tensor(
     max_tensors: int = 40,
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean posterior variance of each tensor on a logarithmic scale, relative to its prior's where that is given.
+    """Mean posterior variance of each tensor as a point on a logarithmic scale, relative to its prior's if given.
 
     Args:
         variance: Name to posterior variances of each tensor, any shape.
         prior_variance: Name to prior variances, of the same names and shapes.
-        max_tensors: Bars to draw; the first ones are kept and the number left out is written below.
+        max_tensors: Tensors to draw; the first ones are kept and the number left out is written below.
         ax: Where to draw.
 
     Raises:
@@ -110,7 +111,7 @@ def variance_by_tensor(
         >>> from matplotlib.figure import Figure
         >>> ax = Figure().subplots()
         >>> _ = variance_by_tensor({"a": torch.full((2, 2), 0.5)}, {"a": torch.ones(2, 2)}, ax=ax)
-        >>> [float(bar.get_width()) for bar in ax.containers[0]]
+        >>> ax.get_lines()[0].get_xdata().tolist()
         [0.5]
     """
     if not variance:
@@ -123,10 +124,11 @@ def variance_by_tensor(
         means = {name: mean / prior[name] for name, mean in means.items()}
     names = list(means)[:max_tensors]
     ax = _axes(ax)
-    ax.barh(range(len(names)), [means[name] for name in names], color=SKY, edgecolor="black")
-    ax.set_yticks(range(len(names)), short_names(names), fontsize=8)
-    ax.invert_yaxis()
+    ax.plot([means[name] for name in names], range(len(names)), "o", color=BLUE)  # a bar has no foot on a log scale
     ax.set_xscale("log")
+    ax.set_yticks(range(len(names)), short_names(names), fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(alpha=0.4)
     left_out = f" ({len(means) - len(names)} more tensors not drawn)" if len(means) > len(names) else ""
     quantity = "mean posterior variance" if prior_variance is None else "posterior / prior variance"
     ax.set_xlabel(quantity + left_out)

@@ -24,7 +24,7 @@ def stream_sections(history: Mapping[str, Array] | None, parameter_variance: Map
         height = 1.4 + 0.24 * min(len(parameter_variance), MAX_TENSORS)
         sections.drawings["variance"] = FigureSpec(
             title="Posterior variance by tensor",
-            alt=f"Bars: mean posterior variance of each of {len(parameter_variance)} tensors, logarithmic scale.",
+            alt=f"Points: mean posterior variance of each of {len(parameter_variance)} tensors, logarithmic scale.",
             draw=lambda ax: variance_by_tensor(parameter_variance, max_tensors=MAX_TENSORS, ax=ax),
             height=max(2.4, height),
         )

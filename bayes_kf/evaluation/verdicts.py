@@ -62,7 +62,7 @@ def innovation_verdict(scores: Scores) -> str:
         "surer than its errors allow" if ratio > high else "less sure than it could be" if ratio < low else "consistent"
     )
     return (
-        f"The filter was {word}: squared innovations are {ratio:.2f} of what it expected, "
+        f"The filter was {word}: squared innovations are {ratio:.2f} times what it expected, "
         f"where a consistent filter would show {low:.2f} to {high:.2f}."
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bayes_kf.inference import diagonal, full
+from bayes_kf.inference import diagonal, full, low_rank
 from bayes_kf.models.likelihood import LIKELIHOODS
 
 
@@ -37,10 +37,12 @@ STRUCTURES: dict[str, Structure] = {
     "diagonal": _structure(diagonal, diagonal.gain_condition),
     "diagonal_information": _structure(diagonal, diagonal.information_condition),
     "diagonal_mixed": _structure(diagonal, diagonal.mixed_condition),
+    "low_rank": _structure(low_rank, low_rank.condition),
     "full": _structure(full, full.condition),
 }
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
+EXPANSIONS = ("mode", "mean")
 CONFIG_FILE = "kalman_config.json"
 
 
@@ -50,7 +52,8 @@ class KalmanConfig:
 
     Attributes:
         likelihood: "categorical", "bernoulli", "gaussian" or "poisson".
-        covariance: "diagonal" (gain form), "diagonal_information", "diagonal_mixed" or "full".
+        covariance: "diagonal" (gain form), "diagonal_information", "diagonal_mixed", "low_rank" or "full".
+        rank: L, columns of the low-rank part of the precision.
         noise: observation noise. "exponential_family": the likelihood's own variance. "ema_taylor" and "ema_residual":
             LoKO's equations 12 and 7. "identity": I. "decaying": exp(−k/50) I at update k.
         noise_variance: σ² of a Gaussian likelihood in squared target units, or "estimated".
@@ -63,7 +66,10 @@ class KalmanConfig:
         drift_variance: q ≥ 0, added to every variance before every update.
         damping: whether an update that does not lower its own objective is solved again with less precise data.
         gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
-        temperature: factor on the posterior covariance in predictions, > 0.
+        expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
+            "mean" as in the papers. Only the exponential-family noise has a choice.
+        temperature: factor on the posterior covariance in predictions: "prequential" (the best of a grid by the
+            stream's own log loss) or a number > 0.
         seed: of the uniform prior rule.
 
     Raises:
@@ -83,12 +89,14 @@ class KalmanConfig:
     initial_logit_sd: float = 2.0
     initial_variance: float | None = None
     initial_rule: str = "constant"
+    expansion: str = "mode"
+    rank: int = 10
     beta: float = 0.95
     forgetting: float = 1.0
     drift_variance: float = 0.0
     damping: bool = True
     gate_quantile: float | None = None
-    temperature: float = 1.0
+    temperature: float | str = "prequential"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,7 +116,11 @@ class KalmanConfig:
             raise ValueError(f"`forgetting` must lie in (0, 1], got {self.forgetting!r}.")
         if not (_is_number(self.drift_variance) and 0 <= self.drift_variance < float("inf")):
             raise ValueError(f"`drift_variance` must be >= 0 and finite, got {self.drift_variance!r}.")
-        _positive("temperature", self.temperature)
+        if self.temperature != "prequential":
+            _positive("temperature", self.temperature)
+        _one_of("expansion", self.expansion, EXPANSIONS)
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"`rank` must be a whole number >= 1, got {self.rank!r}.")
         if not isinstance(self.damping, bool):
             raise ValueError(f"`damping` must be True or False, got {self.damping!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -121,7 +133,7 @@ class KalmanConfig:
 
     @classmethod
     def loko(cls, **overrides: Any) -> KalmanConfig:
-        """LoKO's setting (its section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, no damping.
+        """LoKO's setting (its section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, no damping, P as it is.
 
         R₀ is not given in the paper; ours is the identity.
         """
@@ -132,6 +144,8 @@ class KalmanConfig:
             "initial_rule": "uniform",
             "beta": 0.95,
             "damping": False,
+            "expansion": "mean",
+            "temperature": 1.0,
         }
         return cls(**(setting | overrides))
 

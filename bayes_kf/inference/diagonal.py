@@ -34,24 +34,23 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
     return State(state.mean, state.variance / forgetting + drift_variance)
 
 
-def gain_condition(state: State, observation: Observation) -> tuple[State, Tensor]:
-    """μ + p∘MᵀS⁻¹u and p − p²∘diag(MᵀS⁻¹M), S = I + M diag(p) Mᵀ, with uᵀS⁻¹u."""
-    mean, factor, normalized = _gain(state, observation)
+def gain_condition(state: State, observation: Observation) -> State:
+    """μ + p∘MᵀS⁻¹u and p − p²∘diag(MᵀS⁻¹M), S = I + M diag(p) Mᵀ."""
+    mean, factor = _gain(state, observation)
     shrink = state.variance * observation.column_squares(_inverse(factor, state.mean.dtype))
-    return State(mean, state.variance * (1.0 - shrink)), normalized
+    return State(mean, state.variance * (1.0 - shrink))
 
 
-def information_condition(state: State, observation: Observation) -> tuple[State, Tensor]:
-    """p⁻¹ + diag(MᵀM) and μ + p_new∘Mᵀu, with uᵀS⁻¹u."""
+def information_condition(state: State, observation: Observation) -> State:
+    """p⁻¹ + diag(MᵀM) and μ + p_new∘Mᵀu."""
     variance = state.variance / (1.0 + state.variance * observation.column_squares())
-    _, _, normalized = _gain(state, observation)
-    return State(state.mean + variance * observation.rmatvec(observation.residual), variance), normalized
+    return State(state.mean + variance * observation.rmatvec(observation.residual), variance)
 
 
-def mixed_condition(state: State, observation: Observation) -> tuple[State, Tensor]:
-    """The mean of the gain form, the variance of the information form, with uᵀS⁻¹u."""
-    mean, _, normalized = _gain(state, observation)
-    return State(mean, state.variance / (1.0 + state.variance * observation.column_squares())), normalized
+def mixed_condition(state: State, observation: Observation) -> State:
+    """The mean of the gain form, the variance of the information form."""
+    mean, _ = _gain(state, observation)
+    return State(mean, state.variance / (1.0 + state.variance * observation.column_squares()))
 
 
 def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
@@ -88,10 +87,10 @@ def log_determinant(state: State) -> Tensor:
     return state.variance.log().sum()
 
 
-def _gain(state: State, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
-    """The gain form's mean, the Cholesky factor of S in float64, and uᵀS⁻¹u."""
-    factor, weights, normalized = innovation(observation.gram(state.variance), observation.residual)
-    return state.mean + state.variance * observation.rmatvec(weights), factor, normalized
+def _gain(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
+    """The gain form's mean, and the Cholesky factor of S in float64."""
+    factor, weights, _ = innovation(observation.gram(state.variance), observation.residual)
+    return state.mean + state.variance * observation.rmatvec(weights), factor
 
 
 def innovation(gram: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,80 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from bayes_kf.inference import diagonal, noise
+from bayes_kf.inference import diagonal, noise, temperature
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.linearize import Linearizer, Observation, whitened
+from bayes_kf.inference.mode import expand_at_mode
+from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+from bayes_kf.models.likelihood import Likelihood
 from bayes_kf.models.state_space import constant_variance, logit_variance, uniform_variance
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
-
-
-class DivergenceError(FloatingPointError):
-    """An update was refused; the state given to it is unchanged.
-
-    Attributes:
-        step: index of the refused update, from 0.
-        cause: what would have broken.
-        state: the state before the update.
-    """
-
-    def __init__(self, step: int, cause: str, state: FilterState) -> None:
-        super().__init__(f"update {step} refused: {cause}; the state before it is kept")
-        self.step, self.cause, self.state = step, cause, state
-
-
-class FilterState(NamedTuple):
-    """All that a filter knows; never changed in place.
-
-    Attributes:
-        belief: mean and covariance, the State of the configured structure.
-        prior: mean (n,) and variance (n,) that the belief started from.
-        noise: what the noise model remembers.
-        scaled: whether the prior's scale is settled; False only before the first inputs were seen.
-        step: updates made.
-        examples: examples seen.
-    """
-
-    belief: Any
-    prior: diagonal.State
-    noise: noise.State
-    scaled: bool
-    step: int
-    examples: int
-
-
-class UpdateInfo(NamedTuple):
-    """What one update saw and did.
-
-    Attributes:
-        outputs: η at the mean before the update, (B, m).
-        log_loss: −log p(y | η), per example, (B,), in nats, before the update.
-        correct: per example, (B,), before the update; None for regression.
-        innovation: ν = uᵀS⁻¹u, χ² with ``degrees_of_freedom`` when the filter is consistent.
-        degrees_of_freedom: of ν.
-        damping: factor ≤ 1 put on the observation's precision by gate and guard; 1 as a rule.
-        jitter: relative jitter of the noise covariance; 0 as a rule.
-        step_norm: Euclidean length of the step of the mean.
-        seconds: wall time.
-    """
-
-    outputs: Tensor
-    log_loss: Tensor
-    correct: Tensor | None
-    innovation: float
-    degrees_of_freedom: int
-    damping: float
-    jitter: float
-    step_norm: float
-    seconds: float
+ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
 
 class KalmanFilter:
@@ -109,9 +53,10 @@ class KalmanFilter:
                 Without it the first update's inputs serve.
         """
         mean = self.adapter.vector()
-        variance, scaled = self._prior_variance(mean), self.config.initial_variance is not None
-        prior = diagonal.init(mean, variance)
-        state = FilterState(self.config.structure.init(mean, variance), prior, noise.State(), scaled, 0, 0)
+        prior = diagonal.init(mean, self._prior_variance(mean))
+        scores = torch.zeros(len(temperature.GRID), dtype=torch.float64, device=mean.device)
+        scaled = self.config.initial_variance is not None
+        state = FilterState(self._belief(prior), prior, noise.State(), scores, scaled, 0, 0)
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
@@ -134,88 +79,107 @@ class KalmanFilter:
             DivergenceError: when the update would leave the finite or the positive; ``state`` is kept.
         """
         start = time.perf_counter()
-        inputs, targets = self._check(inputs, targets)
+        check_inputs(inputs)
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
+        device = self.adapter.device
         try:
-            state_after, info = self._update(state, inputs, targets, hold_mean)
+            after, info = self._update(state, to_device(inputs, device), targets.to(device), hold_mean)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
-        return state_after, info._replace(seconds=time.perf_counter() - start)
+        return after, info._replace(seconds=time.perf_counter() - start)
 
     def marginal_variance(self, state: FilterState) -> Tensor:
         """Variance of every parameter, (n,)."""
         return self.config.structure.marginal_variance(state.belief)
 
-    def _check(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
-        check_inputs(inputs)
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
-        return to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
+    def temperature(self, state: FilterState) -> float:
+        """Factor on the covariance in predictions: as configured, or the best by the prequential score."""
+        setting = self.config.temperature
+        return temperature.best(state.scores) if isinstance(setting, str) else setting
 
     def _update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool
     ) -> tuple[FilterState, UpdateInfo]:
         structure = self.config.structure
         outputs, jacobian = self.linearize(state.belief.mean, inputs)
-        family = noise.likelihood(self.config, state.noise)
-        targets = family.check(outputs, targets)
+        targets = noise.likelihood(self.config, state.noise).check(outputs, targets)
         _finite("the outputs", outputs)
         _finite("the Jacobian", jacobian)
-        if not state.scaled:
-            state = self._scale(state, _gains(jacobian))
+        state = state if state.scaled else self._scale(state, _gains(jacobian))
         belief = structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
         output_cov = structure.output_covariance(belief, jacobian)
         noise_state = noise.begin(self.config, state.noise, outputs, targets, output_cov)
-        white, noise_state = noise.whiten(self.config, noise_state, outputs, targets, output_cov)
-        dof = targets.numel() if self.config.likelihood != "categorical" else len(outputs) * (outputs.shape[1] - 1)
-        observation = whitened(white.factor, white.residual, jacobian, dof)
-        check = None if hold_mean or not self.config.damping else self._objective(noise_state, belief, inputs, targets, outputs)
-        after, innovation, damping = self._condition(belief, observation, check)
+        family = noise.likelihood(self.config, noise_state)
+        scores = state.scores if hold_mean else state.scores + self._scores(state, family, outputs, output_cov, targets)
+        observation, jitter, noise_state = self._observe(belief, noise_state, family, outputs, jacobian, targets, output_cov)
+        guarded = self.config.damping and not hold_mean
+        accepts = self._objective(family, belief, inputs, targets, outputs) if guarded else None
+        after, damping = self._condition(belief, observation, accepts)
         after = after._replace(mean=belief.mean) if hold_mean else after
         step = after.mean - belief.mean
-        moved = targets - outputs - (jacobian @ step) if noise_state.sum_squares is not None else outputs
-        noise_state = noise.absorb(self.config, noise_state, moved, structure.output_covariance(after, jacobian))
-        family = noise.likelihood(self.config, noise_state) if self.config.likelihood == "gaussian" else family
+        if noise_state.sum_squares is not None:
+            residual = targets - outputs - jacobian @ step
+            noise_state = noise.absorb(noise_state, residual, structure.output_covariance(after, jacobian))
         info = UpdateInfo(
             outputs=outputs,
             log_loss=-family.log_prob(outputs, targets),
             correct=family.correct(outputs, targets),
-            innovation=float(innovation),
-            degrees_of_freedom=dof,
+            innovation=observation.innovation,
+            degrees_of_freedom=observation.degrees_of_freedom,
             damping=damping,
-            jitter=white.jitter,
+            jitter=jitter,
             step_norm=float(step.norm()),
             seconds=0.0,
         )
-        return FilterState(after, state.prior, noise_state, True, state.step + 1, state.examples + len(outputs)), info
+        examples = state.examples + len(outputs)
+        return FilterState(after, state.prior, noise_state, scores, True, state.step + 1, examples), info
+
+    def _observe(
+        self,
+        belief: Any,
+        noise_state: noise.State,
+        family: Likelihood,
+        outputs: Tensor,
+        jacobian: Tensor,
+        targets: Tensor,
+        output_cov: Tensor,
+    ) -> tuple[Observation, float, noise.State]:
+        """The whitened observation, the jitter that its noise took, and the noise state after it."""
+        white, noise_state = noise.whiten(self.config, noise_state, outputs, targets, output_cov)
+        innovation = self._innovation(belief, white, jacobian, output_cov)
+        factor, residual = white.factor, white.residual
+        if self.config.expansion == "mode" and self.config.noise == "exponential_family" and family.name != "gaussian":
+            joint = self._joint(belief, jacobian, output_cov)
+            factor, residual = expand_at_mode(family, outputs.double(), targets, joint)
+        dof = len(outputs) * (outputs.shape[1] - (family.name == "categorical"))
+        return whitened(factor, residual, jacobian, dof, innovation), white.jitter, noise_state
 
     def _condition(
         self, belief: Any, observation: Observation, accepts: Callable[[Any], bool] | None
-    ) -> tuple[Any, Tensor, float]:
-        """Condition, with the gate before and the guard after; returns belief, ν and the precision factor."""
-        structure, damping = self.config.structure, 1.0
-        after, innovation = structure.condition(belief, observation)
+    ) -> tuple[Any, float]:
+        """Condition, with the gate before and the guard after; the belief and the precision factor."""
+        condition, damping = self.config.structure.condition, 1.0
         if self.config.gate_quantile is not None:
             bound = float(chi2.ppf(self.config.gate_quantile, observation.degrees_of_freedom))
-            damping = min(1.0, bound / max(float(innovation), 1e-300))
-            if damping < 1.0:
-                after, _ = structure.condition(belief, observation.scaled(damping))
+            damping = min(1.0, bound / max(observation.innovation, bound))
+        after = condition(belief, observation if damping == 1.0 else observation.scaled(damping))
         for _ in range(MAX_DAMPINGS if accepts else 0):
             if accepts is None or accepts(after):
                 break
             damping *= DAMPING_STEP
-            after, _ = structure.condition(belief, observation.scaled(damping))
+            after = condition(belief, observation.scaled(damping))
         _finite("the mean", after.mean)
-        variance = structure.marginal_variance(after)
+        variance = self.config.structure.marginal_variance(after)
         _finite("the variance", variance)
         if not bool((variance > 0).all()):
             raise FloatingPointError(f"{int((variance <= 0).sum())} variances would not be positive")
-        return after, innovation, damping
+        return after, damping
 
     def _objective(
-        self, noise_state: noise.State, belief: Any, inputs: Inputs, targets: Tensor, outputs: Tensor
+        self, family: Likelihood, belief: Any, inputs: Inputs, targets: Tensor, outputs: Tensor
     ) -> Callable[[Any], bool]:
         """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ, the objective that it solves by linearization."""
-        family = noise.likelihood(self.config, noise_state)
         before = -family.log_prob(outputs, targets).sum()
 
         def accepts(after: Any) -> bool:
@@ -223,9 +187,29 @@ class KalmanFilter:
                 return False
             penalty = 0.5 * self.config.structure.quadratic(belief, after.mean - belief.mean)
             loss = -family.log_prob(self.adapter.outputs(after.mean, inputs), targets).sum()
-            return bool(loss + penalty <= before)
+            return bool(loss + penalty <= before + ROUNDING * (1.0 + before.abs()))
 
         return accepts
+
+    def _scores(
+        self, state: FilterState, family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor
+    ) -> Tensor | float:
+        """Log losses of this batch by temperature, or nothing where the temperature is given."""
+        if not isinstance(self.config.temperature, str):
+            return 0.0
+        return temperature.log_losses(family, outputs, output_cov, targets, self.config.seed + state.step)
+
+    def _joint(self, belief: Any, jacobian: Tensor, output_cov: Tensor) -> Tensor:
+        """J P Jᵀ over the whole batch, (B·m, B·m)."""
+        if len(jacobian) == 1:
+            return output_cov[0]
+        return self.config.structure.output_covariance(belief, jacobian.flatten(0, 1).unsqueeze(0))[0]
+
+    def _innovation(self, belief: Any, white: noise.Whitened, jacobian: Tensor, output_cov: Tensor) -> float:
+        """ν = uᵀ (I + W Σ Wᵀ)⁻¹ u over the whole batch."""
+        whitener = torch.block_diag(*white.factor)
+        gram = whitener @ self._joint(belief, jacobian, output_cov).to(whitener) @ whitener.mT
+        return float(diagonal.innovation(gram, white.residual.flatten())[2])
 
     def _prior_variance(self, mean: Tensor) -> Tensor:
         size, variance = len(mean), self.config.initial_variance
@@ -237,11 +221,15 @@ class KalmanFilter:
             drawn = uniform_variance(size, variance, torch.Generator().manual_seed(self.config.seed))
         return drawn.to(mean)
 
+    def _belief(self, prior: diagonal.State) -> Any:
+        extra = {"rank": self.config.rank} if self.config.covariance == "low_rank" else {}
+        return self.config.structure.init(prior.mean, prior.variance, **extra)
+
     def _scale(self, state: FilterState, gains: Tensor) -> FilterState:
         """The state with its unit prior scaled so that the outputs, with these ‖J‖², have the configured spread."""
         variance = state.prior.variance * logit_variance(gains, self.config.initial_logit_sd)
         prior = diagonal.init(state.prior.mean, variance)
-        return state._replace(belief=self.config.structure.init(*prior), prior=prior, scaled=True)
+        return state._replace(belief=self._belief(prior), prior=prior, scaled=True)
 
 
 def _gains(jacobian: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filter import DivergenceError, FilterState, KalmanFilter, UpdateInfo
+from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import Inputs, batch_size, split_batch, to_device
 
 STARTS = ("prior", "trained")
@@ -120,7 +121,7 @@ class _Record:
         self.likelihood = likelihood
         self.per_example: dict[str, list[Tensor]] = {"log_loss": [], "correct": []}
         self.per_update: dict[str, list[float]] = {
-            name: [] for name in ("innovation", "degrees_of_freedom", "damping", "seconds")
+            name: [] for name in ("innovation", "dof", "damping", "seconds")
         }
         self._correct = self._seen = 0.0
 
@@ -130,12 +131,13 @@ class _Record:
             self.per_example["correct"].append(info.correct.detach().cpu())
             self._correct += float(info.correct.sum())
         self._seen += len(info.log_loss)
+        update = info._asdict() | {"dof": info.degrees_of_freedom}
         for name, values in self.per_update.items():
-            values.append(float(getattr(info, name)))
+            values.append(float(update[name]))
 
     def summary(self) -> str:
         recent = torch.cat(self.per_example["log_loss"][-WINDOW:])
-        ratio = sum(self.per_update["innovation"][-WINDOW:]) / sum(self.per_update["degrees_of_freedom"][-WINDOW:])
+        ratio = sum(self.per_update["innovation"][-WINDOW:]) / sum(self.per_update["dof"][-WINDOW:])
         accuracy = f"accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
         return f"{accuracy}log loss {recent.mean():.3f}, innovation {ratio:.2f}"
 

@@ -39,15 +39,15 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
     return State(state.mean, covariance)
 
 
-def condition(state: State, observation: Observation) -> tuple[State, Tensor]:
-    """μ + PMᵀS⁻¹u and P in Joseph form (I − KM)P(I − KM)ᵀ + KKᵀ, K = PMᵀS⁻¹, with uᵀS⁻¹u."""
+def condition(state: State, observation: Observation) -> State:
+    """μ + PMᵀS⁻¹u and P in Joseph form (I − KM)P(I − KM)ᵀ + KKᵀ, K = PMᵀS⁻¹."""
     rows = observation.rows
     cross = state.covariance @ rows.mT  # PMᵀ (n, k)
-    factor, weights, normalized = innovation(rows @ cross, observation.residual)
+    factor, weights, _ = innovation(rows @ cross, observation.residual)
     gain = torch.cholesky_solve(cross.mT.double(), factor).mT.to(cross.dtype)
     left = state.covariance - gain @ cross.mT  # (I − KM)P
     covariance = left - (left @ rows.mT) @ gain.mT + gain @ gain.mT
-    return State(state.mean + cross @ weights, 0.5 * (covariance + covariance.mT)), normalized
+    return State(state.mean + cross @ weights, 0.5 * (covariance + covariance.mT))
 
 
 def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:

@@ -69,14 +69,14 @@ class KalmanGuide(PyroModule):
     def __init__(self, posterior: Posterior) -> None:
         super().__init__(name=f"kalman_guide_{next(_COUNTER)}")
         self._adapter = posterior.adapter
-        temperature = posterior.config.temperature
+        self._joint = posterior.config.covariance in ("full", "low_rank")
+        temperature = posterior.temperature
         self.loc = PyroParam(posterior.mean_vector.clone())
-        if posterior.config.covariance == "full":
-            root = torch.linalg.cholesky(temperature * posterior.state.belief.covariance)
+        if self._joint:
+            root = torch.linalg.cholesky(temperature * posterior.covariance_matrix())
             self.scale_tril = PyroParam(root, constraints.lower_cholesky)
         else:
             self.scale = PyroParam((temperature * posterior.variance_vector).sqrt(), constraints.positive)
-        self._joint = posterior.config.covariance == "full"
 
     def forward(self, inputs: Inputs | None = None, targets: Tensor | None = None, num_data: int | None = None) -> dict[str, Tensor]:
         """Sample every site; the arguments are the model's and are not used. Returns name -> draw."""

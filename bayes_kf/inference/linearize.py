@@ -12,7 +12,7 @@ plain autograd, not guessed from names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,14 @@ class Observation:
     Attributes:
         rows: M, (k, n), k = B·r rows.
         residual: u, (k,).
-        degrees_of_freedom: of uᵀS⁻¹u when the filter is consistent, B·rank(V).
+        degrees_of_freedom: of ``innovation`` when the filter is consistent, B·rank(V).
+        innovation: ν = uᵀS⁻¹u at the prior outputs.
     """
 
     rows: Tensor
     residual: Tensor
-    degrees_of_freedom: int
+    degrees_of_freedom: int = 0
+    innovation: float = 0.0
 
     def matvec(self, vector: Tensor) -> Tensor:
         """M v, (k,)."""
@@ -59,10 +61,12 @@ class Observation:
     def scaled(self, precision: float) -> Observation:
         """The same observation with its precision multiplied by a number."""
         root = precision**0.5
-        return Observation(self.rows * root, self.residual * root, self.degrees_of_freedom)
+        return replace(self, rows=self.rows * root, residual=self.residual * root)
 
 
-def whitened(factor: Tensor, residual: Tensor, jacobian: Tensor, degrees_of_freedom: int) -> Observation:
+def whitened(
+    factor: Tensor, residual: Tensor, jacobian: Tensor, degrees_of_freedom: int, innovation: float
+) -> Observation:
     """M = W J and u, stacked over the batch.
 
     Args:
@@ -70,9 +74,10 @@ def whitened(factor: Tensor, residual: Tensor, jacobian: Tensor, degrees_of_free
         residual: u, (B, r).
         jacobian: J, (B, m, n).
         degrees_of_freedom: see :class:`Observation`.
+        innovation: see :class:`Observation`.
     """
     rows = (factor.to(jacobian.dtype) @ jacobian).flatten(0, 1)  # (B·r, n)
-    return Observation(rows, residual.to(jacobian.dtype).flatten(), degrees_of_freedom)
+    return Observation(rows, residual.to(jacobian.dtype).flatten(), degrees_of_freedom, innovation)
 
 
 class Linearizer:

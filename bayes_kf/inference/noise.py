@@ -94,17 +94,15 @@ def whiten(
     return Whitened(whitener @ slope, residual @ whitener.mT, jitter), State(state.step + 1, keep)
 
 
-def absorb(config: KalmanConfig, state: State, residual: Tensor, output_cov: Tensor) -> State:
+def absorb(state: State, residual: Tensor, output_cov: Tensor) -> State:
     """Estimated σ² after an update: adds E[(y − η)²] under the new belief, a variational-Bayes step (ours).
 
     Args:
-        config: nothing happens unless ``noise_variance`` is "estimated".
-        state: the noise state before.
+        state: the noise state before, of a filter whose ``noise_variance`` is "estimated".
         residual: y − η⁺ with η⁺ the linearized outputs at the new mean, (B, m).
         output_cov: J P⁺ Jᵀ, (B, m, m).
     """
-    if state.sum_squares is None:
-        return state
+    assert state.sum_squares is not None
     squares = residual.double().square() + output_cov.double().diagonal(dim1=1, dim2=2)
     return state._replace(count=state.count + len(residual), sum_squares=state.sum_squares + squares.sum(0))
 

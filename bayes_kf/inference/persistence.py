@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from bayes_kf.inference import diagonal, noise
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filter import FilterState, KalmanFilter
+from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.state import FilterState
 from bayes_kf.models.adapter import AdapterModel
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
         belief=config.structure.State(**belief),
         prior=diagonal.State(**_fields(tensors, "prior.")),
         noise=noise.State(step=metadata["noise_step"], count=metadata["noise_count"], **_fields(tensors, "noise.")),
+        scores=tensors["scores"],
         scaled=metadata["scaled"],
         step=metadata["step"],
         examples=metadata["examples"],
@@ -111,6 +113,7 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
     parts: dict[str, Any] = {f"belief.{k}": v for k, v in state.belief._asdict().items()}
     parts |= {f"prior.{k}": v for k, v in state.prior._asdict().items()}
     parts |= {f"noise.{k}": v for k, v in state.noise._asdict().items()}
+    parts["scores"] = state.scores
     parts |= {f"history.{k}": v for k, v in posterior.history.items()}
     return {k: v.detach().cpu().clone().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
 

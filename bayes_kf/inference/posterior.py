@@ -30,7 +30,7 @@ class Posterior:
         kf: the filter that made it; holds the model and the settings.
         state: the filter's state.
         history: name -> 1-D tensor. Per example ``log_loss`` and, for classifiers, ``correct``, both before the
-            example's update; per update ``innovation``, ``degrees_of_freedom``, ``damping`` and ``seconds``.
+            example's update; per update ``innovation``, ``dof`` (its degrees of freedom), ``damping`` and ``seconds``.
     """
 
     kf: KalmanFilter
@@ -46,6 +46,11 @@ class Posterior:
     def adapter(self) -> AdapterModel:
         """The model as a function of its trainable tensors."""
         return self.kf.adapter
+
+    @property
+    def temperature(self) -> float:
+        """Factor on the covariance in predictions and draws, as configured or chosen by the prequential score."""
+        return self.kf.temperature(self.state)
 
     @property
     def mean_vector(self) -> Tensor:
@@ -87,7 +92,7 @@ class Posterior:
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the latent vector from N(μ, temperature·P), (S, n)."""
         draws = self.config.structure.sample(self.state.belief, num_samples, self._generator(generator))
-        return self.mean_vector + self.config.temperature**0.5 * (draws - self.mean_vector)
+        return self.mean_vector + self.temperature**0.5 * (draws - self.mean_vector)
 
     def predict(
         self,
@@ -137,7 +142,7 @@ class Posterior:
         method: str = "linearized",
         num_samples: int = 64,
         generator: torch.Generator | None = None,
-        keep_samples: bool | None = None,
+        keep_samples: bool = False,
     ) -> LoaderPrediction:
         """Predictions for every batch of a loader, joined on the CPU, with the targets that it carries.
 
@@ -146,18 +151,17 @@ class Posterior:
             method: as for :meth:`predict`.
             num_samples: as for :meth:`predict`.
             generator: as for :meth:`predict`.
-            keep_samples: whether the result holds all draws, (S, N, m); by default only outside classification.
+            keep_samples: whether the result holds all draws, (S, N, m).
 
         Raises:
             ValueError: when the loader yields nothing, or a batch does not fit.
         """
-        keep = self.config.likelihood in ("gaussian", "poisson") if keep_samples is None else keep_samples
         generator, parts = self._generator(generator), []
         for batch in loader:
             inputs, targets = split_batch(batch)
             targets = None if targets is None else targets.to(self.adapter.device)
             part = self.predict(inputs, method, num_samples, generator, targets)
-            kept = {name: _cpu(value) for name, value in vars(part).items() if name != "samples" or keep}
+            kept = {name: _cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples}
             parts.append(LoaderPrediction(**kept, targets=_cpu(targets)))
         if not parts:
             raise ValueError("`loader` must yield at least one batch, got none.")
@@ -235,7 +239,7 @@ class Posterior:
             return prediction.point(family, outputs, _checked(family, outputs, targets))
         outputs, jacobian = self.kf.linearize(self.mean_vector, inputs)
         targets = _checked(family, outputs, targets)
-        output_cov = self.config.temperature * self.config.structure.output_covariance(self.state.belief, jacobian)
+        output_cov = self.temperature * self.config.structure.output_covariance(self.state.belief, jacobian)
         if method == "probit" and family.name != "gaussian":
             return prediction.probit(family, outputs, output_cov, targets)
         draws = prediction.gaussian_draws(outputs, output_cov, num_samples, generator) if method == "linearized" else None

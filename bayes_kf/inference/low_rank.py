@@ -1,0 +1,108 @@
+"""Beliefs whose precision is a diagonal plus a low-rank part: Λ = diag(d) + W Wᵀ, W (n, L).
+
+An update appends the L + k columns [W, Mᵀ], which is exact; then the L leading directions, in units of the diagonal,
+are kept, and the diagonal of the rest is folded into d. Cost n (L + k)² per update. The scheme is that of the low-rank
+filter of Chang et al. (2023, arXiv:2305.19535), truncated here relative to the diagonal.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.linearize import Observation
+
+
+class State(NamedTuple):
+    """A Gaussian: mean μ (n,), diagonal precision d (n,), low-rank factor W (n, L) of the precision."""
+
+    mean: Tensor
+    diagonal: Tensor
+    factor: Tensor
+
+
+def init(mean: Tensor, variance: Tensor, rank: int = 10) -> State:
+    """The belief N(mean, diag(variance)); both (n,)."""
+    return State(mean, 1.0 / variance, mean.new_zeros(len(mean), rank))
+
+
+def predict(state: State, forgetting: float, drift_variance: float) -> State:
+    """Λ⁻ = λΛ; a random walk q adds to the diagonal's variances alone: d⁻ = λd/(1 + qλd) (approximate for q > 0)."""
+    d = state.diagonal * forgetting
+    return State(state.mean, d / (1.0 + drift_variance * d), state.factor * forgetting**0.5)
+
+
+def condition(state: State, observation: Observation) -> State:
+    """Λ + MᵀM and μ + Λ_new⁻¹Mᵀu, exact; then W cut back to L columns and the rest's diagonal folded into d."""
+    rows = observation.rows
+    joined = torch.cat([state.factor, rows.mT], 1)  # (n, L + k)
+    gradient = observation.rmatvec(observation.residual)
+    mean = state.mean + _solve(state.diagonal, joined, gradient.unsqueeze(-1)).squeeze(-1)
+    scaled = joined / state.diagonal.sqrt().unsqueeze(-1)
+    _, vectors = torch.linalg.eigh((scaled.mT @ scaled).double())
+    rotated = joined @ vectors.to(joined.dtype)  # columns by ascending weight
+    rest, kept = rotated[:, : -state.factor.shape[1]], rotated[:, -state.factor.shape[1] :]
+    return State(mean, state.diagonal + rest.square().sum(1), kept)
+
+
+def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draws from the belief, (S, n): D^(−1/2) (I + FFᵀ)^(−1/2) z with F = D^(−1/2) W."""
+    noise = torch.randn(
+        num_samples, len(state.mean), generator=generator, dtype=state.mean.dtype, device=state.mean.device
+    )
+    root = state.diagonal.rsqrt()
+    scaled = state.factor * root.unsqueeze(-1)
+    values, vectors = torch.linalg.eigh((scaled.mT @ scaled).double())
+    values = values.clamp_min(0.0)  # negative only by rounding
+    weights = 1.0 / ((1.0 + values) + (1.0 + values).sqrt())  # (1 − (1 + v)^(−1/2)) / v
+    inner = (vectors * weights) @ vectors.mT
+    return state.mean + root * (noise - ((noise @ scaled) @ inner.to(noise.dtype)) @ scaled.mT)
+
+
+def marginal_variance(state: State) -> Tensor:
+    """diag(P), (n,)."""
+    scaled = state.factor / state.diagonal.unsqueeze(-1)
+    inner = _inner(state.diagonal, state.factor)
+    half = torch.linalg.solve_triangular(inner, scaled.mT.double(), upper=False)
+    return 1.0 / state.diagonal - half.square().sum(0).to(state.mean.dtype)
+
+
+def covariance_matrix(state: State) -> Tensor:
+    """P, (n, n)."""
+    eye = torch.eye(len(state.mean), dtype=state.mean.dtype, device=state.mean.device)
+    return _solve(state.diagonal, state.factor, eye)
+
+
+def output_covariance(state: State, jacobian: Tensor) -> Tensor:
+    """J P Jᵀ, (B, m, m) for J (B, m, n)."""
+    scaled = jacobian / state.diagonal.sqrt()
+    cross = (scaled @ (state.factor / state.diagonal.sqrt().unsqueeze(-1))).double()
+    half = torch.linalg.solve_triangular(_inner(state.diagonal, state.factor), cross.mT, upper=False)
+    return scaled @ scaled.mT - (half.mT @ half).to(jacobian.dtype)
+
+
+def quadratic(state: State, vector: Tensor) -> Tensor:
+    """vᵀ P⁻¹ v, a scalar."""
+    return (state.diagonal * vector.square()).sum() + (vector @ state.factor).square().sum()
+
+
+def log_determinant(state: State) -> Tensor:
+    """log det P, a scalar."""
+    root = _inner(state.diagonal, state.factor)
+    return -(state.diagonal.log().sum() + 2.0 * root.diagonal().log().sum()).to(state.mean.dtype)
+
+
+def _inner(diagonal: Tensor, factor: Tensor) -> Tensor:
+    """Cholesky factor of I + Wᵀ D⁻¹ W in float64, (L, L)."""
+    scaled = factor / diagonal.sqrt().unsqueeze(-1)
+    gram = (scaled.mT @ scaled).double()
+    return torch.linalg.cholesky(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+
+def _solve(diagonal: Tensor, factor: Tensor, right: Tensor) -> Tensor:
+    """(D + WWᵀ)⁻¹ B by Woodbury, (n, c)."""
+    scaled = right / diagonal.unsqueeze(-1)
+    weights = torch.cholesky_solve((factor.mT @ scaled).double(), _inner(diagonal, factor)).to(right.dtype)
+    return scaled - (factor @ weights) / diagonal.unsqueeze(-1)

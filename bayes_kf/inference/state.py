@@ -1,0 +1,76 @@
+"""What a filter knows between updates, and what an update reports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from bayes_kf.inference import diagonal, noise
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.posterior import Posterior
+
+
+class FilterState(NamedTuple):
+    """All that a filter knows; never changed in place.
+
+    Attributes:
+        belief: mean and covariance, the State of the configured structure.
+        prior: mean (n,) and variance (n,) that the belief started from.
+        noise: what the noise model remembers.
+        scores: prequential log loss at every temperature of ``temperature.GRID``, (K,), in nats.
+        scaled: whether the prior's scale is settled; False only before the first inputs were seen.
+        step: updates made.
+        examples: examples seen.
+    """
+
+    belief: Any
+    prior: diagonal.State
+    noise: noise.State
+    scores: Tensor
+    scaled: bool
+    step: int
+    examples: int
+
+
+class UpdateInfo(NamedTuple):
+    """What one update saw and did.
+
+    Attributes:
+        outputs: η at the mean before the update, (B, m).
+        log_loss: −log p(y | η), per example, (B,), in nats, before the update.
+        correct: per example, (B,), before the update; None for regression.
+        innovation: ν = uᵀS⁻¹u at the prior outputs, χ² with ``degrees_of_freedom`` when the filter is consistent.
+        degrees_of_freedom: of ν.
+        damping: factor ≤ 1 put on the observation's precision by gate and guard; 1 as a rule.
+        jitter: relative jitter of the noise covariance; 0 as a rule.
+        step_norm: Euclidean length of the step of the mean.
+        seconds: wall time.
+    """
+
+    outputs: Tensor
+    log_loss: Tensor
+    correct: Tensor | None
+    innovation: float
+    degrees_of_freedom: int
+    damping: float
+    jitter: float
+    step_norm: float
+    seconds: float
+
+
+class DivergenceError(FloatingPointError):
+    """An update was refused; the state given to it is unchanged.
+
+    Attributes:
+        step: index of the refused update, from 0.
+        cause: what would have broken.
+        state: the state before the update.
+        posterior: the belief before it, where ``fit`` raised this; else None.
+    """
+
+    def __init__(self, step: int, cause: str, state: FilterState) -> None:
+        super().__init__(f"update {step} refused: {cause}; the state before it is kept")
+        self.step, self.cause, self.state = step, cause, state
+        self.posterior: Posterior | None = None

@@ -1,0 +1,117 @@
+"""From a posterior to its report: what is asked of it, and what becomes of its answers."""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_kf import evaluation as ev
+
+
+def random_case(num_examples: int = 200, num_classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (2 * torch.randn(num_examples, num_classes, generator=generator, dtype=torch.float64)).softmax(dim=1)
+    return probs, torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def history(length: int = 30) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    loss = torch.rand(length, generator=generator)
+    return {"log_loss": loss, "correct": loss < 0.6, "innovation": 2 * loss, "dof": torch.full((length,), 2)}
+
+
+@dataclass(frozen=True)
+class Config:
+    likelihood: str
+    rank: int = 4
+
+
+class FakePosterior:
+    """Gives out the loader itself, with what was asked of it written down."""
+
+    def __init__(self, likelihood: str, recorded: dict[str, torch.Tensor] | None = None):
+        self.config = Config(likelihood)
+        self.history = recorded
+        self.variance = {"a": torch.ones(2)}
+        self.asked: list[tuple[str, int, int]] = []
+
+    def predict_loader(self, loader, *, method, num_samples, generator):
+        self.asked.append((method, num_samples, generator.initial_seed()))
+        names = ("probs", "targets", "entropy", "aleatoric", "epistemic", "log_prob", "mean", "variance", "samples")
+        return SimpleNamespace(**({name: None for name in names} | loader))
+
+
+def test_evaluate_passes_predictions_on():
+    probs, targets = random_case()
+    parts = {
+        "entropy": torch.full((200,), 0.5),
+        "aleatoric": torch.full((200,), 0.4),
+        "epistemic": torch.full((200,), 0.1),
+    }
+    posterior = FakePosterior("categorical", history())
+    log_prob = probs.gather(1, targets[:, None])[:, 0].log()
+    known = {"probs": probs, "targets": targets, "log_prob": log_prob, **parts}
+    report = ev.evaluate(posterior, known, ood={"far": {"probs": probs}}, method="probit", num_samples=5, seed=7)
+    assert posterior.asked == [("probit", 5, 7)] * 2
+    direct = ev.evaluate_predictions(probs, targets, ood={"far": probs}, history=history(), seed=7).scores
+    same = set(direct) - {"entropy", "nll"}
+    assert {name: report.scores[name] for name in same} == {name: direct[name] for name in same}
+    assert report.scores["nll"] == pytest.approx(direct["nll"])
+    assert [report.scores[name] for name in parts] == pytest.approx([0.5, 0.4, 0.1])
+    assert report.config["rank"] == "4"
+    assert set(report.sections.drawings) == {"reliability", "entropy", "online", "innovation", "variance"}
+
+
+def test_bernoulli_outputs_are_two_class_problems():
+    probs, targets = torch.tensor([[0.9, 0.2], [0.6, 0.3]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    report = ev.evaluate(FakePosterior("bernoulli"), {"probs": probs, "targets": targets}, ood={"o": {"probs": probs}})
+    assert report.scores["accuracy"] == 0.75
+    brier = 2 * np.mean([0.1**2, 0.2**2, 0.6**2, 0.3**2])
+    assert report.scores["brier"] == pytest.approx(brier, abs=1e-6)
+    assert report.scores["ood_o_auroc"] == pytest.approx(0.5)
+    assert report.sections.sizes["examples"] == 4
+    with pytest.raises(
+        ValueError, match=r"^`targets` must hold zeros and ones for Bernoulli outputs, got values up to 2"
+    ):
+        ev.evaluate(FakePosterior("bernoulli"), {"probs": probs, "targets": 2 * targets})
+
+
+def test_regression_report():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(500, 1, generator=generator)
+    targets = mean[:, 0] + torch.randn(500, generator=generator)
+    prediction = {
+        "mean": mean,
+        "targets": targets,
+        "variance": torch.full((500, 1), 0.25),
+        "log_prob": -torch.ones(500),
+    }
+    posterior = FakePosterior("gaussian", {"log_loss": torch.rand(20, generator=generator)})
+    report = ev.evaluate(posterior, prediction)
+    scores = report.scores
+    assert scores["nll"] == 1
+    assert scores["rmse"] == pytest.approx(ev.rmse(mean[:, 0], targets))
+    assert scores["coverage_95"] < scores["coverage_95_null_low"] < 0.95
+    assert any(sentence.endswith("too narrow.") for sentence in report.sections.verdict)
+    assert set(report.figures) == {"coverage", "online", "variance"}
+    assert "Coverage of 95 % intervals" in report.to_html()
+    samples = mean + torch.randn(200, 500, 1, generator=generator)
+    from_samples = ev.evaluate(posterior, prediction | {"samples": samples}).scores
+    assert from_samples["coverage_95"] > scores["coverage_95"] + 0.2
+
+
+def test_bad_posteriors_and_loaders_are_refused():
+    probs, targets = random_case()
+    with pytest.raises(ValueError, match=r"^`loader` must give targets, got inputs only\.$"):
+        ev.evaluate(FakePosterior("categorical"), {"probs": probs})
+    with pytest.raises(
+        ValueError, match=r"^`ood` must be None for a posterior without class probabilities, got \['o'\]"
+    ):
+        ev.evaluate(FakePosterior("gaussian"), {"mean": probs, "targets": targets}, ood={"o": {}})
+    with pytest.raises(ValueError, match=r"^`variance` or `samples` must be given .*, got neither\.$"):
+        ev.evaluate(FakePosterior("gaussian"), {"mean": probs, "targets": probs})
+    with pytest.raises(ValueError, match=r"^`ood\['far'\]` must be finite, got 1 bad of 2 values\.$"):
+        ev.evaluate_predictions(probs, targets, ood={"far": np.array([[math.nan, 1.0]])})

@@ -1,0 +1,149 @@
+"""What is drawn: heights, places and lines, not pixels."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.stream_plots import short_names
+
+
+@pytest.fixture
+def ax() -> Axes:
+    return Figure().subplots()
+
+
+def random_case() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    probs = (2 * torch.randn(400, 3, generator=generator, dtype=torch.float64)).softmax(dim=1)
+    return probs, torch.randint(3, (400,), generator=generator)
+
+
+@pytest.mark.parametrize("binning", ["equal_width", "equal_mass"])
+def test_reliability_diagram_draws_bins_band_counts_and_error(ax, binning):
+    probs, targets = random_case()
+    drawn = ev.reliability_diagram(probs, targets, num_bins=10, binning=binning, ax=ax)
+    assert drawn is ax
+    bins = ev.reliability_bins(probs, targets, 10, binning)
+    low, high = ev.reliability_band(probs, num_bins=10, binning=binning)
+    used = bins.counts > 0
+    bars, band = ax.containers
+    assert [bar.get_height() for bar in bars] == pytest.approx(bins.accuracy[used].tolist())
+    assert [bar.get_x() for bar in bars] == pytest.approx(bins.edges[:-1][used].tolist())
+    assert [bar.get_y() for bar in band] == pytest.approx(low[used].tolist())
+    assert [bar.get_y() + bar.get_height() for bar in band] == pytest.approx(high[used].tolist())
+    assert all(bar.get_hatch() for bar in band)
+    strip = ax.child_axes[0]
+    assert [bar.get_height() for bar in strip.containers[0]] == bins.counts[used].tolist()
+    ece = ev.calibration_test(probs, targets, num_bins=10, binning=binning)
+    text = ax.get_legend().get_title().get_text()
+    assert text == f"ECE {ece.value:.3f}; chance alone {ece.null_low:.3f}–{ece.null_high:.3f}"
+
+
+def test_a_bin_that_holds_one_value_is_still_visible(ax):
+    probs = torch.tensor([[1.0, 0.0]] * 5 + [[0.6, 0.4]])
+    ev.reliability_diagram(probs, torch.zeros(6, dtype=torch.int64), binning="equal_mass", ax=ax)
+    last = ax.containers[0][-1]
+    assert last.get_width() > 0
+    assert last.get_x() + last.get_width() <= 1
+
+
+def test_entropy_histogram_draws_densities_on_common_bins(ax):
+    known, foreign = np.linspace(0, 1, 50), np.linspace(1, 2, 30)
+    ev.entropy_histogram(known, {"noise": foreign}, num_bins=8, ax=ax)
+    edges = np.linspace(0, 2, 9)
+    for patch, values in zip(ax.patches, (known, foreign), strict=True):
+        density, found_edges, _ = patch.get_data()
+        assert found_edges == pytest.approx(edges)
+        assert density == pytest.approx(np.histogram(values, edges, density=True)[0])
+    assert {(patch.get_linestyle(), patch.get_hatch()) for patch in ax.patches} == {("-", ""), ("--", "///")}
+
+
+def test_foreign_sets_of_any_name_stand_in_the_legend(ax):
+    ev.entropy_histogram(np.ones(4), {"_hidden": np.ones(4), r"$\bad$": np.ones(4)}, ax=ax)
+    ax.figure.canvas.draw()  # mathematics that cannot be parsed would raise here
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["in distribution (4)", "“_hidden” (4)", r"“\$\bad\$” (4)"]
+
+
+def test_entropy_histogram_of_certain_predictions(ax):
+    ev.entropy_histogram(np.zeros(4), ax=ax)
+    assert np.isfinite(ax.patches[0].get_data().values).all()
+
+
+def test_coverage_plot_draws_shares_and_band(ax):
+    coverage = ev.Coverage(torch.tensor([0.5, 0.95]), torch.tensor([0.4, 0.9]))
+    ev.coverage_plot(coverage, 100, ax=ax)
+    assert ax.get_lines()[0].get_ydata() == pytest.approx([0.4, 0.9])
+    low, high = ev.coverage_null(coverage.levels, 100)
+    ends = [segment[:, 1].tolist() for segment in ax.collections[0].get_segments()]
+    assert ends == [pytest.approx(pair) for pair in zip(low.tolist(), high.tolist(), strict=True)]
+
+
+def test_online_curves_draw_running_accuracy_and_moving_loss(ax):
+    correct, loss = torch.tensor([0, 1, 1, 1]), torch.tensor([3.0, 1.0, 2.0, 0.0])
+    ev.online_curves({"correct": correct, "log_loss": loss}, window=2, ax=ax)
+    assert ax.get_lines()[0].get_ydata() == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
+    right = next(other for other in ax.figure.axes if other is not ax)
+    assert right.get_lines()[0].get_xdata().tolist() == [2, 3, 4]
+    assert right.get_lines()[0].get_ydata() == pytest.approx([2, 1.5, 1])
+
+
+def test_online_curves_of_a_density_show_negative_losses(ax):
+    ev.online_curves({"log_loss": torch.tensor([-1.0, -2.0])}, window=1, ax=ax)
+    assert ax.get_ylim()[0] < -1.9
+
+
+def test_innovation_plot_draws_ratio_and_band(ax):
+    nis = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    ev.innovation_plot(nis, 2, window=2, ax=ax)
+    health = ev.innovation_health(nis, 2, window=2)
+    assert ax.get_lines()[0].get_ydata() == pytest.approx(health.ratio.numpy())
+    heights = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(health.low.min().item())
+    assert heights.max() == pytest.approx(health.high.max().item())
+
+
+def test_variance_by_tensor_draws_means_relative_to_the_prior(ax):
+    variance = {"m.a.weight": torch.tensor([1.0, 3.0]), "m.b.weight": torch.tensor([[4.0]])}
+    prior = {"m.a.weight": torch.tensor([4.0, 4.0]), "m.b.weight": torch.tensor([[4.0]])}
+    ev.variance_by_tensor(variance, prior, ax=ax)
+    assert list(ax.get_lines()[0].get_xdata()) == pytest.approx([0.5, 1.0])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert ax.get_xlabel() == "posterior / prior variance"
+
+
+def test_variance_by_tensor_says_what_it_left_out(ax):
+    ev.variance_by_tensor({f"t{i}": torch.ones(1) for i in range(5)}, max_tensors=3, ax=ax)
+    assert len(ax.get_lines()[0].get_xdata()) == 3
+    assert ax.get_xlabel() == "mean posterior variance (2 more tensors not drawn)"
+
+
+def test_short_names_never_become_empty():
+    assert short_names(["only.one"]) == ["only.one"]
+    assert short_names(["a.x", "a.x.y"]) == ["x", "x.y"]
+    assert short_names(["same", "same"]) == ["same", "same"]
+
+
+def test_bad_plot_input_is_refused(ax):
+    with pytest.raises(ValueError, match=r"^`history` must hold correct or log_loss, got \['damping'\]\.$"):
+        ev.online_curves({"damping": torch.ones(3)}, ax=ax)
+    with pytest.raises(ValueError, match=r"^`variance` must hold at least one tensor, got an empty mapping\.$"):
+        ev.variance_by_tensor({}, ax=ax)
+    with pytest.raises(ValueError, match=r"^`variance` must be positive on average, got 0 for b\.$"):
+        ev.variance_by_tensor({"a": torch.ones(1), "b": torch.zeros(1)}, ax=ax)
+    with pytest.raises(ValueError, match=r"^`prior_variance` must name the tensors of `variance`, got \['b'\]\.$"):
+        ev.variance_by_tensor({"a": torch.ones(1)}, {"b": torch.ones(1)}, ax=ax)
+
+
+def test_without_axes_a_new_figure_is_made():
+    before = plt.get_fignums()
+    ax = ev.innovation_plot(torch.ones(3), 1, window=1)
+    try:
+        assert len(plt.get_fignums()) == len(before) + 1
+        assert ax.figure.number not in before
+    finally:
+        plt.close(ax.figure)

@@ -1,0 +1,154 @@
+"""Scores, uncertainty and detection against independent implementations."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from bayes_kf import evaluation as ev
+
+
+def random_case(num_examples: int = 300, num_classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (2 * torch.randn(num_examples, num_classes, generator=generator, dtype=torch.float64)).softmax(dim=1)
+    return probs, torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 20])
+def test_scores_equal_torchmetrics_and_sklearn(num_classes):
+    probs, targets = random_case(num_classes=num_classes)
+    labels = list(range(num_classes))
+    accuracy = multiclass_accuracy(probs, targets, num_classes, average="micro").item()
+    assert ev.accuracy(probs, targets) == pytest.approx(accuracy, abs=1e-6)
+    nll = log_loss(targets, probs, labels=labels)
+    assert ev.negative_log_likelihood(probs, targets) == pytest.approx(nll, abs=1e-9)
+    brier = brier_score_loss(targets, probs, labels=labels, scale_by_half=False)
+    assert ev.brier_score(probs, targets) == pytest.approx(brier, abs=1e-12)
+
+
+def test_a_single_example_and_numpy_input_work():
+    assert ev.accuracy(np.array([[0.3, 0.7]]), np.array([1])) == 1.0
+    assert ev.brier_score(np.array([[0.3, 0.7]]), np.array([0])) == pytest.approx(2 * 0.49)
+
+
+def test_probability_zero_for_the_label_is_infinite_loss():
+    probs = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert ev.negative_log_likelihood(probs, torch.tensor([0, 1])) == math.inf
+    assert ev.negative_log_likelihood(probs, torch.tensor([0, 0])) == 0
+
+
+def test_the_first_of_equal_probabilities_is_the_prediction():
+    probs = torch.full((3, 3), 1 / 3)
+    assert ev.accuracy(probs, torch.tensor([0, 1, 2])) == pytest.approx(1 / 3)
+
+
+def test_inputs_are_left_as_they_are():
+    probs, targets = random_case()
+    before = probs.clone(), targets.clone()
+    ev.evaluate_predictions(probs, targets, num_simulations=39)
+    assert torch.equal(probs, before[0])
+    assert torch.equal(targets, before[1])
+
+
+def test_entropy_parts_add_up_and_have_the_right_sign():
+    generator = torch.Generator().manual_seed(1)
+    samples = (3 * torch.randn(16, 50, 7, generator=generator)).softmax(dim=-1)
+    parts = ev.entropy_parts(samples)
+    torch.testing.assert_close(parts.total, parts.aleatoric + parts.epistemic, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parts.total, torch.distributions.Categorical(samples.double().mean(0)).entropy())
+    torch.testing.assert_close(ev.predictive_entropy(samples), parts.total)
+    torch.testing.assert_close(ev.aleatoric_entropy(samples), ev.entropy(samples.flatten(0, 1)).view(16, 50).mean(0))
+    assert (ev.epistemic_entropy(samples) > 0).all()  # the draws differ
+
+
+def test_equal_draws_have_no_epistemic_entropy():
+    generator = torch.Generator().manual_seed(2)
+    draw = torch.randn(200, 11, generator=generator, dtype=torch.float64).softmax(dim=1)
+    epistemic = ev.epistemic_entropy(draw.expand(7, 200, 11))
+    assert (epistemic >= 0).all()
+    assert epistemic.max() < 1e-14  # sixteen digits, less the rounding of seven additions
+
+
+def test_certain_draws_that_disagree_are_all_epistemic():
+    samples = torch.eye(4)[:, None, :]  # four draws, one example
+    parts = ev.entropy_parts(samples)
+    assert parts.aleatoric.item() == 0
+    assert parts.epistemic.item() == pytest.approx(math.log(4))
+
+
+def test_ood_scores_equal_sklearn_with_ties():
+    rng = np.random.default_rng(0)
+    known, foreign = rng.integers(0, 8, 200) / 8, rng.integers(3, 11, 120) / 8
+    truth, scores = np.r_[np.zeros(200), np.ones(120)], np.r_[known, foreign]
+    found = ev.ood_scores(known, foreign)
+    assert found.auroc == pytest.approx(roc_auc_score(truth, scores))
+    assert found.aupr == pytest.approx(average_precision_score(truth, scores))
+    # by hand: the highest threshold that still flags 95 % of the foreign inputs
+    threshold = max(t for t in np.unique(foreign) if (foreign >= t).mean() >= 0.95)
+    assert found.fpr95 == pytest.approx((known >= threshold).mean())
+    assert found.fpr95 in roc_curve(truth, scores)[0]
+
+
+def test_95_percent_of_20_foreign_inputs_are_19():
+    foreign = np.arange(1, 21)
+    assert ev.ood_scores(np.array([1.5, 2.5, 0.0, 0.0]), foreign).fpr95 == 0.25  # flagged from 2 upwards
+
+
+def test_ood_scores_of_the_same_inputs_are_chance():
+    values = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    assert ev.ood_scores(values, values).auroc == pytest.approx(0.5)
+
+
+BAD_PROBS = [
+    (torch.tensor([[0.5, 0.6]]), r"`probs` must sum to one in every row, got 1\.1 in row 0\."),
+    (torch.tensor([[float("nan"), 0.5]]), r"`probs` must be finite, got 1 bad of 2 values\."),
+    (torch.tensor([[1.5, -0.5]]), r"`probs` must not be negative, got -0\.5\."),
+    (torch.tensor([0.5, 0.5]), r"`probs` must have shape \(N, C\) with at least two classes, got \(2,\)\."),
+    (torch.ones(3, 1), r"`probs` must have shape \(N, C\) with at least two classes, got \(3, 1\)\."),
+    (torch.empty(0, 3), r"`probs` must not be empty, got shape \(0, 3\)\."),
+    (torch.tensor([[1j, 1.0]]), r"`probs` must hold real numbers, got torch\.complex64\."),
+]
+
+
+@pytest.mark.parametrize(("probs", "message"), BAD_PROBS)
+def test_bad_probabilities_are_refused(probs, message):
+    for score in (ev.accuracy, ev.expected_calibration_error, ev.evaluate_predictions):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            score(probs, torch.tensor([0]))
+
+
+BAD_TARGETS = [
+    (torch.tensor([0, 2]), r"`targets` must lie in 0\.\.1, got values in 0\.\.2\."),
+    (torch.tensor([-1, 0]), r"`targets` must lie in 0\.\.1, got values in -1\.\.0\."),
+    (torch.tensor([0]), r"`targets` must have shape \(2,\) as `probs` has, got \(1,\)\."),
+    (torch.tensor([[0], [1]]), r"`targets` must have shape \(2,\) as `probs` has, got \(2, 1\)\."),
+    (torch.tensor([0.0, 1.0]), r"`targets` must hold integer class indices, got torch\.float32\."),
+]
+
+
+@pytest.mark.parametrize(("targets", "message"), BAD_TARGETS)
+def test_bad_targets_are_refused(targets, message):
+    for score in (ev.brier_score, ev.reliability_bins, ev.calibration_test):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            score(torch.full((2, 2), 0.5), targets)
+
+
+def test_bad_samples_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^`samples` must have shape \(S, N, C\) with at least one draw, got \(2, 2\)"
+    ):
+        ev.entropy_parts(torch.full((2, 2), 0.5))
+    with pytest.raises(ValueError, match=r"^`samples` must sum to one"):
+        ev.entropy_parts(torch.full((2, 2, 2), 0.6))
+
+
+def test_bfloat16_probabilities_are_accepted_and_bad_ones_refused():
+    logits = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
+    probs = logits.softmax(dim=1).bfloat16()
+    assert (probs.double().sum(1) - 1).abs().max() > 1e-3  # or the test would show nothing
+    assert 0 < ev.brier_score(probs, torch.zeros(500, dtype=torch.int64)) < 2
+    with pytest.raises(ValueError, match=r"`probs` must sum to one"):
+        ev.brier_score(probs.float(), torch.zeros(500, dtype=torch.int64))
