@@ -109,7 +109,7 @@ class KalmanFilter:
         state = state if state.scaled else self._scale(state, _gains(jacobian))
         belief = structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
         output_cov = structure.output_covariance(belief, jacobian)
-        noise_state = noise.begin(self.config, state.noise, outputs, targets, output_cov)
+        noise_state = noise.begin(self.config, state.noise, outputs, targets)
         family = noise.likelihood(self.config, noise_state)
         scores = state.scores if hold_mean else state.scores + self._scores(state, family, outputs, output_cov, targets)
         observation, jitter, noise_state = self._observe(belief, noise_state, family, outputs, jacobian, targets, output_cov)
@@ -118,9 +118,8 @@ class KalmanFilter:
         after, damping = self._condition(belief, observation, accepts)
         after = after._replace(mean=belief.mean) if hold_mean else after
         step = after.mean - belief.mean
-        if noise_state.sum_squares is not None:
-            residual = targets - outputs - jacobian @ step
-            noise_state = noise.absorb(noise_state, residual, structure.output_covariance(after, jacobian))
+        if noise_state.variance is not None:
+            noise_state = noise.absorb(noise_state, targets - outputs, output_cov)
         info = UpdateInfo(
             outputs=outputs,
             log_loss=-family.log_prob(outputs, targets),
@@ -219,7 +218,10 @@ class KalmanFilter:
             drawn = constant_variance(size, variance)
         else:
             drawn = uniform_variance(size, variance, torch.Generator().manual_seed(self.config.seed))
-        return drawn.to(mean)
+        drawn = drawn.to(mean)
+        if not bool(torch.isfinite(drawn).all() and (drawn > 0).all()):
+            raise ValueError(f"`initial_variance` must be positive and finite in {mean.dtype}, got {variance:g}.")
+        return drawn
 
     def _belief(self, prior: diagonal.State) -> Any:
         extra = {"rank": self.config.rank} if self.config.covariance == "low_rank" else {}

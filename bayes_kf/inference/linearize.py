@@ -222,6 +222,8 @@ class Linearizer:
             rows = self._hook_rows(outputs, seed, tapes, candidates, leaves, last=False)
         except (RuntimeError, IndexError, AttributeError):  # a module called in a way that no rule covers
             return {}
+        if not candidates:
+            return {}
         if any(r.shape[0] != outputs.shape[0] for r in rows.values()):
             rows = {name: r for name, r in rows.items() if r.shape[0] == outputs.shape[0]}
         exact = torch.autograd.grad(outputs, [leaves[name] for name in candidates], seed, allow_unused=True)

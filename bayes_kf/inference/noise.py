@@ -17,6 +17,7 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian, Likelihood
 
+SMALLEST_PIVOT = 1e-13  # of a noise covariance, relative to its mean variance; smaller ones are rounding
 PRIOR_COUNT = 1.0  # weight, in observations, of the first batch's guess of an estimated noise variance
 
 
@@ -26,14 +27,14 @@ class State(NamedTuple):
     Attributes:
         step: updates seen.
         covariance: R of the EMA models, (m, m); the identity until the first update.
-        count: observations behind an estimated Gaussian noise variance.
-        sum_squares: their summed expected squares per output, (m,); σ² = sum_squares / count.
+        variance: estimated σ² of a Gaussian likelihood per output, (m,).
+        count: information behind it per output, (m,), in observations whose mean is known.
     """
 
     step: int = 0
     covariance: Tensor | None = None
-    count: float = 0.0
-    sum_squares: Tensor | None = None
+    variance: Tensor | None = None
+    count: Tensor | None = None
 
 
 class Whitened(NamedTuple):
@@ -48,22 +49,23 @@ def likelihood(config: KalmanConfig, state: State) -> Likelihood:
     """The likelihood as the noise model now sees it: a Gaussian's σ² may be fixed or estimated."""
     if config.likelihood != "gaussian":
         return LIKELIHOODS[config.likelihood]()
-    if state.sum_squares is not None:
-        return Gaussian(state.sum_squares / state.count)
+    if state.variance is not None:
+        return Gaussian(state.variance)
     if state.covariance is not None:
         return Gaussian(state.covariance.diagonal())
     value = 1.0 if config.noise_variance == "estimated" else float(config.noise_variance)
     return Gaussian(torch.tensor(value, dtype=torch.float64))
 
 
-def begin(config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor, output_cov: Tensor) -> State:
+def begin(config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor) -> State:
     """The state with what this batch must know beforehand: R₀ = I, or a first guess of σ²."""
     num_outputs = outputs.shape[1]
     if config.noise in ("ema_taylor", "ema_residual") and state.covariance is None:
         return state._replace(covariance=torch.eye(num_outputs, dtype=torch.float64, device=outputs.device))
-    if config.noise_variance == "estimated" and state.sum_squares is None:
-        squares = (targets - outputs).double().square().mean(0) + output_cov.diagonal(dim1=1, dim2=2).double().mean(0)
-        return state._replace(count=PRIOR_COUNT, sum_squares=PRIOR_COUNT * squares)
+    if config.noise_variance == "estimated" and state.variance is None:
+        squares = (targets - outputs).double().square().mean(0)
+        floor = torch.finfo(outputs.dtype).tiny ** 0.5  # a first batch fitted exactly still has noise
+        return state._replace(variance=squares.clamp_min(floor), count=torch.full_like(squares, PRIOR_COUNT))
     return state
 
 
@@ -95,16 +97,22 @@ def whiten(
 
 
 def absorb(state: State, residual: Tensor, output_cov: Tensor) -> State:
-    """Estimated σ² after an update: adds E[(y − η)²] under the new belief, a variational-Bayes step (ours).
+    """Estimated σ² after a batch: a natural-gradient step on log σ² for e ~ N(0, J P⁻ Jᵀ + σ²), outputs apart (ours).
+
+    An observation whose mean is still uncertain says little about σ² and weighs (σ²/s)², s = JP⁻Jᵀ + σ².
 
     Args:
         state: the noise state before, of a filter whose ``noise_variance`` is "estimated".
-        residual: y − η⁺ with η⁺ the linearized outputs at the new mean, (B, m).
-        output_cov: J P⁺ Jᵀ, (B, m, m).
+        residual: e = y − η at the mean before the update, (B, m).
+        output_cov: J P⁻ Jᵀ, (B, m, m).
     """
-    assert state.sum_squares is not None
-    squares = residual.double().square() + output_cov.double().diagonal(dim1=1, dim2=2)
-    return state._replace(count=state.count + len(residual), sum_squares=state.sum_squares + squares.sum(0))
+    assert state.variance is not None
+    assert state.count is not None
+    total = output_cov.double().diagonal(dim1=1, dim2=2) + state.variance  # s (B, m)
+    share = state.variance / total
+    count = state.count + share.square().sum(0)
+    step = ((residual.double().square() / total - 1.0) * share).sum(0) / count
+    return state._replace(variance=state.variance * step.clamp(-1.0, 1.0).exp(), count=count)
 
 
 def _as_targets(targets: Tensor) -> Tensor:
@@ -137,8 +145,8 @@ def _cholesky(covariance: Tensor) -> tuple[Tensor, float]:
     """Lower Cholesky factor, with the relative jitter that it took (0 where none was needed)."""
     scale = covariance.diagonal().mean()
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    for jitter in (0.0, 1e-14, 1e-12, 1e-10, 1e-8):
+    for jitter in (0.0, 1e-12, 1e-10, 1e-8):
         root, failed = torch.linalg.cholesky_ex(covariance + jitter * scale * eye)
-        if not bool(failed):
+        if not bool(failed) and bool(root.diagonal().min().square() > SMALLEST_PIVOT * scale):
             return root, jitter
     raise FloatingPointError("the noise covariance is not positive definite even with a relative jitter of 1e-8")

@@ -65,7 +65,7 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
     state = FilterState(
         belief=config.structure.State(**belief),
         prior=diagonal.State(**_fields(tensors, "prior.")),
-        noise=noise.State(step=metadata["noise_step"], count=metadata["noise_count"], **_fields(tensors, "noise.")),
+        noise=noise.State(step=metadata["noise_step"], **_fields(tensors, "noise.")),
         scores=tensors["scores"],
         scaled=metadata["scaled"],
         step=metadata["step"],
@@ -129,7 +129,6 @@ def _metadata(posterior: Posterior) -> dict[str, str]:
         "examples": state.examples,
         "scaled": state.scaled,
         "noise_step": state.noise.step,
-        "noise_count": state.noise.count,
     }
     return {"bayes_kf": json.dumps(values)}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def constant_variance(num_parameters: int, variance: float) -> Tensor:
     """p₀ = c for every parameter, (n,) (LoKO's method 1)."""
-    return torch.full((num_parameters,), variance)
+    return torch.full((num_parameters,), variance, dtype=torch.float64)
 
 
 def uniform_variance(num_parameters: int, upper: float, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,54 @@
+"""The command line: ``bayes-kf demo``, ``fit`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TextIO
+
+from bayes_kf.cli.commands import COMMANDS
+from bayes_kf.cli.parser import build_parser
+from bayes_kf.cli.quiet import quiet_transformers
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, or 2 with one line on stderr for input that will not do.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    args = build_parser().parse_args(argv)
+    with warnings.catch_warnings(), quiet_transformers():
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries to their callers; nothing a user could change
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.showwarning = _show
+        try:
+            COMMANDS[args.command](args)
+        except (ValueError, OSError, ArithmeticError, ImportError) as error:
+            print(f"bayes-kf: error: {_one_line(error)}", file=sys.stderr)
+            return BAD_INPUT
+        except KeyboardInterrupt:
+            print("bayes-kf: interrupted, nothing was written", file=sys.stderr)
+            return INTERRUPTED
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line on stderr."""
+    print(f"bayes-kf: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,81 @@
+"""The adapter that ``fit`` learns: a new one, or one trained already."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from bayes_kf.cli.base_model import BaseModel
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+QUERIES_AND_VALUES = (["query", "value"], ["q_proj", "v_proj"], ["q_lin", "v_lin"])
+"""Names of the attention's projections, as different architectures have them."""
+
+
+def add_adapter(base: BaseModel, args: argparse.Namespace, seed: int) -> PeftModel:
+    """The model with the adapter of ``--adapter``, ``--lora`` or ``--rank``; only that is trainable.
+
+    Raises:
+        ValueError: if PEFT cannot read or place it.
+    """
+    if args.target_modules and (args.lora or args.adapter):
+        raise ValueError("`--target-modules` must be left out where --lora or --adapter says it, got both.")
+    if args.adapter is not None:
+        return _trained(base, args.adapter)
+    config = _read_config(args.lora) if args.lora is not None else _lora(base, args.rank, args.target_modules)
+    config.inference_mode = False
+    if base.new_modules:
+        config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *base.new_modules})
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        option = "--rank" if args.lora is None else "--lora"
+        return _placed(option, lambda: get_peft_model(base.model, config))  # type: ignore[arg-type]
+
+
+def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
+    """LoRA at scale 1 on the attention's queries and values, with the head."""
+    if rank < 1:
+        raise ValueError(f"`--rank` must be at least 1, got {rank}.")
+    names = {name.rpartition(".")[2] for name, _ in base.model.named_modules()}
+    known = next((pair for pair in QUERIES_AND_VALUES if names.issuperset(pair)), None)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets or known, modules_to_save=base.head_modules or None)
+
+
+def _read_config(path: Path) -> PeftConfig:
+    """A PEFT config from a JSON file or the folder of one."""
+    file = path / ADAPTER_FILES[0] if path.is_dir() else path
+    try:
+        fields: dict[str, Any] = {"peft_type": "LORA"} | json.loads(file.read_text(encoding="utf-8"))
+        return PeftConfig.from_peft_type(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`--lora` must be a PEFT config, got {file}: {error}.") from error
+
+
+def _trained(base: BaseModel, folder: Path) -> PeftModel:
+    """The model with an adapter from its folder."""
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise ValueError(f"`--adapter` must be a folder with {' and '.join(ADAPTER_FILES)}, got no {name} in {folder}.")
+    model = _placed("--adapter", lambda: PeftModel.from_pretrained(base.model, str(folder), is_trainable=True))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    for module in base.new_modules:
+        if not any(f".{module}." in name for name in trainable):
+            raise ValueError(f"`--adapter` must hold a {module} for these classes, as the model has none, got {folder}.")
+    return model
+
+
+def _placed(option: str, place: Callable[[], nn.Module]) -> PeftModel:
+    """What PEFT made of a model, in evaluation mode; its complaints name the option."""
+    try:
+        model = place()
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"`{option}` must fit the model, got: {error}") from error
+    assert isinstance(model, PeftModel)  # a mixed model comes only where mixed=True
+    return model.eval()

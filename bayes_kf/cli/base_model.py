@@ -1,0 +1,146 @@
+"""Base models from Hugging Face folders: local files, safetensors, no code but transformers' own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from bayes_kf.data import encode_labels
+from bayes_kf.data.text import TEXT_SUFFIXES
+from bayes_kf.models.zoo import DIGITS_VIT
+
+BUNDLED = {"digits-vit": DIGITS_VIT}
+MAPPINGS = {"text": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
+AUTO = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+POOLER = "pooler"  # of a text model: trained with the head where the folder has neither
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A classifier and those of its tensors that its folder does not hold: a head made for these classes."""
+
+    model: PreTrainedModel
+    new_head: dict[str, Tensor]
+
+    @property
+    def new_modules(self) -> list[str]:
+        """Names of the modules that hold the new tensors."""
+        prefix = f"{self.model.base_model_prefix}."
+        return sorted({name.removeprefix(prefix).partition(".")[0] for name in self.new_head})
+
+    @property
+    def head_modules(self) -> list[str]:
+        """Names of the modules that come after the backbone and have weights."""
+        children = self.model.named_children()
+        return [n for n, m in children if n != self.model.base_model_prefix and any(True for _ in m.parameters())]
+
+
+def model_folder(model: str) -> Path:
+    """The folder of ``--model``.
+
+    Raises:
+        ValueError: if there is no model in it.
+    """
+    folder = BUNDLED.get(model, Path(model))
+    if not (folder / "config.json").is_file():
+        names = " or ".join(BUNDLED)
+        raise ValueError(f"`--model` must be {names} or a folder with config.json and safetensors weights, got {model}.")
+    return folder
+
+
+def kind_of(data: Path) -> str:
+    """Whether a path holds text or images."""
+    return "text" if data.suffix in TEXT_SUFFIXES else "image"
+
+
+def read_config(folder: Path, kind: str) -> PreTrainedConfig:
+    """The model's configuration, of an architecture that classifies this kind of data.
+
+    Raises:
+        ValueError: if it is of another.
+    """
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if type(config) not in MAPPINGS[kind]:
+        raise ValueError(f"`--model` must be able to classify {kind} data, got a {config.model_type} in {folder}.")
+    return config
+
+
+def load_base(folder: Path, kind: str, num_outputs: int | None, seed: int) -> BaseModel:
+    """The classifier with this many outputs (None: its own); a head that its folder lacks is drawn from ``seed``.
+
+    Raises:
+        ValueError: if other weights than the head's are missing.
+        OSError: if there are no safetensors weights.
+    """
+    read_config(folder, kind)
+    sized = {} if num_outputs is None else {"num_labels": num_outputs}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model, info = AUTO[kind].from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **sized,
+        )
+    new = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    state = model.state_dict()
+    base = BaseModel(model.eval(), {name: state[name].clone() for name in new})
+    for module in base.new_modules:
+        if module not in (*base.head_modules, POOLER):
+            raise ValueError(f"`--model` must hold its backbone's weights, got none for {module} in {folder}.")
+    return base
+
+
+def restore_head(base: BaseModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Puts a new head's start back as it was when the posterior was fitted.
+
+    Raises:
+        ValueError: if the tensors belong to another model.
+    """
+    state = base.model.state_dict()
+    for name, tensor in tensors.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise ValueError(f"`--model` must be the model that {folder} was fitted on, got one without its {name}.")
+        state[name].copy_(tensor)
+
+
+def choose_names(data_names: Sequence[str], config: PreTrainedConfig) -> tuple[str, ...]:
+    """Class names by index: the model's own where the data's are among them, else the data's.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> choose_names(["bad", "good"], BertConfig(id2label={0: "good", 1: "fair", 2: "bad"}))
+        ('good', 'fair', 'bad')
+        >>> choose_names(["cat", "dog"], BertConfig(num_labels=5))
+        ('cat', 'dog')
+    """
+    own = own_names(config)
+    try:
+        encode_labels(data_names, own)
+    except ValueError:
+        return tuple(data_names)
+    return own
+
+
+def own_names(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The model's class names by index; numbers where it has none but LABEL_0, LABEL_1, ..."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    generic = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    return tuple(str(i) for i in range(len(names))) if generic else tuple(names)

@@ -1,0 +1,120 @@
+"""The arguments of every command, each with an example that works as it stands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from bayes_kf import __version__
+from bayes_kf.cli.settings import add_setting_flags
+from bayes_kf.inference.fit import STARTS
+from bayes_kf.inference.prediction import METHODS
+
+MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
+DATA_HELP = "image folder (PATH/CLASS/IMAGE), .npz with x and y, or .csv, .tsv, .jsonl with text and label"
+
+EXAMPLES = {
+    "demo": ("bayes-kf demo --quick --output demo-output",),
+    "fit": (
+        "bayes-kf fit --model digits-vit --data demo-output/stream.npz --rank 4 --output posterior",
+        "bayes-kf fit --model bert-folder --data reviews.csv --lora lora.json --covariance low_rank --output reviews",
+        "bayes-kf fit --model bert-folder --data reviews.csv --adapter peft-folder --start trained --output reviews",
+    ),
+    "evaluate": (
+        "bayes-kf evaluate demo-output/posterior --model digits-vit --data demo-output/heldout.npz"
+        " --ood corrupted=demo-output/corrupted.npz --output report.html",
+    ),
+}
+"""The commands that ``--help`` shows. All but those with ``bert-folder`` run on what the demo's example wrote."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        print(f"bayes-kf: error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> Parser:
+    """The parser of ``bayes-kf``."""
+    parser = Parser(prog="bayes-kf", description="Fine-tuned adapters with honest uncertainty.")
+    parser.add_argument("--version", action="version", version=f"bayes-kf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,evaluate}")
+    _demo(_command(commands, "demo", "learn handwritten digits online in four ways; print a table, write a report"))
+    _fit(_command(commands, "fit", "give an adapter a posterior in one pass over labelled data"))
+    _evaluate(_command(commands, "evaluate", "report on a saved posterior's predictions for held-out data"))
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction[Parser], name: str, text: str) -> Parser:
+    """The parser of one command, with what all share."""
+    lines = "\n".join(f"  {example}" for example in EXAMPLES[name])
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example{'s' if len(EXAMPLES[name]) > 1 else ''}:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--seed", type=int, help="of every random choice (default: 0, or the configuration's)")
+    command.add_argument("--quiet", action="store_true", help="print errors only")
+    return command
+
+
+def _demo(parser: Parser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="on a few of the images: seconds, not minutes")
+
+
+def _fit(parser: Parser) -> None:
+    _add_data(parser, batch_size=1)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the posterior goes")
+    parser.add_argument("--in-order", action="store_true", help="keep the data's order; without it they are shuffled")
+    parser.add_argument(
+        "--start",
+        choices=STARTS,
+        default=STARTS[0],
+        help="prior: learn from the present weights on; trained: keep them as the mean (default: %(default)s)",
+    )
+    adapter = parser.add_argument_group("adapter")
+    which = adapter.add_mutually_exclusive_group()
+    which.add_argument("--lora", type=Path, metavar="PATH", help="PEFT config, a JSON file or the folder of one")
+    which.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="an adapter trained already, in safetensors")
+    which.add_argument("--rank", type=int, default=4, help="of a new LoRA adapter (default: %(default)s)")
+    adapter.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="modules of a new LoRA adapter (default: queries and values)"
+    )
+    add_setting_flags(parser)
+
+
+def _evaluate(parser: Parser) -> None:
+    parser.add_argument("posterior", type=Path, metavar="POSTERIOR", help="folder that fit or save_pretrained wrote")
+    _add_data(parser, batch_size=64)
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--ood", action="append", default=[], type=_named_path, metavar="NAME=PATH", help="inputs to doubt; repeatable"
+    )
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="of prediction (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=64, help="draws a prediction (default: %(default)s)")
+
+
+def _add_data(parser: Parser, batch_size: int) -> None:
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help=DATA_HELP)
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="default: %(default)s")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    """Name and path of NAME=PATH."""
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH, got {text!r}")
+    return name, Path(path)

@@ -1,0 +1,157 @@
+"""One pass over a stream, one example at a time, predicted first and learned from afterwards."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bayes_kf import DivergenceError, KalmanConfig, KalmanFilter
+
+SCALE_EXAMPLES = 32  # inputs that a function-space prior is scaled on, as ``bayes_kf.fit`` takes them
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Stream(NamedTuple):
+    """Inputs (N, ...) and labels (N,) in the order in which they come."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def batches(self, size: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """The stream in batches."""
+        return list(zip(self.inputs.split(size), self.labels.split(size), strict=True))
+
+
+class Pass(NamedTuple):
+    """What a pass over a stream saw, before each example was learned from.
+
+    Attributes:
+        correct: whether the most probable class was the label, (T,) bool.
+        log_loss: −log p(label), (T,), in nats.
+        seconds: processor seconds per step, of this thread.
+        diverged_at: index of the update that was refused, or None.
+        cause: what would have broken there.
+    """
+
+    correct: Tensor
+    log_loss: Tensor
+    seconds: float
+    diverged_at: int | None = None
+    cause: str | None = None
+
+
+def logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """A model's logits, (B, m), whether it returns them or an object that holds them."""
+    outputs = model(inputs)
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+
+def gradient_pass(model: nn.Module, stream: Stream, make_optimizer: MakeOptimizer, decay: bool = False) -> Pass:
+    """A pass of a gradient optimizer, which changes ``model``.
+
+    Args:
+        model: in evaluation mode; its trainable tensors are optimized.
+        stream: what to learn.
+        make_optimizer: from parameters to an optimizer.
+        decay: whether the learning rate falls linearly to zero over the stream.
+    """
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    total = len(stream.labels)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total if decay else 1.0)
+    correct, losses = [], []
+    start = time.process_time()
+    for inputs, labels in quiet_bar(stream.batches()):
+        outputs = logits(model, inputs)
+        loss = F.cross_entropy(outputs, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        correct.append(outputs.detach().argmax(1) == labels)
+        losses.append(loss.detach().view(1))
+    return _pass(correct, losses, start)
+
+
+@torch.no_grad()
+def frozen_pass(model: nn.Module, stream: Stream) -> Pass:
+    """A pass that learns nothing."""
+    correct, losses = [], []
+    start = time.process_time()
+    for inputs, labels in quiet_bar(stream.batches()):
+        outputs = logits(model, inputs)
+        correct.append(outputs.argmax(1) == labels)
+        losses.append(F.cross_entropy(outputs, labels).view(1))
+    return _pass(correct, losses, start)
+
+
+def kalman_pass(
+    model: nn.Module, stream: Stream, config: KalmanConfig, give_up: Callable[[Tensor, Tensor], bool] | None = None
+) -> Pass:
+    """A pass of a filter, up to the update that it refuses, if any.
+
+    Args:
+        model: what learns; not changed.
+        stream: what to learn.
+        config: the filter's settings.
+        give_up: asked after every hundredth example whether to stop, from ``correct`` and ``log_loss`` so far.
+
+    Raises:
+        FloatingPointError: when a NaN or an infinity was let into a state or a score.
+    """
+    kf = KalmanFilter(model, config)
+    state = kf.init(stream.inputs[:SCALE_EXAMPLES])
+    correct, losses, refused = [], [], None
+    start = time.process_time()
+    for inputs, labels in quiet_bar(stream.batches()):
+        try:
+            state, info = kf.update(state, inputs, labels)
+        except DivergenceError as error:
+            state, refused = error.state, error
+            break
+        check_finite("state", state)
+        check_finite("log_loss", info.log_loss)
+        if math.isnan(info.innovation):
+            raise FloatingPointError(f"the innovation of update {state.step - 1} is NaN")
+        correct.append(info.correct)
+        losses.append(info.log_loss)
+        if give_up is not None and len(losses) % 100 == 0 and give_up(torch.cat(correct), torch.cat(losses)):
+            break
+    found = _pass(correct, losses, start)
+    check_finite("state", state)
+    return found if refused is None else found._replace(diverged_at=refused.step, cause=refused.cause)
+
+
+def check_finite(where: str, value: Any) -> None:
+    """Raise FloatingPointError when any tensor in nested tuples holds a NaN or an infinity."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise FloatingPointError(f"{bad} values of {where} are not finite")
+    elif isinstance(value, tuple):
+        names = getattr(value, "_fields", range(len(value)))
+        for name, part in zip(names, value, strict=True):
+            check_finite(f"{where}.{name}", part)
+
+
+def quiet_bar(items: list[Any]) -> Iterable[Any]:
+    """A progress bar that vanishes at its end, and is not there in a log file."""
+    return tqdm(items, leave=False, disable=not sys.stderr.isatty(), position=1, mininterval=0.5)
+
+
+def _pass(correct: list[Tensor], losses: list[Tensor], start: float) -> Pass:
+    seconds = (time.process_time() - start) / max(1, len(correct))
+    if not correct:
+        return Pass(torch.empty(0, dtype=torch.bool), torch.empty(0), seconds)
+    found = Pass(torch.cat(correct).bool(), torch.cat(losses), seconds)
+    if bool(torch.isnan(found.log_loss).any()):
+        raise FloatingPointError("a log loss of the pass is NaN")
+    return found

@@ -1,0 +1,191 @@
+"""Beliefs against Bayesian linear regression in closed form, their projections, and one contract for all structures."""
+
+import pytest
+import torch
+from oracles import linear_posterior
+from torch import nn
+
+from bayes_kf.inference import KalmanConfig, KalmanFilter, diagonal, full, low_rank
+from bayes_kf.inference.config import STRUCTURES
+from bayes_kf.inference.linearize import Observation
+
+N, NOISE = 5, 0.3
+
+
+def observation(k=3, n=N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return Observation(torch.randn(k, n, generator=g).double(), torch.randn(k, generator=g).double())
+
+
+def prior(n=N, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=g).double(), 0.2 + torch.rand(n, generator=g).double()
+
+
+def exact(mean, variance, obs):
+    """Mean and covariance after an observation, from precisions."""
+    covariance = torch.linalg.inv(torch.diag(1 / variance) + obs.rows.T @ obs.rows)
+    return mean + covariance @ obs.rows.T @ obs.residual, covariance
+
+
+def regression(batches, covariance="full", seed=0, **config):
+    """A linear model filtered over 24 examples in the given batch sizes; data, prior and final state."""
+    torch.manual_seed(seed)
+    model = nn.Linear(N, 1, bias=False).double()
+    x, y = torch.randn(24, N).double(), torch.randn(24, 1).double()
+    setting = KalmanConfig(
+        likelihood="gaussian", covariance=covariance, noise_variance=NOISE, initial_variance=0.7, **config
+    )
+    kf = KalmanFilter(model, setting)
+    state, start = kf.init(), 0
+    for size in batches:
+        state, _ = kf.update(state, x[start : start + size], y[start : start + size])
+        start += size
+    return kf, state, x[:start], y[:start, 0]
+
+
+@pytest.mark.parametrize("batches", [[24], [1] * 24, [5, 1, 8, 10], [12, 12]])
+@pytest.mark.parametrize("structure", ["full", "low_rank"])
+def test_full_filter_is_bayesian_linear_regression(batches, structure):
+    kf, state, x, y = regression(batches, structure, rank=N)
+    mean, covariance = linear_posterior(x, y, state.prior.mean, torch.diag(state.prior.variance), NOISE)
+    torch.testing.assert_close(state.belief.mean, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(kf.config.structure.covariance_matrix(state.belief), covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_order_of_batches_does_not_matter_to_the_full_filter():
+    torch.manual_seed(0)
+    model = nn.Linear(N, 2).double()
+    x, y = torch.randn(10, N).double(), torch.randn(10, 2).double()
+    kf = KalmanFilter(model, KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=2.0))
+    states = []
+    for order in (torch.arange(10), torch.arange(9, -1, -1)):
+        state = kf.init()
+        for i in order:
+            state, _ = kf.update(state, x[i : i + 1], y[i : i + 1])
+        states.append(state.belief)
+    torch.testing.assert_close(states[0].mean, states[1].mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(states[0].covariance, states[1].covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_gain_and_information_order_agree_for_the_full_posterior():
+    mean, variance = prior()
+    obs = observation()
+    after = full.condition(full.init(mean, variance), obs)
+    expected_mean, expected = exact(mean, variance, obs)
+    torch.testing.assert_close(after.mean, expected_mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(after.covariance, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_gain_form_keeps_the_exact_marginal_variances_and_mean():
+    mean, variance = prior()
+    obs = observation()
+    after = diagonal.gain_condition(diagonal.init(mean, variance), obs)
+    expected_mean, covariance = exact(mean, variance, obs)
+    torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(after.variance, covariance.diagonal(), rtol=1e-10, atol=1e-10)
+
+
+def test_information_form_keeps_the_exact_marginal_precisions():
+    mean, variance = prior()
+    obs = observation()
+    after = diagonal.information_condition(diagonal.init(mean, variance), obs)
+    _, covariance = exact(mean, variance, obs)
+    precision = torch.linalg.inv(covariance).diagonal()
+    torch.testing.assert_close(1 / after.variance, precision, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(after.mean, mean + after.variance * (obs.rows.T @ obs.residual), rtol=1e-10, atol=1e-10)
+
+
+def test_mixed_form_is_gain_mean_and_information_variance():
+    mean, variance = prior()
+    obs, start = observation(), diagonal.init(mean, variance)
+    after = diagonal.mixed_condition(start, obs)
+    assert torch.equal(after.mean, diagonal.gain_condition(start, obs).mean)
+    torch.testing.assert_close(after.variance, diagonal.information_condition(start, obs).variance, rtol=1e-12, atol=0)
+
+
+def test_diagonal_forms_coincide_with_one_parameter():
+    mean, variance = prior(1)
+    obs = observation(4, 1)
+    expected_mean, covariance = exact(mean, variance, obs)
+    for name in ("diagonal", "diagonal_information", "diagonal_mixed"):
+        after = STRUCTURES[name].condition(diagonal.init(mean, variance), obs)
+        torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(after.variance, covariance.diagonal(), rtol=1e-10, atol=1e-10)
+
+
+def test_low_rank_truncation_keeps_marginal_precisions_and_leading_directions():
+    mean, variance = prior(8)
+    obs = observation(6, 8)
+    after = low_rank.condition(low_rank.init(mean, variance, rank=2), obs)
+    expected_mean, covariance = exact(mean, variance, obs)
+    torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)  # the mean comes before the cut
+    precision = torch.diag(after.diagonal) + after.factor @ after.factor.T
+    torch.testing.assert_close(precision.diagonal(), torch.linalg.inv(covariance).diagonal(), rtol=1e-10, atol=1e-10)
+    scaled = obs.rows.T * variance.sqrt().unsqueeze(-1)  # eigenvalues in units of the prior
+    kept = torch.linalg.eigvalsh((after.factor * variance.sqrt().unsqueeze(-1)).T @ (after.factor * variance.sqrt().unsqueeze(-1)))
+    torch.testing.assert_close(kept, torch.linalg.eigvalsh(scaled.T @ scaled)[-2:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+class TestContract:
+    """What every covariance structure must do."""
+
+    def belief(self, name):
+        structure = STRUCTURES[name]
+        mean, variance = prior()
+        extra = {"rank": 2} if name == "low_rank" else {}
+        return structure, structure.condition(structure.init(mean, variance, **extra), observation())
+
+    def test_functions_agree_with_the_dense_covariance(self, name):
+        structure, belief = self.belief(name)
+        covariance = structure.covariance_matrix(belief)
+        jacobian = observation(6, N, seed=5).rows.view(2, 3, N)
+        vector = observation(1, N, seed=6).rows[0]
+        torch.testing.assert_close(structure.marginal_variance(belief), covariance.diagonal(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            structure.output_covariance(belief, jacobian), jacobian @ covariance @ jacobian.mT, rtol=1e-10, atol=1e-12
+        )
+        torch.testing.assert_close(
+            structure.quadratic(belief, vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9
+        )
+        torch.testing.assert_close(structure.log_determinant(belief), torch.logdet(covariance), rtol=1e-10, atol=1e-10)
+
+    def test_conditioning_lowers_every_variance_and_leaves_its_input(self, name):
+        structure = STRUCTURES[name]
+        mean, variance = prior()
+        before = structure.init(mean, variance)
+        copies = [t.clone() for t in before]
+        after = structure.condition(before, observation())
+        assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
+        assert (structure.marginal_variance(after) < variance).all()
+        assert (structure.marginal_variance(after) > 0).all()
+
+    def test_samples_have_the_belief_s_moments(self, name):
+        structure, belief = self.belief(name)
+        count = 40_000
+        draws = structure.sample(belief, count, torch.Generator().manual_seed(3))
+        covariance = structure.covariance_matrix(belief)
+        standard_error = (covariance.diagonal() / count).sqrt()
+        assert ((draws.mean(0) - belief.mean).abs() < 5 * standard_error).all()
+        centred = draws - belief.mean
+        error = (covariance**2 + torch.outer(covariance.diagonal(), covariance.diagonal())).div(count).sqrt()
+        assert ((centred.T @ centred / count - covariance).abs() < 5 * error).all()
+        assert torch.equal(draws, structure.sample(belief, count, torch.Generator().manual_seed(3)))
+
+    def test_prediction_step(self, name):
+        structure, belief = self.belief(name)
+        assert all(torch.equal(a, b) for a, b in zip(structure.predict(belief, 1.0, 0.0), belief, strict=True))
+        wider = structure.predict(belief, 0.5, 0.0)
+        torch.testing.assert_close(
+            structure.covariance_matrix(wider), 2 * structure.covariance_matrix(belief), rtol=1e-10, atol=1e-12
+        )
+        drifted = structure.marginal_variance(structure.predict(belief, 1.0, 0.1))
+        if name != "low_rank":  # whose diagonal alone drifts
+            torch.testing.assert_close(drifted, structure.marginal_variance(belief) + 0.1, rtol=1e-12, atol=0)
+        assert (drifted > structure.marginal_variance(belief)).all()
+
+
+def test_full_covariance_is_refused_above_its_size():
+    with pytest.raises(ValueError, match=r"`covariance` 'full' takes at most 20,000 parameters, got 30,000\."):
+        full.init(torch.zeros(30_000), torch.ones(30_000))

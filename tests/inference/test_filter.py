@@ -1,0 +1,241 @@
+"""The recursion as a whole: purity, refusals, bad input, prior rules, gate, guard, noise variance."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import nn
+
+from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter
+from bayes_kf.models import AdapterModel
+
+
+def classifier(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+
+
+def batch(size=2, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=g).double(), torch.randint(3, (size,), generator=g)
+
+
+def test_update_is_pure_and_leaves_the_model_alone():
+    model = classifier().train()
+    model[3].eval()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    kf = KalmanFilter(model, KalmanConfig())
+    state = kf.init()
+    copy = [t.clone() for t in (*state.belief, *state.prior, state.scores)]
+    first, info = kf.update(state, *batch())
+    again, _ = kf.update(state, *batch())
+    assert all(torch.equal(a, b) for a, b in zip((*state.belief, *state.prior, state.scores), copy, strict=True))
+    assert torch.equal(first.belief.mean, again.belief.mean)
+    assert torch.equal(first.belief.variance, again.belief.variance)
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert [m.training for m in model] == [True, True, True, False, True]
+    assert (first.step, first.examples, len(info.log_loss)) == (1, 2, 2)
+
+
+def test_modes_come_back_after_an_exception():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = nn.Linear(4, 3), 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 3:
+                raise RuntimeError("broken on purpose")
+            return self.inner(x)
+
+    model = Fails().train()
+    kf, weights = KalmanFilter(model, KalmanConfig()), model.inner.weight.clone()
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        state = kf.init()
+        for _ in range(5):
+            state, _ = kf.update(state, torch.randn(1, 4), torch.tensor([0]))
+    assert model.training
+    assert model.inner.training
+    assert torch.equal(model.inner.weight, weights)
+    assert not model.inner._forward_hooks
+
+
+BAD_BATCHES = [
+    (lambda x, y: (x, torch.tensor([0, 3])), r"`targets` must lie in 0\.\.2 for 3 outputs, got 0\.\.3"),
+    (lambda x, y: (x, y.double()), r"`targets` must be integer class labels, got dtype torch\.float64"),
+    (lambda x, y: (x, y[:1]), r"`targets` must have shape \(2,\), got \(1,\)"),
+    (lambda x, y: (x, [0, 1]), r"`targets` must be a tensor, got list"),
+    (lambda x, y: (x.fill_(math.nan), y), r"`inputs` must be finite, got 8 NaN or infinite values out of 8"),
+    (lambda x, y: ({"input": x.fill_(math.inf)}, y), r"`input` must be finite, got 8 NaN"),
+    (lambda x, y: (x[:0], y[:0]), r"`inputs` must hold at least one example, got an empty batch"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_BATCHES)
+def test_bad_batches_are_named_before_anything_changes(spoil, message):
+    kf = KalmanFilter(classifier(), KalmanConfig(initial_variance=0.1))
+    state = kf.init()
+    with pytest.raises(ValueError, match=message):
+        kf.update(state, *spoil(*batch()))
+    assert torch.equal(state.belief.mean, kf.adapter.vector())
+
+
+def test_models_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"`model` must have trainable tensors, got none"):
+        AdapterModel(nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(ValueError, match=r"`model` must be a torch\.nn\.Module, got str"):
+        AdapterModel("model")
+    kf = KalmanFilter(nn.Conv2d(1, 2, 1), KalmanConfig())
+    with pytest.raises(ValueError, match=r"outputs of shape \(batch, outputs\), got \(1, 2, 3, 3\)"):
+        kf.update(kf.init(), torch.randn(1, 1, 3, 3), torch.tensor([0]))
+    kf = KalmanFilter(nn.Linear(2, 1), KalmanConfig())
+    with pytest.raises(ValueError, match="`likelihood` categorical needs at least 2 outputs, got 1"):
+        kf.update(kf.init(), torch.randn(1, 2), torch.tensor([0]))
+
+
+def test_everything_trainable_by_accident_warns_with_its_cost():
+    with torch.device("meta"):
+        model = nn.Linear(5000, 4200)
+    with pytest.warns(UserWarning, match=r"21,004,200 trainable numbers, above 20,000,000: .* 0\.3 GiB"):
+        AdapterModel(model)
+
+
+def test_prior_scale_gives_the_outputs_their_spread():
+    kf = KalmanFilter(classifier(), KalmanConfig(initial_logit_sd=3.0))
+    x, _ = batch(50)
+    state = kf.init(x)
+    _, jacobian = kf.linearize(state.belief.mean, x)
+    spread = (jacobian.square() * state.prior.variance).sum(-1).mean().sqrt()
+    assert float(spread) == pytest.approx(3.0, rel=1e-9)
+    assert state.scaled
+    lazily, _ = kf.update(kf.init(), x, torch.zeros(50).long())
+    torch.testing.assert_close(lazily.prior.variance, state.prior.variance)
+
+
+def test_prior_variance_rules():
+    constant = KalmanFilter(classifier(), KalmanConfig(initial_variance=0.3)).init().prior.variance
+    assert torch.equal(constant, torch.full_like(constant, 0.3))
+    config = KalmanConfig(initial_variance=0.3, initial_rule="uniform")
+    uniform = KalmanFilter(classifier(), config).init().prior.variance
+    assert (uniform > 0).all()
+    assert (uniform <= 0.3).all()
+    assert uniform.std() > 0.05
+    assert torch.equal(uniform, KalmanFilter(classifier(), config).init().prior.variance)
+
+
+def test_forgetting_and_drift_widen_before_the_update():
+    kf = KalmanFilter(classifier(), KalmanConfig(initial_variance=0.1, forgetting=0.5, drift_variance=0.02))
+    blind, y = torch.zeros(1, 4).double(), torch.tensor([0])
+    state = kf.init()
+    _, jacobian = kf.linearize(state.belief.mean, blind)
+    after, _ = kf.update(state, blind, y)
+    unseen = (jacobian[0] == 0).all(0)
+    assert unseen.any()
+    torch.testing.assert_close(after.belief.variance[unseen], torch.full((int(unseen.sum()),), 0.22).double())
+
+
+def test_gate_inflates_the_noise_of_an_outlier():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    settings = {"likelihood": "gaussian", "covariance": "full", "initial_variance": 0.5}
+    x, far = torch.randn(1, 3).double(), torch.full((1, 2), 50.0).double()
+    plain, gated = (KalmanFilter(model, KalmanConfig(**settings, gate_quantile=q)) for q in (None, 0.99))
+    _, info = plain.update(plain.init(), x, far)
+    state, gated_info = gated.update(gated.init(), x, far)
+    assert gated_info.innovation == pytest.approx(info.innovation)
+    assert gated_info.damping == pytest.approx(chi2.ppf(0.99, 2) / info.innovation)
+    manual = KalmanFilter(model, KalmanConfig(**settings, noise_variance=1 / gated_info.damping))
+    expected, _ = manual.update(manual.init(), x, far)
+    torch.testing.assert_close(state.belief.mean, expected.belief.mean)
+    torch.testing.assert_close(state.belief.covariance, expected.belief.covariance)
+    _, near = gated.update(gated.init(), x, model(x).detach())
+    assert near.damping == 1.0
+
+
+def test_innovations_of_a_true_linear_model_are_chi_square():
+    torch.manual_seed(0)
+    total, count = 0.0, 400
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2, bias=False).double()
+        kf = KalmanFilter(model, KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=0.5))
+        truth = model.weight.detach() + 0.5**0.5 * torch.randn(2, 3).double()
+        x = torch.randn(2, 3).double()
+        _, info = kf.update(kf.init(), x, x @ truth.T + torch.randn(2, 2).double())
+        assert info.degrees_of_freedom == 4
+        total += info.innovation
+    assert abs(total / count - 4) < 5 * math.sqrt(2 * 4 / count)
+
+
+def test_estimated_noise_variance_finds_the_truth_per_output():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    truth = torch.tensor([0.25, 4.0]).double()
+    kf = KalmanFilter(
+        model, KalmanConfig(likelihood="gaussian", covariance="full", noise_variance="estimated", initial_variance=4.0)
+    )
+    state, weight, count = kf.init(), torch.randn(2, 3).double(), 1500
+    for _ in range(count // 5):
+        x = torch.randn(5, 3).double()
+        state, _ = kf.update(state, x, x @ weight.T + truth.sqrt() * torch.randn(5, 2).double())
+    found = state.noise.variance
+    assert (state.noise.count > 0.95 * count).all()
+    assert ((found - truth).abs() < 5 * truth * math.sqrt(2 / count)).all()
+
+
+def test_guard_damps_a_step_that_overshoots_and_says_so():
+    class Exponential(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.exp(self.weight) * x
+
+    x, y = torch.ones(1, 1).double(), torch.full((1, 1), 30.0).double()
+    steps = {}
+    for damping in (True, False):
+        kf = KalmanFilter(Exponential(), KalmanConfig(likelihood="gaussian", initial_variance=10.0, damping=damping))
+        steps[damping] = kf.update(kf.init(), x, y)
+    assert steps[False][1].damping == 1.0
+    assert steps[True][1].damping < 1.0
+    loss = {k: float((torch.exp(s.belief.mean) - 30).abs()) for k, (s, _) in steps.items()}
+    assert loss[True] < 30 < loss[False]
+
+
+def test_a_prior_variance_that_does_not_fit_the_dtype():
+    with pytest.raises(ValueError, match=r"`initial_variance` must be positive and finite in torch.float32, got 1e\+300"):
+        KalmanFilter(nn.Linear(2, 2), KalmanConfig(initial_variance=1e300)).init()
+
+
+def test_divergence_is_refused_with_its_step_and_cause():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    kf = KalmanFilter(model, KalmanConfig(initial_variance=1e30, damping=False, expansion="mean"))
+    state = kf.init()
+    x, y = torch.randn(50, 4), torch.randint(3, (50,))
+    with pytest.raises(DivergenceError, match=r"update \d+ refused: .* the state before it is kept") as caught:
+        for i in range(50):
+            state, _ = kf.update(state, x[i : i + 1], y[i : i + 1])
+    assert caught.value.step == state.step
+    assert caught.value.state.belief is state.belief
+    assert torch.isfinite(state.belief.mean).all()
+
+
+@pytest.mark.parametrize("noise", ["exponential_family", "ema_taylor", "ema_residual", "identity", "decaying"])
+@pytest.mark.parametrize("covariance", ["diagonal", "diagonal_information", "diagonal_mixed", "low_rank", "full"])
+def test_every_combination_runs_in_float32_and_stays_positive(noise, covariance):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    kf = KalmanFilter(model, KalmanConfig(noise=noise, covariance=covariance, initial_variance=0.1))
+    state = kf.init()
+    for i in range(30):
+        state, info = kf.update(state, torch.randn(2, 4), torch.randint(3, (2,)))
+    variance = kf.marginal_variance(state)
+    assert variance.dtype == torch.float32
+    assert (variance > 0).all()
+    assert (variance <= 0.1 * (1 + 1e-5)).all()
+    assert info.innovation >= 0
