@@ -69,7 +69,9 @@ def _read(name: str, array: str) -> np.ndarray:
     """One array of the folder."""
     path = data_folder() / name / f"{array}.npy.xz"
     if not path.is_file():
-        raise FileNotFoundError(f"`BAYES_KF_DATA` must name a folder that holds {name}/{path.name}, got {path.parents[1]}.")
+        raise FileNotFoundError(
+            f"`BAYES_KF_DATA` must name a folder that holds {name}/{path.name}, got {path.parents[1]}."
+        )
     with lzma.open(path) as file:
         return np.load(file, allow_pickle=False)
 

@@ -109,7 +109,9 @@ def kalman_pass(
     """
     kf = KalmanFilter(model, config)
     state = kf.init(stream.inputs[:SCALE_EXAMPLES])
-    correct, losses, refused = [], [], None
+    correct: list[Tensor] = []
+    losses: list[Tensor] = []
+    refused = None
     start = time.process_time()
     for inputs, labels in quiet_bar(stream.batches()):
         try:
@@ -121,6 +123,7 @@ def kalman_pass(
         check_finite("log_loss", info.log_loss)
         if math.isnan(info.innovation):
             raise FloatingPointError(f"the innovation of update {state.step - 1} is NaN")
+        assert info.correct is not None  # a classifier
         correct.append(info.correct)
         losses.append(info.log_loss)
         if give_up is not None and len(losses) % 100 == 0 and give_up(torch.cat(correct), torch.cat(losses)):

@@ -17,7 +17,8 @@ NAMES = {
     "frozen": "frozen",
     "loko": "LoKO (`KalmanConfig.loko()`)",
     "default": "**default (`KalmanConfig()`)**",
-    "low_rank": "low rank",
+    "diagonal": "default, but diagonal",
+    "low_rank": "default, but low rank",
 }
 LEGEND = (
     "One pass, batch size 1, mean ± sd over {seeds}. Online: before each example's update. Held out: after the pass,"

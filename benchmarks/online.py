@@ -1,9 +1,9 @@
 """A digit transformer trained on MNIST meets other images: LoRA learns them online, one pass, one example at a time.
 
-Rows: the frozen model, AdamW at five learning rates, LoKO's setting, this package's default, and the low-rank belief.
-Online scores come before each update, held-out ones after the pass. Calibration errors have beside them the interval that
-a calibrated model with these confidences would show. Data is read from ../shared/data or $BAYES_KF_DATA; UCI's digits
-come with scikit-learn.
+Rows: the frozen model, AdamW at five learning rates, LoKO's setting, this package's default, and the default with a diagonal
+or a low-rank belief. Online scores come before each update, held-out ones after the pass. Calibration errors have beside them the interval
+that a calibrated model with these confidences would show. Data is read from ../shared/data or $BAYES_KF_DATA; UCI's
+digits come with scikit-learn.
 
     python benchmarks/online.py --data usps --seeds 3                  # everything; a stopped run goes on where it was
     python benchmarks/online.py --data usps --rows default loko        # some rows
@@ -37,7 +37,7 @@ from bayes_kf.evaluation import accuracy, calibration_test
 from bayes_kf.models.zoo import lora_digits_vit
 
 RATES = {f"adamw-{text}": float(text) for text in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")}
-FILTERS = ("loko", "default", "low_rank")
+FILTERS = ("loko", "default", "diagonal", "low_rank")
 ROWS = ("frozen", *RATES, *FILTERS)
 KMNIST_STREAM = 8_000  # of its 10,000 images; the rest is held out
 PROBE = 100  # AdamW steps timed before and after each row, to state its cost in
@@ -84,9 +84,14 @@ def config_of(row: str, seed: int) -> bkf.KalmanConfig | None:
     """Settings of a filter; None for the other rows."""
     if row == "loko":
         return bkf.KalmanConfig.loko(seed=seed)
-    if row == "low_rank":
-        return bkf.KalmanConfig(covariance="low_rank", seed=seed)
+    if row in ("diagonal", "low_rank"):
+        return bkf.KalmanConfig(covariance=row, seed=seed)
     return bkf.KalmanConfig(seed=seed) if row == "default" else None
+
+
+def distinct_rows() -> list[str]:
+    """All rows but a belief that is the default anyway."""
+    return [row for row in ROWS if row not in ("diagonal", "low_rank") or config_of(row, 0) != config_of("default", 0)]
 
 
 def measure(row: str, seed: int, given: Task, rank: int) -> dict[str, Any]:
@@ -114,8 +119,8 @@ def learn_filter(model: nn.Module, given: Task, config: bkf.KalmanConfig) -> tup
     try:
         posterior = bkf.fit(model, given.stream.batches(), config, progress=sys.stderr.isatty())
     except bkf.DivergenceError as error:
+        assert error.posterior is not None  # fit sets it
         posterior, refused = error.posterior, error
-        assert posterior is not None  # fit sets it
     seconds = time.process_time() - start
     check_finite("state", posterior.state)
     history, nothing = posterior.history, torch.empty(0)
@@ -152,7 +157,7 @@ def online_scores(found: Pass, adamw_seconds: float) -> dict[str, Any]:
         "steps": len(found.correct),
         "milliseconds": 1e3 * found.seconds,
         "adamw_milliseconds": 1e3 * adamw_seconds,
-        "correct": base64.b64encode(np.packbits(found.correct.numpy())).decode(),
+        "correct": base64.b64encode(np.packbits(found.correct.numpy()).tobytes()).decode(),
     }
     return kept if found.cause is None else kept | {"diverged_at": found.diverged_at, "cause": found.cause}
 

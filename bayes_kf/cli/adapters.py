@@ -32,11 +32,11 @@ def add_adapter(base: BaseModel, args: argparse.Namespace, seed: int) -> PeftMod
     config = _read_config(args.lora) if args.lora is not None else _lora(base, args.rank, args.target_modules)
     config.inference_mode = False
     if base.new_modules:
-        config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *base.new_modules})
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *base.new_modules})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         option = "--rank" if args.lora is None else "--lora"
-        return _placed(option, lambda: get_peft_model(base.model, config))  # type: ignore[arg-type]
+        return _placed(option, lambda: get_peft_model(base.model, config))
 
 
 def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
@@ -45,29 +45,33 @@ def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
         raise ValueError(f"`--rank` must be at least 1, got {rank}.")
     names = {name.rpartition(".")[2] for name, _ in base.model.named_modules()}
     known = next((pair for pair in QUERIES_AND_VALUES if names.issuperset(pair)), None)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets or known, modules_to_save=base.head_modules or None)
+    heads = base.head_modules or None
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets or known, modules_to_save=heads)
 
 
-def _read_config(path: Path) -> PeftConfig:
+def _read_config(path: Path) -> LoraConfig:
     """A PEFT config from a JSON file or the folder of one."""
     file = path / ADAPTER_FILES[0] if path.is_dir() else path
     try:
         fields: dict[str, Any] = {"peft_type": "LORA"} | json.loads(file.read_text(encoding="utf-8"))
-        return PeftConfig.from_peft_type(**fields)
+        config = PeftConfig.from_peft_type(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"`--lora` must be a PEFT config, got {file}: {error}.") from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"`--lora` must be a PEFT config of type LORA, got {config.peft_type.value} in {file}.")
+    return config
 
 
 def _trained(base: BaseModel, folder: Path) -> PeftModel:
     """The model with an adapter from its folder."""
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            raise ValueError(f"`--adapter` must be a folder with {' and '.join(ADAPTER_FILES)}, got no {name} in {folder}.")
+            raise ValueError(f"`--adapter` must be a folder with {name}, got none in {folder}.")
     model = _placed("--adapter", lambda: PeftModel.from_pretrained(base.model, str(folder), is_trainable=True))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     for module in base.new_modules:
         if not any(f".{module}." in name for name in trainable):
-            raise ValueError(f"`--adapter` must hold a {module} for these classes, as the model has none, got {folder}.")
+            raise ValueError(f"`--adapter` must hold the {module} that the model lacks, got none in {folder}.")
     return model
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def model_folder(model: str) -> Path:
     folder = BUNDLED.get(model, Path(model))
     if not (folder / "config.json").is_file():
         names = " or ".join(BUNDLED)
-        raise ValueError(f"`--model` must be {names} or a folder with config.json and safetensors weights, got {model}.")
+        raise ValueError(f"`--model` must be {names} or a folder with config.json and safetensors, got {model}.")
     return folder
 
 
@@ -141,6 +142,7 @@ def choose_names(data_names: Sequence[str], config: PreTrainedConfig) -> tuple[s
 
 def own_names(config: PreTrainedConfig) -> tuple[str, ...]:
     """The model's class names by index; numbers where it has none but LABEL_0, LABEL_1, ..."""
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    labels: Any = config.id2label
+    names = [str(labels[i]) for i in sorted(labels)]
     generic = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
     return tuple(str(i) for i in range(len(names))) if generic else tuple(names)

@@ -34,17 +34,17 @@ def run_demo_command(args: argparse.Namespace) -> None:
     rows = run_demo(args.output, size, seed=seed, progress=not args.quiet)
     if not args.quiet:
         print(f"\n{markdown_table(rows)}\n\n{caption(rows, size, RANK, seed)}\n")
-        print(f"The report on the last row: {args.output / 'report.html'}. Pictures: online.png, reliability.png there.")
+        print(f"Report on the last row: {args.output / 'report.html'}; pictures beside it: online.png, reliability.png")
 
 
 def run_fit(args: argparse.Namespace) -> None:
     """``bayes-kf fit``."""
     settings = read_settings(args)
     check_output(args.output)
-    device, folder, kind = torch.device(args.device), model_folder(args.model), kind_of(args.data)
+    device, folder, kind = _device(args.device), model_folder(args.model), kind_of(args.data)
     data, labels = _open_to_learn(args, settings, folder, kind)
     base = load_base(folder, kind, labels.num_outputs, settings.seed)
-    model = add_adapter(base, args, settings.seed).to(device)
+    model = _on(add_adapter(base, args, settings.seed), device)
     _check_batch(model, data.loader, args.data)
     posterior = fit(model, data.loader, settings, start=args.start, progress=not args.quiet)
     save_posterior(posterior, args.output, labels, base.new_head)
@@ -57,7 +57,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.output.suffix != ".html":
         raise ValueError(f"`--output` must end in .html, got {args.output}.")
     settings = KalmanConfig.from_pretrained(args.posterior)
-    device, folder, kind = torch.device(args.device), model_folder(args.model), kind_of(args.data)
+    device, folder, kind = _device(args.device), model_folder(args.model), kind_of(args.data)
     labels = read_labels(args.posterior)
     names = own_names(read_config(folder, kind)) if labels is None else labels.class_names
     names = () if settings.likelihood in NUMERIC else names
@@ -65,13 +65,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     foreign = {name: _open(args, path, folder, settings, None, foreign=True) for name, path in args.ood}
     base = load_base(folder, kind, None if labels is None else labels.num_outputs, settings.seed)
     restore_head(base, read_new_head(args.posterior), args.posterior)
-    posterior = Posterior.from_pretrained(args.posterior, base.model.to(device))
+    posterior = Posterior.from_pretrained(args.posterior, _on(base.model, device))
     for path, opened in [(args.data, data), *((p, foreign[n]) for n, p in args.ood)]:
         _check_batch(posterior.adapter.model, opened.loader, path)
     report = evaluate(
         posterior,
-        tqdm(data.loader, desc=str(args.data), disable=args.quiet),
-        ood={name: _inputs(tqdm(d.loader, desc=name, disable=args.quiet)) for name, d in foreign.items()},
+        _watched(data.loader, args.data.name, args.quiet),
+        ood={name: _inputs(_watched(d.loader, name, args.quiet)) for name, d in foreign.items()},
         method=args.method,
         num_samples=args.num_samples,
         class_names=names if len(names) > 1 else None,
@@ -80,7 +80,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     )
     _save_report(report, args.output)
     if not args.quiet:
-        print("\n".join(report.sections.verdict), f"\nThe whole report: {args.output}")
+        print("\n".join([*report.sections.verdict, f"The whole report: {args.output}"]))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -130,6 +130,21 @@ def _open(
     return open_dataset(path, model=folder, **common, **options)
 
 
+def _on(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device; what torch says of a device that is not there becomes a sentence."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` must be there, got {device}: {error}") from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`--device` must be a torch device, got {name!r}.") from error
+
+
 def _first(loader: Iterable[Any], path: Path) -> tuple[Inputs, Any]:
     for batch in loader:
         return split_batch(batch)
@@ -144,6 +159,11 @@ def _check_batch(model: nn.Module, loader: Iterable[Any], path: Path) -> None:
         adapter.outputs(adapter.vector(), inputs)
     except Exception as error:
         raise ValueError(f"`--model` must take the inputs of {path}, got {type(error).__name__}: {error}") from error
+
+
+def _watched(loader: Iterable[Any], name: str, quiet: bool) -> Iterator[Any]:
+    """Batches behind a bar that appears with the first of them."""
+    yield from tqdm(loader, desc=name, unit="batch", disable=quiet)
 
 
 def _inputs(loader: Iterable[Any]) -> Iterator[Inputs]:

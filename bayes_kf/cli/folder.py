@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -48,7 +48,8 @@ def save_posterior(posterior: Posterior, folder: Path, labels: Labels, new_head:
         fresh, former = Path(scratch) / "new", Path(scratch) / "old"
         posterior.save_pretrained(fresh)
         (fresh / LABELS_FILE).write_text(json.dumps(labels._asdict(), indent=2) + "\n", encoding="utf-8")
-        np.savez_compressed(fresh / HISTORY_FILE, **{name: t.numpy() for name, t in posterior.history.items()})
+        series: dict[str, Any] = {name: tensor.numpy() for name, tensor in posterior.history.items()}
+        np.savez_compressed(fresh / HISTORY_FILE, **series)
         if new_head:
             save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
         _put(fresh, folder, former)

@@ -60,7 +60,9 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, text: str)
         epilog=f"example{'s' if len(EXAMPLES[name]) > 1 else ''}:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--seed", type=int, help="of every random choice (default: 0, or the configuration's)")
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="of every random choice (default: 0, or the configuration's)"
+    )
     command.add_argument("--quiet", action="store_true", help="print errors only")
     return command
 
@@ -84,9 +86,9 @@ def _fit(parser: Parser) -> None:
     which = adapter.add_mutually_exclusive_group()
     which.add_argument("--lora", type=Path, metavar="PATH", help="PEFT config, a JSON file or the folder of one")
     which.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="an adapter trained already, in safetensors")
-    which.add_argument("--rank", type=int, default=4, help="of a new LoRA adapter (default: %(default)s)")
+    which.add_argument("--rank", type=int, default=4, metavar="N", help="of a new LoRA adapter (default: %(default)s)")
     adapter.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="modules of a new LoRA adapter (default: queries and values)"
+        "--target-modules", nargs="+", metavar="NAME", help="what a new LoRA adapter adapts (default: queries, values)"
     )
     add_setting_flags(parser)
 
@@ -99,16 +101,18 @@ def _evaluate(parser: Parser) -> None:
         "--ood", action="append", default=[], type=_named_path, metavar="NAME=PATH", help="inputs to doubt; repeatable"
     )
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="of prediction (default: %(default)s)")
-    parser.add_argument("--num-samples", type=int, default=64, help="draws a prediction (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="draws (default: %(default)s)")
 
 
 def _add_data(parser: Parser, batch_size: int) -> None:
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help=DATA_HELP)
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="default: %(default)s")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a text (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
 
 

@@ -31,7 +31,8 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         kind: dict[str, Any] = {"type": _value, "metavar": "VALUE"}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        text = f"{described.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = f"{described.get(field.name, '')}{default}".replace("%", "%%")
         group.add_argument(flag, dest=PREFIX + field.name, default=argparse.SUPPRESS, help=text, **kind)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from bayes_kf.data.images import ImageFormat
 from bayes_kf.data.labels import LabelledData, encode_labels, make_loader
 
 _KEYS = (("x", "y"), ("inputs", "targets"))
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # RuntimeError: encrypted
+_MOST_CLASSES = 100_000
 
 
 def array_data(
@@ -70,14 +73,15 @@ def _shapes(x: np.ndarray, y: np.ndarray) -> str:
 def _read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Both arrays of the file, never unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream:  # numpy leaves a file of its own open where the archive is damaged
+            arrays = np.load(stream, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError(f"it is a single array of shape {arrays.shape}")
             for pair in _KEYS:
                 if all(key in arrays for key in pair):
                     return arrays[pair[0]], arrays[pair[1]]
             found = ", ".join(arrays.files) or "none"
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"`path` must be an .npz file of plain arrays, got {path}: {error}.") from error
     raise ValueError(f"`path` must hold arrays x and y, or inputs and targets, got {found} in {path}.")
 
@@ -112,10 +116,11 @@ def _targets(
             f" got {y.dtype} {y.shape} in {path}."
         )
     indices = y.astype(np.int64)
-    names = tuple(map(str, range(indices.max() + 1))) if class_names is None else tuple(class_names)
-    if indices.min() < 0 or indices.max() >= len(names):
+    last = (_MOST_CLASSES if class_names is None else len(class_names)) - 1
+    if indices.min() < 0 or indices.max() > last:
         raise ValueError(
-            f"`path` must hold class indices from 0 to {len(names) - 1},"
+            f"`path` must hold class indices from 0 to {last}, or numbers to regress on in floats,"
             f" got {indices.min()} to {indices.max()} in {path}."
         )
+    names = tuple(map(str, range(indices.max() + 1))) if class_names is None else tuple(class_names)
     return torch.from_numpy(indices), names

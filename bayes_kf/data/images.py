@@ -17,6 +17,8 @@ from torchvision.datasets import ImageFolder
 
 from bayes_kf.data.labels import LabelledData, make_loader
 
+_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of Pillow's numbers
+
 
 @dataclass(frozen=True)
 class ImageFormat:
@@ -27,7 +29,8 @@ class ImageFormat:
         channels: 1 (grey) or 3 (RGB).
         mean: subtracted from each channel, C numbers.
         sd: divides each channel, C numbers.
-        shortest_edge: resize this side first, keeping proportions, and crop the centre; None resizes straight to `size`.
+        shortest_edge: resize this side first, keeping proportions, and crop the centre; None goes straight to `size`.
+        resample: nearest, lanczos, bilinear or bicubic.
 
     Raises:
         ValueError: a field is out of range.
@@ -43,10 +46,13 @@ class ImageFormat:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     sd: tuple[float, ...] = (0.229, 0.224, 0.225)
     shortest_edge: int | None = None
+    resample: str = "bilinear"
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"`size` must be a positive height and width, got {self.size}.")
+        if self.resample not in _RESAMPLE:
+            raise ValueError(f"`resample` must be one of {', '.join(_RESAMPLE)}, got {self.resample!r}.")
         if self.channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 or 3, got {self.channels}.")
         if len(self.mean) != self.channels or len(self.sd) != self.channels or min(self.sd) <= 0:
@@ -61,17 +67,20 @@ class ImageFormat:
         if config is None:
             return None
         model = _read_json(Path(folder) / "config.json") or {}
-        mean, sd = tuple(config.get("image_mean", cls.mean)), tuple(config.get("image_std", cls.sd))
-        if not config.get("do_normalize", True):
-            mean, sd = (0.0,) * len(mean), (1.0,) * len(sd)
-        size, shortest = _sizes(config)
-        return cls(size, model.get("num_channels", len(mean)), mean, sd, shortest)
+        try:
+            return cls(**_fields(config, model.get("num_channels")))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"`folder` must hold a preprocessor_config.json with sizes, means and deviations, got {error!r}"
+                f" in {folder}."
+            ) from error
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """A function from a PIL image to an input (C, H, W)."""
-        resize: list[Any] = [transforms.Resize(self.size, antialias=True)]
+        mode = transforms.InterpolationMode(self.resample)
+        resize: list[Any] = [transforms.Resize(self.size, mode)]
         if self.shortest_edge is not None:
-            resize = [transforms.Resize(self.shortest_edge, antialias=True), transforms.CenterCrop(self.size)]
+            resize = [transforms.Resize(self.shortest_edge, mode), transforms.CenterCrop(self.size)]
         steps = [transforms.Grayscale(self.channels)] if self.channels == 1 else []
         return transforms.Compose([*steps, *resize, transforms.ToTensor(), transforms.Normalize(self.mean, self.sd)])
 
@@ -85,8 +94,8 @@ class ImageFormat:
                 f"`pixels` must be (N, H, W), (N, H, W, C) or (N, C, H, W) with {self.channels} channels,"
                 f" got {pixels.shape}."
             )
-        to_input = self.transform()
-        return torch.stack([to_input(Image.fromarray(image.squeeze(-1) if self.channels == 1 else image)) for image in x])
+        x, to_input = x.squeeze(-1) if self.channels == 1 else x, self.transform()
+        return torch.stack([to_input(Image.fromarray(image)) for image in np.ascontiguousarray(x)])
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -97,6 +106,20 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"`folder` must hold a JSON object in {path.name}, got {path}: {error}.") from error
+
+
+def _fields(config: dict[str, Any], channels: int | None) -> dict[str, Any]:
+    """The fields of `ImageFormat` in a preprocessor configuration."""
+    factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+    if abs(factor * 255 - 1) > 1e-6:
+        raise ValueError(f"`rescale_factor` must be 1/255, got {factor}.")
+    mean = tuple(config.get("image_mean", ImageFormat.mean))
+    sd = tuple(config.get("image_std", ImageFormat.sd))
+    if not config.get("do_normalize", True):
+        mean, sd = (0.0,) * len(mean), (1.0,) * len(sd)
+    size, shortest = _sizes(config)
+    resample = _RESAMPLE[config.get("resample", 2)]
+    return dict(size=size, channels=channels or len(mean), mean=mean, sd=sd, shortest_edge=shortest, resample=resample)
 
 
 def _sizes(config: dict[str, Any]) -> tuple[tuple[int, int], int | None]:

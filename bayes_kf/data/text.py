@@ -69,6 +69,8 @@ def _tokenizer(source: str | os.PathLike[str] | PreTrainedTokenizerBase) -> PreT
     if isinstance(source, PreTrainedTokenizerBase):
         tokenizer = source
     else:
+        if not Path(source).is_dir():
+            raise ValueError(f"`tokenizer` must be a Hugging Face model folder with a tokenizer, got {source}.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
@@ -139,6 +141,8 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"`path` must name each column once, got {', '.join(header)} in {file}.")
         for fields in reader:
             if not fields:
                 continue

@@ -6,7 +6,11 @@ saved beside a report on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from bayes_kf.demo.contenders import RATES, Row, best_adamw_row, frozen_row, kalman_row
 from bayes_kf.demo.data import FULL, QUICK, DemoData, Size, demo_data, save_arrays
@@ -37,13 +41,25 @@ def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: 
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     data = demo_data(size, seed)
-    frozen = frozen_row("frozen model", data, progress)
-    adamw = best_adamw_row(ADAMW, data, RANK, seed, progress)
-    loko, _ = kalman_row("LoRA + LoKO", KalmanConfig.loko(seed=seed), data, RANK, progress)
-    ours, posterior = kalman_row(OURS, KalmanConfig(seed=seed), data, RANK, progress)
+    with one_thread():
+        frozen = frozen_row("frozen model", data, progress)
+        adamw = best_adamw_row(ADAMW, data, RANK, seed, progress)
+        loko, _ = kalman_row("LoRA + LoKO", KalmanConfig.loko(seed=seed), data, RANK, progress)
+        ours, posterior = kalman_row(OURS, KalmanConfig(seed=seed), data, RANK, progress)
     rows = [frozen, adamw, loko, ours]
     _save(folder, rows, posterior, data, seed)
     return rows
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread inside: the model is so small that threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _save(folder: Path, rows: list[Row], posterior: Posterior, data: DemoData, seed: int) -> None:

@@ -64,9 +64,7 @@ def adamw_row(name: str, rate: float, data: DemoData, rank: int, seed: int, prog
     return Row(name, point_report(model, data, history, name), history, seconds, {"learning_rate": rate})
 
 
-def kalman_row(
-    name: str, config: KalmanConfig, data: DemoData, rank: int, progress: bool
-) -> tuple[Row, Posterior]:
+def kalman_row(name: str, config: KalmanConfig, data: DemoData, rank: int, progress: bool) -> tuple[Row, Posterior]:
     """LoRA filtered with these settings, and the posterior."""
     start = time.perf_counter()
     with tqdm(data.stream_loader, **_bar(progress, name)) as bar:

@@ -43,7 +43,9 @@ def markdown_table(rows: list[Row]) -> str:
 
 def caption(rows: list[Row], size: Size, rank: int, seed: int) -> str:
     """What the columns mean."""
-    grid = next((row.notes["online_accuracy_by_rate"] for row in rows if "online_accuracy_by_rate" in row.notes), {})
+    grid: dict[float, float] = next(
+        (row.notes["online_accuracy_by_rate"] for row in rows if "online_accuracy_by_rate" in row.notes), {}
+    )
     rates = ", ".join(f"{rate:g}" for rate in grid)
     total = sum(row.notes.get("seconds_of_all_rates", 0.0) for row in rows)
     return (
@@ -71,5 +73,5 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _line(cells: list[str], widths: list[int]) -> str:
-    padded = [cells[0].ljust(widths[0]), *[cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]]
-    return f"| {' | '.join(padded)} |"
+    numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return f"| {' | '.join([cells[0].ljust(widths[0]), *numbers])} |"

@@ -42,6 +42,7 @@ STRUCTURES: dict[str, Structure] = {
 }
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
+SPREADS = ("tensors", "constant")
 EXPANSIONS = ("mode", "mean")
 CONFIG_FILE = "kalman_config.json"
 
@@ -57,8 +58,10 @@ class KalmanConfig:
         noise: observation noise. "exponential_family": the likelihood's own variance. "ema_taylor" and "ema_residual":
             LoKO's equations 12 and 7. "identity": I. "decaying": exp(−k/50) I at update k.
         noise_variance: σ² of a Gaussian likelihood in squared target units, or "estimated".
-        initial_logit_sd: prior standard deviation of the outputs, from which one constant prior variance follows.
-            Used when ``initial_variance`` is None.
+        initial_logit_sd: prior standard deviation of the outputs, from which the prior variances follow. Used when
+            ``initial_variance`` is None.
+        initial_spread: how that is shared: "tensors" (each tensor adds the same variance to the outputs) or "constant"
+            (one variance for every parameter).
         initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
         initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
         beta: forgetting factor of the EMA noise models, in (0, 1).
@@ -68,7 +71,7 @@ class KalmanConfig:
         gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
         expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
             "mean" as in the papers. Only the exponential-family noise has a choice.
-        temperature: factor on the posterior covariance in predictions: "prequential" (the best of a grid by the
+        temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule.
 
@@ -83,14 +86,15 @@ class KalmanConfig:
     """
 
     likelihood: str = "categorical"
-    covariance: str = "diagonal"
+    covariance: str = "low_rank"
     noise: str = "exponential_family"
     noise_variance: float | str = 1.0
-    initial_logit_sd: float = 2.0
+    initial_logit_sd: float = 4.0
+    initial_spread: str = "tensors"
     initial_variance: float | None = None
     initial_rule: str = "constant"
     expansion: str = "mode"
-    rank: int = 10
+    rank: int = 50
     beta: float = 0.95
     forgetting: float = 1.0
     drift_variance: float = 0.0
@@ -104,6 +108,7 @@ class KalmanConfig:
         _one_of("covariance", self.covariance, tuple(STRUCTURES))
         _one_of("noise", self.noise, NOISES)
         _one_of("initial_rule", self.initial_rule, RULES)
+        _one_of("initial_spread", self.initial_spread, SPREADS)
         if self.noise_variance != "estimated":
             _positive("noise_variance", self.noise_variance)
         _positive("initial_logit_sd", self.initial_logit_sd)

@@ -15,12 +15,13 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.linearize import Linearizer, Observation, whitened
 from bayes_kf.inference.mode import expand_at_mode
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
 from bayes_kf.models.likelihood import Likelihood
 from bayes_kf.models.state_space import constant_variance, logit_variance, uniform_variance
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
+TRUSTED = 0.1  # change of an output, in its own unit, over which the linearization is not checked
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
 
@@ -54,14 +55,14 @@ class KalmanFilter:
         """
         mean = self.adapter.vector()
         prior = diagonal.init(mean, self._prior_variance(mean))
-        scores = torch.zeros(len(temperature.GRID), dtype=torch.float64, device=mean.device)
         scaled = self.config.initial_variance is not None
+        scores = temperature.init(mean.device)
         state = FilterState(self._belief(prior), prior, noise.State(), scores, scaled, 0, 0)
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
-        gains = [_gains(self.linearize(mean, piece)[1]) for _, piece in self.linearize.pieces(mean, inputs)]
-        return self._scale(state, torch.cat(gains))
+        squares = [self.linearize(mean, piece)[1].square().sum((0, 1)) for _, piece in self.linearize.pieces(mean, inputs)]
+        return self._scale(state, torch.stack(squares).sum(0) / (batch_size(inputs) * self.linearize.num_outputs))
 
     def update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, *, hold_mean: bool = False
@@ -94,9 +95,9 @@ class KalmanFilter:
         return self.config.structure.marginal_variance(state.belief)
 
     def temperature(self, state: FilterState) -> float:
-        """Factor on the covariance in predictions: as configured, or the best by the prequential score."""
+        """Factor on the covariance in predictions: as configured, or chosen by the prequential score."""
         setting = self.config.temperature
-        return temperature.best(state.scores) if isinstance(setting, str) else setting
+        return temperature.choose(state.scores) if isinstance(setting, str) else setting
 
     def _update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool
@@ -106,15 +107,18 @@ class KalmanFilter:
         targets = noise.likelihood(self.config, state.noise).check(outputs, targets)
         _finite("the outputs", outputs)
         _finite("the Jacobian", jacobian)
-        state = state if state.scaled else self._scale(state, _gains(jacobian))
+        state = state if state.scaled else self._scale(state, jacobian.square().mean((0, 1)))
         belief = structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
         output_cov = structure.output_covariance(belief, jacobian)
         noise_state = noise.begin(self.config, state.noise, outputs, targets)
         family = noise.likelihood(self.config, noise_state)
-        scores = state.scores if hold_mean else state.scores + self._scores(state, family, outputs, output_cov, targets)
-        observation, jitter, noise_state = self._observe(belief, noise_state, family, outputs, jacobian, targets, output_cov)
+        scores = state.scores if hold_mean else self._scores(state, family, outputs, output_cov, targets)
+        at_mode = self.config.expansion == "mode" and not hold_mean
+        observation, jitter, noise_state = self._observe(
+            belief, noise_state, family, outputs, jacobian, targets, output_cov, at_mode
+        )
         guarded = self.config.damping and not hold_mean
-        accepts = self._objective(family, belief, inputs, targets, outputs) if guarded else None
+        accepts = self._objective(family, belief, inputs, targets, outputs, jacobian) if guarded else None
         after, damping = self._condition(belief, observation, accepts)
         after = after._replace(mean=belief.mean) if hold_mean else after
         step = after.mean - belief.mean
@@ -143,12 +147,13 @@ class KalmanFilter:
         jacobian: Tensor,
         targets: Tensor,
         output_cov: Tensor,
+        at_mode: bool,
     ) -> tuple[Observation, float, noise.State]:
         """The whitened observation, the jitter that its noise took, and the noise state after it."""
         white, noise_state = noise.whiten(self.config, noise_state, outputs, targets, output_cov)
         innovation = self._innovation(belief, white, jacobian, output_cov)
         factor, residual = white.factor, white.residual
-        if self.config.expansion == "mode" and self.config.noise == "exponential_family" and family.name != "gaussian":
+        if at_mode and self.config.noise == "exponential_family" and family.name != "gaussian":
             joint = self._joint(belief, jacobian, output_cov)
             factor, residual = expand_at_mode(family, outputs.double(), targets, joint)
         dof = len(outputs) * (outputs.shape[1] - (family.name == "categorical"))
@@ -176,14 +181,19 @@ class KalmanFilter:
         return after, damping
 
     def _objective(
-        self, family: Likelihood, belief: Any, inputs: Inputs, targets: Tensor, outputs: Tensor
+        self, family: Likelihood, belief: Any, inputs: Inputs, targets: Tensor, outputs: Tensor, jacobian: Tensor
     ) -> Callable[[Any], bool]:
-        """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ, the objective that it solves by linearization."""
+        """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ, the objective that it solves by linearization.
+
+        A step that moves no output by more than ``TRUSTED`` is taken without the forward pass that this needs.
+        """
         before = -family.log_prob(outputs, targets).sum()
 
         def accepts(after: Any) -> bool:
             if not bool(torch.isfinite(after.mean).all()):
                 return False
+            if bool((jacobian @ (after.mean - belief.mean)).abs().max() < TRUSTED):
+                return True
             penalty = 0.5 * self.config.structure.quadratic(belief, after.mean - belief.mean)
             loss = -family.log_prob(self.adapter.outputs(after.mean, inputs), targets).sum()
             return bool(loss + penalty <= before + ROUNDING * (1.0 + before.abs()))
@@ -192,11 +202,12 @@ class KalmanFilter:
 
     def _scores(
         self, state: FilterState, family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor
-    ) -> Tensor | float:
-        """Log losses of this batch by temperature, or nothing where the temperature is given."""
+    ) -> temperature.State:
+        """The scores with this batch's, or as they were where the temperature is given."""
         if not isinstance(self.config.temperature, str):
-            return 0.0
-        return temperature.log_losses(family, outputs, output_cov, targets, self.config.seed + state.step)
+            return state.scores
+        losses = temperature.log_losses(family, outputs, output_cov, targets, self.config.seed + state.step)
+        return temperature.add(state.scores, losses)
 
     def _joint(self, belief: Any, jacobian: Tensor, output_cov: Tensor) -> Tensor:
         """J P Jᵀ over the whole batch, (B·m, B·m)."""
@@ -227,16 +238,15 @@ class KalmanFilter:
         extra = {"rank": self.config.rank} if self.config.covariance == "low_rank" else {}
         return self.config.structure.init(prior.mean, prior.variance, **extra)
 
-    def _scale(self, state: FilterState, gains: Tensor) -> FilterState:
-        """The state with its unit prior scaled so that the outputs, with these ‖J‖², have the configured spread."""
-        variance = state.prior.variance * logit_variance(gains, self.config.initial_logit_sd)
-        prior = diagonal.init(state.prior.mean, variance)
+    def _scale(self, state: FilterState, squares: Tensor) -> FilterState:
+        """The state with its prior variance set from the mean squares of the Jacobian's columns, (n,)."""
+        mean, where = state.prior.mean, self.adapter.slices().values()
+        gains = [float(squares[part].double().sum()) for part in where]
+        starts = [float(mean[part].double().square().mean()) for part in where]
+        variances = logit_variance(gains, starts, self.config.initial_logit_sd, self.config.initial_spread)
+        parts = [mean.new_full((size,), value) for value, size in zip(variances, self.adapter.sizes, strict=True)]
+        prior = diagonal.init(mean, torch.cat(parts))
         return state._replace(belief=self._belief(prior), prior=prior, scaled=True)
-
-
-def _gains(jacobian: Tensor) -> Tensor:
-    """‖J_bj‖² per example and output, (B, m): output variances under a unit prior."""
-    return jacobian.double().square().sum(-1)
 
 
 def _finite(what: str, tensor: Tensor) -> None:

@@ -142,5 +142,7 @@ class _Record:
         return f"{accuracy}log loss {recent.mean():.3f}, innovation {ratio:.2f}"
 
     def history(self) -> dict[str, Tensor]:
-        joined = {name: torch.cat(parts) for name, parts in self.per_example.items() if parts}
+        joined = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in self.per_example.items()}
+        if self.likelihood in ("gaussian", "poisson"):
+            del joined["correct"]
         return joined | {name: torch.tensor(values) for name, values in self.per_update.items()}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayes_kf.inference import diagonal, noise
+from bayes_kf.inference import diagonal, noise, temperature
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.state import FilterState
@@ -66,7 +66,7 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
         belief=config.structure.State(**belief),
         prior=diagonal.State(**_fields(tensors, "prior.")),
         noise=noise.State(step=metadata["noise_step"], **_fields(tensors, "noise.")),
-        scores=tensors["scores"],
+        scores=temperature.State(metadata["scored"], **_fields(tensors, "scores.")),
         scaled=metadata["scaled"],
         step=metadata["step"],
         examples=metadata["examples"],
@@ -113,7 +113,7 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
     parts: dict[str, Any] = {f"belief.{k}": v for k, v in state.belief._asdict().items()}
     parts |= {f"prior.{k}": v for k, v in state.prior._asdict().items()}
     parts |= {f"noise.{k}": v for k, v in state.noise._asdict().items()}
-    parts["scores"] = state.scores
+    parts |= {f"scores.{k}": v for k, v in state.scores._asdict().items()}
     parts |= {f"history.{k}": v for k, v in posterior.history.items()}
     return {k: v.detach().cpu().clone().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
 
@@ -128,6 +128,7 @@ def _metadata(posterior: Posterior) -> dict[str, str]:
         "step": state.step,
         "examples": state.examples,
         "scaled": state.scaled,
+        "scored": state.scores.updates,
         "noise_step": state.noise.step,
     }
     return {"bayes_kf": json.dumps(values)}

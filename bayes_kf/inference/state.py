@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from bayes_kf.inference import diagonal, noise
+from bayes_kf.inference import diagonal, noise, temperature
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
@@ -19,7 +19,7 @@ class FilterState(NamedTuple):
         belief: mean and covariance, the State of the configured structure.
         prior: mean (n,) and variance (n,) that the belief started from.
         noise: what the noise model remembers.
-        scores: prequential log loss at every temperature of ``temperature.GRID``, (K,), in nats.
+        scores: prequential log losses by temperature.
         scaled: whether the prior's scale is settled; False only before the first inputs were seen.
         step: updates made.
         examples: examples seen.
@@ -28,7 +28,7 @@ class FilterState(NamedTuple):
     belief: Any
     prior: diagonal.State
     noise: noise.State
-    scores: Tensor
+    scores: temperature.State
     scaled: bool
     step: int
     examples: int

@@ -1,12 +1,14 @@
 """How far to trust the covariance: a factor on P in predictions, priced by the stream itself.
 
-Before each update the filter's own linearized prediction is scored at every temperature of a grid. The one with the
-lowest prequential log loss is the posterior's: no validation set, no extra pass through the network. Ours.
+Before each update the filter's own linearized prediction is scored at every temperature of a grid. The posterior's is
+the largest one whose prequential log loss lies within one standard error of the lowest: between settings that the data
+cannot tell apart, the more uncertain is chosen. No validation set, no extra pass through the network. Ours.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +39,40 @@ def log_losses(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets:
     return -(log_prob.double().logsumexp(1) - math.log(NUM_DRAWS)).sum(-1)
 
 
-def best(scores: Tensor) -> float:
-    """The temperature of the lowest score; 1 before anything was scored."""
-    return GRID[int(scores.argmin())] if bool((scores != 0).any()) else 1.0
+class State(NamedTuple):
+    """Sums over updates of the log losses ℓ by temperature, (K,), and of ℓℓᵀ, (K, K); in nats.
+
+    Attributes:
+        updates: number of updates scored.
+        total: Σ ℓ.
+        products: Σ ℓℓᵀ.
+    """
+
+    updates: int
+    total: Tensor
+    products: Tensor
+
+
+def init(device: torch.device) -> State:
+    """Nothing scored yet."""
+    total = torch.zeros(len(GRID), dtype=torch.float64, device=device)
+    return State(0, total, torch.outer(total, total))
+
+
+def add(state: State, losses: Tensor) -> State:
+    """The sums with one more update's losses, (K,)."""
+    return State(state.updates + 1, state.total + losses, state.products + torch.outer(losses, losses))
+
+
+def choose(state: State) -> float:
+    """The largest temperature within one standard error of the best; 1 before anything was scored."""
+    if state.updates == 0:
+        return 1.0
+    best = int(state.total.argmin())
+    excess = state.total - state.total[best]
+    squares = state.products.diagonal() - 2 * state.products[best] + state.products[best, best]  # Σ (ℓ − ℓ_best)²
+    variance = (squares - excess.square() / state.updates).clamp_min(0.0)  # of the sum of the differences
+    return GRID[int((excess <= variance.sqrt()).nonzero().max())]
 
 
 def _exact(family: Gaussian, outputs: Tensor, output_cov: Tensor, targets: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class AdapterModel:
         self.dtypes: tuple[torch.dtype, ...] = tuple(p.dtype for p in trainable.values())
         self.sizes: tuple[int, ...] = tuple(p.numel() for p in trainable.values())
         self.num_parameters = sum(self.sizes)
+        every_name = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+        self._tied = len(every_name) > len(trainable)  # looking for ties costs a walk through the model each call
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         if self.num_parameters > LARGE:
             state_gib = 4 * self.num_parameters * self.dtype.itemsize / 2**30
@@ -97,7 +99,7 @@ class AdapterModel:
         """
         inputs = to_device(inputs, self.device)
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-        outputs = functional_call(self.model, dict(tensors), args, kwargs)
+        outputs = functional_call(self.model, dict(tensors), args, kwargs, tie_weights=self._tied)
         return _as_matrix(outputs)
 
     def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
@@ -117,13 +119,14 @@ class AdapterModel:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode inside; each in the mode it had afterwards, whatever happened."""
-    modes = [(module, module.training) for module in model.modules()]
+    in_training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
+        for module in in_training:
+            module.training = False
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:

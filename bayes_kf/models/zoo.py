@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -56,7 +56,6 @@ def digits_vit_config() -> ViTConfig:
         attention_probs_dropout_prob=0.0,
         id2label={digit: str(digit) for digit in range(10)},
         label2id={str(digit): digit for digit in range(10)},
-        attn_implementation="sdpa",
     )
 
 
@@ -103,13 +102,14 @@ def _load_digits_vit(path: Path) -> ViTForImageClassification:
     except SafetensorError as error:
         raise ValueError(f"`weights` must be a safetensors file, got {file}: {error}.") from error
     with _quiet():
-        model, info = ViTForImageClassification.from_pretrained(  # knows the names of older and newer releases
+        loaded: Any = ViTForImageClassification.from_pretrained(  # knows the names of older and newer releases
             None, config=digits_vit_config(), state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    model, info = loaded
     problems = [f"{kind}: {sorted(map(str, info[kind]))[0]}" for kind in _LOADING_PROBLEMS if info[kind]]
     if problems:
         raise ValueError(f"`weights` must hold this architecture's tensors, got {'; '.join(problems)} in {file}.")
-    return model.eval()
+    return cast(ViTForImageClassification, model.eval())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,371 @@
+"""Fitting, predicting, drawing and persisting, on linear models with exact answers and on a real PEFT transformer."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from oracles import linear_posterior
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayes_kf as bkf
+from bayes_kf.inference import temperature
+from bayes_kf.data import uci_digits_split
+from bayes_kf.models.zoo import digits_vit, lora_digits_vit
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(40, 3, generator=G).double(), torch.randn(40, 2, generator=G).double()
+EXACT = {"likelihood": "gaussian", "covariance": "full", "initial_variance": 1.0, "temperature": 1.0}
+
+
+def linear(outputs=2, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(3, outputs, bias=False).double()
+
+
+def loader(x=X, y=Y, size=4):
+    return DataLoader(TensorDataset(x, y), batch_size=size)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    stream, held_out = uci_digits_split()
+    return stream, held_out
+
+
+@pytest.fixture(scope="module")
+def fitted(digits):
+    stream, _ = digits
+    data = TensorDataset(stream.images[:60], stream.labels[:60])
+    return bkf.fit(lora_digits_vit(rank=2), DataLoader(data, batch_size=4), progress=False)
+
+
+def test_fit_is_the_exact_posterior_of_a_linear_model():
+    model = linear()
+    posterior = bkf.fit(model, loader(), bkf.KalmanConfig(**EXACT, noise_variance=0.5), progress=False)
+    for j in range(2):
+        mean, covariance = linear_posterior(X, Y[:, j], model.weight[j].detach(), torch.eye(3).double(), 0.5)
+        torch.testing.assert_close(posterior.mean["weight"][j], mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            posterior.covariance_matrix()[3 * j : 3 * j + 3, 3 * j : 3 * j + 3], covariance, rtol=1e-9, atol=1e-9
+        )
+
+
+def test_fit_from_trained_keeps_the_mean_and_learns_the_covariance():
+    model = linear(3)
+    labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
+    config = bkf.KalmanConfig(covariance="full", initial_variance=0.8)
+    posterior = bkf.fit(model, loader(y=labels), config, start="trained", progress=False)
+    assert torch.equal(posterior.mean["weight"], model.weight)
+    probs = model(X).softmax(-1).detach()
+    jacobian = torch.stack([torch.kron(torch.eye(3).double(), x[None]) for x in X])  # (B, 3, 9)
+    fisher = jacobian.mT @ (torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :]) @ jacobian
+    expected = torch.linalg.inv(torch.eye(9).double() / 0.8 + fisher.sum(0))
+    torch.testing.assert_close(posterior.covariance_matrix(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_history_is_per_example_and_per_update(fitted, digits):
+    assert {k: len(v) for k, v in fitted.history.items()} == {
+        "log_loss": 60, "correct": 60, "innovation": 15, "dof": 15, "damping": 15, "seconds": 15
+    }  # fmt: skip
+    assert (fitted.history["log_loss"] >= 0).all()
+    assert (fitted.history["dof"] == 4 * 9).all()
+    frozen = digits_vit()
+    with torch.no_grad():
+        first = frozen(digits[0].images[:4]).logits.log_softmax(-1)[torch.arange(4), digits[0].labels[:4]]
+    torch.testing.assert_close(fitted.history["log_loss"][:4], -first, rtol=1e-4, atol=1e-5)
+
+
+def test_progress_bar_shows_accuracy_loss_and_health(capsys):
+    labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
+    bkf.fit(linear(3), loader(y=labels), bkf.KalmanConfig())
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in ("accuracy 0.", "log loss", "innovation", "10/10"))
+
+
+BAD_FITS = [
+    ([], {}, r"`loader` must yield at least one batch, got none"),
+    ([(X, Y)], {"start": "warm"}, r"`start` must be one of prior, trained, got 'warm'"),
+    ([X], {}, r"`loader` must yield targets with every batch, got none in batch 0"),
+    ([(X, Y), (X, Y[:3])], {}, r"`targets` must have shape \(40, 2\), got \(3, 2\)\. \(batch 1 of `loader`\)"),
+    ([(X, Y, X)], {}, r"`batch` must be \(inputs, targets\) or a mapping with `labels`, got tuple of 3 parts"),
+    (["text"], {}, r"`batch` must be .* got str"),
+]
+
+
+@pytest.mark.parametrize(("data", "options", "message"), BAD_FITS)
+def test_bad_fits(data, options, message):
+    model = linear()
+    weight = model.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        bkf.fit(model, data, bkf.KalmanConfig(**EXACT), progress=False, **options)
+    assert torch.equal(model.weight, weight)
+
+
+def test_divergence_in_fit_keeps_the_belief_before_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+    config = bkf.KalmanConfig(initial_variance=1e30, damping=False, expansion="mean")
+    labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(bkf.DivergenceError) as caught:
+        bkf.fit(model, loader(X.float(), labels, 1), config, progress=False)
+    posterior = caught.value.posterior
+    assert len(posterior.history["log_loss"]) == caught.value.step
+    assert torch.isfinite(posterior.mean_vector).all()
+
+
+@pytest.mark.parametrize("method", ["linearized", "probit"])
+def test_gaussian_predictions_are_exact(method):
+    posterior = bkf.fit(linear(), loader(), bkf.KalmanConfig(**EXACT, noise_variance=0.5), progress=False)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(3)).double()
+    y = torch.randn(5, 2, generator=torch.Generator().manual_seed(4)).double()
+    _, covariance = linear_posterior(X, Y[:, 0], torch.zeros(3).double(), torch.eye(3).double(), 0.5)
+    spread = torch.einsum("bi,ij,bj->b", x, covariance, x)
+    prediction = posterior.predict(x, method, targets=y)
+    torch.testing.assert_close(prediction.epistemic, spread[:, None].expand(5, 2), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.aleatoric, torch.full((5, 2), 0.5).double())
+    torch.testing.assert_close(prediction.variance, prediction.epistemic + 0.5)
+    normal = torch.distributions.Normal(x @ posterior.mean["weight"].T, prediction.variance.sqrt())
+    torch.testing.assert_close(prediction.log_prob, normal.log_prob(y).sum(-1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.entropy, normal.entropy().sum(-1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "low_rank", "full"])
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_sampled_and_linearized_agree_on_a_linear_model(covariance, temperature):
+    labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
+    config = bkf.KalmanConfig(covariance=covariance, initial_variance=1.0, temperature=temperature)
+    posterior = bkf.fit(linear(3), loader(y=labels), config, progress=False)
+    count, x = 20_000, X[:4]
+    a, b = (posterior.predict(x, method, num_samples=count) for method in ("linearized", "sampled"))
+    error = (a.samples.var(0) / count + b.samples.var(0) / count).sqrt()
+    assert ((a.probs - b.probs).abs() < 5 * error).all()
+    assert (a.epistemic - b.epistemic).abs().max() < 0.01
+    probit = posterior.predict(x, "probit")
+    assert (probit.probs - a.probs).abs().max() < 0.03
+    assert probit.samples is None
+
+
+def test_entropies_add_up_and_the_mean_has_no_epistemic_part(fitted, digits):
+    images = digits[1].images[:50]
+    drawn, mean = fitted.predict(images), fitted.predict(images, "mean")
+    torch.testing.assert_close(drawn.aleatoric + drawn.epistemic, drawn.entropy)
+    assert (drawn.epistemic > -1e-6).all()
+    assert mean.epistemic is None
+    torch.testing.assert_close(mean.probs, fitted.adapter.outputs(fitted.mean_vector, images).softmax(-1))
+    torch.testing.assert_close(drawn.probs.sum(-1), torch.ones(50))
+
+
+def test_predictions_repeat_and_follow_the_generator(fitted, digits):
+    images = digits[1].images[:5]
+    assert torch.equal(fitted.predict(images).probs, fitted.predict(images).probs)
+    seeds = [fitted.predict(images, generator=torch.Generator().manual_seed(s)).samples for s in (1, 1, 2)]
+    assert torch.equal(seeds[0], seeds[1])
+    assert not torch.equal(seeds[0], seeds[2])
+
+
+def test_predict_loader_joins_batches_in_order(fitted, digits):
+    held_out = digits[1]
+    data = DataLoader(TensorDataset(held_out.images[:30], held_out.labels[:30]), batch_size=7)
+    joined = fitted.predict_loader(data, "mean")
+    torch.testing.assert_close(joined.probs, fitted.predict(held_out.images[:30], "mean").probs, rtol=1e-4, atol=1e-6)
+    assert torch.equal(joined.targets, held_out.labels[:30])
+    assert joined.samples is None
+    assert fitted.predict_loader(data, num_samples=3, keep_samples=True).samples.shape == (3, 30, 10)
+    with pytest.raises(ValueError, match=r"`loader` must yield at least one batch"):
+        fitted.predict_loader([])
+
+
+BAD_CALLS = [
+    ({"method": "guess"}, r"`method` must be one of linearized, probit, sampled, mean, got 'guess'"),
+    ({"num_samples": 0}, r"`num_samples` must be a whole number >= 1, got 0"),
+    ({"targets": torch.tensor([10, 0])}, r"`targets` must lie in 0\.\.9"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CALLS)
+def test_bad_predictions(fitted, options, message):
+    with pytest.raises(ValueError, match=message):
+        fitted.predict(torch.zeros(2, 1, 28, 28), **options)
+    with pytest.raises(ValueError, match=r"`inputs` must be finite"):
+        fitted.predict(torch.full((2, 1, 28, 28), math.nan))
+
+
+def test_bernoulli_and_poisson_end_to_end():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 2).double()
+    x = torch.randn(400, 3).double()
+    targets = {
+        "bernoulli": torch.bernoulli((x @ weight).sigmoid()),
+        "poisson": torch.poisson((0.5 * x @ weight).exp()),
+    }
+    for name, y in targets.items():
+        config = bkf.KalmanConfig(likelihood=name, covariance="full", initial_variance=1.0)
+        posterior = bkf.fit(linear(), loader(x[:300], y[:300], 5), config, progress=False)
+        fitted = posterior.predict(x[300:], targets=y[300:])
+        prior = bkf.Posterior(posterior.kf, posterior.kf.init()).predict(x[300:], targets=y[300:])
+        assert fitted.log_prob.mean() > prior.log_prob.mean() + 0.1
+        truth = weight.T if name == "bernoulli" else 0.5 * weight.T
+        sd = posterior.variance["weight"].sqrt()
+        assert ((posterior.mean["weight"] - truth).abs() < 5 * sd).all()
+    with pytest.raises(ValueError, match="`method` 'probit' has no closed form for counts"):
+        posterior.predict(x, "probit")
+
+
+def test_temperature_is_the_most_uncertain_that_the_stream_cannot_tell_from_the_best():
+    torch.manual_seed(0)
+    losses = torch.rand(50, len(temperature.GRID)).double() + torch.linspace(1, 1.2, len(temperature.GRID)).double()
+    state = temperature.init(torch.device("cpu"))
+    assert temperature.choose(state) == 1.0
+    for row in losses:
+        state = temperature.add(state, row)
+    best = int(losses.sum(0).argmin())
+    tied = [
+        (d := losses[:, k] - losses[:, best]).sum() <= (d.var(correction=0) * 50).sqrt() + 1e-12
+        for k in range(len(temperature.GRID))
+    ]
+    assert temperature.choose(state) == max(t for t, ok in zip(temperature.GRID, tied, strict=True) if ok)
+    assert tied.count(False) >= 1
+
+
+def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
+    config = bkf.KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=1.0)
+    kf = bkf.KalmanFilter(linear(), config)
+    state, _ = kf.update(kf.init(), X[:5], Y[:5])
+    after, _ = kf.update(state, X[5:10], Y[5:10])
+    for k, value in enumerate(temperature.GRID):
+        fixed = bkf.KalmanFilter(kf.adapter, dataclasses.replace(config, temperature=value))
+        expected = -bkf.Posterior(fixed, state).predict(X[5:10], targets=Y[5:10]).log_prob.sum()
+        torch.testing.assert_close(after.scores.total[k] - state.scores.total[k], expected, rtol=1e-10, atol=1e-10)
+    fixed = bkf.fit(linear(), loader(), bkf.KalmanConfig(**EXACT), progress=False)
+    assert (fixed.temperature, fixed.state.scores.updates) == (1.0, 0)
+
+
+def test_going_on_from_a_posterior_equals_one_stream(digits):
+    stream, _ = digits
+    batches = [(stream.images[i : i + 3], stream.labels[i : i + 3]) for i in range(0, 30, 3)]
+    kf = bkf.KalmanFilter(lora_digits_vit(rank=2))
+    state = whole = kf.init(stream.images[:30])
+    for batch in batches:
+        whole, _ = kf.update(whole, *batch)
+    for batch in batches[:5]:
+        state, _ = kf.update(state, *batch)
+    posterior = bkf.Posterior(kf, state)
+    state = posterior.state
+    for batch in batches[5:]:
+        state, _ = posterior.filter().update(state, *batch)
+    assert torch.equal(state.belief.mean, whole.belief.mean)
+
+
+def test_saved_posterior_reads_back_bit_for_bit(fitted, digits, tmp_path):
+    fitted.save_pretrained(tmp_path / "posterior")
+    assert {p.name for p in (tmp_path / "posterior").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "kalman_config.json", "kalman_state.safetensors"
+    }  # fmt: skip
+    images, labels = digits[1].images[:20], digits[1].labels[:20]
+    for base in (digits_vit(), lora_digits_vit(rank=2)):
+        again = bkf.Posterior.from_pretrained(tmp_path / "posterior", base)
+        assert again.config == fitted.config
+        assert torch.equal(again.predict(images).probs, fitted.predict(images).probs)
+        assert all(torch.equal(again.history[k], fitted.history[k]) for k in fitted.history)
+        after, _ = again.filter().update(again.state, images, labels)
+        expected, _ = fitted.filter().update(fitted.state, images, labels)
+        assert torch.equal(after.belief.mean, expected.belief.mean)
+    plain = PeftModel.from_pretrained(digits_vit(), str(tmp_path / "posterior")).eval()  # without this package
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images).logits.softmax(-1), fitted.predict(images, "mean").probs)
+    fitted.save_pretrained(tmp_path / "posterior")  # replaces
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["posterior"]
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "low_rank", "full"])
+def test_plain_modules_and_every_state_read_back(covariance, tmp_path):
+    config = bkf.KalmanConfig(likelihood="gaussian", covariance=covariance, noise_variance="estimated")
+    posterior = bkf.fit(linear(), loader(), config, progress=False)
+    posterior.save_pretrained(tmp_path / "p")
+    again = bkf.Posterior.from_pretrained(tmp_path / "p", linear(seed=5))
+    assert torch.equal(again.predict(X).variance, posterior.predict(X).variance)
+    assert torch.equal(load_file(tmp_path / "p" / "model.safetensors")["weight"], posterior.mean["weight"])
+
+
+def test_damaged_or_foreign_folders_are_refused_and_nothing_changes(fitted, tmp_path):
+    folder = tmp_path / "p"
+    fitted.save_pretrained(folder)
+    other = digits_vit(pretrained=False, seed=1)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"`base_model` must be the model that .* was fitted on"):
+        bkf.Posterior.from_pretrained(folder, other)
+    assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+    state = folder / "kalman_state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"`folder` must hold a readable kalman_state\.safetensors"):
+        bkf.Posterior.from_pretrained(folder, digits_vit())
+    save_file({"belief.mean": torch.zeros(2)}, state, metadata={"bayes_kf": json.dumps({"format": 99})})
+    with pytest.raises(ValueError, match=r"`folder` must be of format 1, got 99"):
+        bkf.Posterior.from_pretrained(folder, digits_vit())
+    (folder / "kalman_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"`folder` must hold a readable kalman_config\.json"):
+        bkf.Posterior.from_pretrained(folder, digits_vit())
+    with pytest.raises(ValueError, match=r"readable kalman_config\.json, got .*nowhere"):
+        bkf.Posterior.from_pretrained(tmp_path / "nowhere", digits_vit())
+
+
+def test_a_failed_save_keeps_the_old_folder(fitted, tmp_path, monkeypatch):
+    fitted.save_pretrained(tmp_path / "p")
+    from bayes_kf.inference import persistence
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(persistence, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        fitted.save_pretrained(tmp_path / "p")
+    monkeypatch.undo()
+    bkf.Posterior.from_pretrained(tmp_path / "p", digits_vit())
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def test_exported_draws_are_ordinary_adapters(fitted, digits, tmp_path):
+    folders = fitted.export_adapters(tmp_path / "draws", num_samples=2, generator=torch.Generator().manual_seed(5))
+    draws = fitted.sample(2, torch.Generator().manual_seed(5))
+    images = digits[1].images[:5]
+    for folder, draw in zip(folders, draws, strict=True):
+        model = PeftModel.from_pretrained(digits_vit(), str(folder)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(images).logits, fitted.adapter.outputs(draw, images), rtol=1e-4, atol=1e-4)
+
+
+def test_apply_to_writes_the_mean_and_nothing_else(fitted):
+    model = lora_digits_vit(rank=2)
+    frozen = {k: v.clone() for k, v in model.named_parameters() if not v.requires_grad}
+    fitted.apply_to(model)
+    torch.testing.assert_close(bkf.AdapterModel(model).vector(), fitted.mean_vector)
+    assert all(torch.equal(model.get_parameter(k), v) for k, v in frozen.items())
+    with pytest.raises(ValueError, match="`model` must have the trainable tensors that the posterior was fitted on"):
+        fitted.apply_to(lora_digits_vit(rank=3))
+
+
+def test_arviz_takes_the_draws(fitted):
+    import arviz
+
+    data = fitted.to_arviz(num_samples=20)
+    name = next(iter(fitted.mean))
+    assert data["posterior"][name].shape == (1, 20, *fitted.mean[name].shape)
+    summary = arviz.summary(data, var_names=[name], kind="stats")
+    assert len(summary) == fitted.mean[name].numel()
+
+
+def test_dense_covariance_is_refused_with_its_size():
+    class Wide(nn.Linear):
+        pass
+
+    posterior = bkf.fit(
+        Wide(200, 150), [(torch.randn(1, 200), torch.randn(1, 150))], bkf.KalmanConfig(likelihood="gaussian"), progress=False
+    )
+    with pytest.raises(ValueError, match=r"`covariance_matrix` takes at most 20,000 parameters, got 30,150 \(3\.4 GiB\)"):
+        posterior.covariance_matrix()
