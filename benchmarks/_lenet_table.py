@@ -36,8 +36,9 @@ LEGEND = (
     "`div@k`: update k was refused (cause in the JSON and below), and the state before it kept; with several seeds,"
     " (d/s) says how many of them, and k is the first. † diverged by accuracy: below {low}, with a higher log loss than"
     " the frozen network's; where after 300 examples the accuracy was below {low} and the log loss of the last 100"
-    " above 2 ln 10, the pass was stopped there. ‡ finished below {low} with a lower log loss than the frozen"
-    " network's: still at chance, has hardly learned. ms: processor milliseconds per step, median of the row.",
+    " above 2 ln 10, the pass was stopped there. ‡ below {low}, but no worse a log loss than the frozen network's: at"
+    " chance, because it has hardly learned (small p₀ or rate) or has collapsed to the class frequencies (large)."
+    " ms: processor milliseconds per step, median of the row.",
     "Every state that an update returned or a refused one kept, and every score, was checked: a NaN or an infinity in"
     " one would have stopped the script.",
 )
@@ -77,12 +78,12 @@ def _inits(cells: Cells) -> list[str]:
 def _baselines(cells: Cells, init: str) -> list[str]:
     """Rows that have a learning rate or nothing to choose."""
     rates = _values(cells, lambda row: row in ("adamw", "adagrad"))
+    columns = rates or [""]
     rows = []
     for row, name in BASELINES.items():
-        values = rates if row.startswith("ad") else ["0"]
-        line = _line(cells, row, values, init)
-        rows.append([name, *(line if len(values) > 1 else [line[0], *[""] * (len(rates) - 1), line[-1]])])
-    return markdown_table(["", *rates, "ms"], rows)
+        *texts, time = _line(cells, row, columns if row.startswith("ad") else ["0"], init)
+        rows.append([name, *texts, *[""] * (len(columns) - len(texts)), time])
+    return markdown_table(["", *columns, "ms"], rows)
 
 
 def _line(cells: Cells, row: str, values: Sequence[str], init: str) -> list[str]:
@@ -122,7 +123,7 @@ def _notes(cells: Cells, init: str) -> list[str]:
         refused = sum("cause" in cell for cell in chosen.values())
         lines.append(
             f"- {title}: {len(chosen)} passes, {refused} refused (div), {marks.count('†')} diverged by accuracy (†),"
-            f" {marks.count('‡')} still at chance (‡)."
+            f" {marks.count('‡')} at chance (‡)."
         )
     return [*lines, *_causes(filters)]
 

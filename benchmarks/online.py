@@ -1,9 +1,9 @@
 """A digit transformer trained on MNIST meets other images: LoRA learns them online, one pass, one example at a time.
 
-Rows: the frozen model, AdamW at five learning rates, LoKO's setting, this package's default, and the default with a diagonal
-or a low-rank belief. Online scores come before each update, held-out ones after the pass. Calibration errors have beside them the interval
-that a calibrated model with these confidences would show. Data is read from ../shared/data or $BAYES_KF_DATA; UCI's
-digits come with scikit-learn.
+Rows: the frozen model, AdamW at five learning rates, LoKO's setting, this package's default, and the default with a
+diagonal or a low-rank belief. Online scores come before each update, held-out ones after the pass. Calibration errors
+have beside them the interval that a calibrated model with these confidences would show. Data is read from
+../shared/data or $BAYES_KF_DATA; UCI's digits come with scikit-learn.
 
     python benchmarks/online.py --data usps --seeds 3                  # everything; a stopped run goes on where it was
     python benchmarks/online.py --data usps --rows default loko        # some rows
@@ -115,12 +115,13 @@ def learn_adamw(model: nn.Module, stream: Stream, rate: float) -> Pass:
 
 def learn_filter(model: nn.Module, given: Task, config: bkf.KalmanConfig) -> tuple[Pass, Tensor, Tensor]:
     """A pass of ``bayes_kf.fit``, and the posterior's predictions: probabilities (N, C), log p(label) (N,)."""
+    posterior: bkf.Posterior | None
     start, refused = time.process_time(), None
     try:
         posterior = bkf.fit(model, given.stream.batches(), config, progress=sys.stderr.isatty())
     except bkf.DivergenceError as error:
-        assert error.posterior is not None  # fit sets it
         posterior, refused = error.posterior, error
+    assert posterior is not None  # fit returns it or puts it into the error
     seconds = time.process_time() - start
     check_finite("state", posterior.state)
     history, nothing = posterior.history, torch.empty(0)

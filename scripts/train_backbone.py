@@ -3,7 +3,10 @@
     python scripts/train_backbone.py                               # MNIST by torchvision, 6 minutes on a CPU thread
     python scripts/train_backbone.py --data ../shared/data/mnist   # {train,test}_{x,y}.npy.xz in a folder
 
-The defaults make the bundled weights, from the same data in the same order up to the arithmetic of the machine.
+The defaults make the bundled weights, from the same data in the same order up to the arithmetic of the machine. They
+augment nothing, so that other people's handwriting is new to the network, as adapters meet it. With
+`--rotate 12 --shear 0.15 --stretch 0.85 1.2 --shift 2.5 --epochs 14` the network knows most of USPS without having seen
+it (0.956 of its test set, against 0.68).
 
 Writes a Hugging Face folder: config.json, preprocessor_config.json and model.safetensors, whose metadata say how it was
 trained and how it scored.
@@ -50,6 +53,8 @@ def to_inputs(images: torch.Tensor) -> torch.Tensor:
 
 def augment(x: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
     """Images each rotated, sheared, stretched in either direction and shifted, by amounts up to those of `args`."""
+    if not (args.rotate or args.shear or args.shift or tuple(args.stretch) != (1.0, 1.0)):
+        return x
 
     def draw(bound: float) -> torch.Tensor:
         return (2 * torch.rand(len(x), generator=generator) - 1) * bound
@@ -126,15 +131,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of .npy.xz arrays instead of torchvision's download")
     parser.add_argument("--root", type=Path, default=CACHE, help="where torchvision keeps MNIST")
     parser.add_argument("--out", type=Path, default=DIGITS_VIT)
-    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--label-smoothing", type=float, default=0.0)
-    parser.add_argument("--rotate", type=float, default=12.0, help="degrees, at most")
-    parser.add_argument("--shear", type=float, default=0.15, help="at most")
-    parser.add_argument("--stretch", type=float, nargs=2, default=(0.85, 1.2), help="least and most")
-    parser.add_argument("--shift", type=float, default=2.5, help="pixels, at most")
+    parser.add_argument("--rotate", type=float, default=0.0, help="degrees, at most")
+    parser.add_argument("--shear", type=float, default=0.0, help="at most")
+    parser.add_argument("--stretch", type=float, nargs=2, default=(1.0, 1.0), help="least and most")
+    parser.add_argument("--shift", type=float, default=0.0, help="pixels, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from cli_inputs import REVIEWS, run, write_inputs
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 from bayes_kf import KalmanConfig, Posterior
 from bayes_kf.cli import commands, main
@@ -19,65 +18,12 @@ from bayes_kf.cli.base_model import load_base, restore_head
 from bayes_kf.cli.folder import read_labels, read_new_head
 from bayes_kf.cli.parser import EXAMPLES
 from bayes_kf.cli.quiet import quiet_transformers
-from bayes_kf.data import uci_digits, uci_digits_split
 from bayes_kf.demo import Size
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "so", "good", "fine", "dull", "bad", "awful"]
-REVIEWS = [("a good film", "pos"), ("so fine", "pos"), ("a bad film", "neg"), ("awful", "neg"), ("so dull", "meh")] * 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Every kind of input, once."""
-    root = tmp_path_factory.mktemp("inputs")
-    stream, rest = uci_digits_split(24)
-    np.savez(root / "digits.npz", x=stream.images.numpy(), y=stream.labels.numpy())
-    np.savez(root / "heldout.npz", x=rest.images[:50].numpy(), y=rest.labels[:50].numpy())
-    np.savez(root / "strange.npz", x=rest.images[:20].flip(-1).numpy(), y=np.arange(20))  # labels beyond the model's
-    write_images(root / "images", (3, 7))
-    with quiet_transformers():
-        write_bert(root / "bert")
-    (root / "reviews.csv").write_text("text,label\n" + "\n".join(",".join(row) for row in REVIEWS), encoding="utf-8")
-    rows = [json.dumps({"sentence": text, "mark": label}) for text, label in REVIEWS]
-    (root / "reviews.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (root / "lora.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"]}))
-    return root
-
-
-def write_images(path: Path, digits: tuple[int, ...]) -> None:
-    """Six grey pictures of each digit, in a folder of its name."""
-    images, labels = uci_digits()
-    for digit in digits:
-        (path / str(digit)).mkdir(parents=True)
-        for i, image in enumerate(images[labels == digit][:6]):
-            pixels = ((image[0] + 1) * 127.5).to(torch.uint8).numpy()
-            Image.fromarray(pixels).save(path / str(digit) / f"{i}.png")
-
-
-def write_bert(path: Path) -> None:
-    """An untrained encoder without a head, and a tokenizer of thirteen words."""
-    path.mkdir()
-    (path / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
-    torch.manual_seed(0)
-    BertModel(bert_config()).save_pretrained(path)
-
-
-def bert_config(**fields) -> BertConfig:
-    return BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=16,
-        **fields,
-    )
-
-
-def run(*words: object) -> int:
-    """The exit status of a quiet command."""
-    return main([*map(str, words), "--quiet"])
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_fit_and_evaluate_arrays(folder, tmp_path, capsys):
@@ -105,16 +51,6 @@ def test_fit_and_evaluate_arrays(folder, tmp_path, capsys):
 
 def test_evaluate_says_what_the_library_says(folder, tmp_path):
     run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--batch-size", 8, "--output", tmp_path / "p")
-    run(
-        "evaluate",
-        tmp_path / "p",
-        "--model",
-        "digits-vit",
-        "--data",
-        folder / "heldout.npz",
-        "--output",
-        tmp_path / "r.html",
-    )
     base = load_base(commands.model_folder("digits-vit"), "image", 10, 0)
     posterior = Posterior.from_pretrained(tmp_path / "p", base.model)
     heldout = np.load(folder / "heldout.npz")
@@ -249,85 +185,6 @@ def test_examples_of_the_help_run(folder, tmp_path, monkeypatch, capsys):
             if "peft-folder" not in example:
                 (tmp_path / "peft-folder").unlink(missing_ok=True)
                 (tmp_path / "peft-folder").symlink_to(tmp_path / "reviews")
-
-
-BAD = {
-    "no model there": ("--model nowhere --data digits.npz", "`--model` must be digits-vit or a folder"),
-    "no data there": ("--model digits-vit --data nowhere.npz", "`path` must be an existing file or folder"),
-    "image model, text": ("--model digits-vit --data reviews.csv", "able to classify text data, got a vit"),
-    "text model, images": ("--model bert --data digits.npz", "able to classify image data, got a bert"),
-    "bad setting": (
-        "--model digits-vit --data digits.npz --beta 2",
-        "`beta` must lie strictly between 0 and 1, got 2.",
-    ),
-    "bad rank": ("--model digits-vit --data digits.npz --rank 0", "`--rank` must be at least 1, got 0."),
-    "bad device": ("--model digits-vit --data digits.npz --device toaster", "`--device` must be a torch device"),
-    "no such module": ("--model digits-vit --data digits.npz --target-modules nose", "`--rank` must fit the model"),
-    "no adapter there": ("--model digits-vit --data digits.npz --adapter images", "with adapter_config.json, got none"),
-    "bad LoRA": ("--model bert --data reviews.csv --lora reviews.csv", "`--lora` must be a PEFT config"),
-    "bad config": ("--model bert --data reviews.csv --config lora.json", "must hold fields among likelihood,"),
-    "numbers, not classes": ("--model digits-vit --data floats.npz", "categorical needs labels, got numbers"),
-    "wrong input size": ("--model digits-vit --data small.npz", "`--model` must take the inputs of"),
-    "NaN in inputs": ("--model digits-vit --data nan.npz", "must hold finite inputs"),
-    "three yes or no": ("--model bert --data reviews.csv --likelihood bernoulli", "bernoulli needs two classes, got 3"),
-    "batch of none": ("--model digits-vit --data digits.npz --batch-size 0", "`batch_size` must be at least 1"),
-    "two adapters": ("--model bert --data reviews.csv --lora lora.json --target-modules query", "must be left out"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_to_fit(folder, tmp_path, monkeypatch, capsys, case):
-    monkeypatch.chdir(folder)
-    np.savez("floats.npz", x=np.zeros((3, 1, 28, 28)), y=np.zeros(3))
-    np.savez("small.npz", x=np.zeros((3, 1, 8, 8)), y=np.zeros(3, int))
-    np.savez("nan.npz", x=np.full((3, 1, 28, 28), np.nan), y=np.zeros(3, int))
-    words, message = BAD[case]
-    assert main(["fit", *shlex.split(words), "--output", str(tmp_path / "p"), "--quiet"]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("bayes-kf: error: ")
-    assert printed.err.count("\n") == 1
-    assert message in printed.err
-    assert printed.out == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_folders_are_not_replaced(folder, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    assert run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--output", tmp_path) == 2
-    assert "`--output` must be a new folder or a posterior to replace" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").exists()
-
-
-def test_a_bad_command_line_is_one_line(capsys):
-    for words in (["fly"], ["fit"], ["evaluate", "p", "--model", "m", "--data", "d", "--ood", "nameless"]):
-        with pytest.raises(SystemExit, match="2"):
-            main(words)
-        printed = capsys.readouterr().err
-        assert printed.startswith("bayes-kf: error: ")
-        assert printed.count("\n") == 1
-
-
-def test_bad_input_to_evaluate(folder, tmp_path, capsys):
-    run("fit", "--model", folder / "bert", "--data", folder / "reviews.csv", "--output", tmp_path / "p")
-    common = ("evaluate", tmp_path / "p", "--data", folder / "reviews.csv", "--model")
-    assert run(*common, folder / "bert", "--output", tmp_path / "r.pdf") == 2
-    assert "must end in .html" in capsys.readouterr().err
-    with quiet_transformers():
-        torch.manual_seed(1)
-        BertForSequenceClassification(bert_config(num_labels=3)).save_pretrained(tmp_path / "other")
-        BertTokenizer(str(folder / "bert" / "vocab.txt")).save_pretrained(tmp_path / "other")
-    assert run(*common, tmp_path / "other", "--output", tmp_path / "r.html") == 2
-    assert "got one with other frozen weights" in capsys.readouterr().err
-    (tmp_path / "new.csv").write_text("text,label\ngood,superb\n", encoding="utf-8")
-    assert (
-        run(*common[:2], "--data", tmp_path / "new.csv", "--model", folder / "bert", "--output", tmp_path / "r.html")
-        == 2
-    )
-    assert "'superb'" in capsys.readouterr().err
-    (tmp_path / "p" / "labels.json").write_text('{"class_names": 3}')
-    assert run(*common, folder / "bert", "--output", tmp_path / "r.html") == 2
-    assert "must hold a sound labels.json" in capsys.readouterr().err
-    assert not (tmp_path / "r.html").exists()
 
 
 def test_python_dash_m():

@@ -81,6 +81,6 @@ def test_data_do_not_overlap():
     data = demo_data(SIZE)
     stream = {image.numpy().tobytes() for image in data.stream.images}
     assert stream.isdisjoint(image.numpy().tobytes() for image in data.heldout.images)
-    assert data.corrupted.shape == data.foreign.shape == (60, 1, 28, 28)
+    assert data.corrupted.shape == data.photos.shape == (60, 1, 28, 28)
     with pytest.raises(ValueError, match="`size` must hold out 1 to 1767 images, got 1768"):
         demo_data(Size(stream=30, heldout=1768))

@@ -29,17 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show
         try:
             COMMANDS[args.command](args)
-        except (ValueError, OSError, ArithmeticError, ImportError) as error:
+        except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
             print(f"bayes-kf: error: {_one_line(error)}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:
-            print("bayes-kf: interrupted, nothing was written", file=sys.stderr)
+            print("bayes-kf: interrupted", file=sys.stderr)
             return INTERRUPTED
     return 0
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message; the kind of error too where it was not written for users, as torch's when memory runs out."""
+    text = " ".join(str(error).split())
+    unexpected = isinstance(error, RuntimeError | MemoryError) or not text
+    return f"{type(error).__name__}: {text}" if unexpected else text
 
 
 def _show(

@@ -63,6 +63,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
     names = () if settings.likelihood in NUMERIC else names
     data = _open(args, args.data, folder, settings, names or None)
     foreign = {name: _open(args, path, folder, settings, None, foreign=True) for name, path in args.ood}
+    if len(foreign) < len(args.ood):
+        raise ValueError(
+            f"`--ood` must give each set a name of its own, got {', '.join(name for name, _ in args.ood)}."
+        )
     base = load_base(folder, kind, None if labels is None else labels.num_outputs, settings.seed)
     restore_head(base, read_new_head(args.posterior), args.posterior)
     posterior = Posterior.from_pretrained(args.posterior, _on(base.model, device))

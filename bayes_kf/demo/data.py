@@ -33,7 +33,7 @@ class DemoData(NamedTuple):
     stream: LabelledImages
     heldout: LabelledImages
     corrupted: Tensor  # the held-out images
-    foreign: Tensor  # patches of photographs
+    photos: Tensor  # patches of photographs, as many
 
     @property
     def size(self) -> Size:
@@ -53,8 +53,8 @@ class DemoData(NamedTuple):
     @property
     def ood(self) -> dict[str, DataLoader[tuple[Tensor, ...]]]:
         """Name to batches (images,)."""
-        foreign = {"corrupted": self.corrupted, "foreign": self.foreign}
-        return {name: DataLoader(TensorDataset(images), EVALUATION_BATCH) for name, images in foreign.items()}
+        sets = {"corrupted": self.corrupted, "photos": self.photos}
+        return {name: DataLoader(TensorDataset(images), EVALUATION_BATCH) for name, images in sets.items()}
 
 
 def demo_data(size: Size = FULL, seed: int = 0) -> DemoData:

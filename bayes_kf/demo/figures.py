@@ -17,17 +17,21 @@ STYLES = ((GREY, ":"), (VERMILLION, "--"), (GREEN, "-."), (BLUE, "-"))  # in the
 
 
 def save_reliability(rows: list[Row], path: Path) -> None:
-    """Reliability diagrams side by side."""
-    figure = Figure(figsize=(4.9 * len(rows), 5.0), layout="constrained")
+    """Reliability diagrams side by side, with one legend below for all."""
+    figure = Figure(figsize=(4.7 * len(rows), 5.2), layout="constrained")
     for ax, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
         row.report.sections.drawings["reliability"].draw(ax)
-        ax.set_xlabel(f"confidence\n{row.name}")
+        handles, labels = ax.get_legend_handles_labels()
+        legend = ax.get_legend()
+        ax.set_xlabel(f"confidence\n\n{row.name}\n{legend.get_title().get_text()}")
+        legend.remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     figure.savefig(path, dpi=DPI)
 
 
 def save_online_curves(rows: list[Row], path: Path) -> None:
     """Moving mean of the accuracy before each update, one curve a row."""
-    figure = Figure(figsize=(7.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     ax = figure.subplots()
     for row, (colour, line) in zip(rows, STYLES, strict=True):
         correct = row.history["correct"]
@@ -37,5 +41,5 @@ def save_online_curves(rows: list[Row], path: Path) -> None:
         ax.plot(np.arange(window, window + len(mean)), mean, color=colour, linestyle=line, linewidth=1.8, label=label)
     ax.set(xlabel="images seen", ylabel=f"accuracy, mean of the last {window} images")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=9, loc="lower right", title="over the whole stream", alignment="left")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, title="and over the whole stream")
     figure.savefig(path, dpi=DPI)

@@ -28,7 +28,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "NLL": _score("nll"),
     "ECE (chance alone)": _ece,
     "AUROC corrupted": _score("ood_corrupted_auroc"),
-    "foreign": _score("ood_foreign_auroc"),
+    "photos": _score("ood_photos_auroc"),
     "seconds": lambda row: f"{row.seconds:.1f}",
 }
 

@@ -20,7 +20,7 @@ class Structure(NamedTuple):
     init: Callable[..., Any]
     predict: Callable[..., Any]
     condition: Callable[..., Any]
-    sample: Callable[..., Any]
+    root: Callable[..., Any]
     marginal_variance: Callable[..., Any]
     covariance_matrix: Callable[..., Any]
     output_covariance: Callable[..., Any]
@@ -86,7 +86,7 @@ class KalmanConfig:
     """
 
     likelihood: str = "categorical"
-    covariance: str = "low_rank"
+    covariance: str = "diagonal"
     noise: str = "exponential_family"
     noise_variance: float | str = 1.0
     initial_logit_sd: float = 4.0

@@ -9,6 +9,7 @@ All three are the exact posterior projected; with one parameter they coincide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,10 @@ def mixed_condition(state: State, observation: Observation) -> State:
     return State(mean, state.variance / (1.0 + state.variance * observation.column_squares()))
 
 
-def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draws from the belief, (S, n)."""
-    noise = torch.randn(
-        num_samples, len(state.mean), generator=generator, dtype=state.mean.dtype, device=state.mean.device
-    )
-    return state.mean + state.variance.sqrt() * noise
+def root(state: State) -> Callable[[Tensor], Tensor]:
+    """The map z → √p∘z, whose outputs have covariance P for z ~ N(0, I); takes (..., n)."""
+    scale = state.variance.sqrt()
+    return lambda noise: scale * noise
 
 
 def marginal_variance(state: State) -> Tensor:

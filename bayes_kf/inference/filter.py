@@ -110,6 +110,7 @@ class KalmanFilter:
         state = state if state.scaled else self._scale(state, jacobian.square().mean((0, 1)))
         belief = structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
         output_cov = structure.output_covariance(belief, jacobian)
+        _finite("the output covariance", output_cov)
         noise_state = noise.begin(self.config, state.noise, outputs, targets)
         family = noise.likelihood(self.config, noise_state)
         scores = state.scores if hold_mean else self._scores(state, family, outputs, output_cov, targets)
@@ -250,5 +251,7 @@ class KalmanFilter:
 
 
 def _finite(what: str, tensor: Tensor) -> None:
+    if bool(torch.isfinite(tensor.sum())):  # a sum is cheap, and finite only if every value is
+        return
     if not bool(torch.isfinite(tensor).all()):
         raise FloatingPointError(f"{int((~torch.isfinite(tensor)).sum())} values of {what} would not be finite")

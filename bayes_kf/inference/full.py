@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,12 +51,10 @@ def condition(state: State, observation: Observation) -> State:
     return State(state.mean + cross @ weights, 0.5 * (covariance + covariance.mT))
 
 
-def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draws from the belief, (S, n)."""
-    noise = torch.randn(
-        num_samples, len(state.mean), generator=generator, dtype=state.mean.dtype, device=state.mean.device
-    )
-    return state.mean + noise @ torch.linalg.cholesky(state.covariance).mT
+def root(state: State) -> Callable[[Tensor], Tensor]:
+    """The map z → Lz, LLᵀ = P, whose outputs have covariance P for z ~ N(0, I); takes (..., n)."""
+    factor = torch.linalg.cholesky(state.covariance)
+    return lambda noise: noise @ factor.mT
 
 
 def marginal_variance(state: State) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pyro
@@ -59,8 +60,10 @@ class KalmanModel:
 class KalmanGuide(PyroModule):
     """The belief as a guide: same sites as :class:`KalmanModel`, drawn from N(μ, temperature·P).
 
-    Its mean and spread are Pyro parameters that start at the belief, so SVI goes on from there. Each guide keeps its
-    parameters under a name of its own in the parameter store, so several posteriors can be used in one process.
+    Its mean ``loc`` and spread ``scale`` are Pyro parameters that start at the belief, so SVI goes on from there. A
+    diagonal belief has the standard deviations as its scale. A correlated one draws θ = loc + P^(1/2) z with
+    z ~ N(0, scale²): its correlations stay and the scale along its axes learns. Each guide keeps its parameters under
+    a name of its own in the parameter store, so several posteriors can be used in one process.
 
     Args:
         posterior: the belief to start from; it is not changed by training the guide.
@@ -68,27 +71,37 @@ class KalmanGuide(PyroModule):
 
     def __init__(self, posterior: Posterior) -> None:
         super().__init__(name=f"kalman_guide_{next(_COUNTER)}")
-        self._adapter = posterior.adapter
-        self._joint = posterior.config.covariance in ("full", "low_rank")
-        temperature = posterior.temperature
+        self._adapter, belief = posterior.adapter, posterior.state.belief
+        spread = posterior.temperature**0.5
+        self._root: Callable[[Tensor], Tensor] | None = None
         self.loc = PyroParam(posterior.mean_vector.clone())
-        if self._joint:
-            root = torch.linalg.cholesky(temperature * posterior.covariance_matrix())
-            self.scale_tril = PyroParam(root, constraints.lower_cholesky)
+        if posterior.config.covariance.startswith("diagonal"):
+            self.scale = PyroParam(spread * posterior.variance_vector.sqrt(), constraints.positive)
         else:
-            self.scale = PyroParam((temperature * posterior.variance_vector).sqrt(), constraints.positive)
+            self._root = posterior.config.structure.root(belief)
+            self._log_volume = 0.5 * posterior.config.structure.log_determinant(belief)
+            self.scale = PyroParam(torch.full_like(posterior.mean_vector, spread), constraints.positive)
 
-    def forward(self, inputs: Inputs | None = None, targets: Tensor | None = None, num_data: int | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, inputs: Inputs | None = None, targets: Tensor | None = None, num_data: int | None = None
+    ) -> dict[str, Tensor]:
         """Sample every site; the arguments are the model's and are not used. Returns name -> draw."""
-        return self._sample_joint() if self._joint else self._sample_sites()
+        return self._sample_sites() if self._root is None else self._sample_joint(self._root)
 
     def _sample_sites(self) -> dict[str, Tensor]:
         locs, scales = self._adapter.unflatten(self.loc), self._adapter.unflatten(self.scale)
-        return {name: pyro.sample(name, dist.Normal(locs[name], scales[name]).to_event(locs[name].dim())) for name in locs}
+        return {
+            name: pyro.sample(name, dist.Normal(locs[name], scales[name]).to_event(locs[name].dim())) for name in locs
+        }
 
-    def _sample_joint(self) -> dict[str, Tensor]:
-        """All tensors at once as an auxiliary site, then each as a point mass at its part."""
-        joint = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
-        draw = pyro.sample(f"{self._pyro_name}_joint", joint, infer={"is_auxiliary": True})
-        parts = self._adapter.unflatten(draw)
-        return {name: pyro.sample(name, dist.Delta(part, event_dim=part.dim())) for name, part in parts.items()}
+    def _sample_joint(self, root: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """All tensors at once from an auxiliary site, then each as a point mass at its part."""
+        standard = dist.Normal(torch.zeros_like(self.loc), self.scale).to_event(1)
+        noise = pyro.sample(f"{self._pyro_name}_joint", standard, infer={"is_auxiliary": True})
+        parts = self._adapter.unflatten(self.loc + root(noise))
+        densities = {name: self._log_volume * 0.0 for name in parts}
+        densities[self._adapter.names[0]] = -self._log_volume  # of the map from noise to parameters, counted once
+        return {
+            name: pyro.sample(name, dist.Delta(part, densities[name], event_dim=part.dim()))
+            for name, part in parts.items()
+        }

@@ -7,6 +7,7 @@ filter of Chang et al. (2023, arXiv:2305.19535), truncated here relative to the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,18 +48,15 @@ def condition(state: State, observation: Observation) -> State:
     return State(mean, state.diagonal + rest.square().sum(1), kept)
 
 
-def sample(state: State, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draws from the belief, (S, n): D^(−1/2) (I + FFᵀ)^(−1/2) z with F = D^(−1/2) W."""
-    noise = torch.randn(
-        num_samples, len(state.mean), generator=generator, dtype=state.mean.dtype, device=state.mean.device
-    )
-    root = state.diagonal.rsqrt()
-    scaled = state.factor * root.unsqueeze(-1)
+def root(state: State) -> Callable[[Tensor], Tensor]:
+    """The map z → D^(−1/2) (I + FFᵀ)^(−1/2) z, F = D^(−1/2) W: covariance P for z ~ N(0, I); takes (..., n)."""
+    scale = state.diagonal.rsqrt()
+    scaled = state.factor * scale.unsqueeze(-1)
     values, vectors = torch.linalg.eigh((scaled.mT @ scaled).double())
     values = values.clamp_min(0.0)  # negative only by rounding
     weights = 1.0 / ((1.0 + values) + (1.0 + values).sqrt())  # (1 − (1 + v)^(−1/2)) / v
-    inner = (vectors * weights) @ vectors.mT
-    return state.mean + root * (noise - ((noise @ scaled) @ inner.to(noise.dtype)) @ scaled.mT)
+    inner = ((vectors * weights) @ vectors.mT).to(scaled.dtype)
+    return lambda noise: scale * (noise - ((noise @ scaled) @ inner) @ scaled.mT)
 
 
 def marginal_variance(state: State) -> Tensor:

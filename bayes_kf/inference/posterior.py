@@ -91,8 +91,9 @@ class Posterior:
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the latent vector from N(μ, temperature·P), (S, n)."""
-        draws = self.config.structure.sample(self.state.belief, num_samples, self._generator(generator))
-        return self.mean_vector + self.temperature**0.5 * (draws - self.mean_vector)
+        mean, generator = self.mean_vector, self._generator(generator)
+        noise = torch.randn(num_samples, len(mean), generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + self.temperature**0.5 * self.config.structure.root(self.state.belief)(noise)
 
     def predict(
         self,

@@ -93,8 +93,9 @@ def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Pred
 
 def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
     """Draws from N(mean, covariance) per example, (S, B, m); singular covariances are fine."""
-    values, vectors = torch.linalg.eigh(covariance.double())
-    root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)  # negative only by rounding
+    scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).double().clamp_min(1e-300)[..., None, None]
+    values, vectors = torch.linalg.eigh(covariance.double() / scale)
+    root = scale.sqrt() * vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)  # negative only by rounding
     noise = torch.randn(num_samples, *mean.shape, 1, generator=generator, dtype=torch.float64, device=mean.device)
     return (mean.double() + (root @ noise).squeeze(-1)).to(mean.dtype)
 

@@ -164,14 +164,14 @@ class TestContract:
     def test_samples_have_the_belief_s_moments(self, name):
         structure, belief = self.belief(name)
         count = 40_000
-        draws = structure.sample(belief, count, torch.Generator().manual_seed(3))
+        noise = torch.randn(count, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        draws = belief.mean + structure.root(belief)(noise)
         covariance = structure.covariance_matrix(belief)
         standard_error = (covariance.diagonal() / count).sqrt()
         assert ((draws.mean(0) - belief.mean).abs() < 5 * standard_error).all()
         centred = draws - belief.mean
         error = (covariance**2 + torch.outer(covariance.diagonal(), covariance.diagonal())).div(count).sqrt()
         assert ((centred.T @ centred / count - covariance).abs() < 5 * error).all()
-        assert torch.equal(draws, structure.sample(belief, count, torch.Generator().manual_seed(3)))
 
     def test_prediction_step(self, name):
         structure, belief = self.belief(name)

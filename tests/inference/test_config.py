@@ -1,0 +1,51 @@
+"""Every field is checked when the settings are made, with one sentence; settings survive a round trip."""
+
+import json
+
+import pytest
+
+from bayes_kf.inference import KalmanConfig
+
+BAD = [
+    ({"likelihood": "normal"}, r"`likelihood` must be one of categorical, bernoulli, gaussian, poisson, got 'normal'\."),
+    ({"covariance": "dense"}, r"`covariance` must be one of diagonal, .*, full, got 'dense'\."),
+    ({"noise": "white"}, r"`noise` must be one of exponential_family, .* got 'white'\."),
+    ({"expansion": "median"}, r"`expansion` must be one of mode, mean, got 'median'\."),
+    ({"initial_rule": "normal"}, r"`initial_rule` must be one of constant, uniform, got 'normal'\."),
+    ({"initial_spread": "equal"}, r"`initial_spread` must be one of tensors, constant, got 'equal'\."),
+    ({"noise_variance": 0.0}, r"`noise_variance` must be positive and finite, got 0\.0\."),
+    ({"noise_variance": "estimated"}, r"`noise_variance` 'estimated' needs `likelihood` 'gaussian'"),
+    ({"initial_logit_sd": -1}, r"`initial_logit_sd` must be positive and finite, got -1\."),
+    ({"initial_variance": float("inf")}, r"`initial_variance` must be positive and finite, got inf\."),
+    ({"initial_variance": 0}, r"`initial_variance` must be positive and finite, got 0\."),
+    ({"beta": 1.0}, r"`beta` must lie strictly between 0 and 1, got 1\.0\."),
+    ({"gate_quantile": 1.5}, r"`gate_quantile` must lie strictly between 0 and 1, got 1\.5\."),
+    ({"forgetting": 0.0}, r"`forgetting` must lie in \(0, 1\], got 0\.0\."),
+    ({"drift_variance": -0.1}, r"`drift_variance` must be >= 0 and finite, got -0\.1\."),
+    ({"temperature": 0}, r"`temperature` must be positive and finite, got 0\."),
+    ({"temperature": "auto"}, r"`temperature` must be positive and finite, got 'auto'\."),
+    ({"rank": 0}, r"`rank` must be a whole number >= 1, got 0\."),
+    ({"damping": 1}, r"`damping` must be True or False, got 1\."),
+    ({"seed": 1.5}, r"`seed` must be an integer, got 1\.5\."),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KalmanConfig(**fields)
+
+
+@pytest.mark.parametrize("config", [KalmanConfig(), KalmanConfig.loko(beta=0.9), KalmanConfig(temperature=0.5, rank=3)])
+def test_round_trip(config, tmp_path):
+    config.save_pretrained(tmp_path / "new")
+    assert KalmanConfig.from_pretrained(tmp_path / "new") == config
+
+
+def test_unknown_fields_are_named(tmp_path):
+    (tmp_path / "kalman_config.json").write_text(json.dumps({"colour": "red"}))
+    with pytest.raises(ValueError, match=r"of this version's fields, got \['colour'\]"):
+        KalmanConfig.from_pretrained(tmp_path)
+    (tmp_path / "kalman_config.json").write_text(json.dumps({"beta": 2}))
+    with pytest.raises(ValueError, match=r"`beta` must lie strictly"):
+        KalmanConfig.from_pretrained(tmp_path)

@@ -1,0 +1,110 @@
+"""What the command line says of bad input: one line, status 2, and nothing written."""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_inputs import bert_config, run, write_inputs
+from transformers import BertForSequenceClassification, BertTokenizer
+
+from bayes_kf.cli import commands, main
+from bayes_kf.cli.quiet import quiet_transformers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+BAD = {
+    "no model there": ("--model nowhere --data digits.npz", "`--model` must be digits-vit or a folder"),
+    "no data there": ("--model digits-vit --data nowhere.npz", "`path` must be an existing file or folder"),
+    "image model, text": ("--model digits-vit --data reviews.csv", "able to classify text data, got a vit"),
+    "text model, images": ("--model bert --data digits.npz", "able to classify image data, got a bert"),
+    "bad setting": (
+        "--model digits-vit --data digits.npz --beta 2",
+        "`beta` must lie strictly between 0 and 1, got 2.",
+    ),
+    "bad rank": ("--model digits-vit --data digits.npz --rank 0", "`--rank` must be at least 1, got 0."),
+    "bad device": ("--model digits-vit --data digits.npz --device toaster", "`--device` must be a torch device"),
+    "no such module": ("--model digits-vit --data digits.npz --target-modules nose", "`--rank` must fit the model"),
+    "no adapter there": ("--model digits-vit --data digits.npz --adapter images", "with adapter_config.json, got none"),
+    "bad LoRA": ("--model bert --data reviews.csv --lora reviews.csv", "`--lora` must be a PEFT config"),
+    "bad config": ("--model bert --data reviews.csv --config lora.json", "must hold fields among likelihood,"),
+    "numbers, not classes": ("--model digits-vit --data floats.npz", "categorical needs labels, got numbers"),
+    "wrong input size": ("--model digits-vit --data small.npz", "`--model` must take the inputs of"),
+    "NaN in inputs": ("--model digits-vit --data nan.npz", "must hold finite inputs"),
+    "three yes or no": ("--model bert --data reviews.csv --likelihood bernoulli", "bernoulli needs two classes, got 3"),
+    "batch of none": ("--model digits-vit --data digits.npz --batch-size 0", "`batch_size` must be at least 1"),
+    "two adapters": ("--model bert --data reviews.csv --lora lora.json --target-modules query", "must be left out"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_to_fit(folder, tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(folder)
+    np.savez("floats.npz", x=np.zeros((3, 1, 28, 28)), y=np.zeros(3))
+    np.savez("small.npz", x=np.zeros((3, 1, 8, 8)), y=np.zeros(3, int))
+    np.savez("nan.npz", x=np.full((3, 1, 28, 28), np.nan), y=np.zeros(3, int))
+    words, message = BAD[case]
+    assert main(["fit", *shlex.split(words), "--output", str(tmp_path / "p"), "--quiet"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("bayes-kf: error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_folders_are_not_replaced(folder, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--output", tmp_path) == 2
+    assert "`--output` must be a new folder or a posterior to replace" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_bad_command_line_is_one_line(capsys):
+    for words in (["fly"], ["fit"], ["evaluate", "p", "--model", "m", "--data", "d", "--ood", "nameless"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        printed = capsys.readouterr().err
+        assert printed.startswith("bayes-kf: error: ")
+        assert printed.count("\n") == 1
+
+
+def test_bad_input_to_evaluate(folder, tmp_path, capsys):
+    run("fit", "--model", folder / "bert", "--data", folder / "reviews.csv", "--output", tmp_path / "p")
+    common = ("evaluate", tmp_path / "p", "--data", folder / "reviews.csv", "--model")
+    assert run(*common, folder / "bert", "--output", tmp_path / "r.pdf") == 2
+    assert "must end in .html" in capsys.readouterr().err
+    twice = ("--ood", f"a={folder / 'reviews.csv'}") * 2
+    assert run(*common, folder / "bert", *twice, "--output", tmp_path / "r.html") == 2
+    assert "`--ood` must give each set a name of its own, got a, a." in capsys.readouterr().err
+    with quiet_transformers():
+        torch.manual_seed(1)
+        BertForSequenceClassification(bert_config(num_labels=3)).save_pretrained(tmp_path / "other")
+        BertTokenizer(str(folder / "bert" / "vocab.txt")).save_pretrained(tmp_path / "other")
+    assert run(*common, tmp_path / "other", "--output", tmp_path / "r.html") == 2
+    assert "got one with other frozen weights" in capsys.readouterr().err
+    (tmp_path / "new.csv").write_text("text,label\ngood,superb\n", encoding="utf-8")
+    assert (
+        run(*common[:2], "--data", tmp_path / "new.csv", "--model", folder / "bert", "--output", tmp_path / "r.html")
+        == 2
+    )
+    assert "'superb'" in capsys.readouterr().err
+    (tmp_path / "p" / "labels.json").write_text('{"class_names": 3}')
+    assert run(*common, folder / "bert", "--output", tmp_path / "r.html") == 2
+    assert "must hold a sound labels.json" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_what_goes_wrong_inside_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(args):
+        raise RuntimeError("not enough memory:\nyou tried to allocate 1 TB")
+
+    monkeypatch.setitem(commands.COMMANDS, "demo", fail)
+    assert run("demo", "--output", tmp_path / "d") == 2
+    expected = "bayes-kf: error: RuntimeError: not enough memory: you tried to allocate 1 TB\n"
+    assert capsys.readouterr().err == expected
