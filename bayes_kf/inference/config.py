@@ -138,7 +138,7 @@ class KalmanConfig:
 
     @classmethod
     def loko(cls, **overrides: Any) -> KalmanConfig:
-        """LoKO's setting (its section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, no damping, P as it is.
+        """LoKO's setting (its section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, undamped.
 
         R₀ is not given in the paper; ours is the identity.
         """

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.linearize import Observation
+from bayes_kf.inference.observation import Observation
 
 
 class State(NamedTuple):
@@ -82,7 +82,7 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """log det P, a scalar."""
+    """Log det P, a scalar."""
     return state.variance.log().sum()
 
 

@@ -10,10 +10,11 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from bayes_kf.inference import diagonal, noise, temperature
+from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.linearize import Linearizer, Observation, whitened
+from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.inference.mode import expand_at_mode
+from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
 from bayes_kf.models.likelihood import Likelihood
@@ -56,12 +57,14 @@ class KalmanFilter:
         mean = self.adapter.vector()
         prior = diagonal.init(mean, self._prior_variance(mean))
         scaled = self.config.initial_variance is not None
-        scores = temperature.init(mean.device)
+        scores = tempering.init(mean.device)
         state = FilterState(self._belief(prior), prior, noise.State(), scores, scaled, 0, 0)
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
-        squares = [self.linearize(mean, piece)[1].square().sum((0, 1)) for _, piece in self.linearize.pieces(mean, inputs)]
+        squares = [
+            self.linearize(mean, piece)[1].square().sum((0, 1)) for _, piece in self.linearize.pieces(mean, inputs)
+        ]
         return self._scale(state, torch.stack(squares).sum(0) / (batch_size(inputs) * self.linearize.num_outputs))
 
     def update(
@@ -97,7 +100,7 @@ class KalmanFilter:
     def temperature(self, state: FilterState) -> float:
         """Factor on the covariance in predictions: as configured, or chosen by the prequential score."""
         setting = self.config.temperature
-        return temperature.choose(state.scores) if isinstance(setting, str) else setting
+        return tempering.choose(state.scores) if isinstance(setting, str) else setting
 
     def _update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool
@@ -203,12 +206,12 @@ class KalmanFilter:
 
     def _scores(
         self, state: FilterState, family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor
-    ) -> temperature.State:
+    ) -> tempering.State:
         """The scores with this batch's, or as they were where the temperature is given."""
         if not isinstance(self.config.temperature, str):
             return state.scores
-        losses = temperature.log_losses(family, outputs, output_cov, targets, self.config.seed + state.step)
-        return temperature.add(state.scores, losses)
+        losses = tempering.log_losses(family, outputs, output_cov, targets, self.config.seed + state.step)
+        return tempering.add(state.scores, losses)
 
     def _joint(self, belief: Any, jacobian: Tensor, output_cov: Tensor) -> Tensor:
         """J P Jᵀ over the whole batch, (B·m, B·m)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -55,12 +55,12 @@ def fit(
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
     kf = KalmanFilter(model, config)
     batches = iter(loader)
-    first = list(_first(batches, SCALE_EXAMPLES))
+    first = _first(batches, SCALE_EXAMPLES)
     if not first:
         raise ValueError("`loader` must yield at least one batch, got none.")
     state = _initial(kf, first)
     record = _Record(kf.config.likelihood)
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = len(loader) if isinstance(loader, Sized) else None
     bar = tqdm(itertools.chain(first, batches), total=total, disable=not progress, desc="fit", unit="batch")
     with bar:
         for index, batch in enumerate(bar):
@@ -96,14 +96,15 @@ def _join(pieces: list[Inputs]) -> Inputs:
     return {k: torch.cat([p[k] for p in pieces]) for k in first}  # type: ignore[index]
 
 
-def _first(batches: Iterator[Any], num_examples: int) -> Iterator[Any]:
-    """The first batches that together hold ``num_examples``."""
-    seen = 0
-    for batch in itertools.takewhile(lambda _: seen < num_examples, batches):
-        yield batch
+def _first(batches: Iterator[Any], num_examples: int) -> list[Any]:
+    """The first batches that together hold ``num_examples``, or all there are."""
+    first, seen = [], 0
+    for batch in batches:
+        first.append(batch)
         seen += batch_size(split_batch(batch)[0])
         if seen >= num_examples:
-            return
+            break
+    return first
 
 
 def _complete(batch: Any, index: int) -> tuple[Inputs, Tensor]:
@@ -120,9 +121,7 @@ class _Record:
     def __init__(self, likelihood: str) -> None:
         self.likelihood = likelihood
         self.per_example: dict[str, list[Tensor]] = {"log_loss": [], "correct": []}
-        self.per_update: dict[str, list[float]] = {
-            name: [] for name in ("innovation", "dof", "damping", "seconds")
-        }
+        self.per_update: dict[str, list[float]] = {name: [] for name in ("innovation", "dof", "damping", "seconds")}
         self._correct = self._seen = 0.0
 
     def add(self, info: UpdateInfo) -> None:

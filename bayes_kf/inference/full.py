@@ -1,4 +1,4 @@
-"""Beliefs with a full covariance: N(μ, P), the exact posterior of a linear-Gaussian model and the oracle for the rest."""
+"""Beliefs with a full covariance: N(μ, P), exact on linear-Gaussian models and the oracle for the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.diagonal import innovation
-from bayes_kf.inference.linearize import Observation
+from bayes_kf.inference.observation import Observation
 
 MAX_PARAMETERS = 20_000  # P takes 1.6 GB in float32 there
 
@@ -78,5 +78,5 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """log det P, a scalar."""
+    """Log det P, a scalar."""
     return torch.linalg.slogdet(state.covariance).logabsdet

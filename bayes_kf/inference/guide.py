@@ -41,6 +41,7 @@ class KalmanModel:
         self.family = noise.likelihood(posterior.config, posterior.state.noise)
 
     def __call__(self, inputs: Inputs, targets: Tensor | None = None, num_data: int | None = None) -> Tensor:
+        """Sample θ and y; see the class."""
         inputs = to_device(inputs, self.adapter.device)
         sites = {
             name: pyro.sample(name, dist.Normal(self.prior_mean[name], self.prior_sd[name]).to_event(len(shape)))
@@ -54,7 +55,7 @@ class KalmanModel:
             targets = self.family.check(outputs, targets.to(outputs.device))
         size = batch_size(inputs)
         with pyro.plate("data", num_data or size, subsample=torch.arange(size, device=outputs.device)):
-            return pyro.sample("y", self.family.distribution(outputs), obs=targets)
+            return pyro.sample("y", self.family.distribution(outputs), obs=targets)  # type: ignore[arg-type]
 
 
 class KalmanGuide(PyroModule):
@@ -69,18 +70,23 @@ class KalmanGuide(PyroModule):
         posterior: the belief to start from; it is not changed by training the guide.
     """
 
+    loc: Tensor  # a PyroParam, read as the constrained tensor
+    scale: Tensor
+
     def __init__(self, posterior: Posterior) -> None:
         super().__init__(name=f"kalman_guide_{next(_COUNTER)}")
         self._adapter, belief = posterior.adapter, posterior.state.belief
         spread = posterior.temperature**0.5
         self._root: Callable[[Tensor], Tensor] | None = None
-        self.loc = PyroParam(posterior.mean_vector.clone())
+        self.loc = PyroParam(posterior.mean_vector.clone())  # type: ignore[assignment]
         if posterior.config.covariance.startswith("diagonal"):
-            self.scale = PyroParam(spread * posterior.variance_vector.sqrt(), constraints.positive)
+            sd = spread * posterior.variance_vector.sqrt()
+            self.scale = PyroParam(sd, constraints.positive)  # type: ignore[assignment]
         else:
             self._root = posterior.config.structure.root(belief)
             self._log_volume = 0.5 * posterior.config.structure.log_determinant(belief)
-            self.scale = PyroParam(torch.full_like(posterior.mean_vector, spread), constraints.positive)
+            sd = torch.full_like(posterior.mean_vector, spread)
+            self.scale = PyroParam(sd, constraints.positive)  # type: ignore[assignment]
 
     def forward(
         self, inputs: Inputs | None = None, targets: Tensor | None = None, num_data: int | None = None

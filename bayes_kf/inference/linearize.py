@@ -1,4 +1,4 @@
-"""From a batch to whitened observations: outputs, their Jacobian, and the four products beliefs need.
+"""From a batch to its outputs and their Jacobian, one row per example and output.
 
 The Jacobian of a batch takes m backward passes whatever its size, not B·m: examples do not mix in eval mode, so one
 backward pass of output j summed over the batch carries every example's cotangents at once. For tensors that a module
@@ -11,73 +11,16 @@ plain autograd, not guessed from names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from bayes_kf.inference.layers import RULES
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, evaluating
 
 JACOBIAN_BYTES = 2**28  # predictions for large batches go through in pieces of this size
 REPEATED_ROWS = 64  # a batch is repeated up to this many rows so that outputs share a backward pass
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Whitened linear observation u = M (θ − μ) + ε, ε ~ N(0, I): all that a belief is conditioned on.
-
-    Attributes:
-        rows: M, (k, n), k = B·r rows.
-        residual: u, (k,).
-        degrees_of_freedom: of ``innovation`` when the filter is consistent, B·rank(V).
-        innovation: ν = uᵀS⁻¹u at the prior outputs.
-    """
-
-    rows: Tensor
-    residual: Tensor
-    degrees_of_freedom: int = 0
-    innovation: float = 0.0
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """M v, (k,)."""
-        return self.rows @ vector
-
-    def rmatvec(self, weights: Tensor) -> Tensor:
-        """Mᵀ w, (n,)."""
-        return self.rows.mT @ weights
-
-    def gram(self, variance: Tensor) -> Tensor:
-        """M diag(p) Mᵀ, (k, k)."""
-        scaled = self.rows * variance.sqrt()
-        return scaled @ scaled.mT
-
-    def column_squares(self, left: Tensor | None = None) -> Tensor:
-        """diag((A M)ᵀ A M), (n,): the column sums of squares of A M, with A = I when ``left`` is None."""
-        rows = self.rows if left is None else left @ self.rows
-        return rows.square().sum(0)
-
-    def scaled(self, precision: float) -> Observation:
-        """The same observation with its precision multiplied by a number."""
-        root = precision**0.5
-        return replace(self, rows=self.rows * root, residual=self.residual * root)
-
-
-def whitened(
-    factor: Tensor, residual: Tensor, jacobian: Tensor, degrees_of_freedom: int, innovation: float
-) -> Observation:
-    """M = W J and u, stacked over the batch.
-
-    Args:
-        factor: W, (B, r, m).
-        residual: u, (B, r).
-        jacobian: J, (B, m, n).
-        degrees_of_freedom: see :class:`Observation`.
-        innovation: see :class:`Observation`.
-    """
-    rows = (factor.to(jacobian.dtype) @ jacobian).flatten(0, 1)  # (B·r, n)
-    return Observation(rows, residual.to(jacobian.dtype).flatten(), degrees_of_freedom, innovation)
 
 
 class Linearizer:
@@ -128,7 +71,9 @@ class Linearizer:
             return dict.fromkeys(self.adapter.names, "not yet known")
         return {name: "hooks" if name in self._hooked else "general" for name in self.adapter.names}
 
-    def _jacobian(self, vector: Tensor, inputs: Inputs, hooked: dict[str, tuple[nn.Module, str]]) -> tuple[Tensor, Tensor]:
+    def _jacobian(
+        self, vector: Tensor, inputs: Inputs, hooked: dict[str, tuple[nn.Module, str]]
+    ) -> tuple[Tensor, Tensor]:
         leaves = self.adapter.leaves(vector)
         general = [name for name in self.adapter.names if name not in hooked]
         size = batch_size(inputs)
@@ -202,7 +147,9 @@ class Linearizer:
         """One backward pass per example and output, for tensors without a rule; written into ``jacobian``."""
         for b in range(jacobian.shape[0]):
             for j in range(jacobian.shape[1]):
-                gradients = torch.autograd.grad(outputs[b, j], list(leaves.values()), retain_graph=True, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    outputs[b, j], list(leaves.values()), retain_graph=True, allow_unused=True
+                )
                 for name, gradient in zip(leaves, gradients, strict=True):
                     if gradient is not None:
                         jacobian[b, j, slices[name]] = gradient.reshape(-1).to(jacobian.dtype)
@@ -218,7 +165,9 @@ class Linearizer:
         try:
             outputs, tapes = self._tape(leaves, inputs, candidates)
             self.num_outputs = outputs.shape[1]
-            seed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device=vector.device).to(outputs.dtype)
+            seed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device=vector.device).to(
+                outputs.dtype
+            )
             rows = self._hook_rows(outputs, seed, tapes, candidates, leaves, last=False)
         except (RuntimeError, IndexError, AttributeError):  # a module called in a way that no rule covers
             return {}
@@ -266,39 +215,3 @@ def _repeat(inputs: Inputs, size: int, times: int) -> Inputs:
         k: v.repeat(times, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v
         for k, v in inputs.items()
     }
-
-
-def _linear_weight(module: nn.Module, taken: Tensor, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Σ_t g_t ⊗ a_t per example, (B, out, in)."""
-    size = len(taken)
-    return cotangent.reshape(size, -1, shape[0]).mT @ taken.to(cotangent.dtype).reshape(size, -1, shape[1])
-
-
-def _linear_bias(module: nn.Module, taken: Tensor, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Σ_t g_t per example, (B, out)."""
-    return cotangent.reshape(len(taken), -1, shape[0]).sum(1)
-
-
-def _conv_weight(module: nn.Module, taken: Tensor, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Per-example gradient of a convolution's weight, (B, *shape): a grouped convolution of patches and cotangents."""
-    assert isinstance(module, nn.Conv2d)
-    size, groups = len(taken), module.groups
-    if isinstance(module.padding, str) or module.padding_mode != "zeros":
-        raise RuntimeError("padding mode without a rule")
-    patches = F.unfold(taken.to(cotangent.dtype), module.kernel_size, module.dilation, module.padding, module.stride)
-    patches = patches.view(size, groups, -1, patches.shape[-1])  # (B, g, in/g·kh·kw, L)
-    cotangent = cotangent.reshape(size, groups, shape[0] // groups, -1)  # (B, g, out/g, L)
-    return (cotangent @ patches.mT).reshape(size, *shape)
-
-
-def _conv_bias(module: nn.Module, taken: Tensor, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Per-example gradient of a convolution's bias, (B, out)."""
-    return cotangent.flatten(2).sum(2)
-
-
-Rule = Callable[[nn.Module, Tensor, Tensor, torch.Size], Tensor]
-
-RULES: dict[type[nn.Module], dict[str, Rule]] = {
-    nn.Linear: {"weight": _linear_weight, "bias": _linear_bias},
-    nn.Conv2d: {"weight": _conv_weight, "bias": _conv_bias},
-}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.linearize import Observation
+from bayes_kf.inference.observation import Observation
 
 
 class State(NamedTuple):
@@ -87,7 +87,7 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """log det P, a scalar."""
+    """Log det P, a scalar."""
     root = _inner(state.diagonal, state.factor)
     return -(state.diagonal.log().sum() + 2.0 * root.diagonal().log().sum()).to(state.mean.dtype)
 

@@ -28,13 +28,13 @@ class State(NamedTuple):
         step: updates seen.
         covariance: R of the EMA models, (m, m); the identity until the first update.
         variance: estimated σ² of a Gaussian likelihood per output, (m,).
-        count: information behind it per output, (m,), in observations whose mean is known.
+        information: behind it per output, (m,), in observations whose mean is known.
     """
 
     step: int = 0
     covariance: Tensor | None = None
     variance: Tensor | None = None
-    count: Tensor | None = None
+    information: Tensor | None = None
 
 
 class Whitened(NamedTuple):
@@ -65,7 +65,7 @@ def begin(config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor) 
     if config.noise_variance == "estimated" and state.variance is None:
         squares = (targets - outputs).double().square().mean(0)
         floor = torch.finfo(outputs.dtype).tiny ** 0.5  # a first batch fitted exactly still has noise
-        return state._replace(variance=squares.clamp_min(floor), count=torch.full_like(squares, PRIOR_COUNT))
+        return state._replace(variance=squares.clamp_min(floor), information=torch.full_like(squares, PRIOR_COUNT))
     return state
 
 
@@ -107,12 +107,12 @@ def absorb(state: State, residual: Tensor, output_cov: Tensor) -> State:
         output_cov: J P⁻ Jᵀ, (B, m, m).
     """
     assert state.variance is not None
-    assert state.count is not None
+    assert state.information is not None
     total = output_cov.double().diagonal(dim1=1, dim2=2) + state.variance  # s (B, m)
     share = state.variance / total
-    count = state.count + share.square().sum(0)
-    step = ((residual.double().square() / total - 1.0) * share).sum(0) / count
-    return state._replace(variance=state.variance * step.clamp(-1.0, 1.0).exp(), count=count)
+    information = state.information + share.square().sum(0)
+    step = ((residual.double().square() / total - 1.0) * share).sum(0) / information
+    return state._replace(variance=state.variance * step.clamp(-1.0, 1.0).exp(), information=information)
 
 
 def _as_targets(targets: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayes_kf.inference import diagonal, noise, temperature
+from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.state import FilterState
@@ -66,7 +66,7 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
         belief=config.structure.State(**belief),
         prior=diagonal.State(**_fields(tensors, "prior.")),
         noise=noise.State(step=metadata["noise_step"], **_fields(tensors, "noise.")),
-        scores=temperature.State(metadata["scored"], **_fields(tensors, "scores.")),
+        scores=tempering.State(metadata["scored"], **_fields(tensors, "scores.")),
         scaled=metadata["scaled"],
         step=metadata["step"],
         examples=metadata["examples"],
@@ -143,7 +143,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"`folder` must hold a readable {STATE_FILE}, got {path}: {error}.") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"`folder` must be of format {FORMAT}, got {metadata.get('format')}; a newer bayes_kf wrote it?")
+        raise ValueError(
+            f"`folder` must be of format {FORMAT}, got {metadata.get('format')}; a newer bayes_kf wrote it?"
+        )
     for name, tensor in tensors.items():
         if name.startswith(("belief.", "prior.")) and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"`folder` must hold a finite belief, got NaN or infinity in {name} of {path}.")
@@ -156,7 +158,9 @@ def _adapter(folder: Path, base_model: nn.Module, names: list[str], expected: st
     complete = present == set(names)
     skip = set(names) if complete else set()
     if fingerprint(base_model, skip) != expected:
-        raise ValueError(f"`base_model` must be the model that {folder} was fitted on, got one with other frozen weights.")
+        raise ValueError(
+            f"`base_model` must be the model that {folder} was fitted on, got one with other frozen weights."
+        )
     if complete:
         return AdapterModel(base_model)
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
@@ -175,7 +179,9 @@ def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
     tensors = {k: v.detach().to(dtypes[k]).cpu().clone() for k, v in adapter.unflatten(vector).items()}
     if isinstance(adapter.model, PeftModel):
         state_dict = adapter.model.state_dict() | tensors
-        adapter.model.save_pretrained(str(folder), state_dict=state_dict, safe_serialization=True, save_embedding_layers=False)
+        adapter.model.save_pretrained(
+            str(folder), state_dict=state_dict, safe_serialization=True, save_embedding_layers=False
+        )
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
         save_file(tensors, folder / "model.safetensors")
@@ -185,17 +191,26 @@ def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a new folder, then put it in ``folder``'s place; on any error the old one stays."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` must be a folder or new, got the file {folder}.")
+    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
+        raise ValueError(f"`folder` must be new, empty or hold a posterior or draws, got {folder} with other files.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         temporary.chmod(0o755)
         write(temporary)
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
         if folder.exists():
             _swap(temporary, folder)
         else:
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a posterior, or nothing but exported draws."""
+    return (folder / STATE_FILE).is_file() or all((part / ADAPTER_FILES[0]).is_file() for part in folder.glob("*"))
 
 
 def _swap(temporary: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import FilterState, KalmanFilter
 from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.likelihood import Gaussian
 
 if TYPE_CHECKING:
     from bayes_kf.inference.guide import KalmanGuide
@@ -86,13 +87,16 @@ class Posterior:
         size = len(self.mean_vector)
         if size > MAX_MATRIX:
             gib = size**2 * self.mean_vector.dtype.itemsize / 2**30
-            raise ValueError(f"`covariance_matrix` takes at most {MAX_MATRIX:,} parameters, got {size:,} ({gib:.1f} GiB).")
+            raise ValueError(
+                f"`covariance_matrix` takes at most {MAX_MATRIX:,} parameters, got {size:,} ({gib:.1f} GiB)."
+            )
         return self.config.structure.covariance_matrix(self.state.belief)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the latent vector from N(μ, temperature·P), (S, n)."""
         mean, generator = self.mean_vector, self._generator(generator)
-        noise = torch.randn(num_samples, len(mean), generator=generator, dtype=mean.dtype, device=mean.device)
+        shape = (num_samples, len(mean))
+        noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=generator.device).to(mean.device)
         return mean + self.temperature**0.5 * self.config.structure.root(self.state.belief)(noise)
 
     def predict(
@@ -162,11 +166,13 @@ class Posterior:
             inputs, targets = split_batch(batch)
             targets = None if targets is None else targets.to(self.adapter.device)
             part = self.predict(inputs, method, num_samples, generator, targets)
-            kept = {name: _cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples}
+            kept: dict[str, Any] = {
+                name: _cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples
+            }
             parts.append(LoaderPrediction(**kept, targets=_cpu(targets)))
         if not parts:
             raise ValueError("`loader` must yield at least one batch, got none.")
-        joined = prediction.concatenate(parts, LoaderPrediction)
+        joined = prediction.concatenate(parts)
         assert isinstance(joined, LoaderPrediction)
         return joined
 
@@ -189,7 +195,7 @@ class Posterior:
 
     @property
     def pyro_model(self) -> Callable[..., Tensor]:
-        """The Pyro model: adapter tensors from the prior, targets from the likelihood; called (inputs, targets=None)."""
+        """The Pyro model: tensors from the prior, targets from the likelihood; called (inputs, targets=None)."""
         from bayes_kf.inference.guide import KalmanModel
 
         return KalmanModel(self)
@@ -211,7 +217,9 @@ class Posterior:
         """
         return persistence.load(Path(folder), base_model)
 
-    def export_adapters(self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None) -> list[Path]:
+    def export_adapters(
+        self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None
+    ) -> list[Path]:
         """Write draws from the posterior as ordinary PEFT adapters ``draw_0`` ... and return their folders."""
         return persistence.export(self, Path(folder), self.sample(num_samples, self._generator(generator)))
 
@@ -243,8 +251,10 @@ class Posterior:
         output_cov = self.temperature * self.config.structure.output_covariance(self.state.belief, jacobian)
         if method == "probit" and family.name != "gaussian":
             return prediction.probit(family, outputs, output_cov, targets)
-        draws = prediction.gaussian_draws(outputs, output_cov, num_samples, generator) if method == "linearized" else None
-        if family.name == "gaussian":
+        draws = (
+            prediction.gaussian_draws(outputs, output_cov, num_samples, generator) if method == "linearized" else None
+        )
+        if isinstance(family, Gaussian):
             return prediction.gaussian_moments(family, outputs, output_cov, draws, targets)
         assert draws is not None
         return prediction.mixture(family, draws, targets)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,18 +98,19 @@ def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator
     scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).double().clamp_min(1e-300)[..., None, None]
     values, vectors = torch.linalg.eigh(covariance.double() / scale)
     root = scale.sqrt() * vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)  # negative only by rounding
-    noise = torch.randn(num_samples, *mean.shape, 1, generator=generator, dtype=torch.float64, device=mean.device)
+    shape = (num_samples, *mean.shape, 1)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(mean.device)
     return (mean.double() + (root @ noise).squeeze(-1)).to(mean.dtype)
 
 
-def concatenate(parts: list[Prediction], kind: type[Prediction] = Prediction) -> Prediction:
-    """One prediction from those of consecutive batches."""
-    joined = {}
-    for field in fields(kind):
+def concatenate(parts: Sequence[Prediction]) -> Prediction:
+    """One prediction from those of consecutive batches, of the kind of the first."""
+    joined: dict[str, Any] = {}
+    for field in fields(parts[0]):
         values = [getattr(part, field.name) for part in parts]
         dim = 1 if field.name == "samples" else 0
         joined[field.name] = None if any(v is None for v in values) else torch.cat(values, dim)
-    return kind(**joined)
+    return type(parts[0])(**joined)
 
 
 def _entropy(family: Likelihood, probs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from bayes_kf.inference import diagonal, noise, temperature
+from bayes_kf.inference import diagonal, noise, tempering
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
@@ -28,7 +28,7 @@ class FilterState(NamedTuple):
     belief: Any
     prior: diagonal.State
     noise: noise.State
-    scores: temperature.State
+    scores: tempering.State
     scaled: bool
     step: int
     examples: int

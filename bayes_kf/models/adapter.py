@@ -53,8 +53,8 @@ class AdapterModel:
         if self.num_parameters > LARGE:
             state_gib = 4 * self.num_parameters * self.dtype.itemsize / 2**30
             warnings.warn(
-                f"`model` has {self.num_parameters:,} trainable numbers, above {LARGE:,}: the belief and its prior take "
-                f"{state_gib:.1f} GiB, and as much again for every output row of a step; was the base left unfrozen?",
+                f"`model` has {self.num_parameters:,} trainable numbers, above {LARGE:,}: the belief and its prior "
+                f"take {state_gib:.1f} GiB, a quarter more for every output row of a step; is the base not frozen?",
                 stacklevel=2,
             )
 

@@ -33,7 +33,9 @@ class Categorical:
             raise ValueError(f"`targets` must have shape ({batch},), got {tuple(targets.shape)}.")
         if batch and (int(targets.min()) < 0 or int(targets.max()) >= num_classes):
             low, high = int(targets.min()), int(targets.max())
-            raise ValueError(f"`targets` must lie in 0..{num_classes - 1} for {num_classes} outputs, got {low}..{high}.")
+            raise ValueError(
+                f"`targets` must lie in 0..{num_classes - 1} for {num_classes} outputs, got {low}..{high}."
+            )
         return targets.long()
 
     def mean(self, outputs: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ class Categorical:
         return outputs.softmax(-1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """e = onehot(y) − π, (B, m)."""
+        """E = onehot(y) − π, (B, m)."""
         onehot = torch.nn.functional.one_hot(targets, outputs.shape[-1])
         return onehot.to(outputs.dtype) - self.mean(outputs)
 
@@ -60,7 +62,7 @@ class Categorical:
         return factor, onehot / root - root
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """log p(y | η) per example, (..., B) for outputs (..., B, m)."""
+        """Log p(y | η) per example, (..., B) for outputs (..., B, m)."""
         log_probs = outputs.log_softmax(-1)
         return log_probs.gather(-1, targets.expand(log_probs.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
@@ -91,7 +93,7 @@ class Bernoulli:
         return outputs.sigmoid()
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """e = y − π, (B, m)."""
+        """E = y − π, (B, m)."""
         return targets - self.mean(outputs)
 
     def variance(self, outputs: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class Bernoulli:
         return torch.diag_embed(root), self.residual(outputs, targets) / root
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """log p(y | η) per example, summed over its m answers, (..., B)."""
+        """Log p(y | η) per example, summed over its m answers, (..., B)."""
         return self.distribution(outputs).log_prob(targets)
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
@@ -137,7 +139,7 @@ class Gaussian:
         return outputs
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """e = y − η, (B, m)."""
+        """E = y − η, (B, m)."""
         return targets - outputs
 
     def variance(self, outputs: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ class Gaussian:
         return self.variance(outputs) / noise_sd.unsqueeze(-1), self.residual(outputs, targets) / noise_sd
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """log N(y; η, σ²) per example, summed over outputs, (..., B)."""
+        """Log N(y; η, σ²) per example, summed over outputs, (..., B)."""
         return self.distribution(outputs).log_prob(targets)
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
@@ -180,7 +182,7 @@ class Poisson:
         return outputs.exp()
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """e = y − λ, (B, m)."""
+        """E = y − λ, (B, m)."""
         return targets - outputs.exp()
 
     def variance(self, outputs: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class Poisson:
         return torch.diag_embed(root), self.residual(outputs, targets) / root
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """log p(y | η) per example, summed over outputs, (..., B)."""
+        """Log p(y | η) per example, summed over outputs, (..., B)."""
         return self.distribution(outputs).log_prob(targets)
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
@@ -218,7 +220,9 @@ def _check_shape(outputs: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(f"`targets` must have shape {tuple(outputs.shape)}, got {tuple(targets.shape)}.")
     targets = targets.to(outputs.dtype)
     if not bool(torch.isfinite(targets).all()):
-        raise ValueError(f"`targets` must be finite, got {int((~torch.isfinite(targets)).sum())} NaN or infinite values.")
+        raise ValueError(
+            f"`targets` must be finite, got {int((~torch.isfinite(targets)).sum())} NaN or infinite values."
+        )
     return targets
 
 

@@ -46,7 +46,9 @@ def logit_variance(gains: Sequence[float], squares: Sequence[float], logit_sd: f
     """
     total = sum(gains)
     if not 0.0 < total < float("inf"):
-        raise ValueError(f"`initial_logit_sd` needs outputs that depend on the trainable tensors, got a gain of {total:g}.")
+        raise ValueError(
+            f"`initial_logit_sd` needs outputs that depend on the trainable tensors, got a gain of {total:g}."
+        )
     if spread == "constant":
         return [logit_sd**2 / total] * len(gains)
     seen = [gain > SMALLEST_GAIN * total for gain in gains]

@@ -7,7 +7,7 @@ from torch import nn
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter, diagonal, full, low_rank
 from bayes_kf.inference.config import STRUCTURES
-from bayes_kf.inference.linearize import Observation
+from bayes_kf.inference.observation import Observation
 
 N, NOISE = 5, 0.3
 
@@ -123,7 +123,9 @@ def test_low_rank_truncation_keeps_marginal_precisions_and_leading_directions():
     precision = torch.diag(after.diagonal) + after.factor @ after.factor.T
     torch.testing.assert_close(precision.diagonal(), torch.linalg.inv(covariance).diagonal(), rtol=1e-10, atol=1e-10)
     scaled = obs.rows.T * variance.sqrt().unsqueeze(-1)  # eigenvalues in units of the prior
-    kept = torch.linalg.eigvalsh((after.factor * variance.sqrt().unsqueeze(-1)).T @ (after.factor * variance.sqrt().unsqueeze(-1)))
+    kept = torch.linalg.eigvalsh(
+        (after.factor * variance.sqrt().unsqueeze(-1)).T @ (after.factor * variance.sqrt().unsqueeze(-1))
+    )
     torch.testing.assert_close(kept, torch.linalg.eigvalsh(scaled.T @ scaled)[-2:], rtol=1e-9, atol=1e-9)
 
 

@@ -7,7 +7,10 @@ import pytest
 from bayes_kf.inference import KalmanConfig
 
 BAD = [
-    ({"likelihood": "normal"}, r"`likelihood` must be one of categorical, bernoulli, gaussian, poisson, got 'normal'\."),
+    (
+        {"likelihood": "normal"},
+        r"`likelihood` must be one of categorical, bernoulli, gaussian, poisson, got 'normal'\.",
+    ),
     ({"covariance": "dense"}, r"`covariance` must be one of diagonal, .*, full, got 'dense'\."),
     ({"noise": "white"}, r"`noise` must be one of exponential_family, .* got 'white'\."),
     ({"expansion": "median"}, r"`expansion` must be one of mode, mean, got 'median'\."),

@@ -6,7 +6,8 @@ from oracles import dense_jacobian
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bayes_kf.inference.linearize import Linearizer, Observation
+from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.observation import Observation
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import lora_digits_vit
 
@@ -28,7 +29,11 @@ class Packed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attention, self.norm, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.attention, self.norm, self.head = (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x):
         return self.head(self.norm(self.attention(x, x, x, need_weights=False)[0]).mean(1))
@@ -57,9 +62,15 @@ CASES = {
     "conv, batch norm, dropout": (conv_net, (2, 8, 8)),
     "module used twice, free tensor": (Shared, (6,)),
     "packed projection, layer norm": (Packed, (5, 8)),
-    "lora linear": (lambda: lora(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), target_modules=["0", "2"]), (6,)),
+    "lora linear": (
+        lambda: lora(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), target_modules=["0", "2"]),
+        (6,),
+    ),
     "lora conv": (lambda: lora(conv_net(dilation=1), target_modules=["3"], modules_to_save=["6"]), (2, 8, 8)),
-    "dora": (lambda: lora(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), target_modules=["0"], use_dora=True), (6,)),
+    "dora": (
+        lambda: lora(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), target_modules=["0"], use_dora=True),
+        (6,),
+    ),
     "dora conv": (lambda: lora(conv_net(dilation=1), target_modules=["3"], use_dora=True), (2, 8, 8)),
 }
 

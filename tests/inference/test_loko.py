@@ -24,7 +24,10 @@ def test_replays_algorithm_1_over_50_steps(upper):
 
     def with_theta(theta, function):
         parts = theta.split(sizes)
-        tensors = {n: p.view_as(model.get_parameter(n)).detach().requires_grad_(True) for n, p in zip(names, parts, strict=True)}
+        tensors = {
+            n: p.view_as(model.get_parameter(n)).detach().requires_grad_(True)
+            for n, p in zip(names, parts, strict=True)
+        }
         return function(tensors)
 
     def outputs_of(theta, x):
@@ -34,7 +37,12 @@ def test_replays_algorithm_1_over_50_steps(upper):
         def rows(tensors):
             eta = functional_call(model, tensors, (x[None],))[0]
             return torch.stack(
-                [torch.cat([g.reshape(-1) for g in torch.autograd.grad(v, list(tensors.values()), retain_graph=True)]) for v in eta]
+                [
+                    torch.cat(
+                        [g.reshape(-1) for g in torch.autograd.grad(v, list(tensors.values()), retain_graph=True)]
+                    )
+                    for v in eta
+                ]
             )
 
         return with_theta(theta, rows)

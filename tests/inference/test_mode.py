@@ -37,7 +37,9 @@ def test_gradient_and_fisher_are_those_at_the_mode(name, scale):
         (gradient,) = torch.autograd.grad(value, eta)
         return float(value.detach()), gradient.reshape(-1).numpy()
 
-    found = minimize(negative, outputs.reshape(-1).numpy(), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 2000})
+    found = minimize(
+        negative, outputs.reshape(-1).numpy(), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 2000}
+    )
     mode = torch.tensor(found.x).view(2, 3)
     factor, residual = expand_at_mode(family, outputs, targets, cov)
     torch.testing.assert_close(factor.mT @ factor, family.variance(mode), rtol=1e-4, atol=1e-5)
@@ -63,7 +65,9 @@ def test_a_confident_surprise_is_taken_to_the_map_not_past_it():
     x, y = torch.tensor([[1.0, 0.5]]).double(), torch.tensor([1])
     margins = {}
     for expansion in ("mode", "mean"):
-        kf = KalmanFilter(model, KalmanConfig(initial_variance=4.0, expansion=expansion, damping=False, covariance="full"))
+        kf = KalmanFilter(
+            model, KalmanConfig(initial_variance=4.0, expansion=expansion, damping=False, covariance="full")
+        )
         state, _ = kf.update(kf.init(), x, y)
         outputs = kf.adapter.outputs(state.belief.mean, x)[0]
         margins[expansion] = float(outputs[1] - outputs[0])

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kf as bkf
-from bayes_kf.inference import temperature
 from bayes_kf.data import uci_digits_split
+from bayes_kf.inference import tempering
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
 G = torch.Generator().manual_seed(0)
@@ -218,17 +218,17 @@ def test_bernoulli_and_poisson_end_to_end():
 
 def test_temperature_is_the_most_uncertain_that_the_stream_cannot_tell_from_the_best():
     torch.manual_seed(0)
-    losses = torch.rand(50, len(temperature.GRID)).double() + torch.linspace(1, 1.2, len(temperature.GRID)).double()
-    state = temperature.init(torch.device("cpu"))
-    assert temperature.choose(state) == 1.0
+    losses = torch.rand(50, len(tempering.GRID)).double() + torch.linspace(1, 1.2, len(tempering.GRID)).double()
+    state = tempering.init(torch.device("cpu"))
+    assert tempering.choose(state) == 1.0
     for row in losses:
-        state = temperature.add(state, row)
+        state = tempering.add(state, row)
     best = int(losses.sum(0).argmin())
     tied = [
         (d := losses[:, k] - losses[:, best]).sum() <= (d.var(correction=0) * 50).sqrt() + 1e-12
-        for k in range(len(temperature.GRID))
+        for k in range(len(tempering.GRID))
     ]
-    assert temperature.choose(state) == max(t for t, ok in zip(temperature.GRID, tied, strict=True) if ok)
+    assert tempering.choose(state) == max(t for t, ok in zip(tempering.GRID, tied, strict=True) if ok)
     assert tied.count(False) >= 1
 
 
@@ -237,7 +237,7 @@ def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
     kf = bkf.KalmanFilter(linear(), config)
     state, _ = kf.update(kf.init(), X[:5], Y[:5])
     after, _ = kf.update(state, X[5:10], Y[5:10])
-    for k, value in enumerate(temperature.GRID):
+    for k, value in enumerate(tempering.GRID):
         fixed = bkf.KalmanFilter(kf.adapter, dataclasses.replace(config, temperature=value))
         expected = -bkf.Posterior(fixed, state).predict(X[5:10], targets=Y[5:10]).log_prob.sum()
         torch.testing.assert_close(after.scores.total[k] - state.scores.total[k], expected, rtol=1e-10, atol=1e-10)
@@ -315,6 +315,18 @@ def test_damaged_or_foreign_folders_are_refused_and_nothing_changes(fitted, tmp_
         bkf.Posterior.from_pretrained(tmp_path / "nowhere", digits_vit())
 
 
+def test_a_folder_of_other_things_is_not_replaced(fitted, tmp_path):
+    (tmp_path / "thesis.tex").write_text("all my work")
+    with pytest.raises(
+        ValueError, match="`folder` must be new, empty or hold a posterior or draws, got .* with other files"
+    ):
+        fitted.save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "all my work"
+    (tmp_path / "empty").mkdir()
+    fitted.save_pretrained(tmp_path / "empty")
+    assert (tmp_path / "empty" / "adapter_model.safetensors").stat().st_mode & 0o077 == 0o044
+
+
 def test_a_failed_save_keeps_the_old_folder(fitted, tmp_path, monkeypatch):
     fitted.save_pretrained(tmp_path / "p")
     from bayes_kf.inference import persistence
@@ -365,7 +377,12 @@ def test_dense_covariance_is_refused_with_its_size():
         pass
 
     posterior = bkf.fit(
-        Wide(200, 150), [(torch.randn(1, 200), torch.randn(1, 150))], bkf.KalmanConfig(likelihood="gaussian"), progress=False
+        Wide(200, 150),
+        [(torch.randn(1, 200), torch.randn(1, 150))],
+        bkf.KalmanConfig(likelihood="gaussian"),
+        progress=False,
     )
-    with pytest.raises(ValueError, match=r"`covariance_matrix` takes at most 20,000 parameters, got 30,150 \(3\.4 GiB\)"):
+    with pytest.raises(
+        ValueError, match=r"`covariance_matrix` takes at most 20,000 parameters, got 30,150 \(3\.4 GiB\)"
+    ):
         posterior.covariance_matrix()

@@ -1,4 +1,4 @@
-"""The belief as a Pyro guide of the adapter as a Pyro model: exact on linear-Gaussian models, working on real PEFT ones."""
+"""The belief as a Pyro guide: exact on linear-Gaussian models, working on real PEFT ones."""
 
 import pyro
 import pytest
@@ -25,7 +25,12 @@ def _clean():
 def linear_fit(covariance="full", **config):
     torch.manual_seed(0)
     setting = bkf.KalmanConfig(
-        likelihood="gaussian", covariance=covariance, noise_variance=0.5, initial_variance=1.5, temperature=1.0, **config
+        likelihood="gaussian",
+        covariance=covariance,
+        noise_variance=0.5,
+        initial_variance=1.5,
+        temperature=1.0,
+        **config,
     )
     model = nn.Linear(3, 1, bias=False).double()
     return bkf.fit(model, [(X[:8], Y[:8]), (X[8:], Y[8:])], setting, progress=False)
@@ -50,7 +55,9 @@ def test_elbo_of_the_exact_posterior_is_the_log_evidence(covariance):
     prior_mean = posterior.state.prior.mean
     evidence = log_evidence(X, Y[:, 0], prior_mean, 1.5 * torch.eye(3).double(), 0.5)
     losses = torch.tensor([Trace_ELBO().loss(posterior.pyro_model, posterior.guide(), X, Y) for _ in range(20)])
-    torch.testing.assert_close(-losses.double(), evidence.expand(20), rtol=1e-6, atol=1e-6)  # exact: no Monte Carlo error
+    torch.testing.assert_close(
+        -losses.double(), evidence.expand(20), rtol=1e-6, atol=1e-6
+    )  # exact: no Monte Carlo error
 
 
 def test_elbo_of_a_diagonal_belief_is_its_own_to_monte_carlo_error():
@@ -77,7 +84,9 @@ def test_nuts_on_the_same_model_agrees_with_the_belief():
     error = (posterior.variance_vector / effective.clamp_max(600)).sqrt()
     assert ((draws.mean(0) - posterior.mean_vector).abs() < 5 * error).all()
     covariance = posterior.covariance_matrix()
-    spread = (covariance**2 + torch.outer(covariance.diagonal(), covariance.diagonal())).div(effective.clamp_max(600)).sqrt()
+    spread = (
+        (covariance**2 + torch.outer(covariance.diagonal(), covariance.diagonal())).div(effective.clamp_max(600)).sqrt()
+    )
     assert ((torch.cov(draws.T) - covariance).abs() < 5 * spread).all()
     exact, _ = linear_posterior(X, Y[:, 0], posterior.state.prior.mean, 1.5 * torch.eye(3).double(), 0.5)
     torch.testing.assert_close(posterior.mean_vector, exact, rtol=1e-9, atol=1e-9)
@@ -91,7 +100,9 @@ def test_sites_are_the_adapter_s_tensors_in_model_and_guide(fitted, digits):
     assert sorted(sites) == sorted(fitted.adapter.names)
     assert {name for name in model.stochastic_nodes if name != "data"} == set(fitted.adapter.names)
     assert model.nodes["y"]["is_observed"]
-    assert all(model.nodes[n]["value"].shape == s for n, s in zip(fitted.adapter.names, fitted.adapter.shapes, strict=True))
+    assert all(
+        model.nodes[n]["value"].shape == s for n, s in zip(fitted.adapter.names, fitted.adapter.shapes, strict=True)
+    )
     assert torch.isfinite(model.log_prob_sum())
 
 
@@ -112,7 +123,11 @@ def test_predictive_draws_from_the_belief_on_a_peft_model(fitted, digits):
 def test_svi_goes_on_from_the_belief_and_lowers_its_loss(digits, covariance):
     images, labels = digits
     config = bkf.KalmanConfig(covariance=covariance, rank=5)
-    model = lora_digits_vit(rank=1, targets=["q_proj"], train_head=False) if covariance == "low_rank" else lora_digits_vit(rank=2)
+    model = (
+        lora_digits_vit(rank=1, targets=["q_proj"], train_head=False)
+        if covariance == "low_rank"
+        else lora_digits_vit(rank=2)
+    )
     posterior = bkf.fit(model, [(images[:8], labels[:8])], config, progress=False)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     guide = posterior.guide()
@@ -139,7 +154,9 @@ def test_two_posteriors_guides_do_not_share_parameters():
 
 def test_minibatch_stands_for_the_whole_data():
     posterior = linear_fit()
-    trace = poutine.trace(poutine.condition(posterior.pyro_model, data=posterior.mean)).get_trace(X[:5], Y[:5], num_data=20)
+    trace = poutine.trace(poutine.condition(posterior.pyro_model, data=posterior.mean)).get_trace(
+        X[:5], Y[:5], num_data=20
+    )
     trace.compute_log_prob()
     family = torch.distributions.Normal(X[:5] @ posterior.mean["weight"].T, 0.5**0.5)
     torch.testing.assert_close(trace.nodes["y"]["log_prob_sum"], 4 * family.log_prob(Y[:5]).sum(), rtol=1e-9, atol=1e-9)

@@ -67,7 +67,9 @@ def test_fixed_noise_is_whitened_in_the_contrast_basis(name):
     e, v = Categorical().residual(ETA, TARGETS["categorical"]), Categorical().variance(ETA)
     assert white.factor.shape == (4, 2, 3)
     torch.testing.assert_close(white.factor.mT @ white.factor, v @ v / scale, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close((white.factor.mT @ white.residual[..., None])[..., 0], (v @ e[..., None])[..., 0] / scale)
+    torch.testing.assert_close(
+        (white.factor.mT @ white.residual[..., None])[..., 0], (v @ e[..., None])[..., 0] / scale
+    )
     assert (after.step, white.jitter) == (26, 0.0)
 
 
@@ -79,7 +81,9 @@ def test_moving_averages_take_the_batch_mean(name):
     assert torch.equal(state.covariance, torch.eye(3).double())
     _, after = noise.whiten(config, state, ETA, TARGETS["categorical"], cov)
     e, v = Categorical().residual(ETA, TARGETS["categorical"]), Categorical().variance(ETA)
-    estimate = sum(torch.outer(e[b], e[b]) + (v[b] @ cov[b] @ v[b] if name == "ema_taylor" else 0) for b in range(4)) / 4
+    estimate = (
+        sum(torch.outer(e[b], e[b]) + (v[b] @ cov[b] @ v[b] if name == "ema_taylor" else 0) for b in range(4)) / 4
+    )
     torch.testing.assert_close(after.covariance, 0.9 * torch.eye(3).double() + 0.1 * estimate, rtol=1e-12, atol=1e-12)
 
 
@@ -104,7 +108,12 @@ def test_jitter_is_reported():
 BAD = [
     (Categorical(), ETA, torch.tensor([0, 1, 2, 3]), r"`targets` must lie in 0\.\.2 for 3 outputs, got 0\.\.3\."),
     (Categorical(), ETA, torch.tensor([-1, 1, 2, 0]), r"must lie in 0\.\.2 .* got -1\.\.2"),
-    (Categorical(), ETA, torch.tensor([0.0, 1, 2, 1]), r"`targets` must be integer class labels, got dtype torch\.float32"),
+    (
+        Categorical(),
+        ETA,
+        torch.tensor([0.0, 1, 2, 1]),
+        r"`targets` must be integer class labels, got dtype torch\.float32",
+    ),
     (Categorical(), ETA, torch.zeros(4, 1).long(), r"`targets` must have shape \(4,\), got \(4, 1\)"),
     (Categorical(), ETA[:, :1], torch.zeros(4).long(), r"`likelihood` categorical needs at least 2 outputs, got 1"),
     (Bernoulli(), ETA, torch.full((4, 3), 0.5), r"`targets` must be 0 or 1 for a Bernoulli likelihood, got 0\.5"),
