@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from bayes_kf.cli import main
-from bayes_kf.cli.quiet import quiet_transformers
 from bayes_kf.data import uci_digits, uci_digits_split
+from bayes_kf.models.zoo import quiet_transformers
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "so", "good", "fine", "dull", "bad", "awful"]
 REVIEWS = [("a good film", "pos"), ("so fine", "pos"), ("a bad film", "neg"), ("awful", "neg"), ("so dull", "meh")] * 3

@@ -17,8 +17,8 @@ from bayes_kf.cli import commands, main
 from bayes_kf.cli.base_model import load_base, restore_head
 from bayes_kf.cli.folder import read_labels, read_new_head
 from bayes_kf.cli.parser import EXAMPLES
-from bayes_kf.cli.quiet import quiet_transformers
 from bayes_kf.demo import Size
+from bayes_kf.models.zoo import quiet_transformers
 
 
 @pytest.fixture(scope="module")

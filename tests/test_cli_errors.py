@@ -10,7 +10,7 @@ from cli_inputs import bert_config, run, write_inputs
 from transformers import BertForSequenceClassification, BertTokenizer
 
 from bayes_kf.cli import commands, main
-from bayes_kf.cli.quiet import quiet_transformers
+from bayes_kf.models.zoo import quiet_transformers
 
 
 @pytest.fixture(scope="module")

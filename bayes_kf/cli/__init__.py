@@ -9,7 +9,7 @@ from typing import TextIO
 
 from bayes_kf.cli.commands import COMMANDS
 from bayes_kf.cli.parser import build_parser
-from bayes_kf.cli.quiet import quiet_transformers
+from bayes_kf.models.zoo import quiet_transformers
 
 BAD_INPUT, INTERRUPTED = 2, 130
 

@@ -127,7 +127,7 @@ class KalmanFilter:
         after = after._replace(mean=belief.mean) if hold_mean else after
         step = after.mean - belief.mean
         if noise_state.variance is not None:
-            noise_state = noise.absorb(noise_state, targets - outputs, output_cov)
+            noise_state = noise.absorb(noise_state, targets - outputs, self.temperature(state) * output_cov)
         info = UpdateInfo(
             outputs=outputs,
             log_loss=-family.log_prob(outputs, targets),

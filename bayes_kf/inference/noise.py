@@ -104,7 +104,8 @@ def absorb(state: State, residual: Tensor, output_cov: Tensor) -> State:
     Args:
         state: the noise state before, of a filter whose ``noise_variance`` is "estimated".
         residual: e = y − η at the mean before the update, (B, m).
-        output_cov: J P⁻ Jᵀ, (B, m, m).
+        output_cov: J P⁻ Jᵀ as predictions use it, times the temperature, (B, m, m): errors that an overstated
+            covariance would explain must not be taken from the noise.
     """
     assert state.variance is not None
     assert state.information is not None

@@ -101,7 +101,7 @@ def _load_digits_vit(path: Path) -> ViTForImageClassification:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"`weights` must be a safetensors file, got {file}: {error}.") from error
-    with _quiet():
+    with quiet_transformers():
         loaded: Any = ViTForImageClassification.from_pretrained(  # knows the names of older and newer releases
             None, config=digits_vit_config(), state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -113,7 +113,7 @@ def _load_digits_vit(path: Path) -> ViTForImageClassification:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar or loading report from transformers inside; its settings are put back."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
