@@ -57,7 +57,8 @@ class KalmanConfig:
         rank: L, columns of the low-rank part of the precision.
         noise: observation noise. "exponential_family": the likelihood's own variance. "ema_taylor" and "ema_residual":
             LoKO's equations 12 and 7. "identity": I. "decaying": exp(−k/50) I at update k.
-        noise_variance: σ² of a Gaussian likelihood in squared target units, or "estimated".
+        noise_variance: σ² of a Gaussian likelihood in squared target units, or "estimated"; the unit of "identity" and
+            "decaying" noise there.
         initial_logit_sd: prior standard deviation of the outputs, from which the prior variances follow. Used when
             ``initial_variance`` is None.
         initial_spread: how that is shared: "tensors" (each tensor adds the same variance to the outputs) or "constant"

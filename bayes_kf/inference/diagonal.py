@@ -36,10 +36,14 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
 
 
 def gain_condition(state: State, observation: Observation) -> State:
-    """μ + p∘MᵀS⁻¹u and p − p²∘diag(MᵀS⁻¹M), S = I + M diag(p) Mᵀ."""
+    """μ + p∘MᵀS⁻¹u and p − p²∘diag(MᵀS⁻¹M), S = I + M diag(p) Mᵀ.
+
+    Where the difference cancels to rounding, its exact lower bound 1/(p⁻¹ + diag(MᵀM)) takes its place.
+    """
     mean, factor = _gain(state, observation)
     shrink = state.variance * observation.column_squares(_inverse(factor, state.mean.dtype))
-    return State(mean, state.variance * (1.0 - shrink))
+    least = state.variance / (1.0 + state.variance * observation.column_squares())
+    return State(mean, torch.maximum(state.variance * (1.0 - shrink), least))
 
 
 def information_condition(state: State, observation: Observation) -> State:
@@ -72,8 +76,8 @@ def covariance_matrix(state: State) -> Tensor:
 
 def output_covariance(state: State, jacobian: Tensor) -> Tensor:
     """J P Jᵀ, (B, m, m) for J (B, m, n)."""
-    scaled = jacobian * state.variance.sqrt()
-    return scaled @ scaled.mT
+    scaled = (jacobian * state.variance.sqrt()).double()
+    return (scaled @ scaled.mT).to(jacobian.dtype)
 
 
 def quadratic(state: State, vector: Tensor) -> Tensor:

@@ -199,7 +199,10 @@ class KalmanFilter:
             if bool((jacobian @ (after.mean - belief.mean)).abs().max() < TRUSTED):
                 return True
             penalty = 0.5 * self.config.structure.quadratic(belief, after.mean - belief.mean)
-            loss = -family.log_prob(self.adapter.outputs(after.mean, inputs), targets).sum()
+            moved = self.adapter.outputs(after.mean, inputs)
+            if not bool(torch.isfinite(moved).all()):
+                return False
+            loss = -family.log_prob(moved, targets).sum()
             return bool(loss + penalty <= before + ROUNDING * (1.0 + before.abs()))
 
         return accepts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ def fit(
     """
     if start not in STARTS:
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
+    if not isinstance(loader, Iterable):
+        raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
     kf = KalmanFilter(model, config)
     batches = iter(loader)
     first = _first(batches, SCALE_EXAMPLES)
@@ -60,8 +62,7 @@ def fit(
         raise ValueError("`loader` must yield at least one batch, got none.")
     state = _initial(kf, first)
     record = _Record(kf.config.likelihood)
-    total = len(loader) if isinstance(loader, Sized) else None
-    bar = tqdm(itertools.chain(first, batches), total=total, disable=not progress, desc="fit", unit="batch")
+    bar = tqdm(itertools.chain(first, batches), total=_length(loader), disable=not progress, desc="fit", unit="batch")
     with bar:
         for index, batch in enumerate(bar):
             inputs, targets = _complete(batch, index)
@@ -72,6 +73,9 @@ def fit(
                 raise
             except ValueError as error:
                 raise ValueError(f"{error} (batch {index} of `loader`)") from error
+            except RuntimeError as error:  # the model's own complaint
+                error.add_note(f"in batch {index} of `loader`")
+                raise
             record.add(info)
             if progress:
                 bar.set_postfix_str(record.summary(), refresh=False)
@@ -85,15 +89,23 @@ def _initial(kf: KalmanFilter, batches: list[Any]) -> FilterState:
 
 
 def _join(pieces: list[Inputs]) -> Inputs:
-    """Inputs as one batch; the first piece alone where their shapes differ (padded text)."""
+    """Inputs as one batch; the first piece alone where they do not fit together (text padded to different lengths)."""
     first = pieces[0]
     if isinstance(first, Tensor):
         same = all(isinstance(p, Tensor) and p.shape[1:] == first.shape[1:] for p in pieces)
         return torch.cat(pieces) if same else first  # type: ignore[arg-type]
-    shapes = [{k: v.shape[1:] for k, v in p.items() if isinstance(v, Tensor)} for p in pieces]  # type: ignore[union-attr]
-    if any(s != shapes[0] for s in shapes) or len(shapes[0]) < len(first):
-        return first
-    return {k: torch.cat([p[k] for p in pieces]) for k in first}  # type: ignore[index]
+    sizes = [batch_size(p) for p in pieces]
+    joined: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [p[key] for p in pieces]  # type: ignore[index]
+        tensors = isinstance(value, Tensor) and value.ndim > 0
+        if tensors and all(len(v) == n and v.shape[1:] == value.shape[1:] for v, n in zip(values, sizes, strict=True)):
+            joined[key] = torch.cat(values)
+        elif len(set(sizes)) == 1 and all(v is value or (tensors and torch.equal(v, value)) for v in values):
+            joined[key] = value
+        else:
+            return first
+    return joined
 
 
 def _first(batches: Iterator[Any], num_examples: int) -> list[Any]:
@@ -105,6 +117,14 @@ def _first(batches: Iterator[Any], num_examples: int) -> list[Any]:
         if seen >= num_examples:
             break
     return first
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Number of batches, where the loader knows it; a DataLoader over a stream has ``__len__`` and no length."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _complete(batch: Any, index: int) -> tuple[Inputs, Tensor]:

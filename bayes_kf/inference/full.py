@@ -44,7 +44,7 @@ def condition(state: State, observation: Observation) -> State:
     """μ + PMᵀS⁻¹u and P in Joseph form (I − KM)P(I − KM)ᵀ + KKᵀ, K = PMᵀS⁻¹."""
     rows = observation.rows
     cross = state.covariance @ rows.mT  # PMᵀ (n, k)
-    factor, weights, _ = innovation(rows @ cross, observation.residual)
+    factor, weights, _ = innovation(rows.double() @ cross.double(), observation.residual)
     gain = torch.cholesky_solve(cross.mT.double(), factor).mT.to(cross.dtype)
     left = state.covariance - gain @ cross.mT  # (I − KM)P
     covariance = left - (left @ rows.mT) @ gain.mT + gain @ gain.mT

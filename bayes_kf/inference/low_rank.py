@@ -41,8 +41,8 @@ def condition(state: State, observation: Observation) -> State:
     joined = torch.cat([state.factor, rows.mT], 1)  # (n, L + k)
     gradient = observation.rmatvec(observation.residual)
     mean = state.mean + _solve(state.diagonal, joined, gradient.unsqueeze(-1)).squeeze(-1)
-    scaled = joined / state.diagonal.sqrt().unsqueeze(-1)
-    _, vectors = torch.linalg.eigh((scaled.mT @ scaled).double())
+    scaled = (joined / state.diagonal.sqrt().unsqueeze(-1)).double()
+    _, vectors = torch.linalg.eigh(scaled.mT @ scaled)
     rotated = joined @ vectors.to(joined.dtype)  # columns by ascending weight
     rest, kept = rotated[:, : -state.factor.shape[1]], rotated[:, -state.factor.shape[1] :]
     return State(mean, state.diagonal + rest.square().sum(1), kept)
@@ -64,7 +64,8 @@ def marginal_variance(state: State) -> Tensor:
     scaled = state.factor / state.diagonal.unsqueeze(-1)
     inner = _inner(state.diagonal, state.factor)
     half = torch.linalg.solve_triangular(inner, scaled.mT.double(), upper=False)
-    return 1.0 / state.diagonal - half.square().sum(0).to(state.mean.dtype)
+    exact = 1.0 / state.diagonal - half.square().sum(0).to(state.mean.dtype)
+    return torch.maximum(exact, 1.0 / (state.diagonal + state.factor.square().sum(1)))  # a bound, where rounding rules
 
 
 def covariance_matrix(state: State) -> Tensor:
@@ -75,10 +76,10 @@ def covariance_matrix(state: State) -> Tensor:
 
 def output_covariance(state: State, jacobian: Tensor) -> Tensor:
     """J P Jᵀ, (B, m, m) for J (B, m, n)."""
-    scaled = jacobian / state.diagonal.sqrt()
-    cross = (scaled @ (state.factor / state.diagonal.sqrt().unsqueeze(-1))).double()
+    scaled = (jacobian / state.diagonal.sqrt()).double()
+    cross = scaled @ (state.factor / state.diagonal.sqrt().unsqueeze(-1)).double()
     half = torch.linalg.solve_triangular(_inner(state.diagonal, state.factor), cross.mT, upper=False)
-    return scaled @ scaled.mT - (half.mT @ half).to(jacobian.dtype)
+    return (scaled @ scaled.mT - half.mT @ half).to(jacobian.dtype)
 
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
@@ -94,8 +95,8 @@ def log_determinant(state: State) -> Tensor:
 
 def _inner(diagonal: Tensor, factor: Tensor) -> Tensor:
     """Cholesky factor of I + Wᵀ D⁻¹ W in float64, (L, L)."""
-    scaled = factor / diagonal.sqrt().unsqueeze(-1)
-    gram = (scaled.mT @ scaled).double()
+    scaled = (factor / diagonal.sqrt().unsqueeze(-1)).double()
+    gram = scaled.mT @ scaled
     return torch.linalg.cholesky(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 

@@ -124,6 +124,7 @@ def _covariance(config: KalmanConfig, state: State, residual: Tensor, slope: Ten
     """R of the present update, (m, m)."""
     if config.noise in ("identity", "decaying"):
         scale = math.exp(-state.step / 50) if config.noise == "decaying" else 1.0
+        scale *= float(config.noise_variance) if config.likelihood == "gaussian" else 1.0
         return scale * torch.eye(residual.shape[1], dtype=residual.dtype, device=residual.device)
     estimate = residual.mT @ residual / len(residual)  # batch mean of eeᵀ
     if config.noise == "ema_taylor":

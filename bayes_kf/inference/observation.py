@@ -32,8 +32,8 @@ class Observation:
         return self.rows.mT @ weights
 
     def gram(self, variance: Tensor) -> Tensor:
-        """M diag(p) Mᵀ, (k, k)."""
-        scaled = self.rows * variance.sqrt()
+        """M diag(p) Mᵀ, (k, k), in float64."""
+        scaled = (self.rows * variance.sqrt()).double()
         return scaled @ scaled.mT
 
     def column_squares(self, left: Tensor | None = None) -> Tensor:

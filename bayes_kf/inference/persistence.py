@@ -54,10 +54,9 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
 
     config = KalmanConfig.from_pretrained(folder)
     tensors, metadata = _read(folder / STATE_FILE)
-    adapter = _adapter(folder, base_model, metadata["names"], metadata["base_fingerprint"])
+    adapter = _adapter(folder, base_model, metadata)
     if list(adapter.names) != metadata["names"] or [list(s) for s in adapter.shapes] != metadata["shapes"]:
         raise ValueError(f"`base_model` must have the trainable tensors of {folder}, got others.")
-    adapter.assign(tensors["belief.mean"])
     tensors = {name: t.to(adapter.device) if not name.startswith("history.") else t for name, t in tensors.items()}
     history = {name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")}
     kf = KalmanFilter(adapter, config)
@@ -94,17 +93,13 @@ def fingerprint(model: nn.Module, skip: set[str]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if name in skip or _is_adapter(name):
+        if name in skip:
             continue
         flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, -(-len(flat) // SAMPLED))].cpu().contiguous()
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(picked.view(torch.uint8).numpy().tobytes() if len(picked) else b"")
     return digest.hexdigest()
-
-
-def _is_adapter(name: str) -> bool:
-    return any(part in name for part in (".lora_", ".modules_to_save."))
 
 
 def _tensors(posterior: Posterior) -> dict[str, Tensor]:
@@ -125,6 +120,7 @@ def _metadata(posterior: Posterior) -> dict[str, str]:
         "names": list(adapter.names),
         "shapes": [list(shape) for shape in adapter.shapes],
         "base_fingerprint": fingerprint(adapter.model, set(adapter.names)),
+        "adapter": _adapter_name(adapter.model),
         "step": state.step,
         "examples": state.examples,
         "scaled": state.scaled,
@@ -152,20 +148,51 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _adapter(folder: Path, base_model: nn.Module, names: list[str], expected: str) -> AdapterModel:
-    """The model to attach to, after its frozen tensors have been recognized."""
-    present = {name for name, p in base_model.named_parameters() if p.requires_grad}
-    complete = present == set(names)
-    skip = set(names) if complete else set()
+def _adapter(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> AdapterModel:
+    """The model to attach to, after its frozen tensors have been recognized; the base is as it was after an error."""
+    names, expected = metadata["names"], metadata["base_fingerprint"]
+    complete = {name for name, p in base_model.named_parameters() if p.requires_grad} == set(names)
+    skip = set(names) if complete else {_base_name(name) for name in names}
     if fingerprint(base_model, skip) != expected:
         raise ValueError(
             f"`base_model` must be the model that {folder} was fitted on, got one with other frozen weights."
         )
     if complete:
         return AdapterModel(base_model)
+    if isinstance(base_model, PeftModel):
+        raise ValueError("`base_model` must be without adapters or have the posterior's own trainable, got others.")
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
         raise ValueError(f"`folder` must hold {' and '.join(ADAPTER_FILES)} to add the adapter, got {folder} without.")
-    return AdapterModel(PeftModel.from_pretrained(base_model, str(folder), is_trainable=True))
+    _check_adapter_file(folder / ADAPTER_FILES[1])
+    return _attached(folder, base_model, metadata)
+
+
+def _attached(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> AdapterModel:
+    """The base with the adapter that PEFT adds to it, taken off again if it is not the posterior's."""
+    model = PeftModel.from_pretrained(base_model, str(folder), metadata["adapter"], is_trainable=True)
+    adapter = AdapterModel(model)
+    if list(adapter.names) != metadata["names"] or [list(shape) for shape in adapter.shapes] != metadata["shapes"]:
+        model.unload()
+        raise ValueError(f"`folder` must hold the adapter that its belief is about, got another in {folder}.")
+    return adapter
+
+
+def _check_adapter_file(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if not list(file.keys()):
+                raise ValueError("no tensors")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"`folder` must hold a readable {path.name}, got {path}: {error}.") from error
+
+
+def _base_name(name: str) -> str:
+    """A tensor's name in the model before PEFT wrapped it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _adapter_name(model: nn.Module) -> str:
+    return model.active_adapters[0] if isinstance(model, PeftModel) else ""
 
 
 def _fields(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -179,10 +206,19 @@ def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
     tensors = {k: v.detach().to(dtypes[k]).cpu().clone() for k, v in adapter.unflatten(vector).items()}
     if isinstance(adapter.model, PeftModel):
         state_dict = adapter.model.state_dict() | tensors
+        name = _adapter_name(adapter.model)
         adapter.model.save_pretrained(
-            str(folder), state_dict=state_dict, safe_serialization=True, save_embedding_layers=False
+            str(folder),
+            selected_adapters=[name],
+            state_dict=state_dict,
+            safe_serialization=True,
+            save_embedding_layers=False,
         )
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        nested = folder / name  # where PEFT puts an adapter that is not called "default"
+        for file in nested.glob("*") if nested.is_dir() else ():
+            file.rename(folder / file.name)
+        nested.rmdir() if nested.is_dir() else None
     else:
         save_file(tensors, folder / "model.safetensors")
 

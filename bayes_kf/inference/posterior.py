@@ -129,8 +129,11 @@ class Posterior:
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
         check_inputs(inputs)
+        if targets is not None and not isinstance(targets, Tensor):
+            raise ValueError(f"`targets` must be a tensor or None, got {type(targets).__name__}.")
         generator = self._generator(generator)
         inputs = to_device(inputs, self.adapter.device)
+        targets = None if targets is None else targets.to(self.adapter.device)
         if method == "sampled":
             return self._sampled(inputs, num_samples, generator, targets)
         if method == "mean":
@@ -164,7 +167,6 @@ class Posterior:
         generator, parts = self._generator(generator), []
         for batch in loader:
             inputs, targets = split_batch(batch)
-            targets = None if targets is None else targets.to(self.adapter.device)
             part = self.predict(inputs, method, num_samples, generator, targets)
             kept: dict[str, Any] = {
                 name: _cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples

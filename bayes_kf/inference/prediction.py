@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Prediction:
         samples: draws of the mean parameter under the posterior, (S, B, m); None for "mean" and "probit".
         variance: predictive variance of the target, (B, m), aleatoric plus epistemic; None for classification.
         entropy: total predictive entropy in nats, (B,), summed over the answers of a Bernoulli likelihood; of the
-            predictive Gaussian for regression; None for counts.
+            predictive Gaussian for regression (with "sampled", of its outputs taken one by one); None for counts.
         aleatoric: classification: mean entropy over draws, (B,), in nats, None without draws. Otherwise the mean of
             the noise variances, (B, m).
         epistemic: classification: entropy − aleatoric (mutual information), (B,). Otherwise the variance of the
@@ -66,11 +66,11 @@ def gaussian_moments(
 ) -> Prediction:
     """Exact prediction of a Gaussian likelihood from η ~ N(outputs, output_cov); (B, m) and (B, m, m)."""
     noise_var = _noise_variance(family, outputs)
-    log_prob = None
-    if targets is not None:
-        total = output_cov + torch.diag_embed(noise_var)
-        log_prob = torch.distributions.MultivariateNormal(outputs, total, validate_args=False).log_prob(targets)
-    return _regression(family, outputs, noise_var, output_cov.diagonal(dim1=1, dim2=2), samples, log_prob)
+    total = (output_cov + torch.diag_embed(noise_var)).double()
+    normal = torch.distributions.MultivariateNormal(outputs.double(), total, validate_args=False)
+    log_prob = None if targets is None else normal.log_prob(targets.double()).to(outputs.dtype)
+    found = _regression(family, outputs, noise_var, output_cov.diagonal(dim1=1, dim2=2), samples, log_prob)
+    return replace(found, entropy=normal.entropy().to(outputs.dtype))
 
 
 def probit(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor | None) -> Prediction:

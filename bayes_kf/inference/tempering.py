@@ -68,7 +68,9 @@ def choose(state: State) -> float:
     """The largest temperature within one standard error of the best; 1 before anything was scored."""
     if state.updates == 0:
         return 1.0
-    best = int(state.total.argmin())
+    if not bool(torch.isfinite(state.total).any()):
+        return GRID[0]
+    best = int(state.total.argmin())  # a temperature that gave some target no probability is at infinity, and out
     excess = state.total - state.total[best]
     squares = state.products.diagonal() - 2 * state.products[best] + state.products[best, best]  # Σ (ℓ − ℓ_best)²
     variance = (squares - excess.square() / state.updates).clamp_min(0.0)  # of the sum of the differences

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -158,12 +159,17 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Number of examples in a batch: the first dimension of its first tensor."""
+    """Number of examples in a batch: the commonest first dimension of its tensors, the largest among equals.
+
+    Example:
+        >>> batch_size({"position_ids": torch.zeros(1, 5), "input_ids": torch.zeros(4, 5)})
+        4
+    """
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.ndim:
-            return tensor.shape[0]
-    raise ValueError("`inputs` must hold a tensor with a batch dimension, got none.")
+    counts = Counter(t.shape[0] for t in tensors if isinstance(t, Tensor) and t.ndim)
+    if not counts:
+        raise ValueError("`inputs` must hold a tensor with a batch dimension, got none.")
+    return max(counts, key=lambda size: (counts[size], size))
 
 
 def check_inputs(inputs: Inputs) -> None:

@@ -254,3 +254,54 @@ def test_every_combination_runs_in_float32_and_stays_positive(noise, covariance)
     assert (variance > 0).all()
     assert (variance <= 0.1 * (1 + 1e-5)).all()
     assert info.innovation >= 0
+
+
+@pytest.mark.parametrize("noise_variance", [1e-2, 1e-4])
+@pytest.mark.parametrize("covariance", ["diagonal", "diagonal_information", "diagonal_mixed", "low_rank", "full"])
+def test_precise_float32_regression_is_not_refused(covariance, noise_variance):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1)
+    config = KalmanConfig(likelihood="gaussian", covariance=covariance, noise_variance=noise_variance)
+    kf, weight = KalmanFilter(model, config), torch.randn(5, 1)
+    state = kf.init(torch.randn(32, 5))
+    for _ in range(30):
+        x = torch.randn(16, 5)
+        state, _ = kf.update(state, x, x @ weight + noise_variance**0.5 * torch.randn(16, 1))
+    assert (kf.marginal_variance(state) > 0).all()
+    assert ((state.belief.mean[:5] - weight[:, 0]).abs() < 30 * noise_variance**0.5).all()
+
+
+def test_an_outlying_rate_leaves_no_nan_in_the_state():
+    torch.manual_seed(0)
+    kf = KalmanFilter(nn.Linear(4, 1), KalmanConfig(likelihood="poisson"))
+    state = kf.init(torch.randn(32, 4))
+    state, _ = kf.update(state, torch.randn(1, 4) * 20, torch.tensor([3.0]))
+    assert not torch.isnan(state.scores.total).any()
+    assert kf.temperature(state) > 0
+
+
+def test_a_step_to_outputs_that_are_not_finite_is_damped():
+    class Fragile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.weight.log() * x  # not a number below zero
+
+    kf = KalmanFilter(Fragile(), KalmanConfig(likelihood="gaussian", initial_variance=100.0))
+    state, info = kf.update(kf.init(), torch.ones(1, 1).double(), torch.full((1, 1), -50.0).double())
+    assert info.damping < 1
+    assert float(state.belief.mean) > 0
+
+
+def test_fixed_noise_of_a_gaussian_likelihood_has_its_variance():
+    states = {}
+    for noise in ("identity", "exponential_family"):
+        torch.manual_seed(0)
+        config = KalmanConfig(
+            likelihood="gaussian", noise=noise, noise_variance=0.01, covariance="full", initial_variance=1.0
+        )
+        kf = KalmanFilter(nn.Linear(3, 2).double(), config)
+        states[noise], _ = kf.update(kf.init(), torch.ones(1, 3).double(), torch.ones(1, 2).double())
+    torch.testing.assert_close(states["identity"].belief.covariance, states["exponential_family"].belief.covariance)

@@ -159,3 +159,113 @@ def test_observation_products():
     torch.testing.assert_close(observation.rmatvec(left[0]), rows.T @ left[0])
     scaled = observation.scaled(0.25)
     torch.testing.assert_close(scaled.rows.T @ scaled.residual, 0.25 * rows.T @ observation.residual)
+
+
+class Table(nn.Module):
+    """A Linear fed an unbatched table, as relative position embeddings are."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos, self.fc = nn.Linear(2, 6), nn.Linear(6, 3)
+        self.register_buffer("table", torch.randn(1, 2))
+
+    def forward(self, x):
+        return self.fc(torch.tanh(x + self.pos(self.table)))
+
+
+class SequenceFirst(nn.Module):
+    """Time before examples inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x.transpose(0, 1))).mean(0))
+
+
+class Flattened(nn.Module):
+    """Examples and time in one dimension inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        inner = torch.tanh(self.a(x.reshape(-1, 3))).view(len(x), -1, 5)
+        return self.b(inner.mean(1))
+
+
+class OneAtATime(nn.Module):
+    """Refuses more rows than it was first given, as sequence classifiers without a pad token do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        if len(x) > 1:
+            raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
+        return self.fc(x)
+
+
+class Mixing(nn.Module):
+    """Rows depend on each other even in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+TRAPS = [
+    (Table, [(1, 6), (4, 6), (1, 6)]),
+    (SequenceFirst, [(4, 4, 3), (2, 4, 3), (1, 4, 3), (3, 3, 3)]),
+    (Flattened, [(2, 1, 3), (2, 4, 3), (1, 4, 3)]),
+    (OneAtATime, [(1, 6), (1, 6)]),
+    (Mixing, [(4, 6), (3, 6)]),
+]
+
+
+@pytest.mark.parametrize(("make", "shapes"), TRAPS)
+def test_modules_that_do_not_see_examples_first_are_found_out(make, shapes):
+    torch.manual_seed(0)
+    model = make().double()
+    linearize = Linearizer(AdapterModel(model))
+    for shape in shapes:
+        x = torch.randn(shape, dtype=torch.float64)
+        outputs, jacobian = linearize(linearize.adapter.vector(), x)
+        expected_outputs, expected = dense_jacobian(model, lambda m: m(x))  # noqa: B023 (called at once)
+        torch.testing.assert_close(outputs, expected_outputs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(jacobian, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_in_place_activation_is_found_out_in_bfloat16_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).bfloat16()
+    linearize = Linearizer(AdapterModel(model))
+    x = torch.randn(8, 4, dtype=torch.bfloat16)
+    _, jacobian = linearize(linearize.adapter.vector(), x)
+    expected = dense_jacobian(model, lambda m: m(x))[1].float()
+    torch.testing.assert_close(jacobian, expected, rtol=0.02, atol=0.02)
+    assert linearize.paths()["0.weight"] == "general"
+
+
+def test_relative_attention_with_shared_projections():
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3,
+        relative_attention=True, share_att_key=True, pos_att_type=["p2c", "c2p"], position_buckets=4,
+        max_relative_positions=8, pooler_hidden_size=16,
+    )  # fmt: skip
+    model = lora(DebertaV2ForSequenceClassification(config), target_modules=["query_proj", "value_proj"]).double()
+    linearize = Linearizer(AdapterModel(model))
+    for size in (1, 2):
+        batch = {"input_ids": torch.randint(3, 30, (size, 6)), "attention_mask": torch.ones(size, 6).long()}
+        _, jacobian = linearize(linearize.adapter.vector(), batch)
+        _, expected = dense_jacobian(model, lambda m: m(**batch).logits)  # noqa: B023 (called at once)
+        torch.testing.assert_close(jacobian, expected, rtol=1e-8, atol=1e-9)

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from oracles import linear_posterior
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import bayes_kf as bkf
 from bayes_kf.data import uci_digits_split
@@ -386,3 +386,75 @@ def test_dense_covariance_is_refused_with_its_size():
         ValueError, match=r"`covariance_matrix` takes at most 20,000 parameters, got 30,150 \(3\.4 GiB\)"
     ):
         posterior.covariance_matrix()
+
+
+def test_streams_without_a_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(zip(X, Y, strict=True))
+
+    posterior = bkf.fit(linear(), DataLoader(Stream(), batch_size=4), bkf.KalmanConfig(**EXACT), progress=False)
+    assert len(posterior.history["log_loss"]) == 40
+    again = bkf.fit(linear(), iter([(X, Y)]), bkf.KalmanConfig(**EXACT), progress=False)
+    torch.testing.assert_close(again.mean_vector, posterior.mean_vector, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="`loader` must be iterable, got NoneType"):
+        bkf.fit(linear(), None, bkf.KalmanConfig(**EXACT))
+
+
+def test_mappings_with_tensors_that_are_not_batched():
+    class Positioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, position_ids, x):
+            return self.head(x + position_ids)
+
+    batches = [{"position_ids": torch.ones(1, 3), "x": X[i : i + 4].float(), "labels": Y[i : i + 4]} for i in (0, 4, 8)]
+    posterior = bkf.fit(Positioned(), batches, bkf.KalmanConfig(likelihood="gaussian"), progress=False)
+    assert len(posterior.history["log_loss"]) == 12
+
+
+def test_adapters_of_other_names_read_back(tmp_path, digits):
+    images, labels = digits[0].images[:8], digits[0].labels[:8]
+    model = get_peft_model(digits_vit(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    posterior = bkf.fit(model, [(images, labels)], progress=False)
+    posterior.save_pretrained(tmp_path / "p")
+    again = bkf.Posterior.from_pretrained(tmp_path / "p", digits_vit())
+    assert again.adapter.names == posterior.adapter.names
+    assert torch.equal(again.predict(images).probs, posterior.predict(images).probs)
+    folders = posterior.export_adapters(tmp_path / "draws", 2)
+    PeftModel.from_pretrained(digits_vit(), str(folders[0]))
+
+
+def test_trainable_biases_read_back(tmp_path, digits):
+    images, labels = digits[0].images[:8], digits[0].labels[:8]
+    model = get_peft_model(digits_vit(), LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
+    posterior = bkf.fit(model, [(images, labels)], progress=False)
+    posterior.save_pretrained(tmp_path / "p")
+    again = bkf.Posterior.from_pretrained(tmp_path / "p", digits_vit())
+    torch.testing.assert_close(again.predict(images).probs, posterior.predict(images).probs)
+
+
+def test_reading_changes_no_weights_and_a_damaged_adapter_is_named(fitted, tmp_path):
+    fitted.save_pretrained(tmp_path / "p")
+    ready = lora_digits_vit(rank=2)
+    before = {k: v.clone() for k, v in ready.state_dict().items()}
+    bkf.Posterior.from_pretrained(tmp_path / "p", ready)
+    assert all(torch.equal(before[k], v) for k, v in ready.state_dict().items())
+    file = tmp_path / "p" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    base = digits_vit()
+    names = list(base.state_dict())
+    with pytest.raises(ValueError, match=r"`folder` must hold a readable adapter_model\.safetensors"):
+        bkf.Posterior.from_pretrained(tmp_path / "p", base)
+    assert list(base.state_dict()) == names
+
+
+def test_entropy_of_correlated_outputs_is_that_of_the_joint():
+    posterior = bkf.fit(linear(), loader(), bkf.KalmanConfig(**EXACT, noise_variance=0.5), progress=False)
+    x = X[:3]
+    _, jacobian = posterior.kf.linearize(posterior.mean_vector, x)
+    total = jacobian @ posterior.covariance_matrix() @ jacobian.mT + 0.5 * torch.eye(2).double()
+    expected = 0.5 * torch.logdet(2 * math.pi * math.e * total)
+    torch.testing.assert_close(posterior.predict(x).entropy, expected, rtol=1e-9, atol=1e-9)
