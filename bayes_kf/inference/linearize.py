@@ -27,7 +27,7 @@ class Linearizer:
     """Outputs and their Jacobian at a point, for one :class:`AdapterModel`.
 
     Example:
-        >>> adapter = AdapterModel(nn.Linear(3, 2, bias=False))
+        >>> adapter = AdapterModel(torch.nn.Linear(3, 2, bias=False))
         >>> x = torch.tensor([[1.0, 2.0, 3.0]])
         >>> outputs, jacobian = Linearizer(adapter)(adapter.vector(), x)
         >>> jacobian[0]
