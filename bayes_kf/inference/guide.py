@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from bayes_kf.inference import noise
+from bayes_kf.inference import diagonal, noise
 from bayes_kf.models.adapter import Inputs, batch_size, evaluating, to_device
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class KalmanGuide(PyroModule):
         spread = posterior.temperature**0.5
         self._root: Callable[[Tensor], Tensor] | None = None
         self.loc = PyroParam(posterior.mean_vector.clone())  # type: ignore[assignment]
-        if posterior.config.covariance.startswith("diagonal"):
+        if isinstance(belief, diagonal.State):
             sd = spread * posterior.variance_vector.sqrt()
             self.scale = PyroParam(sd, constraints.positive)  # type: ignore[assignment]
         else:
