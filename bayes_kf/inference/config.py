@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bayes_kf.inference import diagonal, full, low_rank
+from bayes_kf.inference.linearize import BYTES_BUDGET
 from bayes_kf.models.likelihood import LIKELIHOODS
 
 
@@ -24,6 +25,7 @@ class Structure(NamedTuple):
     marginal_variance: Callable[..., Any]
     covariance_matrix: Callable[..., Any]
     output_covariance: Callable[..., Any]
+    joint_output_covariance: Callable[..., Any]
     quadratic: Callable[..., Any]
     log_determinant: Callable[..., Any]
 
@@ -44,6 +46,7 @@ NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decay
 RULES = ("constant", "uniform")
 SPREADS = ("tensors", "constant")
 EXPANSIONS = ("mode", "mean")
+CURVATURES = ("exact", "truncated", "sampled")
 CONFIG_FILE = "kalman_config.json"
 
 
@@ -72,9 +75,19 @@ class KalmanConfig:
         gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
         expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
             "mean" as in the papers. Only the exponential-family noise has a choice.
+        curvature: which directions of the outputs a step sees. "exact": all of them, one backward pass each.
+            "truncated": of each example the most probable classes and the rest lumped into one. "sampled": the log odds of
+            the label for the mean, random probes for the covariance, two passes for any number of classes.
+        curvature_epsilon: "truncated" lumps at most this much probability together, in (0, 1).
+        curvature_classes: "truncated" keeps at most this many classes, whatever probability is left then.
+        curvature_draws: K, probes of "sampled".
+        outputs_per_pass: outputs of each example that share a backward pass; None chooses from the sizes. Only speed
+            depends on it.
+        bytes_budget: what the graph and the rows of a step may take, in bytes; larger batches go through in pieces. The
+            pieces a belief is conditioned on do not depend on it.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
-        seed: of the uniform prior rule.
+        seed: of the uniform prior rule, the probes and the draws.
 
     Raises:
         ValueError: one sentence for the first bad field.
@@ -101,6 +114,12 @@ class KalmanConfig:
     drift_variance: float = 0.0
     damping: bool = True
     gate_quantile: float | None = None
+    curvature: str = "exact"
+    curvature_epsilon: float = 1e-3
+    curvature_classes: int = 100
+    curvature_draws: int = 1
+    outputs_per_pass: int | None = None
+    bytes_budget: int = BYTES_BUDGET
     temperature: float | str = "prequential"
     seed: int = 0
 
@@ -125,8 +144,12 @@ class KalmanConfig:
         if self.temperature != "prequential":
             _positive("temperature", self.temperature)
         _one_of("expansion", self.expansion, EXPANSIONS)
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"`rank` must be a whole number >= 1, got {self.rank!r}.")
+        _one_of("curvature", self.curvature, CURVATURES)
+        _between("curvature_epsilon", self.curvature_epsilon)
+        for name in ("rank", "curvature_classes", "curvature_draws", "bytes_budget"):
+            _whole(name, getattr(self, name))
+        if self.outputs_per_pass is not None:
+            _whole("outputs_per_pass", self.outputs_per_pass)
         if not isinstance(self.damping, bool):
             raise ValueError(f"`damping` must be True or False, got {self.damping!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -134,6 +157,12 @@ class KalmanConfig:
         if self.noise_variance == "estimated" and (self.likelihood, self.noise) != ("gaussian", "exponential_family"):
             raise ValueError(
                 "`noise_variance` 'estimated' needs `likelihood` 'gaussian' and `noise` 'exponential_family', "
+                f"got {self.likelihood!r} and {self.noise!r}."
+            )
+
+        if self.curvature != "exact" and (self.likelihood, self.noise) != ("categorical", "exponential_family"):
+            raise ValueError(
+                f"`curvature` {self.curvature!r} needs `likelihood` 'categorical' and `noise` 'exponential_family', "
                 f"got {self.likelihood!r} and {self.noise!r}."
             )
 
@@ -192,6 +221,11 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
 
 
 def _positive(name: str, value: object) -> None:

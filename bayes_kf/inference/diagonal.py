@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
 
@@ -38,8 +39,11 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
 def gain_condition(state: State, observation: Observation) -> State:
     """μ + p∘MᵀS⁻¹u and p − p²∘diag(MᵀS⁻¹M), S = I + M diag(p) Mᵀ.
 
-    Where the difference cancels to rounding, its exact lower bound 1/(p⁻¹ + diag(MᵀM)) takes its place.
+    Where the difference cancels to rounding, its exact lower bound 1/(p⁻¹ + diag(MᵀM)) takes its place. With fewer
+    parameters than rows the same is solved among the parameters.
     """
+    if observation.num_parameters < observation.num_rows:
+        return State(*_small(state, observation))
     mean, factor = _gain(state, observation)
     shrink = state.variance * observation.column_squares(_inverse(factor, state.mean.dtype))
     least = state.variance / (1.0 + state.variance * observation.column_squares())
@@ -54,7 +58,8 @@ def information_condition(state: State, observation: Observation) -> State:
 
 def mixed_condition(state: State, observation: Observation) -> State:
     """The mean of the gain form, the variance of the information form."""
-    mean, _ = _gain(state, observation)
+    few = observation.num_parameters < observation.num_rows
+    mean = _small(state, observation)[0] if few else _gain(state, observation)[0]
     return State(mean, state.variance / (1.0 + state.variance * observation.column_squares()))
 
 
@@ -74,10 +79,14 @@ def covariance_matrix(state: State) -> Tensor:
     return torch.diag(state.variance)
 
 
-def output_covariance(state: State, jacobian: Tensor) -> Tensor:
-    """J P Jᵀ, (B, m, m) for J (B, m, n)."""
-    scaled = (jacobian * state.variance.sqrt()).double()
-    return (scaled @ scaled.mT).to(jacobian.dtype)
+def output_covariance(state: State, jacobian: Jacobian) -> Tensor:
+    """J P Jᵀ of every example, (B, c, c), in float64."""
+    return jacobian.block_gram(state.variance)
+
+
+def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
+    """J P Jᵀ over the whole batch, (B·c, B·c), in float64."""
+    return jacobian.gram(state.variance)
 
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
@@ -94,6 +103,14 @@ def _gain(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
     """The gain form's mean, and the Cholesky factor of S in float64."""
     factor, weights, _ = innovation(observation.gram(state.variance), observation.residual)
     return state.mean + state.variance * observation.rmatvec(weights), factor
+
+
+def _small(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
+    """The exact posterior's mean and marginal variances, from its precision: √P (I + √P MᵀM √P)⁻¹ √P."""
+    root = state.variance.sqrt()
+    scaled = (observation.dense() * root).double()  # (k, n)
+    factor, weights, _ = innovation(scaled.mT @ scaled, root * observation.rmatvec(observation.residual))
+    return state.mean + root * weights, state.variance * torch.cholesky_inverse(factor).diagonal().to(root)
 
 
 def innovation(gram: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:

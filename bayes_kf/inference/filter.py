@@ -12,16 +12,20 @@ from torch import Tensor, nn
 
 from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.curvature import num_directions, probes, see, signs
+from bayes_kf.inference.evidence import Batch, Evidence, Part, Tally
+from bayes_kf.inference.jacobian import blocks, both_sides
+from bayes_kf.inference.linearize import Linearizer, some_examples
 from bayes_kf.inference.mode import expand_at_mode
 from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
-from bayes_kf.models.likelihood import Likelihood
 from bayes_kf.models.state_space import constant_variance, logit_variance, uniform_variance
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
+PART_ROWS = 256  # rows that are solved for together; with more, parts of a batch follow each other
+SCALE_PROBES = 16  # per example, for the prior's scale where the outputs are not seen one by one
 TRUSTED = 0.1  # change of an output, in its own unit, over which the linearization is not checked
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
@@ -45,7 +49,7 @@ class KalmanFilter:
     def __init__(self, model: nn.Module | AdapterModel, config: KalmanConfig | None = None) -> None:
         self.adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
         self.config = config or KalmanConfig()
-        self.linearize = Linearizer(self.adapter)
+        self.linearize = Linearizer(self.adapter, self.config.outputs_per_pass, self.config.bytes_budget)
 
     def init(self, inputs: Inputs | None = None) -> FilterState:
         """The prior: its mean the model's present tensors, its variance by the configured rule.
@@ -62,10 +66,7 @@ class KalmanFilter:
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
-        squares = [
-            self.linearize(mean, piece)[1].square().sum((0, 1)) for _, piece in self.linearize.pieces(mean, inputs)
-        ]
-        return self._scale(state, torch.stack(squares).sum(0) / (batch_size(inputs) * self.linearize.num_outputs))
+        return self._scale(state, self._squares(mean, to_device(inputs, self.adapter.device)))
 
     def update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, *, hold_mean: bool = False
@@ -105,98 +106,120 @@ class KalmanFilter:
     def _update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool
     ) -> tuple[FilterState, UpdateInfo]:
-        structure = self.config.structure
-        outputs, jacobian = self.linearize(state.belief.mean, inputs)
-        targets = noise.likelihood(self.config, state.noise).check(outputs, targets)
-        _finite("the outputs", outputs)
-        _finite("the Jacobian", jacobian)
-        state = state if state.scaled else self._scale(state, jacobian.square().mean((0, 1)))
-        belief = structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
-        output_cov = structure.output_covariance(belief, jacobian)
-        _finite("the output covariance", output_cov)
-        noise_state = noise.begin(self.config, state.noise, outputs, targets)
-        family = noise.likelihood(self.config, noise_state)
-        scores = state.scores if hold_mean else self._scores(state, family, outputs, output_cov, targets)
-        at_mode = self.config.expansion == "mode" and not hold_mean
-        observation, jitter, noise_state = self._observe(
-            belief, noise_state, family, outputs, jacobian, targets, output_cov, at_mode
-        )
-        guarded = self.config.damping and not hold_mean
-        accepts = self._objective(family, belief, inputs, targets, outputs, jacobian) if guarded else None
-        after, damping = self._condition(belief, observation, accepts)
-        after = after._replace(mean=belief.mean) if hold_mean else after
-        step = after.mean - belief.mean
-        if noise_state.variance is not None:
-            noise_state = noise.absorb(noise_state, targets - outputs, self.temperature(state) * output_cov)
-        info = UpdateInfo(
-            outputs=outputs,
-            log_loss=-family.log_prob(outputs, targets),
-            correct=family.correct(outputs, targets),
-            innovation=observation.innovation,
-            degrees_of_freedom=observation.degrees_of_freedom,
-            damping=damping,
-            jitter=jitter,
-            step_norm=float(step.norm()),
-            seconds=0.0,
-        )
-        examples = state.examples + len(outputs)
-        return FilterState(after, state.prior, noise_state, scores, True, state.step + 1, examples), info
+        """Linearize the batch where it starts, in pieces that fit the memory; learn from it part by part."""
+        start, before, tally = state.belief.mean, state, Tally()
+        num_outputs = self.linearize.prepare(start, inputs)
+        count = num_directions(self.config, num_outputs)
+        targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs), targets)
+        state = self._predicted(state if state.scaled else self._scale(state, self._squares(start, inputs)))
+        for where, piece in self.linearize.pieces(start, inputs, count, self._most(num_outputs)):
+            batch = self.linearize(start, piece, directions=count)
+            _finite("the outputs", batch.outputs)
+            tally.outputs(batch.outputs, noise.likelihood(self.config, state.noise), targets[where])
+            state = self._learn(state, Batch(piece, targets[where], batch), start, hold_mean, tally)
+        step = float((state.belief.mean - start).norm())
+        noise_state = state.noise._replace(step=before.noise.step + 1)
+        examples = before.examples + batch_size(inputs)
+        return state._replace(noise=noise_state, step=before.step + 1, examples=examples), tally.info(step)
 
-    def _observe(
-        self,
-        belief: Any,
-        noise_state: noise.State,
-        family: Likelihood,
-        outputs: Tensor,
-        jacobian: Tensor,
-        targets: Tensor,
-        output_cov: Tensor,
-        at_mode: bool,
-    ) -> tuple[Observation, float, noise.State]:
-        """The whitened observation, the jitter that its noise took, and the noise state after it."""
-        white, noise_state = noise.whiten(self.config, noise_state, outputs, targets, output_cov)
-        innovation = self._innovation(belief, white, jacobian, output_cov)
-        factor, residual = white.factor, white.residual
-        if at_mode and self.config.noise == "exponential_family" and family.name != "gaussian":
-            joint = self._joint(belief, jacobian, output_cov)
-            factor, residual = expand_at_mode(family, outputs.double(), targets, joint)
+    def _predicted(self, state: FilterState) -> FilterState:
+        """The state with its belief moved on by one step of the dynamics."""
+        belief = self.config.structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
+        return state._replace(belief=belief)
+
+    def _learn(
+        self, state: FilterState, batch: Batch, start: Tensor, hold_mean: bool, tally: Tally
+    ) -> FilterState:
+        """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
+        outputs, size = batch.linearized.outputs, len(batch.targets)
+        state = state._replace(noise=noise.begin(self.config, state.noise, outputs, batch.targets))
+        seen = see(self.config, noise.likelihood(self.config, state.noise), outputs, batch.targets)
+        tally.lumped = max(tally.lumped, seen.lumped if self.config.curvature == "truncated" else 0.0)
+        jacobian = batch.linearized.pull(seen.directions, keep=self.config.curvature == "sampled")
+        step = self._part_size(jacobian.num_rows)
+        for first in range(0, size, step):
+            where = slice(first, min(first + step, size))
+            part = Part(seen.family, seen.outputs[where], seen.targets[where], jacobian.examples(where))
+            if state.belief.mean is not start:
+                part = part._replace(outputs=part.outputs + part.jacobian.matvec(state.belief.mean - start))
+            state = self._learn_part(state, batch, where, part, hold_mean, tally)
+        return state
+
+    def _learn_part(
+        self, state: FilterState, batch: Batch, where: slice, part: Part, hold_mean: bool, tally: Tally
+    ) -> FilterState:
+        belief = state.belief
+        joint = self.config.structure.joint_output_covariance(belief, part.jacobian)
+        _finite("the output covariance", joint)
+        output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
+        scores = state.scores if hold_mean else self._scores(state, part, output_cov)
+        evidence, noise_state, jitter = self._evidence(state, batch, part, joint, output_cov, hold_mean)
+        accepts = None
+        if self.config.damping and not hold_mean:
+            accepts = self._objective(state, part, some_examples(batch.inputs, where, len(batch.targets)), batch.targets[where])
+        after, damping = self._condition(belief, evidence, accepts)
+        after = after._replace(mean=belief.mean) if hold_mean else after
+        if noise_state.variance is not None:
+            residual = batch.targets[where] - part.outputs
+            noise_state = noise.absorb(noise_state, residual, self.temperature(state) * output_cov)
+        tally.part(evidence.mean, damping, jitter)
+        return state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
+
+    def _evidence(
+        self, state: FilterState, batch: Batch, part: Part, joint: Tensor, output_cov: Tensor, hold_mean: bool
+    ) -> tuple[Evidence, noise.State, float]:
+        """What the belief is conditioned on, the noise state after it, and the jitter that its noise took."""
+        family, outputs, sampled = part.family, part.outputs, self.config.curvature == "sampled"
+        white, noise_state = noise.whiten(self.config, state.noise, family, outputs, part.targets, output_cov)
+        gram = both_sides(white.factor, joint)
+        innovation = float(diagonal.innovation(gram, white.residual.flatten())[2])
+        factor, residual, mode = white.factor, white.residual, None
+        expanded = self.config.expansion == "mode" and self.config.noise == "exponential_family"
+        if expanded and not hold_mean and family.name != "gaussian":
+            factor, residual, mode = expand_at_mode(family, outputs.double(), part.targets, joint)
         dof = len(outputs) * (outputs.shape[1] - (family.name == "categorical"))
-        return whitened(factor, residual, jacobian, dof, innovation), white.jitter, noise_state
+        observation = whitened(factor, residual, part.jacobian, dof, innovation)
+        if not sampled:
+            return Evidence(observation, None), noise_state, white.jitter
+        seed = self.config.seed + state.examples
+        directions = probes(batch.linearized.outputs, batch.targets, mode, self.config.curvature_draws, seed)
+        jacobian = batch.linearized.pull(directions)
+        nothing = outputs.new_zeros(jacobian.size * jacobian.num_rows)
+        return Evidence(observation, Observation(jacobian, nothing)), noise_state, white.jitter
 
     def _condition(
-        self, belief: Any, observation: Observation, accepts: Callable[[Any], bool] | None
+        self, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None
     ) -> tuple[Any, float]:
         """Condition, with the gate before and the guard after; the belief and the precision factor."""
-        condition, damping = self.config.structure.condition, 1.0
+        structure, damping = self.config.structure, 1.0
         if self.config.gate_quantile is not None:
-            bound = float(chi2.ppf(self.config.gate_quantile, observation.degrees_of_freedom))
-            damping = min(1.0, bound / max(observation.innovation, bound))
-        after = condition(belief, observation if damping == 1.0 else observation.scaled(damping))
+            bound = float(chi2.ppf(self.config.gate_quantile, evidence.mean.degrees_of_freedom))
+            damping = min(1.0, bound / max(evidence.mean.innovation, bound))
+        after = evidence.condition(structure, belief, damping)
         for _ in range(MAX_DAMPINGS if accepts else 0):
             if accepts is None or accepts(after):
                 break
             damping *= DAMPING_STEP
-            after = condition(belief, observation.scaled(damping))
+            after = evidence.condition(structure, belief, damping)
         _finite("the mean", after.mean)
-        variance = self.config.structure.marginal_variance(after)
+        variance = structure.marginal_variance(after)
         _finite("the variance", variance)
         if not bool((variance > 0).all()):
             raise FloatingPointError(f"{int((variance <= 0).sum())} variances would not be positive")
         return after, damping
 
-    def _objective(
-        self, family: Likelihood, belief: Any, inputs: Inputs, targets: Tensor, outputs: Tensor, jacobian: Tensor
-    ) -> Callable[[Any], bool]:
+    def _objective(self, state: FilterState, part: Part, inputs: Inputs, targets: Tensor) -> Callable[[Any], bool]:
         """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ, the objective that it solves by linearization.
 
         A step that moves no output by more than ``TRUSTED`` is taken without the forward pass that this needs.
         """
-        before = -family.log_prob(outputs, targets).sum()
+        belief, family = state.belief, noise.likelihood(self.config, state.noise)
+        before = -part.family.log_prob(part.outputs, part.targets).sum()
 
         def accepts(after: Any) -> bool:
             if not bool(torch.isfinite(after.mean).all()):
                 return False
-            if bool((jacobian @ (after.mean - belief.mean)).abs().max() < TRUSTED):
+            if bool(part.jacobian.matvec(after.mean - belief.mean).abs().max() < TRUSTED):
                 return True
             penalty = 0.5 * self.config.structure.quadratic(belief, after.mean - belief.mean)
             moved = self.adapter.outputs(after.mean, inputs)
@@ -207,26 +230,32 @@ class KalmanFilter:
 
         return accepts
 
-    def _scores(
-        self, state: FilterState, family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor
-    ) -> tempering.State:
-        """The scores with this batch's, or as they were where the temperature is given."""
+    def _scores(self, state: FilterState, part: Part, output_cov: Tensor) -> tempering.State:
+        """The scores with this part's, or as they were where the temperature is given."""
         if not isinstance(self.config.temperature, str):
             return state.scores
-        losses = tempering.log_losses(family, outputs, output_cov, targets, self.config.seed + state.step)
+        seed = self.config.seed + state.step
+        losses = tempering.log_losses(part.family, part.outputs, output_cov, part.targets, seed)
         return tempering.add(state.scores, losses)
 
-    def _joint(self, belief: Any, jacobian: Tensor, output_cov: Tensor) -> Tensor:
-        """J P Jᵀ over the whole batch, (B·m, B·m)."""
-        if len(jacobian) == 1:
-            return output_cov[0]
-        return self.config.structure.output_covariance(belief, jacobian.flatten(0, 1).unsqueeze(0))[0]
+    def _part_size(self, num_rows: int) -> int:
+        """Examples of a part whose rows are solved for together."""
+        return max(1, PART_ROWS // num_rows)
 
-    def _innovation(self, belief: Any, white: noise.Whitened, jacobian: Tensor, output_cov: Tensor) -> float:
-        """ν = uᵀ (I + W Σ Wᵀ)⁻¹ u over the whole batch."""
-        whitener = torch.block_diag(*white.factor)
-        gram = whitener @ self._joint(belief, jacobian, output_cov).to(whitener) @ whitener.mT
-        return float(diagonal.innovation(gram, white.residual.flatten())[2])
+    def _most(self, num_outputs: int) -> int | None:
+        """Examples of a piece, where it has to be a single part: probes are pulled back when its mean is known."""
+        return self._part_size(self.config.curvature_draws) if self.config.curvature == "sampled" else None
+
+    def _squares(self, mean: Tensor, inputs: Inputs) -> Tensor:
+        """Mean squares of the Jacobian's columns over examples and outputs, (n,), estimated by probes for many outputs."""
+        num_outputs, total = self.linearize.prepare(mean, inputs), torch.zeros_like(mean)
+        count = num_outputs if self.config.curvature == "exact" else min(num_outputs, SCALE_PROBES)
+        generator = torch.Generator(device=mean.device).manual_seed(self.config.seed)
+        for _, piece in self.linearize.pieces(mean, inputs, count):
+            batch = self.linearize(mean, piece, directions=count)
+            directions = None if count == num_outputs else signs(batch.outputs, count, generator)
+            total += batch.pull(directions).column_squares()
+        return total / (batch_size(inputs) * num_outputs)
 
     def _prior_variance(self, mean: Tensor) -> Tensor:
         size, variance = len(mean), self.config.initial_variance
@@ -254,6 +283,11 @@ class KalmanFilter:
         parts = [mean.new_full((size,), value) for value, size in zip(variances, self.adapter.sizes, strict=True)]
         prior = diagonal.init(mean, torch.cat(parts))
         return state._replace(belief=self._belief(prior), prior=prior, scaled=True)
+
+
+def _shaped(inputs: Inputs, num_outputs: int) -> Tensor:
+    """Something of the shape that the outputs for ``inputs`` will have."""
+    return torch.zeros(()).expand(batch_size(inputs), num_outputs)
 
 
 def _finite(what: str, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.diagonal import innovation
+from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
 MAX_PARAMETERS = 20_000  # P takes 1.6 GB in float32 there
@@ -41,8 +42,13 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
 
 
 def condition(state: State, observation: Observation) -> State:
-    """μ + PMᵀS⁻¹u and P in Joseph form (I − KM)P(I − KM)ᵀ + KKᵀ, K = PMᵀS⁻¹."""
-    rows = observation.rows
+    """μ + PMᵀS⁻¹u and P in Joseph form (I − KM)P(I − KM)ᵀ + KKᵀ, K = PMᵀS⁻¹.
+
+    With fewer parameters than rows the same is solved among the parameters: L (I + LᵀMᵀML)⁻¹ Lᵀ, LLᵀ = P.
+    """
+    rows = observation.dense()
+    if observation.num_parameters < observation.num_rows:
+        return _few(state, rows, observation.residual)
     cross = state.covariance @ rows.mT  # PMᵀ (n, k)
     factor, weights, _ = innovation(rows.double() @ cross.double(), observation.residual)
     gain = torch.cholesky_solve(cross.mT.double(), factor).mT.to(cross.dtype)
@@ -67,9 +73,16 @@ def covariance_matrix(state: State) -> Tensor:
     return state.covariance
 
 
-def output_covariance(state: State, jacobian: Tensor) -> Tensor:
-    """J P Jᵀ, (B, m, m) for J (B, m, n)."""
-    return jacobian @ state.covariance @ jacobian.mT
+def output_covariance(state: State, jacobian: Jacobian) -> Tensor:
+    """J P Jᵀ of every example, (B, c, c), in float64."""
+    rows = jacobian.dense()
+    return (rows @ state.covariance @ rows.mT).double()
+
+
+def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
+    """J P Jᵀ over the whole batch, (B·c, B·c), in float64."""
+    rows = jacobian.dense().flatten(0, 1)
+    return (rows @ state.covariance @ rows.mT).double()
 
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
@@ -80,3 +93,11 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 def log_determinant(state: State) -> Tensor:
     """Log det P, a scalar."""
     return torch.linalg.slogdet(state.covariance).logabsdet
+
+
+def _few(state: State, rows: Tensor, residual: Tensor) -> State:
+    root = torch.linalg.cholesky(state.covariance.double())
+    scaled = rows.double() @ root  # ML (k, n)
+    factor, weights, _ = innovation(scaled.mT @ scaled, scaled.mT @ residual.double())
+    half = torch.linalg.solve_triangular(factor, root.mT, upper=False)  # C⁻¹Lᵀ, CCᵀ = I + LᵀMᵀML
+    return State(state.mean + (root @ weights).to(state.mean), (half.mT @ half).to(state.covariance))

@@ -1,129 +1,326 @@
-"""From a batch to its outputs and their Jacobian, one row per example and output.
+"""From a batch to its outputs and the operator of their Jacobian.
 
-The Jacobian of a batch takes m backward passes whatever its size, not B·m: examples do not mix in eval mode, so one
-backward pass of output j summed over the batch carries every example's cotangents at once. For tensors that a module
-applies in a known way (``RULES``: Linear and Conv2d, hence LoRA's A and B of both) the rows of every example are
-products of what went into the module and the cotangent of what came out. Small batches are repeated so that several
-outputs share a backward pass. Any other tensor (DoRA magnitudes, norms, packed projections) takes the general path of
-one backward pass per example and output. Which tensor takes which path is *measured* on the first batch against
-plain autograd, not guessed from names.
+The Jacobian of a batch takes one backward pass per output (or direction of the outputs) whatever the batch's size,
+not one per example and output: examples do not mix in eval mode, so the pass of output j summed over the batch carries
+every example's cotangents at once. For tensors that a module applies in a known way (``layers.RULES``) the rows of
+every example are products of what went into the module and the cotangent of what came out. Where the model ends in a
+Linear on d < m features per example, d passes from the features give the rows of all m outputs. Passes on small batches
+share their overhead: the batch is repeated so that several outputs go through at once. Tensors without a rule take
+one backward pass per example and output. Which tensor takes which path is measured on the first batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.hooks import Plan, choose, hook_rows, repeat, tape
+from bayes_kf.inference.jacobian import Block, Jacobian, Outer, Part, Rows
+from bayes_kf.inference.layers import Call
+from bayes_kf.inference.tape import Arrived, Plan, Tape, by_module, choose, is_outer, repeat, tensor_rows
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, evaluating
 
-JACOBIAN_BYTES = 2**28  # predictions for large batches go through in pieces of this size
-REPEATED_ROWS = 64  # a batch is repeated up to this many rows so that outputs share a backward pass
+PASS_BYTES = 2**24  # of graph that a small batch is repeated up to; measured on two cores
+BYTES_BUDGET = 2**28  # of graph and rows; larger batches go through in pieces
+
+
+class Directions(NamedTuple):
+    """c directions of the outputs per example.
+
+    Attributes:
+        number: c.
+        seeds: (start, stop) -> those directions, (B, stop − start, m).
+    """
+
+    number: int
+    seeds: Callable[[int, int], Tensor]
+
+
+class _Graph(NamedTuple):
+    plan: Plan
+    tape: Tape
+    size: int
+    repeats: int
+
+
+class Linearized:
+    """A batch's outputs at a point, and what is needed to pull directions of them back to the adapter.
+
+    Attributes:
+        outputs: η, (B, m), in the latent dtype, detached.
+    """
+
+    def __init__(self, adapter: AdapterModel, again: Callable[[], _Graph]) -> None:
+        self._adapter, self._again = adapter, again
+        self._plan, self._tape, self._size, self._repeats = again()
+        self.outputs = self._tape.outputs[: self._size].detach().to(adapter.dtype)
+
+    def pull(self, directions: Directions | None = None, *, keep: bool = False) -> Jacobian:
+        """The Jacobian of directions of the outputs, or of all outputs, one row per example and direction.
+
+        Args:
+            directions: None for the outputs themselves.
+            keep: whether more is to be pulled from this batch later.
+        """
+        with evaluating(self._adapter.model), torch.enable_grad():
+            try:
+                return self._pull(directions, keep)
+            except RowsError:  # a module now sees something else first than examples: check again, once
+                self._plan, self._tape, self._size, self._repeats = self._again()
+                return self._pull(directions, keep)
+
+    def _pull(self, directions: Directions | None, keep: bool) -> Jacobian:
+        general = self._without_rule()
+        head, num_outputs = self._tape.head, self.outputs.shape[1]
+        if directions is None and not general and head is not None and head.taken.shape[1] < num_outputs:
+            return self._through_head(head, keep)
+        if directions is None:
+            directions = identity(self.outputs)
+        blocks = self._blocks(directions, None, keep or bool(general))
+        if general:
+            blocks += self._general(general, directions, keep)
+        part = Part(blocks or [self._nothing(directions.number)], (self._size, directions.number))
+        return Jacobian([(None, part)], self._size, directions.number, self._adapter.num_parameters)
+
+    def _without_rule(self) -> list[str]:
+        """Tensors on the general path; those that the first batch did not use are asked for once more, by one pass."""
+        general = [name for name in self._adapter.names if name not in self._plan.hooked]
+        if not general or not self._plan.unused.issuperset(general):
+            return general
+        reached = self._tape.gradients(torch.zeros_like(self._tape.outputs), general, keep=True)
+        return [name for name, gradient in zip(general, reached, strict=True) if gradient is not None]
+
+    def _through_head(self, head: Call, keep: bool) -> Jacobian:
+        """∂η/∂θ = W ∂h/∂θ below the classifier η = W h + b, and its own rows beside it."""
+        features = head.taken[: self._size].detach().to(self._adapter.dtype)
+        size, width = features.shape
+        own = {name: place for name, place in self._plan.hooked.items() if place[0] is head.module}
+        with self._adapter.substituted(self._tape.leaves):
+            weight: Tensor = head.module.weight  # type: ignore[assignment]
+        left = weight.detach().to(features).expand(size, -1, -1)
+        below = self._blocks(identity(features), head.taken, keep)
+        num_outputs, slices = len(weight), self._adapter.slices()
+        eye = torch.eye(num_outputs, dtype=features.dtype, device=features.device).expand(size, -1, -1)
+        taken = {"weight": features, "bias": features.new_ones(size, 1)}
+        above: list[Block] = [Outer(slices[name], eye, taken[attribute]) for name, (_, attribute) in own.items()]
+        terms: list[tuple[Tensor | None, Part]] = []
+        if below:
+            terms.append((left, Part(below, (size, width))))
+        if above:
+            terms.append((None, Part(above, (size, num_outputs))))
+        return Jacobian(terms, size, num_outputs, self._adapter.num_parameters)
+
+    def _blocks(self, directions: Directions, at: Tensor | None, keep: bool) -> list[Block]:
+        """Rows of every hooked tensor, ``repeats`` directions a backward pass."""
+        count, repeats, size = directions.number, self._repeats, self._size
+        store = _Store(self._adapter, self._plan, size, repeats, count)
+        for start in range(0, count, repeats):
+            stop = min(start + repeats, count)
+            end = self._tape.outputs if at is None else at
+            seed = torch.zeros_like(end).view(repeats, size, -1)
+            seed[: stop - start] = directions.seeds(start, stop).transpose(0, 1)
+            arrived = self._tape.cotangents(seed.view_as(end), at, keep=keep or stop < count)
+            with self._adapter.substituted(self._tape.leaves):
+                store.add(arrived, start, stop)
+        return store.blocks()
+
+    def _general(self, names: list[str], directions: Directions, keep: bool) -> list[Block]:
+        """One backward pass per example and direction, for tensors without a rule."""
+        slices, outputs = self._adapter.slices(), self._tape.outputs
+        found = {
+            name: self.outputs.new_zeros(self._size, directions.number, slices[name].stop - slices[name].start)
+            for name in names
+        }
+        last = (self._size - 1, directions.number - 1)
+        for b in range(self._size):
+            for j in range(directions.number):
+                seed = torch.zeros_like(outputs)
+                seed[b] = directions.seeds(j, j + 1)[b, 0]
+                gradients = self._tape.gradients(seed, names, keep=keep or (b, j) != last)
+                for name, gradient in zip(names, gradients, strict=True):
+                    if gradient is None:  # the graph does not reach it, whatever the direction
+                        del found[name]
+                    else:
+                        found[name][b, j] = gradient.reshape(-1).to(self.outputs.dtype)
+                names = list(found)
+                if not names:
+                    return []
+        return [Rows(slices[name], rows) for name, rows in found.items()]
+
+    def _nothing(self, count: int) -> Block:
+        """Zero rows, where no tensor was reached."""
+        return Rows(slice(0, 1), self.outputs.new_zeros(self._size, count, 1))
 
 
 class Linearizer:
     """Outputs and their Jacobian at a point, for one :class:`AdapterModel`.
 
+    Args:
+        adapter: the model.
+        outputs_per_pass: of each example, in one backward pass; chosen from the sizes by default.
+        bytes_budget: what the graph and rows of a piece of a batch may take.
+
     Example:
-        >>> adapter = AdapterModel(torch.nn.Linear(3, 2, bias=False))
+        >>> adapter = AdapterModel(nn.Linear(3, 2, bias=False))
         >>> x = torch.tensor([[1.0, 2.0, 3.0]])
-        >>> outputs, jacobian = Linearizer(adapter)(adapter.vector(), x)
-        >>> jacobian[0]
+        >>> Linearizer(adapter)(adapter.vector(), x).pull().dense()[0]
         tensor([[1., 2., 3., 0., 0., 0.],
                 [0., 0., 0., 1., 2., 3.]])
     """
 
-    def __init__(self, adapter: AdapterModel) -> None:
-        self.adapter = adapter
+    def __init__(
+        self, adapter: AdapterModel, outputs_per_pass: int | None = None, bytes_budget: int = BYTES_BUDGET
+    ) -> None:
+        self.adapter, self.outputs_per_pass, self.bytes_budget = adapter, outputs_per_pass, bytes_budget
         self._plan: Plan | None = None
 
-    def __call__(self, vector: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Raw outputs η and J = ∂η/∂θ at θ = ``vector``.
+    def __call__(self, vector: Tensor, inputs: Inputs, *, directions: int | None = None) -> Linearized:
+        """The outputs at θ = ``vector`` with their graph.
 
         Args:
             vector: θ, (n,).
             inputs: a batch of B examples.
-
-        Returns:
-            η (B, m) and J (B, m, n), both in the latent dtype, detached.
+            directions: how many directions will be pulled, all outputs by default; only speed depends on it.
         """
-        with evaluating(self.adapter.model), torch.enable_grad():
-            if self._plan is None or not self._plan.serves(batch_size(inputs)):
-                self._plan = choose(self.adapter, vector, inputs)
-            try:
-                return self._jacobian(vector, inputs, self._plan)
-            except _RowsError:  # a module now sees something else first than examples: check again, once
-                self._plan = choose(self.adapter, vector, inputs)
-                return self._jacobian(vector, inputs, self._plan)
+        tried: list[Plan] = []
+
+        def graph() -> _Graph:
+            plan = self._planned(vector, inputs, refuse=tried)
+            tried.append(plan)
+            return self._graph(plan, vector, inputs, directions or plan.num_outputs)
+
+        return Linearized(self.adapter, graph)
 
     @property
     def num_outputs(self) -> int:
         """m, or 0 before the first batch."""
         return self._plan.num_outputs if self._plan else 0
 
-    def pieces(self, vector: Tensor, inputs: Inputs) -> Iterator[tuple[slice, Inputs]]:
-        """A batch in pieces whose Jacobians stay under ``JACOBIAN_BYTES`` (or of one example), with where they lie."""
-        size = batch_size(inputs)
-        num_outputs = self.num_outputs or self.adapter.outputs(vector, _rows(inputs, slice(0, 1), size)).shape[1]
-        bytes_each = num_outputs * self.adapter.num_parameters * self.adapter.dtype.itemsize
-        step = max(1, JACOBIAN_BYTES // bytes_each)
+    def prepare(self, vector: Tensor, inputs: Inputs) -> int:
+        """The number of outputs, m, found with the path of every tensor on the first batch."""
+        return self._planned(vector, inputs).num_outputs
+
+    def pieces(
+        self, vector: Tensor, inputs: Inputs, directions: int | None = None, most: int | None = None
+    ) -> Iterator[tuple[slice, Inputs]]:
+        """A batch in pieces whose graph and rows stay under ``bytes_budget``, and where they lie.
+
+        Args:
+            vector: θ, (n,).
+            inputs: the batch.
+            directions: how many an example has, all outputs by default.
+            most: a bound on the examples of a piece. A piece has at least one example, whatever that takes.
+        """
+        size, plan = batch_size(inputs), self._planned(vector, inputs)
+        step = min(self._examples(plan, directions or plan.num_outputs), most or size)
+        if step >= size:
+            yield slice(0, size), inputs
+            return
         for start in range(0, size, step):
             where = slice(start, min(start + step, size))
-            yield where, _rows(inputs, where, size)
+            yield where, some_examples(inputs, where, size)
 
-    def paths(self) -> dict[str, str]:
-        """Tensor name -> "hooks", "general", or "not yet known" before the first batch."""
-        if self._plan is None:
-            return dict.fromkeys(self.adapter.names, "not yet known")
-        return {name: "hooks" if name in self._plan.hooked else "general" for name in self.adapter.names}
+    def _graph(self, plan: Plan, vector: Tensor, inputs: Inputs, count: int) -> _Graph:
+        """A forward pass, of a batch repeated so that ``count`` directions share backward passes."""
+        size = batch_size(inputs)
+        repeats = self._repeats(plan, size, count)
+        modules = {module for module, _ in plan.hooked.values()} | ({plan.head} if plan.head else set())
+        with evaluating(self.adapter.model), torch.enable_grad():
+            leaves = self.adapter.leaves(vector)
+            tape = Tape(self.adapter, leaves, repeat(inputs, size, repeats), modules, plan.plain)
+        return _Graph(plan, tape, size, repeats)
 
-    def _jacobian(self, vector: Tensor, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
-        leaves, size = self.adapter.leaves(vector), batch_size(inputs)
-        general = [name for name in self.adapter.names if name not in plan.hooked]
-        chunk = max(1, min(REPEATED_ROWS // size, plan.num_outputs)) if plan.repeatable and not general else 1
-        outputs, taken = tape(self.adapter, leaves, repeat(inputs, size, chunk), plan.hooked)
-        num_outputs = outputs.shape[1]
-        jacobian = outputs.new_zeros(size, num_outputs, self.adapter.num_parameters, dtype=self.adapter.dtype)
-        slices = self.adapter.slices()
-        for start in range(0, num_outputs, chunk):
-            stop = min(start + chunk, num_outputs)
-            seed = torch.zeros_like(outputs).view(-1, size, num_outputs)
-            for offset, j in enumerate(range(start, stop)):
-                seed[offset, :, j] = 1.0
-            keep = stop < num_outputs or bool(general)
-            for name, rows in hook_rows(
-                outputs, seed.view_as(outputs), taken, plan.hooked, leaves, keep_graph=keep
-            ).items():
-                if len(rows) != len(outputs):
-                    raise _RowsError
-                part = rows.view(-1, size, rows.shape[-1])[: stop - start]
-                jacobian[:, start:stop, slices[name]] = part.transpose(0, 1).to(jacobian.dtype)
-        if general:
-            self._general_rows(outputs, {name: leaves[name] for name in general}, slices, jacobian)
-        return outputs[:size].detach().to(self.adapter.dtype), jacobian
+    def _planned(self, vector: Tensor, inputs: Inputs, refuse: list[Plan] | None = None) -> Plan:
+        """The plan, made on the first batch and where it does not serve; another one than those to ``refuse``."""
+        if self._plan is None or refuse or not self._plan.serves(batch_size(inputs)):
+            with evaluating(self.adapter.model), torch.enable_grad():
+                self._plan = choose(self.adapter, vector, inputs)
+        return self._plan
 
-    @staticmethod
-    def _general_rows(
-        outputs: Tensor, leaves: Mapping[str, Tensor], slices: Mapping[str, slice], jacobian: Tensor
-    ) -> None:
-        """One backward pass per example and output, for tensors without a rule; written into ``jacobian``."""
-        for b in range(jacobian.shape[0]):
-            for j in range(jacobian.shape[1]):
-                gradients = torch.autograd.grad(
-                    outputs[b, j], list(leaves.values()), retain_graph=True, allow_unused=True
-                )
-                for name, gradient in zip(leaves, gradients, strict=True):
-                    if gradient is not None:
-                        jacobian[b, j, slices[name]] = gradient.reshape(-1).to(jacobian.dtype)
+    def _repeats(self, plan: Plan, size: int, count: int) -> int:
+        """How many directions share a pass."""
+        if not plan.repeatable or len(plan.hooked) + len(plan.unused) < len(self.adapter.names):
+            return 1
+        wanted = self.outputs_per_pass or max(1, PASS_BYTES // (plan.bytes_each * size))
+        return min(wanted, _passes(plan, count))
+
+    def _examples(self, plan: Plan, count: int) -> int:
+        """Examples whose graph, rows and temporaries fit the budget, at least one."""
+        rows = _passes(plan, count) * plan.row_numbers * self.adapter.dtype.itemsize
+        graph = plan.bytes_each * self._repeats(plan, 1, count)
+        return max(1, self.bytes_budget // (rows + graph))
 
 
-class _RowsError(RuntimeError):
+def identity(like: Tensor) -> Directions:
+    """Every output by itself, for outputs (B, m)."""
+    size, width = like.shape
+    eye = torch.eye(width, dtype=like.dtype, device=like.device)
+    return Directions(width, lambda start, stop: eye[start:stop].expand(size, -1, -1))
+
+
+class RowsError(RuntimeError):
     """A hooked module was fed another number of rows than the batch has."""
 
 
-def _rows(inputs: Inputs, where: slice, size: int) -> Inputs:
+class _Store:
+    """Rows as they arrive, pass by pass."""
+
+    def __init__(self, adapter: AdapterModel, plan: Plan, size: int, repeats: int, count: int) -> None:
+        self._adapter, self._plan, self._size, self._repeats, self._count = adapter, plan, size, repeats, count
+        self._slices = adapter.slices()
+        self._found: dict[str, Block] = {}
+
+    def add(self, arrived: Arrived, start: int, stop: int) -> None:
+        """Take in what arrived for the directions from ``start`` to ``stop``."""
+        found = by_module([(call, g.to(self._adapter.dtype)) for call, g in arrived])
+        shapes = dict(zip(self._adapter.names, self._adapter.shapes, strict=True))
+        for name, (module, attribute) in self._plan.hooked.items():
+            at_module = found.get(module, [])
+            if not at_module:
+                continue
+            if is_outer(at_module):
+                self._add_outer(name, attribute, *at_module[0], start, stop)
+            else:
+                self._add_rows(name, *tensor_rows(at_module, attribute, shapes[name]), start, stop)
+
+    def blocks(self) -> list[Block]:
+        """All of them."""
+        return list(self._found.values())
+
+    def _add_outer(self, name: str, attribute: str, call: Call, g: Tensor, start: int, stop: int) -> None:
+        if name not in self._found:
+            taken = call.taken[: self._size].detach().to(g.dtype)
+            taken = taken if attribute == "weight" else taken.new_ones(self._size, 1)
+            self._found[name] = Outer(self._slices[name], g.new_empty(self._size, self._count, g.shape[-1]), taken)
+        block = self._found[name]
+        assert isinstance(block, Outer)
+        block.cotangent[:, start:stop] = self._directions(g, stop - start)
+
+    def _add_rows(self, name: str, where: Tensor | None, rows: Tensor, start: int, stop: int) -> None:
+        if name not in self._found:
+            place = self._slices[name] if where is None else where + self._slices[name].start
+            self._found[name] = Rows(place, rows.new_empty(self._size, self._count, rows.shape[-1]))
+        block = self._found[name]
+        assert isinstance(block, Rows)
+        block.rows[:, start:stop] = self._directions(rows, stop - start)
+
+    def _directions(self, rows: Tensor, count: int) -> Tensor:
+        """Rows of a repeated batch, (repeats·B, s), as (B, count, s)."""
+        if len(rows) != self._repeats * self._size:
+            raise RowsError
+        return rows.view(-1, self._size, rows.shape[-1])[:count].transpose(0, 1)
+
+
+def _passes(plan: Plan, count: int) -> int:
+    """Backward passes for all outputs or for fewer directions."""
+    if plan.head is None or count < plan.num_outputs:
+        return count
+    return min(count, plan.head.get_parameter("weight").shape[1])
+
+
+def some_examples(inputs: Inputs, where: slice, size: int) -> Inputs:
     """Some examples of a batch of ``size``."""
     if isinstance(inputs, Tensor):
         return inputs[where]

@@ -13,7 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
+
+
+COLUMNS = 16  # of the cut-off part, made at once
 
 
 class State(NamedTuple):
@@ -37,15 +41,23 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
 
 def condition(state: State, observation: Observation) -> State:
     """Λ + MᵀM and μ + Λ_new⁻¹Mᵀu, exact; then W cut back to L columns and the rest's diagonal folded into d."""
-    rows = observation.rows
-    joined = torch.cat([state.factor, rows.mT], 1)  # (n, L + k)
-    gradient = observation.rmatvec(observation.residual)
-    mean = state.mean + _solve(state.diagonal, joined, gradient.unsqueeze(-1)).squeeze(-1)
-    scaled = (joined / state.diagonal.sqrt().unsqueeze(-1)).double()
-    _, vectors = torch.linalg.eigh(scaled.mT @ scaled)
-    rotated = joined @ vectors.to(joined.dtype)  # columns by ascending weight
-    rest, kept = rotated[:, : -state.factor.shape[1]], rotated[:, -state.factor.shape[1] :]
-    return State(mean, state.diagonal + rest.square().sum(1), kept)
+    rank, scaled = state.factor.shape[1], state.factor.double() / state.diagonal.double().unsqueeze(-1)  # D⁻¹W
+    cross = observation.matmul(scaled)  # MD⁻¹W (k, L)
+    gram = torch.cat([  # of [W Mᵀ] under D⁻¹
+        torch.cat([state.factor.double().mT @ scaled, cross.mT], 1),
+        torch.cat([cross, observation.gram(1.0 / state.diagonal)], 1),
+    ])  # fmt: skip
+    step = observation.rmatvec(observation.residual) / state.diagonal
+    found = torch.cat([state.factor.mT @ step, observation.matvec(step)]).double()
+    weights = torch.linalg.solve(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device), found).to(step)
+    joined = state.factor @ weights[:rank] + observation.rmatvec(weights[rank:])
+    _, vectors = torch.linalg.eigh(gram)  # ascending
+    rest, kept = vectors[:, :-rank].to(step), vectors[:, -rank:].to(step)
+    factor = state.factor @ kept[:rank] + observation.rmatmul(kept[rank:])
+    diagonal = state.diagonal.clone()
+    for some in rest.split(COLUMNS, 1):
+        diagonal += (state.factor @ some[:rank] + observation.rmatmul(some[rank:])).square().sum(1)
+    return State(state.mean + step - joined / state.diagonal, diagonal, factor)
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:
@@ -74,12 +86,18 @@ def covariance_matrix(state: State) -> Tensor:
     return _solve(state.diagonal, state.factor, eye)
 
 
-def output_covariance(state: State, jacobian: Tensor) -> Tensor:
-    """J P Jᵀ, (B, m, m) for J (B, m, n)."""
-    scaled = (jacobian / state.diagonal.sqrt()).double()
-    cross = scaled @ (state.factor / state.diagonal.sqrt().unsqueeze(-1)).double()
+def output_covariance(state: State, jacobian: Jacobian) -> Tensor:
+    """J P Jᵀ of every example, (B, c, c), in float64."""
+    cross = jacobian.matmul(state.factor.double() / state.diagonal.double().unsqueeze(-1))  # JD⁻¹W (B, c, L)
     half = torch.linalg.solve_triangular(_inner(state.diagonal, state.factor), cross.mT, upper=False)
-    return (scaled @ scaled.mT - half.mT @ half).to(jacobian.dtype)
+    return jacobian.block_gram(1.0 / state.diagonal) - half.mT @ half
+
+
+def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
+    """J P Jᵀ over the whole batch, (B·c, B·c), in float64."""
+    cross = jacobian.matmul(state.factor.double() / state.diagonal.double().unsqueeze(-1)).flatten(0, 1)
+    half = torch.linalg.solve_triangular(_inner(state.diagonal, state.factor), cross.mT, upper=False)
+    return jacobian.gram(1.0 / state.diagonal) - half.mT @ half
 
 
 def quadratic(state: State, vector: Tensor) -> Tensor:

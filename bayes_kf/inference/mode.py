@@ -16,13 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.jacobian import both_sides
 from bayes_kf.models.likelihood import Likelihood
 
 MAX_NEWTON = 20
 MAX_HALVINGS = 20
 
 
-def expand_at_mode(family: Likelihood, outputs: Tensor, targets: Tensor, output_cov: Tensor) -> tuple[Tensor, Tensor]:
+def expand_at_mode(
+    family: Likelihood, outputs: Tensor, targets: Tensor, output_cov: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Whitening factor and residual of the likelihood expanded at the mode, referred back to the prior outputs.
 
     Args:
@@ -32,7 +35,8 @@ def expand_at_mode(family: Likelihood, outputs: Tensor, targets: Tensor, output_
         output_cov: Σ over the whole batch, (B·m, B·m).
 
     Returns:
-        W (B, m, m) at the mode η*, and u(η*) + W (η* − f), (B, m), so that Wᵀu is the gradient at f of the expansion.
+        W (B, m, m) at the mode η*, u(η*) + W (η* − f), (B, m), so that Wᵀu is the gradient at f of the expansion, and
+        η*, (B, m).
     """
     shape, cov = outputs.shape, output_cov.double()
     alpha = torch.zeros(outputs.numel(), dtype=torch.float64, device=outputs.device)
@@ -47,7 +51,7 @@ def expand_at_mode(family: Likelihood, outputs: Tensor, targets: Tensor, output_
             break
     mode = _at(outputs, cov, alpha)
     factor, residual = family.whiten(mode, targets)
-    return factor, residual + (factor @ (mode - outputs).view(*shape, 1)).squeeze(-1)
+    return factor, residual + (factor @ (mode - outputs).view(*shape, 1)).squeeze(-1), mode
 
 
 def _at(outputs: Tensor, cov: Tensor, alpha: Tensor) -> Tensor:
@@ -60,10 +64,10 @@ def _newton(family: Likelihood, outputs: Tensor, targets: Tensor, cov: Tensor, a
     point = _at(outputs, cov, alpha)
     factor, residual = family.whiten(point, targets)
     residual = residual + (factor @ (point - outputs).unsqueeze(-1)).squeeze(-1)
-    whitener = torch.block_diag(*factor)
-    gram = whitener @ cov @ whitener.mT
+    gram = both_sides(factor, cov)
     root = torch.linalg.cholesky(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    return whitener.mT @ torch.cholesky_solve(residual.reshape(-1, 1), root).squeeze(-1)
+    weights = torch.cholesky_solve(residual.reshape(-1, 1), root).view(*residual.shape, 1)
+    return (factor.mT @ weights).flatten()
 
 
 def _search(

@@ -70,18 +70,18 @@ def begin(config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor) 
 
 
 def whiten(
-    config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor, output_cov: Tensor
+    config: KalmanConfig, state: State, family: Likelihood, outputs: Tensor, targets: Tensor, output_cov: Tensor
 ) -> tuple[Whitened, State]:
     """W and u of a batch under the configured noise model, and the noise state after it.
 
     Args:
         config: names the model and β.
         state: as :func:`begin` left it.
+        family: the likelihood of what is seen.
         outputs: η, (B, m).
         targets: as the likelihood's ``check`` returned them.
         output_cov: J P⁻ Jᵀ, (B, m, m), for the Taylor term of equation 12.
     """
-    family = likelihood(config, state)
     outputs = outputs.double()
     if config.noise == "exponential_family":
         factor, residual = family.whiten(outputs, _as_targets(targets))

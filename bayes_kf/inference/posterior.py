@@ -248,9 +248,11 @@ class Posterior:
         if method == "mean":
             outputs = self.adapter.outputs(self.mean_vector, inputs)
             return prediction.point(family, outputs, _checked(family, outputs, targets))
-        outputs, jacobian = self.kf.linearize(self.mean_vector, inputs)
+        batch = self.kf.linearize(self.mean_vector, inputs)
+        outputs = batch.outputs
         targets = _checked(family, outputs, targets)
-        output_cov = self.temperature * self.config.structure.output_covariance(self.state.belief, jacobian)
+        covariance = self.config.structure.output_covariance(self.state.belief, batch.pull())
+        output_cov = (self.temperature * covariance).to(outputs.dtype)
         if method == "probit" and family.name != "gaussian":
             return prediction.probit(family, outputs, output_cov, targets)
         draws = (

@@ -45,6 +45,7 @@ class UpdateInfo(NamedTuple):
         degrees_of_freedom: of ν.
         damping: factor ≤ 1 put on the observation's precision by gate and guard; 1 as a rule.
         jitter: relative jitter of the noise covariance; 0 as a rule.
+        lumped: largest probability that an example's lumped classes have together ("truncated" curvature); else 0.
         step_norm: Euclidean length of the step of the mean.
         seconds: wall time.
     """
@@ -56,6 +57,7 @@ class UpdateInfo(NamedTuple):
     degrees_of_freedom: int
     damping: float
     jitter: float
+    lumped: float
     step_norm: float
     seconds: float
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 Inputs = Tensor | Mapping[str, Any]
 
+Owners = list[tuple[nn.Module, str]]  # the modules that hold a tensor, and as which attribute
+
+UNKNOWN = "not yet known"  # how a tensor is linearized, before the first batch
 LARGE = 20_000_000  # trainable numbers above which full fine-tuning by accident is more likely than intent
 
 
@@ -48,8 +50,8 @@ class AdapterModel:
         self.dtypes: tuple[torch.dtype, ...] = tuple(p.dtype for p in trainable.values())
         self.sizes: tuple[int, ...] = tuple(p.numel() for p in trainable.values())
         self.num_parameters = sum(self.sizes)
-        every_name = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-        self._tied = len(every_name) > len(trainable)  # looking for ties costs a walk through the model each call
+        self.owners = _owners(model, trainable)
+        self.paths: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # how each tensor is linearized; see describe
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         if self.num_parameters > LARGE:
             state_gib = 4 * self.num_parameters * self.dtype.itemsize / 2**30
@@ -62,7 +64,7 @@ class AdapterModel:
     @property
     def device(self) -> torch.device:
         """The device of the first trainable tensor; the belief lives there."""
-        return self.model.get_parameter(self.names[0]).device
+        return self._present(self.names[0]).device
 
     def vector(self) -> Tensor:
         """The model's present trainable tensors as one vector, (n,), a copy."""
@@ -83,10 +85,60 @@ class AdapterModel:
         return {name: slice(end - size, end) for name, end, size in zip(self.names, ends, self.sizes, strict=True)}
 
     def leaves(self, vector: Tensor) -> dict[str, Tensor]:
-        """Fresh leaf tensors of the model's own dtypes that hold ``vector`` and ask for gradients."""
-        named = self.unflatten(vector.detach())
-        dtypes = dict(zip(self.names, self.dtypes, strict=True))
-        return {name: t.to(dtypes[name]).clone().requires_grad_(True) for name, t in named.items()}
+        """Leaf tensors of the model's own dtypes that hold ``vector`` (views of it) and ask for gradients."""
+        return {name: t.detach().requires_grad_(True) for name, t in self.tensors(vector.detach()).items()}
+
+    def tensors(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector (n,) as named tensors of the model's own dtypes."""
+        named = self.unflatten(vector)
+        return {name: t.to(dtype) for (name, t), dtype in zip(named.items(), self.dtypes, strict=True)}
+
+    @contextmanager
+    def substituted(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with ``tensors`` in the place of its own trainable ones, tied ones in all their places.
+
+        Backward passes through checkpointed layers run them again, so they belong inside too.
+        """
+        own = {name: self._present(name) for name in tensors}
+        try:
+            self._place(tensors)
+            yield
+        finally:
+            self._place(own)
+
+    def _present(self, name: str) -> Tensor:
+        """What stands in a tensor's place now."""
+        module, attribute = self.owners[name][0]
+        return module._parameters[attribute]  # type: ignore[return-value]
+
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            for module, attribute in self.owners[name]:
+                module._parameters[attribute] = tensor  # type: ignore[assignment]  # as torch.func.functional_call does
+
+    def describe(self) -> str:
+        """A table of the trainable tensors: name, shape, the kind of module that holds it, and how it is linearized.
+
+        "hooks": rows of the Jacobian from what went into the module and the cotangent of what came out, m backward
+        passes a batch. "general": a backward pass per example and output. "unused": no output depended on it.
+        Which it is gets measured on the first batch that a filter or posterior of this adapter sees.
+
+        Example:
+            >>> print(AdapterModel(nn.Linear(3, 2)).describe())
+            tensor  shape   numbers  module  linearized by
+            weight  (2, 3)        6  Linear  not yet known
+            bias    (2,)          2  Linear  not yet known
+        """
+        rows = [
+            (name, str(tuple(shape)), f"{size:,}", type(self.owners[name][0][0]).__name__, self.paths[name])
+            for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True)
+        ]
+        header = ("tensor", "shape", "numbers", "module", "linearized by")
+        wide = [max(len(row[i]) for row in [header, *rows]) for i in range(5)]
+        lines = [
+            f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:<{wide[3]}}  {e}" for a, b, c, d, e in [header, *rows]
+        ]
+        return "\n".join(lines)
 
     def call(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """Raw outputs η of the model with its trainable tensors replaced, (B, m); no modes are changed here.
@@ -98,17 +150,18 @@ class AdapterModel:
         Raises:
             ValueError: when what the model returns is not a (B, m) tensor, nor has one as ``logits``.
         """
+        with self.substituted(tensors):
+            return self.run(inputs)
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """Raw outputs η of the model as it stands, (B, m); see :meth:`call`."""
         inputs = to_device(inputs, self.device)
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-        outputs = functional_call(self.model, dict(tensors), args, kwargs, tie_weights=self._tied)
-        return _as_matrix(outputs)
+        return _as_matrix(self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs))
 
     def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
         """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m)."""
-        dtypes = dict(zip(self.names, self.dtypes, strict=True))
-        tensors = {name: t.to(dtypes[name]) for name, t in self.unflatten(vector).items()}
         with evaluating(self.model), torch.no_grad():
-            return self.call(tensors, inputs).to(self.dtype)
+            return self.call(self.tensors(vector), inputs).to(self.dtype)
 
     @torch.no_grad()
     def assign(self, vector: Tensor) -> None:
@@ -119,8 +172,12 @@ class AdapterModel:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside; each in the mode it had afterwards, whatever happened."""
-    in_training = [module for module in model.modules() if module.training]
+    """Every module in eval mode inside; each in the mode it had afterwards, whatever happened.
+
+    Layers of transformers that save memory by running again in the backward pass do so in training mode alone, so
+    they are left in it; the dropout inside them is not.
+    """
+    in_training = [module for module in model.modules() if module.training and not _checkpointed(module)]
     try:
         for module in in_training:
             module.training = False
@@ -128,6 +185,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in in_training:
             module.training = True
+
+
+def _checkpointed(module: nn.Module) -> bool:
+    """Whether this is a layer of transformers that recomputes itself; known by name, for this module needs torch alone."""
+    kinds = (kind.__name__ for kind in type(module).__mro__)
+    return bool(getattr(module, "gradient_checkpointing", False)) and "GradientCheckpointingLayer" in kinds
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
@@ -188,6 +251,17 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     if isinstance(inputs, Mapping):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     return inputs.to(device)
+
+
+def _owners(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> dict[str, Owners]:
+    """Trainable tensor -> every module and attribute that holds it; several where tensors are tied."""
+    names = {id(parameter): name for name, parameter in trainable.items()}
+    owners: dict[str, Owners] = {name: [] for name in trainable}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in names:
+                owners[names[id(parameter)]].append((module, attribute))
+    return owners
 
 
 def _as_matrix(outputs: Any) -> Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter, diagonal, full, low_rank
 from bayes_kf.inference.config import STRUCTURES
+from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
 N, NOISE = 5, 0.3
@@ -14,7 +15,7 @@ N, NOISE = 5, 0.3
 
 def observation(k=3, n=N, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Observation(torch.randn(k, n, generator=g).double(), torch.randn(k, generator=g).double())
+    return Observation.of_rows(torch.randn(k, n, generator=g).double(), torch.randn(k, generator=g).double())
 
 
 def prior(n=N, seed=1):
@@ -24,8 +25,8 @@ def prior(n=N, seed=1):
 
 def exact(mean, variance, obs):
     """Mean and covariance after an observation, from precisions."""
-    covariance = torch.linalg.inv(torch.diag(1 / variance) + obs.rows.T @ obs.rows)
-    return mean + covariance @ obs.rows.T @ obs.residual, covariance
+    covariance = torch.linalg.inv(torch.diag(1 / variance) + obs.dense().T @ obs.dense())
+    return mean + covariance @ obs.dense().T @ obs.residual, covariance
 
 
 def regression(batches, covariance="full", seed=0, **config):
@@ -93,7 +94,7 @@ def test_information_form_keeps_the_exact_marginal_precisions():
     _, covariance = exact(mean, variance, obs)
     precision = torch.linalg.inv(covariance).diagonal()
     torch.testing.assert_close(1 / after.variance, precision, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(after.mean, mean + after.variance * (obs.rows.T @ obs.residual), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(after.mean, mean + after.variance * (obs.dense().T @ obs.residual), rtol=1e-10, atol=1e-10)
 
 
 def test_mixed_form_is_gain_mean_and_information_variance():
@@ -122,7 +123,7 @@ def test_low_rank_truncation_keeps_marginal_precisions_and_leading_directions():
     torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)  # the mean comes before the cut
     precision = torch.diag(after.diagonal) + after.factor @ after.factor.T
     torch.testing.assert_close(precision.diagonal(), torch.linalg.inv(covariance).diagonal(), rtol=1e-10, atol=1e-10)
-    scaled = obs.rows.T * variance.sqrt().unsqueeze(-1)  # eigenvalues in units of the prior
+    scaled = obs.dense().T * variance.sqrt().unsqueeze(-1)  # eigenvalues in units of the prior
     kept = torch.linalg.eigvalsh(
         (after.factor * variance.sqrt().unsqueeze(-1)).T @ (after.factor * variance.sqrt().unsqueeze(-1))
     )
@@ -142,11 +143,11 @@ class TestContract:
     def test_functions_agree_with_the_dense_covariance(self, name):
         structure, belief = self.belief(name)
         covariance = structure.covariance_matrix(belief)
-        jacobian = observation(6, N, seed=5).rows.view(2, 3, N)
-        vector = observation(1, N, seed=6).rows[0]
+        jacobian = observation(6, N, seed=5).dense().view(2, 3, N)
+        vector = observation(1, N, seed=6).dense()[0]
         torch.testing.assert_close(structure.marginal_variance(belief), covariance.diagonal(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(
-            structure.output_covariance(belief, jacobian), jacobian @ covariance @ jacobian.mT, rtol=1e-10, atol=1e-12
+            structure.output_covariance(belief, Jacobian.of_rows(jacobian)), jacobian @ covariance @ jacobian.mT, rtol=1e-10, atol=1e-12
         )
         torch.testing.assert_close(
             structure.quadratic(belief, vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9

@@ -12,6 +12,12 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import lora_digits_vit
 
 
+def dense(linearize, inputs):
+    """Outputs (B, m) and Jacobian (B, m, n) at the model's present tensors."""
+    batch = linearize(linearize.adapter.vector(), inputs)
+    return batch.outputs, batch.pull().dense()
+
+
 class Shared(nn.Module):
     """One module used twice, one tensor used without its module."""
 
@@ -83,7 +89,7 @@ def test_jacobian_is_the_dense_one(case, batch):
     model = make().double()
     x = torch.randn(batch, *shape, dtype=torch.float64)
     adapter = AdapterModel(model)
-    outputs, jacobian = Linearizer(adapter)(adapter.vector(), x)
+    outputs, jacobian = dense(Linearizer(adapter), x)
     expected_outputs, expected = dense_jacobian(model, lambda m: m(x))
     torch.testing.assert_close(outputs, expected_outputs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(jacobian, expected, rtol=1e-10, atol=1e-12)
@@ -94,19 +100,19 @@ def test_transformer_with_mapping_inputs_and_zero_b():
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
     adapter = AdapterModel(model)
     linearize = Linearizer(adapter)
-    outputs, jacobian = linearize(adapter.vector(), {"pixel_values": x})
+    outputs, jacobian = dense(linearize, {"pixel_values": x})
     expected_outputs, expected = dense_jacobian(model, lambda m: m(pixel_values=x).logits)
     torch.testing.assert_close(outputs, expected_outputs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(jacobian, expected, rtol=1e-9, atol=1e-11)
-    assert set(linearize.paths().values()) == {"hooks"}
+    assert set(linearize.adapter.paths.values()) == {"hooks"}
 
 
 def test_paths_are_measured():
     linearize = Linearizer(AdapterModel(Shared().double()))
-    assert set(linearize.paths().values()) == {"not yet known"}
-    linearize(linearize.adapter.vector(), torch.randn(2, 6, dtype=torch.float64))
-    assert linearize.paths()["scale"] == "general"
-    assert linearize.paths()["twice.weight"] == "hooks"
+    assert set(linearize.adapter.paths.values()) == {"not yet known"}
+    dense(linearize, torch.randn(2, 6, dtype=torch.float64))
+    assert linearize.adapter.paths["scale"] == "general"
+    assert linearize.adapter.paths["twice.weight"] == "hooks"
 
 
 def test_a_tensor_also_used_without_its_module_takes_the_general_path():
@@ -122,43 +128,42 @@ def test_a_tensor_also_used_without_its_module_takes_the_general_path():
     model = Tied().double()
     x = torch.randn(3, 4, dtype=torch.float64)
     linearize = Linearizer(AdapterModel(model))
-    _, jacobian = linearize(linearize.adapter.vector(), x)
+    _, jacobian = dense(linearize, x)
     torch.testing.assert_close(jacobian, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-12, atol=1e-12)
-    assert linearize.paths() == {"inner.weight": "general"}
+    assert linearize.adapter.paths == {"inner.weight": "general"}
 
 
 def test_bfloat16_base_has_float32_rows():
     model = lora_digits_vit(rank=4)
     model.to(torch.bfloat16)
     adapter = AdapterModel(model)
-    outputs, jacobian = Linearizer(adapter)(adapter.vector(), torch.randn(2, 1, 28, 28, dtype=torch.bfloat16))
+    outputs, jacobian = dense(Linearizer(adapter), torch.randn(2, 1, 28, 28, dtype=torch.bfloat16))
     assert outputs.dtype == jacobian.dtype == torch.float32
     _, expected = dense_jacobian(model, lambda m: m(torch.zeros(2, 1, 28, 28, dtype=torch.bfloat16)).logits)
     assert jacobian.shape == expected.shape
 
 
-def test_pieces_cover_a_batch_once(monkeypatch):
-    import bayes_kf.inference.linearize as module
-
-    adapter = AdapterModel(nn.Linear(3, 2))
-    monkeypatch.setattr(module, "JACOBIAN_BYTES", 2 * 2 * 8 * 4)
-    x = torch.randn(5, 3)
-    pieces = list(Linearizer(adapter).pieces(adapter.vector(), x))
-    assert [len(piece) for _, piece in pieces] == [2, 2, 1]
+def test_pieces_cover_a_batch_once():
+    adapter, x = AdapterModel(nn.Linear(3, 2)), torch.randn(5, 3)
+    linearize = Linearizer(adapter, bytes_budget=1)
+    pieces = list(linearize.pieces(adapter.vector(), x))
+    assert [len(piece) for _, piece in pieces] == [1] * 5
     torch.testing.assert_close(torch.cat([piece for _, piece in pieces]), x)
+    assert [len(piece) for _, piece in Linearizer(adapter).pieces(adapter.vector(), x, most=2)] == [2, 2, 1]
+    assert [len(piece) for _, piece in Linearizer(adapter).pieces(adapter.vector(), x)] == [5]
 
 
 def test_observation_products():
     torch.manual_seed(0)
     rows, p = torch.randn(4, 7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
-    observation = Observation(rows, torch.randn(4, dtype=torch.float64))
+    observation = Observation.of_rows(rows, torch.randn(4, dtype=torch.float64))
     left = torch.randn(2, 4, dtype=torch.float64)
     torch.testing.assert_close(observation.gram(p), rows @ torch.diag(p) @ rows.T)
     torch.testing.assert_close(observation.column_squares(left), ((left @ rows) ** 2).sum(0))
     torch.testing.assert_close(observation.matvec(p), rows @ p)
     torch.testing.assert_close(observation.rmatvec(left[0]), rows.T @ left[0])
     scaled = observation.scaled(0.25)
-    torch.testing.assert_close(scaled.rows.T @ scaled.residual, 0.25 * rows.T @ observation.residual)
+    torch.testing.assert_close(scaled.dense().T @ scaled.residual, 0.25 * rows.T @ observation.residual)
 
 
 class Table(nn.Module):
@@ -236,7 +241,7 @@ def test_modules_that_do_not_see_examples_first_are_found_out(make, shapes):
     linearize = Linearizer(AdapterModel(model))
     for shape in shapes:
         x = torch.randn(shape, dtype=torch.float64)
-        outputs, jacobian = linearize(linearize.adapter.vector(), x)
+        outputs, jacobian = dense(linearize, x)
         expected_outputs, expected = dense_jacobian(model, lambda m: m(x))  # noqa: B023 (called at once)
         torch.testing.assert_close(outputs, expected_outputs, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(jacobian, expected, rtol=1e-9, atol=1e-9)
@@ -247,10 +252,10 @@ def test_in_place_activation_is_found_out_in_bfloat16_too():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).bfloat16()
     linearize = Linearizer(AdapterModel(model))
     x = torch.randn(8, 4, dtype=torch.bfloat16)
-    _, jacobian = linearize(linearize.adapter.vector(), x)
+    _, jacobian = dense(linearize, x)
     expected = dense_jacobian(model, lambda m: m(x))[1].float()
     torch.testing.assert_close(jacobian, expected, rtol=0.02, atol=0.02)
-    assert linearize.paths()["0.weight"] == "general"
+    assert linearize.adapter.paths["0.weight"] == "general"
 
 
 def test_relative_attention_with_shared_projections():
@@ -266,6 +271,6 @@ def test_relative_attention_with_shared_projections():
     linearize = Linearizer(AdapterModel(model))
     for size in (1, 2):
         batch = {"input_ids": torch.randint(3, 30, (size, 6)), "attention_mask": torch.ones(size, 6).long()}
-        _, jacobian = linearize(linearize.adapter.vector(), batch)
+        _, jacobian = dense(linearize, batch)
         _, expected = dense_jacobian(model, lambda m: m(**batch).logits)  # noqa: B023 (called at once)
         torch.testing.assert_close(jacobian, expected, rtol=1e-8, atol=1e-9)

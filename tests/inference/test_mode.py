@@ -41,7 +41,7 @@ def test_gradient_and_fisher_are_those_at_the_mode(name, scale):
         negative, outputs.reshape(-1).numpy(), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 2000}
     )
     mode = torch.tensor(found.x).view(2, 3)
-    factor, residual = expand_at_mode(family, outputs, targets, cov)
+    factor, residual, _ = expand_at_mode(family, outputs, targets, cov)
     torch.testing.assert_close(factor.mT @ factor, family.variance(mode), rtol=1e-4, atol=1e-5)
     gradient = (factor.mT @ residual.unsqueeze(-1)).squeeze(-1)
     expected = family.residual(mode, targets) + (family.variance(mode) @ (mode - outputs).unsqueeze(-1)).squeeze(-1)
@@ -51,7 +51,7 @@ def test_gradient_and_fisher_are_those_at_the_mode(name, scale):
 def test_gaussian_likelihood_needs_no_mode():
     outputs, cov = problem(1.0)
     family, targets = Gaussian(torch.tensor(0.5).double()), torch.zeros(2, 3).double()
-    factor, residual = expand_at_mode(family, outputs, targets, cov)
+    factor, residual, _ = expand_at_mode(family, outputs, targets, cov)
     plain_factor, plain_residual = family.whiten(outputs, targets)
     torch.testing.assert_close(factor, plain_factor)
     torch.testing.assert_close(residual, plain_residual, rtol=1e-9, atol=1e-9)

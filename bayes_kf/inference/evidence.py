@@ -1,0 +1,99 @@
+"""What travels through one update: a piece of the batch, a part of it that is solved together, what it says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.jacobian import Jacobian
+from bayes_kf.inference.linearize import Linearized
+from bayes_kf.inference.observation import Observation
+from bayes_kf.inference.state import UpdateInfo
+from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.likelihood import Likelihood
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.config import Structure
+
+
+class Batch(NamedTuple):
+    """A piece of a batch that is linearized at once."""
+
+    inputs: Inputs
+    targets: Tensor
+    linearized: Linearized
+
+
+class Part(NamedTuple):
+    """Examples that are conditioned on together, as the curvature sees them.
+
+    Attributes:
+        family: the likelihood of what is seen.
+        outputs: that at the present mean, to first order about where the batch was linearized, (B, c).
+        targets: in terms of it.
+        jacobian: of it.
+    """
+
+    family: Likelihood
+    outputs: Tensor
+    targets: Tensor
+    jacobian: Jacobian
+
+
+class Evidence(NamedTuple):
+    """What a belief is conditioned on.
+
+    Attributes:
+        mean: the observation that moves the mean.
+        covariance: the one that the covariance learns from; None where it is the same.
+    """
+
+    mean: Observation
+    covariance: Observation | None
+
+    def condition(self, structure: Structure, belief: Any, precision: float) -> Any:
+        """The belief after it, its precision multiplied by a number."""
+        seen = [o if o is None or precision == 1.0 else o.scaled(precision) for o in self]
+        after = structure.condition(belief, seen[0])
+        return after if seen[1] is None else structure.condition(belief, seen[1])._replace(mean=after.mean)
+
+
+class Tally:
+    """What an update reports, gathered over its pieces and parts."""
+
+    def __init__(self) -> None:
+        self.lumped = 0.0
+        self._outputs: list[Tensor] = []
+        self._log_losses: list[Tensor] = []
+        self._correct: list[Tensor | None] = []
+        self._innovation, self._dof, self._damping, self._jitter = 0.0, 0, 1.0, 0.0
+
+    def outputs(self, outputs: Tensor, family: Likelihood, targets: Tensor) -> None:
+        """Take in a piece as it was before the update."""
+        self._outputs.append(outputs)
+        self._log_losses.append(-family.log_prob(outputs, targets))
+        self._correct.append(family.correct(outputs, targets))
+
+    def part(self, observation: Observation, damping: float, jitter: float) -> None:
+        """Take in a part that was conditioned on."""
+        self._innovation += observation.innovation
+        self._dof += observation.degrees_of_freedom
+        self._damping, self._jitter = min(self._damping, damping), max(self._jitter, jitter)
+
+    def info(self, step_norm: float) -> UpdateInfo:
+        """The report, but for its time."""
+        correct = [c for c in self._correct if c is not None]
+        return UpdateInfo(
+            outputs=torch.cat(self._outputs),
+            log_loss=torch.cat(self._log_losses),
+            correct=torch.cat(correct) if correct else None,
+            innovation=self._innovation,
+            degrees_of_freedom=self._dof,
+            damping=self._damping,
+            jitter=self._jitter,
+            lumped=self.lumped,
+            step_norm=step_norm,
+            seconds=0.0,
+        )
