@@ -19,6 +19,9 @@ from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
 
+CANCELLING = 0.999  # share of a variance whose loss is not yet rounded away
+
+
 class State(NamedTuple):
     """A diagonal Gaussian: mean μ (n,), variance p (n,)."""
 
@@ -46,8 +49,11 @@ def gain_condition(state: State, observation: Observation) -> State:
         return State(*_small(state, observation))
     mean, factor = _gain(state, observation)
     shrink = state.variance * observation.column_squares(_inverse(factor, state.mean.dtype))
+    variance = state.variance * (1.0 - shrink)
+    if float(shrink.max()) < CANCELLING:
+        return State(mean, variance)
     least = state.variance / (1.0 + state.variance * observation.column_squares())
-    return State(mean, torch.maximum(state.variance * (1.0 - shrink), least))
+    return State(mean, torch.maximum(variance, least))
 
 
 def information_condition(state: State, observation: Observation) -> State:

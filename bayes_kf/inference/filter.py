@@ -20,13 +20,14 @@ from bayes_kf.inference.mode import expand_at_mode
 from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
+from bayes_kf.models.likelihood import Gaussian
 from bayes_kf.models.state_space import constant_variance, logit_variance, uniform_variance
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
-PART_ROWS = 256  # rows that are solved for together; with more, parts of a batch follow each other
+PART_ROWS = 192  # rows that are solved for together; with more, parts of a batch follow each other
 SCALE_PROBES = 16  # per example, for the prior's scale where the outputs are not seen one by one
-TRUSTED = 0.1  # change of an output, in its own unit, over which the linearization is not checked
+TRUSTED = 1.0  # change of an output (a logit, or the sd of a Gaussian's noise) up to which a step is not checked
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
 
@@ -215,11 +216,12 @@ class KalmanFilter:
         """
         belief, family = state.belief, noise.likelihood(self.config, state.noise)
         before = -part.family.log_prob(part.outputs, part.targets).sum()
+        unit = family.noise_variance.sqrt().to(part.outputs) if isinstance(family, Gaussian) else 1.0
 
         def accepts(after: Any) -> bool:
             if not bool(torch.isfinite(after.mean).all()):
                 return False
-            if bool(part.jacobian.matvec(after.mean - belief.mean).abs().max() < TRUSTED):
+            if bool((part.jacobian.matvec(after.mean - belief.mean) / unit).abs().max() < TRUSTED):
                 return True
             penalty = 0.5 * self.config.structure.quadratic(belief, after.mean - belief.mean)
             moved = self.adapter.outputs(after.mean, inputs)

@@ -14,7 +14,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from bayes_kf.inference import diagonal, noise
-from bayes_kf.models.adapter import Inputs, batch_size, evaluating, to_device
+from bayes_kf.models.adapter import Inputs, batch_size, to_device
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
@@ -48,7 +48,7 @@ class KalmanModel:
             for name, shape in zip(self.adapter.names, self.adapter.shapes, strict=True)
         }
         tensors = {name: sites[name].to(dtype) for name, dtype in zip(sites, self.adapter.dtypes, strict=True)}
-        with evaluating(self.adapter.model):
+        with self.adapter.evaluating():
             outputs = self.adapter.call(tensors, inputs).to(self.adapter.dtype)
         pyro.deterministic("outputs", outputs)
         if targets is not None:

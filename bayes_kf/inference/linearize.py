@@ -20,7 +20,7 @@ from torch import Tensor
 from bayes_kf.inference.jacobian import Block, Jacobian, Outer, Part, Rows
 from bayes_kf.inference.layers import Call
 from bayes_kf.inference.tape import Arrived, Plan, Tape, by_module, choose, is_outer, repeat, tensor_rows
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, evaluating
+from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
 
 PASS_BYTES = 2**24  # of graph that a small batch is repeated up to; measured on two cores
 BYTES_BUDGET = 2**28  # of graph and rows; larger batches go through in pieces
@@ -64,7 +64,7 @@ class Linearized:
             directions: None for the outputs themselves.
             keep: whether more is to be pulled from this batch later.
         """
-        with evaluating(self._adapter.model), torch.enable_grad():
+        with self._adapter.evaluating(), torch.enable_grad():
             try:
                 return self._pull(directions, keep)
             except RowsError:  # a module now sees something else first than examples: check again, once
@@ -202,6 +202,10 @@ class Linearizer:
         """The number of outputs, m, found with the path of every tensor on the first batch."""
         return self._planned(vector, inputs).num_outputs
 
+    def rows_at_once(self, vector: Tensor, inputs: Inputs) -> int:
+        """How many examples' graphs fit ``bytes_budget``."""
+        return max(1, self.bytes_budget // self._planned(vector, inputs).bytes_each)
+
     def pieces(
         self, vector: Tensor, inputs: Inputs, directions: int | None = None, most: int | None = None
     ) -> Iterator[tuple[slice, Inputs]]:
@@ -227,7 +231,7 @@ class Linearizer:
         size = batch_size(inputs)
         repeats = self._repeats(plan, size, count)
         modules = {module for module, _ in plan.hooked.values()} | ({plan.head} if plan.head else set())
-        with evaluating(self.adapter.model), torch.enable_grad():
+        with self.adapter.evaluating(), torch.enable_grad():
             leaves = self.adapter.leaves(vector)
             tape = Tape(self.adapter, leaves, repeat(inputs, size, repeats), modules, plan.plain)
         return _Graph(plan, tape, size, repeats)
@@ -235,7 +239,7 @@ class Linearizer:
     def _planned(self, vector: Tensor, inputs: Inputs, refuse: list[Plan] | None = None) -> Plan:
         """The plan, made on the first batch and where it does not serve; another one than those to ``refuse``."""
         if self._plan is None or refuse or not self._plan.serves(batch_size(inputs)):
-            with evaluating(self.adapter.model), torch.enable_grad():
+            with self.adapter.evaluating(), torch.enable_grad():
                 self._plan = choose(self.adapter, vector, inputs)
         return self._plan
 

@@ -14,7 +14,8 @@ from bayes_kf.inference import noise, persistence, prediction
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import FilterState, KalmanFilter
 from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, split_batch, to_device
+from bayes_kf.models.draws import outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian
 
 if TYPE_CHECKING:
@@ -268,7 +269,8 @@ class Posterior:
     ) -> Prediction:
         family = noise.likelihood(self.config, self.state.noise)
         draws = self.sample(num_samples, generator)
-        outputs = torch.stack([self.adapter.outputs(draw, inputs) for draw in draws])
+        at_once = self.kf.linearize.rows_at_once(self.mean_vector, inputs) // batch_size(inputs)
+        outputs = outputs_of_draws(self.adapter, draws, inputs, max(1, at_once))
         return prediction.mixture(family, outputs, _checked(family, outputs[0], targets))
 
 

@@ -50,6 +50,7 @@ class AdapterModel:
         self.dtypes: tuple[torch.dtype, ...] = tuple(p.dtype for p in trainable.values())
         self.sizes: tuple[int, ...] = tuple(p.numel() for p in trainable.values())
         self.num_parameters = sum(self.sizes)
+        self._modules = list(model.modules())  # walking through them takes milliseconds
         self.owners = _owners(model, trainable)
         self.paths: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # how each tensor is linearized; see describe
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
@@ -116,6 +117,22 @@ class AdapterModel:
             for module, attribute in self.owners[name]:
                 module._parameters[attribute] = tensor  # type: ignore[assignment]  # as torch.func.functional_call does
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Every module in eval mode inside; each in the mode it had afterwards, whatever happened.
+
+        Layers of transformers that save memory by running again in the backward pass do so in training mode alone, so
+        they are left in it; the dropout inside them is not.
+        """
+        in_training = [module for module in self._modules if module.training and not _checkpointed(module)]
+        try:
+            for module in in_training:
+                module.training = False
+            yield
+        finally:
+            for module in in_training:
+                module.training = True
+
     def describe(self) -> str:
         """A table of the trainable tensors: name, shape, the kind of module that holds it, and how it is linearized.
 
@@ -160,7 +177,7 @@ class AdapterModel:
 
     def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
         """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m)."""
-        with evaluating(self.model), torch.no_grad():
+        with self.evaluating(), torch.no_grad():
             return self.call(self.tensors(vector), inputs).to(self.dtype)
 
     @torch.no_grad()
@@ -168,23 +185,6 @@ class AdapterModel:
         """Write ``vector`` into the user's model, in place; the only method that changes it."""
         for name, tensor in self.unflatten(vector).items():
             self.model.get_parameter(name).copy_(tensor)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside; each in the mode it had afterwards, whatever happened.
-
-    Layers of transformers that save memory by running again in the backward pass do so in training mode alone, so
-    they are left in it; the dropout inside them is not.
-    """
-    in_training = [module for module in model.modules() if module.training and not _checkpointed(module)]
-    try:
-        for module in in_training:
-            module.training = False
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def _checkpointed(module: nn.Module) -> bool:

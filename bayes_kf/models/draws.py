@@ -1,0 +1,36 @@
+"""Many adapters on one batch: their low-rank branches side by side over one product with the frozen base."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+
+
+def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None = None) -> Tensor:
+    """Raw outputs under S adapters, (S, B, m), without gradients.
+
+    One forward pass over all of them (``torch.func.vmap`` over the adapter's tensors), so what no adapter has touched
+    yet is computed once. A model that cannot be batched this way is run S times; the numbers agree to rounding.
+
+    Args:
+        adapter: the model.
+        draws: θ of every adapter, (S, n).
+        inputs: a batch of B examples.
+        at_once: adapters in a pass; all by default.
+    """
+    inputs = to_device(inputs, adapter.device)
+    try:
+        return _batched(adapter, draws, inputs, at_once)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):  # the loop says what is wrong, if anything
+        return torch.stack([adapter.outputs(draw, inputs) for draw in draws])
+
+
+def _batched(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None) -> Tensor:
+    with adapter.evaluating(), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # one kernel loops, the rest does not
+        one = torch.func.vmap(lambda draw: adapter.call(adapter.tensors(draw), inputs), chunk_size=at_once)
+        return one(draws).to(adapter.dtype)  # type: ignore[no-any-return]
