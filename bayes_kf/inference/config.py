@@ -44,7 +44,7 @@ STRUCTURES: dict[str, Structure] = {
 }
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
-SPREADS = ("tensors", "constant")
+SPREADS = ("modules", "tensors", "constant")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
 CONFIG_FILE = "kalman_config.json"
@@ -64,8 +64,8 @@ class KalmanConfig:
             "decaying" noise there.
         initial_logit_sd: prior standard deviation of the outputs, from which the prior variances follow. Used when
             ``initial_variance`` is None.
-        initial_spread: how that is shared: "tensors" (each tensor adds the same variance to the outputs) or "constant"
-            (one variance for every parameter).
+        initial_spread: how that is shared: "modules" (a module adds variance ∝ the root of its gain), "tensors" (each
+            tensor adds the same variance to the outputs) or "constant" (one variance for every parameter).
         initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
         initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
         beta: forgetting factor of the EMA noise models, in (0, 1).
@@ -103,8 +103,8 @@ class KalmanConfig:
     covariance: str = "diagonal"
     noise: str = "exponential_family"
     noise_variance: float | str = 1.0
-    initial_logit_sd: float = 4.0
-    initial_spread: str = "tensors"
+    initial_logit_sd: float = 3.0
+    initial_spread: str = "modules"
     initial_variance: float | None = None
     initial_rule: str = "constant"
     expansion: str = "mode"

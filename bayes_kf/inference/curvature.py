@@ -121,6 +121,11 @@ def _log_odds(outputs: Tensor, targets: Tensor) -> Seen:
     return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), Directions(1, lambda start, stop: seeds), 1.0)
 
 
+def odds_length(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared length of the direction of the label's log odds, (B,): their variance for outputs of variance 1."""
+    return 1.0 + _without(outputs, targets.unsqueeze(-1)).softmax(-1).square().sum(-1)
+
+
 def _without(outputs: Tensor, classes: Tensor) -> Tensor:
     """Outputs with those of some classes (B, c) at −∞."""
     return outputs.scatter(-1, classes, float("-inf"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.curvature import num_directions, probes, see, signs
+from bayes_kf.inference.curvature import num_directions, odds_length, probes, see, signs
 from bayes_kf.inference.evidence import Batch, Evidence, Part, Tally
 from bayes_kf.inference.jacobian import blocks, both_sides
 from bayes_kf.inference.linearize import Linearizer, some_examples
@@ -67,7 +67,8 @@ class KalmanFilter:
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
-        return self._scale(state, self._squares(mean, to_device(inputs, self.adapter.device)))
+        with self.adapter.full_precision():
+            return self._scale(state, self._squares(mean, to_device(inputs, self.adapter.device)))
 
     def update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, *, hold_mean: bool = False
@@ -90,7 +91,8 @@ class KalmanFilter:
             raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
         device = self.adapter.device
         try:
-            after, info = self._update(state, to_device(inputs, device), targets.to(device), hold_mean)
+            with self.adapter.full_precision():
+                after, info = self._update(state, to_device(inputs, device), targets.to(device), hold_mean)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
         return after, info._replace(seconds=time.perf_counter() - start)
@@ -153,7 +155,7 @@ class KalmanFilter:
         joint = self.config.structure.joint_output_covariance(belief, part.jacobian)
         _finite("the output covariance", joint)
         output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
-        scores = state.scores if hold_mean else self._scores(state, part, output_cov)
+        scores = state.scores if hold_mean else self._scores(state, batch, part, output_cov)
         evidence, noise_state, jitter = self._evidence(state, batch, part, joint, output_cov, hold_mean)
         accepts = None
         if self.config.damping and not hold_mean:
@@ -232,12 +234,20 @@ class KalmanFilter:
 
         return accepts
 
-    def _scores(self, state: FilterState, part: Part, output_cov: Tensor) -> tempering.State:
-        """The scores with this part's, or as they were where the temperature is given."""
+    def _scores(self, state: FilterState, batch: Batch, part: Part, output_cov: Tensor) -> tempering.State:
+        """The scores with this part's, or as they were where the temperature is given.
+
+        Where only the label's log odds were seen, the outputs are taken to vary independently and alike.
+        """
         if not isinstance(self.config.temperature, str):
             return state.scores
         seed = self.config.seed + state.step
-        losses = tempering.log_losses(part.family, part.outputs, output_cov, part.targets, seed)
+        if self.config.curvature == "sampled":
+            outputs, family = batch.linearized.outputs, noise.likelihood(self.config, state.noise)
+            variance = output_cov.flatten() / odds_length(outputs, batch.targets)
+            losses = tempering.isotropic_log_losses(family, outputs, variance, batch.targets, seed)
+        else:
+            losses = tempering.log_losses(part.family, part.outputs, output_cov, part.targets, seed)
         return tempering.add(state.scores, losses)
 
     def _part_size(self, num_rows: int) -> int:
@@ -278,10 +288,11 @@ class KalmanFilter:
 
     def _scale(self, state: FilterState, squares: Tensor) -> FilterState:
         """The state with its prior variance set from the mean squares of the Jacobian's columns, (n,)."""
-        mean, where = state.prior.mean, self.adapter.slices().values()
-        gains = [float(squares[part].double().sum()) for part in where]
-        starts = [float(mean[part].double().square().mean()) for part in where]
-        variances = logit_variance(gains, starts, self.config.initial_logit_sd, self.config.initial_spread)
+        mean, where = state.prior.mean, self.adapter.slices()
+        gains = [float(squares[part].double().sum()) for part in where.values()]
+        starts = [float(mean[part].double().square().mean()) for part in where.values()]
+        modules = [name.rpartition(".")[0] for name in where]
+        variances = logit_variance(gains, starts, modules, self.config.initial_logit_sd, self.config.initial_spread)
         parts = [mean.new_full((size,), value) for value, size in zip(variances, self.adapter.sizes, strict=True)]
         prior = diagonal.init(mean, torch.cat(parts))
         return state._replace(belief=self._belief(prior), prior=prior, scaled=True)

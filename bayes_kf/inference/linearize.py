@@ -64,7 +64,7 @@ class Linearized:
             directions: None for the outputs themselves.
             keep: whether more is to be pulled from this batch later.
         """
-        with self._adapter.evaluating(), torch.enable_grad():
+        with self._adapter.full_precision(), self._adapter.evaluating(), torch.enable_grad():
             try:
                 return self._pull(directions, keep)
             except RowsError:  # a module now sees something else first than examples: check again, once
@@ -231,7 +231,7 @@ class Linearizer:
         size = batch_size(inputs)
         repeats = self._repeats(plan, size, count)
         modules = {module for module, _ in plan.hooked.values()} | ({plan.head} if plan.head else set())
-        with self.adapter.evaluating(), torch.enable_grad():
+        with self.adapter.full_precision(), self.adapter.evaluating(), torch.enable_grad():
             leaves = self.adapter.leaves(vector)
             tape = Tape(self.adapter, leaves, repeat(inputs, size, repeats), modules, plan.plain)
         return _Graph(plan, tape, size, repeats)
@@ -239,7 +239,7 @@ class Linearizer:
     def _planned(self, vector: Tensor, inputs: Inputs, refuse: list[Plan] | None = None) -> Plan:
         """The plan, made on the first batch and where it does not serve; another one than those to ``refuse``."""
         if self._plan is None or refuse or not self._plan.serves(batch_size(inputs)):
-            with self.adapter.evaluating(), torch.enable_grad():
+            with self.adapter.full_precision(), self.adapter.evaluating(), torch.enable_grad():
                 self._plan = choose(self.adapter, vector, inputs)
         return self._plan
 

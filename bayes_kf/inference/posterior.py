@@ -135,15 +135,16 @@ class Posterior:
         generator = self._generator(generator)
         inputs = to_device(inputs, self.adapter.device)
         targets = None if targets is None else targets.to(self.adapter.device)
-        if method == "sampled":
-            return self._sampled(inputs, num_samples, generator, targets)
-        if method == "mean":
-            return self._piece(inputs, method, num_samples, generator, targets)
-        parts = [
-            self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
-            for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
-        ]
-        return prediction.concatenate(parts)
+        with self.adapter.full_precision():
+            if method == "sampled":
+                return self._sampled(inputs, num_samples, generator, targets)
+            if method == "mean":
+                return self._piece(inputs, method, num_samples, generator, targets)
+            parts = [
+                self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
+                for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
+            ]
+            return prediction.concatenate(parts)
 
     def predict_loader(
         self,

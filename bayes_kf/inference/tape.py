@@ -270,13 +270,16 @@ def _saved_bytes(parameters: set[int]) -> Iterator[Callable[[], int]]:
 
 
 def _is_plain(adapter: AdapterModel, leaves: Mapping[str, Tensor], inputs: Inputs) -> bool:
-    """Whether autograd takes the names of the tensors to differentiate in."""
+    """Whether autograd.grad reaches what a plain backward pass reaches; not through reentrant checkpoints."""
     tape = Tape(adapter, leaves, inputs, set(), True)
+    seed = torch.ones_like(tape.outputs)
     try:
-        torch.autograd.grad(tape.outputs.sum(), list(leaves.values()), allow_unused=True)
+        asked = tape.gradients(seed, adapter.names, keep=True)
     except RuntimeError:
         return False
-    return True
+    tape.plain = False
+    reached = tape.gradients(seed, adapter.names, keep=False)
+    return all((a is None) == (b is None) for a, b in zip(asked, reached, strict=True))
 
 
 def _checked_batch(inputs: Inputs, size: int) -> tuple[Inputs, int]:

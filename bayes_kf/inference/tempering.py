@@ -18,6 +18,8 @@ from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 NUM_DRAWS = 32
+FEWEST_DRAWS = 4  # with very many outputs, where all of them together are ...
+DRAWN_NUMBERS = 2**17  # ... kept below this
 
 
 def log_losses(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor, seed: int) -> Tensor:
@@ -37,6 +39,18 @@ def log_losses(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets:
     roots = torch.tensor(GRID, dtype=outputs.dtype, device=outputs.device).sqrt().view(-1, 1, 1, 1)
     log_prob = family.log_prob(outputs + roots * spread, targets)  # (K, S, B)
     return -(log_prob.double().logsumexp(1) - math.log(NUM_DRAWS)).sum(-1)
+
+
+def isotropic_log_losses(
+    family: Likelihood, outputs: Tensor, variance: Tensor, targets: Tensor, seed: int
+) -> Tensor:
+    """As :func:`log_losses` under η ~ N(outputs, t·variance·I), variance (B,): for steps that saw one direction."""
+    generator = torch.Generator(device=outputs.device).manual_seed(seed)
+    num_draws = max(FEWEST_DRAWS, min(NUM_DRAWS, DRAWN_NUMBERS // outputs.numel()))
+    noise = torch.randn(num_draws, *outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    spread = noise * variance.sqrt().to(outputs).unsqueeze(-1)
+    log_prob = torch.stack([family.log_prob(outputs + t**0.5 * spread, targets) for t in GRID])  # (K, S, B)
+    return -(log_prob.double().logsumexp(1) - math.log(num_draws)).sum(-1)
 
 
 class State(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class AdapterModel:
         self._modules = list(model.modules())  # walking through them takes milliseconds
         self.owners = _owners(model, trainable)
         self.paths: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # how each tensor is linearized; see describe
+        self._autocast: torch.dtype | None = None  # of the caller, inside `full_precision`
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         if self.num_parameters > LARGE:
             state_gib = 4 * self.num_parameters * self.dtype.itemsize / 2**30
@@ -172,8 +173,24 @@ class AdapterModel:
 
     def run(self, inputs: Inputs) -> Tensor:
         """Raw outputs η of the model as it stands, (B, m); see :meth:`call`."""
-        inputs = to_device(inputs, self.device)
-        return _as_matrix(self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs))
+        inputs, kind = to_device(inputs, self.device), self.device.type
+        dtype = self._autocast
+        with torch.autocast(kind, dtype=dtype) if dtype else nullcontext():
+            return _as_matrix(self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs))
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Autocast, where the caller has it on, for the model's forward passes alone: nothing else is rounded by it."""
+        kind, outside = self.device.type, self._autocast
+        if not torch.is_autocast_enabled(kind):
+            yield
+            return
+        self._autocast = torch.get_autocast_dtype(kind)
+        try:
+            with torch.autocast(kind, enabled=False):
+                yield
+        finally:
+            self._autocast = outside
 
     def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
         """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m)."""

@@ -33,4 +33,4 @@ def _batched(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int 
     with adapter.evaluating(), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")  # one kernel loops, the rest does not
         one = torch.func.vmap(lambda draw: adapter.call(adapter.tensors(draw), inputs), chunk_size=at_once)
-        return one(draws).to(adapter.dtype)  # type: ignore[no-any-return]
+        return one(draws).to(adapter.dtype)

@@ -109,7 +109,7 @@ def test_everything_trainable_by_accident_warns_with_its_cost():
 
 
 def test_prior_scale_gives_the_outputs_their_spread():
-    kf = KalmanFilter(classifier(), KalmanConfig(initial_logit_sd=3.0))
+    kf = KalmanFilter(classifier(), KalmanConfig(initial_logit_sd=3.0, initial_spread="tensors"))
     x, _ = batch(50)
     state = kf.init(x)
     jacobian = kf.linearize(state.belief.mean, x).pull().dense()
@@ -117,11 +117,20 @@ def test_prior_scale_gives_the_outputs_their_spread():
     shares = torch.stack([added[where].sum() for where in kf.adapter.slices().values()])
     torch.testing.assert_close(shares, torch.full_like(shares, 9.0 / len(shares)), rtol=1e-9, atol=0)
     assert state.scaled
+    modules = KalmanFilter(classifier(), KalmanConfig(initial_logit_sd=3.0)).init(x)
+    assert len(modules.prior.variance.unique()) == 3  # two Linears and a batch norm
+    added = (jacobian.square() * modules.prior.variance).mean((0, 1))
+    gains = {name: float(jacobian[..., where].square().sum(-1).mean()) for name, where in kf.adapter.slices().items()}
+    shares = {name: float(added[where].sum()) for name, where in kf.adapter.slices().items()}
+    assert sum(shares.values()) == pytest.approx(9.0, rel=1e-9)
+    shared, gained = (sum(v for k, v in d.items() if k[0] == "0") / sum(v for k, v in d.items() if k[0] == "4")
+                   for d in (shares, gains))  # fmt: skip
+    assert shared == pytest.approx(gained**0.5, rel=1e-9)
     constant = KalmanFilter(classifier(), KalmanConfig(initial_logit_sd=3.0, initial_spread="constant")).init(x)
     assert len(constant.prior.variance.unique()) == 1
     assert float((jacobian.square() * constant.prior.variance).sum(-1).mean()) == pytest.approx(9.0, rel=1e-9)
     lazily, _ = kf.update(kf.init(), x, torch.zeros(50).long())
-    torch.testing.assert_close(lazily.prior.variance, state.prior.variance)
+    torch.testing.assert_close(lazily.prior.variance, state.prior.variance, rtol=1e-10, atol=0.0)
 
 
 def test_prior_variance_rules():
