@@ -17,18 +17,33 @@ from bayes_kf import DivergenceError, KalmanConfig, KalmanFilter
 
 SCALE_EXAMPLES = 32  # inputs that a function-space prior is scaled on, as ``bayes_kf.fit`` takes them
 
+Inputs = Tensor | dict[str, Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Stream(NamedTuple):
-    """Inputs (N, ...) and labels (N,) in the order in which they come."""
+    """Inputs (N, ...), or keyword arguments of that length, and labels (N,) in the order in which they come."""
 
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor
 
-    def batches(self, size: int = 1) -> list[tuple[Tensor, Tensor]]:
-        """The stream in batches."""
-        return list(zip(self.inputs.split(size), self.labels.split(size), strict=True))
+    def batches(self, size: int = 1) -> list[tuple[Inputs, Tensor]]:
+        """The stream in batches; texts without the padding that a batch does not need."""
+        labels = self.labels.split(size)
+        if isinstance(self.inputs, Tensor):
+            return list(zip(self.inputs.split(size), labels, strict=True))
+        parts = {name: tensor.split(size) for name, tensor in self.inputs.items()}
+        found = []
+        for index, target in enumerate(labels):
+            longest = int(parts["attention_mask"][index].sum(1).max())
+            found.append(({name: part[index][:, :longest] for name, part in parts.items()}, target))
+        return found
+
+    def first(self, number: int) -> Stream:
+        """Its first examples."""
+        if isinstance(self.inputs, Tensor):
+            return Stream(self.inputs[:number], self.labels[:number])
+        return Stream({name: tensor[:number] for name, tensor in self.inputs.items()}, self.labels[:number])
 
 
 class Pass(NamedTuple):
@@ -49,9 +64,9 @@ class Pass(NamedTuple):
     cause: str | None = None
 
 
-def logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def logits(model: nn.Module, inputs: Inputs) -> Tensor:
     """A model's logits, (B, m), whether it returns them or an object that holds them."""
-    outputs = model(inputs)
+    outputs = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 

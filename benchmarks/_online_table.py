@@ -19,6 +19,8 @@ NAMES = {
     "default": "**default (`KalmanConfig()`)**",
     "diagonal": "default, but diagonal",
     "low_rank": "default, but low rank",
+    "truncated": "default, but truncated curvature (ε = 1e-3)",
+    "sampled": "default, but sampled curvature (K = 1)",
 }
 LEGEND = (
     "One pass, batch size 1, mean ± sd over {seeds}. Online: before each example's update. Held out: after the pass,"
@@ -30,6 +32,7 @@ LEGEND = (
 HELDOUT = {
     "usps": "USPS's 2,007 test images",
     "digits": "600 of UCI's 1,797 digits, another split for each seed",
+    "sst2": "SST-2's 872 development sentences, classifier drawn afresh",
     "kmnist": "2,000 of KMNIST's 10,000 test images, another split for each seed, classifier drawn afresh",
 }
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
 BRIEF = 1.0  # seconds; steps below it are taken once more, untimed, right before they are timed
 UNTRAINED = 10_000  # outputs from which on the last layer stays as it was drawn
+START_UP = 20.0  # seconds that a method may take to import and begin
 MIB = 2**20
 
 
@@ -198,7 +199,7 @@ def memory_here(
         most = _status("VmSize") + int(limit_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:
-        signal.setitimer(signal.ITIMER_REAL, 3 * cap)  # first steps also look around
+        signal.setitimer(signal.ITIMER_REAL, START_UP + 3 * cap)  # the filter makes three steps' work here
         running = start(cell, method, model, device)
         first_step(method, running)
         held = _held(device, reset=True)
@@ -216,7 +217,7 @@ def _reason(error: Exception, limit_gib: float) -> dict[str, Any]:
     text = (str(error).strip().splitlines() or [""])[0]
     asked = re.search(r"allocate (\d+) bytes", text)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or asked or "allocate memory" in text:
-        wanted = f", it asked for {int(asked[1]) / 2**30:.1f} GiB at once" if asked else ""
+        wanted = f", it asked for {int(asked[1]) / 2**30:.2g} GiB at once" if asked else ""
         return {"skipped": f"out of memory at {limit_gib:g} GiB{wanted}", "larger_too": True}
     return {"skipped": f"{type(error).__name__}: {text}"[:200]}
 

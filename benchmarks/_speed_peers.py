@@ -186,7 +186,7 @@ def jacrev(model: nn.Module, _: Batch, batch: Batch) -> Running:
 
 
 class Method(NamedTuple):
-    """How a method is made and called, the package it needs, whether it maps backward passes (SDPA's have no rule)."""
+    """How a method is made and called, the package it needs, and whether eager attention suits it better than SDPA."""
 
     make: Make
     title: str
@@ -202,9 +202,9 @@ METHODS: dict[str, Method] = {
     "ivon": Method(ivon, "IVON, from the paper"),
     "svi": Method(pyro_svi, "Pyro SVI, AutoNormal", "pyro-ppl"),
     "posteriors": Method(posteriors_ekf, "posteriors EKF, diagonal", "posteriors", eager=True),
-    "laplace-diag": Method(laplace_fit("diag"), "laplace-torch, diagonal fit", "laplace-torch", eager=True),
+    "laplace-diag": Method(laplace_fit("diag"), "laplace-torch, diagonal fit", "laplace-torch"),
     "laplace-kron": Method(laplace_fit("kron"), "laplace-torch, Kronecker fit", "laplace-torch"),
-    "jacrev": Method(jacrev, "`torch.func.jacrev`, Jacobian alone", eager=True),
+    "jacrev": Method(jacrev, "`torch.func.jacrev`, Jacobian alone"),
 }
 
 

@@ -15,6 +15,7 @@ from _speed_peers import METHODS
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 Cells = Mapping[str, Mapping[str, Any]]
 
@@ -37,8 +38,8 @@ LEGEND = (
     " evaluation mode, float32. Cost: a step's time over that of the AdamW step of the same round, median over"
     " interleaved rounds (three for steps of a second and more). Memory: peak of a warm step above what is held before"
     " it (weights, moments or belief; no gradients), each in a process of its own. laplace-torch only fits a covariance"
-    " at a fixed mean and `jacrev` is a Jacobian without any conditioning, so both are less than a step. Methods that"
-    " map backward passes (posteriors, laplace-torch's diagonal, `jacrev`) get eager attention, the others SDPA."
+    " at a fixed mean and `jacrev` is a Jacobian without any conditioning, so both are less than a step. Attention is"
+    " SDPA, but eager for posteriors, which is quicker with it; the other peers that map backward passes are not."
     " ✓ and ✗: whether the target in brackets is met. Letters: why a method could not run."
 )
 
@@ -173,6 +174,7 @@ def plot(cells: Cells, path: Path) -> None:
             panel.plot(sizes, ratios[k], color=colour, marker=marker, label=k)
         panel.axhline(1.0, color="0.3", linestyle="--", label="AdamW")
         panel.set(xscale="log", yscale="log", xlabel=title, title=SETTINGS[axis])
+        panel.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
         panel.grid(which="both", alpha=0.25)
     panels[0].set_ylabel("time of a step, AdamW step = 1")
     panels[0].legend()

@@ -1,12 +1,14 @@
 """A digit transformer trained on MNIST meets other images: LoRA learns them online, one pass, one example at a time.
 
-Rows: the frozen model, AdamW at five learning rates, LoKO's setting, this package's default, and the default with a
-diagonal or a low-rank belief. Online scores come before each update, held-out ones after the pass. Calibration errors
+Or MiniLM, with a new classifier, meets the sentences of SST-2. Rows: the frozen model, AdamW at five learning rates,
+LoKO's setting, this package's default, and the default with a diagonal or a low-rank belief, or with truncated or
+sampled curvature. Online scores come before each update, held-out ones after the pass. Calibration errors
 have beside them the interval that a calibrated model with these confidences would show. Data is read from
 ../shared/data or $BAYES_KF_DATA; UCI's digits come with scikit-learn.
 
     python benchmarks/online.py --data usps --seeds 3                  # everything; a stopped run goes on where it was
     python benchmarks/online.py --data usps --rows default loko        # some rows
+    python benchmarks/online.py --data sst2 --limit 1000 --seeds 3     # needs the extra `bench` and the text data
     python benchmarks/online.py --data digits --rows adamw --limit 200 # a short stream, in a file of its own name
     python benchmarks/online.py --data usps --table                    # print what is there
 """
@@ -27,6 +29,7 @@ from _data import kmnist, usps
 from _learners import Pass, Stream, check_finite, frozen_pass, gradient_pass, logits
 from _online_table import render
 from _results import ResultFile
+from _text import minilm, num_sentences, sentences
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -37,7 +40,7 @@ from bayes_kf.evaluation import accuracy, calibration_test
 from bayes_kf.models.zoo import lora_digits_vit
 
 RATES = {f"adamw-{text}": float(text) for text in ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2")}
-FILTERS = ("loko", "default", "diagonal", "low_rank")
+FILTERS = ("loko", "default", "diagonal", "low_rank", "truncated", "sampled")
 ROWS = ("frozen", *RATES, *FILTERS)
 KMNIST_STREAM = 8_000  # of its 10,000 images; the rest is held out
 PROBE = 100  # AdamW steps timed before and after each row, to state its cost in
@@ -45,11 +48,12 @@ HEAD_SD = 0.02  # of a fresh classifier, as transformers draws it
 
 
 class Task(NamedTuple):
-    """What is learned, what is held out, and whether the classes are new to the model."""
+    """What is learned, what is held out, whether the classes are new to the model, and whether it is text."""
 
     stream: Stream
     heldout: Stream
     new_classes: bool = False
+    text: bool = False
 
 
 def task(data: str, seed: int, limit: int | None) -> Task:
@@ -62,14 +66,19 @@ def task(data: str, seed: int, limit: int | None) -> Task:
     if data == "digits":
         train, test = uci_digits_split(seed=seed)
         return Task(Stream(train.images[:limit], train.labels[:limit]), Stream(*test))
+    if data == "sst2":
+        order = torch.randperm(num_sentences("sst2", "train"), generator=generator)[:limit]
+        return Task(sentences("sst2", "train", order), sentences("sst2", "dev"), new_classes=True, text=True)
     images, labels = kmnist()
     order = torch.randperm(len(labels), generator=generator)
     first, rest = order[:KMNIST_STREAM][:limit], order[KMNIST_STREAM:]
     return Task(Stream(images[first], labels[first]), Stream(images[rest], labels[rest]), new_classes=True)
 
 
-def make_model(seed: int, rank: int, new_classes: bool) -> PeftModel:
+def make_model(seed: int, rank: int, new_classes: bool, text: bool = False) -> PeftModel:
     """LoRA and the classifier trainable; the classifier drawn afresh where the classes are new."""
+    if text:
+        return minilm(seed, rank, num_labels=2)
     model = lora_digits_vit(rank=rank, seed=seed)
     if new_classes:
         generator = torch.Generator().manual_seed(seed)
@@ -86,6 +95,8 @@ def config_of(row: str, seed: int) -> bkf.KalmanConfig | None:
         return bkf.KalmanConfig.loko(seed=seed)
     if row in ("diagonal", "low_rank"):
         return bkf.KalmanConfig(covariance=row, seed=seed)
+    if row in ("truncated", "sampled"):
+        return bkf.KalmanConfig(curvature=row, seed=seed)
     return bkf.KalmanConfig(seed=seed) if row == "default" else None
 
 
@@ -96,7 +107,7 @@ def distinct_rows() -> list[str]:
 
 def measure(row: str, seed: int, given: Task, rank: int) -> dict[str, Any]:
     """Run a row on one stream; what the result file keeps of it."""
-    model, config = make_model(seed, rank, given.new_classes), config_of(row, seed)
+    model, config = make_model(seed, rank, given.new_classes, given.text), config_of(row, seed)
     before = probe(seed, given, rank)
     if config is not None:
         found, probs, log_prob = learn_filter(model, given, config)
@@ -146,8 +157,8 @@ def softmax_predictions(model: nn.Module, heldout: Stream) -> tuple[Tensor, Tens
 
 def probe(seed: int, given: Task, rank: int) -> float:
     """Processor seconds of an AdamW step on this stream, now."""
-    model = make_model(seed, rank, given.new_classes)
-    return learn_adamw(model, Stream(given.stream.inputs[:PROBE], given.stream.labels[:PROBE]), 1e-4).seconds
+    model = make_model(seed, rank, given.new_classes, given.text)
+    return learn_adamw(model, given.stream.first(PROBE), 1e-4).seconds
 
 
 def online_scores(found: Pass, adamw_seconds: float) -> dict[str, Any]:
@@ -179,7 +190,7 @@ def heldout_scores(probs: Tensor, log_prob: Tensor, labels: Tensor) -> dict[str,
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("usps", "digits", "kmnist"), default="usps")
+    parser.add_argument("--data", choices=("usps", "digits", "kmnist", "sst2"), default="usps")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument(
         "--rows", nargs="+", default=ROWS, metavar="ROW", help=f"{', '.join(ROWS)}; or adamw for all five"
@@ -207,7 +218,8 @@ def main() -> None:
         for seed, row in tqdm(places, unit="row", disable=not sys.stderr.isatty()):
             if args.redo or stale(row, seed, file):
                 run(row, seed, file, args)
-    print(file.write_markdown(f"Online adaptation, MNIST to {args.data}", render(file.cells, ROWS, args.data)))
+    title = "MiniLM on SST-2" if args.data == "sst2" else f"MNIST to {args.data}"
+    print(file.write_markdown(f"Online adaptation, {title}", render(file.cells, ROWS, args.data)))
 
 
 def stale(row: str, seed: int, file: ResultFile) -> bool:

@@ -69,14 +69,16 @@ def probes(outputs: Tensor, targets: Tensor, log_odds: Tensor | None, num_draws:
         num_draws: K.
         seed: of the signs.
     """
-    log_probs = outputs.double().log_softmax(-1)
+    log_probs = outputs.log_softmax(-1)
     if log_odds is not None:
-        others = _without(outputs.double(), targets.unsqueeze(-1)).log_softmax(-1) + F.logsigmoid(-log_odds)
+        log_odds = log_odds.to(outputs)
+        others = _without(outputs, targets.unsqueeze(-1)).log_softmax(-1) + F.logsigmoid(-log_odds)
         log_probs = others.scatter(-1, targets.unsqueeze(-1), F.logsigmoid(log_odds))
-    root, probs = (0.5 * log_probs).exp().unsqueeze(1), log_probs.exp().unsqueeze(1)  # (B, 1, m)
+    root = (0.5 * log_probs).exp().unsqueeze(1)  # √π (B, 1, m)
     generator = torch.Generator(device=outputs.device).manual_seed(seed)
-    scaled = root * _signs(outputs, num_draws, generator).to(root)
-    seeds = ((scaled - probs * (root * scaled).sum(-1, keepdim=True)) / num_draws**0.5).to(outputs)
+    scaled = root * _signs(outputs, num_draws, generator)
+    total = (root * scaled).sum(-1, keepdim=True)
+    seeds = scaled.addcmul_(root.square(), total, value=-1.0).div_(num_draws**0.5)  # √π∘z − π(√π·z)
     return Directions(num_draws, lambda start, stop: seeds[:, start:stop])
 
 
@@ -88,7 +90,12 @@ def signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Direct
 
 def _signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
     shape = (len(outputs), num_draws, outputs.shape[1])
-    return torch.randint(2, shape, generator=generator, device=outputs.device).to(outputs) * 2 - 1
+    return (
+        torch.empty(shape, dtype=outputs.dtype, device=outputs.device)
+        .bernoulli_(0.5, generator=generator)
+        .mul_(2)
+        .sub_(1)
+    )
 
 
 def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: float, most: int) -> Seen:

@@ -39,34 +39,29 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
     return State(state.mean, state.variance / forgetting + drift_variance)
 
 
-def gain_condition(state: State, observation: Observation) -> State:
+def gain_condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
     """μ + p∘MᵀS⁻¹u and p − p²∘diag(MᵀS⁻¹M), S = I + M diag(p) Mᵀ.
 
     Where the difference cancels to rounding, its exact lower bound 1/(p⁻¹ + diag(MᵀM)) takes its place. With fewer
     parameters than rows the same is solved among the parameters.
+
+    Args:
+        state: the belief.
+        observation: M and u.
+        curvature: another M for the variance.
     """
-    if observation.num_parameters < observation.num_rows:
-        return State(*_small(state, observation))
-    mean, factor = _gain(state, observation)
-    shrink = state.variance * observation.column_squares(_inverse(factor, state.mean.dtype))
-    variance = state.variance * (1.0 - shrink)
-    if float(shrink.max()) < CANCELLING:
-        return State(mean, variance)
-    least = state.variance / (1.0 + state.variance * observation.column_squares())
-    return State(mean, torch.maximum(variance, least))
+    return State(_gain_mean(state, observation), _gain_variance(state, curvature or observation))
 
 
-def information_condition(state: State, observation: Observation) -> State:
-    """p⁻¹ + diag(MᵀM) and μ + p_new∘Mᵀu."""
-    variance = state.variance / (1.0 + state.variance * observation.column_squares())
-    return State(state.mean + variance * observation.rmatvec(observation.residual), variance)
+def information_condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
+    """p⁻¹ + diag(MᵀM) and μ + p_new∘Mᵀu; arguments as for :func:`gain_condition`."""
+    variance = _information_variance(state, curvature or observation)
+    return State(observation.rmatvec(observation.residual).mul_(variance).add_(state.mean), variance)
 
 
-def mixed_condition(state: State, observation: Observation) -> State:
-    """The mean of the gain form, the variance of the information form."""
-    few = observation.num_parameters < observation.num_rows
-    mean = _small(state, observation)[0] if few else _gain(state, observation)[0]
-    return State(mean, state.variance / (1.0 + state.variance * observation.column_squares()))
+def mixed_condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
+    """The mean of the gain form, the variance of the information form; arguments as for :func:`gain_condition`."""
+    return State(_gain_mean(state, observation), _information_variance(state, curvature or observation))
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:
@@ -105,18 +100,38 @@ def log_determinant(state: State) -> Tensor:
     return state.variance.log().sum()
 
 
-def _gain(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
-    """The gain form's mean, and the Cholesky factor of S in float64."""
-    factor, weights, _ = innovation(observation.gram(state.variance), observation.residual)
-    return state.mean + state.variance * observation.rmatvec(weights), factor
+def _gain_mean(state: State, observation: Observation) -> Tensor:
+    """μ + p∘MᵀS⁻¹u."""
+    if observation.num_parameters < observation.num_rows:
+        root, _, weights = _small(state, observation)
+        return state.mean + root * weights
+    _, weights, _ = innovation(observation.gram(state.variance), observation.residual)
+    return observation.rmatvec(weights).mul_(state.variance).add_(state.mean)
 
 
-def _small(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
-    """The exact posterior's mean and marginal variances, from its precision: √P (I + √P MᵀM √P)⁻¹ √P."""
+def _gain_variance(state: State, observation: Observation) -> Tensor:
+    """p − p²∘diag(MᵀS⁻¹M)."""
+    if observation.num_parameters < observation.num_rows:
+        root, factor, _ = _small(state, observation)
+        return state.variance * torch.cholesky_inverse(factor).diagonal().to(root)
+    factor, _, _ = innovation(observation.gram(state.variance), observation.residual)
+    shrink = observation.column_squares(_inverse(factor, state.mean.dtype)).mul_(state.variance)
+    most = float(shrink.max())
+    variance = shrink.neg_().add_(1.0).mul_(state.variance)
+    return variance if most < CANCELLING else torch.maximum(variance, _information_variance(state, observation))
+
+
+def _information_variance(state: State, observation: Observation) -> Tensor:
+    """1 / (p⁻¹ + diag(MᵀM))."""
+    return observation.column_squares().mul_(state.variance).add_(1.0).reciprocal_().mul_(state.variance)
+
+
+def _small(state: State, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+    """Among the parameters: √P, the Cholesky factor of A = I + √P MᵀM √P, and A⁻¹√P Mᵀu."""
     root = state.variance.sqrt()
     scaled = (observation.dense() * root).double()  # (k, n)
     factor, weights, _ = innovation(scaled.mT @ scaled, root * observation.rmatvec(observation.residual))
-    return state.mean + root * weights, state.variance * torch.cholesky_inverse(factor).diagonal().to(root)
+    return root, factor, weights
 
 
 def innovation(gram: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,9 +55,8 @@ class Evidence(NamedTuple):
 
     def condition(self, structure: Structure, belief: Any, precision: float) -> Any:
         """The belief after it, its precision multiplied by a number."""
-        seen = [o if o is None or precision == 1.0 else o.scaled(precision) for o in self]
-        after = structure.condition(belief, seen[0])
-        return after if seen[1] is None else structure.condition(belief, seen[1])._replace(mean=after.mean)
+        mean, covariance = (o if o is None or precision == 1.0 else o.scaled(precision) for o in self)
+        return structure.condition(belief, mean, covariance)
 
 
 class Tally:

@@ -130,9 +130,7 @@ class KalmanFilter:
         belief = self.config.structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
         return state._replace(belief=belief)
 
-    def _learn(
-        self, state: FilterState, batch: Batch, start: Tensor, hold_mean: bool, tally: Tally
-    ) -> FilterState:
+    def _learn(self, state: FilterState, batch: Batch, start: Tensor, hold_mean: bool, tally: Tally) -> FilterState:
         """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
         outputs, size = batch.linearized.outputs, len(batch.targets)
         state = state._replace(noise=noise.begin(self.config, state.noise, outputs, batch.targets))
@@ -159,7 +157,9 @@ class KalmanFilter:
         evidence, noise_state, jitter = self._evidence(state, batch, part, joint, output_cov, hold_mean)
         accepts = None
         if self.config.damping and not hold_mean:
-            accepts = self._objective(state, part, some_examples(batch.inputs, where, len(batch.targets)), batch.targets[where])
+            accepts = self._objective(
+                state, part, some_examples(batch.inputs, where, len(batch.targets)), batch.targets[where]
+            )
         after, damping = self._condition(belief, evidence, accepts)
         after = after._replace(mean=belief.mean) if hold_mean else after
         if noise_state.variance is not None:
@@ -190,9 +190,7 @@ class KalmanFilter:
         nothing = outputs.new_zeros(jacobian.size * jacobian.num_rows)
         return Evidence(observation, Observation(jacobian, nothing)), noise_state, white.jitter
 
-    def _condition(
-        self, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None
-    ) -> tuple[Any, float]:
+    def _condition(self, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None) -> tuple[Any, float]:
         """Condition, with the gate before and the guard after; the belief and the precision factor."""
         structure, damping = self.config.structure, 1.0
         if self.config.gate_quantile is not None:
@@ -223,9 +221,11 @@ class KalmanFilter:
         def accepts(after: Any) -> bool:
             if not bool(torch.isfinite(after.mean).all()):
                 return False
-            if bool((part.jacobian.matvec(after.mean - belief.mean) / unit).abs().max() < TRUSTED):
+            step = after.mean - belief.mean
+            if bool((part.jacobian.matvec(step) / unit).abs().max() < TRUSTED):
                 return True
-            penalty = 0.5 * self.config.structure.quadratic(belief, after.mean - belief.mean)
+            penalty = 0.5 * self.config.structure.quadratic(belief, step)
+            del step
             moved = self.adapter.outputs(after.mean, inputs)
             if not bool(torch.isfinite(moved).all()):
                 return False

@@ -41,11 +41,13 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
     return State(state.mean, covariance)
 
 
-def condition(state: State, observation: Observation) -> State:
+def condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
     """μ + PMᵀS⁻¹u and P in Joseph form (I − KM)P(I − KM)ᵀ + KKᵀ, K = PMᵀS⁻¹.
 
     With fewer parameters than rows the same is solved among the parameters: L (I + LᵀMᵀML)⁻¹ Lᵀ, LLᵀ = P.
     """
+    if curvature is not None:  # another M for the covariance
+        return State(condition(state, observation).mean, condition(state, curvature).covariance)
     rows = observation.dense()
     if observation.num_parameters < observation.num_rows:
         return _few(state, rows, observation.residual)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-PIECE = 2**21  # numbers in a temporary
+PIECE = 2**20  # numbers in a temporary
+Pieces = Iterator[tuple[slice, Tensor]]  # some columns of a block at a time
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Rows:
             total += self.rows[..., part].to(matrix) @ table[part]
         return total
 
-    def rmatmul(self, weights: Tensor) -> Tensor:
+    def rmatmul(self, weights: Tensor) -> Pieces:
         """Jᵀ w, (s, L) for w (B, c, L)."""
-        return self.rows.flatten(0, 1).mT @ weights.flatten(0, 1)
+        yield slice(0, self.width), self.rows.flatten(0, 1).mT @ weights.flatten(0, 1)
 
     def gram(self, variance: Tensor) -> Tensor:
         """J diag(p) Jᵀ, (B·c, B·c), in float64."""
@@ -71,18 +72,18 @@ class Rows:
             total.baddbmm_(scaled, scaled.mT)
         return total
 
-    def column_squares(self, left: Tensor) -> Tensor:
+    def column_squares(self, left: Tensor) -> Pieces:
         """Σ_q (Σ_bc A_qbc J_bc)² by column, (s,), for A (q, B, c)."""
         rows, left = self.rows.flatten(0, 1), left.flatten(1)
-        parts = [(left @ rows[:, part]).square().sum(0) for part in _pieces(self.width, len(left))]
-        return torch.cat(parts)
+        for part in _pieces(self.width, len(left)):
+            yield part, (left @ rows[:, part]).square_().sum(0)
 
-    def example_squares(self, left: Tensor | None) -> Tensor:
+    def example_squares(self, left: Tensor | None) -> Pieces:
         """Σ_bq (Σ_c W_bqc J_bc)² by column, (s,), for W (B, q, c) or the identity."""
-        if left is None:
-            return self.rows.square().sum((0, 1))
-        parts = _pieces(self.width, left.shape[0] * left.shape[1])
-        return torch.cat([(left @ self.rows[..., part]).square().sum((0, 1)) for part in parts])
+        num_rows = self.rows.shape[0] * (self.rows.shape[1] if left is None else left.shape[1])
+        for part in _pieces(self.width, num_rows):
+            rows = self.rows[..., part] if left is None else left @ self.rows[..., part]
+            yield part, rows.square().sum((0, 1))
 
     def dense(self) -> Tensor:
         """The rows, (B, c, s)."""
@@ -113,51 +114,68 @@ class Outer:
 
     def matmul(self, matrix: Tensor) -> Tensor:
         """J F, (B, c, L) for F (n, L), in F's precision."""
-        table = matrix[self.where].view(self.cotangent.shape[-1], self.taken.shape[-1], -1)  # (out, in, L)
-        return self.cotangent.to(matrix) @ torch.einsum("oil,bi->bol", table, self.taken.to(matrix))
+        taken, columns = self.taken.to(matrix), matrix[self.where].unbind(1)
+        products = [taken @ self._table(column).mT for column in columns]  # (B, out) each
+        return self.cotangent.to(matrix) @ torch.stack(products, -1)
 
-    def rmatmul(self, weights: Tensor) -> Tensor:
+    def rmatmul(self, weights: Tensor) -> Pieces:
         """Jᵀ w, (s, L) for w (B, c, L)."""
-        sums = torch.einsum("bco,bcl->lbo", self.cotangent, weights)
-        return (sums.mT @ self.taken).flatten(1).mT
+        for part, g in self._parts(weights.shape[-1]):
+            sums = torch.einsum("bco,bcl->lbo", g, weights)
+            yield part, (sums.mT @ self.taken).flatten(1).mT
 
     def gram(self, variance: Tensor) -> Tensor:
         """J diag(p) Jᵀ, (B·c, B·c), in float64: Σ_o g_bco g_b'c'o Q_obb', Q_o = Σ_i p_oi a_bi a_b'i."""
-        g, (size, c, _) = self.cotangent.double(), self.cotangent.shape
-        inner = self._inner(variance)  # (B, B, out)
-        total = g.new_empty(size, c, size, c)
-        for b in range(size):
-            total[b] = ((g[b] * inner[b].unsqueeze(1)) @ g.mT).transpose(0, 1)
+        size, c, _ = self.cotangent.shape
+        pairs = (self.taken.unsqueeze(0) * self.taken.unsqueeze(1)).double()  # (B, B, in)
+        total = pairs.new_zeros(size, c, size, c)
+        for part, some in self._parts(size * size + size * c):
+            g, inner = some.double(), pairs @ self._table(variance[self.where], part).double().mT  # (B, B, o)
+            for b in range(size):
+                total[b] += ((g[b] * inner[b].unsqueeze(1)) @ g.mT).transpose(0, 1)
         return total.view(size * c, size * c)
 
     def block_gram(self, variance: Tensor) -> Tensor:
         """J_b diag(p) J_bᵀ of every example, (B, c, c), in float64."""
-        own = self.taken.square().double() @ self._table(variance).double().mT  # (B, out)
-        g = self.cotangent.double()
-        return (g * own.unsqueeze(1)) @ g.mT
+        size, c, _ = self.cotangent.shape
+        squares, total = self.taken.square().double(), self.taken.new_zeros(size, c, c, dtype=torch.float64)
+        for part, some in self._parts(size * c):
+            g, own = some.double(), squares @ self._table(variance[self.where], part).double().mT  # (B, o)
+            total.baddbmm_(g * own.unsqueeze(1), g.mT)
+        return total
 
-    def column_squares(self, left: Tensor) -> Tensor:
+    def column_squares(self, left: Tensor) -> Pieces:
         """Σ_q (Σ_bc A_qbc J_bc)² by column, (s,), for A (q, B, c)."""
-        sums = torch.einsum("qbc,bco->oqb", left, self.cotangent)
-        inner = sums.mT @ sums  # (out, B, B)
-        return ((inner @ self.taken) * self.taken).sum(1).flatten()
+        for part, g in self._parts(len(left) * len(self.taken)):
+            sums = torch.einsum("qbc,bco->oqb", left, g)
+            inner = sums.mT @ sums  # (o, B, B)
+            yield part, (inner @ self.taken).mul_(self.taken).sum(1).flatten()
 
-    def example_squares(self, left: Tensor | None) -> Tensor:
+    def example_squares(self, left: Tensor | None) -> Pieces:
         """Σ_bq (Σ_c W_bqc J_bc)² by column, (s,), for W (B, q, c) or the identity."""
-        g = self.cotangent if left is None else left @ self.cotangent
-        return (g.square().sum(1).mT @ self.taken.square()).flatten()
+        squares = self.taken.square()
+        for part, some in self._parts(self.cotangent.shape[0] * self.cotangent.shape[1]):
+            g = some if left is None else left @ some
+            yield part, (g.square().sum(1).mT @ squares).flatten()
 
     def dense(self) -> Tensor:
         """The rows, (B, c, s)."""
         return (self.cotangent.unsqueeze(-1) * self.taken[:, None, None, :]).flatten(2)
 
-    def _table(self, variance: Tensor) -> Tensor:
-        return variance[self.where].view(self.cotangent.shape[-1], self.taken.shape[-1])
+    def _table(self, values: Tensor, part: slice | None = None) -> Tensor:
+        """Values by column as (out, in), or some of its rows (a view)."""
+        width = self.taken.shape[-1]
+        return (values if part is None else values[part]).view(-1, width)
 
-    def _inner(self, variance: Tensor) -> Tensor:
-        """Σ_i p_oi a_bi a_b'i, (B, B, out)."""
-        pairs = self.taken.unsqueeze(0) * self.taken.unsqueeze(1)
-        return pairs.double() @ self._table(variance).double().mT
+    def _parts(self, numbers: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of some outputs at a time, with their cotangents, so that temporaries stay under ``PIECE`` numbers.
+
+        Args:
+            numbers: of a temporary, per output, beside the examples times the features.
+        """
+        width = self.taken.shape[-1]
+        for outs in _pieces(self.cotangent.shape[-1], max(numbers, self.taken.numel())):
+            yield slice(outs.start * width, outs.stop * width), self.cotangent[..., outs]
 
 
 Block = Rows | Outer
@@ -250,7 +268,7 @@ class Jacobian:
         for left, part in self.terms:
             inner = weights if left is None else left.mT @ weights
             for block in part.blocks:
-                result[block.where] = block.rmatmul(inner)
+                _fill(result, block, block.rmatmul(inner))
         return result
 
     def rmatvec(self, weights: Tensor) -> Tensor:
@@ -288,8 +306,7 @@ class Jacobian:
             if outer is not None and factor is not None:
                 inner = torch.einsum("qbc,bcd->qbd", outer, factor)
             for block in part.blocks:
-                squares = block.example_squares(factor) if inner is None else block.column_squares(inner)
-                result[block.where] = squares
+                _fill(result, block, block.example_squares(factor) if inner is None else block.column_squares(inner))
         return result
 
     def dense(self) -> Tensor:
@@ -307,6 +324,15 @@ class Jacobian:
         size, num_rows, num_parameters = rows.shape
         part = Part([Rows(slice(0, num_parameters), rows)], (size, num_rows))
         return cls([(None, part)], size, num_rows, num_parameters)
+
+
+def _fill(result: Tensor, block: Block, pieces: Pieces) -> None:
+    """Write what a block says of its columns."""
+    for part, values in pieces:
+        if isinstance(block.where, slice):
+            result[block.where][part] = values
+        else:
+            result[block.where[part]] = values
 
 
 def both_sides(factor: Tensor, gram: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.jacobian import Block, Jacobian, Outer, Part, Rows
+from bayes_kf.inference.jacobian import PIECE, Block, Jacobian, Outer, Part, Rows
 from bayes_kf.inference.layers import Call
 from bayes_kf.inference.tape import Arrived, Plan, Tape, by_module, choose, is_outer, repeat, tensor_rows
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
@@ -253,8 +253,8 @@ class Linearizer:
     def _examples(self, plan: Plan, count: int) -> int:
         """Examples whose graph, rows and temporaries fit the budget, at least one."""
         rows = _passes(plan, count) * plan.row_numbers * self.adapter.dtype.itemsize
-        graph = plan.bytes_each * self._repeats(plan, 1, count)
-        return max(1, self.bytes_budget // (rows + graph))
+        shared = (PASS_BYTES if self._repeats(plan, 1, count) > 1 else 0) + 4 * 8 * PIECE
+        return max(1, (self.bytes_budget - shared) // (rows + plan.bytes_each))
 
 
 def identity(like: Tensor) -> Directions:

@@ -39,8 +39,10 @@ def predict(state: State, forgetting: float, drift_variance: float) -> State:
     return State(state.mean, d / (1.0 + drift_variance * d), state.factor * forgetting**0.5)
 
 
-def condition(state: State, observation: Observation) -> State:
+def condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
     """Λ + MᵀM and μ + Λ_new⁻¹Mᵀu, exact; then W cut back to L columns and the rest's diagonal folded into d."""
+    if curvature is not None:  # another M for the precision
+        return condition(state, curvature)._replace(mean=condition(state, observation).mean)
     rank, scaled = state.factor.shape[1], state.factor.double() / state.diagonal.double().unsqueeze(-1)  # D⁻¹W
     cross = observation.matmul(scaled)  # MD⁻¹W (k, L)
     gram = torch.cat([  # of [W Mᵀ] under D⁻¹

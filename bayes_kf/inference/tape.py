@@ -218,7 +218,9 @@ def choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
         name: "hooks" if name in chosen else "unused" if name in unused else "general" for name in adapter.names
     }
     head = tape.head
-    return Plan(chosen, unused, seed.shape[1], repeatable, size, head and head.module, numbers, 1 + saved() // size, plain)
+    return Plan(
+        chosen, unused, seed.shape[1], repeatable, size, head and head.module, numbers, 1 + saved() // size, plain
+    )
 
 
 def _checked(arrived: Arrived, attribute: str, shape: torch.Size, exact: Tensor | None, num_rows: int) -> int:

@@ -41,9 +41,7 @@ def log_losses(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets:
     return -(log_prob.double().logsumexp(1) - math.log(NUM_DRAWS)).sum(-1)
 
 
-def isotropic_log_losses(
-    family: Likelihood, outputs: Tensor, variance: Tensor, targets: Tensor, seed: int
-) -> Tensor:
+def isotropic_log_losses(family: Likelihood, outputs: Tensor, variance: Tensor, targets: Tensor, seed: int) -> Tensor:
     """As :func:`log_losses` under η ~ N(outputs, t·variance·I), variance (B,): for steps that saw one direction."""
     generator = torch.Generator(device=outputs.device).manual_seed(seed)
     num_draws = max(FEWEST_DRAWS, min(NUM_DRAWS, DRAWN_NUMBERS // outputs.numel()))

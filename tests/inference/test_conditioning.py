@@ -94,7 +94,9 @@ def test_information_form_keeps_the_exact_marginal_precisions():
     _, covariance = exact(mean, variance, obs)
     precision = torch.linalg.inv(covariance).diagonal()
     torch.testing.assert_close(1 / after.variance, precision, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(after.mean, mean + after.variance * (obs.dense().T @ obs.residual), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        after.mean, mean + after.variance * (obs.dense().T @ obs.residual), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_mixed_form_is_gain_mean_and_information_variance():
@@ -147,7 +149,10 @@ class TestContract:
         vector = observation(1, N, seed=6).dense()[0]
         torch.testing.assert_close(structure.marginal_variance(belief), covariance.diagonal(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(
-            structure.output_covariance(belief, Jacobian.of_rows(jacobian)), jacobian @ covariance @ jacobian.mT, rtol=1e-10, atol=1e-12
+            structure.output_covariance(belief, Jacobian.of_rows(jacobian)),
+            jacobian @ covariance @ jacobian.mT,
+            rtol=1e-10,
+            atol=1e-12,
         )
         torch.testing.assert_close(
             structure.quadratic(belief, vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9

@@ -38,9 +38,7 @@ def vit():
         hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
         num_channels=1, num_labels=3,
     )  # fmt: skip
-    lora = LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["classifier"]
-    )
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["classifier"])
     return get_peft_model(ViTForImageClassification(config), lora)
 
 

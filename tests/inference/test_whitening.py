@@ -101,7 +101,9 @@ def test_jitter_is_reported():
     config = KalmanConfig(noise="ema_residual", beta=0.5)
     eta, y = ETA[:1], TARGETS["categorical"][:1]
     e = Categorical().residual(eta, y)
-    white, _ = noise.whiten(config, noise.State(5, e.T @ e), Categorical(), eta, y, torch.zeros(1, 3, 3).double())  # rank one in two
+    white, _ = noise.whiten(
+        config, noise.State(5, e.T @ e), Categorical(), eta, y, torch.zeros(1, 3, 3).double()
+    )  # rank one in two
     assert 0 < white.jitter <= 1e-8
 
 

