@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bayes_kf.inference import diagonal, full, low_rank
-from bayes_kf.inference.linearize import BYTES_BUDGET
 from bayes_kf.models.likelihood import LIKELIHOODS
 
 
@@ -83,8 +82,9 @@ class KalmanConfig:
         curvature_draws: K, probes of "sampled".
         outputs_per_pass: outputs of each example that share a backward pass; None chooses from the sizes. Only speed
             depends on it.
-        bytes_budget: what the graph and the rows of a step may take, in bytes; larger batches go through in pieces. The
-            pieces a belief is conditioned on do not depend on it.
+        bytes_budget: what the graph, the rows and the temporaries of a step may take beside the belief, in bytes; larger
+            batches go through in pieces. None: 32 MiB, or three times the graph of the batch where that is more. Beliefs
+            do not depend on it but for rounding.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule, the probes and the draws.
@@ -119,7 +119,7 @@ class KalmanConfig:
     curvature_classes: int = 100
     curvature_draws: int = 1
     outputs_per_pass: int | None = None
-    bytes_budget: int = BYTES_BUDGET
+    bytes_budget: int | None = None
     temperature: float | str = "prequential"
     seed: int = 0
 
@@ -146,10 +146,11 @@ class KalmanConfig:
         _one_of("expansion", self.expansion, EXPANSIONS)
         _one_of("curvature", self.curvature, CURVATURES)
         _between("curvature_epsilon", self.curvature_epsilon)
-        for name in ("rank", "curvature_classes", "curvature_draws", "bytes_budget"):
+        for name in ("rank", "curvature_classes", "curvature_draws"):
             _whole(name, getattr(self, name))
-        if self.outputs_per_pass is not None:
-            _whole("outputs_per_pass", self.outputs_per_pass)
+        for name in ("outputs_per_pass", "bytes_budget"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
         if not isinstance(self.damping, bool):
             raise ValueError(f"`damping` must be True or False, got {self.damping!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.jacobian import Jacobian
+from bayes_kf.inference.jacobian import PIECE, Jacobian
 from bayes_kf.inference.observation import Observation
 
 
@@ -92,7 +92,8 @@ def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
     """vᵀ P⁻¹ v, a scalar."""
-    return (vector.square() / state.variance).sum()
+    parts = zip(vector.split(PIECE), state.variance.split(PIECE), strict=True)
+    return torch.stack([(v.square() / p).sum() for v, p in parts]).sum()
 
 
 def log_determinant(state: State) -> Tensor:

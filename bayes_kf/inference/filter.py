@@ -136,7 +136,10 @@ class KalmanFilter:
         state = state._replace(noise=noise.begin(self.config, state.noise, outputs, batch.targets))
         seen = see(self.config, noise.likelihood(self.config, state.noise), outputs, batch.targets)
         tally.lumped = max(tally.lumped, seen.lumped if self.config.curvature == "truncated" else 0.0)
-        jacobian = batch.linearized.pull(seen.directions, keep=self.config.curvature == "sampled")
+        if seen.directions is None and seen.family.name == "categorical":
+            jacobian = batch.linearized.pull_differences()
+        else:
+            jacobian = batch.linearized.pull(seen.directions, keep=self.config.curvature == "sampled")
         step = self._part_size(jacobian.num_rows)
         for first in range(0, size, step):
             where = slice(first, min(first + step, size))

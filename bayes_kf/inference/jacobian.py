@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-PIECE = 2**20  # numbers in a temporary
+PIECE = 2**19  # numbers in a temporary
 Pieces = Iterator[tuple[slice, Tensor]]  # some columns of a block at a time
 
 

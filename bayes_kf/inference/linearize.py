@@ -22,8 +22,9 @@ from bayes_kf.inference.layers import Call
 from bayes_kf.inference.tape import Arrived, Plan, Tape, by_module, choose, is_outer, repeat, tensor_rows
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
 
-PASS_BYTES = 2**24  # of graph that a small batch is repeated up to; measured on two cores
-BYTES_BUDGET = 2**28  # of graph and rows; larger batches go through in pieces
+PASS_BYTES = 2**23  # of graph that a small batch is repeated up to
+LEAST_BUDGET = 2**25  # of graph, rows and temporaries; larger batches go through in pieces
+GRAPHS = 3  # or so many times what the graph of the batch takes
 
 
 class Directions(NamedTuple):
@@ -70,6 +71,22 @@ class Linearized:
             except RowsError:  # a module now sees something else first than examples: check again, once
                 self._plan, self._tape, self._size, self._repeats = self._again()
                 return self._pull(directions, keep)
+
+    def pull_differences(self) -> Jacobian:
+        """As :meth:`pull`, but for a row that all outputs of an example share: for softmax, which does not see it.
+
+        The outputs less the last of them, whose own row is then zero, take a pass less.
+        """
+        head, num_outputs = self._tape.head, self.outputs.shape[1]
+        if head is not None and head.taken.shape[1] < num_outputs:
+            return self.pull()
+        seeds = torch.eye(num_outputs, dtype=self.outputs.dtype, device=self.outputs.device)[:-1]
+        seeds[:, -1] = -1.0
+        jacobian = self.pull(
+            Directions(num_outputs - 1, lambda start, stop: seeds[start:stop].expand(self._size, -1, -1))
+        )
+        lift = torch.eye(num_outputs, num_outputs - 1, dtype=seeds.dtype, device=seeds.device)
+        return jacobian.multiplied(lift.expand(self._size, -1, -1))
 
     def _pull(self, directions: Directions | None, keep: bool) -> Jacobian:
         general = self._without_rule()
@@ -160,7 +177,8 @@ class Linearizer:
     Args:
         adapter: the model.
         outputs_per_pass: of each example, in one backward pass; chosen from the sizes by default.
-        bytes_budget: what the graph and rows of a piece of a batch may take.
+        bytes_budget: what the graph, rows and temporaries of a piece of a batch may take; by default 32 MiB, or three
+            times the graph of the whole batch where that is more.
 
     Example:
         >>> adapter = AdapterModel(nn.Linear(3, 2, bias=False))
@@ -171,7 +189,7 @@ class Linearizer:
     """
 
     def __init__(
-        self, adapter: AdapterModel, outputs_per_pass: int | None = None, bytes_budget: int = BYTES_BUDGET
+        self, adapter: AdapterModel, outputs_per_pass: int | None = None, bytes_budget: int | None = None
     ) -> None:
         self.adapter, self.outputs_per_pass, self.bytes_budget = adapter, outputs_per_pass, bytes_budget
         self._plan: Plan | None = None
@@ -203,8 +221,9 @@ class Linearizer:
         return self._planned(vector, inputs).num_outputs
 
     def rows_at_once(self, vector: Tensor, inputs: Inputs) -> int:
-        """How many examples' graphs fit ``bytes_budget``."""
-        return max(1, self.bytes_budget // self._planned(vector, inputs).bytes_each)
+        """How many examples' graphs fit the budget."""
+        plan = self._planned(vector, inputs)
+        return max(1, self._budget(plan, batch_size(inputs)) // plan.bytes_each)
 
     def pieces(
         self, vector: Tensor, inputs: Inputs, directions: int | None = None, most: int | None = None
@@ -218,7 +237,7 @@ class Linearizer:
             most: a bound on the examples of a piece. A piece has at least one example, whatever that takes.
         """
         size, plan = batch_size(inputs), self._planned(vector, inputs)
-        step = min(self._examples(plan, directions or plan.num_outputs), most or size)
+        step = min(self._examples(plan, size, directions or plan.num_outputs), most or size)
         if step >= size:
             yield slice(0, size), inputs
             return
@@ -250,11 +269,14 @@ class Linearizer:
         wanted = self.outputs_per_pass or max(1, PASS_BYTES // (plan.bytes_each * size))
         return min(wanted, _passes(plan, count))
 
-    def _examples(self, plan: Plan, count: int) -> int:
+    def _budget(self, plan: Plan, size: int) -> int:
+        return self.bytes_budget or max(LEAST_BUDGET, GRAPHS * size * plan.bytes_each)
+
+    def _examples(self, plan: Plan, size: int, count: int) -> int:
         """Examples whose graph, rows and temporaries fit the budget, at least one."""
         rows = _passes(plan, count) * plan.row_numbers * self.adapter.dtype.itemsize
-        shared = (PASS_BYTES if self._repeats(plan, 1, count) > 1 else 0) + 4 * 8 * PIECE
-        return max(1, (self.bytes_budget - shared) // (rows + plan.bytes_each))
+        shared = (PASS_BYTES if self._repeats(plan, 1, count) > 1 else 0) + 2 * 8 * PIECE
+        return max(1, (self._budget(plan, size) - shared) // (rows + plan.bytes_each))
 
 
 def identity(like: Tensor) -> Directions:

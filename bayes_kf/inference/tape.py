@@ -17,6 +17,7 @@ Hooked = Mapping[str, tuple[nn.Module, str]]  # tensor name -> (module, attribut
 Arrived = list[tuple[Call, Tensor]]  # calls and the cotangents of what came out of them
 
 CHECKED_ROWS = 3  # a batch is repeated to at least this many before its rows are checked
+OVERHEAD = 1.3  # of a pass over what it saves: outputs that are watched, temporaries; seen on a small BERT
 LARGEST_TOLERANCE = 0.05  # of a gradient's length, whatever the dtype
 
 
@@ -219,7 +220,15 @@ def choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
     }
     head = tape.head
     return Plan(
-        chosen, unused, seed.shape[1], repeatable, size, head and head.module, numbers, 1 + saved() // size, plain
+        chosen,
+        unused,
+        seed.shape[1],
+        repeatable,
+        size,
+        head and head.module,
+        numbers,
+        1 + int(OVERHEAD * saved()) // size,
+        plain,
     )
 
 
