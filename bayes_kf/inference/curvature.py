@@ -55,7 +55,7 @@ def num_directions(config: KalmanConfig, num_outputs: int) -> int:
     """How many directions an example can have; what is known before its outputs are."""
     if config.curvature == "sampled":
         return 1
-    return min(num_outputs, config.curvature_classes + 1) if config.curvature == "truncated" else num_outputs
+    return min(num_outputs, config.curvature_classes + 2) if config.curvature == "truncated" else num_outputs
 
 
 def probes(outputs: Tensor, targets: Tensor, log_odds: Tensor | None, num_draws: int, seed: int) -> Directions:
@@ -77,7 +77,7 @@ def probes(outputs: Tensor, targets: Tensor, log_odds: Tensor | None, num_draws:
     root = (0.5 * log_probs).exp().unsqueeze(1)  # √π (B, 1, m)
     generator = torch.Generator(device=outputs.device).manual_seed(seed)
     scaled = root * _signs(outputs, num_draws, generator)
-    total = (root * scaled).sum(-1, keepdim=True)
+    total = scaled.sum(-1, keepdim=True)
     seeds = scaled.addcmul_(root.square(), total, value=-1.0).div_(num_draws**0.5)  # √π∘z − π(√π·z)
     return Directions(num_draws, lambda start, stop: seeds[:, start:stop])
 
@@ -102,11 +102,12 @@ def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: fl
     ordered, order = outputs.double().softmax(-1).sort(-1, descending=True)
     needed = int((ordered.cumsum(-1) < 1.0 - epsilon).sum(-1).max()) + 1
     count = min(needed, most)
+    label = targets.unsqueeze(-1)
+    count += int(not bool((order[:, :count] == label).any(-1).all()))  # room for a label that is none of them
     if count >= outputs.shape[1] - 1:
         return Seen(family, outputs, targets, None, 0.0)
     kept = order[:, :count].clone()
-    found = kept == targets.unsqueeze(-1)
-    kept[:, -1] = torch.where(found.any(-1), kept[:, -1], targets)  # the label is always kept
+    kept[:, -1] = torch.where((kept == label).any(-1), kept[:, -1], targets)
     rest = _without(outputs, kept)
     coarse = torch.cat([outputs.gather(-1, kept), rest.logsumexp(-1, keepdim=True)], -1)
     shares = rest.softmax(-1)
@@ -115,7 +116,7 @@ def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: fl
         single = F.one_hot(kept[:, start:stop], outputs.shape[1]).to(outputs)
         return single if stop <= count else torch.cat([single, shares.unsqueeze(1)], 1)
 
-    where = (kept == targets.unsqueeze(-1)).to(torch.int8).argmax(-1)
+    where = (kept == label).to(torch.int8).argmax(-1)
     return Seen(family, coarse, where, Directions(count + 1, seeds), float(coarse.softmax(-1)[:, -1].max()))
 
 

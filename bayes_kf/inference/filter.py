@@ -115,7 +115,7 @@ class KalmanFilter:
         count = num_directions(self.config, num_outputs)
         targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs), targets)
         state = self._predicted(state if state.scaled else self._scale(state, self._squares(start, inputs)))
-        for where, piece in self.linearize.pieces(start, inputs, count, self._most(num_outputs)):
+        for where, piece in self.linearize.pieces(start, inputs, count, self._part_size(count), self._most()):
             batch = self.linearize(start, piece, directions=count)
             _finite("the outputs", batch.outputs)
             tally.outputs(batch.outputs, noise.likelihood(self.config, state.noise), targets[where])
@@ -257,7 +257,7 @@ class KalmanFilter:
         """Examples of a part whose rows are solved for together."""
         return max(1, PART_ROWS // num_rows)
 
-    def _most(self, num_outputs: int) -> int | None:
+    def _most(self) -> int | None:
         """Examples of a piece, where it has to be a single part: probes are pulled back when its mean is known."""
         return self._part_size(self.config.curvature_draws) if self.config.curvature == "sampled" else None
 

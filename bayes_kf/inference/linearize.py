@@ -226,7 +226,12 @@ class Linearizer:
         return max(1, self._budget(plan, batch_size(inputs)) // plan.bytes_each)
 
     def pieces(
-        self, vector: Tensor, inputs: Inputs, directions: int | None = None, most: int | None = None
+        self,
+        vector: Tensor,
+        inputs: Inputs,
+        directions: int | None = None,
+        multiple: int = 1,
+        most: int | None = None,
     ) -> Iterator[tuple[slice, Inputs]]:
         """A batch in pieces whose graph and rows stay under ``bytes_budget``, and where they lie.
 
@@ -234,10 +239,12 @@ class Linearizer:
             vector: θ, (n,).
             inputs: the batch.
             directions: how many an example has, all outputs by default.
+            multiple: what the number of examples of a piece divides by, but for the last, where the budget allows that.
             most: a bound on the examples of a piece. A piece has at least one example, whatever that takes.
         """
         size, plan = batch_size(inputs), self._planned(vector, inputs)
         step = min(self._examples(plan, size, directions or plan.num_outputs), most or size)
+        step = step if step == size else step // multiple * multiple or step
         if step >= size:
             yield slice(0, size), inputs
             return

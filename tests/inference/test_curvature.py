@@ -1,0 +1,249 @@
+"""Coarser looks at the outputs: exact in what they claim to be, bounded in what they leave out."""
+
+import pytest
+import torch
+from torch import nn
+
+from bayes_kf.inference import KalmanConfig, KalmanFilter
+from bayes_kf.inference.curvature import num_directions, odds_length, probes, see, signs
+from bayes_kf.inference.linearize import Directions
+from bayes_kf.models.likelihood import Categorical
+
+FAMILY = Categorical()
+
+
+def outputs_of(size=4, m=30, scale=5.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(size, m, generator=g).double(), torch.randint(m, (size,), generator=g)
+
+
+def matrix(directions: Directions):
+    return directions.seeds(0, directions.number)
+
+
+def fisher(outputs):
+    return FAMILY.variance(outputs)
+
+
+@pytest.mark.parametrize(("curvature", "epsilon"), [("truncated", 1e-3), ("truncated", 0.2), ("sampled", 1e-3)])
+def test_likelihood_and_gradient_of_the_label_stay_exact(curvature, epsilon):
+    outputs, targets = outputs_of()
+    seen = see(KalmanConfig(curvature=curvature, curvature_epsilon=epsilon), FAMILY, outputs, targets)
+    torch.testing.assert_close(seen.family.log_prob(seen.outputs, seen.targets), FAMILY.log_prob(outputs, targets))
+    gradient = (matrix(seen.directions).mT @ seen.family.residual(seen.outputs, seen.targets).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(gradient, FAMILY.residual(outputs, targets), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [1e-4, 1e-2, 0.3])
+def test_directions_are_the_slopes_of_what_is_seen(epsilon):
+    outputs, targets = outputs_of()
+    for curvature in ("truncated", "sampled"):
+        config = KalmanConfig(curvature=curvature, curvature_epsilon=epsilon)
+        seen = see(config, FAMILY, outputs, targets)
+        slope = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).double()
+        moved = [see(config, FAMILY, outputs + h * slope, targets).outputs for h in (1e-6, -1e-6)]
+        numeric = (moved[0] - moved[1]) / 2e-6
+        exact = (matrix(seen.directions) @ slope.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(exact, numeric, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("epsilon", [1e-4, 1e-2, 0.3])
+def test_truncation_loses_information_within_its_bound(epsilon):
+    outputs, targets = outputs_of(size=6)
+    seen = see(KalmanConfig(curvature="truncated", curvature_epsilon=epsilon), FAMILY, outputs, targets)
+    d = matrix(seen.directions)
+    coarse = d.mT @ seen.family.variance(seen.outputs) @ d
+    lost = fisher(outputs) - coarse
+    assert float(torch.linalg.eigvalsh(lost).min()) > -1e-12
+    kept = d[:, :-1].sum(1) > 0  # classes seen by themselves
+    steps = torch.randn(200, *outputs.shape, generator=torch.Generator().manual_seed(2)).double()
+    quadratic = torch.einsum("sbi,bij,sbj->sb", steps, lost, steps)
+    rest = (outputs.softmax(-1) * ~kept).sum(-1)
+    highest = steps.masked_fill(kept, -torch.inf).amax(-1)
+    lowest = steps.masked_fill(kept, torch.inf).amin(-1)
+    assert (quadratic <= rest / 4 * (highest - lowest).square() + 1e-12).all()
+    assert float(quadratic.max()) > 0
+    assert seen.lumped == pytest.approx(float(rest.max()))
+    assert seen.lumped <= epsilon + 1e-12
+
+
+def test_truncation_keeps_the_label_however_unlikely_and_no_more_classes_than_told():
+    outputs = torch.zeros(2, 50).double()
+    outputs[:, 3] = 30.0
+    targets = torch.tensor([3, 17])
+    seen = see(KalmanConfig(curvature="truncated"), FAMILY, outputs, targets)
+    assert seen.directions.number == 3  # the likely class, the label or the next, and the rest
+    assert matrix(seen.directions)[1, 1, 17] == 1.0
+    assert seen.targets.tolist() == [0, 1]
+    flat = see(
+        KalmanConfig(curvature="truncated", curvature_classes=5), FAMILY, torch.zeros(1, 50).double(), targets[:1]
+    )
+    assert flat.directions.number in (6, 7)  # with the label or beside it
+    assert flat.lumped == pytest.approx(1 - (flat.directions.number - 1) / 50)
+    few = see(KalmanConfig(curvature="truncated"), FAMILY, torch.zeros(1, 5).double(), targets[:1])
+    assert few.directions is None
+    assert num_directions(KalmanConfig(curvature="truncated", curvature_classes=5), 50) == 7
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_probes_average_to_the_fisher_information(moved):
+    outputs, targets = outputs_of(size=3, m=5, scale=1.5)
+    odds = torch.tensor([[0.3], [-1.0], [2.0]]).double() if moved else None
+    draws = torch.cat([matrix(probes(outputs, targets, odds, 4, seed)) for seed in range(5000)], 1)  # (B, S, m)
+    products = draws.unsqueeze(-1) * draws.unsqueeze(-2) * 4  # each probe was divided by √4
+    probs = outputs.softmax(-1)
+    if moved:
+        probs = probs.scatter(1, targets[:, None], 0.0)
+        probs = probs / probs.sum(1, keepdim=True) * (-odds).sigmoid()
+        probs = probs.scatter(1, targets[:, None], odds.sigmoid())
+    expected = torch.diag_embed(probs) - probs.unsqueeze(-1) * probs.unsqueeze(-2)
+    error = products.std(1) / draws.shape[1] ** 0.5
+    assert ((products.mean(1) - expected).abs() < 5 * error + 1e-12).all()
+
+
+def test_signs_average_to_the_identity():
+    outputs = torch.zeros(2, 6).double()
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([matrix(signs(outputs, 8, generator)) for _ in range(2000)], 1) * 8**0.5
+    mean = (draws.mT @ draws) / draws.shape[1]
+    error = (1.0 - torch.eye(6).double()) / draws.shape[1] ** 0.5
+    assert ((mean - torch.eye(6).double()).abs() <= 5 * error).all()
+
+
+def test_length_of_the_odds_direction():
+    outputs, targets = outputs_of()
+    direction = matrix(see(KalmanConfig(curvature="sampled"), FAMILY, outputs, targets).directions)
+    torch.testing.assert_close(odds_length(outputs, targets), direction.square().sum((1, 2)))
+
+
+def model_of(m, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, m)).double()
+
+
+def batch_of(size, m, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=g).double(), torch.randint(m, (size,), generator=g)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "low_rank"])
+def test_with_two_classes_the_sampled_mean_is_the_exact_one(covariance):
+    """The label's log odds are then all there is."""
+    x, y = batch_of(5, 2)
+    means = {}
+    for curvature in ("exact", "sampled"):
+        config = KalmanConfig(covariance=covariance, curvature=curvature, initial_variance=0.3, rank=60, damping=False)
+        kf = KalmanFilter(model_of(2), config)
+        state, _ = kf.update(kf.init(), x, y)
+        means[curvature] = state.belief.mean
+    torch.testing.assert_close(means["sampled"], means["exact"], rtol=1e-6, atol=1e-8)
+
+
+def test_sampled_covariance_with_many_probes_is_the_exact_one():
+    """At the prior mean, information form: its precision is linear in the observation's."""
+    x, y = batch_of(3, 4)
+    setting = {"covariance": "diagonal_information", "initial_variance": 0.3, "expansion": "mean", "damping": False}
+    exact = KalmanFilter(model_of(4), KalmanConfig(**setting))
+    expected = 1 / exact.update(exact.init(), x, y)[0].belief.variance
+    found = []
+    for seed in range(60):
+        kf = KalmanFilter(model_of(4), KalmanConfig(curvature="sampled", curvature_draws=8, seed=seed, **setting))
+        found.append(1 / kf.update(kf.init(), x, y)[0].belief.variance)
+    draws = torch.stack(found)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() < 5 * error + 1e-9).all()
+    assert float((draws.mean(0) / expected - 1).abs().max()) < 0.2
+
+
+def test_truncated_update_is_the_exact_one_as_epsilon_vanishes():
+    x, y = batch_of(3, 8)
+    beliefs = {}
+    for epsilon in (None, 1e-12, 0.5):
+        config = KalmanConfig(initial_variance=0.5)
+        if epsilon:
+            config = KalmanConfig(initial_variance=0.5, curvature="truncated", curvature_epsilon=epsilon)
+        kf = KalmanFilter(model_of(8), config)
+        state, info = kf.update(kf.init(), x, y)
+        beliefs[epsilon] = state.belief
+        assert (info.lumped > 1e-6) == (epsilon == 0.5)
+    torch.testing.assert_close(beliefs[1e-12].mean, beliefs[None].mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(beliefs[1e-12].variance, beliefs[None].variance, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(beliefs[0.5].variance, beliefs[None].variance, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("curvature", ["truncated", "sampled"])
+def test_a_vocabulary_of_classes(curvature):
+    """An m×m matrix would take 10 GB; tied heads and probes take megabytes."""
+    m = 50_000
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, m))
+    x, y = (t.float() if t.is_floating_point() else t for t in batch_of(2, m))
+    kf = KalmanFilter(model, KalmanConfig(curvature=curvature, curvature_classes=20))
+    state, info = kf.update(kf.init(x), x, y)
+    after, again = kf.update(state, x, y)
+    assert torch.isfinite(after.belief.mean).all()
+    assert (after.belief.variance <= state.belief.variance).all()
+    assert float(again.log_loss.sum()) < float(info.log_loss.sum())
+    assert info.lumped == (pytest.approx(1.0, abs=1e-2) if curvature == "truncated" else 0.0)
+
+
+@pytest.mark.parametrize("curvature", ["exact", "truncated"])
+def test_the_memory_budget_changes_only_rounding(curvature):
+    x, y = batch_of(90, 12)
+    results, pieces = [], []
+    for budget in (None, 2**23 + 2**17):
+        kf = KalmanFilter(model_of(12), KalmanConfig(curvature=curvature, bytes_budget=budget, initial_variance=0.2))
+        state, info = kf.update(kf.init(), x, y)
+        results.append((*state.belief, torch.tensor(info.innovation), info.outputs))
+        pieces.append(len(list(kf.linearize.pieces(state.belief.mean, x, 12, 16))))
+    assert pieces[0] == 1
+    assert pieces[1] > 1
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+
+
+def test_probes_need_their_batch_and_follow_the_seed():
+    x, y = batch_of(5, 12)
+    found = []
+    for seed in (0, 0, 1):
+        kf = KalmanFilter(model_of(12), KalmanConfig(curvature="sampled", seed=seed, initial_variance=0.2))
+        found.append(kf.update(kf.init(), x, y)[0].belief)
+    assert torch.equal(found[0].variance, found[1].variance)
+    assert not torch.equal(found[0].variance, found[2].variance)
+    torch.testing.assert_close(found[0].mean, found[2].mean)  # the mean sees no probes
+
+
+def test_large_batches_follow_in_parts_that_are_exact_for_a_full_covariance():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False).double()
+    x, y = torch.randn(300, 3).double(), torch.randn(300, 2).double()  # 600 rows, several parts
+    results = []
+    for size in (300, 1):
+        config = KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=2.0, noise_variance=0.5)
+        kf = KalmanFilter(model, config)
+        state = kf.init()
+        for start in range(0, 300, size):
+            state, _ = kf.update(state, x[start : start + size], y[start : start + size])
+        results.append(state.belief)
+    torch.testing.assert_close(results[0].mean, results[1].mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(results[0].covariance, results[1].covariance, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"curvature": "some"}, r"`curvature` must be one of exact, truncated, sampled, got 'some'\."),
+        ({"curvature_epsilon": 0.0}, r"`curvature_epsilon` must lie strictly between 0 and 1, got 0\.0\."),
+        ({"curvature_draws": 0}, r"`curvature_draws` must be a whole number >= 1, got 0\."),
+        ({"curvature_classes": 2.5}, r"`curvature_classes` must be a whole number >= 1, got 2\.5\."),
+        ({"outputs_per_pass": 0}, r"`outputs_per_pass` must be a whole number >= 1, got 0\."),
+        ({"bytes_budget": -1}, r"`bytes_budget` must be a whole number >= 1, got -1\."),
+        (
+            {"curvature": "sampled", "likelihood": "gaussian"},
+            r"`curvature` 'sampled' needs `likelihood` 'categorical' and `noise` 'exponential_family', got 'gaussian' and",
+        ),
+        ({"curvature": "truncated", "noise": "ema_taylor"}, r"`curvature` 'truncated' needs .*, got 'categorical' and"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KalmanConfig(**fields)
