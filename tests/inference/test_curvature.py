@@ -191,7 +191,7 @@ def test_a_vocabulary_of_classes(curvature):
 def test_the_memory_budget_changes_only_rounding(curvature):
     x, y = batch_of(90, 12)
     results, pieces = [], []
-    for budget in (None, 2**23 + 2**17):
+    for budget in (None, 2**24 + 2**17):
         kf = KalmanFilter(model_of(12), KalmanConfig(curvature=curvature, bytes_budget=budget, initial_variance=0.2))
         state, info = kf.update(kf.init(), x, y)
         results.append((*state.belief, torch.tensor(info.innovation), info.outputs))
