@@ -24,6 +24,9 @@ from bayes_kf.inference.linearize import Directions
 from bayes_kf.models.likelihood import Bernoulli, Likelihood
 
 
+ABSENT = -1e4  # logit of a class that an example does not have
+
+
 class Seen(NamedTuple):
     """What a step sees of a batch.
 
@@ -99,25 +102,34 @@ def _signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Tenso
 
 
 def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: float, most: int) -> Seen:
+    """The rest first, then an example's classes by probability, as many as it needs; further ones have no probability."""
     ordered, order = outputs.double().softmax(-1).sort(-1, descending=True)
-    needed = int((ordered.cumsum(-1) < 1.0 - epsilon).sum(-1).max()) + 1
-    count = min(needed, most)
+    needed = ((ordered.cumsum(-1) < 1.0 - epsilon).sum(-1) + 1).clamp_max(most)
     label = targets.unsqueeze(-1)
-    count += int(not bool((order[:, :count] == label).any(-1).all()))  # room for a label that is none of them
+    rank = (order == label).to(torch.int8).argmax(-1)
+    count = int((needed + (rank >= needed)).max())
     if count >= outputs.shape[1] - 1:
         return Seen(family, outputs, targets, None, 0.0)
+    unlikely = rank >= needed  # a label beyond the classes needed comes after them
     kept = order[:, :count].clone()
-    kept[:, -1] = torch.where((kept == label).any(-1), kept[:, -1], targets)
-    rest = _without(outputs, kept)
-    coarse = torch.cat([outputs.gather(-1, kept), rest.logsumexp(-1, keepdim=True)], -1)
-    shares = rest.softmax(-1)
+    last = needed.clamp_max(count - 1).unsqueeze(-1)
+    kept = kept.scatter(1, last, torch.where(unlikely.unsqueeze(-1), label, kept.gather(1, last)))
+    needed = needed + unlikely
+    valid = torch.arange(count, device=outputs.device) < needed.unsqueeze(-1)  # (B, count)
+    taken = torch.zeros_like(outputs, dtype=torch.int8).scatter_add_(1, kept, valid.to(torch.int8))
+    rest = outputs.masked_fill(taken > 0, float("-inf"))
+    single = outputs.gather(-1, kept).masked_fill(~valid, ABSENT)
+    coarse = torch.cat([rest.logsumexp(-1, keepdim=True), single], -1)
+    shares = rest.softmax(-1).unsqueeze(1)
 
     def seeds(start: int, stop: int) -> Tensor:
-        single = F.one_hot(kept[:, start:stop], outputs.shape[1]).to(outputs)
-        return single if stop <= count else torch.cat([single, shares.unsqueeze(1)], 1)
+        chosen = slice(max(start, 1) - 1, stop - 1)
+        ones = F.one_hot(kept[:, chosen], outputs.shape[1]).to(outputs) * valid[:, chosen].unsqueeze(-1)
+        return ones if start else torch.cat([shares, ones], 1)
 
-    where = (kept == label).to(torch.int8).argmax(-1)
-    return Seen(family, coarse, where, Directions(count + 1, seeds), float(coarse.softmax(-1)[:, -1].max()))
+    where = ((kept == label) & valid).to(torch.int8).argmax(-1) + 1
+    lumped = float(coarse.softmax(-1)[:, 0].max())
+    return Seen(family, coarse, where, Directions(count + 1, seeds, needed + 1), lumped)
 
 
 def _log_odds(outputs: Tensor, targets: Tensor) -> Seen:

@@ -33,10 +33,12 @@ class Directions(NamedTuple):
     Attributes:
         number: c.
         seeds: (start, stop) -> those directions, (B, stop − start, m).
+        needed: how many of them an example has, (B,), the others being zero; None where all have c.
     """
 
     number: int
     seeds: Callable[[int, int], Tensor]
+    needed: Tensor | None = None
 
 
 class _Graph(NamedTuple):
@@ -53,8 +55,10 @@ class Linearized:
         outputs: η, (B, m), in the latent dtype, detached.
     """
 
-    def __init__(self, adapter: AdapterModel, again: Callable[[], _Graph]) -> None:
-        self._adapter, self._again = adapter, again
+    def __init__(
+        self, adapter: AdapterModel, again: Callable[[], _Graph], subset: Callable[[Tensor, int], _Graph]
+    ) -> None:
+        self._adapter, self._again, self._subset = adapter, again, subset
         self._plan, self._tape, self._size, self._repeats = again()
         self.outputs = self._tape.outputs[: self._size].detach().to(adapter.dtype)
 
@@ -130,17 +134,24 @@ class Linearized:
         return Jacobian(terms, size, num_outputs, self._adapter.num_parameters)
 
     def _blocks(self, directions: Directions, at: Tensor | None, keep: bool) -> list[Block]:
-        """Rows of every hooked tensor, ``repeats`` directions a backward pass."""
-        count, repeats, size = directions.number, self._repeats, self._size
-        store = _Store(self._adapter, self._plan, size, repeats, count)
-        for start in range(0, count, repeats):
-            stop = min(start + repeats, count)
-            end = self._tape.outputs if at is None else at
-            seed = torch.zeros_like(end).view(repeats, size, -1)
-            seed[: stop - start] = directions.seeds(start, stop).transpose(0, 1)
-            arrived = self._tape.cotangents(seed.view_as(end), at, keep=keep or stop < count)
-            with self._adapter.substituted(self._tape.leaves):
-                store.add(arrived, start, stop)
+        """Rows of every hooked tensor, ``repeats`` directions a backward pass.
+
+        Once half of the examples have no direction left, the others go on without them.
+        """
+        store, start = _Store(self._adapter, self._plan, self._size, directions), 0
+        graph, which = _Graph(self._plan, self._tape, self._size, self._repeats), torch.arange(self._size)
+        while start < directions.number:
+            left = which if directions.needed is None else which[directions.needed.cpu()[which] > start]
+            if 0 < 2 * len(left) <= len(which) and self._plan.repeatable and not keep:
+                graph, which = self._subset(left, directions.number - start), left
+            stop = min(start + graph.repeats, directions.number)
+            end = graph.tape.outputs if at is None else at
+            seed = torch.zeros_like(end).view(graph.repeats, graph.size, -1)
+            seed[: stop - start] = directions.seeds(start, stop)[which].transpose(0, 1)
+            arrived = graph.tape.cotangents(seed.view_as(end), at, keep=keep or stop < directions.number)
+            with self._adapter.substituted(graph.tape.leaves):
+                store.add(arrived, which, start, stop, graph.repeats)
+            start = stop
         return store.blocks()
 
     def _general(self, names: list[str], directions: Directions, keep: bool) -> list[Block]:
@@ -209,7 +220,11 @@ class Linearizer:
             tried.append(plan)
             return self._graph(plan, vector, inputs, directions or plan.num_outputs)
 
-        return Linearized(self.adapter, graph)
+        def subset(which: Tensor, count: int) -> _Graph:
+            assert self._plan is not None
+            return self._graph(self._plan, vector, some_examples(inputs, which, batch_size(inputs)), count)
+
+        return Linearized(self.adapter, graph, subset)
 
     @property
     def num_outputs(self) -> int:
@@ -298,52 +313,84 @@ class RowsError(RuntimeError):
 
 
 class _Store:
-    """Rows as they arrive, pass by pass."""
+    """Rows as they arrive, pass by pass; neighbouring tensors share a block."""
 
-    def __init__(self, adapter: AdapterModel, plan: Plan, size: int, repeats: int, count: int) -> None:
-        self._adapter, self._plan, self._size, self._repeats, self._count = adapter, plan, size, repeats, count
+    def __init__(self, adapter: AdapterModel, plan: Plan, size: int, directions: Directions) -> None:
+        self._adapter, self._plan, self._size, self._count = adapter, plan, size, directions.number
+        self._ragged = directions.needed is not None
         self._slices = adapter.slices()
+        self._shapes = dict(zip(adapter.names, adapter.shapes, strict=True))
         self._found: dict[str, Block] = {}
+        self._shared: list[Block] = []
 
-    def add(self, arrived: Arrived, start: int, stop: int) -> None:
-        """Take in what arrived for the directions from ``start`` to ``stop``."""
+    def add(self, arrived: Arrived, which: Tensor, start: int, stop: int, repeats: int) -> None:
+        """Take in what arrived for some examples and the directions from ``start`` to ``stop``."""
         found = by_module([(call, g.to(self._adapter.dtype)) for call, g in arrived])
-        shapes = dict(zip(self._adapter.names, self._adapter.shapes, strict=True))
+        rows: dict[str, tuple[Tensor | None, Tensor]] = {}
         for name, (module, attribute) in self._plan.hooked.items():
             at_module = found.get(module, [])
-            if not at_module:
-                continue
-            if is_outer(at_module):
-                self._add_outer(name, attribute, *at_module[0], start, stop)
+            if at_module and is_outer(at_module):
+                call, g = at_module[0]
+                self._outer(name, attribute, call)
+                rows[name] = (None, g)
+            elif at_module:
+                rows[name] = tensor_rows(at_module, attribute, self._shapes[name])
+        new = {name: found for name, found in rows.items() if name not in self._found}
+        if new:
+            self._allocate(new)
+        for name, (_, values) in rows.items():
+            if len(values) != repeats * len(which):
+                raise RowsError
+            values = values.view(repeats, len(which), -1)[: stop - start].transpose(0, 1)
+            block = self._found[name]
+            target = block.rows if isinstance(block, Rows) else block.cotangent
+            if len(which) == self._size:
+                target[:, start:stop] = values
             else:
-                self._add_rows(name, *tensor_rows(at_module, attribute, shapes[name]), start, stop)
+                target[which.to(target.device), start:stop] = values
 
     def blocks(self) -> list[Block]:
         """All of them."""
-        return list(self._found.values())
+        return self._shared
 
-    def _add_outer(self, name: str, attribute: str, call: Call, g: Tensor, start: int, stop: int) -> None:
-        if name not in self._found:
-            taken = call.taken[: self._size].detach().to(g.dtype)
-            taken = taken if attribute == "weight" else taken.new_ones(self._size, 1)
-            self._found[name] = Outer(self._slices[name], g.new_empty(self._size, self._count, g.shape[-1]), taken)
-        block = self._found[name]
-        assert isinstance(block, Outer)
-        block.cotangent[:, start:stop] = self._directions(g, stop - start)
+    def _outer(self, name: str, attribute: str, call: Call) -> None:
+        """Room for the cotangents of a Linear on one vector per example."""
+        if name in self._found:
+            return
+        taken = call.taken[: self._size].detach().to(self._adapter.dtype)
+        out = call.output.shape[-1]
+        taken = taken if attribute == "weight" else taken.new_ones(self._size, 1)
+        block = Outer(self._slices[name], self._room(taken, out), taken)
+        self._found[name] = block
+        self._shared.append(block)
 
-    def _add_rows(self, name: str, where: Tensor | None, rows: Tensor, start: int, stop: int) -> None:
-        if name not in self._found:
-            place = self._slices[name] if where is None else where + self._slices[name].start
-            self._found[name] = Rows(place, rows.new_empty(self._size, self._count, rows.shape[-1]))
-        block = self._found[name]
-        assert isinstance(block, Rows)
-        block.rows[:, start:stop] = self._directions(rows, stop - start)
+    def _allocate(self, rows: dict[str, tuple[Tensor | None, Tensor]]) -> None:
+        """Room for rows: one block for tensors that follow each other in θ, one each for tables."""
+        run: list[str] = []
+        for name, (where, values) in rows.items():
+            if where is not None:
+                block = Rows(where + self._slices[name].start, self._room(values, values.shape[-1]))
+                self._found[name] = block
+                self._shared.append(block)
+                continue
+            if run and self._slices[run[-1]].stop != self._slices[name].start:
+                self._share(run, values)
+                run = []
+            run.append(name)
+        if run:
+            self._share(run, next(iter(rows.values()))[1])
 
-    def _directions(self, rows: Tensor, count: int) -> Tensor:
-        """Rows of a repeated batch, (repeats·B, s), as (B, count, s)."""
-        if len(rows) != self._repeats * self._size:
-            raise RowsError
-        return rows.view(-1, self._size, rows.shape[-1])[:count].transpose(0, 1)
+    def _share(self, run: list[str], like: Tensor) -> None:
+        first, last = self._slices[run[0]].start, self._slices[run[-1]].stop
+        block = Rows(slice(first, last), self._room(like, last - first))
+        self._shared.append(block)
+        for name in run:
+            where = self._slices[name]
+            self._found[name] = Rows(where, block.rows[..., where.start - first : where.stop - first])
+
+    def _room(self, like: Tensor, width: int) -> Tensor:
+        shape = (self._size, self._count, width)
+        return like.new_zeros(shape) if self._ragged else like.new_empty(shape)
 
 
 def _passes(plan: Plan, count: int) -> int:
@@ -353,7 +400,7 @@ def _passes(plan: Plan, count: int) -> int:
     return min(count, plan.head.get_parameter("weight").shape[1])
 
 
-def some_examples(inputs: Inputs, where: slice, size: int) -> Inputs:
+def some_examples(inputs: Inputs, where: slice | Tensor, size: int) -> Inputs:
     """Some examples of a batch of ``size``."""
     if isinstance(inputs, Tensor):
         return inputs[where]

@@ -55,7 +55,7 @@ def test_truncation_loses_information_within_its_bound(epsilon):
     coarse = d.mT @ seen.family.variance(seen.outputs) @ d
     lost = fisher(outputs) - coarse
     assert float(torch.linalg.eigvalsh(lost).min()) > -1e-12
-    kept = d[:, :-1].sum(1) > 0  # classes seen by themselves
+    kept = d[:, 1:].sum(1) > 0  # classes seen by themselves
     steps = torch.randn(200, *outputs.shape, generator=torch.Generator().manual_seed(2)).double()
     quadratic = torch.einsum("sbi,bij,sbj->sb", steps, lost, steps)
     rest = (outputs.softmax(-1) * ~kept).sum(-1)
@@ -72,9 +72,10 @@ def test_truncation_keeps_the_label_however_unlikely_and_no_more_classes_than_to
     outputs[:, 3] = 30.0
     targets = torch.tensor([3, 17])
     seen = see(KalmanConfig(curvature="truncated"), FAMILY, outputs, targets)
-    assert seen.directions.number == 3  # the likely class, the label or the next, and the rest
-    assert matrix(seen.directions)[1, 1, 17] == 1.0
-    assert seen.targets.tolist() == [0, 1]
+    assert seen.directions.number == 3  # the rest, the likely class, the label
+    assert seen.directions.needed.tolist() == [2, 3]
+    assert matrix(seen.directions)[1, 2, 17] == 1.0
+    assert seen.targets.tolist() == [1, 2]
     flat = see(
         KalmanConfig(curvature="truncated", curvature_classes=5), FAMILY, torch.zeros(1, 50).double(), targets[:1]
     )
