@@ -69,6 +69,11 @@ def _bert_tiny(num_outputs: int) -> nn.Module:
     return BertForSequenceClassification(BertConfig(num_labels=num_outputs, **shape))
 
 
+def _bert_64(num_outputs: int) -> nn.Module:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    return BertForSequenceClassification(BertConfig(num_labels=num_outputs, **shape))
+
+
 def _vit(num_outputs: int) -> nn.Module:
     return ViTForImageClassification(ViTConfig(num_labels=num_outputs))
 
@@ -78,6 +83,7 @@ def _roberta(num_outputs: int) -> nn.Module:
 
 
 MODELS: dict[str, Recipe] = {
+    "bert-64": Recipe(_bert_64, 4, ["query", "value"], TaskType.SEQ_CLS, 16, 0.7, examples=16, seen=1000),
     "bert-tiny": Recipe(_bert_tiny, 8, ["query", "value"], TaskType.SEQ_CLS, 32, 0.5, examples=16, seen=1000),
     "vit-b16": Recipe(_vit, 8, ["q_proj"], None, 0, 1.5, examples=8, seen=8),
     "roberta-base": Recipe(_roberta, 4, ["query", "value"], TaskType.SEQ_CLS, 64, 0.3, examples=8, seen=16),

@@ -63,8 +63,9 @@ class KalmanConfig:
             "decaying" noise there.
         initial_logit_sd: prior standard deviation of the outputs, from which the prior variances follow. Used when
             ``initial_variance`` is None.
-        initial_spread: how that is shared: "modules" (a module adds variance ∝ the root of its gain), "tensors" (each
-            tensor adds the same variance to the outputs) or "constant" (one variance for every parameter).
+        initial_spread: how that is shared: "modules" (a module adds variance ∝ the root of its gain, and no LoRA factor
+            more than lets ΔW be twice the size of W), "tensors" (each tensor adds the same variance to the outputs) or
+            "constant" (one variance for every parameter).
         initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
         initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
         beta: forgetting factor of the EMA noise models, in (0, 1).

@@ -21,6 +21,7 @@ from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
 from bayes_kf.models.likelihood import Gaussian
+from bayes_kf.models.lora import largest_variances
 from bayes_kf.models.state_space import constant_variance, logit_variance, uniform_variance
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
@@ -296,6 +297,9 @@ class KalmanFilter:
         starts = [float(mean[part].double().square().mean()) for part in where.values()]
         modules = [name.rpartition(".")[0] for name in where]
         variances = logit_variance(gains, starts, modules, self.config.initial_logit_sd, self.config.initial_spread)
+        if self.config.initial_spread == "modules":
+            most = largest_variances(self.adapter)
+            variances = [min(v, most.get(name, v)) for name, v in zip(where, variances, strict=True)]
         parts = [mean.new_full((size,), value) for value, size in zip(variances, self.adapter.sizes, strict=True)]
         prior = diagonal.init(mean, torch.cat(parts))
         return state._replace(belief=self._belief(prior), prior=prior, scaled=True)
