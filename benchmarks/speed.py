@@ -1,6 +1,6 @@
 """What a whole step costs, in AdamW steps on the same model and batch, and how much memory it takes; peers beside it.
 
-Cells: B in 1, 16, 64 and m in 2, 10, 100, 1000 on a 2-layer BERT (rank 8 on query and value), ViT-B/16 (rank 8 on
+Cells: B in 1, 16, 64 and m in 2, 10, 100, 1000 on two 2-layer BERTs (LoRA on query and value), ViT-B/16 (rank 8 on
 query) and RoBERTa-base (rank 4 on query and value), from configurations, with a trained classifier (`_speed_models.py`
 says how it was trained). A step linearizes and conditions. In each round of a cell every method takes its turn; the
 table has medians of the rounds' ratios to AdamW. Memory is the peak of one warm step above what is held before it, in a

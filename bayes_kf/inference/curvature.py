@@ -23,7 +23,6 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.linearize import Directions
 from bayes_kf.models.likelihood import Bernoulli, Likelihood
 
-
 ABSENT = -1e4  # logit of a class that an example does not have
 
 

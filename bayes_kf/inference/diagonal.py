@@ -18,7 +18,6 @@ from torch import Tensor
 from bayes_kf.inference.jacobian import PIECE, Jacobian
 from bayes_kf.inference.observation import Observation
 
-
 CANCELLING = 0.999  # share of a variance whose loss is not yet rounded away
 
 
@@ -111,7 +110,7 @@ def _gain_mean(state: State, observation: Observation) -> Tensor:
 
 
 def _gain_variance(state: State, observation: Observation) -> Tensor:
-    """p − p²∘diag(MᵀS⁻¹M)."""
+    """P − p²∘diag(MᵀS⁻¹M)."""
     if observation.num_parameters < observation.num_rows:
         root, factor, _ = _small(state, observation)
         return state.variance * torch.cholesky_inverse(factor).diagonal().to(root)

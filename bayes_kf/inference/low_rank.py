@@ -16,7 +16,6 @@ from torch import Tensor
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
-
 COLUMNS = 16  # of the cut-off part, made at once
 
 

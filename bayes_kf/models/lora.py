@@ -6,7 +6,6 @@ from torch import Tensor
 
 from bayes_kf.models.adapter import AdapterModel
 
-
 LARGEST_CHANGE = 2.0  # of a weight by its adapter, prior sd over root mean square; of 0.1 to 4, tried on four streams
 
 
@@ -15,8 +14,8 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
 
     An element of ΔW has variance s² r v a² for variance v in one factor and mean square a² in the other; here that is
     ``LARGEST_CHANGE``² times the mean square of W's elements. Far beyond it a prior says that pre-training is forgotten:
-    behind a new classifier, which hardly sees the adapter yet, the outputs alone would allow that. Tensors of LoRA layers of PEFT
-    alone, and not those whose other factor is zero, which cannot change anything yet. Ours.
+    behind a new classifier, which hardly sees the adapter yet, the outputs alone would allow that. Only tensors of PEFT's
+    LoRA layers, and not those whose other factor is zero, which cannot change anything yet. Ours.
 
     Example:
         >>> import torch
@@ -38,7 +37,7 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
         for key in set(layer.lora_A) & set(layer.lora_B):
             factors = (layer.lora_A[key], layer.lora_B[key])
             for own, other in (factors, factors[::-1]):
-                square = _mean_square(other.weight)
+                square = _mean_square(other.get_parameter("weight"))
                 name, attribute = names.get(id(own), ("", ""))
                 if attribute == "weight" and square > 0.0:
                     found[name] = (

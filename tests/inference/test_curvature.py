@@ -240,7 +240,7 @@ def test_large_batches_follow_in_parts_that_are_exact_for_a_full_covariance():
         ({"bytes_budget": -1}, r"`bytes_budget` must be a whole number >= 1, got -1\."),
         (
             {"curvature": "sampled", "likelihood": "gaussian"},
-            r"`curvature` 'sampled' needs `likelihood` 'categorical' and `noise` 'exponential_family', got 'gaussian' and",
+            r"`curvature` 'sampled' needs `likelihood` 'categorical' and `noise` 'exponential_family', got 'gaussian'",
         ),
         ({"curvature": "truncated", "noise": "ema_taylor"}, r"`curvature` 'truncated' needs .*, got 'categorical' and"),
     ],

@@ -145,7 +145,7 @@ def test_every_product_is_the_dense_one(case):
     batch = Linearizer(adapter)(adapter.vector(), inputs)
     jacobian = batch.pull()
     outputs, expected = oracle(model, inputs)
-    size, m, n = expected.shape
+    size, m, _ = expected.shape
     torch.testing.assert_close(batch.outputs, outputs, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(jacobian.dense(), expected, rtol=1e-8, atol=1e-11)
     assert set(adapter.paths.values()) == paths
