@@ -76,16 +76,16 @@ class KalmanConfig:
         expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
             "mean" as in the papers. Only the exponential-family noise has a choice.
         curvature: which directions of the outputs a step sees. "exact": all of them, one backward pass each.
-            "truncated": of each example the most probable classes and the rest lumped into one. "sampled": the log odds of
-            the label for the mean, random probes for the covariance, two passes for any number of classes.
+            "truncated": of each example the most probable classes, and the rest lumped into one. "sampled": the log odds
+            of the label for the mean, random probes for the covariance; two passes for any number of classes.
         curvature_epsilon: "truncated" lumps at most this much probability together, in (0, 1).
         curvature_classes: "truncated" keeps at most this many classes (and the label), whatever probability is left.
         curvature_draws: K, probes of "sampled".
         outputs_per_pass: outputs of each example that share a backward pass; None chooses from the sizes. Only speed
             depends on it.
-        bytes_budget: what the graph, the rows and the temporaries of a step may take beside the belief, in bytes; larger
-            batches go through in pieces. None: 32 MiB, or three times the graph of the batch where that is more. Beliefs
-            depend on it only through rounding, unless it is too small for 192 rows.
+        bytes_budget: bytes that the graph, the rows and the temporaries of a step may take beside the belief; larger
+            batches go through in pieces. None: 32 MiB, or three times the graph of the batch where that is more.
+            Beliefs depend on it only through rounding, unless it is too small for 192 rows.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule, the probes and the draws.

@@ -1,4 +1,4 @@
-"""Which directions of the outputs a step sees: all classes, the likely ones and the rest, or the label's odds and probes.
+"""Which directions of the outputs a step sees: all classes, the likely ones and the rest, or the label's odds.
 
 All three are ours in this form. With fewer directions than classes the observation is a coarser one of the same label,
 so its log-likelihood and its gradient are exact, whatever was lumped together:
@@ -6,9 +6,9 @@ so its log-likelihood and its gradient are exact, whatever was lumped together:
 - truncated: the classes that hold 1 − ε of an example's probability, its label, and the rest as one class with logit
   logsumexp. With ρ ≤ ε the mass of the rest, the Fisher information J'ᵀV'J' misses of the exact one ρ Cov(J_j), over j
   drawn from the rest. So 0 ≤ vᵀ(F − F')v ≤ ρ/4 (max − min of (Jv)_j over the rest)² for every step v.
-- sampled: the mean sees the label against everything else, one direction per example, whose log odds ζ have the label's
-  exact log-likelihood log σ(ζ). The covariance takes probes Wᵀz/√K with random signs z, so that the expectation of MᵀM is
-  the Fisher information JᵀVJ (Hutchinson's estimator); V is taken where the mean's expansion is.
+- sampled: the mean sees the label against everything else, one direction per example, whose log odds ζ have the
+  label's exact log-likelihood log σ(ζ). The covariance takes probes Wᵀz/√K with random signs z, so that the expectation
+  of MᵀM is the Fisher information JᵀVJ (Hutchinson's estimator); V is taken where the mean's expansion is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.linearize import Directions
+from bayes_kf.inference.store import Directions
 from bayes_kf.models.likelihood import Bernoulli, Likelihood
 
 ABSENT = -1e4  # logit of a class that an example does not have
@@ -66,8 +66,8 @@ def probes(outputs: Tensor, targets: Tensor, log_odds: Tensor | None, num_draws:
     Args:
         outputs: η, (B, m).
         targets: labels, (B,).
-        log_odds: of the label where V is taken, (B, 1), the other classes' shares of the rest as they are; None for V at
-            ``outputs``.
+        log_odds: of the label where V is taken, (B, 1), the other classes' shares of the rest as they are; None for V
+            at ``outputs``.
         num_draws: K.
         seed: of the signs.
     """
@@ -101,7 +101,7 @@ def _signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Tenso
 
 
 def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: float, most: int) -> Seen:
-    """The rest first, then an example's classes by probability, as many as it needs; further ones have no probability."""
+    """The rest first, then an example's classes by probability, as many as it needs; further ones are absent."""
     ordered, order = outputs.double().softmax(-1).sort(-1, descending=True)
     needed = ((ordered.cumsum(-1) < 1.0 - epsilon).sum(-1) + 1).clamp_max(most)
     label = targets.unsqueeze(-1)

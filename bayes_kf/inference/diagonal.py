@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.jacobian import PIECE, Jacobian
+from bayes_kf.inference.blocks import PIECE
+from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
 CANCELLING = 0.999  # share of a variance whose loss is not yet rounded away
@@ -49,7 +50,9 @@ def gain_condition(state: State, observation: Observation, curvature: Observatio
         observation: M and u.
         curvature: another M for the variance.
     """
-    return State(_gain_mean(state, observation), _gain_variance(state, curvature or observation))
+    solved = _solve(state, observation)
+    other = solved if curvature is None else _solve(state, curvature)
+    return State(_gain_mean(state, observation, solved), _gain_variance(state, curvature or observation, other))
 
 
 def information_condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
@@ -60,7 +63,8 @@ def information_condition(state: State, observation: Observation, curvature: Obs
 
 def mixed_condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
     """The mean of the gain form, the variance of the information form; arguments as for :func:`gain_condition`."""
-    return State(_gain_mean(state, observation), _information_variance(state, curvature or observation))
+    mean = _gain_mean(state, observation, _solve(state, observation))
+    return State(mean, _information_variance(state, curvature or observation))
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:
@@ -100,21 +104,28 @@ def log_determinant(state: State) -> Tensor:
     return state.variance.log().sum()
 
 
-def _gain_mean(state: State, observation: Observation) -> Tensor:
+def _solve(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of S and S⁻¹u, or, with fewer parameters than rows, of A = I + √P MᵀM √P and A⁻¹√P Mᵀu."""
+    if observation.num_parameters >= observation.num_rows:
+        return innovation(observation.gram(state.variance), observation.residual)[:2]
+    root = state.variance.sqrt()
+    scaled = (observation.dense() * root).double()  # (k, n)
+    return innovation(scaled.mT @ scaled, root * observation.rmatvec(observation.residual))[:2]
+
+
+def _gain_mean(state: State, observation: Observation, solved: tuple[Tensor, Tensor]) -> Tensor:
     """μ + p∘MᵀS⁻¹u."""
-    if observation.num_parameters < observation.num_rows:
-        root, _, weights = _small(state, observation)
-        return state.mean + root * weights
-    _, weights, _ = innovation(observation.gram(state.variance), observation.residual)
+    weights = solved[1]
+    if len(weights) < observation.num_rows:
+        return state.mean + state.variance.sqrt() * weights
     return observation.rmatvec(weights).mul_(state.variance).add_(state.mean)
 
 
-def _gain_variance(state: State, observation: Observation) -> Tensor:
+def _gain_variance(state: State, observation: Observation, solved: tuple[Tensor, Tensor]) -> Tensor:
     """P − p²∘diag(MᵀS⁻¹M)."""
-    if observation.num_parameters < observation.num_rows:
-        root, factor, _ = _small(state, observation)
-        return state.variance * torch.cholesky_inverse(factor).diagonal().to(root)
-    factor, _, _ = innovation(observation.gram(state.variance), observation.residual)
+    factor = solved[0]
+    if len(factor) < observation.num_rows:
+        return state.variance * torch.cholesky_inverse(factor).diagonal().to(state.variance)
     shrink = observation.column_squares(_inverse(factor, state.mean.dtype)).mul_(state.variance)
     most = float(shrink.max())
     variance = shrink.neg_().add_(1.0).mul_(state.variance)
@@ -124,14 +135,6 @@ def _gain_variance(state: State, observation: Observation) -> Tensor:
 def _information_variance(state: State, observation: Observation) -> Tensor:
     """1 / (p⁻¹ + diag(MᵀM))."""
     return observation.column_squares().mul_(state.variance).add_(1.0).reciprocal_().mul_(state.variance)
-
-
-def _small(state: State, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
-    """Among the parameters: √P, the Cholesky factor of A = I + √P MᵀM √P, and A⁻¹√P Mᵀu."""
-    root = state.variance.sqrt()
-    scaled = (observation.dense() * root).double()  # (k, n)
-    factor, weights, _ = innovation(scaled.mT @ scaled, root * observation.rmatvec(observation.residual))
-    return root, factor, weights
 
 
 def innovation(gram: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:

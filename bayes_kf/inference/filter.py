@@ -263,7 +263,7 @@ class KalmanFilter:
         return self._part_size(self.config.curvature_draws) if self.config.curvature == "sampled" else None
 
     def _squares(self, mean: Tensor, inputs: Inputs) -> Tensor:
-        """Mean squares of the Jacobian's columns over examples and outputs, (n,), estimated by probes for many outputs."""
+        """Mean squares of the Jacobian's columns over examples and outputs, (n,); by probes for many outputs."""
         num_outputs, total = self.linearize.prepare(mean, inputs), torch.zeros_like(mean)
         count = num_outputs if self.config.curvature == "exact" else min(num_outputs, SCALE_PROBES)
         generator = torch.Generator(device=mean.device).manual_seed(self.config.seed)

@@ -13,9 +13,9 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
     """Tensor name -> the prior variance under which ΔW = s·BA has twice the size of the frozen W.
 
     An element of ΔW has variance s² r v a² for variance v in one factor and mean square a² in the other; here that is
-    ``LARGEST_CHANGE``² times the mean square of W's elements. Far beyond it a prior says that pre-training is forgotten:
-    behind a new classifier, which hardly sees the adapter yet, the outputs alone would allow that. Only tensors of PEFT's
-    LoRA layers, and not those whose other factor is zero, which cannot change anything yet. Ours.
+    ``LARGEST_CHANGE``² times the mean square of W's elements. Far beyond it a prior says that pre-training is
+    forgotten; behind a new classifier, which hardly sees the adapter yet, the outputs alone would allow that. Only
+    tensors of PEFT's LoRA layers, and not those whose other factor is zero, which cannot change anything yet. Ours.
 
     Example:
         >>> import torch

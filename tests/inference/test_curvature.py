@@ -6,7 +6,7 @@ from torch import nn
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
 from bayes_kf.inference.curvature import num_directions, odds_length, probes, see, signs
-from bayes_kf.inference.linearize import Directions
+from bayes_kf.inference.store import Directions
 from bayes_kf.models.likelihood import Categorical
 
 FAMILY = Categorical()
