@@ -1,8 +1,8 @@
 """Rows of the Jacobian of one or several neighbouring tensors, and their products.
 
 ``Rows`` are stored as they are (LoRA's A and B, norms, convolutions): their length is the tensor's size, small for
-adapters. ``Outer`` is a Linear applied to one vector per example (classifiers): a row is g ⊗ a, and only g and a are kept,
-so that a head of m classes on d features costs m + d numbers a row and not m·d.
+adapters. ``Outer`` is a Linear applied to one vector per example (classifiers): a row is g ⊗ a, and only g and a are
+kept, so that a head of m classes on d features costs m + d numbers a row and not m·d.
 """
 
 from __future__ import annotations

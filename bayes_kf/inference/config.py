@@ -76,8 +76,8 @@ class KalmanConfig:
         expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
             "mean" as in the papers. Only the exponential-family noise has a choice.
         curvature: which directions of the outputs a step sees. "exact": all of them, one backward pass each.
-            "truncated": of each example the most probable classes, and the rest lumped into one. "sampled": the log odds
-            of the label for the mean, random probes for the covariance; two passes for any number of classes.
+            "truncated": of each example the most probable classes, and the rest lumped into one. "sampled": the log
+            odds of the label for the mean, random probes for the covariance; two passes for any number of classes.
         curvature_epsilon: "truncated" lumps at most this much probability together, in (0, 1).
         curvature_classes: "truncated" keeps at most this many classes (and the label), whatever probability is left.
         curvature_draws: K, probes of "sampled".

@@ -181,7 +181,7 @@ class Linearizer:
             times the graph of the whole batch where that is more.
 
     Example:
-        >>> adapter = AdapterModel(nn.Linear(3, 2, bias=False))
+        >>> adapter = AdapterModel(torch.nn.Linear(3, 2, bias=False))
         >>> x = torch.tensor([[1.0, 2.0, 3.0]])
         >>> Linearizer(adapter)(adapter.vector(), x).pull().dense()[0]
         tensor([[1., 2., 3., 0., 0., 0.],

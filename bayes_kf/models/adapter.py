@@ -205,7 +205,7 @@ class AdapterModel:
 
 
 def _checkpointed(module: nn.Module) -> bool:
-    """Whether this is a layer of transformers that runs again in the backward pass; known by name, without the import."""
+    """Whether this is a layer of transformers that runs again in the backward pass; known by name, not imported."""
     kinds = (kind.__name__ for kind in type(module).__mro__)
     return bool(getattr(module, "gradient_checkpointing", False)) and "GradientCheckpointingLayer" in kinds
 
