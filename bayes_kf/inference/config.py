@@ -68,7 +68,7 @@ class KalmanConfig:
             "constant" (one variance for every parameter).
         initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
         initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
-        beta: forgetting factor of the EMA noise models, in (0, 1).
+        beta: forgetting factor of the EMA noise models, in (0, 1); applied once for every 192 rows of a batch.
         forgetting: λ in (0, 1]; the variance is divided by it before every update.
         drift_variance: q ≥ 0, added to every variance before every update.
         damping: whether an update that does not lower its own objective is solved again with less precise data.

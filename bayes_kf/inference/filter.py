@@ -121,10 +121,10 @@ class KalmanFilter:
             _finite("the outputs", batch.outputs)
             tally.outputs(batch.outputs, noise.likelihood(self.config, state.noise), targets[where])
             state = self._learn(state, Batch(piece, targets[where], batch), start, hold_mean, tally)
+            state = state._replace(examples=state.examples + len(batch.outputs))
         step = float((state.belief.mean - start).norm())
         noise_state = state.noise._replace(step=before.noise.step + 1)
-        examples = before.examples + batch_size(inputs)
-        return state._replace(noise=noise_state, step=before.step + 1, examples=examples), tally.info(step)
+        return state._replace(noise=noise_state, step=before.step + 1), tally.info(step)
 
     def _predicted(self, state: FilterState) -> FilterState:
         """The state with its belief moved on by one step of the dynamics."""
@@ -170,6 +170,7 @@ class KalmanFilter:
             residual = batch.targets[where] - part.outputs
             noise_state = noise.absorb(noise_state, residual, self.temperature(state) * output_cov)
         tally.part(evidence.mean, damping, jitter)
+        noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not parts
         return state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
 
     def _evidence(
