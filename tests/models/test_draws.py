@@ -64,7 +64,18 @@ def test_a_model_that_cannot_be_batched_is_run_one_by_one():
     with pytest.raises(RuntimeError):
         module._batched(adapter, draws, x, None)
     expected = torch.stack([adapter.outputs(draw, x) for draw in draws])
-    assert torch.equal(outputs_of_draws(adapter, draws, x), expected)
+    with pytest.warns(UserWarning, match="6 draws were run one by one, not at once: .*vmap"):
+        found = outputs_of_draws(adapter, draws, x)
+    assert torch.equal(found, expected)
+
+
+def test_an_error_that_is_not_about_batching_is_not_swallowed():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise TypeError("broken on purpose")
+
+    with pytest.raises(TypeError, match="broken on purpose"):
+        outputs_of_draws(AdapterModel(Broken(3, 2)), torch.randn(2, 8), torch.randn(4, 3))
 
 
 def test_the_loop_says_what_is_wrong_with_the_inputs():
