@@ -38,6 +38,10 @@ class Rows:
         """Those of some examples (views)."""
         return replace(self, rows=self.rows[which])
 
+    def first_rows(self, count: int) -> Rows:
+        """The first rows of every example (views)."""
+        return replace(self, rows=self.rows[:, :count])
+
     def matmul(self, matrix: Tensor) -> Tensor:
         """J F, (B, c, L) for F (n, L), in F's precision."""
         table = matrix[self.where]
@@ -109,6 +113,10 @@ class Outer:
     def examples(self, which: slice) -> Outer:
         """Those of some examples (views)."""
         return replace(self, cotangent=self.cotangent[which], taken=self.taken[which])
+
+    def first_rows(self, count: int) -> Outer:
+        """The first rows of every example (views)."""
+        return replace(self, cotangent=self.cotangent[:, :count])
 
     def matmul(self, matrix: Tensor) -> Tensor:
         """J F, (B, c, L) for F (n, L), in F's precision."""

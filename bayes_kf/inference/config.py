@@ -84,7 +84,8 @@ class KalmanConfig:
         outputs_per_pass: outputs of each example that share a backward pass; None chooses from the sizes. Only speed
             depends on it.
         bytes_budget: bytes that the graph, the rows and the temporaries of a step may take beside the belief; larger
-            batches go through in pieces. None: 32 MiB, or three times the graph of the batch where that is more.
+            batches go through in pieces. None: 32 MiB, or three times the graph of the batch,
+            or two vectors of parameters, where that is more.
             Beliefs depend on it only through rounding, unless it is too small for 192 rows.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.

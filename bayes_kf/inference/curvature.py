@@ -6,9 +6,11 @@ so its log-likelihood and its gradient are exact, whatever was lumped together:
 - truncated: the classes that hold 1 − ε of an example's probability, its label, and the rest as one class with logit
   logsumexp. With ρ ≤ ε the mass of the rest, the Fisher information J'ᵀV'J' misses of the exact one ρ Cov(J_j), over j
   drawn from the rest. So 0 ≤ vᵀ(F − F')v ≤ ρ/4 (max − min of (Jv)_j over the rest)² for every step v.
-- sampled: the mean sees the label against everything else, one direction per example, whose log odds ζ have the
-  label's exact log-likelihood log σ(ζ). The covariance takes probes Wᵀz/√K with random signs z, so that the expectation
-  of MᵀM is the Fisher information JᵀVJ (Hutchinson's estimator); V is taken where the mean's expansion is.
+- sampled: the mean sees the label against everything else, one direction e_y − s per example (s the other classes'
+  shares of the rest), whose log odds ζ have the label's exact log-likelihood log σ(ζ). The covariance takes probes
+  Wᵀz/√K with random signs z, so that the expectation of MᵀM is the Fisher information JᵀVJ (Hutchinson's estimator);
+  V is taken where the mean's expansion is. That is known only after the first direction has been pulled back, but each
+  probe is a combination of e_y − s and √s∘z − (√s·z) s, whatever the odds, so that one pull gives all rows.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ class Seen(NamedTuple):
         family: likelihood of the targets given what is seen of the outputs.
         outputs: that, (B, c).
         targets: in terms of it.
-        directions: of the outputs, for the Jacobian; None for all of them.
+        directions: of the outputs, for the Jacobian; None for all of them. The first c are those of ``outputs``.
         lumped: largest probability that an example's lumped classes have together.
+        probes: what combines the other directions into probes; None where there are none.
     """
 
     family: Likelihood
@@ -42,52 +45,62 @@ class Seen(NamedTuple):
     targets: Tensor
     directions: Directions | None
     lumped: float
+    probes: Probes | None = None
 
 
-def see(config: KalmanConfig, family: Likelihood, outputs: Tensor, targets: Tensor) -> Seen:
-    """What the configured curvature sees of outputs η (B, m)."""
+class Probes(NamedTuple):
+    """K random probes Wᵀz/√K per example, as combinations of the directions e_y − s and √s∘z − (√s·z) s.
+
+    Attributes:
+        label: z at the label, (B, K).
+        others: √s·z, (B, K).
+    """
+
+    label: Tensor
+    others: Tensor
+
+    def examples(self, which: slice) -> Probes:
+        """Those of some examples."""
+        return Probes(self.label[which], self.others[which])
+
+    def factor(self, log_odds: Tensor) -> Tensor:
+        """What multiplies the 1 + K directions, (B, K, 1 + K), for V where the label has these log odds (B, 1)."""
+        label, others = log_odds.sigmoid(), (-log_odds).sigmoid()
+        total = label.sqrt() * self.label + others.sqrt() * self.others  # √π·z
+        along = label.sqrt() * self.label - label * total
+        number = self.label.shape[1]
+        return torch.cat([along.unsqueeze(-1), torch.diag_embed(others.sqrt().expand(-1, number))], -1) / number**0.5
+
+
+def see(config: KalmanConfig, family: Likelihood, outputs: Tensor, targets: Tensor, seed: int = 0) -> Seen:
+    """What the configured curvature sees of outputs η (B, m); ``seed`` is that of probes."""
     if config.curvature == "truncated":
         return _truncated(family, outputs, targets, config.curvature_epsilon, config.curvature_classes)
     if config.curvature == "sampled":
-        return _log_odds(outputs, targets)
+        return _log_odds(outputs, targets, config.curvature_draws, seed)
     return Seen(family, outputs, targets, None, 0.0)
 
 
-def num_directions(config: KalmanConfig, num_outputs: int) -> int:
-    """How many directions an example can have; what is known before its outputs are."""
+def num_rows(config: KalmanConfig, num_outputs: int) -> int:
+    """How many rows of the Jacobian an example can have; what is known before its outputs are."""
     if config.curvature == "sampled":
-        return 1
-    return min(num_outputs, config.curvature_classes + 2) if config.curvature == "truncated" else num_outputs
+        return 1 + config.curvature_draws
+    if config.curvature == "truncated" and num_outputs > 2:
+        return min(num_outputs, config.curvature_classes + 2)
+    return num_outputs
 
 
-def probes(outputs: Tensor, targets: Tensor, log_odds: Tensor | None, num_draws: int, seed: int) -> Directions:
-    """Wᵀz/√K for random signs z, K directions per example; the expectation of their outer products is V.
-
-    Args:
-        outputs: η, (B, m).
-        targets: labels, (B,).
-        log_odds: of the label where V is taken, (B, 1), the other classes' shares of the rest as they are; None for V
-            at ``outputs``.
-        num_draws: K.
-        seed: of the signs.
-    """
-    log_probs = outputs.log_softmax(-1)
-    if log_odds is not None:
-        log_odds = log_odds.to(outputs)
-        others = _without(outputs, targets.unsqueeze(-1)).log_softmax(-1) + F.logsigmoid(-log_odds)
-        log_probs = others.scatter(-1, targets.unsqueeze(-1), F.logsigmoid(log_odds))
-    root = (0.5 * log_probs).exp().unsqueeze(1)  # √π (B, 1, m)
-    generator = torch.Generator(device=outputs.device).manual_seed(seed)
-    scaled = root * _signs(outputs, num_draws, generator)
-    total = scaled.sum(-1, keepdim=True)
-    seeds = scaled.addcmul_(root.square(), total, value=-1.0).div_(num_draws**0.5)  # √π∘z − π(√π·z)
-    return Directions(num_draws, lambda start, stop: seeds[:, start:stop])
+def num_directions(config: KalmanConfig, num_outputs: int) -> int:
+    """How many of them have to be pulled back: softmax does not see what all outputs share."""
+    rows = num_rows(config, num_outputs)
+    lumping = config.curvature == "sampled" or (config.curvature == "truncated" and num_outputs > 2)
+    return rows if lumping or config.likelihood != "categorical" else max(1, rows - 1)
 
 
 def signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Directions:
     """Random signs, whose outer products average to the identity."""
     drawn = _signs(outputs, num_draws, generator) / num_draws**0.5
-    return Directions(num_draws, lambda start, stop: drawn[:, start:stop])
+    return Directions(num_draws, lambda example, which: drawn[example, which])
 
 
 def _signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
@@ -102,14 +115,15 @@ def _signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Tenso
 
 def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: float, most: int) -> Seen:
     """The rest first, then an example's classes by probability, as many as it needs; further ones are absent."""
-    ordered, order = outputs.double().softmax(-1).sort(-1, descending=True)
-    needed = ((ordered.cumsum(-1) < 1.0 - epsilon).sum(-1) + 1).clamp_max(most)
-    label = targets.unsqueeze(-1)
-    rank = (order == label).to(torch.int8).argmax(-1)
-    count = int((needed + (rank >= needed)).max())
-    if count >= outputs.shape[1] - 1:
+    num_outputs, label = outputs.shape[1], targets.unsqueeze(-1)
+    if num_outputs <= 2:
         return Seen(family, outputs, targets, None, 0.0)
-    unlikely = rank >= needed  # a label beyond the classes needed comes after them
+    ordered, order = outputs.double().softmax(-1).sort(-1, descending=True)
+    most = min(most, num_outputs - 1)  # so that something is left to be lumped
+    needed = ((ordered.cumsum(-1) < 1.0 - epsilon).sum(-1) + 1).clamp_max(most)
+    rank = (order == label).to(torch.int8).argmax(-1)
+    unlikely = (rank >= needed) & (needed < num_outputs - 1)  # a label beyond the classes needed comes after them
+    count = int((needed + unlikely).max())
     kept = order[:, :count].clone()
     last = needed.clamp_max(count - 1).unsqueeze(-1)
     kept = kept.scatter(1, last, torch.where(unlikely.unsqueeze(-1), label, kept.gather(1, last)))
@@ -119,25 +133,41 @@ def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: fl
     rest = outputs.masked_fill(taken > 0, float("-inf"))
     single = outputs.gather(-1, kept).masked_fill(~valid, ABSENT)
     coarse = torch.cat([rest.logsumexp(-1, keepdim=True), single], -1)
-    shares = rest.softmax(-1).unsqueeze(1)
+    shares = rest.softmax(-1)
 
-    def seeds(start: int, stop: int) -> Tensor:
-        chosen = slice(max(start, 1) - 1, stop - 1)
-        ones = F.one_hot(kept[:, chosen], outputs.shape[1]).to(outputs) * valid[:, chosen].unsqueeze(-1)
-        return ones if start else torch.cat([shares, ones], 1)
+    def seeds(example: Tensor, which: Tensor) -> Tensor:
+        before = (which - 1).clamp_min(0)
+        ones = F.one_hot(kept[example, before], outputs.shape[1]).to(outputs) * valid[example, before].unsqueeze(-1)
+        return torch.where(which.unsqueeze(-1) > 0, ones, shares[example])
 
-    where = ((kept == label) & valid).to(torch.int8).argmax(-1) + 1
-    lumped = float(coarse.softmax(-1)[:, 0].max())
+    found = (kept == label) & valid
+    where = torch.where(found.any(-1), found.to(torch.int8).argmax(-1) + 1, 0)
+    several = valid.sum(-1) < num_outputs - 1  # one class by itself is not lumped
+    lumped = float((coarse.softmax(-1)[:, 0] * several).max())
     return Seen(family, coarse, where, Directions(count + 1, seeds, needed + 1), lumped)
 
 
-def _log_odds(outputs: Tensor, targets: Tensor) -> Seen:
-    """ζ = η_y − logsumexp of the others, whose Jacobian is that of η along onehot(y) − π of the others."""
+def _log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int) -> Seen:
+    """ζ = η_y − logsumexp of the others, whose Jacobian is that of η along onehot(y) − s, and the probes."""
     label = targets.unsqueeze(-1)
     rest = _without(outputs, label)
     log_odds = outputs.gather(-1, label) - rest.logsumexp(-1, keepdim=True)
-    seeds = (F.one_hot(targets, outputs.shape[1]).to(outputs) - rest.softmax(-1)).unsqueeze(1)
-    return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), Directions(1, lambda start, stop: seeds), 1.0)
+    shares = rest.softmax(-1)  # s, 0 at the label
+    drawn = _signs(outputs, num_draws, torch.Generator(device=outputs.device).manual_seed(seed))
+    at_label = drawn.gather(-1, label.unsqueeze(1).expand(-1, num_draws, 1)).squeeze(-1)
+    along = drawn.mul_(shares.sqrt().unsqueeze(1))
+    others = along.sum(-1)
+    along.addcmul_(shares.unsqueeze(1), others.unsqueeze(-1), value=-1.0)
+    odds = shares.neg_().scatter_(-1, label, 1.0)
+
+    def seeds(example: Tensor, which: Tensor) -> Tensor:
+        found = along[example, (which - 1).clamp_min(0)]
+        first = which == 0
+        found[first] = odds[example[first]]
+        return found
+
+    directions = Directions(1 + num_draws, seeds)
+    return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), directions, 1.0, Probes(at_label, others))
 
 
 def odds_length(outputs: Tensor, targets: Tensor) -> Tensor:

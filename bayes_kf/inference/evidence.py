@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.curvature import Probes, Seen
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.linearize import Linearized
 from bayes_kf.inference.observation import Observation
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """A piece of a batch that is linearized at once."""
+    """A piece of a batch that is linearized at once, and the most rows that each of its examples has."""
 
     inputs: Inputs
     targets: Tensor
     linearized: Linearized
+    widths: list[int]
 
 
 class Part(NamedTuple):
@@ -34,12 +36,31 @@ class Part(NamedTuple):
         outputs: that at the present mean, to first order about where the batch was linearized, (B, c).
         targets: in terms of it.
         jacobian: of it.
+        pulled: the Jacobian of all directions, whose combinations by ``probes`` the covariance learns from.
+        probes: None where it learns from ``jacobian``.
     """
 
     family: Likelihood
     outputs: Tensor
     targets: Tensor
     jacobian: Jacobian
+    pulled: Jacobian
+    probes: Probes | None
+
+    @classmethod
+    def of(cls, seen: Seen, pulled: Jacobian, where: slice, width: int) -> Part:
+        """Some examples of a piece, of which none has more than ``width`` rows."""
+        outputs, jacobian, probes = seen.outputs[where, :width], pulled.examples(where).rows(width), None
+        own = jacobian
+        if seen.probes is not None:
+            probes = seen.probes.examples(where)
+            first = torch.eye(outputs.shape[1], jacobian.num_rows, dtype=outputs.dtype, device=outputs.device)
+            own = jacobian.multiplied(first.expand(len(outputs), -1, -1))
+        return cls(seen.family, outputs, seen.targets[where], own, jacobian, probes)
+
+    def moved(self, step: Tensor) -> Part:
+        """The same after a step of the parameters, (n,), to first order."""
+        return self._replace(outputs=self.outputs + self.jacobian.matvec(step))
 
 
 class Evidence(NamedTuple):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from bayes_kf.inference import diagonal, noise, tempering
+from bayes_kf.inference import diagonal, noise, prior, tempering
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.curvature import num_directions, odds_length, probes, see, signs
+from bayes_kf.inference.curvature import num_directions, num_rows, odds_length, see
 from bayes_kf.inference.evidence import Batch, Evidence, Part, Tally
 from bayes_kf.inference.jacobian import blocks, both_sides
 from bayes_kf.inference.linearize import Linearizer, some_examples
@@ -21,13 +21,10 @@ from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
 from bayes_kf.models.likelihood import Gaussian
-from bayes_kf.models.lora import largest_variances
-from bayes_kf.models.state_space import constant_variance, logit_variance, uniform_variance
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
 PART_ROWS = 192  # rows that are solved for together; with more, parts of a batch follow each other
-SCALE_PROBES = 16  # per example, for the prior's scale where the outputs are not seen one by one
 TRUSTED = 1.0  # change of an output (a logit, or the sd of a Gaussian's noise) up to which a step is not checked
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
@@ -61,15 +58,15 @@ class KalmanFilter:
                 Without it the first update's inputs serve.
         """
         mean = self.adapter.vector()
-        prior = diagonal.init(mean, self._prior_variance(mean))
+        start = diagonal.init(mean, prior.unscaled(self.config, mean))
         scaled = self.config.initial_variance is not None
         scores = tempering.init(mean.device)
-        state = FilterState(self._belief(prior), prior, noise.State(), scores, scaled, 0, 0)
+        state = FilterState(self._belief(start), start, noise.State(), scores, scaled, 0, 0)
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
         with self.adapter.full_precision():
-            return self._scale(state, self._squares(mean, to_device(inputs, self.adapter.device)))
+            return self._scale(state, to_device(inputs, self.adapter.device))
 
     def update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, *, hold_mean: bool = False
@@ -113,40 +110,58 @@ class KalmanFilter:
         """Linearize the batch where it starts, in pieces that fit the memory; learn from it part by part."""
         start, before, tally = state.belief.mean, state, Tally()
         num_outputs = self.linearize.prepare(start, inputs)
-        count = num_directions(self.config, num_outputs)
         targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs), targets)
-        state = self._predicted(state if state.scaled else self._scale(state, self._squares(start, inputs)))
-        for where, piece in self.linearize.pieces(start, inputs, count, self._part_size(count), self._most()):
-            batch = self.linearize(start, piece, directions=count)
+        state = self._predicted(state if state.scaled else self._scale(state, inputs))
+        needed, widths = self._needed(state, start, inputs, targets, num_outputs)
+        cuts = [part.stop for part, _ in _parts(widths)]
+        for where, piece in self.linearize.pieces(start, inputs, needed, cuts):
+            batch = self.linearize(start, piece, needed=needed[where])
             _finite("the outputs", batch.outputs)
             tally.outputs(batch.outputs, noise.likelihood(self.config, state.noise), targets[where])
-            state = self._learn(state, Batch(piece, targets[where], batch), start, hold_mean, tally)
+            state = self._learn(state, Batch(piece, targets[where], batch, widths[where]), start, hold_mean, tally)
             state = state._replace(examples=state.examples + len(batch.outputs))
         step = float((state.belief.mean - start).norm())
         noise_state = state.noise._replace(step=before.noise.step + 1)
         return state._replace(noise=noise_state, step=before.step + 1), tally.info(step)
 
+    def _needed(
+        self, state: FilterState, start: Tensor, inputs: Inputs, targets: Tensor, num_outputs: int
+    ) -> tuple[Tensor, list[int]]:
+        """Directions of each example, (B,), and its rows; by a forward pass of its own where that saves passes."""
+        count, size = num_directions(self.config, num_outputs), len(targets)
+        alike = torch.full((size,), count), [num_rows(self.config, num_outputs)] * size
+        if self.config.curvature != "truncated" or self.linearize.in_one_pass(start, inputs, count):
+            return alike
+        step = self.linearize.examples_at_once(start, inputs)
+        parts = [some_examples(inputs, slice(first, first + step), size) for first in range(0, size, step)]
+        outputs = torch.cat([self.adapter.outputs(start, part) for part in parts])
+        directions = see(self.config, noise.likelihood(self.config, state.noise), outputs, targets).directions
+        if directions is None or directions.needed is None:
+            return alike
+        return directions.needed.cpu(), directions.needed.tolist()
+
     def _predicted(self, state: FilterState) -> FilterState:
         """The state with its belief moved on by one step of the dynamics."""
+        if self.config.forgetting == 1.0 and self.config.drift_variance == 0.0:
+            return state  # without a copy of the belief
         belief = self.config.structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
         return state._replace(belief=belief)
 
     def _learn(self, state: FilterState, batch: Batch, start: Tensor, hold_mean: bool, tally: Tally) -> FilterState:
         """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
-        outputs, size = batch.linearized.outputs, len(batch.targets)
+        outputs = batch.linearized.outputs
         state = state._replace(noise=noise.begin(self.config, state.noise, outputs, batch.targets))
-        seen = see(self.config, noise.likelihood(self.config, state.noise), outputs, batch.targets)
+        family, seed = noise.likelihood(self.config, state.noise), self.config.seed + state.examples
+        seen = see(self.config, family, outputs, batch.targets, seed)
         tally.lumped = max(tally.lumped, seen.lumped if self.config.curvature == "truncated" else 0.0)
         if seen.directions is None and seen.family.name == "categorical":
             jacobian = batch.linearized.pull_differences()
         else:
-            jacobian = batch.linearized.pull(seen.directions, keep=self.config.curvature == "sampled")
-        step = self._part_size(jacobian.num_rows)
-        for first in range(0, size, step):
-            where = slice(first, min(first + step, size))
-            part = Part(seen.family, seen.outputs[where], seen.targets[where], jacobian.examples(where))
+            jacobian = batch.linearized.pull(seen.directions)
+        for where, width in _parts(batch.widths):
+            part = Part.of(seen, jacobian, where, width)
             if state.belief.mean is not start:
-                part = part._replace(outputs=part.outputs + part.jacobian.matvec(state.belief.mean - start))
+                part = part.moved(state.belief.mean - start)
             state = self._learn_part(state, batch, where, part, hold_mean, tally)
         return state
 
@@ -157,8 +172,8 @@ class KalmanFilter:
         joint = self.config.structure.joint_output_covariance(belief, part.jacobian)
         _finite("the output covariance", joint)
         output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
-        scores = state.scores if hold_mean else self._scores(state, batch, part, output_cov)
-        evidence, noise_state, jitter = self._evidence(state, batch, part, joint, output_cov, hold_mean)
+        scores = state.scores if hold_mean else self._scores(state, batch, where, part, output_cov)
+        evidence, noise_state, jitter = self._evidence(state, part, joint, output_cov, hold_mean)
         accepts = None
         if self.config.damping and not hold_mean:
             accepts = self._objective(
@@ -174,26 +189,24 @@ class KalmanFilter:
         return state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
 
     def _evidence(
-        self, state: FilterState, batch: Batch, part: Part, joint: Tensor, output_cov: Tensor, hold_mean: bool
+        self, state: FilterState, part: Part, joint: Tensor, output_cov: Tensor, hold_mean: bool
     ) -> tuple[Evidence, noise.State, float]:
         """What the belief is conditioned on, the noise state after it, and the jitter that its noise took."""
-        family, outputs, sampled = part.family, part.outputs, self.config.curvature == "sampled"
+        family, outputs = part.family, part.outputs
         white, noise_state = noise.whiten(self.config, state.noise, family, outputs, part.targets, output_cov)
         gram = both_sides(white.factor, joint)
         innovation = float(diagonal.innovation(gram, white.residual.flatten())[2])
-        factor, residual, mode = white.factor, white.residual, None
+        factor, residual, mode = white.factor, white.residual, outputs
         expanded = self.config.expansion == "mode" and self.config.noise == "exponential_family"
         if expanded and not hold_mean and family.name != "gaussian":
             factor, residual, mode = expand_at_mode(family, outputs.double(), part.targets, joint)
         dof = len(outputs) * (outputs.shape[1] - (family.name == "categorical"))
         observation = whitened(factor, residual, part.jacobian, dof, innovation)
-        if not sampled:
+        if part.probes is None:
             return Evidence(observation, None), noise_state, white.jitter
-        seed = self.config.seed + state.examples
-        directions = probes(batch.linearized.outputs, batch.targets, mode, self.config.curvature_draws, seed)
-        jacobian = batch.linearized.pull(directions)
-        nothing = outputs.new_zeros(jacobian.size * jacobian.num_rows)
-        return Evidence(observation, Observation(jacobian, nothing)), noise_state, white.jitter
+        probed = part.pulled.multiplied(part.probes.factor(mode.to(outputs)))
+        nothing = outputs.new_zeros(probed.size * probed.num_rows)
+        return Evidence(observation, Observation(probed, nothing)), noise_state, white.jitter
 
     def _condition(self, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None) -> tuple[Any, float]:
         """Condition, with the gate before and the guard after; the belief and the precision factor."""
@@ -239,7 +252,9 @@ class KalmanFilter:
 
         return accepts
 
-    def _scores(self, state: FilterState, batch: Batch, part: Part, output_cov: Tensor) -> tempering.State:
+    def _scores(
+        self, state: FilterState, batch: Batch, where: slice, part: Part, output_cov: Tensor
+    ) -> tempering.State:
         """The scores with this part's, or as they were where the temperature is given.
 
         Where only the label's log odds were seen, the outputs are taken to vary independently and alike.
@@ -248,62 +263,37 @@ class KalmanFilter:
             return state.scores
         seed = self.config.seed + state.step
         if self.config.curvature == "sampled":
-            outputs, family = batch.linearized.outputs, noise.likelihood(self.config, state.noise)
-            variance = output_cov.flatten() / odds_length(outputs, batch.targets)
-            losses = tempering.isotropic_log_losses(family, outputs, variance, batch.targets, seed)
+            outputs, targets = batch.linearized.outputs[where], batch.targets[where]
+            variance = output_cov.flatten() / odds_length(outputs, targets)
+            family = noise.likelihood(self.config, state.noise)
+            losses = tempering.isotropic_log_losses(family, outputs, variance, targets, seed)
         else:
             losses = tempering.log_losses(part.family, part.outputs, output_cov, part.targets, seed)
         return tempering.add(state.scores, losses)
 
-    def _part_size(self, num_rows: int) -> int:
-        """Examples of a part whose rows are solved for together."""
-        return max(1, PART_ROWS // num_rows)
-
-    def _most(self) -> int | None:
-        """Examples of a piece, where it has to be a single part: probes are pulled back when its mean is known."""
-        return self._part_size(self.config.curvature_draws) if self.config.curvature == "sampled" else None
-
-    def _squares(self, mean: Tensor, inputs: Inputs) -> Tensor:
-        """Mean squares of the Jacobian's columns over examples and outputs, (n,); by probes for many outputs."""
-        num_outputs, total = self.linearize.prepare(mean, inputs), torch.zeros_like(mean)
-        count = num_outputs if self.config.curvature == "exact" else min(num_outputs, SCALE_PROBES)
-        generator = torch.Generator(device=mean.device).manual_seed(self.config.seed)
-        for _, piece in self.linearize.pieces(mean, inputs, count):
-            batch = self.linearize(mean, piece, directions=count)
-            directions = None if count == num_outputs else signs(batch.outputs, count, generator)
-            total += batch.pull(directions).column_squares()
-        return total / (batch_size(inputs) * num_outputs)
-
-    def _prior_variance(self, mean: Tensor) -> Tensor:
-        size, variance = len(mean), self.config.initial_variance
-        if variance is None:
-            drawn = constant_variance(size, 1.0)  # a unit, scaled by the first inputs
-        elif self.config.initial_rule == "constant":
-            drawn = constant_variance(size, variance)
-        else:
-            drawn = uniform_variance(size, variance, torch.Generator().manual_seed(self.config.seed))
-        drawn = drawn.to(mean)
-        if not bool(torch.isfinite(drawn).all() and (drawn > 0).all()):
-            raise ValueError(f"`initial_variance` must be positive and finite in {mean.dtype}, got {variance:g}.")
-        return drawn
-
-    def _belief(self, prior: diagonal.State) -> Any:
+    def _belief(self, start: diagonal.State) -> Any:
         extra = {"rank": self.config.rank} if self.config.covariance == "low_rank" else {}
-        return self.config.structure.init(prior.mean, prior.variance, **extra)
+        return self.config.structure.init(start.mean, start.variance, **extra)
 
-    def _scale(self, state: FilterState, squares: Tensor) -> FilterState:
-        """The state with its prior variance set from the mean squares of the Jacobian's columns, (n,)."""
-        mean, where = state.prior.mean, self.adapter.slices()
-        gains = [float(squares[part].double().sum()) for part in where.values()]
-        starts = [float(mean[part].double().square().mean()) for part in where.values()]
-        modules = [name.rpartition(".")[0] for name in where]
-        variances = logit_variance(gains, starts, modules, self.config.initial_logit_sd, self.config.initial_spread)
-        if self.config.initial_spread == "modules":
-            most = largest_variances(self.adapter)
-            variances = [min(v, most.get(name, v)) for name, v in zip(where, variances, strict=True)]
-        parts = [mean.new_full((size,), value) for value, size in zip(variances, self.adapter.sizes, strict=True)]
-        prior = diagonal.init(mean, torch.cat(parts))
-        return state._replace(belief=self._belief(prior), prior=prior, scaled=True)
+    def _scale(self, state: FilterState, inputs: Inputs) -> FilterState:
+        """The state with its prior variance set by how strongly the outputs for ``inputs`` react."""
+        start = diagonal.init(state.prior.mean, prior.scaled(self.config, self.linearize, state.prior.mean, inputs))
+        return state._replace(belief=self._belief(start), prior=start, scaled=True)
+
+
+def _parts(widths: list[int]) -> Iterator[tuple[slice, int]]:
+    """Examples that are solved for together, of at most ``PART_ROWS`` rows, and the rows that each of them has.
+
+    Args:
+        widths: rows of each example.
+    """
+    first, width = 0, 0
+    for number, rows in enumerate(widths):
+        if number > first and (number + 1 - first) * max(width, rows) > PART_ROWS:
+            yield slice(first, number), width
+            first, width = number, 0
+        width = max(width, rows)
+    yield slice(first, len(widths)), width
 
 
 def _shaped(inputs: Inputs, num_outputs: int) -> Tensor:

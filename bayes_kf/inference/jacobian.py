@@ -68,6 +68,18 @@ class Jacobian:
         ]
         return Jacobian(terms, stop - start, self.num_rows, self.num_parameters)
 
+    def rows(self, count: int) -> Jacobian:
+        """The first ``count`` rows of every example (views)."""
+        if count >= self.num_rows:
+            return self
+        terms = [
+            (None, Part([block.first_rows(count) for block in part.blocks], (self.size, count)))
+            if left is None
+            else (left[:, :count], part)
+            for left, part in self.terms
+        ]
+        return Jacobian(terms, self.size, count, self.num_parameters)
+
     def multiplied(self, factor: Tensor) -> Jacobian:
         """W J for W (B, r, c); rows are shared, not copied."""
         terms = [(factor.to(self.like) if left is None else factor.to(left) @ left, part) for left, part in self.terms]

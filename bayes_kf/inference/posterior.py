@@ -270,7 +270,7 @@ class Posterior:
     ) -> Prediction:
         family = noise.likelihood(self.config, self.state.noise)
         draws = self.sample(num_samples, generator)
-        at_once = self.kf.linearize.rows_at_once(self.mean_vector, inputs) // batch_size(inputs)
+        at_once = self.kf.linearize.examples_at_once(self.mean_vector, inputs) // batch_size(inputs)
         outputs = outputs_of_draws(self.adapter, draws, inputs, max(1, at_once))
         return prediction.mixture(family, outputs, _checked(family, outputs[0], targets))
 

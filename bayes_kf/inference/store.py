@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayes_kf.inference.blocks import Block, Outer, Rows
 from bayes_kf.inference.layers import Call
+from bayes_kf.inference.layout import Layout, Turn
 from bayes_kf.inference.plan import Plan
 from bayes_kf.inference.tape import Arrived, by_module, is_outer, tensor_rows
 from bayes_kf.models.adapter import AdapterModel
@@ -19,12 +20,12 @@ class Directions(NamedTuple):
 
     Attributes:
         number: c.
-        seeds: (start, stop) -> those directions, (B, stop − start, m).
+        seeds: examples (R,) and which of their directions (R,) -> those directions, (R, m).
         needed: how many of them an example has, (B,), the others being zero; None where all have c.
     """
 
     number: int
-    seeds: Callable[[int, int], Tensor]
+    seeds: Callable[[Tensor, Tensor], Tensor]
     needed: Tensor | None = None
 
 
@@ -35,16 +36,17 @@ class RowsError(RuntimeError):
 class Store:
     """Rows as they arrive, pass by pass; neighbouring tensors share a block."""
 
-    def __init__(self, adapter: AdapterModel, plan: Plan, size: int, directions: Directions) -> None:
-        self._adapter, self._plan, self._size, self._count = adapter, plan, size, directions.number
+    def __init__(self, adapter: AdapterModel, plan: Plan, layout: Layout, directions: Directions) -> None:
+        self._adapter, self._plan, self._layout = adapter, plan, layout
+        self._size, self._count = len(layout.copies), directions.number
         self._ragged = directions.needed is not None
         self._slices = adapter.slices()
         self._shapes = dict(zip(adapter.names, adapter.shapes, strict=True))
         self._found: dict[str, Block] = {}
         self._shared: list[Block] = []
 
-    def add(self, arrived: Arrived, which: Tensor, start: int, stop: int, repeats: int) -> None:
-        """Take in what arrived for some examples and the directions from ``start`` to ``stop``."""
+    def add(self, arrived: Arrived, turn: Turn) -> None:
+        """Take in what arrived with one pass."""
         found = by_module([(call, g.to(self._adapter.dtype)) for call, g in arrived])
         rows: dict[str, tuple[Tensor | None, Tensor]] = {}
         for name, (module, attribute) in self._plan.hooked.items():
@@ -58,16 +60,14 @@ class Store:
         new = {name: found for name, found in rows.items() if name not in self._found}
         if new:
             self._allocate(new)
+        place = turn.example * self._count + turn.which
         for name, (_, values) in rows.items():
-            if len(values) != repeats * len(which):
+            if len(values) != len(self._layout.example):
                 raise RowsError
-            values = values.view(repeats, len(which), -1)[: stop - start].transpose(0, 1)
+            values = values.view(len(values), -1)
             block = self._found[name]
             target = block.rows if isinstance(block, Rows) else block.cotangent
-            if len(which) == self._size:
-                target[:, start:stop] = values
-            else:
-                target[which.to(target.device), start:stop] = values
+            target.flatten(0, 1).index_copy_(0, place, values if turn.rows is None else values[turn.rows])
 
     def blocks(self) -> list[Block]:
         """All of them."""
@@ -77,7 +77,7 @@ class Store:
         """Room for the cotangents of a Linear on one vector per example."""
         if name in self._found:
             return
-        taken = call.taken[: self._size].detach().to(self._adapter.dtype)
+        taken = call.taken[self._layout.first.to(call.taken.device)].detach().to(self._adapter.dtype)
         out = call.output.shape[-1]
         taken = taken if attribute == "weight" else taken.new_ones(self._size, 1)
         block = Outer(self._slices[name], self._room(taken, out), taken)

@@ -45,9 +45,15 @@ def isotropic_log_losses(family: Likelihood, outputs: Tensor, variance: Tensor, 
     """As :func:`log_losses` under η ~ N(outputs, t·variance·I), variance (B,): for steps that saw one direction."""
     generator = torch.Generator(device=outputs.device).manual_seed(seed)
     num_draws = max(FEWEST_DRAWS, min(NUM_DRAWS, DRAWN_NUMBERS // outputs.numel()))
-    noise = torch.randn(num_draws, *outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-    spread = noise * variance.sqrt().to(outputs).unsqueeze(-1)
-    log_prob = torch.stack([family.log_prob(outputs + t**0.5 * spread, targets) for t in GRID])  # (K, S, B)
+    scale = variance.sqrt().to(outputs).unsqueeze(-1)
+    roots = torch.tensor(GRID, dtype=outputs.dtype, device=outputs.device).sqrt().view(-1, 1, 1, 1)
+    noise = torch.empty(min(num_draws, max(1, DRAWN_NUMBERS // outputs.numel())), *outputs.shape).to(outputs)
+    log_probs = []
+    for start in range(0, num_draws, len(noise)):
+        drawn = noise[: num_draws - start].normal_(generator=generator).mul_(scale)
+        together = len(roots) if drawn.numel() * len(roots) <= DRAWN_NUMBERS else 1  # temperatures
+        log_probs.append(torch.cat([family.log_prob(outputs + r * drawn, targets) for r in roots.split(together)]))
+    log_prob = torch.cat(log_probs, 1)  # (K, S, B)
     return -(log_prob.double().logsumexp(1) - math.log(num_draws)).sum(-1)
 
 

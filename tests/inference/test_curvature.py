@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
-from bayes_kf.inference.curvature import num_directions, odds_length, probes, see, signs
+from bayes_kf.inference.curvature import num_directions, num_rows, odds_length, see, signs
 from bayes_kf.inference.store import Directions
 from bayes_kf.models.likelihood import Categorical
 
@@ -17,8 +17,10 @@ def outputs_of(size=4, m=30, scale=5.0, seed=0):
     return scale * torch.randn(size, m, generator=g).double(), torch.randint(m, (size,), generator=g)
 
 
-def matrix(directions: Directions):
-    return directions.seeds(0, directions.number)
+def matrix(directions: Directions, size):
+    """All directions, (B, c, m)."""
+    example, which = torch.meshgrid(torch.arange(size), torch.arange(directions.number), indexing="ij")
+    return directions.seeds(example.flatten(), which.flatten()).view(size, directions.number, -1)
 
 
 def fisher(outputs):
@@ -30,7 +32,8 @@ def test_likelihood_and_gradient_of_the_label_stay_exact(curvature, epsilon):
     outputs, targets = outputs_of()
     seen = see(KalmanConfig(curvature=curvature, curvature_epsilon=epsilon), FAMILY, outputs, targets)
     torch.testing.assert_close(seen.family.log_prob(seen.outputs, seen.targets), FAMILY.log_prob(outputs, targets))
-    gradient = (matrix(seen.directions).mT @ seen.family.residual(seen.outputs, seen.targets).unsqueeze(-1)).squeeze(-1)
+    directions = matrix(seen.directions, len(outputs))[:, : seen.outputs.shape[1]]
+    gradient = (directions.mT @ seen.family.residual(seen.outputs, seen.targets).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(gradient, FAMILY.residual(outputs, targets), rtol=1e-10, atol=1e-12)
 
 
@@ -43,7 +46,8 @@ def test_directions_are_the_slopes_of_what_is_seen(epsilon):
         slope = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).double()
         moved = [see(config, FAMILY, outputs + h * slope, targets).outputs for h in (1e-6, -1e-6)]
         numeric = (moved[0] - moved[1]) / 2e-6
-        exact = (matrix(seen.directions) @ slope.unsqueeze(-1)).squeeze(-1)
+        directions = matrix(seen.directions, len(outputs))[:, : seen.outputs.shape[1]]
+        exact = (directions @ slope.unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(exact, numeric, rtol=1e-6, atol=1e-7)
 
 
@@ -51,7 +55,7 @@ def test_directions_are_the_slopes_of_what_is_seen(epsilon):
 def test_truncation_loses_information_within_its_bound(epsilon):
     outputs, targets = outputs_of(size=6)
     seen = see(KalmanConfig(curvature="truncated", curvature_epsilon=epsilon), FAMILY, outputs, targets)
-    d = matrix(seen.directions)
+    d = matrix(seen.directions, len(outputs))
     coarse = d.mT @ seen.family.variance(seen.outputs) @ d
     lost = fisher(outputs) - coarse
     assert float(torch.linalg.eigvalsh(lost).min()) > -1e-12
@@ -74,7 +78,7 @@ def test_truncation_keeps_the_label_however_unlikely_and_no_more_classes_than_to
     seen = see(KalmanConfig(curvature="truncated"), FAMILY, outputs, targets)
     assert seen.directions.number == 3  # the rest, the likely class, the label
     assert seen.directions.needed.tolist() == [2, 3]
-    assert matrix(seen.directions)[1, 2, 17] == 1.0
+    assert matrix(seen.directions, len(outputs))[1, 2, 17] == 1.0
     assert seen.targets.tolist() == [1, 2]
     flat = see(
         KalmanConfig(curvature="truncated", curvature_classes=5), FAMILY, torch.zeros(1, 50).double(), targets[:1]
@@ -82,15 +86,36 @@ def test_truncation_keeps_the_label_however_unlikely_and_no_more_classes_than_to
     assert flat.directions.number in (6, 7)  # with the label or beside it
     assert flat.lumped == pytest.approx(1 - (flat.directions.number - 1) / 50)
     few = see(KalmanConfig(curvature="truncated"), FAMILY, torch.zeros(1, 5).double(), targets[:1])
-    assert few.directions is None
-    assert num_directions(KalmanConfig(curvature="truncated", curvature_classes=5), 50) == 7
+    assert few.directions.number == 5  # the least likely class is what is left, by itself
+    assert few.lumped == 0.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "outputs", "rows", "directions"),
+    [
+        ({}, 10, 10, 9),
+        ({"likelihood": "bernoulli"}, 10, 10, 10),
+        ({"curvature": "truncated"}, 2, 2, 1),
+        ({"curvature": "truncated", "curvature_classes": 5}, 50, 7, 7),
+        ({"curvature": "truncated", "curvature_classes": 5}, 4, 4, 4),
+        ({"curvature": "sampled", "curvature_draws": 4}, 2, 5, 5),
+    ],
+)
+def test_rows_known_beforehand(setting, outputs, rows, directions):
+    config = KalmanConfig(**setting)
+    assert (num_rows(config, outputs), num_directions(config, outputs)) == (rows, directions)
 
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_probes_average_to_the_fisher_information(moved):
     outputs, targets = outputs_of(size=3, m=5, scale=1.5)
     odds = torch.tensor([[0.3], [-1.0], [2.0]]).double() if moved else None
-    draws = torch.cat([matrix(probes(outputs, targets, odds, 4, seed)) for seed in range(5000)], 1)  # (B, S, m)
+    config = KalmanConfig(curvature="sampled", curvature_draws=4)
+    found = []
+    for seed in range(5000):
+        seen = see(config, FAMILY, outputs, targets, seed)
+        found.append(seen.probes.factor(seen.outputs if odds is None else odds) @ matrix(seen.directions, 3))
+    draws = torch.cat(found, 1)  # (B, S, m)
     products = draws.unsqueeze(-1) * draws.unsqueeze(-2) * 4  # each probe was divided by √4
     probs = outputs.softmax(-1)
     if moved:
@@ -105,7 +130,7 @@ def test_probes_average_to_the_fisher_information(moved):
 def test_signs_average_to_the_identity():
     outputs = torch.zeros(2, 6).double()
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([matrix(signs(outputs, 8, generator)) for _ in range(2000)], 1) * 8**0.5
+    draws = torch.cat([matrix(signs(outputs, 8, generator), 2) for _ in range(2000)], 1) * 8**0.5
     mean = (draws.mT @ draws) / draws.shape[1]
     error = (1.0 - torch.eye(6).double()) / draws.shape[1] ** 0.5
     assert ((mean - torch.eye(6).double()).abs() <= 5 * error).all()
@@ -113,7 +138,7 @@ def test_signs_average_to_the_identity():
 
 def test_length_of_the_odds_direction():
     outputs, targets = outputs_of()
-    direction = matrix(see(KalmanConfig(curvature="sampled"), FAMILY, outputs, targets).directions)
+    direction = matrix(see(KalmanConfig(curvature="sampled"), FAMILY, outputs, targets).directions, 4)[:, :1]
     torch.testing.assert_close(odds_length(outputs, targets), direction.square().sum((1, 2)))
 
 
@@ -196,7 +221,7 @@ def test_the_memory_budget_changes_only_rounding(curvature):
         kf = KalmanFilter(model_of(12), KalmanConfig(curvature=curvature, bytes_budget=budget, initial_variance=0.2))
         state, info = kf.update(kf.init(), x, y)
         results.append((*state.belief, torch.tensor(info.innovation), info.outputs))
-        pieces.append(len(list(kf.linearize.pieces(state.belief.mean, x, 12, 16))))
+        pieces.append(len(list(kf.linearize.pieces(state.belief.mean, x, 12))))
     assert pieces[0] == 1
     assert pieces[1] > 1
     torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)

@@ -1,0 +1,83 @@
+"""How many copies of each example go through the network at once, so that a few passes carry all of their directions.
+
+A backward pass carries one direction for every row of the batch. Rows are repeated where that is cheaper than more
+passes: for small batches, whose passes cost the same with more rows, and where examples differ in how many directions
+they have, as under truncated curvature, for else the one with the most would keep all others waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FORWARD = 1.3  # cost of a forward pass that keeps its graph, in backward passes; a small BERT on a CPU
+
+
+class Turn(NamedTuple):
+    """What one backward pass carries.
+
+    Attributes:
+        rows: the rows of the batch that have a direction, (R',); None where all have.
+        example: whose they are, (R',).
+        which: of its directions, (R',).
+    """
+
+    rows: Tensor | None
+    example: Tensor
+    which: Tensor
+
+
+class Layout(NamedTuple):
+    """The rows of a batch in which examples are repeated.
+
+    Attributes:
+        copies: of each example, (B,), on the CPU.
+        example: of each row, (R,), on the CPU, in order.
+    """
+
+    copies: Tensor
+    example: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """The first row of each example, (B,)."""
+        return self.copies.cumsum(0) - self.copies
+
+    def turns(self, number: int, needed: Tensor | None, device: torch.device) -> Iterator[Turn]:
+        """The passes that carry ``needed`` (B,) directions of each example, or ``number`` of all."""
+        wanted = torch.full_like(self.copies, number) if needed is None else needed.cpu()
+        copies, wanted = self.copies[self.example], wanted[self.example]
+        copy = torch.arange(len(self.example)) - self.first[self.example]
+        for turn in range(int(wanted.add(copies - 1).floor_divide(copies).max())):
+            which = turn * copies + copy
+            rows = (which < wanted).nonzero().squeeze(1)
+            if len(rows) == len(which):
+                yield Turn(None, self.example.to(device), which.to(device))
+            else:
+                yield Turn(rows.to(device), self.example[rows].to(device), which[rows].to(device))
+
+    @classmethod
+    def of(cls, copies: Tensor) -> Layout:
+        """From the copies of each example, (B,)."""
+        return cls(copies, torch.arange(len(copies)).repeat_interleave(copies))
+
+    @classmethod
+    def cheapest(cls, needed: Tensor, free: int, most: int) -> Layout:
+        """The layout whose passes take least time.
+
+        Args:
+            needed: directions of each example, (B,).
+            free: rows up to which a pass costs the same.
+            most: rows that may be there at once, where they are not fewer than the examples.
+        """
+        needed = needed.cpu().clamp_min(1)
+        longest = int(needed.max())
+        passes = torch.tensor(sorted({-(-longest // k) for k in range(1, min(longest, most) + 1)}))
+        copies = -(-needed // passes.unsqueeze(1))  # (candidates, B)
+        rows = copies.sum(1)
+        cost = (FORWARD + passes) * rows.clamp_min(free)
+        cost = cost.masked_fill(rows > max(most, len(needed)), torch.inf)
+        return cls.of(copies[int(cost.argmin())])

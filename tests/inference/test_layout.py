@@ -1,0 +1,64 @@
+"""Rows that carry directions: every direction once, whatever the examples need, and few passes for it."""
+
+import pytest
+import torch
+from torch import nn
+
+from bayes_kf.inference.layout import FORWARD, Layout
+from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.store import Directions
+from bayes_kf.models.adapter import AdapterModel
+from tests.oracles import dense_jacobian
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("copies", [[1, 1, 1], [2, 1, 4], [3, 3, 3]])
+@pytest.mark.parametrize("needed", [None, [5, 1, 9], [0, 2, 2]])
+def test_every_direction_is_carried_once(copies, needed):
+    layout = Layout.of(torch.tensor(copies))
+    wanted = needed or [5, 5, 5]
+    turns = list(layout.turns(5, None if needed is None else torch.tensor(needed), CPU))
+    carried = [pair for turn in turns for pair in zip(turn.example.tolist(), turn.which.tolist(), strict=True)]
+    assert sorted(carried) == [(b, j) for b, number in enumerate(wanted) for j in range(number)]
+    assert len(turns) == max(-(-number // times) for number, times in zip(wanted, copies, strict=True))
+    for turn in turns:
+        if turn.rows is not None:
+            assert layout.example[turn.rows].tolist() == turn.example.tolist()
+
+
+def cost(layout: Layout, needed, free):
+    passes = len(list(layout.turns(0, needed, CPU)))
+    return (FORWARD + passes) * max(len(layout.example), free)
+
+
+@pytest.mark.parametrize("needed", [[40, 2, 2, 3], [7, 7, 7, 7], [1, 1, 1, 1], [30, 1, 30, 1]])
+@pytest.mark.parametrize(("free", "most"), [(1, 8), (1, 64), (16, 16), (64, 200)])
+def test_the_cheapest_layout_is_no_dearer_than_any_other(needed, free, most):
+    needed = torch.tensor(needed)
+    found = Layout.cheapest(needed, free, most)
+    assert len(found.example) <= max(most, len(needed))
+    for passes in range(1, int(needed.max()) + 1):
+        other = Layout.of(-(-needed // passes))
+        if len(other.example) <= max(most, len(needed)):
+            assert cost(found, needed, free) <= cost(other, needed, free) + 1e-4
+
+
+def test_one_example_with_many_directions_does_not_keep_the_others_waiting():
+    layout = Layout.cheapest(torch.tensor([32, 2, 2, 2, 2, 2, 2, 2]), 1, 16)
+    assert layout.copies[0] > 1
+    assert layout.copies[1:].tolist() == [1] * 7
+
+
+@pytest.mark.parametrize("told", [None, 3, torch.tensor([4, 1, 0, 2]), torch.tensor([1, 1, 1, 1])])
+def test_rows_do_not_depend_on_the_layout(told):
+    """What was foretold of the directions is for speed alone."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 6)).double(), torch.randn(4, 3).double()
+    seeds, needed = torch.randn(4, 4, 6).double(), torch.tensor([4, 1, 0, 2])
+    seeds *= (torch.arange(4) < needed.unsqueeze(1)).unsqueeze(-1)
+    adapter = AdapterModel(model)
+    directions = Directions(4, lambda example, which: seeds[example, which], needed)
+    found = Linearizer(adapter)(adapter.vector(), x, needed=told).pull(directions).dense()
+    exact = seeds @ dense_jacobian(model, lambda m: m(x))[1].view(4, 6, -1)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
