@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import json
 import math
+import multiprocessing
 import os
 import re
 import resource
 import signal
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,18 +164,38 @@ def _summary(spans: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def memory_elsewhere(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`memory_here` finds in a new process, or why it found nothing."""
-    flags = [f"--{name.replace('_', '-')}={options[name]}" for name in ("device", "threads", "cap", "memory_limit")]
-    command = [sys.executable, sys.argv[0], f"--memory-of={cell.key}", f"--method={method}", f"--weights={weights}"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, and counts again
-    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)  # noqa: S603
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode == -signal.SIGALRM:
-        return {"skipped": f"a step takes more than {options['cap']:g} s", "larger_too": True}
-    if done.returncode < 0:
-        return {"skipped": f"ended by {signal.Signals(-done.returncode).name}", "larger_too": True}
-    return {"skipped": (done.stderr.strip().splitlines() or ["unknown"])[-1][:200]}
+    """What :func:`memory_here` finds in a new process, or why it found nothing.
+
+    The process is forked from a server that has imported the packages and done nothing else.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory goes back at once, and counts again; read at start
+    paths, here = os.environ.get("PYTHONPATH", "").split(os.pathsep), str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, paths)]))
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    receiver, sender = forks.Pipe(duplex=False)
+    child = forks.Process(target=_report, args=(sender, cell, method, weights, dict(options)))
+    child.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        child.join()
+        if child.exitcode == -signal.SIGALRM:
+            return {"skipped": f"a step takes more than {options['cap']:g} s", "larger_too": True}
+        reason = f"by {signal.Signals(-child.exitcode).name}" if child.exitcode < 0 else f"with {child.exitcode}"
+        return {"skipped": f"ended {reason}", "larger_too": child.exitcode < 0}
+    child.join()
+    return found
+
+
+def _report(sender: Connection, cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> None:
+    """Send what :func:`memory_here` finds, and end at once: the interpreters of some peers do not end quietly."""
+    torch.set_num_threads(options["threads"])
+    found = memory_here(cell, method, weights, torch.device(options["device"]), options["cap"], options["memory_limit"])
+    sender.send(found)
+    sender.close()
+    os._exit(0)
 
 
 def memory_here(

@@ -89,12 +89,12 @@ def _cost(cells: Cells, cell: Cell, method: str, reasons: dict[str, str]) -> str
     if method == "adamw":
         return "1"
     bound = TARGETS.get(method, {}).get((cell.batch, cell.outputs)) if cell.model in TARGET_MODELS else None
-    return _number(ratio) + ("" if bound is None else f" {_mark(ratio <= bound)} ({bound:g})")
+    return number(ratio) + ("" if bound is None else f" {_mark(ratio <= bound)} ({bound:g})")
 
 
 def _memory(cells: Cells, cell: Cell, method: str, reasons: dict[str, str]) -> str:
     mib = cells.get(f"{cell.key}/memory/{method}", {}).get("mib")
-    return _skipped(cells, cell, method, reasons) if mib is None else _number(mib)
+    return _skipped(cells, cell, method, reasons) if mib is None else number(mib)
 
 
 def _skipped(cells: Cells, cell: Cell, method: str, reasons: dict[str, str]) -> str:
@@ -107,7 +107,7 @@ def _skipped(cells: Cells, cell: Cell, method: str, reasons: dict[str, str]) -> 
 
 def _fact(cells: Cells, cell: Cell, take: Callable[[Mapping[str, Any]], float]) -> str:
     try:
-        return _number(take(cells[f"{cell.key}/time"]))
+        return number(take(cells[f"{cell.key}/time"]))
     except KeyError:
         return "–"
 
@@ -130,7 +130,7 @@ def _targets(cells: Cells) -> list[str]:
         (f"{name}: memory over exact's", memory(small, peer), memory(small, "exact"), 50.0, True),
     ]
     rows = [
-        [what, _number(a / b), f"{'≥' if least else '≤'} {bound:g}", _mark(a / b >= bound if least else a / b <= bound)]
+        [what, number(a / b), f"{'≥' if least else '≤'} {bound:g}", _mark(a / b >= bound if least else a / b <= bound)]
         for what, a, b, bound, least in statements
         if a is not None and b
     ]
@@ -148,7 +148,7 @@ def _scaling(cells: Cells, picture: str) -> list[str]:
         times = curves(cells, axis, "milliseconds")[1]
         header = [title, "AdamW, ms", *(f"{k}, {unit}" for k in CURVES for unit in ("ms", "AdamW = 1"))]
         columns = [times["adamw"], *(values[k] for k in CURVES for values in (times, ratios))]
-        rows = [[f"{size:,}", *(_number(column[i]) for column in columns)] for i, size in enumerate(sizes)]
+        rows = [[f"{size:,}", *(number(column[i]) for column in columns)] for i, size in enumerate(sizes)]
         grown = [_slope(sizes, times["adamw"]), *(text for k in CURVES for text in (_slope(sizes, times[k]), ""))]
         rows.append(["exponent of growth, upper half", *grown])
         lines += [f"## Against {title}, {TARGET_MODEL}, B=16", "", *markdown_table(header, rows), ""]
@@ -206,7 +206,7 @@ def _mark(met: bool) -> str:
     return "✓" if met else "✗"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, without an exponent."""
     if not math.isfinite(value):
         return "–"

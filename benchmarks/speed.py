@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
-import os
 import re
 import sys
 import tempfile
@@ -31,7 +29,7 @@ from typing import Any
 
 import torch
 from _results import ResultFile
-from _speed_measure import Cell, Weights, memory_elsewhere, memory_here, time_cell
+from _speed_measure import Cell, Weights, memory_elsewhere, time_cell
 from _speed_models import MODELS
 from _speed_peers import METHODS, installed
 from _speed_table import plot, render
@@ -62,8 +60,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scaling", action="store_true", help="cost against m and n instead of the cells")
     parser.add_argument("--redo", metavar="REGEX", help="measure again what is there and matches, as `.` for all")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    for hidden in ("--memory-of", "--method", "--weights"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.methods = [m for m in METHODS if m in {"adamw", *args.methods} and installed(m) is not None]
     return args
@@ -73,12 +69,6 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    if args.memory_of:
-        found = memory_here(
-            Cell.of(args.memory_of), args.method, Path(args.weights), device, args.cap, args.memory_limit
-        )
-        print(json.dumps(found), flush=True)
-        os._exit(0)  # a wound-up interpreter of some peers does not end quietly
     parts = ["speed", device.type * (device.type != "cpu"), f"threads{args.threads}" * (args.threads != 2)]
     file = ResultFile("-".join(part for part in parts if part))
     if not args.table:
