@@ -20,12 +20,25 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """A piece of a batch that is linearized at once, and the most rows that each of its examples has."""
+    """A piece of a batch that is linearized at once.
+
+    Attributes:
+        inputs: of it.
+        targets: of it.
+        linearized: its outputs.
+        start: θ that it is linearized at, (n,).
+        widths: the most rows that each of its examples has.
+        known: whether ``start`` has seen the targets: the likelihood is then expanded there, and nothing is scored.
+        hold_mean: whether only the covariance learns.
+    """
 
     inputs: Inputs
     targets: Tensor
     linearized: Linearized
+    start: Tensor
     widths: list[int]
+    known: bool
+    hold_mean: bool
 
 
 class Part(NamedTuple):
@@ -34,6 +47,7 @@ class Part(NamedTuple):
     Attributes:
         family: the likelihood of what is seen.
         outputs: that at the present mean, to first order about where the batch was linearized, (B, c).
+        start: that where the batch was linearized, (B, c).
         targets: in terms of it.
         jacobian: of it.
         pulled: the Jacobian of all directions, whose combinations by ``probes`` the covariance learns from.
@@ -42,6 +56,7 @@ class Part(NamedTuple):
 
     family: Likelihood
     outputs: Tensor
+    start: Tensor
     targets: Tensor
     jacobian: Jacobian
     pulled: Jacobian
@@ -56,7 +71,7 @@ class Part(NamedTuple):
             probes = seen.probes.examples(where)
             first = torch.eye(outputs.shape[1], jacobian.num_rows, dtype=outputs.dtype, device=outputs.device)
             own = jacobian.multiplied(first.expand(len(outputs), -1, -1))
-        return cls(seen.family, outputs, seen.targets[where], own, jacobian, probes)
+        return cls(seen.family, outputs, outputs, seen.targets[where], own, jacobian, probes)
 
     def moved(self, step: Tensor) -> Part:
         """The same after a step of the parameters, (n,), to first order."""
