@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bayes_kf.inference.curvature import Probes, Seen
 from bayes_kf.inference.jacobian import Jacobian
-from bayes_kf.inference.linearize import Linearized
 from bayes_kf.inference.observation import Observation
 from bayes_kf.inference.state import UpdateInfo
 from bayes_kf.models.adapter import Inputs
@@ -20,13 +19,15 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """A piece of a batch that is linearized at once.
+    """A piece of a batch, linearized.
 
     Attributes:
         inputs: of it.
-        targets: of it.
-        linearized: its outputs.
-        start: θ that it is linearized at, (n,).
+        targets: of it, as the likelihood's ``check`` returned them.
+        outputs: where it is linearized, (B, m).
+        start: θ there, (n,).
+        seen: what the curvature sees of the outputs.
+        jacobian: of what is seen, with all directions.
         widths: the most rows that each of its examples has.
         known: whether ``start`` has seen the targets: the likelihood is then expanded there, and nothing is scored.
         hold_mean: whether only the covariance learns.
@@ -34,11 +35,13 @@ class Batch(NamedTuple):
 
     inputs: Inputs
     targets: Tensor
-    linearized: Linearized
+    outputs: Tensor
     start: Tensor
+    seen: Seen
+    jacobian: Jacobian
     widths: list[int]
-    known: bool
-    hold_mean: bool
+    known: bool = False
+    hold_mean: bool = False
 
 
 class Part(NamedTuple):
@@ -99,17 +102,17 @@ class Tally:
     """What an update reports, gathered over its pieces and parts."""
 
     def __init__(self) -> None:
-        self.lumped = 0.0
         self._outputs: list[Tensor] = []
         self._log_losses: list[Tensor] = []
         self._correct: list[Tensor | None] = []
-        self._innovation, self._dof, self._damping, self._jitter = 0.0, 0, 1.0, 0.0
+        self._innovation, self._dof, self._damping, self._jitter, self._lumped = 0.0, 0, 1.0, 0.0, 0.0
 
-    def outputs(self, outputs: Tensor, family: Likelihood, targets: Tensor) -> None:
+    def piece(self, batch: Batch, family: Likelihood) -> None:
         """Take in a piece as it was before the update."""
-        self._outputs.append(outputs)
-        self._log_losses.append(-family.log_prob(outputs, targets))
-        self._correct.append(family.correct(outputs, targets))
+        self._outputs.append(batch.outputs)
+        self._log_losses.append(-family.log_prob(batch.outputs, batch.targets))
+        self._correct.append(family.correct(batch.outputs, batch.targets))
+        self._lumped = max(self._lumped, batch.seen.lumped)
 
     def part(self, observation: Observation, damping: float, jitter: float) -> None:
         """Take in a part that was conditioned on."""
@@ -128,7 +131,7 @@ class Tally:
             degrees_of_freedom=self._dof,
             damping=self._damping,
             jitter=self._jitter,
-            lumped=self.lumped,
+            lumped=self._lumped,
             step_norm=step_norm,
             seconds=0.0,
         )

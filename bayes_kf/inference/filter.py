@@ -119,32 +119,47 @@ class KalmanFilter:
     def _update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool, at: Tensor | None
     ) -> tuple[FilterState, UpdateInfo]:
-        """Linearize the batch where it starts, in pieces that fit the memory; learn from it part by part."""
-        before, tally = state, Tally()
-        num_outputs = self.linearize.prepare(state.belief.mean, inputs)
+        tally, state = Tally(), self._begun(state, inputs)
+        start, known = (state.belief.mean, hold_mean) if at is None else (at, True)
+        before = state
+        for batch in self._observed(state, inputs, targets, start):
+            tally.piece(batch, noise.likelihood(self.config, state.noise))
+            state = self._learn(state, batch._replace(known=known, hold_mean=hold_mean), tally)
+        return self._ended(before, state), tally.info(float((state.belief.mean - before.belief.mean).norm()))
+
+    def _begun(self, state: FilterState, inputs: Inputs) -> FilterState:
+        """The state with the scale of its prior settled and its belief moved on by the dynamics."""
+        self.linearize.prepare(state.belief.mean, inputs)
+        return self._predicted(state if state.scaled else self._scale(state, inputs))
+
+    def _ended(self, before: FilterState, state: FilterState) -> FilterState:
+        """The state with its update counted: noise counts updates, not parts of batches."""
+        return state._replace(noise=state.noise._replace(step=before.noise.step + 1), step=before.step + 1)
+
+    def _observed(self, state: FilterState, inputs: Inputs, targets: Tensor, start: Tensor) -> Iterator[Batch]:
+        """The batch linearized at ``start``, in pieces that fit the memory."""
+        num_outputs = self.linearize.num_outputs
         targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs), targets)
-        state = self._predicted(state if state.scaled else self._scale(state, inputs))
-        start = state.belief.mean if at is None else at
         needed, widths = self._needed(state, start, inputs, targets, num_outputs)
-        cuts = [part.stop for part, _ in _parts(widths)]
+        cuts, seed = [part.stop for part, _ in _parts(widths)], self.config.seed + state.examples
         for where, piece in self.linearize.pieces(start, inputs, needed, cuts):
             linearized = self.linearize(start, piece, needed=needed[where])
-            _finite("the outputs", linearized.outputs)
-            tally.outputs(linearized.outputs, noise.likelihood(self.config, state.noise), targets[where])
-            known = hold_mean or at is not None
-            batch = Batch(piece, targets[where], linearized, start, widths[where], known, hold_mean)
-            state = self._learn(state, batch, tally)
-            state = state._replace(examples=state.examples + len(linearized.outputs))
-        step = float((state.belief.mean - before.belief.mean).norm())
-        noise_state = state.noise._replace(step=before.noise.step + 1)
-        return state._replace(noise=noise_state, step=before.step + 1), tally.info(step)
+            outputs = linearized.outputs
+            _finite("the outputs", outputs)
+            family = noise.likelihood(self.config, state.noise)
+            seen = see(self.config, family, outputs, targets[where], seed + where.start)
+            if seen.directions is None and family.name == "categorical":
+                jacobian = linearized.pull_differences()
+            else:
+                jacobian = linearized.pull(seen.directions)
+            yield Batch(piece, targets[where], outputs, start, seen, jacobian, widths[where])
 
     def _needed(
         self, state: FilterState, start: Tensor, inputs: Inputs, targets: Tensor, num_outputs: int
-    ) -> tuple[Tensor, list[int]]:
-        """Directions of each example, (B,), and its rows; by a forward pass of its own where that saves passes."""
+    ) -> tuple[list[int], list[int]]:
+        """Directions of each example, and its rows; by a forward pass of its own where that saves passes."""
         count, size = num_directions(self.config, num_outputs), len(targets)
-        alike = torch.full((size,), count), [num_rows(self.config, num_outputs)] * size
+        alike = [count] * size, [num_rows(self.config, num_outputs)] * size
         if self.config.curvature != "truncated" or self.linearize.in_one_pass(start, inputs, count):
             return alike
         step = self.linearize.examples_at_once(start, inputs)
@@ -153,7 +168,8 @@ class KalmanFilter:
         directions = see(self.config, noise.likelihood(self.config, state.noise), outputs, targets).directions
         if directions is None or directions.needed is None:
             return alike
-        return directions.needed.cpu(), directions.needed.tolist()
+        known = directions.needed.tolist()
+        return known, known
 
     def _predicted(self, state: FilterState) -> FilterState:
         """The state with its belief moved on by one step of the dynamics."""
@@ -170,21 +186,15 @@ class KalmanFilter:
 
     def _learn(self, state: FilterState, batch: Batch, tally: Tally) -> FilterState:
         """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
-        outputs = batch.linearized.outputs
-        state = state._replace(noise=noise.begin(self.config, state.noise, outputs, batch.targets))
-        family, seed = noise.likelihood(self.config, state.noise), self.config.seed + state.examples
-        seen = see(self.config, family, outputs, batch.targets, seed)
-        tally.lumped = max(tally.lumped, seen.lumped if self.config.curvature == "truncated" else 0.0)
-        if seen.directions is None and seen.family.name == "categorical":
-            jacobian = batch.linearized.pull_differences()
-        else:
-            jacobian = batch.linearized.pull(seen.directions)
+        state = state._replace(noise=noise.begin(self.config, state.noise, batch.outputs, batch.targets))
+        if batch.seen.directions is None:  # what noise it has may have become known just now
+            batch = batch._replace(seen=batch.seen._replace(family=noise.likelihood(self.config, state.noise)))
         for where, width in _parts(batch.widths):
-            part = Part.of(seen, jacobian, where, width)
+            part = Part.of(batch.seen, batch.jacobian, where, width)
             if state.belief.mean is not batch.start:
                 part = part.moved(state.belief.mean - batch.start)
             state = self._learn_part(state, batch, where, part, tally)
-        return state
+        return state._replace(examples=state.examples + len(batch.targets))
 
     def _learn_part(self, state: FilterState, batch: Batch, where: slice, part: Part, tally: Tally) -> FilterState:
         belief = state.belief
@@ -283,7 +293,7 @@ class KalmanFilter:
             return state.scores
         seed = self.config.seed + state.step
         if self.config.curvature == "sampled":
-            outputs, targets = batch.linearized.outputs[where], batch.targets[where]
+            outputs, targets = batch.outputs[where], batch.targets[where]
             variance = output_cov.flatten() / odds_length(outputs, targets)
             family = noise.likelihood(self.config, state.noise)
             losses = tempering.isotropic_log_losses(family, outputs, variance, targets, seed)
