@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bayes_kf.inference import diagonal, full, low_rank
+from bayes_kf.inference import block_diagonal, diagonal, full, low_rank
 from bayes_kf.models.likelihood import LIKELIHOODS
 
 
@@ -39,11 +39,13 @@ STRUCTURES: dict[str, Structure] = {
     "diagonal_information": _structure(diagonal, diagonal.information_condition),
     "diagonal_mixed": _structure(diagonal, diagonal.mixed_condition),
     "low_rank": _structure(low_rank, low_rank.condition),
+    "block_diagonal": _structure(block_diagonal, block_diagonal.condition),
     "full": _structure(full, full.condition),
 }
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
 SPREADS = ("modules", "tensors", "constant")
+BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
 CONFIG_FILE = "kalman_config.json"
@@ -55,8 +57,11 @@ class KalmanConfig:
 
     Attributes:
         likelihood: "categorical", "bernoulli", "gaussian" or "poisson".
-        covariance: "diagonal" (gain form), "diagonal_information", "diagonal_mixed", "low_rank" or "full".
+        covariance: "diagonal" (gain form), "diagonal_information", "diagonal_mixed", "low_rank", "block_diagonal" or
+            "full".
         rank: L, columns of the low-rank part of the precision.
+        blocks: of "block_diagonal": each of the "tensors", or each of the "modules" (LoRA's A and B of one layer;
+            weight and bias).
         noise: observation noise. "exponential_family": the likelihood's own variance. "ema_taylor" and "ema_residual":
             LoKO's equations 12 and 7. "identity": I. "decaying": exp(−k/50) I at update k.
         noise_variance: σ² of a Gaussian likelihood in squared target units, or "estimated"; the unit of "identity" and
@@ -71,6 +76,8 @@ class KalmanConfig:
         beta: forgetting factor of the EMA noise models, in (0, 1); applied once for every 192 rows of a batch.
         forgetting: λ in (0, 1]; the variance is divided by it before every update.
         drift_variance: q ≥ 0, added to every variance before every update.
+        prior_pull: a in [0, 1), by which the belief returns to the prior before every update: with α = 1 − a,
+            μ⁻ = αμ + aμ₀ and P⁻ = α²P + (1 − α²)P₀, which leaves the prior as it is.
         damping: whether an update that does not lower its own objective is solved again with less precise data.
         gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
         expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
@@ -84,9 +91,11 @@ class KalmanConfig:
         outputs_per_pass: outputs of each example that share a backward pass; None chooses from the sizes. Only speed
             depends on it.
         bytes_budget: bytes that the graph, the rows and the temporaries of a step may take beside the belief; larger
-            batches go through in pieces. None: 32 MiB, or three times the graph of the batch,
-            or two vectors of parameters, where that is more.
-            Beliefs depend on it only through rounding, unless it is too small for 192 rows.
+            batches go through in pieces. None: 32 MiB, or three times the graph of the batch, or two vectors of
+            parameters, where that is more. Beliefs depend on it only through rounding, unless it is too small for 192
+            rows.
+        passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
+            the mean of the one before (Gauss-Newton), so that no example counts twice.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule, the probes and the draws.
@@ -111,9 +120,11 @@ class KalmanConfig:
     initial_rule: str = "constant"
     expansion: str = "mode"
     rank: int = 50
+    blocks: str = "modules"
     beta: float = 0.95
     forgetting: float = 1.0
     drift_variance: float = 0.0
+    prior_pull: float = 0.0
     damping: bool = True
     gate_quantile: float | None = None
     curvature: str = "exact"
@@ -122,6 +133,7 @@ class KalmanConfig:
     curvature_draws: int = 1
     outputs_per_pass: int | None = None
     bytes_budget: int | None = None
+    passes: int = 1
     temperature: float | str = "prequential"
     seed: int = 0
 
@@ -131,6 +143,7 @@ class KalmanConfig:
         _one_of("noise", self.noise, NOISES)
         _one_of("initial_rule", self.initial_rule, RULES)
         _one_of("initial_spread", self.initial_spread, SPREADS)
+        _one_of("blocks", self.blocks, BLOCKS)
         if self.noise_variance != "estimated":
             _positive("noise_variance", self.noise_variance)
         _positive("initial_logit_sd", self.initial_logit_sd)
@@ -143,12 +156,14 @@ class KalmanConfig:
             raise ValueError(f"`forgetting` must lie in (0, 1], got {self.forgetting!r}.")
         if not (_is_number(self.drift_variance) and 0 <= self.drift_variance < float("inf")):
             raise ValueError(f"`drift_variance` must be >= 0 and finite, got {self.drift_variance!r}.")
+        if not (_is_number(self.prior_pull) and 0 <= self.prior_pull < 1):
+            raise ValueError(f"`prior_pull` must lie in [0, 1), got {self.prior_pull!r}.")
         if self.temperature != "prequential":
             _positive("temperature", self.temperature)
         _one_of("expansion", self.expansion, EXPANSIONS)
         _one_of("curvature", self.curvature, CURVATURES)
         _between("curvature_epsilon", self.curvature_epsilon)
-        for name in ("rank", "curvature_classes", "curvature_draws"):
+        for name in ("rank", "curvature_classes", "curvature_draws", "passes"):
             _whole(name, getattr(self, name))
         for name in ("outputs_per_pass", "bytes_budget"):
             if getattr(self, name) is not None:

@@ -36,7 +36,7 @@ class Seen(NamedTuple):
         outputs: that, (B, c).
         targets: in terms of it.
         directions: of the outputs, for the Jacobian; None for all of them. The first c are those of ``outputs``.
-        lumped: largest probability that an example's lumped classes have together.
+        lumped: largest probability that an example's lumped classes have together ("truncated"); else 0.
         probes: what combines the other directions into probes; None where there are none.
     """
 
@@ -167,7 +167,7 @@ def _log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int) -> Se
         return found
 
     directions = Directions(1 + num_draws, seeds)
-    return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), directions, 1.0, Probes(at_label, others))
+    return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), directions, 0.0, Probes(at_label, others))
 
 
 def odds_length(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def init(mean: Tensor, variance: Tensor) -> State:
     return State(mean, variance)
 
 
-def predict(state: State, forgetting: float, drift_variance: float) -> State:
-    """μ⁻ = μ, p⁻ = p/λ + q."""
+def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> State:
+    """μ⁻ = μ, p⁻ = p/λ + q; q a number or (n,)."""
     return State(state.mean, state.variance / forgetting + drift_variance)
 
 

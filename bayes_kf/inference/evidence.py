@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bayes_kf.inference.curvature import Probes, Seen
 from bayes_kf.inference.jacobian import Jacobian
-from bayes_kf.inference.linearize import Linearized
 from bayes_kf.inference.observation import Observation
 from bayes_kf.inference.state import UpdateInfo
 from bayes_kf.models.adapter import Inputs
@@ -20,12 +19,29 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """A piece of a batch that is linearized at once, and the most rows that each of its examples has."""
+    """A piece of a batch, linearized.
+
+    Attributes:
+        inputs: of it.
+        targets: of it, as the likelihood's ``check`` returned them.
+        outputs: where it is linearized, (B, m).
+        start: θ there, (n,).
+        seen: what the curvature sees of the outputs.
+        jacobian: of what is seen, with all directions.
+        widths: the most rows that each of its examples has.
+        known: whether ``start`` has seen the targets: the likelihood is then expanded there, and nothing is scored.
+        hold_mean: whether only the covariance learns.
+    """
 
     inputs: Inputs
     targets: Tensor
-    linearized: Linearized
+    outputs: Tensor
+    start: Tensor
+    seen: Seen
+    jacobian: Jacobian
     widths: list[int]
+    known: bool = False
+    hold_mean: bool = False
 
 
 class Part(NamedTuple):
@@ -34,6 +50,7 @@ class Part(NamedTuple):
     Attributes:
         family: the likelihood of what is seen.
         outputs: that at the present mean, to first order about where the batch was linearized, (B, c).
+        start: that where the batch was linearized, (B, c).
         targets: in terms of it.
         jacobian: of it.
         pulled: the Jacobian of all directions, whose combinations by ``probes`` the covariance learns from.
@@ -42,6 +59,7 @@ class Part(NamedTuple):
 
     family: Likelihood
     outputs: Tensor
+    start: Tensor
     targets: Tensor
     jacobian: Jacobian
     pulled: Jacobian
@@ -56,7 +74,7 @@ class Part(NamedTuple):
             probes = seen.probes.examples(where)
             first = torch.eye(outputs.shape[1], jacobian.num_rows, dtype=outputs.dtype, device=outputs.device)
             own = jacobian.multiplied(first.expand(len(outputs), -1, -1))
-        return cls(seen.family, outputs, seen.targets[where], own, jacobian, probes)
+        return cls(seen.family, outputs, outputs, seen.targets[where], own, jacobian, probes)
 
     def moved(self, step: Tensor) -> Part:
         """The same after a step of the parameters, (n,), to first order."""
@@ -84,17 +102,17 @@ class Tally:
     """What an update reports, gathered over its pieces and parts."""
 
     def __init__(self) -> None:
-        self.lumped = 0.0
         self._outputs: list[Tensor] = []
         self._log_losses: list[Tensor] = []
         self._correct: list[Tensor | None] = []
-        self._innovation, self._dof, self._damping, self._jitter = 0.0, 0, 1.0, 0.0
+        self._innovation, self._dof, self._damping, self._jitter, self._lumped = 0.0, 0, 1.0, 0.0, 0.0
 
-    def outputs(self, outputs: Tensor, family: Likelihood, targets: Tensor) -> None:
+    def piece(self, batch: Batch, family: Likelihood) -> None:
         """Take in a piece as it was before the update."""
-        self._outputs.append(outputs)
-        self._log_losses.append(-family.log_prob(outputs, targets))
-        self._correct.append(family.correct(outputs, targets))
+        self._outputs.append(batch.outputs)
+        self._log_losses.append(-family.log_prob(batch.outputs, batch.targets))
+        self._correct.append(family.correct(batch.outputs, batch.targets))
+        self._lumped = max(self._lumped, batch.seen.lumped)
 
     def part(self, observation: Observation, damping: float, jitter: float) -> None:
         """Take in a part that was conditioned on."""
@@ -113,7 +131,7 @@ class Tally:
             degrees_of_freedom=self._dof,
             damping=self._damping,
             jitter=self._jitter,
-            lumped=self.lumped,
+            lumped=self._lumped,
             step_norm=step_norm,
             seconds=0.0,
         )

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from bayes_kf.inference import diagonal, noise, prior, tempering
+from bayes_kf.inference import block_diagonal, diagonal, noise, prior, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import num_directions, num_rows, odds_length, see
 from bayes_kf.inference.evidence import Batch, Evidence, Part, Tally
@@ -68,8 +68,18 @@ class KalmanFilter:
         with self.adapter.full_precision():
             return self._scale(state, to_device(inputs, self.adapter.device))
 
+    def restart(self, state: FilterState) -> FilterState:
+        """The prior again, for another pass over the same data; the temperature's scores stay those of the first."""
+        return FilterState(self._belief(state.prior), state.prior, noise.State(), state.scores, state.scaled, 0, 0)
+
     def update(
-        self, state: FilterState, inputs: Inputs, targets: Tensor, *, hold_mean: bool = False
+        self,
+        state: FilterState,
+        inputs: Inputs,
+        targets: Tensor,
+        *,
+        hold_mean: bool = False,
+        at: Tensor | None = None,
     ) -> tuple[FilterState, UpdateInfo]:
         """The belief after one more batch, and what was seen on the way. ``state`` is not changed.
 
@@ -78,6 +88,8 @@ class KalmanFilter:
             inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
             targets: (B,) class labels, or (B, m) numbers for the other likelihoods.
             hold_mean: whether only the covariance learns, linearized at a mean that stays (post hoc).
+            at: θ to linearize and expand at, (n,), instead of the belief's mean: the mean that an earlier pass over the
+                same data ended with, see :meth:`restart`. Such an update is neither guarded nor scored.
 
         Raises:
             ValueError: for inputs or targets that do not fit, before anything is computed from them.
@@ -90,7 +102,7 @@ class KalmanFilter:
         device = self.adapter.device
         try:
             with self.adapter.full_precision():
-                after, info = self._update(state, to_device(inputs, device), targets.to(device), hold_mean)
+                after, info = self._update(state, to_device(inputs, device), targets.to(device), hold_mean, at)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
         return after, info._replace(seconds=time.perf_counter() - start)
@@ -105,31 +117,49 @@ class KalmanFilter:
         return tempering.choose(state.scores) if isinstance(setting, str) else setting
 
     def _update(
-        self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool
+        self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool, at: Tensor | None
     ) -> tuple[FilterState, UpdateInfo]:
-        """Linearize the batch where it starts, in pieces that fit the memory; learn from it part by part."""
-        start, before, tally = state.belief.mean, state, Tally()
-        num_outputs = self.linearize.prepare(start, inputs)
+        tally, state = Tally(), self._begun(state, inputs)
+        start, known = (state.belief.mean, hold_mean) if at is None else (at, True)
+        before = state
+        for batch in self._observed(state, inputs, targets, start):
+            tally.piece(batch, noise.likelihood(self.config, state.noise))
+            state = self._learn(state, batch._replace(known=known, hold_mean=hold_mean), tally)
+        return self._ended(before, state), tally.info(float((state.belief.mean - before.belief.mean).norm()))
+
+    def _begun(self, state: FilterState, inputs: Inputs) -> FilterState:
+        """The state with the scale of its prior settled and its belief moved on by the dynamics."""
+        self.linearize.prepare(state.belief.mean, inputs)
+        return self._predicted(state if state.scaled else self._scale(state, inputs))
+
+    def _ended(self, before: FilterState, state: FilterState) -> FilterState:
+        """The state with its update counted: noise counts updates, not parts of batches."""
+        return state._replace(noise=state.noise._replace(step=before.noise.step + 1), step=before.step + 1)
+
+    def _observed(self, state: FilterState, inputs: Inputs, targets: Tensor, start: Tensor) -> Iterator[Batch]:
+        """The batch linearized at ``start``, in pieces that fit the memory."""
+        num_outputs = self.linearize.num_outputs
         targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs), targets)
-        state = self._predicted(state if state.scaled else self._scale(state, inputs))
         needed, widths = self._needed(state, start, inputs, targets, num_outputs)
-        cuts = [part.stop for part, _ in _parts(widths)]
+        cuts, seed = [part.stop for part, _ in _parts(widths)], self.config.seed + state.examples
         for where, piece in self.linearize.pieces(start, inputs, needed, cuts):
-            batch = self.linearize(start, piece, needed=needed[where])
-            _finite("the outputs", batch.outputs)
-            tally.outputs(batch.outputs, noise.likelihood(self.config, state.noise), targets[where])
-            state = self._learn(state, Batch(piece, targets[where], batch, widths[where]), start, hold_mean, tally)
-            state = state._replace(examples=state.examples + len(batch.outputs))
-        step = float((state.belief.mean - start).norm())
-        noise_state = state.noise._replace(step=before.noise.step + 1)
-        return state._replace(noise=noise_state, step=before.step + 1), tally.info(step)
+            linearized = self.linearize(start, piece, needed=needed[where])
+            outputs = linearized.outputs
+            _finite("the outputs", outputs)
+            family = noise.likelihood(self.config, state.noise)
+            seen = see(self.config, family, outputs, targets[where], seed + where.start)
+            if seen.directions is None and family.name == "categorical":
+                jacobian = linearized.pull_differences()
+            else:
+                jacobian = linearized.pull(seen.directions)
+            yield Batch(piece, targets[where], outputs, start, seen, jacobian, widths[where])
 
     def _needed(
         self, state: FilterState, start: Tensor, inputs: Inputs, targets: Tensor, num_outputs: int
-    ) -> tuple[Tensor, list[int]]:
-        """Directions of each example, (B,), and its rows; by a forward pass of its own where that saves passes."""
+    ) -> tuple[list[int], list[int]]:
+        """Directions of each example, and its rows; by a forward pass of its own where that saves passes."""
         count, size = num_directions(self.config, num_outputs), len(targets)
-        alike = torch.full((size,), count), [num_rows(self.config, num_outputs)] * size
+        alike = [count] * size, [num_rows(self.config, num_outputs)] * size
         if self.config.curvature != "truncated" or self.linearize.in_one_pass(start, inputs, count):
             return alike
         step = self.linearize.examples_at_once(start, inputs)
@@ -138,49 +168,48 @@ class KalmanFilter:
         directions = see(self.config, noise.likelihood(self.config, state.noise), outputs, targets).directions
         if directions is None or directions.needed is None:
             return alike
-        return directions.needed.cpu(), directions.needed.tolist()
+        known = directions.needed.tolist()
+        return known, known
 
     def _predicted(self, state: FilterState) -> FilterState:
         """The state with its belief moved on by one step of the dynamics."""
-        if self.config.forgetting == 1.0 and self.config.drift_variance == 0.0:
+        settings, keep = self.config, 1.0 - self.config.prior_pull
+        if settings.forgetting == keep == 1.0 and settings.drift_variance == 0.0:
             return state  # without a copy of the belief
-        belief = self.config.structure.predict(state.belief, self.config.forgetting, self.config.drift_variance)
+        added: float | Tensor = settings.drift_variance
+        if keep < 1.0:
+            added = added + (1.0 - keep**2) * state.prior.variance
+        belief = settings.structure.predict(state.belief, settings.forgetting / keep**2, added)
+        if keep < 1.0:
+            belief = belief._replace(mean=torch.lerp(state.prior.mean, belief.mean, keep))
         return state._replace(belief=belief)
 
-    def _learn(self, state: FilterState, batch: Batch, start: Tensor, hold_mean: bool, tally: Tally) -> FilterState:
+    def _learn(self, state: FilterState, batch: Batch, tally: Tally) -> FilterState:
         """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
-        outputs = batch.linearized.outputs
-        state = state._replace(noise=noise.begin(self.config, state.noise, outputs, batch.targets))
-        family, seed = noise.likelihood(self.config, state.noise), self.config.seed + state.examples
-        seen = see(self.config, family, outputs, batch.targets, seed)
-        tally.lumped = max(tally.lumped, seen.lumped if self.config.curvature == "truncated" else 0.0)
-        if seen.directions is None and seen.family.name == "categorical":
-            jacobian = batch.linearized.pull_differences()
-        else:
-            jacobian = batch.linearized.pull(seen.directions)
+        state = state._replace(noise=noise.begin(self.config, state.noise, batch.outputs, batch.targets))
+        if batch.seen.directions is None:  # what noise it has may have become known just now
+            batch = batch._replace(seen=batch.seen._replace(family=noise.likelihood(self.config, state.noise)))
         for where, width in _parts(batch.widths):
-            part = Part.of(seen, jacobian, where, width)
-            if state.belief.mean is not start:
-                part = part.moved(state.belief.mean - start)
-            state = self._learn_part(state, batch, where, part, hold_mean, tally)
-        return state
+            part = Part.of(batch.seen, batch.jacobian, where, width)
+            if state.belief.mean is not batch.start:
+                part = part.moved(state.belief.mean - batch.start)
+            state = self._learn_part(state, batch, where, part, tally)
+        return state._replace(examples=state.examples + len(batch.targets))
 
-    def _learn_part(
-        self, state: FilterState, batch: Batch, where: slice, part: Part, hold_mean: bool, tally: Tally
-    ) -> FilterState:
+    def _learn_part(self, state: FilterState, batch: Batch, where: slice, part: Part, tally: Tally) -> FilterState:
         belief = state.belief
         joint = self.config.structure.joint_output_covariance(belief, part.jacobian)
         _finite("the output covariance", joint)
         output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
-        scores = state.scores if hold_mean else self._scores(state, batch, where, part, output_cov)
-        evidence, noise_state, jitter = self._evidence(state, part, joint, output_cov, hold_mean)
+        scores = state.scores if batch.known else self._scores(state, batch, where, part, output_cov)
+        evidence, noise_state, jitter = self._evidence(state, part, joint, output_cov, batch.known)
         accepts = None
-        if self.config.damping and not hold_mean:
+        if self.config.damping and not batch.known:
             accepts = self._objective(
                 state, part, some_examples(batch.inputs, where, len(batch.targets)), batch.targets[where]
             )
         after, damping = self._condition(belief, evidence, accepts)
-        after = after._replace(mean=belief.mean) if hold_mean else after
+        after = after._replace(mean=belief.mean) if batch.hold_mean else after
         if noise_state.variance is not None:
             residual = batch.targets[where] - part.outputs
             noise_state = noise.absorb(noise_state, residual, self.temperature(state) * output_cov)
@@ -189,22 +218,23 @@ class KalmanFilter:
         return state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
 
     def _evidence(
-        self, state: FilterState, part: Part, joint: Tensor, output_cov: Tensor, hold_mean: bool
+        self, state: FilterState, part: Part, joint: Tensor, output_cov: Tensor, known: bool
     ) -> tuple[Evidence, noise.State, float]:
         """What the belief is conditioned on, the noise state after it, and the jitter that its noise took."""
-        family, outputs = part.family, part.outputs
-        white, noise_state = noise.whiten(self.config, state.noise, family, outputs, part.targets, output_cov)
-        gram = both_sides(white.factor, joint)
-        innovation = float(diagonal.innovation(gram, white.residual.flatten())[2])
-        factor, residual, mode = white.factor, white.residual, outputs
+        family, outputs, point = part.family, part.outputs, part.start if known else part.outputs
+        white, noise_state = noise.whiten(self.config, state.noise, family, point, part.targets, output_cov)
+        factor, residual = white.factor, white.residual
+        if point is not outputs:  # expanded where the batch was linearized
+            residual = residual + (factor @ (point - outputs).to(factor).unsqueeze(-1)).squeeze(-1)
+        innovation = float(diagonal.innovation(both_sides(factor, joint), residual.flatten())[2])
         expanded = self.config.expansion == "mode" and self.config.noise == "exponential_family"
-        if expanded and not hold_mean and family.name != "gaussian":
-            factor, residual, mode = expand_at_mode(family, outputs.double(), part.targets, joint)
+        if expanded and not known and family.name != "gaussian":
+            factor, residual, point = expand_at_mode(family, outputs.double(), part.targets, joint)
         dof = len(outputs) * (outputs.shape[1] - (family.name == "categorical"))
         observation = whitened(factor, residual, part.jacobian, dof, innovation)
         if part.probes is None:
             return Evidence(observation, None), noise_state, white.jitter
-        probed = part.pulled.multiplied(part.probes.factor(mode.to(outputs)))
+        probed = part.pulled.multiplied(part.probes.factor(point.to(outputs)))
         nothing = outputs.new_zeros(probed.size * probed.num_rows)
         return Evidence(observation, Observation(probed, nothing)), noise_state, white.jitter
 
@@ -263,7 +293,7 @@ class KalmanFilter:
             return state.scores
         seed = self.config.seed + state.step
         if self.config.curvature == "sampled":
-            outputs, targets = batch.linearized.outputs[where], batch.targets[where]
+            outputs, targets = batch.outputs[where], batch.targets[where]
             variance = output_cov.flatten() / odds_length(outputs, targets)
             family = noise.likelihood(self.config, state.noise)
             losses = tempering.isotropic_log_losses(family, outputs, variance, targets, seed)
@@ -272,7 +302,11 @@ class KalmanFilter:
         return tempering.add(state.scores, losses)
 
     def _belief(self, start: diagonal.State) -> Any:
-        extra = {"rank": self.config.rank} if self.config.covariance == "low_rank" else {}
+        extra: dict[str, Any] = {}
+        if self.config.covariance == "low_rank":
+            extra["rank"] = self.config.rank
+        elif self.config.covariance == "block_diagonal":
+            extra["sizes"] = block_diagonal.sizes(self.adapter, self.config.blocks)
         return self.config.structure.init(start.mean, start.variance, **extra)
 
     def _scale(self, state: FilterState, inputs: Inputs) -> FilterState:

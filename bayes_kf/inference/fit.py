@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bayes_kf.inference import noise
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
@@ -18,6 +20,8 @@ from bayes_kf.models.adapter import Inputs, batch_size, split_batch, to_device
 
 STARTS = ("prior", "trained")
 SCALE_EXAMPLES = 32  # inputs that the prior's scale is measured on, taken from the first batches
+MAX_HALVINGS = 10
+ROUNDING = 1e-9  # relative change of the objective that is not yet called a rise
 WINDOW = 100  # updates behind the numbers in the progress bar
 
 
@@ -29,7 +33,7 @@ def fit(
     start: str = "prior",
     progress: bool = True,
 ) -> Posterior:
-    """The posterior over a model's trainable tensors after one pass over a loader.
+    """The posterior over a model's trainable tensors after one pass over a loader, or as many as configured.
 
     Args:
         model: a PEFT model or any module with trainable tensors; its weights are not changed.
@@ -42,7 +46,8 @@ def fit(
             degrees of freedom: 1 for a consistent filter).
 
     Raises:
-        ValueError: for a bad ``start``, an empty loader, or a batch that does not fit, with the batch's index.
+        ValueError: for a bad ``start``, an empty loader, one that is used up by the first of several passes, or a batch
+            that does not fit, with the batch's index.
         DivergenceError: when an update had to be refused; its ``posterior`` attribute is the belief before it.
 
     Example:
@@ -56,18 +61,78 @@ def fit(
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
     kf = KalmanFilter(model, config)
+    passes = kf.config.passes
+    if passes > 1 and start == "trained":
+        raise ValueError(f"`passes` must be 1 with `start` 'trained', whose mean stays, got {passes}.")
+    if passes > 1 and iter(loader) is loader:
+        raise ValueError(f"`loader` must be iterable anew for each of {passes} `passes`, got {type(loader).__name__}.")
     batches = iter(loader)
     first = _first(batches, SCALE_EXAMPLES)
     if not first:
         raise ValueError("`loader` must yield at least one batch, got none.")
     state = _initial(kf, first)
-    record = _Record(kf.config.likelihood)
-    bar = tqdm(itertools.chain(first, batches), total=_length(loader), disable=not progress, desc="fit", unit="batch")
-    with bar:
+    prequential, objective = _Record(kf.config.likelihood), list[float]()
+    label = "fit" if progress else None
+    state = _one_pass(kf, state, itertools.chain(first, batches), prequential, loader, label, start)
+    for number in range(2, passes + 1):
+        label = f"pass {number} of {passes}" if progress else None
+        state, lowest = _gauss_newton(kf, state, loader, label)
+        objective.append(lowest)
+    history = prequential.history()
+    if objective:
+        history["objective"] = torch.tensor(objective, dtype=torch.float64)
+    return Posterior(kf, state, history)
+
+
+def _gauss_newton(
+    kf: KalmanFilter, before: FilterState, loader: Iterable[Any], label: str | None
+) -> tuple[FilterState, float]:
+    """Another pass, from the prior, linearized at the mean that the one before ended with; its state and objective.
+
+    The step from that mean is halved until −log p(y, θ) is no larger than there, by forward passes.
+    """
+    at, record = before.belief.mean, _Record(kf.config.likelihood)
+    state = _one_pass(kf, kf.restart(before), loader, record, loader, label, "prior", at)
+    found, start = state.belief.mean, _objective(kf, state, at, loader)
+    for halvings in range(MAX_HALVINGS):
+        mean = torch.lerp(at, found, 0.5**halvings)
+        reached = _objective(kf, state, mean, loader)
+        if reached <= start + ROUNDING * abs(start):
+            return state._replace(belief=state.belief._replace(mean=mean)), reached
+    warnings.warn(
+        f"no part of a pass's step lowered −log p(y, θ) = {start:.6g}; the mean stays where the pass was linearized",
+        stacklevel=3,
+    )
+    return state._replace(belief=state.belief._replace(mean=at)), start
+
+
+@torch.no_grad()
+def _objective(kf: KalmanFilter, state: FilterState, mean: Tensor, loader: Iterable[Any]) -> float:
+    """−log p(y, θ) at a mean, up to a constant, with the prior and the noise of a state."""
+    family, total = noise.likelihood(kf.config, state.noise), 0.0
+    for index, batch in enumerate(loader):
+        inputs, targets = _complete(batch, index)
+        outputs = kf.adapter.outputs(mean, to_device(inputs, kf.adapter.device))
+        total -= float(family.log_prob(outputs, family.check(outputs, targets.to(outputs.device))).double().sum())
+    return total + 0.5 * float(((mean - state.prior.mean).double().square() / state.prior.variance).sum())
+
+
+def _one_pass(
+    kf: KalmanFilter,
+    state: FilterState,
+    batches: Iterable[Any],
+    record: _Record,
+    loader: Iterable[Any],
+    label: str | None,
+    start: str,
+    at: Tensor | None = None,
+) -> FilterState:
+    """The state after an update with every batch."""
+    with tqdm(batches, total=_length(loader), disable=label is None, desc=label, unit="batch") as bar:
         for index, batch in enumerate(bar):
             inputs, targets = _complete(batch, index)
             try:
-                state, info = kf.update(state, inputs, targets, hold_mean=start == "trained")
+                state, info = kf.update(state, inputs, targets, hold_mean=start == "trained", at=at)
             except DivergenceError as error:
                 error.posterior = Posterior(kf, state, record.history())
                 raise
@@ -77,9 +142,9 @@ def fit(
                 error.add_note(f"in batch {index} of `loader`")
                 raise
             record.add(info)
-            if progress:
+            if label is not None:
                 bar.set_postfix_str(record.summary(), refresh=False)
-    return Posterior(kf, state, record.history())
+    return state
 
 
 def _initial(kf: KalmanFilter, batches: list[Any]) -> FilterState:

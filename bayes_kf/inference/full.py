@@ -33,11 +33,10 @@ def init(mean: Tensor, variance: Tensor) -> State:
     return State(mean, torch.diag(variance))
 
 
-def predict(state: State, forgetting: float, drift_variance: float) -> State:
-    """μ⁻ = μ, P⁻ = P/λ + qI."""
+def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> State:
+    """μ⁻ = μ, P⁻ = P/λ + Q; Q = qI for a number q, diag(q) for (n,)."""
     covariance = state.covariance / forgetting
-    if drift_variance:
-        covariance = covariance + drift_variance * torch.eye(len(state.mean)).to(covariance)
+    covariance.diagonal().add_(drift_variance)
     return State(state.mean, covariance)
 
 

@@ -7,6 +7,7 @@ they have, as under truncated curvature, for else the one with the most would ke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,14 +49,15 @@ class Layout(NamedTuple):
 
     def turns(self, number: int, needed: Tensor | None, device: torch.device) -> Iterator[Turn]:
         """The passes that carry ``needed`` (B,) directions of each example, or ``number`` of all."""
-        wanted = torch.full_like(self.copies, number) if needed is None else needed.cpu()
-        copies, wanted = self.copies[self.example], wanted[self.example]
-        copy = torch.arange(len(self.example)) - self.first[self.example]
+        alike = [number] * len(self.copies)
+        wanted = torch.tensor(alike if needed is None else needed.tolist())[self.example]
+        copies, copy = self.copies[self.example], torch.arange(len(self.example)) - self.first[self.example]
+        example = self.example.to(device)
         for turn in range(int(wanted.add(copies - 1).floor_divide(copies).max())):
             which = turn * copies + copy
             rows = (which < wanted).nonzero().squeeze(1)
             if len(rows) == len(which):
-                yield Turn(None, self.example.to(device), which.to(device))
+                yield Turn(None, example, which.to(device))
             else:
                 yield Turn(rows.to(device), self.example[rows].to(device), which[rows].to(device))
 
@@ -64,20 +66,21 @@ class Layout(NamedTuple):
         """From the copies of each example, (B,)."""
         return cls(copies, torch.arange(len(copies)).repeat_interleave(copies))
 
-    @classmethod
-    def cheapest(cls, needed: Tensor, free: int, most: int) -> Layout:
-        """The layout whose passes take least time.
 
-        Args:
-            needed: directions of each example, (B,).
-            free: rows up to which a pass costs the same.
-            most: rows that may be there at once, where they are not fewer than the examples.
-        """
-        needed = needed.cpu().clamp_min(1)
-        longest = int(needed.max())
-        passes = torch.tensor(sorted({-(-longest // k) for k in range(1, min(longest, most) + 1)}))
-        copies = -(-needed // passes.unsqueeze(1))  # (candidates, B)
-        rows = copies.sum(1)
-        cost = (FORWARD + passes) * rows.clamp_min(free)
-        cost = cost.masked_fill(rows > max(most, len(needed)), torch.inf)
-        return cls.of(copies[int(cost.argmin())])
+@functools.lru_cache(maxsize=64)
+def cheapest(needed: tuple[int, ...], free: int, most: int) -> Layout:
+    """The layout whose passes take least time.
+
+    Args:
+        needed: directions of each example, B of them.
+        free: rows up to which a pass costs the same.
+        most: rows that may be there at once, where they are not fewer than the examples.
+    """
+    wanted = torch.tensor(needed).clamp_min(1)
+    longest = int(wanted.max())
+    passes = torch.tensor(sorted({-(-longest // k) for k in range(1, min(longest, most) + 1)}))
+    copies = -(-wanted // passes.unsqueeze(1))  # (candidates, B)
+    rows = copies.sum(1)
+    cost = (FORWARD + passes) * rows.clamp_min(free)
+    cost = cost.masked_fill(rows > max(most, len(needed)), torch.inf)
+    return Layout.of(copies[int(cost.argmin())])

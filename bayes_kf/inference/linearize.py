@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.blocks import PIECE
-from bayes_kf.inference.layout import Layout
+from bayes_kf.inference.layout import Layout, cheapest
 from bayes_kf.inference.linearized import Graph, Linearized
 from bayes_kf.inference.plan import Plan, choose
 from bayes_kf.inference.tape import Tape
@@ -49,13 +49,13 @@ class Linearizer:
         self.adapter, self.outputs_per_pass, self.bytes_budget = adapter, outputs_per_pass, bytes_budget
         self._plan: Plan | None = None
 
-    def __call__(self, vector: Tensor, inputs: Inputs, *, needed: int | Tensor | None = None) -> Linearized:
+    def __call__(self, vector: Tensor, inputs: Inputs, *, needed: int | Sequence[int] | None = None) -> Linearized:
         """The outputs at θ = ``vector`` with their graph.
 
         Args:
             vector: θ, (n,).
             inputs: a batch of B examples.
-            needed: how many directions will be pulled, of all examples or of each (B,); all outputs by default. Only
+            needed: how many directions will be pulled, of all examples or of each; all outputs by default. Only
                 speed depends on it.
         """
         tried: list[Plan] = []
@@ -93,14 +93,14 @@ class Linearizer:
         return count == 1 or (self._repeats(plan) and batch_size(inputs) * count * plan.bytes_each <= PASS_BYTES)
 
     def pieces(
-        self, vector: Tensor, inputs: Inputs, needed: int | Tensor | None = None, cuts: Sequence[int] = ()
+        self, vector: Tensor, inputs: Inputs, needed: int | Sequence[int] | None = None, cuts: Sequence[int] = ()
     ) -> Iterator[tuple[slice, Inputs]]:
         """A batch in pieces whose graph and rows stay under ``bytes_budget``, and where they lie.
 
         Args:
             vector: θ, (n,).
             inputs: the batch.
-            needed: directions of all examples or of each (B,), all outputs by default.
+            needed: directions of all examples or of each, all outputs by default.
             cuts: where pieces should end, in ascending order; they end elsewhere only where the budget forces that.
 
         A piece has at least one example, whatever that takes.
@@ -124,28 +124,27 @@ class Linearizer:
         """Whether examples may be repeated in a batch."""
         return plan.repeatable and len(plan.hooked) + len(plan.unused) == len(self.adapter.names)
 
-    def _layout(self, plan: Plan, needed: Tensor) -> Layout:
-        """How often each example is repeated for ``needed`` (B,) directions."""
+    def _layout(self, plan: Plan, needed: list[int]) -> Layout:
+        """How often each example is repeated for ``needed`` directions."""
         if not self._repeats(plan):
-            return Layout.of(torch.ones_like(needed))
+            return Layout.of(torch.ones(len(needed), dtype=torch.int64))
         if self.outputs_per_pass:
-            return Layout.of(needed.clamp(1, self.outputs_per_pass))
+            return Layout.of(torch.tensor(needed).clamp(1, self.outputs_per_pass))
         free = max(1, PASS_BYTES // plan.bytes_each)
         most = max(free, len(needed))
-        return Layout.cheapest(needed, free, most * RAGGED if bool((needed != needed[0]).any()) else most)
+        return cheapest(tuple(needed), free, most if min(needed) == max(needed) else most * RAGGED)
 
     def _budget(self, plan: Plan, size: int) -> int:
         vectors = VECTORS * self.adapter.num_parameters * self.adapter.dtype.itemsize
         return self.bytes_budget or max(LEAST_BUDGET, GRAPHS * size * plan.bytes_each, vectors)
 
-    def _bounds(self, plan: Plan, needed: Tensor, cuts: Sequence[int]) -> list[int]:
+    def _bounds(self, plan: Plan, needed: list[int], cuts: Sequence[int]) -> list[int]:
         """Where pieces begin and end whose graph, rows and temporaries fit the budget."""
-        ragged = bool((needed != needed[0]).any())
-        repeated = self._repeats(plan) and int(needed.max()) > 1
+        repeated = self._repeats(plan) and max(needed) > 1
         shared = (PASS_BYTES if repeated else 0) + 2 * 8 * PIECE
         room = self._budget(plan, len(needed)) - shared
-        rows = needed * plan.row_numbers * self.adapter.dtype.itemsize
-        taken = (rows + plan.bytes_each * (RAGGED if ragged else 1)).tolist()
+        graph = plan.bytes_each * (1 if min(needed) == max(needed) else RAGGED)
+        taken = [graph + number * plan.row_numbers * self.adapter.dtype.itemsize for number in needed]
         bounds, total = [0], 0
         for number, bytes_each in enumerate(taken):
             if total + bytes_each > room and number > bounds[-1]:
@@ -155,15 +154,15 @@ class Linearizer:
         return [*bounds, len(taken)]
 
 
-def _each(needed: int | Tensor | None, size: int, plan: Plan) -> Tensor:
-    """Passes for the directions of each example, (B,), on the CPU; the head's features give all outputs."""
+def _each(needed: int | Sequence[int] | None, size: int, plan: Plan) -> list[int]:
+    """Passes for the directions of each example, B of them; the head's features give all outputs."""
     if needed is None:
         needed = plan.num_outputs
-    if isinstance(needed, int):
-        needed = torch.full((size,), needed)
-    if plan.head is not None and int(needed.min()) >= plan.num_outputs - 1:
-        needed = needed.clamp_max(plan.head.get_parameter("weight").shape[1])
-    return needed.cpu()
+    passes = [needed] * size if isinstance(needed, int) else list(needed)
+    if plan.head is None or min(passes) < plan.num_outputs - 1:
+        return passes
+    features = plan.head.get_parameter("weight").shape[1]
+    return [min(number, features) for number in passes]
 
 
 def some_examples(inputs: Inputs, where: slice | Tensor, size: int) -> Inputs:

@@ -32,10 +32,20 @@ def init(mean: Tensor, variance: Tensor, rank: int = 10) -> State:
     return State(mean, 1.0 / variance, mean.new_zeros(len(mean), rank))
 
 
-def predict(state: State, forgetting: float, drift_variance: float) -> State:
-    """Λ⁻ = λΛ; a random walk q adds to the diagonal's variances alone: d⁻ = λd/(1 + qλd) (approximate for q > 0)."""
-    d = state.diagonal * forgetting
-    return State(state.mean, d / (1.0 + drift_variance * d), state.factor * forgetting**0.5)
+def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> State:
+    """P⁻ = P/λ + Q, Q diagonal, which keeps the form: d⁻ = λd/(1 + qλd), W⁻ = (d⁻/λd)∘√λW R.
+
+    RRᵀ = (I + λWᵀ(E − E d⁻ E)W)⁻¹ with E = 1/(λd), by Woodbury's identity; q is a number or (n,).
+    """
+    d, factor = state.diagonal * forgetting, state.factor * forgetting**0.5
+    if not isinstance(drift_variance, Tensor) and drift_variance == 0.0:
+        return State(state.mean, d, factor)
+    shrink = 1.0 / (1.0 + drift_variance * d)  # d⁻/(λd)
+    lost = ((1.0 - shrink) / d).double().unsqueeze(-1)
+    inner = factor.mT.double() @ (lost * factor.double())
+    root = torch.linalg.cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
+    turned = torch.linalg.solve_triangular(root, (shrink.unsqueeze(-1) * factor).mT.double(), upper=False).mT
+    return State(state.mean, d * shrink, turned.to(factor))
 
 
 def condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:

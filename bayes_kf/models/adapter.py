@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,8 @@ class AdapterModel:
         self.dtypes: tuple[torch.dtype, ...] = tuple(p.dtype for p in trainable.values())
         self.sizes: tuple[int, ...] = tuple(p.numel() for p in trainable.values())
         self.num_parameters = sum(self.sizes)
+        ends = itertools.accumulate(self.sizes)
+        self._slices = {n: slice(end - size, end) for n, end, size in zip(self.names, ends, self.sizes, strict=True)}
         self._modules = list(model.modules())  # walking through them takes milliseconds
         self.owners = _owners(model, trainable)
         self.paths: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # how each tensor is linearized; see describe
@@ -83,8 +86,7 @@ class AdapterModel:
 
     def slices(self) -> dict[str, slice]:
         """Where each tensor lies in the latent vector."""
-        ends = torch.tensor(self.sizes).cumsum(0).tolist()
-        return {name: slice(end - size, end) for name, end, size in zip(self.names, ends, self.sizes, strict=True)}
+        return dict(self._slices)
 
     def leaves(self, vector: Tensor) -> dict[str, Tensor]:
         """Leaf tensors of the model's own dtypes that hold ``vector`` (views of it) and ask for gradients."""

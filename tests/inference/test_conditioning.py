@@ -5,10 +5,12 @@ import torch
 from oracles import linear_posterior
 from torch import nn
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter, diagonal, full, low_rank
+from bayes_kf.inference import KalmanConfig, KalmanFilter, block_diagonal, diagonal, full, low_rank
 from bayes_kf.inference.config import STRUCTURES
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.zoo import lora_digits_vit
 
 N, NOISE = 5, 0.3
 
@@ -139,7 +141,7 @@ class TestContract:
     def belief(self, name):
         structure = STRUCTURES[name]
         mean, variance = prior()
-        extra = {"rank": 2} if name == "low_rank" else {}
+        extra = {"low_rank": {"rank": 2}, "block_diagonal": {"sizes": [2, N - 2]}}.get(name, {})
         return structure, structure.condition(structure.init(mean, variance, **extra), observation())
 
     def test_functions_agree_with_the_dense_covariance(self, name):
@@ -188,10 +190,73 @@ class TestContract:
         torch.testing.assert_close(
             structure.covariance_matrix(wider), 2 * structure.covariance_matrix(belief), rtol=1e-10, atol=1e-12
         )
-        drifted = structure.marginal_variance(structure.predict(belief, 1.0, 0.1))
-        if name != "low_rank":  # whose diagonal alone drifts
-            torch.testing.assert_close(drifted, structure.marginal_variance(belief) + 0.1, rtol=1e-12, atol=0)
-        assert (drifted > structure.marginal_variance(belief)).all()
+        for added in (0.1, torch.linspace(0.0, 2.0, N).double()):
+            drifted = structure.covariance_matrix(structure.predict(belief, 0.8, added))
+            expected = structure.covariance_matrix(belief) / 0.8 + added * torch.eye(N).double()
+            torch.testing.assert_close(drifted, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_keep_their_part_of_the_exact_posterior():
+    mean, variance = prior()
+    obs = observation()
+    after = block_diagonal.condition(block_diagonal.init(mean, variance, [2, N - 2]), obs)
+    expected_mean, expected = exact(mean, variance, obs)
+    torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)
+    expected[:2, 2:] = expected[2:, :2] = 0.0
+    torch.testing.assert_close(block_diagonal.covariance_matrix(after), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_that_no_observation_joins_stay_exact():
+    """Two regressions side by side: outputs share no parameter, so nothing is lost between the blocks."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(3, 1, bias=False), nn.Linear(2, 1, bias=False)]).double()
+    model.forward = lambda x: torch.cat([model[0](x[:, :3]), model[1](x[:, 3:])], 1)
+    x, y = torch.randn(30, 5).double(), torch.randn(30, 2).double()
+    setting = {"likelihood": "gaussian", "noise_variance": NOISE, "initial_variance": 0.7}
+    found = {}
+    for covariance in ("full", "block_diagonal"):
+        kf = KalmanFilter(model, KalmanConfig(covariance=covariance, **setting))
+        state = kf.init()
+        for start in range(0, 30, 7):
+            state, _ = kf.update(state, x[start : start + 7], y[start : start + 7])
+        found[covariance] = (state.belief.mean, kf.config.structure.covariance_matrix(state.belief))
+    torch.testing.assert_close(found["block_diagonal"], found["full"], rtol=1e-9, atol=1e-10)
+
+
+def test_blocks_are_tensors_or_adapted_layers():
+    model = lora_digits_vit(rank=2)
+    adapter = AdapterModel(model)
+    modules = block_diagonal.sizes(adapter, "modules")
+    assert block_diagonal.sizes(adapter, "tensors") == list(adapter.sizes)
+    assert sum(modules) == adapter.num_parameters
+    layers = {n.partition(".lora_")[0] if ".lora_" in n else n.rpartition(".")[0] for n in adapter.names}
+    assert len(modules) == len(layers) < len(adapter.sizes)
+
+
+def test_blocks_are_refused_above_their_size():
+    with pytest.raises(ValueError, match=r"at most 400,000,000 numbers in all blocks, got 900,000,000 \(largest block"):
+        block_diagonal.init(torch.zeros(30_000), torch.ones(30_000), [30_000])
+
+
+def test_pull_to_the_prior_leaves_the_prior_as_it_is_and_forgets_all_else():
+    torch.manual_seed(0)
+    model = nn.Linear(N, 1, bias=False).double()
+    x, y = torch.randn(8, N).double(), torch.randn(8, 1).double()
+    for covariance in STRUCTURES:
+        config = KalmanConfig(likelihood="gaussian", covariance=covariance, initial_variance=0.7, prior_pull=0.3)
+        kf = KalmanFilter(model, config)
+        start = kf.init()
+        matrix = config.structure.covariance_matrix
+        torch.testing.assert_close(matrix(kf._predicted(start).belief), matrix(start.belief), rtol=1e-12, atol=1e-12)
+        state, _ = kf.update(start, x, y)
+        moved = kf._predicted(state).belief
+        torch.testing.assert_close(moved.mean, 0.7 * state.belief.mean + 0.3 * start.belief.mean)
+        expected = 0.49 * matrix(state.belief) + 0.51 * matrix(start.belief)
+        torch.testing.assert_close(matrix(moved), expected, rtol=1e-9, atol=1e-12)
+        for _ in range(60):
+            state = kf._predicted(state)
+        torch.testing.assert_close(state.belief.mean, start.belief.mean, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(matrix(state.belief), matrix(start.belief), rtol=1e-7, atol=1e-7)
 
 
 def test_full_covariance_is_refused_above_its_size():

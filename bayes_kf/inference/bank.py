@@ -1,0 +1,179 @@
+"""Filters side by side that differ in their settings, each priced by the stream's own log loss.
+
+Every candidate predicts a batch before it learns from it, so the sum of its log losses is its evidence, −log p(data).
+The candidates share forward and backward passes: a batch is linearized once, at the mean of the one that is
+ahead, and learned from by all whose means lie so close that no output differs by more than a logit to first order. The
+others take passes of their own. Ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.inference import noise
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.evidence import Batch, Tally
+from bayes_kf.inference.filter import TRUSTED, KalmanFilter
+from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
+from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+
+SHARED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
+
+
+class BankState(NamedTuple):
+    """What a bank knows between updates; never changed in place.
+
+    Attributes:
+        states: of the candidates; None for one that diverged.
+        own_passes: updates for which each candidate took passes of its own.
+        step: updates made.
+    """
+
+    states: tuple[FilterState | None, ...]
+    own_passes: tuple[int, ...]
+    step: int
+
+
+class Bank:
+    """Several filters over one model, and which of them the data prefer.
+
+    Args:
+        model: as for :class:`KalmanFilter`.
+        configs: the candidates' settings. They agree in what they observe (likelihood, noise, curvature, seed) and have
+            "prequential" temperature.
+
+    Raises:
+        ValueError: for no configs, or some that do not go together.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> bank = Bank(model, candidates(KalmanConfig(), {"initial_logit_sd": (1.0, 10.0)}))
+        >>> state = bank.init(torch.randn(8, 2))
+        >>> state, info = bank.update(state, torch.randn(4, 2), torch.randint(2, (4,)))
+        >>> bank.evidence(state).shape, bank.best(state) in (0, 1)
+        (torch.Size([2]), True)
+    """
+
+    def __init__(self, model: nn.Module | AdapterModel, configs: Sequence[KalmanConfig]) -> None:
+        if not configs:
+            raise ValueError("`configs` must hold at least one KalmanConfig, got none.")
+        for name in SHARED:
+            values = {getattr(config, name) for config in configs}
+            if len(values) > 1:
+                raise ValueError(f"`configs` must agree in `{name}`, got {', '.join(sorted(map(repr, values)))}.")
+        for config in configs:
+            if config.temperature != "prequential":
+                raise ValueError(f"`configs` must have `temperature` 'prequential', got {config.temperature!r}.")
+        self.adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
+        self.filters = tuple(KalmanFilter(self.adapter, config) for config in configs)
+        for kf in self.filters[1:]:
+            kf.linearize = self.filters[0].linearize  # one plan for all
+
+    def init(self, inputs: Inputs | None = None) -> BankState:
+        """The priors; ``inputs`` as for :meth:`KalmanFilter.init`."""
+        return BankState(tuple(kf.init(inputs) for kf in self.filters), (0,) * len(self.filters), 0)
+
+    def update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
+        """All candidates after one more batch, and what the one that was ahead saw. ``state`` is not changed.
+
+        Raises:
+            ValueError: for inputs or targets that do not fit.
+            DivergenceError: when the update of every candidate left would leave the finite or the positive.
+        """
+        check_inputs(inputs)
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
+        leader, device = self.best(state), self.adapter.device
+        inputs, targets = to_device(inputs, device), targets.to(device)
+        with self.adapter.full_precision():
+            return self._update(state, leader, inputs, targets)
+
+    def evidence(self, state: BankState) -> Tensor:
+        """−Σ log loss of every candidate at its best temperature, (G,), in nats; −inf for one that diverged.
+
+        At a temperature that stayed finite; 0 before the first update.
+        """
+        found = [-math.inf if s is None else -float(s.scores.total.min()) for s in state.states]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def weights(self, state: BankState) -> Tensor:
+        """Posterior probability of every candidate under equal prior ones, (G,): softmax of the evidence."""
+        return self.evidence(state).softmax(0)
+
+    def best(self, state: BankState) -> int:
+        """The candidate with the largest evidence; the first among equals."""
+        return int(self.evidence(state).argmax())
+
+    def _update(self, state: BankState, leader: int, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
+        begun = [s and kf._begun(s, inputs) for kf, s in zip(self.filters, state.states, strict=True)]
+        first = begun[leader]
+        assert first is not None
+        start, tally = first.belief.mean, Tally()
+        learning: list[FilterState | None] = list(begun)
+        apart = [False] * len(begun)
+        for batch in self.filters[leader]._observed(first, inputs, targets, start):
+            tally.piece(batch, noise.likelihood(self.filters[leader].config, first.noise))
+            for number, kf in enumerate(self.filters):
+                now = learning[number]
+                if now is None or apart[number]:
+                    continue
+                if number != leader and not _close(now, batch):
+                    apart[number] = True
+                    continue
+                learning[number] = _attempt(kf, now, batch, tally if number == leader else Tally())
+        for number, kf in enumerate(self.filters):
+            before = begun[number]
+            if apart[number] and before is not None:
+                learning[number] = self._alone(kf, before, inputs, targets)
+            elif learning[number] is not None and before is not None:
+                learning[number] = kf._ended(before, learning[number])  # type: ignore[arg-type]
+        if all(s is None for s in learning):
+            raise DivergenceError(state.step, "no candidate of the bank is left", state.states[leader])  # type: ignore[arg-type]
+        own = tuple(count + alone for count, alone in zip(state.own_passes, apart, strict=True))
+        moved = learning[leader]
+        length = 0.0 if moved is None else float((moved.belief.mean - start).norm())
+        return BankState(tuple(learning), own, state.step + 1), tally.info(length)
+
+    def _alone(self, kf: KalmanFilter, begun: FilterState, inputs: Inputs, targets: Tensor) -> FilterState | None:
+        """A candidate after the batch by passes of its own; None where it diverged."""
+        state = begun
+        try:
+            for batch in kf._observed(begun, inputs, targets, begun.belief.mean):
+                state = kf._learn(state, batch, Tally())
+        except (FloatingPointError, torch.linalg.LinAlgError):
+            return None
+        return kf._ended(begun, state)
+
+
+def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[KalmanConfig]:
+    """Every combination of the grid's values in the place of the config's own, the config's own values first.
+
+    Example:
+        >>> [c.initial_logit_sd for c in candidates(KalmanConfig(), {"initial_logit_sd": (1.0, 3.0, 10.0)})]
+        [1.0, 3.0, 10.0]
+    """
+    combinations = itertools.product(*grid.values())
+    return [dataclasses.replace(config, **dict(zip(grid, values, strict=True))) for values in combinations]
+
+
+def _close(state: FilterState, batch: Batch) -> bool:
+    """Whether the batch, linearized elsewhere, serves at the state's mean to first order."""
+    if state.belief.mean is batch.start:
+        return True
+    shift = batch.jacobian.matvec(state.belief.mean - batch.start)
+    return bool(shift.abs().max() < TRUSTED)
+
+
+def _attempt(kf: KalmanFilter, state: FilterState, batch: Batch, tally: Tally) -> FilterState | None:
+    """The state after a piece of a batch; None where it diverged."""
+    try:
+        return kf._learn(state, batch, tally)
+    except (FloatingPointError, torch.linalg.LinAlgError):
+        return None

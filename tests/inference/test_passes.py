@@ -1,0 +1,125 @@
+"""Several passes: Gauss-Newton from the prior each time, against closed forms and a mode found by another optimizer."""
+
+import pytest
+import torch
+from oracles import dense_jacobian, linear_posterior
+from scipy.optimize import minimize
+from torch import nn
+
+import bayes_kf as bkf
+from bayes_kf.models.likelihood import LIKELIHOODS
+
+
+def batches_of(x, y, size=4):
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
+
+
+@pytest.mark.parametrize("passes", [1, 2, 5])
+@pytest.mark.parametrize("covariance", ["full", "low_rank", "block_diagonal"])
+def test_a_linear_model_has_its_exact_posterior_after_any_number_of_passes(passes, covariance):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 1, bias=False).double(), torch.randn(18, 5).double(), torch.randn(18, 1).double()
+    config = bkf.KalmanConfig(
+        likelihood="gaussian", noise_variance=0.3, covariance=covariance, rank=5, initial_variance=0.7, passes=passes
+    )
+    posterior = bkf.fit(model, batches_of(x, y), config, progress=False)
+    mean, matrix = linear_posterior(x, y[:, 0], model.weight.detach()[0], 0.7 * torch.eye(5).double(), 0.3)
+    torch.testing.assert_close(posterior.mean_vector, mean, rtol=1e-9, atol=1e-9)
+    found = config.structure.covariance_matrix(posterior.state.belief)
+    torch.testing.assert_close(found, matrix, rtol=1e-9, atol=1e-9)
+    assert len(posterior.history["log_loss"]) == 18
+
+
+def small(likelihood, seed=0):
+    torch.manual_seed(seed)
+    outputs = 3 if likelihood == "categorical" else 1
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+    x = torch.randn(30, 2).double()
+    y = {
+        "categorical": lambda: (x @ torch.randn(2, 3).double()).argmax(1),
+        "bernoulli": lambda: (x[:, :1] * x[:, 1:] > 0).double(),
+        "poisson": lambda: torch.poisson((x[:, :1]).exp()),
+        "gaussian": lambda: x[:, :1].sin() + 0.1 * torch.randn(30, 1).double(),
+    }[likelihood]()
+    return model, x, y
+
+
+def mode_by_lbfgs(model, x, y, family, variance, start):
+    """θ that minimizes −log p(y | θ) + ½ ‖θ − θ₀‖²/p₀, and the inverse of its Gauss-Newton matrix."""
+    prior = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def objective(numbers):
+        theta = torch.tensor(numbers, requires_grad=True)
+        sizes = [p.numel() for p in model.parameters()]
+        shaped = [t.view(p.shape) for t, p in zip(theta.split(sizes), model.parameters(), strict=True)]
+        names = [name for name, _ in model.named_parameters()]
+        outputs = torch.func.functional_call(model, dict(zip(names, shaped, strict=True)), (x,))
+        loss = -family.log_prob(outputs, y).sum() + 0.5 * (theta - prior).square().sum() / variance
+        loss.backward()
+        return float(loss.detach()), theta.grad.numpy()
+
+    options = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9}
+    found = minimize(objective, start.numpy(), jac=True, method="L-BFGS-B", options=options)
+    mode = torch.tensor(found.x)
+    torch.nn.utils.vector_to_parameters(mode, model.parameters())
+    outputs, jacobian = dense_jacobian(model, lambda m: m(x))
+    torch.nn.utils.vector_to_parameters(prior, model.parameters())
+    rows = jacobian.flatten(0, 1)
+    precision = rows.T @ torch.block_diag(*family.variance(outputs)) @ rows + torch.eye(len(prior)) / variance
+    return mode, torch.linalg.inv(precision), found.fun
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "poisson"])
+def test_passes_converge_to_the_mode_and_its_gauss_newton_covariance(likelihood):
+    model, x, y = small(likelihood)
+    config = bkf.KalmanConfig(likelihood=likelihood, covariance="full", initial_variance=0.3, passes=40)
+    posterior = bkf.fit(model, batches_of(x, y, 7), config, progress=False)
+    mode, covariance, least = mode_by_lbfgs(model, x, y, LIKELIHOODS[likelihood](), 0.3, posterior.mean_vector)
+    torch.testing.assert_close(posterior.mean_vector, mode, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(posterior.state.belief.covariance, covariance, rtol=1e-3, atol=1e-5)
+    objective = posterior.history["objective"]
+    assert len(objective) == 39
+    assert (objective.diff() <= 1e-8 * objective[:-1].abs()).all()
+    assert float(objective[-1]) == pytest.approx(least, rel=1e-7)
+    assert float(objective[0]) > float(objective[-1])
+
+
+def test_the_first_pass_is_that_of_a_single_one_and_the_order_of_later_ones_does_not_matter():
+    model, x, y = small("categorical")
+    setting = {"covariance": "full", "initial_variance": 0.3}
+    single = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting), progress=False)
+    at = single.mean_vector
+    found = []
+    for order in (torch.arange(30), torch.arange(29, -1, -1)):
+        state = single.kf.restart(single.state)
+        for inputs, targets in batches_of(x[order], y[order]):
+            state, info = single.kf.update(state, inputs, targets, at=at)
+            assert info.damping == 1.0
+        assert torch.equal(state.scores.total, single.state.scores.total)
+        assert (state.step, state.examples) == (8, 30)
+        found.append((state.belief.mean, state.belief.covariance))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    double = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting, passes=2), progress=False)
+    torch.testing.assert_close(double.mean_vector, found[0][0], rtol=1e-9, atol=1e-11)
+    assert torch.equal(double.history["log_loss"], single.history["log_loss"])
+
+
+def test_no_pass_ends_worse_than_it_began():
+    """With a wide prior the full step overshoots; it is halved."""
+    model, x, y = small("categorical", seed=3)
+    config = bkf.KalmanConfig(covariance="full", initial_variance=300.0, passes=12)
+    objective = bkf.fit(model, batches_of(x, y), config, progress=False).history["objective"]
+    assert len(objective) == 11
+    assert (objective.diff() <= 1e-8 * objective[:-1].abs()).all()
+    assert float(objective[-1]) < 0.9 * float(objective[0])
+
+
+def test_what_does_not_go_with_passes():
+    model, x, y = small("categorical")
+    config = bkf.KalmanConfig(passes=2)
+    with pytest.raises(ValueError, match=r"`passes` must be 1 with `start` 'trained', whose mean stays, got 2\."):
+        bkf.fit(model, batches_of(x, y), config, start="trained", progress=False)
+    with pytest.raises(ValueError, match=r"`loader` must be iterable anew for each of 2 `passes`, got list_iterator\."):
+        bkf.fit(model, iter(batches_of(x, y)), config, progress=False)
+    with pytest.raises(ValueError, match=r"`passes` must be a whole number >= 1, got 0\."):
+        bkf.KalmanConfig(passes=0)
