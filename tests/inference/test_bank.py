@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter
+from bayes_kf.inference import KalmanConfig, KalmanFilter, Posterior, fit
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.linearized import Linearized
 
@@ -109,6 +109,55 @@ def test_a_candidate_that_diverges_is_left_out():
     assert bank.evidence(state)[0] == -torch.inf
     assert bank.best(state) == 1
     assert torch.isfinite(info.log_loss).all()
+
+
+def test_fit_goes_on_with_the_settings_that_predicted_best():
+    data = stream(count=60)
+    grid = {"initial_logit_sd": (0.01, 2.0), "covariance": ["diagonal", "low_rank"]}
+    config = KalmanConfig(tune=grid, tune_examples=30)
+    posterior = fit(model_of(), data, config, progress=False)
+    evidence, chosen = posterior.history["evidence"], posterior.kf.config
+    assert evidence.shape == (4,)
+    assert chosen == candidates(config, grid)[int(evidence.argmax())]
+    assert chosen.initial_logit_sd == 2.0  # the other one hardly moves
+    assert chosen.tune is None
+    assert len(posterior.history["log_loss"]) == 120
+    assert (posterior.state.step, posterior.state.examples) == (60, 120)
+    alone = fit(model_of(), data, chosen, progress=False)
+    distance = (posterior.mean_vector - alone.mean_vector).norm() / (alone.mean_vector - alone.state.prior.mean).norm()
+    assert float(distance) < 0.1  # but for passes shared by candidates at first
+
+
+def test_a_tuned_posterior_is_saved_and_loaded(tmp_path):
+    config = KalmanConfig(tune={"initial_logit_sd": (1.0, 3.0)}, tune_examples=4)
+    posterior = fit(model_of(), stream(), config, progress=False)
+    posterior.save_pretrained(tmp_path)
+    again = Posterior.from_pretrained(tmp_path, model_of())
+    assert again.kf.config == posterior.kf.config
+    config.save_pretrained(tmp_path / "config")
+    loaded = KalmanConfig.from_pretrained(tmp_path / "config")
+    assert dict(loaded.tune) == {"initial_logit_sd": [1.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"tune": []}, r"`tune` must be a mapping from settings to values, got \[\]\."),
+        ({"tune": {"seed": (0, 1)}}, r"`tune` must name settings that a stream can choose, got 'seed'\."),
+        ({"tune": {"rank": 3}}, r"`tune` must hold a list or tuple of values for 'rank', got 3\."),
+        ({"tune": {"beta": (0.9, 1.0)}}, r"`beta` must lie strictly between 0 and 1, got 1\.0\."),
+        ({"tune": {"rank": (3,)}, "temperature": 1.0}, r"`tune` needs `temperature` 'prequential', got 1\.0\."),
+        ({"tune_examples": 0}, r"`tune_examples` must be a whole number >= 1, got 0\."),
+    ],
+)
+def test_grids_that_cannot_be_tuned(setting, message):
+    with pytest.raises(ValueError, match=message):
+        KalmanConfig(**setting)
+
+
+def test_tuning_does_not_go_with_a_trained_adapter():
+    with pytest.raises(ValueError, match=r"`tune` must be None with `start` 'trained', which predicts nothing before"):
+        fit(model_of(), stream(), KalmanConfig(tune={"rank": (3,)}), start="trained", progress=False)
 
 
 @pytest.mark.parametrize(
