@@ -6,6 +6,7 @@ their mean and covariance, advanced one batch at a time by the extended Kalman f
 
 from bayes_kf.evaluation import Report, evaluate
 from bayes_kf.inference import (
+    Bank,
     DivergenceError,
     KalmanConfig,
     KalmanFilter,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterModel",
+    "Bank",
     "DivergenceError",
     "KalmanConfig",
     "KalmanFilter",

@@ -13,6 +13,7 @@ from bayes_kf.evaluation.calibration import (
     reliability_bins,
 )
 from bayes_kf.evaluation.classification import evaluate_predictions
+from bayes_kf.evaluation.drift import DriftAlarm, drift_alarm
 from bayes_kf.evaluation.health import InnovationHealth, innovation_health
 from bayes_kf.evaluation.null import (
     Calibrated,
@@ -50,6 +51,7 @@ __all__ = [
     "Calibrated",
     "CalibrationNull",
     "Coverage",
+    "DriftAlarm",
     "EntropyParts",
     "InnovationHealth",
     "LoaderPrediction",
@@ -65,6 +67,7 @@ __all__ = [
     "confidence_gap",
     "coverage_null",
     "coverage_plot",
+    "drift_alarm",
     "entropy",
     "entropy_histogram",
     "entropy_parts",

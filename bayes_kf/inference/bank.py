@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference import noise
-from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config import OBSERVED, KalmanConfig
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import TRUSTED, KalmanFilter
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
-
-SHARED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
 
 
 class BankState(NamedTuple):
@@ -64,7 +62,7 @@ class Bank:
     def __init__(self, model: nn.Module | AdapterModel, configs: Sequence[KalmanConfig]) -> None:
         if not configs:
             raise ValueError("`configs` must hold at least one KalmanConfig, got none.")
-        for name in SHARED:
+        for name in OBSERVED:
             values = {getattr(config, name) for config in configs}
             if len(values) > 1:
                 raise ValueError(f"`configs` must agree in `{name}`, got {', '.join(sorted(map(repr, values)))}.")
@@ -153,14 +151,14 @@ class Bank:
 
 
 def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[KalmanConfig]:
-    """Every combination of the grid's values in the place of the config's own, the config's own values first.
+    """Every combination of the grid's values in the place of the config's own.
 
     Example:
         >>> [c.initial_logit_sd for c in candidates(KalmanConfig(), {"initial_logit_sd": (1.0, 3.0, 10.0)})]
         [1.0, 3.0, 10.0]
     """
-    combinations = itertools.product(*grid.values())
-    return [dataclasses.replace(config, **dict(zip(grid, values, strict=True))) for values in combinations]
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [dataclasses.replace(config, tune=None, **settings) for settings in combinations]
 
 
 def _close(state: FilterState, batch: Batch) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +48,8 @@ SPREADS = ("modules", "tensors", "constant")
 BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
+OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
+FIXED = (*OBSERVED, "tune", "tune_examples", "passes", "temperature", "bytes_budget", "outputs_per_pass")
 CONFIG_FILE = "kalman_config.json"
 
 
@@ -94,6 +96,10 @@ class KalmanConfig:
             batches go through in pieces. None: 32 MiB, or three times the graph of the batch, or two vectors of
             parameters, where that is more. Beliefs depend on it only through rounding, unless it is too small for 192
             rows.
+        tune: settings to choose among, field name -> values, as ``{"initial_logit_sd": (1.0, 3.0, 10.0)}``: filters
+            with every combination learn the first examples side by side (:class:`~bayes_kf.Bank`), and the one whose
+            predictions of them had the least log loss goes on. :func:`~bayes_kf.fit` does so.
+        tune_examples: how many examples that takes.
         passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
             the mean of the one before (Gauss-Newton), so that no example counts twice.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
@@ -133,6 +139,8 @@ class KalmanConfig:
     curvature_draws: int = 1
     outputs_per_pass: int | None = None
     bytes_budget: int | None = None
+    tune: Mapping[str, Sequence[Any]] | None = None
+    tune_examples: int = 200
     passes: int = 1
     temperature: float | str = "prequential"
     seed: int = 0
@@ -163,7 +171,7 @@ class KalmanConfig:
         _one_of("expansion", self.expansion, EXPANSIONS)
         _one_of("curvature", self.curvature, CURVATURES)
         _between("curvature_epsilon", self.curvature_epsilon)
-        for name in ("rank", "curvature_classes", "curvature_draws", "passes"):
+        for name in ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples"):
             _whole(name, getattr(self, name))
         for name in ("outputs_per_pass", "bytes_budget"):
             if getattr(self, name) is not None:
@@ -183,6 +191,9 @@ class KalmanConfig:
                 f"`curvature` {self.curvature!r} needs `likelihood` 'categorical' and `noise` 'exponential_family', "
                 f"got {self.likelihood!r} and {self.noise!r}."
             )
+
+        if self.tune is not None:
+            _check_grid(self, self.tune)
 
     @classmethod
     def loko(cls, **overrides: Any) -> KalmanConfig:
@@ -230,6 +241,22 @@ class KalmanConfig:
             unknown = sorted(set(fields) - known) if isinstance(fields, dict) else type(fields).__name__
             raise ValueError(f"`folder` must hold a {CONFIG_FILE} of this version's fields, got {unknown}.")
         return cls(**fields)
+
+
+def _check_grid(config: KalmanConfig, grid: object) -> None:
+    """Whether every setting of a grid may be chosen by evidence, and every value of it is one that a filter takes."""
+    if not isinstance(grid, Mapping) or not grid:
+        raise ValueError(f"`tune` must be a mapping from settings to values, got {grid!r}.")
+    known = {field.name for field in dataclasses.fields(config)} - set(FIXED)
+    for name, values in grid.items():
+        if name not in known:
+            raise ValueError(f"`tune` must name settings that a stream can choose, got {name!r}.")
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"`tune` must hold a list or tuple of values for {name!r}, got {values!r}.")
+        for value in values:
+            dataclasses.replace(config, tune=None, **{name: value})
+    if config.temperature != "prequential":
+        raise ValueError(f"`tune` needs `temperature` 'prequential', got {config.temperature!r}.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

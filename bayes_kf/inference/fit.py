@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayes_kf.inference import noise
+from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
@@ -61,38 +63,64 @@ def fit(
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
     kf = KalmanFilter(model, config)
-    passes = kf.config.passes
+    passes, grid = kf.config.passes, kf.config.tune
     if passes > 1 and start == "trained":
         raise ValueError(f"`passes` must be 1 with `start` 'trained', whose mean stays, got {passes}.")
     if passes > 1 and iter(loader) is loader:
         raise ValueError(f"`loader` must be iterable anew for each of {passes} `passes`, got {type(loader).__name__}.")
+    if grid is not None and start == "trained":
+        raise ValueError("`tune` must be None with `start` 'trained', which predicts nothing before it learns it.")
     batches = iter(loader)
     first = _first(batches, SCALE_EXAMPLES)
     if not first:
         raise ValueError("`loader` must yield at least one batch, got none.")
-    state = _initial(kf, first)
-    prequential, objective = _Record(kf.config.likelihood), list[float]()
-    label = "fit" if progress else None
-    state = _one_pass(kf, state, itertools.chain(first, batches), prequential, loader, label, start)
+    batches, record = itertools.chain(first, batches), _Record(kf.config.likelihood)
+    history: dict[str, Tensor] = {}
+    with _Bar(_length(loader), "fit", progress) as bar:
+        if grid is None:
+            state = kf.init(_scaling(kf, first))
+        else:
+            kf, state, history["evidence"] = _tuned(kf, batches, _scaling(kf, first), record, bar)
+        state = _one_pass(kf, state, batches, record, bar, hold_mean=start == "trained")
+    history, objective = record.history() | history, []
     for number in range(2, passes + 1):
-        label = f"pass {number} of {passes}" if progress else None
-        state, lowest = _gauss_newton(kf, state, loader, label)
+        with _Bar(_length(loader), f"pass {number} of {passes}", progress) as bar:
+            state, lowest = _gauss_newton(kf, state, loader, bar)
         objective.append(lowest)
-    history = prequential.history()
     if objective:
         history["objective"] = torch.tensor(objective, dtype=torch.float64)
     return Posterior(kf, state, history)
 
 
-def _gauss_newton(
-    kf: KalmanFilter, before: FilterState, loader: Iterable[Any], label: str | None
-) -> tuple[FilterState, float]:
+def _tuned(
+    kf: KalmanFilter, batches: Iterator[Any], inputs: Inputs, record: _Record, bar: _Bar
+) -> tuple[KalmanFilter, FilterState, Tensor]:
+    """The filter of the grid that predicted the first examples best, its state after them, and all evidence, (G,)."""
+    assert kf.config.tune is not None
+    bank = Bank(kf.adapter, candidates(kf.config, kf.config.tune))
+    state, seen = bank.init(inputs), 0
+    for batch in batches:
+        given, targets = _complete(batch, bar.done)
+        with _located(bar.done):
+            state, info = bank.update(state, given, targets)
+        record.add(info)
+        bar.advance(f"{len(bank.filters)} candidates, {record.summary()}")
+        seen += len(targets)
+        if seen >= kf.config.tune_examples:
+            break
+    best = bank.best(state)
+    chosen = state.states[best]
+    assert chosen is not None  # what diverged has no evidence
+    return bank.filters[best], chosen, bank.evidence(state)
+
+
+def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], bar: _Bar) -> tuple[FilterState, float]:
     """Another pass, from the prior, linearized at the mean that the one before ended with; its state and objective.
 
     The step from that mean is halved until −log p(y, θ) is no larger than there, by forward passes.
     """
-    at, record = before.belief.mean, _Record(kf.config.likelihood)
-    state = _one_pass(kf, kf.restart(before), loader, record, loader, label, "prior", at)
+    at = before.belief.mean
+    state = _one_pass(kf, kf.restart(before), loader, _Record(kf.config.likelihood), bar, at=at)
     found, start = state.belief.mean, _objective(kf, state, at, loader)
     for halvings in range(MAX_HALVINGS):
         mean = torch.lerp(at, found, 0.5**halvings)
@@ -122,35 +150,61 @@ def _one_pass(
     state: FilterState,
     batches: Iterable[Any],
     record: _Record,
-    loader: Iterable[Any],
-    label: str | None,
-    start: str,
+    bar: _Bar,
+    hold_mean: bool = False,
     at: Tensor | None = None,
 ) -> FilterState:
     """The state after an update with every batch."""
-    with tqdm(batches, total=_length(loader), disable=label is None, desc=label, unit="batch") as bar:
-        for index, batch in enumerate(bar):
-            inputs, targets = _complete(batch, index)
-            try:
-                state, info = kf.update(state, inputs, targets, hold_mean=start == "trained", at=at)
-            except DivergenceError as error:
-                error.posterior = Posterior(kf, state, record.history())
-                raise
-            except ValueError as error:
-                raise ValueError(f"{error} (batch {index} of `loader`)") from error
-            except RuntimeError as error:  # the model's own complaint
-                error.add_note(f"in batch {index} of `loader`")
-                raise
-            record.add(info)
-            if label is not None:
-                bar.set_postfix_str(record.summary(), refresh=False)
+    for batch in batches:
+        inputs, targets = _complete(batch, bar.done)
+        try:
+            with _located(bar.done):
+                state, info = kf.update(state, inputs, targets, hold_mean=hold_mean, at=at)
+        except DivergenceError as error:
+            error.posterior = Posterior(kf, state, record.history())
+            raise
+        record.add(info)
+        bar.advance(record.summary())
     return state
 
 
-def _initial(kf: KalmanFilter, batches: list[Any]) -> FilterState:
-    """The prior, its scale measured on the first batches' inputs together where they can be joined."""
+@contextmanager
+def _located(index: int) -> Iterator[None]:
+    """Errors of a batch say which it was."""
+    try:
+        yield
+    except DivergenceError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error} (batch {index} of `loader`)") from error
+    except RuntimeError as error:  # the model's own complaint
+        error.add_note(f"in batch {index} of `loader`")
+        raise
+
+
+class _Bar:
+    """Progress over batches; ``done`` of them."""
+
+    def __init__(self, total: int | None, label: str, shown: bool) -> None:
+        self.done, self._bar = 0, tqdm(total=total, disable=not shown, desc=label, unit="batch")
+
+    def advance(self, text: str) -> None:
+        self.done += 1
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _scaling(kf: KalmanFilter, batches: list[Any]) -> Inputs:
+    """The first batches' inputs together where they can be joined: the prior's scale is measured on them."""
     pieces = [_complete(batch, index)[0] for index, batch in enumerate(batches)]
-    return kf.init(_join([to_device(piece, kf.adapter.device) for piece in pieces]))
+    return _join([to_device(piece, kf.adapter.device) for piece in pieces])
 
 
 def _join(pieces: list[Inputs]) -> Inputs:

@@ -1,0 +1,176 @@
+"""A bank of filters is the filters one by one, on fewer passes."""
+
+import pytest
+import torch
+from torch import nn
+
+from bayes_kf.inference import KalmanConfig, KalmanFilter, Posterior, fit
+from bayes_kf.inference.bank import Bank, candidates
+from bayes_kf.inference.linearized import Linearized
+
+
+def model_of(m=3, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, m)).double()
+
+
+def stream(size=2, count=12, m=3, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    truth = torch.randn(4, m, generator=g).double()
+    inputs = [torch.randn(size, 4, generator=g).double() for _ in range(count)]
+    return [(x, (x @ truth).argmax(1)) for x in inputs]
+
+
+def test_one_candidate_is_its_filter():
+    config = KalmanConfig()
+    bank, kf = Bank(model_of(), [config]), KalmanFilter(model_of(), config)
+    data = stream()
+    together, alone = bank.init(data[0][0]), kf.init(data[0][0])
+    for x, y in data:
+        together, seen = bank.update(together, x, y)
+        alone, info = kf.update(alone, x, y)
+        assert torch.equal(seen.log_loss, info.log_loss)
+        assert seen.innovation == info.innovation
+        assert seen.step_norm == pytest.approx(info.step_norm)
+    for found, expected in zip(together.states[0].belief, alone.belief, strict=True):
+        assert torch.equal(found, expected)
+    assert together.states[0].step == alone.step == together.step
+    assert together.states[0].examples == alone.examples
+    assert together.own_passes == (0,)
+
+
+def test_candidates_far_apart_are_their_filters(monkeypatch):
+    """Where no candidate may learn from another's passes, each is what it would be alone."""
+    monkeypatch.setattr("bayes_kf.inference.bank.TRUSTED", 0.0)
+    configs = candidates(KalmanConfig(), {"initial_logit_sd": (0.5, 3.0), "covariance": ("diagonal", "full")})
+    bank, data = Bank(model_of(), configs), stream()
+    together = bank.init(data[0][0])
+    alone = [KalmanFilter(model_of(), config) for config in configs]
+    states = [kf.init(data[0][0]) for kf in alone]
+    for x, y in data:
+        together, _ = bank.update(together, x, y)
+        states = [kf.update(state, x, y)[0] for kf, state in zip(alone, states, strict=True)]
+    for found, expected in zip(together.states, states, strict=True):
+        assert torch.equal(found.belief.mean, expected.belief.mean)
+        assert torch.equal(found.scores.total, expected.scores.total)
+    expected = torch.stack([-state.scores.total.min() for state in states])
+    torch.testing.assert_close(bank.evidence(together), expected)
+    assert bank.best(together) == int(expected.argmax())
+    torch.testing.assert_close(bank.weights(together), expected.softmax(0))
+
+
+def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
+    """To first order is exact there, so one linearization serves every candidate."""
+    monkeypatch.setattr("bayes_kf.inference.bank.TRUSTED", torch.inf)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    configs = candidates(KalmanConfig(covariance="full", damping=False), {"initial_logit_sd": (0.5, 3.0, 10.0)})
+    bank, data = Bank(model, configs), stream()
+    pulls = []
+    pull = Linearized.pull
+    monkeypatch.setattr(Linearized, "pull", lambda self, *args: pulls.append(1) or pull(self, *args))
+    together = bank.init(data[0][0])
+    begun = len(pulls)
+    for x, y in data:
+        together, _ = bank.update(together, x, y)
+    assert len(pulls) - begun == len(data)
+    assert together.own_passes == (0, 0, 0)
+    for config, found in zip(configs, together.states, strict=True):
+        kf = KalmanFilter(model, config)
+        state = kf.init(data[0][0])
+        for x, y in data:
+            state, _ = kf.update(state, x, y)
+        torch.testing.assert_close(found.belief.mean, state.belief.mean, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found.belief.covariance, state.belief.covariance, rtol=1e-7, atol=1e-10)
+
+
+def test_shared_passes_stay_near_the_filters_alone():
+    configs = candidates(KalmanConfig(), {"initial_logit_sd": (1.0, 3.0), "forgetting": (1.0, 0.98)})
+    bank, data = Bank(model_of(), configs), stream(count=40)
+    together = bank.init(data[0][0])
+    for x, y in data:
+        together, _ = bank.update(together, x, y)
+    assert 0 < sum(together.own_passes) < 40 * 3  # some shared, some not
+    for config, found in zip(configs, bank.evidence(together).tolist(), strict=True):
+        kf = KalmanFilter(model_of(), config)
+        state = kf.init(data[0][0])
+        for x, y in data:
+            state, _ = kf.update(state, x, y)
+        assert found == pytest.approx(-float(state.scores.total.min()), rel=0.1)
+
+
+def test_a_candidate_that_diverges_is_left_out():
+    steep = KalmanConfig(initial_variance=1e300, damping=False, expansion="mean", covariance="full")
+    bank, data = Bank(model_of(), [steep, KalmanConfig(initial_variance=0.1)]), stream()
+    state = bank.init()
+    for x, y in data:
+        state, info = bank.update(state, x, y)
+    assert state.states[0] is None
+    assert bank.evidence(state)[0] == -torch.inf
+    assert bank.best(state) == 1
+    assert torch.isfinite(info.log_loss).all()
+
+
+def test_fit_goes_on_with_the_settings_that_predicted_best():
+    data = stream(count=60)
+    grid = {"initial_logit_sd": (0.01, 2.0), "covariance": ["diagonal", "low_rank"]}
+    config = KalmanConfig(tune=grid, tune_examples=30)
+    posterior = fit(model_of(), data, config, progress=False)
+    evidence, chosen = posterior.history["evidence"], posterior.kf.config
+    assert evidence.shape == (4,)
+    assert chosen == candidates(config, grid)[int(evidence.argmax())]
+    assert chosen.initial_logit_sd == 2.0  # the other one hardly moves
+    assert chosen.tune is None
+    assert len(posterior.history["log_loss"]) == 120
+    assert (posterior.state.step, posterior.state.examples) == (60, 120)
+    alone = fit(model_of(), data, chosen, progress=False)
+    distance = (posterior.mean_vector - alone.mean_vector).norm() / (alone.mean_vector - alone.state.prior.mean).norm()
+    assert float(distance) < 0.1  # but for passes shared by candidates at first
+
+
+def test_a_tuned_posterior_is_saved_and_loaded(tmp_path):
+    config = KalmanConfig(tune={"initial_logit_sd": (1.0, 3.0)}, tune_examples=4)
+    posterior = fit(model_of(), stream(), config, progress=False)
+    posterior.save_pretrained(tmp_path)
+    again = Posterior.from_pretrained(tmp_path, model_of())
+    assert again.kf.config == posterior.kf.config
+    config.save_pretrained(tmp_path / "config")
+    loaded = KalmanConfig.from_pretrained(tmp_path / "config")
+    assert dict(loaded.tune) == {"initial_logit_sd": [1.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"tune": []}, r"`tune` must be a mapping from settings to values, got \[\]\."),
+        ({"tune": {"seed": (0, 1)}}, r"`tune` must name settings that a stream can choose, got 'seed'\."),
+        ({"tune": {"rank": 3}}, r"`tune` must hold a list or tuple of values for 'rank', got 3\."),
+        ({"tune": {"beta": (0.9, 1.0)}}, r"`beta` must lie strictly between 0 and 1, got 1\.0\."),
+        ({"tune": {"rank": (3,)}, "temperature": 1.0}, r"`tune` needs `temperature` 'prequential', got 1\.0\."),
+        ({"tune_examples": 0}, r"`tune_examples` must be a whole number >= 1, got 0\."),
+    ],
+)
+def test_grids_that_cannot_be_tuned(setting, message):
+    with pytest.raises(ValueError, match=message):
+        KalmanConfig(**setting)
+
+
+def test_tuning_does_not_go_with_a_trained_adapter():
+    with pytest.raises(ValueError, match=r"`tune` must be None with `start` 'trained', which predicts nothing before"):
+        fit(model_of(), stream(), KalmanConfig(tune={"rank": (3,)}), start="trained", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([], r"`configs` must hold at least one KalmanConfig, got none\."),
+        (
+            [KalmanConfig(), KalmanConfig(curvature="sampled")],
+            r"`configs` must agree in `curvature`, got 'exact', 'sampled'\.",
+        ),
+        ([KalmanConfig(temperature=1.0)], r"`configs` must have `temperature` 'prequential', got 1\.0\."),
+    ],
+)
+def test_configs_that_do_not_go_together(configs, message):
+    with pytest.raises(ValueError, match=message):
+        Bank(model_of(), configs)
