@@ -54,11 +54,11 @@ def adamw(model: nn.Module, _: Batch, batch: Batch) -> Running:
     return Running(step, lambda: _flat(parameters))
 
 
-def kalman(curvature: str) -> Make:
+def kalman(curvature: str, covariance: str = "diagonal") -> Make:
     """The filter: ``update`` from the state after another batch, always the same one."""
 
     def make(model: nn.Module, before: Batch, batch: Batch) -> Running:
-        kf = bkf.KalmanFilter(model, bkf.KalmanConfig(curvature=curvature, curvature_epsilon=EPSILON))
+        kf = bkf.KalmanFilter(model, _config(curvature, covariance))
         state, info = kf.update(kf.init(before.inputs), *before)
         kept: dict[str, Any] = {"state": state, "info": info}
 
@@ -72,6 +72,10 @@ def kalman(curvature: str) -> Make:
         return Running(step, now, lambda: _seen(kept["info"]))
 
     return make
+
+
+def _config(curvature: str, covariance: str) -> bkf.KalmanConfig:
+    return bkf.KalmanConfig(curvature=curvature, curvature_epsilon=EPSILON, covariance=covariance)
 
 
 def ivon(model: nn.Module, _: Batch, batch: Batch) -> Running:
@@ -185,6 +189,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "adamw": Method(adamw, "AdamW"),
     "exact": Method(kalman("exact"), "**exact**"),
+    "low-rank": Method(kalman("exact", "low_rank"), "**exact**, low rank 20"),
     "truncated": Method(kalman("truncated"), "**truncated**, ε = 1e-3"),
     "sampled": Method(kalman("sampled"), "**sampled**, K = 1"),
     "ivon": Method(ivon, "IVON", "ivon-opt"),

@@ -134,6 +134,11 @@ def log_determinant(state: State) -> Tensor:
     return torch.stack([torch.linalg.slogdet(block).logabsdet for _, block in _blocks(state)]).sum()
 
 
+def scales(state: State) -> Tensor:
+    """Numbers that are positive and finite in a proper belief, (n,)."""
+    return marginal_variance(state)
+
+
 def _blocks(state: State) -> Iterator[tuple[slice, Tensor]]:
     """Where each block lies in θ, and its covariance, (n_b, n_b), a view."""
     start = place = 0

@@ -27,6 +27,7 @@ class Structure(NamedTuple):
     joint_output_covariance: Callable[..., Any]
     quadratic: Callable[..., Any]
     log_determinant: Callable[..., Any]
+    scales: Callable[..., Any]
 
 
 def _structure(module: Any, condition: Callable[..., Any]) -> Structure:
@@ -59,8 +60,8 @@ class KalmanConfig:
 
     Attributes:
         likelihood: "categorical", "bernoulli", "gaussian" or "poisson".
-        covariance: "diagonal" (gain form), "diagonal_information", "diagonal_mixed", "low_rank", "block_diagonal" or
-            "full".
+        covariance: "low_rank" (plus a diagonal), "diagonal" (gain form, as the papers), "diagonal_information",
+            "diagonal_mixed", "block_diagonal" or "full".
         rank: L, columns of the low-rank part of the precision.
         blocks: of "block_diagonal": each of the "tensors", or each of the "modules" (LoRA's A and B of one layer;
             weight and bias).
@@ -117,7 +118,7 @@ class KalmanConfig:
     """
 
     likelihood: str = "categorical"
-    covariance: str = "diagonal"
+    covariance: str = "low_rank"
     noise: str = "exponential_family"
     noise_variance: float | str = 1.0
     initial_logit_sd: float = 3.0
@@ -125,7 +126,7 @@ class KalmanConfig:
     initial_variance: float | None = None
     initial_rule: str = "constant"
     expansion: str = "mode"
-    rank: int = 50
+    rank: int = 20
     blocks: str = "modules"
     beta: float = 0.95
     forgetting: float = 1.0

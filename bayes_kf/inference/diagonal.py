@@ -104,6 +104,11 @@ def log_determinant(state: State) -> Tensor:
     return state.variance.log().sum()
 
 
+def scales(state: State) -> Tensor:
+    """Numbers that are positive and finite in a proper belief, (n,)."""
+    return state.variance
+
+
 def _solve(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
     """Cholesky factor of S and S⁻¹u, or, with fewer parameters than rows, of A = I + √P MᵀM √P and A⁻¹√P Mᵀu."""
     if observation.num_parameters >= observation.num_rows:

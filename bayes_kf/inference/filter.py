@@ -251,10 +251,10 @@ class KalmanFilter:
             damping *= DAMPING_STEP
             after = evidence.condition(structure, belief, damping)
         _finite("the mean", after.mean)
-        variance = structure.marginal_variance(after)
-        _finite("the variance", variance)
-        if not bool((variance > 0).all()):
-            raise FloatingPointError(f"{int((variance <= 0).sum())} variances would not be positive")
+        scales = structure.scales(after)
+        _finite("the variance", scales)
+        if not bool((scales > 0).all()):
+            raise FloatingPointError(f"{int((scales <= 0).sum())} variances would not be positive")
         return after, damping
 
     def _objective(self, state: FilterState, part: Part, inputs: Inputs, targets: Tensor) -> Callable[[Any], bool]:

@@ -96,6 +96,11 @@ def log_determinant(state: State) -> Tensor:
     return torch.linalg.slogdet(state.covariance).logabsdet
 
 
+def scales(state: State) -> Tensor:
+    """Numbers that are positive and finite in a proper belief, (n,)."""
+    return state.covariance.diagonal()
+
+
 def _few(state: State, rows: Tensor, residual: Tensor) -> State:
     root = torch.linalg.cholesky(state.covariance.double())
     scaled = rows.double() @ root  # ML (k, n)

@@ -25,7 +25,7 @@ class Part:
 
     def gram(self, variance: Tensor) -> Tensor:
         """Σ over blocks of J diag(p) Jᵀ, (B·d, B·d), in float64."""
-        if self._gram is None or self._gram[0] is not variance:
+        if self._gram is None or not (self._gram[0] is variance or torch.equal(self._gram[0], variance)):
             total = self.blocks[0].gram(variance)
             for block in self.blocks[1:]:
                 total += block.gram(variance)

@@ -20,16 +20,17 @@ COLUMNS = 16  # of the cut-off part, made at once
 
 
 class State(NamedTuple):
-    """A Gaussian: mean μ (n,), diagonal precision d (n,), low-rank factor W (n, L) of the precision."""
+    """A Gaussian: mean μ (n,), diagonal precision d (n,), low-rank factor W (n, L) of the precision, WᵀD⁻¹W (L, L)."""
 
     mean: Tensor
     diagonal: Tensor
     factor: Tensor
+    gram: Tensor  # float64
 
 
 def init(mean: Tensor, variance: Tensor, rank: int = 10) -> State:
     """The belief N(mean, diag(variance)); both (n,)."""
-    return State(mean, 1.0 / variance, mean.new_zeros(len(mean), rank))
+    return State(mean, 1.0 / variance, mean.new_zeros(len(mean), rank), mean.new_zeros(rank, rank, dtype=torch.float64))
 
 
 def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> State:
@@ -39,13 +40,13 @@ def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> 
     """
     d, factor = state.diagonal * forgetting, state.factor * forgetting**0.5
     if not isinstance(drift_variance, Tensor) and drift_variance == 0.0:
-        return State(state.mean, d, factor)
+        return State(state.mean, d, factor, state.gram)  # λ cancels
     shrink = 1.0 / (1.0 + drift_variance * d)  # d⁻/(λd)
     lost = ((1.0 - shrink) / d).double().unsqueeze(-1)
     inner = factor.mT.double() @ (lost * factor.double())
     root = torch.linalg.cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
     turned = torch.linalg.solve_triangular(root, (shrink.unsqueeze(-1) * factor).mT.double(), upper=False).mT
-    return State(state.mean, d * shrink, turned.to(factor))
+    return _state(state.mean, d * shrink, turned.to(factor))
 
 
 def condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
@@ -55,7 +56,7 @@ def condition(state: State, observation: Observation, curvature: Observation | N
     rank, scaled = state.factor.shape[1], state.factor.double() / state.diagonal.double().unsqueeze(-1)  # D⁻¹W
     cross = observation.matmul(scaled)  # MD⁻¹W (k, L)
     gram = torch.cat([  # of [W Mᵀ] under D⁻¹
-        torch.cat([state.factor.double().mT @ scaled, cross.mT], 1),
+        torch.cat([state.gram, cross.mT], 1),
         torch.cat([cross, observation.gram(1.0 / state.diagonal)], 1),
     ])  # fmt: skip
     step = observation.rmatvec(observation.residual) / state.diagonal
@@ -68,14 +69,14 @@ def condition(state: State, observation: Observation, curvature: Observation | N
     diagonal = state.diagonal.clone()
     for some in rest.split(COLUMNS, 1):
         diagonal += (state.factor @ some[:rank] + observation.rmatmul(some[rank:])).square().sum(1)
-    return State(state.mean + step - joined / state.diagonal, diagonal, factor)
+    return _state(state.mean + step - joined / state.diagonal, diagonal, factor)
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:
     """The map z → D^(−1/2) (I + FFᵀ)^(−1/2) z, F = D^(−1/2) W: covariance P for z ~ N(0, I); takes (..., n)."""
     scale = state.diagonal.rsqrt()
     scaled = state.factor * scale.unsqueeze(-1)
-    values, vectors = torch.linalg.eigh((scaled.mT @ scaled).double())
+    values, vectors = torch.linalg.eigh(state.gram)
     values = values.clamp_min(0.0)  # negative only by rounding
     weights = 1.0 / ((1.0 + values) + (1.0 + values).sqrt())  # (1 − (1 + v)^(−1/2)) / v
     inner = ((vectors * weights) @ vectors.mT).to(scaled.dtype)
@@ -85,7 +86,7 @@ def root(state: State) -> Callable[[Tensor], Tensor]:
 def marginal_variance(state: State) -> Tensor:
     """diag(P), (n,)."""
     scaled = state.factor / state.diagonal.unsqueeze(-1)
-    inner = _inner(state.diagonal, state.factor)
+    inner = _inner(state.gram)
     half = torch.linalg.solve_triangular(inner, scaled.mT.double(), upper=False)
     exact = 1.0 / state.diagonal - half.square().sum(0).to(state.mean.dtype)
     return torch.maximum(exact, 1.0 / (state.diagonal + state.factor.square().sum(1)))  # a bound, where rounding rules
@@ -94,20 +95,20 @@ def marginal_variance(state: State) -> Tensor:
 def covariance_matrix(state: State) -> Tensor:
     """P, (n, n)."""
     eye = torch.eye(len(state.mean), dtype=state.mean.dtype, device=state.mean.device)
-    return _solve(state.diagonal, state.factor, eye)
+    return _solve(state, eye)
 
 
 def output_covariance(state: State, jacobian: Jacobian) -> Tensor:
     """J P Jᵀ of every example, (B, c, c), in float64."""
     cross = jacobian.matmul(state.factor.double() / state.diagonal.double().unsqueeze(-1))  # JD⁻¹W (B, c, L)
-    half = torch.linalg.solve_triangular(_inner(state.diagonal, state.factor), cross.mT, upper=False)
+    half = torch.linalg.solve_triangular(_inner(state.gram), cross.mT, upper=False)
     return jacobian.block_gram(1.0 / state.diagonal) - half.mT @ half
 
 
 def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
     """J P Jᵀ over the whole batch, (B·c, B·c), in float64."""
     cross = jacobian.matmul(state.factor.double() / state.diagonal.double().unsqueeze(-1)).flatten(0, 1)
-    half = torch.linalg.solve_triangular(_inner(state.diagonal, state.factor), cross.mT, upper=False)
+    half = torch.linalg.solve_triangular(_inner(state.gram), cross.mT, upper=False)
     return jacobian.gram(1.0 / state.diagonal) - half.mT @ half
 
 
@@ -118,19 +119,28 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 def log_determinant(state: State) -> Tensor:
     """Log det P, a scalar."""
-    root = _inner(state.diagonal, state.factor)
+    root = _inner(state.gram)
     return -(state.diagonal.log().sum() + 2.0 * root.diagonal().log().sum()).to(state.mean.dtype)
 
 
-def _inner(diagonal: Tensor, factor: Tensor) -> Tensor:
-    """Cholesky factor of I + Wᵀ D⁻¹ W in float64, (L, L)."""
+def scales(state: State) -> Tensor:
+    """Numbers that are positive and finite in a proper belief, (n,)."""
+    return state.diagonal
+
+
+def _state(mean: Tensor, diagonal: Tensor, factor: Tensor) -> State:
+    """With WᵀD⁻¹W, which every use of the belief needs."""
     scaled = (factor / diagonal.sqrt().unsqueeze(-1)).double()
-    gram = scaled.mT @ scaled
+    return State(mean, diagonal, factor, scaled.mT @ scaled)
+
+
+def _inner(gram: Tensor) -> Tensor:
+    """Cholesky factor of I + WᵀD⁻¹W, (L, L)."""
     return torch.linalg.cholesky(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
-def _solve(diagonal: Tensor, factor: Tensor, right: Tensor) -> Tensor:
+def _solve(state: State, right: Tensor) -> Tensor:
     """(D + WWᵀ)⁻¹ B by Woodbury, (n, c)."""
-    scaled = right / diagonal.unsqueeze(-1)
-    weights = torch.cholesky_solve((factor.mT @ scaled).double(), _inner(diagonal, factor)).to(right.dtype)
-    return scaled - (factor @ weights) / diagonal.unsqueeze(-1)
+    scaled = right / state.diagonal.unsqueeze(-1)
+    weights = torch.cholesky_solve((state.factor.mT @ scaled).double(), _inner(state.gram)).to(right.dtype)
+    return scaled - (state.factor @ weights) / state.diagonal.unsqueeze(-1)

@@ -135,7 +135,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["bayes_kf"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # clones lie where torch puts tensors: products depend on that, in the last bit
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"`folder` must hold a readable {STATE_FILE}, got {path}: {error}.") from error
     if metadata.get("format") != FORMAT:

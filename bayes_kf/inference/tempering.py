@@ -1,8 +1,7 @@
 """How far to trust the covariance: a factor on P in predictions, priced by the stream itself.
 
 Before each update the filter's own linearized prediction is scored at every temperature of a grid. The posterior's is
-the largest one whose prequential log loss lies within one standard error of the lowest: between settings that the data
-cannot tell apart, the more uncertain is chosen. No validation set, no extra pass through the network. Ours.
+the one whose prequential log loss is lowest. No validation set, no extra pass through the network. Ours.
 """
 
 from __future__ import annotations
@@ -58,41 +57,33 @@ def isotropic_log_losses(family: Likelihood, outputs: Tensor, variance: Tensor, 
 
 
 class State(NamedTuple):
-    """Sums over updates of the log losses ℓ by temperature, (K,), and of ℓℓᵀ, (K, K); in nats.
+    """Sums over updates of the log losses ℓ by temperature, (K,), in nats.
 
     Attributes:
         updates: number of updates scored.
         total: Σ ℓ.
-        products: Σ ℓℓᵀ.
     """
 
     updates: int
     total: Tensor
-    products: Tensor
 
 
 def init(device: torch.device) -> State:
     """Nothing scored yet."""
-    total = torch.zeros(len(GRID), dtype=torch.float64, device=device)
-    return State(0, total, torch.outer(total, total))
+    return State(0, torch.zeros(len(GRID), dtype=torch.float64, device=device))
 
 
 def add(state: State, losses: Tensor) -> State:
     """The sums with one more update's losses, (K,)."""
-    return State(state.updates + 1, state.total + losses, state.products + torch.outer(losses, losses))
+    return State(state.updates + 1, state.total + losses)
 
 
 def choose(state: State) -> float:
-    """The largest temperature within one standard error of the best; 1 before anything was scored."""
+    """The temperature of the lowest log loss, the largest among equals; 1 before anything was scored."""
     if state.updates == 0:
         return 1.0
-    if not bool(torch.isfinite(state.total).any()):
-        return GRID[0]
-    best = int(state.total.argmin())  # a temperature that gave some target no probability is at infinity, and out
-    excess = state.total - state.total[best]
-    squares = state.products.diagonal() - 2 * state.products[best] + state.products[best, best]  # Σ (ℓ − ℓ_best)²
-    variance = (squares - excess.square() / state.updates).clamp_min(0.0)  # of the sum of the differences
-    return GRID[int((excess <= variance.sqrt()).nonzero().max())]
+    best = state.total.min()  # a temperature that gave some target no probability is at infinity, and out
+    return GRID[int((state.total == best).nonzero().max())] if bool(torch.isfinite(best)) else GRID[0]
 
 
 def _exact(family: Gaussian, outputs: Tensor, output_cov: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Coarser looks at the outputs: exact in what they claim to be, bounded in what they leave out."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -185,9 +187,9 @@ def test_truncated_update_is_the_exact_one_as_epsilon_vanishes():
     x, y = batch_of(3, 8)
     beliefs = {}
     for epsilon in (None, 1e-12, 0.5):
-        config = KalmanConfig(initial_variance=0.5)
+        config = KalmanConfig(covariance="diagonal", initial_variance=0.5)
         if epsilon:
-            config = KalmanConfig(initial_variance=0.5, curvature="truncated", curvature_epsilon=epsilon)
+            config = dataclasses.replace(config, curvature="truncated", curvature_epsilon=epsilon)
         kf = KalmanFilter(model_of(8), config)
         state, info = kf.update(kf.init(), x, y)
         beliefs[epsilon] = state.belief
@@ -204,7 +206,7 @@ def test_a_vocabulary_of_classes(curvature):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, m))
     x, y = (t.float() if t.is_floating_point() else t for t in batch_of(2, m))
-    kf = KalmanFilter(model, KalmanConfig(curvature=curvature, curvature_classes=20))
+    kf = KalmanFilter(model, KalmanConfig(covariance="diagonal", curvature=curvature, curvature_classes=20))
     state, info = kf.update(kf.init(x), x, y)
     after, again = kf.update(state, x, y)
     assert torch.isfinite(after.belief.mean).all()
@@ -231,7 +233,8 @@ def test_probes_need_their_batch_and_follow_the_seed():
     x, y = batch_of(5, 12)
     found = []
     for seed in (0, 0, 1):
-        kf = KalmanFilter(model_of(12), KalmanConfig(curvature="sampled", seed=seed, initial_variance=0.2))
+        config = KalmanConfig(covariance="diagonal", curvature="sampled", seed=seed, initial_variance=0.2)
+        kf = KalmanFilter(model_of(12), config)
         found.append(kf.update(kf.init(), x, y)[0].belief)
     assert torch.equal(found[0].variance, found[1].variance)
     assert not torch.equal(found[0].variance, found[2].variance)

@@ -216,20 +216,19 @@ def test_bernoulli_and_poisson_end_to_end():
         posterior.predict(x, "probit")
 
 
-def test_temperature_is_the_most_uncertain_that_the_stream_cannot_tell_from_the_best():
-    torch.manual_seed(0)
-    losses = torch.rand(50, len(tempering.GRID)).double() + torch.linspace(1, 1.2, len(tempering.GRID)).double()
-    state = tempering.init(torch.device("cpu"))
+def test_temperature_is_that_of_the_least_log_loss():
+    state, grid = tempering.init(torch.device("cpu")), torch.tensor(tempering.GRID)
     assert tempering.choose(state) == 1.0
+    losses = torch.rand(50, len(grid), generator=torch.Generator().manual_seed(0)).double()
+    losses[:, 3] -= 0.5
     for row in losses:
         state = tempering.add(state, row)
-    best = int(losses.sum(0).argmin())
-    tied = [
-        (d := losses[:, k] - losses[:, best]).sum() <= (d.var(correction=0) * 50).sqrt() + 1e-12
-        for k in range(len(tempering.GRID))
-    ]
-    assert tempering.choose(state) == max(t for t, ok in zip(tempering.GRID, tied, strict=True) if ok)
-    assert tied.count(False) >= 1
+    assert tempering.choose(state) == tempering.GRID[3]
+    torch.testing.assert_close(state.total, losses.sum(0))
+    impossible = torch.full_like(state.total, torch.inf)
+    assert tempering.choose(tempering.add(state, impossible)) == tempering.GRID[0]
+    impossible[:6] = 0.0
+    assert tempering.choose(tempering.add(tempering.init(torch.device("cpu")), impossible)) == tempering.GRID[5]
 
 
 def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
