@@ -32,7 +32,7 @@ from _speed_table import TARGETS, number
 from tqdm.auto import tqdm
 
 from bayes_kf import KalmanFilter
-from bayes_kf.inference import filter
+from bayes_kf.inference import learn
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.store import Store
 from bayes_kf.inference.tape import Tape
@@ -47,9 +47,9 @@ PARTS: dict[str, list[tuple[Any, str]]] = {  # part of a step -> the functions t
     BACKWARD: [(Tape, "cotangents")],
     "rows": [(Store, "add")],
     "J P Jᵀ": [(Jacobian, "gram")],
-    "mode": [(filter, "expand_at_mode")],
-    "temperature": [(KalmanFilter, "_scores")],
-    "conditioning": [(KalmanFilter, "_condition")],
+    "mode": [(learn, "expand_at_mode")],
+    "temperature": [(learn, "_scores")],
+    "conditioning": [(learn, "_condition")],
     REST: [(KalmanFilter, "update")],
 }
 FLOOR = (FORWARD, BACKWARD)

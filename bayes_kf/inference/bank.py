@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from bayes_kf.inference import noise
 from bayes_kf.inference.config import OBSERVED, KalmanConfig
 from bayes_kf.inference.evidence import Batch, Tally
-from bayes_kf.inference.filter import TRUSTED, KalmanFilter
+from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.learn import TRUSTED, learn
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
 
@@ -144,7 +145,7 @@ class Bank:
         state = begun
         try:
             for batch in kf._observed(begun, inputs, targets, begun.belief.mean):
-                state = kf._learn(state, batch, Tally())
+                state = learn(kf.config, kf.adapter, state, batch, Tally())
         except (FloatingPointError, torch.linalg.LinAlgError):
             return None
         return kf._ended(begun, state)
@@ -172,6 +173,6 @@ def _close(state: FilterState, batch: Batch) -> bool:
 def _attempt(kf: KalmanFilter, state: FilterState, batch: Batch, tally: Tally) -> FilterState | None:
     """The state after a piece of a batch; None where it diverged."""
     try:
-        return kf._learn(state, batch, tally)
+        return learn(kf.config, kf.adapter, state, batch, tally)
     except (FloatingPointError, torch.linalg.LinAlgError):
         return None

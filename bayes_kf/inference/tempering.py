@@ -86,6 +86,11 @@ def choose(state: State) -> float:
     return GRID[int((state.total == best).nonzero().max())] if bool(torch.isfinite(best)) else GRID[0]
 
 
+def temperature(setting: float | str, state: State) -> float:
+    """The configured temperature, or the one that the scores choose."""
+    return choose(state) if isinstance(setting, str) else setting
+
+
 def _exact(family: Gaussian, outputs: Tensor, output_cov: Tensor, targets: Tensor) -> Tensor:
     log_prob = gaussian_moments(family, outputs, output_cov, None, targets).log_prob
     assert log_prob is not None
