@@ -18,7 +18,6 @@ NAMES = {
     "loko": "LoKO (`KalmanConfig.loko()`)",
     "default": "**default (`KalmanConfig()`)**",
     "diagonal": "default, but diagonal",
-    "low_rank": "default, but low rank",
     "truncated": "default, but truncated curvature (ε = 1e-3)",
     "sampled": "default, but sampled curvature (K = 1)",
 }

@@ -118,10 +118,11 @@ def measure(kind: str, row: str, seed: int) -> dict[str, Any]:
 
 def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table for each stream, and the picture."""
+    grid = ", ".join(f"{name} {values}" for name, values in GRID.items())
     lines = [
         f"MNIST test images, {LENGTH:,} in each stream, one at a time, mean ± sd over seeds; every example is predicted"
         " before it is learned from. * best AdamW by mean accuracy, chosen after the fact. The bank holds every"
-        f" combination of {', '.join(f'{name} {values}' for name, values in GRID.items())}. Alarms: of the default filter's own"
+        f" combination of {grid}. Alarms: of the default filter's own"
         " predictions, by `drift_alarm` at one false alarm in 10,000 examples; the first one after the change (or at"
         " all), and how many came before it.",
         "",
