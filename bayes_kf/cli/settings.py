@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,19 @@ def _read(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _value(text: str) -> float | str | None:
-    """A number, None, or the word itself; the configuration says whether it will do.
+def _value(text: str) -> float | str | dict[str, Any] | None:
+    """A number, None, a JSON object, or the word itself; the configuration says whether it will do.
 
     Example:
-        >>> _value("3"), _value("0.5"), _value("none"), _value("diagonal")
-        (3, 0.5, None, 'diagonal')
+        >>> _value("3"), _value("0.5"), _value("none"), _value("diagonal"), _value('{"rank": [3, 20]}')
+        (3, 0.5, None, 'diagonal', {'rank': [3, 20]})
     """
     if text.lower() == "none":
         return None
-    for number in (int, float):
+    readers: list[Callable[[str], Any]] = [int, float, *([json.loads] if text.startswith("{") else [])]
+    for read in readers:
         try:
-            return number(text)
+            return read(text)
         except ValueError:
             continue
     return text

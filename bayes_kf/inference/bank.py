@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from bayes_kf.inference import noise
 from bayes_kf.inference.config import OBSERVED, KalmanConfig
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import KalmanFilter
-from bayes_kf.inference.learn import TRUSTED, learn
+from bayes_kf.inference.learn import is_small, learn
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
 
@@ -89,10 +90,11 @@ class Bank:
         check_inputs(inputs)
         if not isinstance(targets, Tensor):
             raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
-        leader, device = self.best(state), self.adapter.device
+        begun, device = time.perf_counter(), self.adapter.device
         inputs, targets = to_device(inputs, device), targets.to(device)
         with self.adapter.full_precision():
-            return self._update(state, leader, inputs, targets)
+            after, info = self._update(state, inputs, targets)
+        return after, info._replace(seconds=time.perf_counter() - begun)
 
     def evidence(self, state: BankState) -> Tensor:
         """−Σ log loss of every candidate at its best temperature, (G,), in nats; −inf for one that diverged.
@@ -110,35 +112,59 @@ class Bank:
         """The candidate with the largest evidence; the first among equals."""
         return int(self.evidence(state).argmax())
 
-    def _update(self, state: BankState, leader: int, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
-        begun = [s and kf._begun(s, inputs) for kf, s in zip(self.filters, state.states, strict=True)]
+    def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
+        """The candidates on the passes of the best of them; of the next best, where its own cannot be made."""
+        begun = [s and self._begun(kf, s, inputs) for kf, s in zip(self.filters, state.states, strict=True)]
+        order = self.evidence(state).argsort(descending=True, stable=True).tolist()
+        for leader in order:
+            if begun[leader] is None:
+                continue
+            try:
+                after, apart, info = self._together(begun, leader, inputs, targets)
+            except (FloatingPointError, torch.linalg.LinAlgError):
+                begun[leader] = None
+                continue
+            if any(s is not None for s in after):
+                own = tuple(count + alone for count, alone in zip(state.own_passes, apart, strict=True))
+                return BankState(tuple(after), own, state.step + 1), info
+            break
+        kept = state.states[order[0]]
+        assert kept is not None  # a state with no candidate is never returned
+        raise DivergenceError(state.step, "no candidate of the bank is left", kept)
+
+    def _begun(self, kf: KalmanFilter, state: FilterState, inputs: Inputs) -> FilterState | None:
+        try:
+            return kf._begun(state, inputs)
+        except (FloatingPointError, torch.linalg.LinAlgError):
+            return None
+
+    def _together(
+        self, begun: list[FilterState | None], leader: int, inputs: Inputs, targets: Tensor
+    ) -> tuple[list[FilterState | None], list[bool], UpdateInfo]:
+        """All candidates after the batch, which of them took passes of their own, and what the leader saw."""
         first = begun[leader]
         assert first is not None
         start, tally = first.belief.mean, Tally()
-        learning: list[FilterState | None] = list(begun)
-        apart = [False] * len(begun)
+        learning, apart = list(begun), [False] * len(begun)
         for batch in self.filters[leader]._observed(first, inputs, targets, start):
             tally.piece(batch, noise.likelihood(self.filters[leader].config, first.noise))
             for number, kf in enumerate(self.filters):
                 now = learning[number]
                 if now is None or apart[number]:
                     continue
-                if number != leader and not _close(now, batch):
+                if number != leader and not _close(kf, now, batch):
                     apart[number] = True
                     continue
                 learning[number] = _attempt(kf, now, batch, tally if number == leader else Tally())
         for number, kf in enumerate(self.filters):
-            before = begun[number]
+            before, after = begun[number], learning[number]
             if apart[number] and before is not None:
                 learning[number] = self._alone(kf, before, inputs, targets)
-            elif learning[number] is not None and before is not None:
-                learning[number] = kf._ended(before, learning[number])  # type: ignore[arg-type]
-        if all(s is None for s in learning):
-            raise DivergenceError(state.step, "no candidate of the bank is left", state.states[leader])  # type: ignore[arg-type]
-        own = tuple(count + alone for count, alone in zip(state.own_passes, apart, strict=True))
+            elif after is not None and before is not None:
+                learning[number] = kf._ended(before, after)
         moved = learning[leader]
         length = 0.0 if moved is None else float((moved.belief.mean - start).norm())
-        return BankState(tuple(learning), own, state.step + 1), tally.info(length)
+        return learning, apart, tally.info(length)
 
     def _alone(self, kf: KalmanFilter, begun: FilterState, inputs: Inputs, targets: Tensor) -> FilterState | None:
         """A candidate after the batch by passes of its own; None where it diverged."""
@@ -162,12 +188,12 @@ def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     return [dataclasses.replace(config, tune=None, **settings) for settings in combinations]
 
 
-def _close(state: FilterState, batch: Batch) -> bool:
+def _close(kf: KalmanFilter, state: FilterState, batch: Batch) -> bool:
     """Whether the batch, linearized elsewhere, serves at the state's mean to first order."""
     if state.belief.mean is batch.start:
         return True
     shift = batch.jacobian.matvec(state.belief.mean - batch.start)
-    return bool(shift.abs().max() < TRUSTED)
+    return is_small(shift, noise.likelihood(kf.config, state.noise))
 
 
 def _attempt(kf: KalmanFilter, state: FilterState, batch: Batch, tally: Tally) -> FilterState | None:

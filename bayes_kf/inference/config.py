@@ -102,7 +102,8 @@ class KalmanConfig:
             predictions of them had the least log loss goes on. :func:`~bayes_kf.fit` does so.
         tune_examples: how many examples that takes.
         passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
-            the mean of the one before (Gauss-Newton), so that no example counts twice.
+            the mean of the one before (Gauss-Newton), so that no example counts twice. For more than one, nothing
+            drifts, is forgotten or gated.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule, the probes and the draws.
@@ -195,6 +196,11 @@ class KalmanConfig:
 
         if self.tune is not None:
             _check_grid(self, self.tune)
+            object.__setattr__(self, "tune", {name: list(values) for name, values in self.tune.items()})
+        changing = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0, "gate_quantile": None}
+        if self.passes > 1 and any(getattr(self, name) != value for name, value in changing.items()):
+            found = ", ".join(f"{name} {getattr(self, name)}" for name in changing)
+            raise ValueError(f"`passes` above 1 take all data as equally good and nothing as moving, got {found}.")
 
     @classmethod
     def loko(cls, **overrides: Any) -> KalmanConfig:

@@ -59,8 +59,9 @@ class KalmanFilter:
             return self._scale(state, to_device(inputs, self.adapter.device))
 
     def restart(self, state: FilterState) -> FilterState:
-        """The prior again, for another pass over the same data; the temperature's scores stay those of the first."""
-        return FilterState(self._belief(state.prior), state.prior, noise.State(), state.scores, state.scaled, 0, 0)
+        """The prior again, for another pass over the same data; scores and estimated noise stay those of the first."""
+        again = noise.State(variance=state.noise.variance, information=state.noise.information)
+        return FilterState(self._belief(state.prior), state.prior, again, state.scores, state.scaled, 0, 0)
 
     def update(
         self,
@@ -79,7 +80,8 @@ class KalmanFilter:
             targets: (B,) class labels, or (B, m) numbers for the other likelihoods.
             hold_mean: whether only the covariance learns, linearized at a mean that stays (post hoc).
             at: θ to linearize and expand at, (n,), instead of the belief's mean: the mean that an earlier pass over the
-                same data ended with, see :meth:`restart`. Such an update is neither guarded nor scored.
+                same data ended with, see :meth:`restart`. Such an update is neither guarded nor scored, and leaves an
+                estimated noise variance as it is.
 
         Raises:
             ValueError: for inputs or targets that do not fit, before anything is computed from them.
@@ -130,6 +132,7 @@ class KalmanFilter:
         num_outputs = self.linearize.num_outputs
         targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs), targets)
         needed, widths = self._needed(state, start, inputs, targets, num_outputs)
+        alike = min(widths) == num_rows(self.config, num_outputs)  # the most that there can be
         cuts, seed = [part.stop for part, _ in parts(widths)], self.config.seed + state.examples
         for where, piece in self.linearize.pieces(start, inputs, needed, cuts):
             linearized = self.linearize(start, piece, needed=needed[where])
@@ -141,7 +144,9 @@ class KalmanFilter:
                 jacobian = linearized.pull_differences()
             else:
                 jacobian = linearized.pull(seen.directions)
-            yield Batch(piece, targets[where], outputs, start, seen, jacobian, widths[where])
+            found = None if alike or seen.directions is None else seen.directions.needed
+            rows = widths[where] if found is None else found.tolist()  # as this pass sees them, not a forecast
+            yield Batch(piece, targets[where], outputs, start, seen, jacobian, rows)
 
     def _needed(
         self, state: FilterState, start: Tensor, inputs: Inputs, targets: Tensor, num_outputs: int

@@ -66,7 +66,7 @@ def fit(
     passes, grid = kf.config.passes, kf.config.tune
     if passes > 1 and start == "trained":
         raise ValueError(f"`passes` must be 1 with `start` 'trained', whose mean stays, got {passes}.")
-    if passes > 1 and iter(loader) is loader:
+    if passes > 1 and isinstance(loader, Iterator):
         raise ValueError(f"`loader` must be iterable anew for each of {passes} `passes`, got {type(loader).__name__}.")
     if grid is not None and start == "trained":
         raise ValueError("`tune` must be None with `start` 'trained', which predicts nothing before it learns it.")
@@ -85,7 +85,11 @@ def fit(
     history, objective = record.history() | history, []
     for number in range(2, passes + 1):
         with _Bar(_length(loader), f"pass {number} of {passes}", progress) as bar:
-            state, lowest = _gauss_newton(kf, state, loader, bar)
+            try:
+                state, lowest = _gauss_newton(kf, state, loader, bar)
+            except DivergenceError as error:
+                error.posterior = Posterior(kf, state, history)
+                raise
         objective.append(lowest)
     if objective:
         history["objective"] = torch.tensor(objective, dtype=torch.float64)
@@ -101,8 +105,12 @@ def _tuned(
     state, seen = bank.init(inputs), 0
     for batch in batches:
         given, targets = _complete(batch, bar.done)
-        with _located(bar.done):
-            state, info = bank.update(state, given, targets)
+        try:
+            with _located(bar.done):
+                state, info = bank.update(state, given, targets)
+        except DivergenceError as error:
+            error.posterior = Posterior(bank.filters[bank.best(state)], error.state, record.history())
+            raise
         record.add(info)
         bar.advance(f"{len(bank.filters)} candidates, {record.summary()}")
         seen += len(targets)
@@ -121,6 +129,11 @@ def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], 
     """
     at = before.belief.mean
     state = _one_pass(kf, kf.restart(before), loader, _Record(kf.config.likelihood), bar, at=at)
+    if state.examples != before.examples:
+        raise ValueError(
+            f"`loader` must yield the same {before.examples} examples in every pass, got {state.examples} in a later "
+            "one."
+        )
     found, start = state.belief.mean, _objective(kf, state, at, loader)
     for halvings in range(MAX_HALVINGS):
         mean = torch.lerp(at, found, 0.5**halvings)
@@ -275,7 +288,8 @@ class _Record:
 
     def summary(self) -> str:
         recent = torch.cat(self.per_example["log_loss"][-WINDOW:])
-        ratio = sum(self.per_update["innovation"][-WINDOW:]) / sum(self.per_update["dof"][-WINDOW:])
+        dof = sum(self.per_update["dof"][-WINDOW:])  # 0 where the only update's candidate diverged in it
+        ratio = sum(self.per_update["innovation"][-WINDOW:]) / max(dof, 1.0)
         accuracy = f"accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
         return f"{accuracy}log loss {recent.mean():.3f}, innovation {ratio:.2f}"
 

@@ -78,7 +78,8 @@ def cheapest(needed: tuple[int, ...], free: int, most: int) -> Layout:
     """
     wanted = torch.tensor(needed).clamp_min(1)
     longest = int(wanted.max())
-    passes = torch.tensor(sorted({-(-longest // k) for k in range(1, min(longest, most) + 1)}))
+    copies_of = range(1, min(longest, most) + 1)
+    passes = torch.tensor(sorted({-(-number // k) for number in set(wanted.tolist()) for k in copies_of}))
     copies = -(-wanted // passes.unsqueeze(1))  # (candidates, B)
     rows = copies.sum(1)
     cost = (FORWARD + passes) * rows.clamp_min(free)

@@ -19,7 +19,7 @@ from bayes_kf.inference.mode import expand_at_mode
 from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import FilterState
 from bayes_kf.models.adapter import AdapterModel, Inputs
-from bayes_kf.models.likelihood import Gaussian
+from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
@@ -63,7 +63,7 @@ def _learn_part(
         )
     after, damping = _condition(config, belief, evidence, accepts)
     after = after._replace(mean=belief.mean) if batch.hold_mean else after
-    if noise_state.variance is not None:
+    if noise_state.variance is not None and (not batch.known or batch.hold_mean):
         residual = batch.targets[where] - part.outputs
         noise_state = noise.absorb(
             noise_state, residual, tempering.temperature(config.temperature, state.scores) * output_cov
@@ -126,13 +126,12 @@ def _objective(
     """
     belief, family = state.belief, noise.likelihood(config, state.noise)
     before = -part.family.log_prob(part.outputs, part.targets).sum()
-    unit = family.noise_variance.sqrt().to(part.outputs) if isinstance(family, Gaussian) else 1.0
 
     def accepts(after: Any) -> bool:
         if not bool(torch.isfinite(after.mean).all()):
             return False
         step = after.mean - belief.mean
-        if bool((part.jacobian.matvec(step) / unit).abs().max() < TRUSTED):
+        if is_small(part.jacobian.matvec(step), family):
             return True
         penalty = 0.5 * config.structure.quadratic(belief, step)
         del step
@@ -178,6 +177,12 @@ def parts(widths: list[int]) -> Iterator[tuple[slice, int]]:
             first, width = number, 0
         width = max(width, rows)
     yield slice(first, len(widths)), width
+
+
+def is_small(change: Tensor, family: Likelihood) -> bool:
+    """Whether outputs change so little that their linearization is trusted, in logits or in sds of Gaussian noise."""
+    unit = family.noise_variance.sqrt().to(change) if isinstance(family, Gaussian) else 1.0
+    return bool((change / unit).abs().max() < TRUSTED)
 
 
 def check_finite(what: str, tensor: Tensor) -> None:

@@ -38,15 +38,14 @@ def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> 
 
     RRᵀ = (I + λWᵀ(E − E d⁻ E)W)⁻¹ with E = 1/(λd), by Woodbury's identity; q is a number or (n,).
     """
-    d, factor = state.diagonal * forgetting, state.factor * forgetting**0.5
     if not isinstance(drift_variance, Tensor) and drift_variance == 0.0:
-        return State(state.mean, d, factor, state.gram)  # λ cancels
+        return State(state.mean, state.diagonal * forgetting, state.factor * forgetting**0.5, state.gram)  # λ cancels
+    d, factor = state.diagonal.double() * forgetting, state.factor.double() * forgetting**0.5
     shrink = 1.0 / (1.0 + drift_variance * d)  # d⁻/(λd)
-    lost = ((1.0 - shrink) / d).double().unsqueeze(-1)
-    inner = factor.mT.double() @ (lost * factor.double())
+    inner = factor.mT @ ((drift_variance * shrink).unsqueeze(-1) * factor)  # E − E d⁻ E = q d⁻/(λd), without cancelling
     root = torch.linalg.cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
-    turned = torch.linalg.solve_triangular(root, (shrink.unsqueeze(-1) * factor).mT.double(), upper=False).mT
-    return _state(state.mean, d * shrink, turned.to(factor))
+    turned = torch.linalg.solve_triangular(root, (shrink.unsqueeze(-1) * factor).mT, upper=False).mT
+    return _state(state.mean, (d * shrink).to(state.diagonal), turned.to(state.factor))
 
 
 def condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:

@@ -26,7 +26,7 @@ def test_false_alarms_come_no_more_often_than_stated(scale):
     ]
     rate, bound = sum(found) / RUNS, LENGTH / 400.0
     assert rate <= bound + 4 * math.sqrt(bound * (1 - bound) / RUNS)
-    assert rate > 0.0 if scale == 4.0 else rate >= 0.0
+    assert scale < 1.0 or rate > 0.0  # with nearly flat predictions there is next to nothing to be alarmed at
 
 
 def test_the_statistic_has_its_mean_when_labels_follow_the_predictions():

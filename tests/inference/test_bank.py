@@ -1,10 +1,12 @@
 """A bank of filters is the filters one by one, on fewer passes."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter, Posterior, fit
+from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.linearized import Linearized
 
@@ -41,7 +43,7 @@ def test_one_candidate_is_its_filter():
 
 def test_candidates_far_apart_are_their_filters(monkeypatch):
     """Where no candidate may learn from another's passes, each is what it would be alone."""
-    monkeypatch.setattr("bayes_kf.inference.bank.TRUSTED", 0.0)
+    monkeypatch.setattr("bayes_kf.inference.learn.TRUSTED", 0.0)
     configs = candidates(KalmanConfig(), {"initial_logit_sd": (0.5, 3.0), "covariance": ("diagonal", "full")})
     bank, data = Bank(model_of(), configs), stream()
     together = bank.init(data[0][0])
@@ -61,7 +63,7 @@ def test_candidates_far_apart_are_their_filters(monkeypatch):
 
 def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
     """To first order is exact there, so one linearization serves every candidate."""
-    monkeypatch.setattr("bayes_kf.inference.bank.TRUSTED", torch.inf)
+    monkeypatch.setattr("bayes_kf.inference.learn.TRUSTED", torch.inf)
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     configs = candidates(KalmanConfig(covariance="full", damping=False), {"initial_logit_sd": (0.5, 3.0, 10.0)})
@@ -112,7 +114,7 @@ def test_a_candidate_that_diverges_is_left_out():
 
 
 def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
-    monkeypatch.setattr("bayes_kf.inference.bank.TRUSTED", 0.0)  # no shared passes: to the bit what it is alone
+    monkeypatch.setattr("bayes_kf.inference.learn.TRUSTED", 0.0)  # no shared passes: to the bit what it is alone
     data = stream(count=60)
     grid = {"initial_logit_sd": (0.01, 2.0), "covariance": ["diagonal", "low_rank"]}
     config = KalmanConfig(tune=grid, tune_examples=30)
@@ -138,6 +140,50 @@ def test_a_tuned_posterior_is_saved_and_loaded(tmp_path):
     config.save_pretrained(tmp_path / "config")
     loaded = KalmanConfig.from_pretrained(tmp_path / "config")
     assert dict(loaded.tune) == {"initial_logit_sd": [1.0, 3.0]}
+
+
+def test_fit_goes_on_without_a_candidate_that_diverges_at_once():
+    grid = {"initial_variance": (1e300, 0.1)}
+    config = KalmanConfig(tune=grid, damping=False, expansion="mean", covariance="full")
+    posterior = fit(model_of(), stream(), config, progress=False)
+    assert posterior.kf.config.initial_variance == 0.1
+    assert posterior.history["evidence"][0] == -torch.inf
+    assert (posterior.history["seconds"] > 0).all()
+
+
+def test_outputs_that_are_not_finite_leave_the_states(monkeypatch):
+    class Cubed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) ** 3
+
+    torch.manual_seed(0)
+    bank = Bank(Cubed(4, 3), candidates(KalmanConfig(covariance="diagonal"), {"initial_variance": (0.1, 0.2)}))
+    state = bank.init()
+    with pytest.raises(DivergenceError, match="no candidate of the bank is left") as caught:
+        bank.update(state, torch.full((1, 4), 3e13), torch.tensor([0]))
+    assert caught.value.state is state.states[0]
+
+
+def test_closeness_is_in_units_of_the_noise():
+    """The same regression in other units shares the same passes."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.randn(30, 1).double()
+    own = []
+    for scale in (1e-3, 1.0, 1e3):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape).double()
+        model[2].weight.data *= scale
+        model[2].bias.data *= scale
+        config = KalmanConfig(likelihood="gaussian", noise_variance=(0.1 * scale) ** 2, initial_spread="tensors")
+        bank = Bank(model, [dataclasses.replace(config, initial_logit_sd=sd * scale) for sd in (0.3, 1.0)])
+        state = bank.init(x)
+        for start in range(0, 30, 3):
+            state, _ = bank.update(state, x[start : start + 3], scale * y[start : start + 3])
+        own.append(state.own_passes)
+    assert own[0] == own[1] == own[2]
+    assert 0 < sum(own[0]) < 10
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,17 @@ class TestContract:
             torch.testing.assert_close(drifted, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("d", "precision", "drift"), [(1.0, 1e6, 1e-8), (0.01, 1e4, 1e-6), (0.1, 1e4, 1e-6)])
+def test_slow_drift_of_a_sharp_direction_is_not_rounded_away(d, precision, drift):
+    """Variance 1/precision along one direction grows by the drift, also in float32."""
+    direction = torch.full((4, 1), 0.5)
+    belief = low_rank._state(torch.zeros(4), torch.full((4,), d), direction * (precision - d) ** 0.5)
+    for _ in range(100):
+        belief = low_rank.predict(belief, 1.0, drift)
+    along = 1 / (belief.diagonal[0].double() + belief.factor.double().square().sum())  # W lies along it, d is constant
+    assert float(along) == pytest.approx(1 / precision + 100 * drift, rel=1e-4)
+
+
 def test_blocks_keep_their_part_of_the_exact_posterior():
     mean, variance = prior()
     obs = observation()

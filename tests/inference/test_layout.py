@@ -32,7 +32,7 @@ def cost(layout: Layout, needed, free):
     return (FORWARD + passes) * max(len(layout.example), free)
 
 
-@pytest.mark.parametrize("needed", [[40, 2, 2, 3], [7, 7, 7, 7], [1, 1, 1, 1], [30, 1, 30, 1]])
+@pytest.mark.parametrize("needed", [[40, 2, 2, 3], [7, 7, 7, 7], [1, 1, 1, 1], [30, 1, 30, 1], [40, 30, 30, 30]])
 @pytest.mark.parametrize(("free", "most"), [(1, 8), (1, 64), (16, 16), (64, 200)])
 def test_the_cheapest_layout_is_no_dearer_than_any_other(needed, free, most):
     needed = torch.tensor(needed)

@@ -123,3 +123,62 @@ def test_what_does_not_go_with_passes():
         bkf.fit(model, iter(batches_of(x, y)), config, progress=False)
     with pytest.raises(ValueError, match=r"`passes` must be a whole number >= 1, got 0\."):
         bkf.KalmanConfig(passes=0)
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+def test_estimated_noise_stays_that_of_the_first_pass(passes):
+    """The data of a later pass are already fitted: their residuals would say that there is no noise."""
+    torch.manual_seed(1)
+    model, x = nn.Linear(5, 1, bias=False).double(), torch.randn(60, 5).double()
+    y = x @ torch.randn(5, 1).double() + 0.5 * torch.randn(60, 1).double()
+    config = bkf.KalmanConfig(
+        likelihood="gaussian", noise_variance="estimated", covariance="full", initial_variance=1.0, passes=passes
+    )
+    posterior = bkf.fit(model, batches_of(x, y, 1), config, progress=False)
+    variance = float(posterior.state.noise.variance)
+    assert variance > 0.1
+    mean, covariance = linear_posterior(x, y[:, 0], model.weight.detach()[0], torch.eye(5).double(), variance)
+    torch.testing.assert_close(posterior.mean_vector, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(posterior.state.belief.covariance, covariance, rtol=1e-9, atol=1e-9)
+
+
+class Once:
+    """Iterable that hands out one iterator, as some streams do."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+def test_a_loader_that_the_first_pass_used_up_is_refused():
+    model, x, y = small("categorical")
+    with pytest.raises(ValueError, match=r"`loader` must yield the same 30 examples in every pass, got 0 in a later"):
+        bkf.fit(model, Once(batches_of(x, y)), bkf.KalmanConfig(passes=2), progress=False)
+
+
+def test_a_pass_that_diverges_leaves_the_one_before(monkeypatch):
+    model, x, y = small("categorical")
+    single = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(), progress=False)
+    update = bkf.KalmanFilter.update
+
+    def failing(self, state, *args, at=None, **kwargs):
+        if at is not None and state.step == 2:
+            raise bkf.DivergenceError(state.step, "a test", state)
+        return update(self, state, *args, at=at, **kwargs)
+
+    monkeypatch.setattr(bkf.KalmanFilter, "update", failing)
+    with pytest.raises(bkf.DivergenceError) as caught:
+        bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(passes=2), progress=False)
+    assert torch.equal(caught.value.posterior.mean_vector, single.mean_vector)
+    assert caught.value.posterior.state.examples == 30
+    assert len(caught.value.posterior.history["log_loss"]) == 30
+
+
+@pytest.mark.parametrize(
+    "setting", [{"forgetting": 0.99}, {"drift_variance": 0.1}, {"prior_pull": 0.1}, {"gate_quantile": 0.9}]
+)
+def test_passes_do_not_go_with_what_moves_or_is_gated(setting):
+    with pytest.raises(ValueError, match=r"`passes` above 1 take all data as equally good and nothing as moving, got"):
+        bkf.KalmanConfig(passes=2, **setting)
