@@ -130,7 +130,7 @@ class KalmanFilter:
     def _observed(self, state: FilterState, inputs: Inputs, targets: Tensor, start: Tensor) -> Iterator[Batch]:
         """The batch linearized at ``start``, in pieces that fit the memory."""
         num_outputs = self.linearize.num_outputs
-        targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs), targets)
+        targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs, self.adapter.dtype), targets)
         needed, widths = self._needed(state, start, inputs, targets, num_outputs)
         alike = min(widths) == num_rows(self.config, num_outputs)  # the most that there can be
         cuts, seed = [part.stop for part, _ in parts(widths)], self.config.seed + state.examples
@@ -192,6 +192,6 @@ class KalmanFilter:
         return state._replace(belief=self._belief(start), prior=start, scaled=True)
 
 
-def _shaped(inputs: Inputs, num_outputs: int) -> Tensor:
+def _shaped(inputs: Inputs, num_outputs: int, dtype: torch.dtype) -> Tensor:
     """Something of the shape that the outputs for ``inputs`` will have."""
-    return torch.zeros(()).expand(batch_size(inputs), num_outputs)
+    return torch.zeros((), dtype=dtype).expand(batch_size(inputs), num_outputs)
