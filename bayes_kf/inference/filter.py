@@ -130,7 +130,9 @@ class KalmanFilter:
     def _observed(self, state: FilterState, inputs: Inputs, targets: Tensor, start: Tensor) -> Iterator[Batch]:
         """The batch linearized at ``start``, in pieces that fit the memory."""
         num_outputs = self.linearize.num_outputs
-        targets = noise.likelihood(self.config, state.noise).check(_shaped(inputs, num_outputs, self.adapter.dtype), targets)
+        targets = noise.likelihood(self.config, state.noise).check(
+            _shaped(inputs, num_outputs, self.adapter.dtype), targets
+        )
         needed, widths = self._needed(state, start, inputs, targets, num_outputs)
         alike = min(widths) == num_rows(self.config, num_outputs)  # the most that there can be
         cuts, seed = [part.stop for part, _ in parts(widths)], self.config.seed + state.examples
