@@ -36,13 +36,14 @@ AXES = {"m": "outputs m", "n": "trainable numbers n"}
 SETTINGS = {"m": "bert-tiny, B = 16, LoRA rank 8", "n": "bert-tiny, B = 16, m = 10, LoRA rank 1 to 64"}
 CURVES = {"exact": ("#1b6ca8", "o"), "sampled": ("#c8553d", "s")}  # method -> colour and marker
 LEGEND = (
-    "Whole steps, the filter's with a diagonal belief, on random weights with a trained last layer (`_speed_models.py`"
-    " says how), the classifier trainable, evaluation mode, float32. Cost: a step's time over that of the AdamW step of the same round, median over"
-    " interleaved rounds (three for steps of a second and more). Memory: peak of a warm step above what is held before"
-    " it (weights, moments or belief; no gradients), each in a process of its own. laplace-torch only fits a covariance"
-    " at a fixed mean and `jacrev` is a Jacobian without any conditioning, so both are less than a step. Attention is"
-    " SDPA, but eager for posteriors, which is quicker with it; the other peers that map backward passes are not."
-    " ✓ and ✗: whether the target in brackets is met. Letters: why a method could not run."
+    "Whole steps, the filter's with a diagonal belief, on random weights with a trained last layer "
+    "(`_speed_models.py` says how), the classifier trainable, evaluation mode, float32. Cost: a step's time over "
+    "that of the AdamW step of the same round, median over interleaved rounds (three for steps of a second and "
+    "more). Memory: peak of a warm step above what is held before it (weights, moments or belief; no gradients), "
+    "each in a process of its own. laplace-torch only fits a covariance at a fixed mean and `jacrev` is a "
+    "Jacobian without any conditioning, so both are less than a step. Attention is SDPA, but eager for "
+    "posteriors, which is quicker with it; the other peers that map backward passes are not. ✓ and ✗: whether the"
+    " target in brackets is met. Letters: why a method could not run."
 )
 
 
