@@ -23,7 +23,7 @@ from bayes_kf.inference.config import OBSERVED, KalmanConfig
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.learn import is_small, learn
-from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
 
 
@@ -121,7 +121,7 @@ class Bank:
                 continue
             try:
                 after, apart, info = self._together(begun, leader, inputs, targets)
-            except (FloatingPointError, torch.linalg.LinAlgError):
+            except DIVERGED:
                 begun[leader] = None
                 continue
             if any(s is not None for s in after):
@@ -135,7 +135,7 @@ class Bank:
     def _begun(self, kf: KalmanFilter, state: FilterState, inputs: Inputs) -> FilterState | None:
         try:
             return kf._begun(state, inputs)
-        except (FloatingPointError, torch.linalg.LinAlgError):
+        except DIVERGED:
             return None
 
     def _together(
@@ -172,7 +172,7 @@ class Bank:
         try:
             for batch in kf._observed(begun, inputs, targets, begun.belief.mean):
                 state = learn(kf.config, kf.adapter, state, batch, Tally())
-        except (FloatingPointError, torch.linalg.LinAlgError):
+        except DIVERGED:
             return None
         return kf._ended(begun, state)
 
@@ -200,5 +200,5 @@ def _attempt(kf: KalmanFilter, state: FilterState, batch: Batch, tally: Tally) -
     """The state after a piece of a batch; None where it diverged."""
     try:
         return learn(kf.config, kf.adapter, state, batch, tally)
-    except (FloatingPointError, torch.linalg.LinAlgError):
+    except DIVERGED:
         return None

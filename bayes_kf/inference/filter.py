@@ -15,7 +15,7 @@ from bayes_kf.inference.curvature import num_directions, num_rows, see
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.learn import check_finite, learn, parts
 from bayes_kf.inference.linearize import Linearizer, some_examples
-from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
 
 
@@ -95,7 +95,7 @@ class KalmanFilter:
         try:
             with self.adapter.full_precision():
                 after, info = self._update(state, to_device(inputs, device), targets.to(device), hold_mean, at)
-        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        except DIVERGED as error:
             raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
         return after, info._replace(seconds=time.perf_counter() - start)
 

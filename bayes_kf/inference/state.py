@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bayes_kf.inference import diagonal, noise, tempering
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
+
+
+DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)  # what computing raises where a belief would break
 
 
 class FilterState(NamedTuple):
