@@ -41,9 +41,13 @@ class Stream(NamedTuple):
 
     def first(self, number: int) -> Stream:
         """Its first examples."""
+        return self.at(slice(number))
+
+    def at(self, which: Tensor | slice) -> Stream:
+        """Some of its examples."""
         if isinstance(self.inputs, Tensor):
-            return Stream(self.inputs[:number], self.labels[:number])
-        return Stream({name: tensor[:number] for name, tensor in self.inputs.items()}, self.labels[:number])
+            return Stream(self.inputs[which], self.labels[which])
+        return Stream({name: tensor[which] for name, tensor in self.inputs.items()}, self.labels[which])
 
 
 class Pass(NamedTuple):

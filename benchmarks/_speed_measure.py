@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import math
-import multiprocessing
-import os
 import re
 import resource
 import signal
@@ -15,11 +12,11 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from _elsewhere import MIB, alarmed, elsewhere, held, peak, status
 from _speed_models import batch, build, to_device, train_head, trainable
 from _speed_peers import METHODS, Running
 from peft import PeftModel
@@ -29,7 +26,6 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 300
 BRIEF = 1.0  # seconds; steps below it are taken once more, untimed, right before they are timed
 UNTRAINED = 10_000  # outputs from which on the last layer stays as it was drawn
 START_UP = 20.0  # seconds that a method may take to import and begin
-MIB = 2**20
 
 
 class Cell(NamedTuple):
@@ -164,71 +160,45 @@ def _summary(spans: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def memory_elsewhere(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`memory_here` finds in a new process, or why it found nothing.
-
-    The process is forked from a server that has imported the packages and done nothing else.
-    """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory goes back at once, and counts again; read at start
-    paths, here = os.environ.get("PYTHONPATH", "").split(os.pathsep), str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, paths)]))
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload([__name__])
-    receiver, sender = forks.Pipe(duplex=False)
-    child = forks.Process(target=_report, args=(sender, cell, method, weights, dict(options)))
-    child.start()
-    sender.close()
-    try:
-        found = receiver.recv()
-    except EOFError:
-        child.join()
-        if child.exitcode == -signal.SIGALRM:
-            return {"skipped": f"a step takes more than {options['cap']:g} s", "larger_too": True}
-        reason = f"by {signal.Signals(-child.exitcode).name}" if child.exitcode < 0 else f"with {child.exitcode}"
-        return {"skipped": f"ended {reason}", "larger_too": child.exitcode < 0}
-    child.join()
-    return found
+    """What :func:`memory_here` finds in a new process, or why it found nothing."""
+    found = elsewhere(memory_here, cell, method, weights, dict(options), threads=options["threads"])
+    if isinstance(found, dict):
+        return found
+    if alarmed(found):
+        return {"skipped": f"a step takes more than {options['cap']:g} s", "larger_too": True}
+    reason = f"by {signal.Signals(-found).name}" if found < 0 else f"with {found}"
+    return {"skipped": f"ended {reason}", "larger_too": found < 0}
 
 
-def _report(sender: Connection, cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> None:
-    """Send what :func:`memory_here` finds, and end at once: the interpreters of some peers do not end quietly."""
-    torch.set_num_threads(options["threads"])
-    found = memory_here(cell, method, weights, torch.device(options["device"]), options["cap"], options["memory_limit"])
-    sender.send(found)
-    sender.close()
-    os._exit(0)
-
-
-def memory_here(
-    cell: Cell, method: str, weights: Path, device: torch.device, cap: float, limit_gib: float
-) -> dict[str, Any]:
+def memory_here(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Peak memory of a warm step above what is held before it, in MiB, with what is held above the bare model.
 
     Args:
         cell: what to run.
         method: by which method.
         weights: file of the trained tensors.
-        device: CPU: resident memory, by the kernel's own high-water mark. CUDA: the allocator's.
-        cap: seconds that a step may take; this process ends by SIGALRM when a step takes longer.
-        limit_gib: how much may be allocated, on the CPU.
+        options: ``device`` (CPU: resident memory, by the kernel's own high-water mark; CUDA: the allocator's), ``cap``
+            (seconds that a step may take; this process ends by SIGALRM when one takes longer) and ``memory_limit`` (GiB
+            that may be allocated, on the CPU).
     """
+    device, cap, limit_gib = torch.device(options["device"]), options["cap"], options["memory_limit"]
     warnings.simplefilter("ignore")
     model = load(cell, weights, device)
-    bare = _held(device)
+    bare = held(device)
     if device.type == "cpu":
-        most = _status("VmSize") + int(limit_gib * 2**30)
+        most = status("VmSize") + int(limit_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:
         signal.setitimer(signal.ITIMER_REAL, START_UP + 3 * cap)  # the filter makes three steps' work here
         running = start(cell, method, model, device)
         first_step(method, running)
-        held = _held(device, reset=True)
+        before = held(device, reset=True)
         signal.setitimer(signal.ITIMER_REAL, cap)
         seconds = _span(running.step, device)
         signal.setitimer(signal.ITIMER_REAL, 0)
     except Exception as error:  # whatever keeps a peer from running is its result
         return _reason(error, limit_gib)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-    return {"mib": (peak - held) / MIB, "held_mib": (held - bare) / MIB, "seconds": seconds}
+    return {"mib": (peak(device) - before) / MIB, "held_mib": (before - bare) / MIB, "seconds": seconds}
 
 
 def _reason(error: Exception, limit_gib: float) -> dict[str, Any]:
@@ -239,21 +209,3 @@ def _reason(error: Exception, limit_gib: float) -> dict[str, Any]:
         wanted = f", it asked for {int(asked[1]) / 2**30:.2g} GiB at once" if asked else ""
         return {"skipped": f"out of memory at {limit_gib:g} GiB{wanted}", "larger_too": True}
     return {"skipped": f"{type(error).__name__}: {text}"[:200]}
-
-
-def _held(device: torch.device, reset: bool = False) -> int:
-    """Bytes in use once garbage is gone; ``reset`` lets the peak start here."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    ctypes.CDLL(None).malloc_trim(0)
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark falls to the present
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(text.partition(f"{field}:")[2].split()[0]) * 1024

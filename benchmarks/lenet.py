@@ -39,8 +39,13 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 INITS: tuple[LeNetInit, ...] = get_args(LeNetInit)
 PATIENCE = 300  # steps after which a pass that has diverged by accuracy is stopped
 GROUPS = ("baselines", "papers", "inits", "ours")
-PAPERS: dict[str, Any] = {"expansion": "mean", "damping": False, "temperature": 1.0}
-OURS: dict[str, Any] = PAPERS | {"noise": "exponential_family", "expansion": "mode", "damping": True}
+PAPERS: dict[str, Any] = {"expansion": "mean", "damping": False, "bound_prior": False, "temperature": 1.0}
+OURS: dict[str, Any] = PAPERS | {
+    "noise": "exponential_family",
+    "expansion": "mode",
+    "damping": True,
+    "bound_prior": True,
+}
 
 
 class Cell(NamedTuple):

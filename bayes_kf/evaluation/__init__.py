@@ -14,7 +14,7 @@ from bayes_kf.evaluation.calibration import (
 )
 from bayes_kf.evaluation.classification import evaluate_predictions
 from bayes_kf.evaluation.drift import DriftAlarm, drift_alarm
-from bayes_kf.evaluation.health import InnovationHealth, innovation_health
+from bayes_kf.evaluation.health import InnovationHealth, Whiteness, innovation_health, innovation_whiteness
 from bayes_kf.evaluation.null import (
     Calibrated,
     CalibrationNull,
@@ -59,6 +59,7 @@ __all__ = [
     "PosteriorLike",
     "ReliabilityBins",
     "Report",
+    "Whiteness",
     "accuracy",
     "aleatoric_entropy",
     "brier_score",
@@ -79,6 +80,7 @@ __all__ = [
     "gaussian_coverage",
     "innovation_health",
     "innovation_plot",
+    "innovation_whiteness",
     "interval_coverage",
     "maximum_calibration_error",
     "mean_log_loss",

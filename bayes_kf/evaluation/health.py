@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, rankdata
 from torch import Tensor
 
-from bayes_kf.evaluation._inputs import Array, as_vector, check_fraction
+from bayes_kf.evaluation._inputs import Array, as_vector, check_fraction, check_positive_int
 from bayes_kf.evaluation.online import check_window
 
 
@@ -50,6 +51,54 @@ def innovation_health(nis: Array, dof: Array | int, window: int = 100, level: fl
     tail = (1 - level) / 2
     low, high = (torch.as_tensor(chi2.ppf(q, window_dof.numpy())) / window_dof for q in (tail, 1 - tail))
     return InnovationHealth(torch.arange(window, len(innovations) + 1), ratio, low, high)
+
+
+class Whiteness(NamedTuple):
+    """Whether innovations follow each other at random."""
+
+    autocorrelation: Tensor  # of the ranks, lag 1 first, (lags,)
+    statistic: float  # Ljung and Box's Q
+    p_value: float
+
+
+def innovation_whiteness(nis: Array, dof: Array | int = 1, lags: int = 10) -> Whiteness:
+    """Ljung and Box's test that the squared innovations of a filter are independent of each other.
+
+    A consistent filter leaves nothing in its innovations that earlier ones foretell. A small p value says that it does:
+    dynamics that are too slow or too quick, or data that come in runs. Each ν is first put on the scale of its own χ²
+    distribution; ranks take the place of the values, because the innovations of classifiers have heavy tails.
+
+    Args:
+        nis: ν of each update, (T,).
+        dof: Degrees of freedom of each update, (T,), or one number for all.
+        lags: Number of autocorrelations, below T.
+
+    Raises:
+        ValueError: If a value is negative or not finite, a shape differs, or there are too few updates for the lags.
+
+    References:
+        Ljung, Box, *On a measure of lack of fit in time series models*, Biometrika 1978; for ranks: Dufour, Roy,
+        *Some robust exact results on sample autocorrelations and tests of randomness*, J. of Econometrics 1985.
+
+    Example:
+        >>> drawn = torch.distributions.Chi2(4.0).sample((500,))
+        >>> innovation_whiteness(drawn, 4).autocorrelation.shape
+        torch.Size([10])
+        >>> innovation_whiteness(drawn.sort().values, 4).p_value
+        0.0
+    """
+    innovations, degrees = _checked(nis, dof)
+    check_positive_int(lags, "lags")
+    length = len(innovations)
+    if length <= lags + 1:
+        raise ValueError(f"`lags` must be below the number of updates less one, {length - 1}, got {lags}.")
+    ranks = torch.as_tensor(rankdata(np.asarray(chi2.cdf(innovations.numpy(), degrees.numpy()))))
+    ranks = ranks - ranks.mean()
+    total = ranks.square().sum().clamp_min(1e-300)  # all alike: nothing correlates
+    found = torch.stack([(ranks[lag:] * ranks[:-lag]).sum() for lag in range(1, lags + 1)]) / total
+    left = length - torch.arange(1, lags + 1, dtype=torch.float64)
+    statistic = length * (length + 2) * (found.square() / left).sum().item()
+    return Whiteness(found, statistic, float(chi2.sf(statistic, lags)))
 
 
 def _checked(nis: Array, dof: Array | int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ LABELS = {
     "online_accuracy": ("Online accuracy", "each example predicted before it was learned"),
     "prequential_log_loss": ("Prequential log loss", "nats per example; lower is better"),
     "innovation_ratio": ("Innovation² / degrees of freedom", "one for a consistent filter"),
+    "innovation_whiteness_p": ("Whiteness of innovations, p value", "small where large ones come in runs"),
 }
 OOD_LABELS = {
     "auroc": ("AUROC", "0.5 is chance, 1 is perfect"),

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 
 from bayes_kf.evaluation._inputs import Array
-from bayes_kf.evaluation.health import innovation_health
+from bayes_kf.evaluation.health import innovation_health, innovation_whiteness
 from bayes_kf.evaluation.online import prequential_log_loss, running_accuracy
 from bayes_kf.evaluation.report import FigureSpec, Sections
 from bayes_kf.evaluation.stream_plots import innovation_plot, online_curves, variance_by_tensor
-from bayes_kf.evaluation.verdicts import innovation_verdict
+from bayes_kf.evaluation.verdicts import innovation_verdict, whiteness_verdict
 
 WINDOW = 100
+LAGS = 10
 MAX_TENSORS = 40
 
 
@@ -57,6 +58,9 @@ def _add_innovations(sections: Sections, nis: Array, dof: Array) -> None:
     scores = {"": whole.ratio, "_null_low": whole.low, "_null_high": whole.high}
     sections.scores |= {f"innovation_ratio{suffix}": value.item() for suffix, value in scores.items()}
     sections.verdict.append(innovation_verdict(sections.scores))
+    if length > LAGS + 1:
+        sections.scores["innovation_whiteness_p"] = innovation_whiteness(nis, dof, LAGS).p_value
+        sections.verdict.append(whiteness_verdict(sections.scores))
     sections.drawings["innovation"] = FigureSpec(
         title="Innovation health",
         alt="Curve: " + innovation_verdict(sections.scores),

@@ -67,6 +67,17 @@ def innovation_verdict(scores: Scores) -> str:
     )
 
 
+def whiteness_verdict(scores: Scores) -> str:
+    """Do innovations foretell each other?"""
+    p = scores["innovation_whiteness_p"]
+    size = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+    if p >= 0.01:
+        return f"Innovations follow each other at random, as far as can be seen ({size}, ranks, ten lags)."
+    return (
+        f"Large innovations come in runs ({size}, ranks, ten lags): the stream changes, or the filter lags behind it."
+    )
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 

@@ -18,13 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import noise
+from bayes_kf.inference import noise, prediction
 from bayes_kf.inference.config import OBSERVED, KalmanConfig
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.learn import is_small, learn
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.prediction import Prediction
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+
+NEGLIGIBLE = 1e-3  # weight, relative to the largest, below which a candidate's prediction is not asked for
 
 
 class BankState(NamedTuple):
@@ -111,6 +115,36 @@ class Bank:
     def best(self, state: BankState) -> int:
         """The candidate with the largest evidence; the first among equals."""
         return int(self.evidence(state).argmax())
+
+    def posterior(self, state: BankState, number: int | None = None) -> Posterior:
+        """The belief of one candidate, by default of the best.
+
+        Raises:
+            ValueError: for one that diverged, or is none.
+        """
+        number = self.best(state) if number is None else number
+        chosen = state.states[number] if 0 <= number < len(state.states) else None
+        if chosen is None:
+            raise ValueError(f"`number` must be that of a candidate that did not diverge, got {number}.")
+        return Posterior(self.filters[number], chosen)
+
+    def predict(self, state: BankState, inputs: Inputs, targets: Tensor | None = None, **settings: Any) -> Prediction:
+        """The candidates' predictions, averaged by :meth:`weights`: Bayesian model averaging.
+
+        Args:
+            state: from updates.
+            inputs: as for :meth:`Posterior.predict`.
+            targets: as there.
+            **settings: the method and the number of draws, as there.
+        """
+        weights = self.weights(state)
+        weights = torch.where(weights >= NEGLIGIBLE * weights.max(), weights, 0.0)
+        numbers = [number for number, weight in enumerate(weights.tolist()) if weight > 0.0]
+        found = [self.posterior(state, number).predict(inputs, targets=targets, **settings) for number in numbers]
+        best = state.states[self.best(state)]
+        assert best is not None  # its weight is the largest
+        family = noise.likelihood(self.filters[0].config, best.noise)
+        return prediction.average(family, found, (weights[numbers] / weights[numbers].sum()).tolist())
 
     def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
         """The candidates on the passes of the best of them; of the next best, where its own cannot be made."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.diagonal import innovation
+from bayes_kf.inference.full import added_to_inverse
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 from bayes_kf.models.adapter import AdapterModel
@@ -84,6 +85,14 @@ def condition(state: State, observation: Observation, curvature: Observation | N
         joseph = left - (left @ own.mT) @ gain.mT + gain @ others.to(gain) @ gain.mT
         new.copy_(0.5 * (joseph + joseph.mT))
         after.mean[where] += cross @ weights
+    return after
+
+
+def add_precision(state: State, added: Tensor) -> State:
+    """The belief with precision Λ + diag(added), its mean as it was; added (n,) may be negative."""
+    after = state._replace(covariance=torch.empty_like(state.covariance))
+    for (where, old), (_, new) in zip(_blocks(state), _blocks(after), strict=True):
+        new.copy_(added_to_inverse(old, added[where]))
     return after
 
 

@@ -20,6 +20,7 @@ class Structure(NamedTuple):
     init: Callable[..., Any]
     predict: Callable[..., Any]
     condition: Callable[..., Any]
+    add_precision: Callable[..., Any]
     root: Callable[..., Any]
     marginal_variance: Callable[..., Any]
     covariance_matrix: Callable[..., Any]
@@ -75,6 +76,8 @@ class KalmanConfig:
             more than lets ΔW be twice the size of W), "tensors" (each tensor adds the same variance to the outputs) or
             "constant" (one variance for every parameter).
         initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
+        bound_prior: whether an ``initial_variance`` too wide for a classifier's linearization is narrowed, with a
+            warning (``prior.bounded`` says how).
         initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
         beta: forgetting factor of the EMA noise models, in (0, 1); applied once for every 192 rows of a batch.
         forgetting: λ in (0, 1]; the variance is divided by it before every update.
@@ -126,6 +129,7 @@ class KalmanConfig:
     initial_spread: str = "modules"
     initial_variance: float | None = None
     initial_rule: str = "constant"
+    bound_prior: bool = True
     expansion: str = "mode"
     rank: int = 20
     blocks: str = "modules"
@@ -178,8 +182,9 @@ class KalmanConfig:
         for name in ("outputs_per_pass", "bytes_budget"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name))
-        if not isinstance(self.damping, bool):
-            raise ValueError(f"`damping` must be True or False, got {self.damping!r}.")
+        for name in ("damping", "bound_prior"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
         if self.noise_variance == "estimated" and (self.likelihood, self.noise) != ("gaussian", "exponential_family"):
@@ -213,6 +218,7 @@ class KalmanConfig:
             "noise": "ema_taylor",
             "initial_variance": 0.2,
             "initial_rule": "uniform",
+            "bound_prior": False,
             "beta": 0.95,
             "damping": False,
             "expansion": "mean",

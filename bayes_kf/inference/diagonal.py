@@ -67,6 +67,11 @@ def mixed_condition(state: State, observation: Observation, curvature: Observati
     return State(mean, _information_variance(state, curvature or observation))
 
 
+def add_precision(state: State, added: Tensor) -> State:
+    """The belief with precision Λ + diag(added), its mean as it was; added (n,) may be negative."""
+    return State(state.mean, state.variance / (1.0 + added * state.variance))
+
+
 def root(state: State) -> Callable[[Tensor], Tensor]:
     """The map z → √p∘z, whose outputs have covariance P for z ~ N(0, I); takes (..., n)."""
     scale = state.variance.sqrt()

@@ -49,7 +49,7 @@ class KalmanFilter:
         """
         mean = self.adapter.vector()
         start = diagonal.init(mean, prior.unscaled(self.config, mean))
-        scaled = self.config.initial_variance is not None
+        scaled = not prior.depends_on_inputs(self.config)
         scores = tempering.init(mean.device)
         state = FilterState(self._belief(start), start, noise.State(), scores, scaled, 0, 0)
         if inputs is None or scaled:
@@ -189,8 +189,8 @@ class KalmanFilter:
         return self.config.structure.init(start.mean, start.variance, **extra)
 
     def _scale(self, state: FilterState, inputs: Inputs) -> FilterState:
-        """The state with its prior variance set by how strongly the outputs for ``inputs`` react."""
-        start = diagonal.init(state.prior.mean, prior.scaled(self.config, self.linearize, state.prior.mean, inputs))
+        """The state with its prior variance set, or bounded, by how strongly the outputs for ``inputs`` react."""
+        start = diagonal.init(state.prior.mean, prior.fitted(self.config, self.linearize, state.prior.mean, inputs))
         return state._replace(belief=self._belief(start), prior=start, scaled=True)
 
 

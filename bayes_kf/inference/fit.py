@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayes_kf.inference import noise
+from bayes_kf.inference import noise, post_hoc
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
@@ -43,7 +44,9 @@ def fit(
         config: the settings; defaults to ``KalmanConfig()``.
         start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
             are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
-            of the model linearized there (a Laplace approximation).
+            of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says
+            unless ``initial_variance`` is given, and with temperature 0.1 unless one is (``post_hoc`` says why;
+            :meth:`Posterior.calibrate` finds a better one on held-out data).
         progress: whether to show a bar with online accuracy, log loss and innovation health (its mean over its
             degrees of freedom: 1 for a consistent filter).
 
@@ -62,6 +65,9 @@ def fit(
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
+    config = config or KalmanConfig()
+    if start == "trained" and config.temperature == "prequential" and config.tune is None:
+        config = dataclasses.replace(config, temperature=post_hoc.TEMPERATURE)
     kf = KalmanFilter(model, config)
     passes, grid = kf.config.passes, kf.config.tune
     if passes > 1 and start == "trained":
@@ -82,6 +88,8 @@ def fit(
         else:
             kf, state, history["evidence"] = _tuned(kf, batches, _scaling(kf, first), record, bar)
         state = _one_pass(kf, state, batches, record, bar, hold_mean=start == "trained")
+    if start == "trained" and kf.config.initial_variance is None:
+        state, history["evidence"] = post_hoc.by_evidence(kf.config, kf.adapter, state)
     history, objective = record.history() | history, []
     for number in range(2, passes + 1):
         with _Bar(_length(loader), f"pass {number} of {passes}", progress) as bar:

@@ -58,6 +58,19 @@ def condition(state: State, observation: Observation, curvature: Observation | N
     return State(state.mean + cross @ weights, 0.5 * (covariance + covariance.mT))
 
 
+def add_precision(state: State, added: Tensor) -> State:
+    """The belief with precision Λ + diag(added), its mean as it was; added (n,) may be negative."""
+    return State(state.mean, added_to_inverse(state.covariance, added))
+
+
+def added_to_inverse(covariance: Tensor, added: Tensor) -> Tensor:
+    """(P⁻¹ + diag(added))⁻¹ as (I + P diag(added))⁻¹P, (n, n)."""
+    mixed = covariance.double() * added.double()
+    mixed.diagonal().add_(1.0)
+    found = torch.linalg.solve(mixed, covariance.double()).to(covariance)
+    return 0.5 * (found + found.mT)
+
+
 def root(state: State) -> Callable[[Tensor], Tensor]:
     """The map z → Lz, LLᵀ = P, whose outputs have covariance P for z ~ N(0, I); takes (..., n)."""
     factor = torch.linalg.cholesky(state.covariance)

@@ -71,6 +71,11 @@ def condition(state: State, observation: Observation, curvature: Observation | N
     return _state(state.mean + step - joined / state.diagonal, diagonal, factor)
 
 
+def add_precision(state: State, added: Tensor) -> State:
+    """The belief with precision Λ + diag(added), its mean as it was; added (n,) may be negative."""
+    return _state(state.mean, state.diagonal + added, state.factor)
+
+
 def root(state: State) -> Callable[[Tensor], Tensor]:
     """The map z → D^(−1/2) (I + FFᵀ)^(−1/2) z, F = D^(−1/2) W: covariance P for z ~ N(0, I); takes (..., n)."""
     scale = state.diagonal.rsqrt()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import noise, persistence, prediction
+from bayes_kf.inference import noise, persistence, prediction, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import FilterState, KalmanFilter
+from bayes_kf.inference.linearize import some_examples
 from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, split_batch, to_device
 from bayes_kf.models.draws import outputs_of_draws
@@ -21,6 +23,10 @@ from bayes_kf.models.likelihood import Gaussian
 if TYPE_CHECKING:
     from bayes_kf.inference.guide import KalmanGuide
 
+COMPARED = 16  # examples on which sampled predictions are compared with linearized ones
+FEWEST_COMPARED = 8  # draws below which they are not
+BEYOND = 3.0  # times Monte Carlo error
+NOTICEABLE = 0.05  # of total variation, or of standard deviations
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
 
 
@@ -116,7 +122,8 @@ class Posterior:
             inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
             method: "linearized": η ~ N(f(x, μ), J P Jᵀ), drawn in output space (exact moments for a Gaussian
                 likelihood); the posterior is one of the linearized model, so this is its own predictive. "probit":
-                MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each.
+                MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each;
+                with a warning where, on the first examples, the two methods differ by more than Monte Carlo error.
                 "mean": the outputs at μ alone, as plain PEFT gives.
             num_samples: S draws for "linearized" and "sampled".
             generator: source of the draws; by default a new one seeded with ``config.seed``: same call, same answer.
@@ -139,7 +146,9 @@ class Posterior:
         targets = None if targets is None else targets.to(self.adapter.device)
         with self.adapter.full_precision():
             if method == "sampled":
-                return self._sampled(inputs, num_samples, generator, targets)
+                found = self._sampled(inputs, num_samples, generator, targets)
+                self._compare(inputs, found)
+                return found
             if method == "mean":
                 return self._piece(inputs, method, num_samples, generator, targets)
             parts = [
@@ -181,6 +190,39 @@ class Posterior:
         joined = prediction.concatenate(parts)
         assert isinstance(joined, LoaderPrediction)
         return joined
+
+    def calibrate(self, loader: Iterable[Any]) -> Posterior:
+        """The same belief at the temperature under which held-out data have the least log loss.
+
+        For an adapter that was trained elsewhere (``fit(start="trained")``), or where a part of the data can be spared:
+        one linearized prediction of each batch.
+
+        Args:
+            loader: batches with targets that the belief has not learned from.
+
+        Raises:
+            ValueError: when the loader yields nothing, or a batch without targets or one that does not fit.
+        """
+        family, scores = noise.likelihood(self.config, self.state.noise), tempering.init(self.adapter.device)
+        for index, batch in enumerate(loader):
+            inputs, targets = split_batch(batch)
+            if targets is None:
+                raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")
+            check_inputs(inputs)
+            inputs, targets = to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
+            with self.adapter.full_precision():
+                for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
+                    linearized = self.kf.linearize(self.mean_vector, piece)
+                    outputs, known = linearized.outputs, family.check(linearized.outputs, targets[where])
+                    output_cov = self.config.structure.output_covariance(self.state.belief, linearized.pull())
+                    seed = self.config.seed + index
+                    scores = tempering.add(
+                        scores, tempering.log_losses(family, outputs, output_cov.to(outputs), known, seed)
+                    )
+        if scores.updates == 0:
+            raise ValueError("`loader` must yield at least one batch, got none.")
+        config = replace(self.config, temperature=tempering.choose(scores))
+        return Posterior(KalmanFilter(self.adapter, config), self.state, self.history)
 
     def filter(self) -> KalmanFilter:
         """The filter to go on learning with, from :attr:`state`."""
@@ -266,6 +308,28 @@ class Posterior:
             return prediction.gaussian_moments(family, outputs, output_cov, draws, targets)
         assert draws is not None
         return prediction.mixture(family, draws, targets)
+
+    def _compare(self, inputs: Inputs, sampled: Prediction) -> None:
+        """Warn where the first predictions from drawn adapters are not those of the linearized model."""
+        assert sampled.samples is not None  # drawn
+        num_samples, size = len(sampled.samples), min(COMPARED, batch_size(inputs))
+        if num_samples < FEWEST_COMPARED:
+            return
+        few = some_examples(inputs, slice(size), batch_size(inputs))
+        linearized = self._piece(few, "linearized", num_samples, self._generator(None), None)
+        variance = None if sampled.variance is None else sampled.variance[:size]
+        first = replace(sampled, samples=sampled.samples[:, :size], variance=variance)
+        family = noise.likelihood(self.config, self.state.noise)
+        if isinstance(family, Gaussian):  # what both are compared in is the linearized model's own spread
+            first, linearized = linearized, first
+        apart, expected = prediction.disagreement(family, first, linearized)
+        if apart > max(BEYOND * expected, NOTICEABLE):
+            unit = "standard deviations" if linearized.variance is not None else "total variation"
+            warnings.warn(
+                f"`method` 'sampled' and 'linearized' disagree: {apart:.3f} {unit} apart on {size} examples, where "
+                f"Monte Carlo error makes {expected:.3f}. The belief is one of the linearized model: trust 'linearized'.",
+                stacklevel=4,
+            )
 
     def _sampled(
         self, inputs: Inputs, num_samples: int, generator: torch.Generator, targets: Tensor | None

@@ -103,6 +103,50 @@ def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator
     return (mean.double() + (root @ noise).squeeze(-1)).to(mean.dtype)
 
 
+def disagreement(family: Likelihood, first: Prediction, second: Prediction) -> tuple[float, float]:
+    """How far two predictions of the same inputs lie apart, and how far Monte Carlo error alone would put them.
+
+    For classifiers the total variation ½ Σ|p − p'|, else the difference of the means in standard deviations of the
+    first prediction's target; averaged over examples (and outputs).
+
+    Args:
+        family: the likelihood.
+        first: with ``samples``.
+        second: with ``samples``, independent of the first's.
+    """
+    draws = [p.samples.double() for p in (first, second) if p.samples is not None]  # both are drawn
+    means, errors = [d.mean(0) for d in draws], [d.var(0) / len(d) for d in draws]
+    apart, expected = (means[0] - means[1]).abs(), math.sqrt(2.0 / math.pi) * (errors[0] + errors[1]).sqrt()
+    if family.name == "categorical":
+        return 0.5 * float(apart.sum(1).mean()), 0.5 * float(expected.sum(1).mean())
+    if first.variance is None:  # Bernoulli
+        return float(apart.mean()), float(expected.mean())
+    unit = first.variance.double().sqrt()
+    return float((apart / unit).mean()), float((expected / unit).mean())
+
+
+def average(family: Likelihood, parts: Sequence[Prediction], weights: Sequence[float]) -> Prediction:
+    """The mixture of several predictions of the same inputs; weights sum to one. Draws are not kept."""
+    mean, shares = _mixed([p.mean for p in parts], weights), torch.tensor(weights, dtype=torch.float64)
+    log_prob = None
+    if parts[0].log_prob is not None:
+        each = torch.stack([p.log_prob.double() for p in parts])  # type: ignore[union-attr]  # all or none
+        log_prob = (each + shares.log().to(each)[:, None]).logsumexp(0).to(mean)
+    if family.name in ("categorical", "bernoulli"):
+        total, aleatoric = _entropy(family, mean), None
+        if all(p.aleatoric is not None for p in parts):
+            aleatoric = _mixed([p.aleatoric for p in parts], weights)
+        epistemic = None if aleatoric is None else total - aleatoric
+        return Prediction(mean, mean, None, None, total, aleatoric, epistemic, log_prob)
+    noise_var = _mixed([p.aleatoric for p in parts], weights)
+    spread = _mixed([p.epistemic + (p.mean - mean).square() for p in parts], weights)  # type: ignore[operator]
+    return _regression(family, mean, noise_var, spread, None, log_prob)
+
+
+def _mixed(tensors: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
+    return torch.stack([w * t for w, t in zip(weights, tensors, strict=True) if t is not None]).sum(0)
+
+
 def concatenate(parts: Sequence[Prediction]) -> Prediction:
     """One prediction from those of consecutive batches, of the kind of the first."""
     joined: dict[str, Any] = {}

@@ -119,3 +119,36 @@ def test_bad_innovations_are_refused():
         ev.innovation_health(torch.ones(2), torch.ones(3), window=1)
     with pytest.raises(ValueError, match=r"^`dof` must be positive, got 0\.$"):
         ev.innovation_health(torch.ones(2), 0, window=1)
+
+
+def test_whiteness_calls_consistent_filters_white_as_often_as_it_says():
+    """400 streams of independent χ²: at 5 % the share of alarms lies within four standard errors."""
+    rng = np.random.default_rng(0)
+    dof = rng.integers(1, 20, size=200)
+    p_values = np.array([ev.innovation_whiteness(rng.chisquare(dof), dof).p_value for _ in range(400)])
+    for level in (0.05, 0.2, 0.5):
+        error = (level * (1 - level) / 400) ** 0.5
+        assert abs((p_values < level).mean() - level) < 4 * error + 0.01  # Q is χ² only for long streams
+
+
+def test_whiteness_sees_innovations_that_come_in_runs():
+    rng = np.random.default_rng(1)
+    level = np.zeros(500)
+    for t in range(1, 500):
+        level[t] = 0.8 * level[t - 1] + rng.normal()
+    found = ev.innovation_whiteness(np.exp(0.5 * level) * rng.chisquare(3, size=500), 3)
+    assert found.p_value < 1e-6
+    assert found.autocorrelation[0] > 0.2
+
+
+def test_whiteness_by_hand():
+    """Q written out for three values by hand: ranks 1, 3, 2 less their mean are −1, 1, 0."""
+    found = ev.innovation_whiteness(np.array([0.1, 0.9, 0.5]), 1, lags=1)
+    assert found.autocorrelation.tolist() == pytest.approx([-0.5])
+    assert found.statistic == pytest.approx(3 * 5 * 0.25 / 2)
+    assert found.p_value == pytest.approx(chi2.sf(1.875, 1))
+
+
+def test_bad_whiteness_is_refused():
+    with pytest.raises(ValueError, match=r"^`lags` must be below the number of updates less one, 9, got 10\.$"):
+        ev.innovation_whiteness(np.ones(10), 1)

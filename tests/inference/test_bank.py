@@ -102,7 +102,7 @@ def test_shared_passes_stay_near_the_filters_alone():
 
 
 def test_a_candidate_that_diverges_is_left_out():
-    steep = KalmanConfig(initial_variance=1e300, damping=False, expansion="mean", covariance="full")
+    steep = KalmanConfig(initial_variance=1e300, bound_prior=False, damping=False, expansion="mean", covariance="full")
     bank, data = Bank(model_of(), [steep, KalmanConfig(initial_variance=0.1)]), stream()
     state = bank.init()
     for x, y in data:
@@ -144,7 +144,7 @@ def test_a_tuned_posterior_is_saved_and_loaded(tmp_path):
 
 def test_fit_goes_on_without_a_candidate_that_diverges_at_once():
     grid = {"initial_variance": (1e300, 0.1)}
-    config = KalmanConfig(tune=grid, damping=False, expansion="mean", covariance="full")
+    config = KalmanConfig(tune=grid, bound_prior=False, damping=False, expansion="mean", covariance="full")
     posterior = fit(model_of(), stream(), config, progress=False)
     assert posterior.kf.config.initial_variance == 0.1
     assert posterior.history["evidence"][0] == -torch.inf
@@ -221,3 +221,48 @@ def test_tuning_does_not_go_with_a_trained_adapter():
 def test_configs_that_do_not_go_together(configs, message):
     with pytest.raises(ValueError, match=message):
         Bank(model_of(), configs)
+
+
+def test_average_is_the_mixture_of_the_candidates():
+    configs = candidates(KalmanConfig(covariance="full"), {"initial_logit_sd": (0.5, 2.0, 8.0)})
+    bank, data = Bank(model_of(), configs), stream(count=4)
+    state = bank.init(data[0][0])
+    for x, y in data:
+        state, _ = bank.update(state, x, y)
+    x, y = data[0]
+    found = bank.predict(state, x, y, method="probit")
+    weights = bank.weights(state)
+    assert float(weights.max()) < 0.999  # else nothing is averaged
+    each = [bank.posterior(state, g).predict(x, "probit", targets=y) for g in range(3)]
+    probs = sum(w * p.probs for w, p in zip(weights, each, strict=True))
+    torch.testing.assert_close(found.probs, probs, rtol=2e-3, atol=2e-3)  # but for candidates of negligible weight
+    torch.testing.assert_close(found.log_prob, found.probs.gather(1, y[:, None])[:, 0].log(), rtol=1e-9, atol=1e-9)
+    drawn = bank.predict(state, x, num_samples=16)
+    torch.testing.assert_close(drawn.entropy, drawn.aleatoric + drawn.epistemic)
+    assert drawn.samples is None
+
+
+def test_averaged_regression_has_the_variance_of_the_mixture():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1).double()
+    configs = candidates(
+        KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=1.0), {"initial_variance": (0.3, 3.0)}
+    )
+    bank = Bank(model, configs)
+    state = bank.init()
+    x, y = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    state, _ = bank.update(state, x, y)
+    found, weights = bank.predict(state, x), bank.weights(state)
+    each = [bank.posterior(state, g).predict(x) for g in range(2)]
+    mean = sum(w * p.mean for w, p in zip(weights, each, strict=True))
+    second = sum(w * (p.variance + p.mean.square()) for w, p in zip(weights, each, strict=True))
+    torch.testing.assert_close(found.mean, mean)
+    torch.testing.assert_close(found.variance, second - mean.square())
+
+
+def test_only_candidates_that_live_have_a_posterior():
+    bank = Bank(model_of(), [KalmanConfig()])
+    state = bank.init(stream()[0][0])
+    assert bank.posterior(state).config == KalmanConfig()
+    with pytest.raises(ValueError, match=r"^`number` must be that of a candidate that did not diverge, got 1\.$"):
+        bank.posterior(state, 1)

@@ -160,6 +160,10 @@ class TestContract:
             structure.quadratic(belief, vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9
         )
         torch.testing.assert_close(structure.log_determinant(belief), torch.logdet(covariance), rtol=1e-10, atol=1e-10)
+        added = torch.linspace(-0.05, 2.0, N).double()
+        more = structure.covariance_matrix(structure.add_precision(belief, added))
+        expected = torch.linalg.inv(torch.linalg.inv(covariance) + torch.diag(added))
+        torch.testing.assert_close(more, expected, rtol=1e-9, atol=1e-11)
 
     def test_conditioning_lowers_every_variance_and_leaves_its_input(self, name):
         structure = STRUCTURES[name]

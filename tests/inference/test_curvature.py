@@ -160,7 +160,9 @@ def test_with_two_classes_the_sampled_mean_is_the_exact_one(covariance):
     x, y = batch_of(5, 2)
     means = {}
     for curvature in ("exact", "sampled"):
-        config = KalmanConfig(covariance=covariance, curvature=curvature, initial_variance=0.3, rank=60, damping=False)
+        config = KalmanConfig(
+            covariance=covariance, curvature=curvature, initial_variance=0.3, bound_prior=False, rank=60, damping=False
+        )
         kf = KalmanFilter(model_of(2), config)
         state, _ = kf.update(kf.init(), x, y)
         means[curvature] = state.belief.mean
@@ -170,7 +172,13 @@ def test_with_two_classes_the_sampled_mean_is_the_exact_one(covariance):
 def test_sampled_covariance_with_many_probes_is_the_exact_one():
     """At the prior mean, information form: its precision is linear in the observation's."""
     x, y = batch_of(3, 4)
-    setting = {"covariance": "diagonal_information", "initial_variance": 0.3, "expansion": "mean", "damping": False}
+    setting = {
+        "covariance": "diagonal_information",
+        "initial_variance": 0.3,
+        "bound_prior": False,
+        "expansion": "mean",
+        "damping": False,
+    }
     exact = KalmanFilter(model_of(4), KalmanConfig(**setting))
     expected = 1 / exact.update(exact.init(), x, y)[0].belief.variance
     found = []
@@ -187,7 +195,7 @@ def test_truncated_update_is_the_exact_one_as_epsilon_vanishes():
     x, y = batch_of(3, 8)
     beliefs = {}
     for epsilon in (None, 1e-12, 0.5):
-        config = KalmanConfig(covariance="diagonal", initial_variance=0.5)
+        config = KalmanConfig(covariance="diagonal", initial_variance=0.5, bound_prior=False)
         if epsilon:
             config = dataclasses.replace(config, curvature="truncated", curvature_epsilon=epsilon)
         kf = KalmanFilter(model_of(8), config)
@@ -220,7 +228,10 @@ def test_the_memory_budget_changes_only_rounding(curvature):
     x, y = batch_of(90, 12)
     results, pieces = [], []
     for budget in (None, 2**24 + 2**17):
-        kf = KalmanFilter(model_of(12), KalmanConfig(curvature=curvature, bytes_budget=budget, initial_variance=0.2))
+        kf = KalmanFilter(
+            model_of(12),
+            KalmanConfig(curvature=curvature, bytes_budget=budget, initial_variance=0.2, bound_prior=False),
+        )
         state, info = kf.update(kf.init(), x, y)
         results.append((*state.belief, torch.tensor(info.innovation), info.outputs))
         pieces.append(len(list(kf.linearize.pieces(state.belief.mean, x, 12))))
@@ -233,7 +244,9 @@ def test_probes_need_their_batch_and_follow_the_seed():
     x, y = batch_of(5, 12)
     found = []
     for seed in (0, 0, 1):
-        config = KalmanConfig(covariance="diagonal", curvature="sampled", seed=seed, initial_variance=0.2)
+        config = KalmanConfig(
+            covariance="diagonal", curvature="sampled", seed=seed, initial_variance=0.2, bound_prior=False
+        )
         kf = KalmanFilter(model_of(12), config)
         found.append(kf.update(kf.init(), x, y)[0].belief)
     assert torch.equal(found[0].variance, found[1].variance)

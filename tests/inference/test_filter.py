@@ -81,7 +81,7 @@ BAD_BATCHES = [
 
 @pytest.mark.parametrize(("spoil", "message"), BAD_BATCHES)
 def test_bad_batches_are_named_before_anything_changes(spoil, message):
-    kf = KalmanFilter(classifier(), KalmanConfig(initial_variance=0.1))
+    kf = KalmanFilter(classifier(), KalmanConfig(initial_variance=0.1, bound_prior=False))
     state = kf.init()
     with pytest.raises(ValueError, match=message):
         kf.update(state, *spoil(*batch()))
@@ -146,7 +146,10 @@ def test_prior_variance_rules():
 
 def test_forgetting_and_drift_widen_before_the_update():
     kf = KalmanFilter(
-        classifier(), KalmanConfig(covariance="diagonal", initial_variance=0.1, forgetting=0.5, drift_variance=0.02)
+        classifier(),
+        KalmanConfig(
+            covariance="diagonal", initial_variance=0.1, bound_prior=False, forgetting=0.5, drift_variance=0.02
+        ),
     )
     blind, y = torch.zeros(1, 4).double(), torch.tensor([0])
     state = kf.init()
@@ -236,7 +239,7 @@ def test_a_prior_variance_that_does_not_fit_the_dtype():
 def test_divergence_is_refused_with_its_step_and_cause():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    kf = KalmanFilter(model, KalmanConfig(initial_variance=1e30, damping=False, expansion="mean"))
+    kf = KalmanFilter(model, KalmanConfig(initial_variance=1e30, bound_prior=False, damping=False, expansion="mean"))
     state = kf.init()
     batches = [(torch.randn(1, 4), torch.randint(3, (1,))) for _ in range(50)]
     with pytest.raises(DivergenceError, match=r"update \d+ refused: .* the state before it is kept") as caught:
@@ -254,7 +257,7 @@ def test_divergence_is_refused_with_its_step_and_cause():
 def test_every_combination_runs_in_float32_and_stays_positive(noise, covariance):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    kf = KalmanFilter(model, KalmanConfig(noise=noise, covariance=covariance, initial_variance=0.1))
+    kf = KalmanFilter(model, KalmanConfig(noise=noise, covariance=covariance, initial_variance=0.1, bound_prior=False))
     state = kf.init()
     for _ in range(30):
         state, info = kf.update(state, torch.randn(2, 4), torch.randint(3, (2,)))
@@ -314,3 +317,30 @@ def test_fixed_noise_of_a_gaussian_likelihood_has_its_variance():
         kf = KalmanFilter(nn.Linear(3, 2).double(), config)
         states[noise], _ = kf.update(kf.init(), torch.ones(1, 3).double(), torch.ones(1, 2).double())
     torch.testing.assert_close(states["identity"].belief.covariance, states["exponential_family"].belief.covariance)
+
+
+@pytest.mark.parametrize("scale", [0.5, 50.0])
+def test_a_prior_too_wide_for_the_linearization_is_narrowed_with_a_warning(scale):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    sizes = {name: float(p.detach().square().mean()) for name, p in model.named_parameters()}
+    x = torch.randn(32, 4)
+    kf = KalmanFilter(model, KalmanConfig(initial_variance=scale))
+    with pytest.warns(UserWarning, match=rf"^`initial_variance` {scale:g} lets the logits vary by .* a priori"):
+        variance = kf.adapter.unflatten(kf.init(x).prior.variance)
+    for name, part in variance.items():
+        assert bool((part <= min(scale, 9 * sizes[name]) * (1 + 1e-6)).all())
+    as_given = KalmanFilter(model, KalmanConfig(initial_variance=scale, bound_prior=False)).init(x)
+    assert bool((as_given.prior.variance == scale).all())
+
+
+def test_priors_of_linear_models_and_narrow_ones_are_taken_as_they_are():
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    logistic = KalmanFilter(nn.Linear(4, 3), KalmanConfig(initial_variance=1e4))
+    assert bool((logistic.init(x).prior.variance == 1e4).all())
+    network = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    narrow = KalmanFilter(network, KalmanConfig(initial_variance=1e-3))
+    assert bool((narrow.init(x).prior.variance == 1e-3).all())
+    regression = KalmanFilter(network, KalmanConfig(likelihood="gaussian", initial_variance=1e4))
+    assert bool((regression.init(x).prior.variance == 1e4).all())

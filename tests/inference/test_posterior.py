@@ -109,7 +109,7 @@ def test_bad_fits(data, options, message):
 def test_divergence_in_fit_keeps_the_belief_before_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
-    config = bkf.KalmanConfig(initial_variance=1e30, damping=False, expansion="mean")
+    config = bkf.KalmanConfig(initial_variance=1e30, bound_prior=False, damping=False, expansion="mean")
     labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
     with pytest.raises(bkf.DivergenceError) as caught:
         bkf.fit(model, loader(X.float(), labels, 1), config, progress=False)
@@ -457,3 +457,36 @@ def test_entropy_of_correlated_outputs_is_that_of_the_joint():
     total = jacobian @ posterior.covariance_matrix() @ jacobian.mT + 0.5 * torch.eye(2).double()
     expected = 0.5 * torch.logdet(2 * math.pi * math.e * total)
     torch.testing.assert_close(posterior.predict(x).entropy, expected, rtol=1e-9, atol=1e-9)
+
+
+def bent():
+    """A network whose outputs are not linear in its weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def test_sampled_predictions_that_are_not_those_of_the_linearized_model_warn_with_numbers():
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).double()
+    y = x.argmax(1)
+    config = bkf.KalmanConfig(initial_variance=1.0, bound_prior=False, temperature=1.0)
+    wide = bkf.fit(bent(), loader(x, y), config, progress=False)
+    with pytest.warns(UserWarning, match=r"disagree: 0\.\d+ total variation apart on 16 examples, where Monte Carlo"):
+        wide.predict(x, "sampled")
+    narrow = dataclasses.replace(config, initial_variance=1e-4)
+    bkf.fit(bent(), loader(x, y), narrow, progress=False).predict(x, "sampled")  # a warning would be an error
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "categorical", "poisson"])
+def test_no_disagreement_is_seen_where_the_model_is_linear(likelihood):
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(30, 3, generator=g).double()
+    targets = {
+        "gaussian": torch.randn(30, 2, generator=g).double(),
+        "bernoulli": torch.randint(2, (30, 2), generator=g).double(),
+        "categorical": torch.randint(2, (30,), generator=g),
+        "poisson": torch.randint(4, (30, 2), generator=g).double(),
+    }
+    config = bkf.KalmanConfig(likelihood=likelihood, initial_variance=0.3, bound_prior=False, temperature=1.0)
+    posterior = bkf.fit(linear(), loader(x, targets[likelihood]), config, progress=False)
+    for seed in range(20):
+        posterior.predict(x, "sampled", generator=torch.Generator().manual_seed(seed))

@@ -106,6 +106,7 @@ def test_sites_are_the_adapter_s_tensors_in_model_and_guide(fitted, digits):
     assert torch.isfinite(model.log_prob_sum())
 
 
+@pytest.mark.filterwarnings("ignore:`method` 'sampled' and 'linearized' disagree")
 def test_predictive_draws_from_the_belief_on_a_peft_model(fitted, digits):
     images, _ = digits
     draws = Predictive(fitted.pyro_model, guide=fitted.guide(), num_samples=200)(images[:6])

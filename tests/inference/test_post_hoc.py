@@ -1,0 +1,155 @@
+"""The prior of an adapter trained elsewhere, against dense float64 formulas."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from oracles import dense_jacobian, log_evidence
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import bayes_kf as bkf
+from bayes_kf.inference import post_hoc, tempering
+from bayes_kf.models.adapter import AdapterModel
+
+EXACT = ("full", "low_rank", "block_diagonal")
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def data(count=6, size=4, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 3, generator=g).double(), torch.randint(3, (size,), generator=g)) for _ in range(count)]
+
+
+def curvature(model, batches):
+    """Σ JᵀVJ at the model's weights, (n, n)."""
+    total = 0.0
+    for x, _ in batches:
+        outputs, jacobian = dense_jacobian(model, lambda m, x=x: m(x))
+        p = outputs.softmax(1)
+        v = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        total = total + (jacobian.mT @ v @ jacobian).sum(0)
+    return total
+
+
+def config_of(covariance):
+    extra = {"rank": 40} if covariance == "low_rank" else {}
+    return bkf.KalmanConfig(covariance=covariance, noise_variance=1.0, **extra)
+
+
+@pytest.mark.parametrize("covariance", ["full", "low_rank"])
+def test_evidence_and_covariance_are_those_of_the_dense_laplace_approximation(covariance):
+    model, batches = network(), data()
+    posterior = bkf.fit(model, batches, config_of(covariance), start="trained", progress=False)
+    h, mean = curvature(model, batches), AdapterModel(model).vector()
+    torch.testing.assert_close(posterior.mean_vector, mean, rtol=0, atol=0)
+    width_of = {}
+    prior = posterior.state.prior.variance
+    chosen = int(posterior.history["evidence"].argmax())
+    unit = prior / post_hoc.WIDTHS[chosen]
+    for width in post_hoc.WIDTHS:
+        p0 = width * unit
+        inner = torch.eye(len(mean)).double() + p0.sqrt()[:, None] * h * p0.sqrt()
+        width_of[width] = -0.5 * float((mean.square() / p0).sum() + torch.logdet(inner))
+    expected = torch.tensor(list(width_of.values()), dtype=torch.float64)
+    torch.testing.assert_close(posterior.history["evidence"], expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        posterior.covariance_matrix(), torch.linalg.inv(h + torch.diag(1.0 / prior)), rtol=1e-7, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("covariance", EXACT)
+@pytest.mark.parametrize("width", [1e-3, 0.1, 30.0])
+def test_a_widened_prior_is_a_pass_under_that_prior(covariance, width):
+    """One module: a block is the whole."""
+    torch.manual_seed(0)
+    model, batches = nn.Linear(3, 3).double(), data()
+    narrow = bkf.KalmanConfig(covariance=covariance, initial_variance=0.5, bound_prior=False, rank=40)
+    wide = dataclasses.replace(narrow, initial_variance=0.5 * width)
+    before, after = (bkf.fit(model, batches, c, start="trained", progress=False) for c in (narrow, wide))
+    widened = post_hoc.widened(narrow, before.state, width)
+    torch.testing.assert_close(
+        narrow.structure.covariance_matrix(widened.belief), after.covariance_matrix(), rtol=1e-8, atol=1e-12
+    )
+    torch.testing.assert_close(widened.prior.variance, after.state.prior.variance)
+    assert "evidence" not in before.history  # the prior was given
+
+
+def test_evidence_of_linear_regression_is_exact():
+    """With the mean at the posterior mode, Laplace's evidence is the evidence: their differences agree."""
+    g = torch.Generator().manual_seed(2)
+    x, y = torch.randn(30, 4, generator=g).double(), torch.randn(30, 1, generator=g).double()
+    found, expected = [], []
+    for p0 in (0.05, 0.5, 5.0):
+        config = bkf.KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=p0)
+        model = nn.Linear(4, 1, bias=False).double()
+        model.weight.data.zero_()
+        batches = list(zip(x.split(5), y.split(5), strict=True))
+        mode = bkf.fit(model, batches, config, progress=False)
+        mode.apply_to(model)
+        state = bkf.fit(model, batches, config, start="trained", progress=False).state
+        likelihood = torch.distributions.Normal(x @ model.weight.T.detach(), 1.0).log_prob(y).sum()
+        found.append(float(likelihood) + post_hoc.log_evidence(config, state, mode.mean_vector))
+        expected.append(float(log_evidence(x, y[:, 0], torch.zeros(4).double(), p0 * torch.eye(4).double(), 1.0)))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_departure_is_known_for_lora_b_and_saved_modules_only():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    adapter = AdapterModel(model)
+    assert torch.equal(post_hoc.departure(adapter, adapter.vector())[:8], torch.zeros(8))  # A has not moved
+    assert float(post_hoc.departure(adapter, adapter.vector()).abs().max()) == 0.0
+    moved = adapter.vector() + 1.0
+    found = adapter.unflatten(post_hoc.departure(adapter, moved))
+    for name, part in found.items():
+        expected = 0.0 if "lora_A" in name else 1.0
+        torch.testing.assert_close(part, torch.full_like(part, expected))
+    plain = AdapterModel(nn.Linear(2, 2))
+    assert torch.equal(post_hoc.departure(plain, plain.vector()), plain.vector())
+
+
+def test_a_far_trained_adapter_gets_a_wider_prior_than_one_that_hardly_moved():
+    batches = data(count=10)
+    widths = []
+    for scale in (0.05, 3.0):
+        model = network()
+        for p in model.parameters():
+            p.data.mul_(scale)
+        posterior = bkf.fit(model, batches, bkf.KalmanConfig(covariance="full"), start="trained", progress=False)
+        widths.append(float(posterior.state.prior.variance.log().mean()))
+        assert math.isfinite(widths[-1])
+    assert widths[0] < widths[1]
+
+
+def test_temperature_is_as_configured_or_as_held_out_data_say():
+    model, batches = network(), data(count=8)
+    posterior = bkf.fit(model, batches, config_of("full"), start="trained", progress=False)
+    assert posterior.temperature == post_hoc.TEMPERATURE
+    fixed = dataclasses.replace(config_of("full"), temperature=0.7)
+    assert bkf.fit(model, batches, fixed, start="trained", progress=False).temperature == 0.7
+    held_out = data(count=30, seed=5)
+    calibrated = posterior.calibrate(held_out)
+    losses = {}
+    for t in tempering.GRID:
+        scaled = bkf.Posterior(
+            bkf.KalmanFilter(model, dataclasses.replace(posterior.config, temperature=t)), posterior.state
+        )
+        losses[t] = -sum(float(scaled.predict(x, num_samples=4000, targets=y).log_prob.sum()) for x, y in held_out)
+    assert losses[calibrated.temperature] < min(losses.values()) + 0.02 * 120  # 32 draws choose, 4,000 judge
+    assert torch.equal(calibrated.mean_vector, posterior.mean_vector)
+    assert posterior.temperature == post_hoc.TEMPERATURE  # the first is as it was
+
+
+def test_bad_calibration_data():
+    posterior = bkf.fit(network(), data(), config_of("full"), start="trained", progress=False)
+    with pytest.raises(ValueError, match=r"^`loader` must yield at least one batch, got none\.$"):
+        posterior.calibrate([])
+    with pytest.raises(ValueError, match=r"^`loader` must yield targets with every batch, got none in batch 0\.$"):
+        posterior.calibrate([torch.zeros(2, 3).double()])
