@@ -327,7 +327,7 @@ class Posterior:
             unit = "standard deviations" if linearized.variance is not None else "total variation"
             warnings.warn(
                 f"`method` 'sampled' and 'linearized' disagree: {apart:.3f} {unit} apart on {size} examples, where "
-                f"Monte Carlo error makes {expected:.3f}. The belief is one of the linearized model: trust 'linearized'.",
+                f"Monte Carlo error makes {expected:.3f}. The belief is the linearized model's: trust 'linearized'.",
                 stacklevel=4,
             )
 

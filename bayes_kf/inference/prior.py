@@ -57,8 +57,8 @@ def bounded(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: I
 
     Under too wide a prior the first examples move the weights out of the region where the linearization holds. So,
     unless outputs are linear in the parameters, the logits for ``inputs`` vary by at most ``MOST_SD`` a priori, no
-    tensor by more than ``LARGEST_MOVE`` times its own root mean square (one that starts from zero, its neighbour's in the
-    module), and no LoRA factor more than lets ΔW be twice the size of W. Warns where that changes anything. Ours.
+    tensor by more than ``LARGEST_MOVE`` times its own root mean square (one that starts from zero, its neighbour's in
+    the module), and no LoRA factor more than lets ΔW be twice the size of W. Warns where that changes anything. Ours.
     """
     adapter, given = linearize.adapter, unscaled(config, mean)
     spread = float((given.double() * _squares(config, linearize, mean, inputs).double()).sum()) ** 0.5
