@@ -17,13 +17,21 @@ import torch
 MIB = 2**20
 
 
-def elsewhere(work: Callable[..., dict[str, Any]], *arguments: Any, threads: int = 1) -> dict[str, Any] | int:
+def elsewhere(
+    work: Callable[..., dict[str, Any]], *arguments: Any, threads: int = 1, exact_memory: bool = False
+) -> dict[str, Any] | int:
     """What a module's function returns in a new process, or the code that the process ended with instead.
 
-    The process is forked from a server that has imported the function's module and done nothing else. Freed memory goes
-    back at once there, and counts again.
+    The process is forked from a server that has imported the function's module and done nothing else.
+
+    Args:
+        work: the function; must be importable.
+        *arguments: of it.
+        threads: that torch may use there.
+        exact_memory: whether freed memory goes back at once there, and counts again; large temporaries get slow by it.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read at start
+    if exact_memory:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read at the server's start
     paths, here = os.environ.get("PYTHONPATH", "").split(os.pathsep), str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, paths)]))
     forks = multiprocessing.get_context("forkserver")

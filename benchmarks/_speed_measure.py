@@ -161,7 +161,7 @@ def _summary(spans: Mapping[str, list[float]]) -> dict[str, Any]:
 
 def memory_elsewhere(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`memory_here` finds in a new process, or why it found nothing."""
-    found = elsewhere(memory_here, cell, method, weights, dict(options), threads=options["threads"])
+    found = elsewhere(memory_here, cell, method, weights, dict(options), threads=options["threads"], exact_memory=True)
     if isinstance(found, dict):
         return found
     if alarmed(found):
