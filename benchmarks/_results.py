@@ -75,11 +75,11 @@ class ResultFile:
         return text
 
     def _merge(self) -> None:
-        """Take in cells and runs of the file on disk; where both have a cell, ours stays."""
+        """Take in cells and runs of the file on disk, which holds the newest of every cell."""
         if not self.path.is_file():
             return
         content = json.loads(self.path.read_text(encoding="utf-8"))
-        self.cells = content["cells"] | self.cells
+        self.cells = self.cells | content["cells"]
         self.runs = content["runs"] + [run for run in self.runs if run not in content["runs"]]
 
 

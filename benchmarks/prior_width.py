@@ -1,4 +1,4 @@
-"""How much the prior variance matters: p₀ over seven decades, under this package's defaults.
+"""How much the prior variance matters: p₀ from 0.01 to 100,000, under this package's defaults.
 
 LeNet-5 learns MNIST from scratch (1,000 examples), and the digit transformer with LoRA learns UCI's digits, one example
 at a time, with ``KalmanConfig(initial_variance=p0)``: once with the bounds that it puts on a prior too wide for its
@@ -29,7 +29,7 @@ import bayes_kf as bkf
 from bayes_kf.data import uci_digits_split
 from bayes_kf.models.zoo import lenet5, lora_digits_vit
 
-VARIANCES = tuple(10.0**k for k in range(-2, 5))
+VARIANCES = tuple(10.0**k for k in range(-2, 6))
 LAST = 200
 TITLES = {"lenet": "LeNet-5 on MNIST, from scratch, 1,000 examples", "digits": "LoRA on UCI's digits, 1,197 examples"}
 
