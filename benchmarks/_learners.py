@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from bayes_kf import DivergenceError, KalmanConfig, KalmanFilter
 
+HEAD_SD = 0.02  # of a fresh classifier, as transformers draws it
 SCALE_EXAMPLES = 32  # inputs that a function-space prior is scaled on, as ``bayes_kf.fit`` takes them
 
 Inputs = Tensor | dict[str, Tensor]
@@ -66,6 +67,15 @@ class Pass(NamedTuple):
     seconds: float
     diverged_at: int | None = None
     cause: str | None = None
+
+
+def draw_classifier(model: nn.Module, seed: int) -> None:
+    """Draw the trainable classifier afresh, in place, as transformers does: for classes that the model has not seen."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "classifier" in name:
+            drawn = HEAD_SD * torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(drawn if name.endswith("weight") else torch.zeros_like(drawn))
 
 
 def logits(model: nn.Module, inputs: Inputs) -> Tensor:

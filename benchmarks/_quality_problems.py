@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from _backbones import mobilenet, resnet_cifar, vit_cifar
 from _data import data_folder, fashion_mnist, kmnist, notmnist, usps
-from _learners import Stream
+from _learners import Stream, draw_classifier
 from _text import minilm, sentences, tokenized
 from peft import PeftModel
 from PIL import Image
@@ -25,7 +25,6 @@ from torch import Tensor
 from bayes_kf.models.zoo import lora_digits_vit
 
 FOREIGN = 500  # inputs at most
-HEAD_SD = 0.02  # of a classifier drawn afresh, as transformers draws it
 
 
 class Problem(NamedTuple):
@@ -159,11 +158,7 @@ def _digits_model(new_classes: bool) -> Callable[[int, float], PeftModel]:
             for name, layer in getattr(module, "lora_dropout", {}).items():
                 module.lora_dropout[name] = torch.nn.Dropout(dropout) if dropout else layer
         if new_classes:
-            generator = torch.Generator().manual_seed(seed)
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "classifier" in name:
-                    drawn = HEAD_SD * torch.randn(parameter.shape, generator=generator)
-                    parameter.data.copy_(drawn if name.endswith("weight") else torch.zeros_like(drawn))
+            draw_classifier(model, seed)
         return model
 
     return make

@@ -50,7 +50,7 @@ def _table(cells: Cells, data: str, rows: Sequence[str]) -> list[str]:
         line = [name, f"{_mean(found, 'online_accuracy'):.3f}" if "online_accuracy" in found[0] else "–"]
         line += [_spread(found, "accuracy"), _spread(found, "nll"), f"{_mean(found, 'brier'):.3f}"]
         line += [f"{_spread(found, 'ece')} {band}"]
-        line += [f"{_mean(found, 'human_nll'):.3f}"] * human
+        line += [f"{_mean(found, 'human_nll'):.3f}"] if human else []
         line += [f"{_mean(found, 'ood_auroc'):.3f}", f"{_mean(found, 'error_auroc'):.3f}"]
         cost = statistics.mean(c["seconds"] / c["adamw_seconds"] for c in found)
         line += [
@@ -95,6 +95,7 @@ def _summary(cells: Cells) -> list[str]:
             gaps = [own[seed] - others[best][seed] for seed in own]
             gap, error = statistics.mean(gaps), _error(gaps)
             verdict = "better" if gap < -2 * error else "within noise" if gap <= 2 * error else "worse"
+            verdict = "one seed" if math.isnan(error) else verdict
             mean, theirs = statistics.mean(own.values()), statistics.mean(others[best][s] for s in own)
             name = "default" if ours == "default" else "post hoc"
             lines.append(
@@ -105,7 +106,7 @@ def _summary(cells: Cells) -> list[str]:
                     f"{mean:.3f}",
                     f"{theirs:.3f}",
                     ROWS[best][0],
-                    f"{gap:+.3f} ± {error:.3f}",
+                    f"{gap:+.3f}" if math.isnan(error) else f"{gap:+.3f} ± {error:.3f}",
                     verdict,
                 ]
             )

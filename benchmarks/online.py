@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _data import kmnist, usps
-from _learners import Pass, Stream, check_finite, frozen_pass, gradient_pass, logits
+from _learners import Pass, Stream, check_finite, draw_classifier, frozen_pass, gradient_pass, logits
 from _online_table import render
 from _results import ResultFile
 from _text import minilm, num_sentences, sentences
@@ -44,7 +44,6 @@ FILTERS = ("loko", "default", "diagonal", "truncated", "sampled")
 ROWS = ("frozen", *RATES, *FILTERS)
 KMNIST_STREAM = 8_000  # of its 10,000 images; the rest is held out
 PROBE = 100  # AdamW steps timed before and after each row, to state its cost in
-HEAD_SD = 0.02  # of a fresh classifier, as transformers draws it
 
 
 class Task(NamedTuple):
@@ -81,11 +80,7 @@ def make_model(seed: int, rank: int, new_classes: bool, text: bool = False) -> P
         return minilm(seed, rank, num_labels=2)
     model = lora_digits_vit(rank=rank, seed=seed)
     if new_classes:
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "classifier" in name:
-                drawn = HEAD_SD * torch.randn(parameter.shape, generator=generator)
-                parameter.data.copy_(drawn if name.endswith("weight") else torch.zeros_like(drawn))
+        draw_classifier(model, seed)
     return model
 
 

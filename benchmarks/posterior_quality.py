@@ -134,6 +134,8 @@ def run(file: ResultFile, data: str, row: str, seed: int, cap: float) -> None:
         choice = file.cells[key]["choice"]
     kept = elsewhere(measure, data, row, seed, choice, cap)
     if isinstance(kept, int):
+        if kept > 0:  # what a method raises is its result; this is none of its own
+            raise RuntimeError(f"the process of {data}/{row}/{seed} ended with {kept}")
         kept = {"skipped": f"more than {cap:g} s" if alarmed(kept) else f"ended with {kept}"}
     file.put(f"{data}/{row}/{seed}", kept)
     text = kept.get("skipped") or "  ".join(
