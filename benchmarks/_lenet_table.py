@@ -32,7 +32,7 @@ LEGEND = (
     "Average online accuracy over the first {limit:,} examples of a seeded permutation of MNIST's training set, batch"
     " size 1, pixels in [−1, 1]; LeNet-5 with ReLU and max-pooling, 61,706 parameters, all trained from {init}."
     " Papers' rows: likelihood expanded at the prior mean, no damping, covariance as it is. **ours**:"
-    " exponential-family noise, expanded at the mode, damped. Several seeds: mean ± sd.",
+    " exponential-family noise, expanded at the mode, damped, p₀ as given. Several seeds: mean ± sd.",
     "`div@k`: update k was refused (cause in the JSON and below), and the state before it kept; with several seeds,"
     " (d/s) says how many of them, and k is the first. † diverged by accuracy: below {low}, with a higher log loss than"
     " the frozen network's; where after 300 examples the accuracy was below {low} and the log loss of the last 100"

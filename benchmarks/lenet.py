@@ -40,12 +40,7 @@ INITS: tuple[LeNetInit, ...] = get_args(LeNetInit)
 PATIENCE = 300  # steps after which a pass that has diverged by accuracy is stopped
 GROUPS = ("baselines", "papers", "inits", "ours")
 PAPERS: dict[str, Any] = {"expansion": "mean", "damping": False, "bound_prior": False, "temperature": 1.0}
-OURS: dict[str, Any] = PAPERS | {
-    "noise": "exponential_family",
-    "expansion": "mode",
-    "damping": True,
-    "bound_prior": True,
-}
+OURS: dict[str, Any] = PAPERS | {"noise": "exponential_family", "expansion": "mode", "damping": True}
 
 
 class Cell(NamedTuple):

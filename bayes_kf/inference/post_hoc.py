@@ -74,11 +74,11 @@ def departure(adapter: AdapterModel, mean: Tensor) -> Tensor:
         elif isinstance(layer, ModulesToSaveWrapper):
             known = True
             for copy in layer.modules_to_save.values():
-                originals = dict(layer.original_module.named_parameters())
-                for path, parameter in copy.named_parameters():
-                    name = next((n for (m, a), n in names.items() if m._parameters.get(a) is parameter), None)
-                    if name is not None and path in originals:
-                        moved[name] = tensors[name] - originals[path].detach().to(tensors[name])
+                for path, original in layer.original_module.named_parameters():
+                    inside, _, attribute = path.rpartition(".")
+                    name = names.get((copy.get_submodule(inside), attribute))
+                    if name is not None:
+                        moved[name] = tensors[name] - original.detach().to(tensors[name])
     if not known:
         return mean
     return adapter.flatten({name: moved.get(name, torch.zeros_like(t)) for name, t in tensors.items()})

@@ -490,3 +490,15 @@ def test_no_disagreement_is_seen_where_the_model_is_linear(likelihood):
     posterior = bkf.fit(linear(), loader(x, targets[likelihood]), config, progress=False)
     for seed in range(20):
         posterior.predict(x, "sampled", generator=torch.Generator().manual_seed(seed))
+
+
+def test_draws_are_not_compared_where_that_takes_more_passes_than_they_do(monkeypatch):
+    """Fewer draws than outputs; and of a loader only the first batch is."""
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).double()
+    posterior = bkf.fit(linear(12), loader(x, torch.arange(30) % 12), progress=False)
+    calls = []
+    monkeypatch.setattr(bkf.inference.prediction, "disagreement", lambda *_: calls.append(1) or (0.0, 1.0))
+    posterior.predict(x, "sampled", num_samples=11)
+    assert not calls
+    posterior.predict_loader([x[:10], x[10:20], x[20:]], "sampled", num_samples=12)
+    assert len(calls) == 1
