@@ -82,6 +82,10 @@ class Linearizer:
         """The number of outputs, m, found with the path of every tensor on the first batch."""
         return self._planned(vector, inputs).num_outputs
 
+    def num_passes(self, vector: Tensor, inputs: Inputs) -> int:
+        """Backward passes over a batch that the rows of all outputs take."""
+        return _each(None, 1, self._planned(vector, inputs))[0]
+
     def examples_at_once(self, vector: Tensor, inputs: Inputs) -> int:
         """How many examples' graphs fit the budget."""
         plan = self._planned(vector, inputs)

@@ -17,8 +17,8 @@ from bayes_kf.inference.filter import FilterState, KalmanFilter
 from bayes_kf.inference.linearize import some_examples
 from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, split_batch, to_device
-from bayes_kf.models.draws import outputs_of_draws
-from bayes_kf.models.likelihood import Gaussian
+from bayes_kf.models.draws import linear_responses, outputs_of_draws
+from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 if TYPE_CHECKING:
     from bayes_kf.inference.guide import KalmanGuide
@@ -103,10 +103,7 @@ class Posterior:
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the latent vector from N(μ, temperature·P), (S, n)."""
-        mean, generator = self.mean_vector, self._generator(generator)
-        shape = (num_samples, len(mean))
-        noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=generator.device).to(mean.device)
-        return mean + self.temperature**0.5 * self.config.structure.root(self.state.belief)(noise)
+        return self.mean_vector + self._deviations(num_samples, self._generator(generator), self.temperature)
 
     def predict(
         self,
@@ -121,7 +118,8 @@ class Posterior:
         Args:
             inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
             method: "linearized": η ~ N(f(x, μ), J P Jᵀ), drawn in output space (exact moments for a Gaussian
-                likelihood); the posterior is one of the linearized model, so this is its own predictive. "probit":
+                likelihood); the posterior is one of the linearized model, so this is its own predictive. Where there
+                are more outputs than draws, each draw is two differences of outputs (``models.draws``). "probit":
                 MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each;
                 with a warning where, on the first 16 examples, the two methods differ by more than Monte Carlo error
                 (looked at where there are as many draws as outputs, and of a loader on its first batch).
@@ -164,6 +162,8 @@ class Posterior:
                 return found
             if method == "mean":
                 return self._piece(inputs, method, num_samples, generator, targets)
+            if method == "linearized" and self._by_differences(inputs, num_samples):
+                return self._differenced(inputs, num_samples, generator, targets)
             parts = [
                 self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
                 for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
@@ -227,14 +227,7 @@ class Posterior:
             check_inputs(inputs)
             inputs, targets = to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
             with self.adapter.full_precision():
-                for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
-                    linearized = self.kf.linearize(self.mean_vector, piece)
-                    outputs, known = linearized.outputs, family.check(linearized.outputs, targets[where])
-                    output_cov = self.config.structure.output_covariance(self.state.belief, linearized.pull())
-                    seed = self.config.seed + index
-                    scores = tempering.add(
-                        scores, tempering.log_losses(family, outputs, output_cov.to(outputs), known, seed)
-                    )
+                scores = tempering.add(scores, self._log_losses(family, inputs, targets, self.config.seed + index))
         if scores.updates == 0:
             raise ValueError("`loader` must yield at least one batch, got none.")
         config = replace(self.config, temperature=tempering.choose(scores))
@@ -325,6 +318,58 @@ class Posterior:
         assert draws is not None
         return prediction.mixture(family, draws, targets)
 
+    def _by_differences(self, inputs: Inputs, num_samples: int) -> bool:
+        """Whether draws of the linearized outputs cost less by forward passes than through their covariance."""
+        family = noise.likelihood(self.config, self.state.noise)
+        if isinstance(family, Gaussian) or not self.adapter.is_precise:
+            return False
+        return num_samples < self.kf.linearize.num_passes(self.mean_vector, inputs)
+
+    def _differenced(
+        self, inputs: Inputs, num_samples: int, generator: torch.Generator, targets: Tensor | None
+    ) -> Prediction:
+        """Linearized predictions from draws δ of the parameters, and f ± Jδ by differences: J P Jᵀ is never formed."""
+        family = noise.likelihood(self.config, self.state.noise)
+        outputs = self.adapter.outputs(self.mean_vector, inputs)
+        changes = self._responses(inputs, -(-num_samples // 2), generator, self.temperature)
+        draws = outputs + torch.cat([changes, -changes])[:num_samples]
+        return prediction.mixture(family, draws, _checked(family, outputs, targets))
+
+    def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, seed: int) -> Tensor:
+        """Log losses of a batch's linearized predictions at every temperature, (K,)."""
+        if self._by_differences(inputs, tempering.NUM_DRAWS):
+            generator = torch.Generator(device=self.adapter.device).manual_seed(seed)
+            outputs = self.adapter.outputs(self.mean_vector, inputs)
+            known, changes = (
+                family.check(outputs, targets),
+                self._responses(inputs, tempering.NUM_DRAWS // 2, generator),
+            )
+            return tempering.drawn_log_losses(family, outputs, torch.cat([changes, -changes]), known)
+        total = torch.zeros(len(tempering.GRID), dtype=torch.float64, device=self.adapter.device)
+        for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
+            linearized = self.kf.linearize(self.mean_vector, piece)
+            outputs, known = linearized.outputs, family.check(linearized.outputs, targets[where])
+            output_cov = self.config.structure.output_covariance(self.state.belief, linearized.pull())
+            total += tempering.log_losses(family, outputs, output_cov.to(outputs), known, seed)
+        return total
+
+    def _responses(
+        self, inputs: Inputs, num_draws: int, generator: torch.Generator, temperature: float = 1.0
+    ) -> Tensor:
+        """Jδ for draws δ ~ N(0, temperature·P), (S, B, m)."""
+        steps = self._deviations(num_draws, generator, temperature)
+        return linear_responses(self.adapter, self.mean_vector, steps, inputs, self._draws_at_once(inputs))
+
+    def _deviations(self, num_draws: int, generator: torch.Generator, temperature: float) -> Tensor:
+        """Draws from N(0, temperature·P), (S, n)."""
+        mean = self.mean_vector
+        noise = torch.randn((num_draws, len(mean)), generator=generator, dtype=mean.dtype, device=generator.device)
+        return temperature**0.5 * self.config.structure.root(self.state.belief)(noise.to(mean.device))
+
+    def _draws_at_once(self, inputs: Inputs) -> int:
+        """Adapters whose forward passes over a batch fit the memory together."""
+        return max(1, self.kf.linearize.examples_at_once(self.mean_vector, inputs) // batch_size(inputs))
+
     def _compare(self, inputs: Inputs, sampled: Prediction) -> None:
         """Warn where the first predictions from drawn adapters are not those of the linearized model."""
         assert sampled.samples is not None  # drawn
@@ -355,8 +400,7 @@ class Posterior:
     ) -> Prediction:
         family = noise.likelihood(self.config, self.state.noise)
         draws = self.sample(num_samples, generator)
-        at_once = self.kf.linearize.examples_at_once(self.mean_vector, inputs) // batch_size(inputs)
-        outputs = outputs_of_draws(self.adapter, draws, inputs, max(1, at_once))
+        outputs = outputs_of_draws(self.adapter, draws, inputs, self._draws_at_once(inputs))
         return prediction.mixture(family, outputs, _checked(family, outputs[0], targets))
 
 

@@ -94,13 +94,14 @@ def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Pred
 
 
 def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
-    """Draws from N(mean, covariance) per example, (S, B, m); singular covariances are fine."""
+    """Draws from N(mean, covariance) per example, (S, B, m); (B, m) and (B, m, m), singular ones are fine."""
     scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).double().clamp_min(1e-300)[..., None, None]
     values, vectors = torch.linalg.eigh(covariance.double() / scale)
     root = scale.sqrt() * vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)  # negative only by rounding
-    shape = (num_samples, *mean.shape, 1)
+    shape = (num_samples, *mean.shape)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(mean.device)
-    return (mean.double() + (root @ noise).squeeze(-1)).to(mean.dtype)
+    moved = (root @ noise.permute(1, 2, 0)).permute(2, 0, 1)  # so that the root is not repeated for every draw
+    return (mean.double() + moved).to(mean.dtype)
 
 
 def disagreement(family: Likelihood, first: Prediction, second: Prediction) -> tuple[float, float]:

@@ -34,10 +34,15 @@ def log_losses(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets:
     if isinstance(family, Gaussian):
         return torch.stack([_exact(family, outputs, t * output_cov, targets) for t in GRID])
     generator = torch.Generator(device=outputs.device).manual_seed(seed)
-    spread = gaussian_draws(torch.zeros_like(outputs), output_cov, NUM_DRAWS, generator)  # (S, B, m)
-    roots = torch.tensor(GRID, dtype=outputs.dtype, device=outputs.device).sqrt().view(-1, 1, 1, 1)
-    log_prob = family.log_prob(outputs + roots * spread, targets)  # (K, S, B)
-    return -(log_prob.double().logsumexp(1) - math.log(NUM_DRAWS)).sum(-1)
+    spread = gaussian_draws(torch.zeros_like(outputs), output_cov, NUM_DRAWS, generator)
+    return drawn_log_losses(family, outputs, spread, targets)
+
+
+def drawn_log_losses(family: Likelihood, outputs: Tensor, spread: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`log_losses`, from S draws of η − outputs at temperature 1, (S, B, m)."""
+    roots = torch.tensor(GRID, dtype=outputs.dtype, device=outputs.device).sqrt()
+    log_prob = torch.stack([family.log_prob(outputs + root * spread, targets) for root in roots])  # (K, S, B)
+    return -(log_prob.double().logsumexp(1) - math.log(len(spread))).sum(-1)
 
 
 def isotropic_log_losses(family: Likelihood, outputs: Tensor, variance: Tensor, targets: Tensor, seed: int) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayes_kf.models.fast_path import has_fused, layer_by_layer
+
 Inputs = Tensor | Mapping[str, Any]
 
 Owners = list[tuple[nn.Module, str]]  # the modules that hold a tensor, and as which attribute
@@ -54,6 +56,7 @@ class AdapterModel:
         ends = itertools.accumulate(self.sizes)
         self._slices = {n: slice(end - size, end) for n, end, size in zip(self.names, ends, self.sizes, strict=True)}
         self._modules = list(model.modules())  # walking through them takes milliseconds
+        self._has_fused = has_fused(self._modules)
         self.owners = _owners(model, trainable)
         self.paths: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # how each tensor is linearized; see describe
         self._autocast: torch.dtype | None = None  # of the caller, inside `full_precision`
@@ -70,6 +73,12 @@ class AdapterModel:
     def device(self) -> torch.device:
         """The device of the first trainable tensor; the belief lives there."""
         return self._present(self.names[0]).device
+
+    @property
+    def is_precise(self) -> bool:
+        """Whether forward passes are computed in single precision or better, autocast included."""
+        autocast = self._autocast is not None or torch.is_autocast_enabled(self.device.type)
+        return not autocast and all(p.dtype in (torch.float32, torch.float64) for p in self.model.parameters())
 
     def vector(self) -> Tensor:
         """The model's present trainable tensors as one vector, (n,), a copy."""
@@ -125,13 +134,15 @@ class AdapterModel:
         """Every module in eval mode inside; each in the mode it had afterwards, whatever happened.
 
         Layers of transformers that save memory by running again in the backward pass do so in training mode alone, so
-        they are left in it; the dropout inside them is not.
+        they are left in it; the dropout inside them is not. Torch's encoder layers do not take the fused path of eval
+        mode, which passes adapters by.
         """
         in_training = [module for module in self._modules if module.training and not _checkpointed(module)]
         try:
             for module in in_training:
                 module.training = False
-            yield
+            with layer_by_layer() if self._has_fused else nullcontext():
+                yield
         finally:
             for module in in_training:
                 module.training = True

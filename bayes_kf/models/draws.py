@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
 
+DIFFERENCE = 0.01  # of a step
+
 
 def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None = None) -> Tensor:
     """Raw outputs under S adapters, (S, B, m), without gradients.
@@ -31,6 +33,26 @@ def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_on
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
         return outputs
+
+
+def linear_responses(
+    adapter: AdapterModel, at: Tensor, steps: Tensor, inputs: Inputs, at_once: int | None = None
+) -> Tensor:
+    """J·δ of S steps δ away from θ = ``at``, (S, B, m), by central differences: two forward passes each.
+
+    Whatever the number of outputs, where J itself takes a backward pass for each. The differences are taken at
+    ``DIFFERENCE`` of each step, which float32 allows and bfloat16 does not (``adapter.is_precise``).
+
+    Args:
+        adapter: the model.
+        at: θ, (n,).
+        steps: δ, (S, n).
+        inputs: a batch of B examples.
+        at_once: adapters in a pass; all by default.
+    """
+    moved = DIFFERENCE * steps
+    ahead, behind = outputs_of_draws(adapter, torch.cat([at + moved, at - moved]), inputs, at_once).chunk(2)
+    return (ahead - behind) / (2.0 * DIFFERENCE)
 
 
 def _batched(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None) -> Tensor:

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import bayes_kf as bkf
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference import tempering
+from bayes_kf.inference.linearized import Linearized
+from bayes_kf.inference.noise import likelihood
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
 G = torch.Generator().manual_seed(0)
@@ -502,3 +504,42 @@ def test_draws_are_not_compared_where_that_takes_more_passes_than_they_do(monkey
     assert not calls
     posterior.predict_loader([x[:10], x[10:20], x[20:]], "sampled", num_samples=12)
     assert len(calls) == 1
+
+
+def many(outputs=90):
+    """A network with many outputs, and no last layer of fewer features."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, outputs), nn.Tanh()).double()
+
+
+def test_with_more_outputs_than_draws_linearized_predictions_take_no_backward_pass_and_say_the_same(monkeypatch):
+    """Means and entropies over 80 x 60 draws against 20,000 from the exact moments, in standard errors."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 3, generator=g).double()
+    y = torch.randint(90, (30,), generator=g)
+    posterior = bkf.fit(many(), loader(x, y), bkf.KalmanConfig(temperature=1.0), progress=False)
+    exact = posterior.predict(x[:4], num_samples=20_000)
+    monkeypatch.setattr(Linearized, "pull", None)
+    found = [
+        posterior.predict(x[:4], num_samples=60, generator=torch.Generator().manual_seed(seed), targets=y[:4])
+        for seed in range(80)
+    ]
+    for of in (lambda p: p.probs, lambda p: p.samples.square().mean(0)):
+        runs = torch.stack([of(p) for p in found])
+        error = runs.std(0) / len(runs) ** 0.5
+        assert float(((runs.mean(0) - of(exact)).abs() / (error + exact.samples.std(0) / 20_000**0.5)).max()) < 4.5
+    assert found[0].samples.shape == (60, 4, 90)
+    torch.testing.assert_close(found[0].log_prob, found[0].probs[torch.arange(4), y[:4]].log())
+
+
+def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=g).double()
+    y = torch.randint(90, (200,), generator=g)
+    posterior = bkf.fit(many(), loader(x[:40], y[:40]), bkf.KalmanConfig(temperature=1.0), progress=False)
+    family = posterior.kf.config
+    quick = posterior._log_losses(likelihood(family, posterior.state.noise), x, y, 0)
+    monkeypatch.setattr(tempering, "NUM_DRAWS", 4000)
+    slow = posterior._log_losses(likelihood(family, posterior.state.noise), x, y, 0)
+    torch.testing.assert_close(quick / 200, slow / 200, rtol=0.0, atol=0.02)
+    assert posterior.calibrate(loader(x[40:], y[40:])).temperature == tempering.GRID[int(slow.argmin())]

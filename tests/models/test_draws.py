@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from bayes_kf.models import draws as module
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.draws import outputs_of_draws
+from bayes_kf.models.draws import linear_responses, outputs_of_draws
 from bayes_kf.models.zoo import LeNet5, lora_digits_vit
 
 IDS = torch.tensor([[5, 9, 3, 7, 0, 0], [4, 4, 8, 2, 11, 5]])
@@ -47,6 +47,36 @@ def test_one_pass_over_all_adapters_is_the_loop(case, at_once, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(adapter.vector(), weights)
     assert all(m.training for m in adapter.model.modules())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("case", CASES)
+def test_linear_responses_are_the_jacobian_times_the_steps(case, dtype, tolerance):
+    """Against the dense Jacobian in float64, as a share of the largest response."""
+    make, inputs = CASES[case]
+    exact = AdapterModel(make().double())
+    double = inputs.double() if isinstance(inputs, torch.Tensor) else inputs
+    at = exact.vector()
+    steps = 0.02 * torch.randn(5, exact.num_parameters, generator=torch.Generator().manual_seed(1)).double()
+    with exact.evaluating():
+        jacobian = torch.autograd.functional.jacobian(lambda v: exact.call(exact.tensors(v), double), at)
+    expected = torch.einsum("bmn,sn->sbm", jacobian, steps)
+    adapter = AdapterModel(make().to(dtype))
+    assert adapter.is_precise
+    given = double.to(dtype) if isinstance(inputs, torch.Tensor) else inputs
+    found = linear_responses(adapter, at.to(dtype), steps.to(dtype), given, at_once=3)
+    assert float((found.double() - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+def test_half_precision_is_not_precise():
+    adapter = AdapterModel(nn.Sequential(nn.Linear(3, 4).to(torch.bfloat16), nn.Linear(4, 2)))
+    assert not adapter.is_precise
+    adapter = AdapterModel(nn.Linear(3, 2))
+    assert adapter.is_precise
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not adapter.is_precise
+        with adapter.full_precision():  # its forward passes are rounded still
+            assert not adapter.is_precise
 
 
 def test_a_model_that_cannot_be_batched_is_run_one_by_one():
