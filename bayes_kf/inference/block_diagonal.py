@@ -107,6 +107,11 @@ def root(state: State) -> Callable[[Tensor], Tensor]:
     return apply
 
 
+def product(state: State, vector: Tensor) -> Tensor:
+    """P v, (n,)."""
+    return torch.cat([block @ vector[where] for where, block in _blocks(state)])
+
+
 def marginal_variance(state: State) -> Tensor:
     """diag(P), (n,)."""
     return torch.cat([block.diagonal() for _, block in _blocks(state)])

@@ -22,6 +22,7 @@ class Structure(NamedTuple):
     condition: Callable[..., Any]
     add_precision: Callable[..., Any]
     root: Callable[..., Any]
+    product: Callable[..., Any]
     marginal_variance: Callable[..., Any]
     covariance_matrix: Callable[..., Any]
     output_covariance: Callable[..., Any]
@@ -51,7 +52,7 @@ BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
 OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
-FIXED = (*OBSERVED, "tune", "tune_examples", "passes", "temperature", "bytes_budget", "outputs_per_pass")
+FIXED = (*OBSERVED, "tune", "tune_examples", "passes", "mean_passes", "temperature", "bytes_budget", "outputs_per_pass")
 CONFIG_FILE = "kalman_config.json"
 
 
@@ -107,6 +108,9 @@ class KalmanConfig:
         passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
             the mean of the one before (Gauss-Newton), so that no example counts twice. For more than one, nothing
             drifts, is forgotten or gated.
+        mean_passes: further passes of a :func:`~bayes_kf.fit` in which only the mean moves, toward the mode, by natural
+            gradient steps that each cost what one of gradient descent does (``refine``). Nothing may drift, be
+            forgotten or gated.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule, the probes and the draws.
@@ -148,6 +152,7 @@ class KalmanConfig:
     tune: Mapping[str, Sequence[Any]] | None = None
     tune_examples: int = 200
     passes: int = 1
+    mean_passes: int = 0
     temperature: float | str = "prequential"
     seed: int = 0
 
@@ -179,6 +184,8 @@ class KalmanConfig:
         _between("curvature_epsilon", self.curvature_epsilon)
         for name in ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples"):
             _whole(name, getattr(self, name))
+        if not isinstance(self.mean_passes, int) or isinstance(self.mean_passes, bool) or self.mean_passes < 0:
+            raise ValueError(f"`mean_passes` must be a whole number >= 0, got {self.mean_passes!r}.")
         for name in ("outputs_per_pass", "bytes_budget"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name))
@@ -203,9 +210,14 @@ class KalmanConfig:
             _check_grid(self, self.tune)
             object.__setattr__(self, "tune", {name: list(values) for name, values in self.tune.items()})
         changing = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0, "gate_quantile": None}
-        if self.passes > 1 and any(getattr(self, name) != value for name, value in changing.items()):
+        many = "`passes` above 1" if self.passes > 1 else "`mean_passes`"
+        if (self.passes > 1 or self.mean_passes) and any(getattr(self, k) != v for k, v in changing.items()):
             found = ", ".join(f"{name} {getattr(self, name)}" for name in changing)
-            raise ValueError(f"`passes` above 1 take all data as equally good and nothing as moving, got {found}.")
+            raise ValueError(f"{many} take all data as equally good and nothing as moving, got {found}.")
+        if self.mean_passes and self.noise != "exponential_family":
+            raise ValueError(
+                f"`mean_passes` descend the likelihood of `noise` 'exponential_family', got {self.noise!r}."
+            )
 
     @classmethod
     def loko(cls, **overrides: Any) -> KalmanConfig:
@@ -224,6 +236,15 @@ class KalmanConfig:
             "expansion": "mean",
             "temperature": 1.0,
         }
+        return cls(**(setting | overrides))
+
+    @classmethod
+    def dataset(cls, **overrides: Any) -> KalmanConfig:
+        """For data that can be passed over again: rank 60, and three passes of the mean after the filter's.
+
+        ``fit`` without settings tries this and ``dataset(initial_spread="constant", initial_logit_sd=10.0)``.
+        """
+        setting: dict[str, Any] = {"rank": 60, "mean_passes": 3}
         return cls(**(setting | overrides))
 
     @property

@@ -78,6 +78,11 @@ def root(state: State) -> Callable[[Tensor], Tensor]:
     return lambda noise: scale * noise
 
 
+def product(state: State, vector: Tensor) -> Tensor:
+    """P v, (n,)."""
+    return state.variance * vector
+
+
 def marginal_variance(state: State) -> Tensor:
     """p, (n,)."""
     return state.variance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayes_kf.inference import noise, post_hoc
+from bayes_kf.inference import noise, post_hoc, refine, select
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
@@ -31,7 +31,7 @@ WINDOW = 100  # updates behind the numbers in the progress bar
 def fit(
     model: nn.Module,
     loader: Iterable[Any],
-    config: KalmanConfig | None = None,
+    config: KalmanConfig | Sequence[KalmanConfig] | None = None,
     *,
     start: str = "prior",
     progress: bool = True,
@@ -41,7 +41,10 @@ def fit(
     Args:
         model: a PEFT model or any module with trainable tensors; its weights are not changed.
         loader: batches ``(inputs, targets)`` or mappings with ``labels``.
-        config: the settings; defaults to ``KalmanConfig()``.
+        config: the settings. Several: each learns seven eighths of the data, the rest says which predicts best and at
+            which temperature, and that one goes on to learn the rest (``select``). None: the two of
+            ``KalmanConfig.dataset`` where the loader can be split (a DataLoader over a data set, or a list of at least
+            eight batches), else ``KalmanConfig()``, a single pass.
         start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
             are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
             of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says
@@ -51,9 +54,10 @@ def fit(
             degrees of freedom: 1 for a consistent filter).
 
     Raises:
-        ValueError: for a bad ``start``, an empty loader, one that is used up by the first of several passes, or a batch
-            that does not fit, with the batch's index.
-        DivergenceError: when an update had to be refused; its ``posterior`` attribute is the belief before it.
+        ValueError: for a bad ``start``, an empty loader, one that is used up by the first of several passes, one that
+            cannot be split for several ``config``, or a batch that does not fit, with the batch's index.
+        DivergenceError: when an update had to be refused; its ``posterior`` attribute is the belief before it. Of
+            several ``config``, when that happened to all.
 
     Example:
         >>> data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
@@ -65,15 +69,86 @@ def fit(
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
-    config = config or KalmanConfig()
+    if isinstance(config, KalmanConfig):
+        return _fit_one(model, loader, config, start, progress)
+    if config is not None and start == "trained":
+        raise ValueError("`config` must be one with `start` 'trained', whose mean stays, got several.")
+    parts = None if start == "trained" else select.split(loader)
+    if config is None:
+        if parts is None:
+            return _fit_one(model, loader, KalmanConfig(), start, progress)
+        config = select.default(model, parts.fitted)
+    configs = select.check(config)
+    if parts is None:
+        raise ValueError(
+            "`loader` must be a DataLoader over a data set or a list of at least 8 batches for several `config`, "
+            f"got {type(loader).__name__}."
+        )
+    return _fit_best(model, parts, configs, progress)
+
+
+def _fit_best(model: nn.Module, parts: select.Parts, configs: Sequence[KalmanConfig], progress: bool) -> Posterior:
+    """The candidate that predicts the held-out part best, gone on to learn it too."""
+    found: list[tuple[float, Posterior]] = []
+    losses, failed = [], None
+    for number, config in enumerate(configs):
+        try:
+            fitted = _fit_one(
+                model, parts.fitted, config, "prior", progress, f"candidate {number + 1} of {len(configs)}: "
+            )
+        except DivergenceError as error:
+            failed = error
+            losses.append(float("inf"))
+            continue
+        calibrated, loss = select.score(fitted, parts.held_out)
+        losses.append(loss)
+        found.append((loss, calibrated))
+    if not found:
+        assert failed is not None  # nothing else leaves a candidate out
+        raise failed
+    best = min(found, key=lambda pair: pair[0])[1]
+    kf, record, refined = best.kf, _Record(best.config.likelihood), best.config.mean_passes > 0
+    try:
+        with _Bar(_length(parts.held_out), "the held-out part", progress) as bar:
+            state = _one_pass(kf, best.state, parts.held_out, record, bar, hold_mean=refined)
+        if refined:  # the mean goes on as it did last, now over all examples
+            with _Bar(None, "last mean pass", progress) as bar:
+                state, _ = _mean_pass(
+                    kf,
+                    state,
+                    itertools.chain(parts.fitted, parts.held_out),
+                    kf.config.mean_passes - 1,
+                    kf.config.mean_passes,
+                    bar,
+                )
+    except DivergenceError as error:
+        error.posterior = best
+        raise
+    later = record.history()
+    history = {
+        name: torch.cat([values, later[name]]) if name in later else values for name, values in best.history.items()
+    }
+    history["held_out_log_loss"] = torch.tensor(losses, dtype=torch.float64)
+    return Posterior(kf, state, history)
+
+
+def _fit_one(
+    model: nn.Module, loader: Iterable[Any], config: KalmanConfig, start: str, progress: bool, label: str = ""
+) -> Posterior:
+    """The posterior under one setting."""
     if start == "trained" and config.temperature == "prequential" and config.tune is None:
         config = dataclasses.replace(config, temperature=post_hoc.TEMPERATURE)
     kf = KalmanFilter(model, config)
     passes, grid = kf.config.passes, kf.config.tune
     if passes > 1 and start == "trained":
         raise ValueError(f"`passes` must be 1 with `start` 'trained', whose mean stays, got {passes}.")
-    if passes > 1 and isinstance(loader, Iterator):
-        raise ValueError(f"`loader` must be iterable anew for each of {passes} `passes`, got {type(loader).__name__}.")
+    if kf.config.mean_passes and start == "trained":
+        raise ValueError(
+            f"`mean_passes` must be 0 with `start` 'trained', whose mean stays, got {kf.config.mean_passes}."
+        )
+    if passes + kf.config.mean_passes > 1 and isinstance(loader, Iterator):
+        total = passes + kf.config.mean_passes
+        raise ValueError(f"`loader` must be iterable anew for each of {total} passes, got {type(loader).__name__}.")
     if grid is not None and start == "trained":
         raise ValueError("`tune` must be None with `start` 'trained', which predicts nothing before it learns it.")
     batches = iter(loader)
@@ -82,7 +157,7 @@ def fit(
         raise ValueError("`loader` must yield at least one batch, got none.")
     batches, record = itertools.chain(first, batches), _Record(kf.config.likelihood)
     history: dict[str, Tensor] = {}
-    with _Bar(_length(loader), "fit", progress) as bar:
+    with _Bar(_length(loader), f"{label}fit", progress) as bar:
         if grid is None:
             state = kf.init(_scaling(kf, first))
         else:
@@ -92,7 +167,7 @@ def fit(
         state, history["evidence"] = post_hoc.by_evidence(kf.config, kf.adapter, state)
     history, objective = record.history() | history, []
     for number in range(2, passes + 1):
-        with _Bar(_length(loader), f"pass {number} of {passes}", progress) as bar:
+        with _Bar(_length(loader), f"{label}pass {number} of {passes}", progress) as bar:
             try:
                 state, lowest = _gauss_newton(kf, state, loader, bar)
             except DivergenceError as error:
@@ -101,7 +176,41 @@ def fit(
         objective.append(lowest)
     if objective:
         history["objective"] = torch.tensor(objective, dtype=torch.float64)
+    losses = []
+    for number in range(kf.config.mean_passes):
+        with _Bar(_length(loader), f"{label}mean pass {number + 1} of {kf.config.mean_passes}", progress) as bar:
+            try:
+                state, loss = _mean_pass(kf, state, loader, number, kf.config.mean_passes, bar)
+            except DivergenceError as error:
+                error.posterior = Posterior(kf, error.state, history)
+                raise
+        losses.append(loss)
+    if losses:
+        history["fitted_log_loss"] = torch.tensor(losses, dtype=torch.float64)
     return Posterior(kf, state, history)
+
+
+def _mean_pass(
+    kf: KalmanFilter, before: FilterState, loader: Iterable[Any], number: int, passes: int, bar: _Bar
+) -> tuple[FilterState, float]:
+    """A pass in which only the mean moves, and its log loss per example, each before it moved the mean again."""
+    state, total, seen = before, 0.0, 0
+    for batch in loader:
+        inputs, targets = _complete(batch, bar.done)
+        done = (number + seen / before.examples) / passes
+        with _located(bar.done):
+            state, loss = refine.step(kf.config, kf.adapter, state, inputs, targets, refine.RATE * (1.0 - done))
+        if not bool(torch.isfinite(state.belief.mean).all()):
+            raise DivergenceError(state.step, f"the mean in batch {bar.done} of a pass of its own", before)
+        total, seen = total + loss, seen + len(targets)
+        bar.advance(f"log loss {total / seen:.3f}")
+    _check_same(before.examples, seen)
+    return state, total / seen
+
+
+def _check_same(first: int, later: int) -> None:
+    if later != first:
+        raise ValueError(f"`loader` must yield the same {first} examples in every pass, got {later} in a later one.")
 
 
 def _tuned(
@@ -137,11 +246,7 @@ def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], 
     """
     at = before.belief.mean
     state = _one_pass(kf, kf.restart(before), loader, _Record(kf.config.likelihood), bar, at=at)
-    if state.examples != before.examples:
-        raise ValueError(
-            f"`loader` must yield the same {before.examples} examples in every pass, got {state.examples} in a later "
-            "one."
-        )
+    _check_same(before.examples, state.examples)
     found, start = state.belief.mean, _objective(kf, state, at, loader)
     for halvings in range(MAX_HALVINGS):
         mean = torch.lerp(at, found, 0.5**halvings)

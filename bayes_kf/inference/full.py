@@ -77,6 +77,11 @@ def root(state: State) -> Callable[[Tensor], Tensor]:
     return lambda noise: noise @ factor.mT
 
 
+def product(state: State, vector: Tensor) -> Tensor:
+    """P v, (n,)."""
+    return state.covariance @ vector
+
+
 def marginal_variance(state: State) -> Tensor:
     """diag(P), (n,)."""
     return state.covariance.diagonal()

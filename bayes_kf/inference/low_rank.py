@@ -87,6 +87,11 @@ def root(state: State) -> Callable[[Tensor], Tensor]:
     return lambda noise: scale * (noise - ((noise @ scaled) @ inner) @ scaled.mT)
 
 
+def product(state: State, vector: Tensor) -> Tensor:
+    """P v, (n,)."""
+    return _solve(state, vector.unsqueeze(-1)).squeeze(-1)
+
+
 def marginal_variance(state: State) -> Tensor:
     """diag(P), (n,)."""
     scaled = state.factor / state.diagonal.unsqueeze(-1)

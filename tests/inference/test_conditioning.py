@@ -160,6 +160,7 @@ class TestContract:
             structure.quadratic(belief, vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9
         )
         torch.testing.assert_close(structure.log_determinant(belief), torch.logdet(covariance), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(structure.product(belief, vector), covariance @ vector, rtol=1e-10, atol=1e-12)
         added = torch.linspace(-0.05, 2.0, N).double()
         more = structure.covariance_matrix(structure.add_precision(belief, added))
         expected = torch.linalg.inv(torch.linalg.inv(covariance) + torch.diag(added))

@@ -7,6 +7,8 @@ from scipy.optimize import minimize
 from torch import nn
 
 import bayes_kf as bkf
+from bayes_kf.inference import refine
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.likelihood import LIKELIHOODS
 
 
@@ -121,7 +123,7 @@ def test_what_does_not_go_with_passes():
     config = bkf.KalmanConfig(passes=2)
     with pytest.raises(ValueError, match=r"`passes` must be 1 with `start` 'trained', whose mean stays, got 2\."):
         bkf.fit(model, batches_of(x, y), config, start="trained", progress=False)
-    with pytest.raises(ValueError, match=r"`loader` must be iterable anew for each of 2 `passes`, got list_iterator\."):
+    with pytest.raises(ValueError, match=r"`loader` must be iterable anew for each of 2 passes, got list_iterator\."):
         bkf.fit(model, iter(batches_of(x, y)), config, progress=False)
     with pytest.raises(ValueError, match=r"`passes` must be a whole number >= 1, got 0\."):
         bkf.KalmanConfig(passes=0)
@@ -184,3 +186,82 @@ def test_a_pass_that_diverges_leaves_the_one_before(monkeypatch):
 def test_passes_do_not_go_with_what_moves_or_is_gated(setting):
     with pytest.raises(ValueError, match=r"`passes` above 1 take all data as equally good and nothing as moving, got"):
         bkf.KalmanConfig(passes=2, **setting)
+
+
+@pytest.mark.parametrize("covariance", ["full", "low_rank", "block_diagonal", "diagonal"])
+def test_a_step_of_a_mean_pass_is_its_formula(covariance):
+    """Against dense matrices: P, the prior's pull, and the filter's denominator along the gradient."""
+    model, x, y = small("categorical")
+    config = bkf.KalmanConfig(covariance=covariance, initial_variance=0.3, bound_prior=False)
+    state = bkf.fit(model, batches_of(x, y), config, progress=False).state
+    adapter, mean = AdapterModel(model), state.belief.mean.clone()
+    at = mean.clone().requires_grad_(True)
+    loss = -LIKELIHOODS["categorical"]().log_prob(adapter.call(adapter.unflatten(at), x[:4]), y[:4]).sum()
+    (gradient,) = torch.autograd.grad(loss, at)
+    dense = config.structure.covariance_matrix(state.belief)
+    gradient = gradient + 4 / 30 * (mean - adapter.vector()) / 0.3
+    moved = dense @ gradient / (1 + 0.7 * gradient @ dense @ gradient)
+    after, found = refine.step(config, adapter, state, x[:4], y[:4], 0.7)
+    torch.testing.assert_close(after.belief.mean, mean - 0.7 * moved, rtol=1e-9, atol=1e-11)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-12)
+    assert torch.equal(state.belief.mean, mean)
+    assert all(torch.equal(a, b) for a, b in zip(after.belief[1:], state.belief[1:], strict=True))
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "poisson"])
+def test_mean_passes_go_toward_the_mode(likelihood):
+    """Near it where no example has much leverage; counts as large as these are held back by the denominator."""
+    model, x, y = small(likelihood)
+    setting = {"likelihood": likelihood, "covariance": "full", "initial_variance": 0.3, "bound_prior": False}
+    single = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting), progress=False)
+    config = bkf.KalmanConfig(**setting, mean_passes=30)
+    posterior = bkf.fit(model, batches_of(x, y), config, progress=False)
+    adapter, family = AdapterModel(model), LIKELIHOODS[likelihood]()
+
+    def excess(mean):
+        loss = -family.log_prob(adapter.outputs(mean, x), y).sum()
+        return float(loss + 0.5 * (mean - adapter.vector()).square().sum() / 0.3) - least
+
+    mode, _, least = mode_by_lbfgs(model, x, y, family, 0.3, posterior.mean_vector)
+    assert 0 <= excess(posterior.mean_vector) < 0.5 * excess(single.mean_vector)
+    precision = torch.linalg.inv(single.state.belief.covariance)
+    before, after = (((p.mean_vector - mode) @ precision @ (p.mean_vector - mode)).sqrt() for p in (single, posterior))
+    if likelihood != "poisson":
+        assert float(after) < 0.2 * float(before)  # in posterior standard deviations
+    assert torch.equal(posterior.state.belief.covariance, single.state.belief.covariance)
+    assert torch.equal(posterior.history["log_loss"], single.history["log_loss"])
+    assert len(posterior.history["fitted_log_loss"]) == 30
+
+
+def test_at_the_mode_a_batch_of_all_data_moves_nothing():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 1, bias=False).double(), torch.randn(18, 5).double(), torch.randn(18, 1).double()
+    config = bkf.KalmanConfig(
+        likelihood="gaussian", noise_variance=0.3, covariance="full", initial_variance=0.7, mean_passes=3
+    )
+    posterior = bkf.fit(model, [(x, y)], config, progress=False)
+    mean, _ = linear_posterior(x, y[:, 0], model.weight.detach()[0], 0.7 * torch.eye(5).double(), 0.3)
+    torch.testing.assert_close(posterior.mean_vector, mean, rtol=1e-9, atol=1e-9)
+
+
+def test_what_does_not_go_with_mean_passes():
+    model, x, y = small("categorical")
+    config = bkf.KalmanConfig(mean_passes=1)
+    with pytest.raises(ValueError, match=r"`mean_passes` must be 0 with `start` 'trained', whose mean stays, got 1\."):
+        bkf.fit(model, batches_of(x, y), config, start="trained", progress=False)
+    with pytest.raises(ValueError, match=r"`loader` must be iterable anew for each of 2 passes, got list_iterator\."):
+        bkf.fit(model, iter(batches_of(x, y)), config, progress=False)
+    for bad in (-1, 1.0, True):
+        with pytest.raises(ValueError, match=r"`mean_passes` must be a whole number >= 0, got "):
+            bkf.KalmanConfig(mean_passes=bad)
+    with pytest.raises(ValueError, match=r"`mean_passes` take all data as equally good and nothing as moving, got "):
+        bkf.KalmanConfig(mean_passes=1, forgetting=0.9)
+    with pytest.raises(ValueError, match=r"`mean_passes` descend the likelihood of `noise` 'exponential_family', got"):
+        bkf.KalmanConfig.loko(mean_passes=1)
+
+    class Shrinking(list):
+        def __iter__(self):
+            yield from [self.pop() for _ in range(len(self) // 2)]
+
+    with pytest.raises(ValueError, match=r"must yield the same 16 examples in every pass, got 8 in a later one\."):
+        bkf.fit(model, Shrinking(batches_of(x, y)[:7] + batches_of(x, y)[:1]), config, progress=False)

@@ -1,0 +1,114 @@
+"""Which settings a data set asks for: candidates learn most of it, and the rest says which predicts best.
+
+A stream's own predictions price a setting too (``KalmanConfig.tune``), but they pay for the first examples, when a
+belief is still wide: on a data set that is passed over again, the setting that ends best is often another one. So one
+example in ``SHARE`` is set aside, prices every candidate at every temperature, and is learned last. Ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.models.adapter import AdapterModel, check_inputs, split_batch, to_device
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.posterior import Posterior
+
+SHARE = 8  # one in so many is held out
+WIDE = 10.0  # sd of the logits under the wide prior
+MANY = 32  # outputs above which the default looks at random directions of them
+
+
+class Parts(NamedTuple):
+    """A data set in two: most of it, and what is held out."""
+
+    fitted: Iterable[Any]
+    held_out: Iterable[Any]
+
+
+def check(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
+    """The candidates, which must be some and predict the same kind of targets.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    found = list(configs) if isinstance(configs, Iterable) else [configs]
+    wrong = [type(config).__name__ for config in found if not isinstance(config, KalmanConfig)]
+    if not found or wrong:
+        raise ValueError(f"`config` must be a KalmanConfig or several, got {wrong[0] if wrong else 'none'}.")
+    kinds = sorted({config.likelihood for config in found})
+    if len(kinds) > 1:
+        raise ValueError(f"`config` must have one `likelihood` in all candidates, got {', '.join(kinds)}.")
+    return found
+
+
+def default(model: nn.Module, loader: Iterable[Any]) -> Sequence[KalmanConfig]:
+    """The candidates of a fit without settings: a careful prior and a wide one, see ``KalmanConfig.dataset``.
+
+    Their curvature is sampled for more than ``MANY`` outputs, as those of the first batch say.
+    """
+    adapter = AdapterModel(model)
+    inputs, _ = split_batch(next(iter(loader)))
+    check_inputs(inputs)
+    outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
+    curvature = "sampled" if outputs > MANY else "exact"
+    wide = {"initial_spread": "constant", "initial_logit_sd": WIDE}
+    return KalmanConfig.dataset(curvature=curvature), KalmanConfig.dataset(curvature=curvature, **wide)
+
+
+def split(loader: Iterable[Any]) -> Parts | None:
+    """A loader in two; None where that cannot be done, or would hold nothing out.
+
+    Of a list every eighth batch is held out; of a data set behind a DataLoader one example in eight, drawn with a fixed
+    seed (a data set may be sorted), in batches of the loader's own size and kind.
+    """
+    if isinstance(loader, list | tuple):
+        if len(loader) < SHARE:
+            return None
+        held_out = loader[SHARE - 1 :: SHARE]
+        return Parts([batch for number, batch in enumerate(loader) if (number + 1) % SHARE], held_out)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return None
+    shuffled, data = isinstance(loader.sampler, RandomSampler), cast(Sized, loader.dataset)
+    known = shuffled or isinstance(loader.sampler, SequentialSampler)
+    if not known or getattr(loader.sampler, "replacement", False) or len(cast(Sized, loader.sampler)) != len(data):
+        return None  # another order or choice of examples than this one could keep
+    size = len(data)
+    if size < SHARE:
+        return None
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+    cut = size // SHARE
+    return Parts(_over(loader, sorted(order[cut:]), shuffled), _over(loader, sorted(order[:cut]), False))
+
+
+def score(posterior: Posterior, held_out: Iterable[Any]) -> tuple[Posterior, float]:
+    """The posterior at the temperature that predicts the held-out part best, and its log loss there, per example.
+
+    A temperature that was given as a number stays.
+    """
+    if posterior.config.temperature == "prequential":
+        posterior = posterior.calibrate(held_out)
+    found = posterior.predict_loader(held_out)
+    assert found.log_prob is not None  # calibrate, or the caller, has seen targets with every batch
+    loss = -float(found.log_prob.double().mean())
+    return posterior, loss if math.isfinite(loss) else math.inf
+
+
+def _over(loader: DataLoader[Any], which: list[int], shuffled: bool) -> DataLoader[Any]:
+    """A loader like another one over some of its examples."""
+    return DataLoader(
+        Subset(loader.dataset, which),
+        batch_size=loader.batch_size,
+        shuffle=shuffled,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        generator=loader.generator,
+    )

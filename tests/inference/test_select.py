@@ -1,0 +1,179 @@
+"""Choosing settings on held-out data: what is held out, what is chosen, and that it is learned in the end."""
+
+import dataclasses
+import math
+import sys
+
+import pytest
+import torch
+from oracles import linear_posterior
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+import bayes_kf as bkf
+from bayes_kf.inference import select
+from bayes_kf.inference.state import DivergenceError
+
+G = torch.Generator().manual_seed(0)
+X = torch.randn(90, 3, generator=G).double()
+Y = (X @ torch.randn(3, 4, generator=G).double() + 0.5 * torch.randn(90, 4, generator=G).double()).argmax(1)
+DATA = TensorDataset(torch.arange(90), Y)
+
+
+def batches(size=5):
+    return list(zip(X.split(size), Y.split(size), strict=True))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_data_set_is_split_into_seven_eighths_and_the_rest(shuffle):
+    parts = select.split(DataLoader(DATA, batch_size=4, shuffle=shuffle, drop_last=True))
+    fitted, held_out = ([inputs.tolist() for inputs, _ in part] for part in parts)
+    first, second = ({number for batch in part for number in batch} for part in (fitted, held_out))
+    assert not first & second
+    assert (len(first), len(second)) == (79, 11)
+    assert first | second == set(range(90))
+    assert max(map(len, fitted)) == max(map(len, held_out)) == 4
+    again = [inputs.tolist() for inputs, _ in parts.fitted]
+    assert (again != fitted) == shuffle  # its own order every time, over the same examples
+    assert {number for batch in again for number in batch} == first
+    assert [inputs.tolist() for inputs, _ in parts.held_out] == held_out
+
+
+def test_of_a_list_every_eighth_batch_is_held_out():
+    parts = select.split(list(range(17)))
+    assert parts.held_out == [7, 15]
+    assert sorted(parts.fitted + parts.held_out) == list(range(17))
+
+
+class Streaming(IterableDataset):
+    def __iter__(self):
+        yield from zip(X, Y, strict=True)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        iter(batches()),
+        batches()[:7],
+        DataLoader(Streaming(), batch_size=4),
+        DataLoader(DATA, batch_size=None),
+        DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * 90, 90)),
+        DataLoader(DATA, sampler=torch.utils.data.RandomSampler(DATA, replacement=True)),
+        DataLoader(DATA, sampler=torch.utils.data.RandomSampler(DATA, num_samples=20)),
+        DataLoader(TensorDataset(X[:7], Y[:7])),
+    ],
+)
+def test_what_cannot_be_split_is_fitted_once_by_default(loader):
+    assert select.split(loader) is None
+    with pytest.raises(
+        ValueError, match=r"`loader` must be a DataLoader over a data set or a list of at least 8 batch"
+    ):
+        bkf.fit(network(), loader, [bkf.KalmanConfig()], progress=False)
+
+
+def test_without_settings_a_stream_is_passed_over_once():
+    posterior = bkf.fit(network(), iter(batches()), progress=False)
+    assert posterior.config == bkf.KalmanConfig()
+    assert posterior.state.examples == 90
+
+
+def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_best_temperature():
+    good = bkf.KalmanConfig(initial_logit_sd=3.0)
+    stuck = bkf.KalmanConfig(initial_variance=1e-9)
+    posterior = bkf.fit(network(), batches(), [stuck, good], progress=False)
+    parts = select.split(batches())
+    losses, temperatures = [], []
+    for config in (stuck, good):
+        alone = bkf.fit(network(), parts.fitted, config, progress=False).calibrate(parts.held_out)
+        losses.append(-float(alone.predict_loader(parts.held_out).log_prob.mean()))
+        temperatures.append(alone.temperature)
+    torch.testing.assert_close(posterior.history["held_out_log_loss"], torch.tensor(losses).double())
+    assert losses[1] < 0.8 * losses[0]
+    assert posterior.config == dataclasses.replace(good, temperature=temperatures[1])
+
+
+def test_a_temperature_that_was_given_stays():
+    configs = [bkf.KalmanConfig(temperature=0.7), bkf.KalmanConfig(initial_variance=1e-9, temperature=0.7)]
+    assert bkf.fit(network(), batches(), configs, progress=False).temperature == 0.7
+
+
+def test_the_held_out_part_is_learned_in_the_end():
+    """Of a linear model, so that the posterior is that of all examples."""
+    torch.manual_seed(0)
+    model, targets = nn.Linear(3, 1, bias=False).double(), X[:, :1] + 0.1 * X[:, 1:2]
+    data = list(zip(X.split(5), targets.split(5), strict=True))
+    setting = {"likelihood": "gaussian", "noise_variance": 0.3, "covariance": "full", "temperature": 1.0}
+    narrow, wide = (bkf.KalmanConfig(**setting, initial_variance=v) for v in (1e-6, 0.7))
+    posterior = bkf.fit(model, data, [narrow, wide], progress=False)
+    mean, matrix = linear_posterior(X, targets[:, 0], model.weight.detach()[0], 0.7 * torch.eye(3).double(), 0.3)
+    torch.testing.assert_close(posterior.mean_vector, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(posterior.covariance_matrix(), matrix, rtol=1e-9, atol=1e-9)
+    assert len(posterior.history["log_loss"]) == posterior.state.examples == 90
+
+
+def test_the_default_passes_again_and_keeps_the_model():
+    model = network()
+    before = [p.clone() for p in model.parameters()]
+    posterior = bkf.fit(model, batches(), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert (posterior.config.rank, posterior.config.mean_passes) == (60, 3)
+    assert len(posterior.history["held_out_log_loss"]) == 2
+    assert len(posterior.history["fitted_log_loss"]) == 3
+    assert len(posterior.history["log_loss"]) == posterior.state.examples == 90
+    fitted = posterior.history["fitted_log_loss"]
+    assert float(fitted[-1]) < float(fitted[0]) < float(posterior.history["log_loss"].mean())
+    assert float(-posterior.predict(X, targets=Y).log_prob.mean()) < 0.5 * math.log(4)  # half of what chance has
+
+
+def test_many_outputs_are_seen_by_sampled_directions():
+    torch.manual_seed(0)
+    data = list(zip(X.split(5), (torch.arange(90) % 40).split(5), strict=True))
+    assert [c.curvature for c in select.default(nn.Linear(3, 40).double(), data)] == ["sampled", "sampled"]
+    assert [c.curvature for c in select.default(nn.Linear(3, 4).double(), batches())] == ["exact", "exact"]
+
+
+def test_a_candidate_that_diverges_is_left_out(monkeypatch):
+    module = sys.modules["bayes_kf.inference.fit"]  # the package has the function under that name
+    real = module._fit_one
+
+    def failing(model, loader, config, *rest):
+        if config.rank in refused:
+            raise DivergenceError(0, "it was told to", None)
+        return real(model, loader, config, *rest)
+
+    monkeypatch.setattr(module, "_fit_one", failing)
+    configs, refused = [bkf.KalmanConfig(rank=3), bkf.KalmanConfig(rank=4)], {3}
+    posterior = bkf.fit(network(), batches(), configs, progress=False)
+    assert posterior.config.rank == 4
+    assert posterior.history["held_out_log_loss"].isinf().tolist() == [True, False]
+    refused = {3, 4}
+    with pytest.raises(DivergenceError, match="it was told to"):
+        bkf.fit(network(), batches(), configs, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("configs", "start", "message"),
+    [
+        ([], "prior", r"`config` must be a KalmanConfig or several, got none\."),
+        ([3], "prior", r"`config` must be a KalmanConfig or several, got int\."),
+        (7, "prior", r"`config` must be a KalmanConfig or several, got int\."),
+        (
+            [bkf.KalmanConfig()],
+            "trained",
+            r"`config` must be one with `start` 'trained', whose mean stays, got several\.",
+        ),
+        (
+            [bkf.KalmanConfig(), bkf.KalmanConfig(likelihood="gaussian")],
+            "prior",
+            r"`config` must have one `likelihood` in all candidates, got categorical, gaussian\.",
+        ),
+    ],
+)
+def test_bad_candidates(configs, start, message):
+    with pytest.raises(ValueError, match=message):
+        bkf.fit(network(), batches(), configs, start=start, progress=False)
