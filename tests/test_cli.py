@@ -164,6 +164,8 @@ def test_settings_from_file_and_flags(folder, tmp_path):
     assert KalmanConfig.from_pretrained(tmp_path / "p") == expected
     run(*common, "--config", "loko", "--output", tmp_path / "q")
     assert KalmanConfig.from_pretrained(tmp_path / "q") == KalmanConfig.loko()
+    run(*common, "--config", "dataset", "--mean-passes", "1", "--output", tmp_path / "r")
+    assert KalmanConfig.from_pretrained(tmp_path / "r") == KalmanConfig.dataset(mean_passes=1)
     run(*common, "--config", tmp_path / "q", "--output", tmp_path / "q")  # a posterior's settings, and it is replaced
     assert KalmanConfig.from_pretrained(tmp_path / "q") == KalmanConfig.loko()
 

@@ -16,13 +16,16 @@ from bayes_kf.inference.config import KalmanConfig
 FLAGS = {"rank": "covariance-rank"}  # --rank is the adapter's
 ELSEWHERE = ("seed",)  # a flag of every command
 PREFIX = "setting_"
+NAMED = {"loko": KalmanConfig.loko, "dataset": KalmanConfig.dataset}
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     """Adds ``--config`` and a flag for each setting."""
     group = parser.add_argument_group("filter")
     group.add_argument(
-        "--config", metavar="PATH", help="settings: a JSON file, a folder with kalman_config.json, or the word loko"
+        "--config",
+        metavar="PATH",
+        help="settings: a JSON file, a folder with kalman_config.json, or the word loko or dataset",
     )
     described = _descriptions()
     for field in dataclasses.fields(KalmanConfig):
@@ -48,8 +51,8 @@ def read_settings(args: argparse.Namespace) -> KalmanConfig:
         given["seed"] = args.seed
     if args.config is None:
         return KalmanConfig(**given)
-    if args.config == "loko":
-        return KalmanConfig.loko(**given)
+    if args.config in NAMED:
+        return NAMED[args.config](**given)
     return KalmanConfig(**(_read(Path(args.config)) | given))
 
 

@@ -39,8 +39,9 @@ class Posterior:
         state: the filter's state.
         history: name -> 1-D tensor. Per example ``log_loss`` and, for classifiers, ``correct``, both before the
             example's update; per update ``innovation``, ``dof`` (its degrees of freedom), ``damping`` and ``seconds``.
-            Of several passes, those of the first, and ``objective``, −log p(y, θ) after each later one; with ``tune``
-            also the candidates' ``evidence``.
+            Of several passes, those of the first, and ``objective``, −log p(y, θ) after each later one; with
+            ``mean_passes`` also ``fitted_log_loss``, that of each such pass; with ``tune`` the candidates'
+            ``evidence``, with several settings their ``held_out_log_loss``.
     """
 
     kf: KalmanFilter
