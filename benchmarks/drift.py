@@ -40,7 +40,7 @@ LENGTH, WINDOW, RANK = 2000, 100, 4
 STREAMS = {"permuted": "labels permuted half-way", "rotating": "turning from 0 to 180 degrees"}
 RATES = {f"adamw-{text}": float(text) for text in ("3e-4", "1e-3", "3e-3", "1e-2")}
 ROWS = ("frozen", *RATES, "default", "bank")
-GRID = {"forgetting": (1.0, 0.99), "prior_pull": (0.0, 0.01)}
+GRID = {"forgetting": (1.0, 0.999, 0.997)}
 TITLES = {"frozen": "frozen", "default": "default, static", "bank": "bank of dynamics"}
 COLOURS = {"adamw": "0.45", "default": "#1b6ca8", "bank": "#c8553d"}
 

@@ -20,7 +20,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.posterior import Posterior
 
 RANK = 4
-OURS, ADAMW = "bayes_kf, default", "LoRA + AdamW"
+OURS, ADAMW = "bayes_kf, one pass", "LoRA + AdamW"
 
 __all__ = ["ADAMW", "FULL", "OURS", "QUICK", "RATES", "Row", "Size", "caption", "markdown_table", "run_demo"]
 
