@@ -26,6 +26,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 300
 BRIEF = 1.0  # seconds; steps below it are taken once more, untimed, right before they are timed
 UNTRAINED = 10_000  # outputs from which on the last layer stays as it was drawn
 START_UP = 20.0  # seconds that a method may take to import and begin
+STARTING = 10  # times a step's limit for what is found out and scaled on the first batch: eight steps' work for exact
 
 
 class Cell(NamedTuple):
@@ -189,7 +190,7 @@ def memory_here(cell: Cell, method: str, weights: Path, options: Mapping[str, An
         most = status("VmSize") + int(limit_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:
-        signal.setitimer(signal.ITIMER_REAL, START_UP + 3 * cap)  # the filter makes three steps' work here
+        signal.setitimer(signal.ITIMER_REAL, START_UP + STARTING * cap)
         running = start(cell, method, model, device)
         first_step(method, running)
         before = held(device, reset=True)
