@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 import bayes_kf as bkf
 from bayes_kf.evaluation import accuracy, expected_calibration_error, negative_log_likelihood
 
-DATA = ("usps", "kmnist", "sst2")
+DATA = ("usps", "kmnist", "notmnist")
 GRID: dict[str, tuple[float, ...]] = {"initial_logit_sd": (0.3, 1.0, 3.0, 10.0), "forgetting": (1.0, 0.999)}
 CELLS = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
 EXAMPLES = (200, 500)  # that the candidates learn side by side
