@@ -14,9 +14,9 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import num_directions, num_rows, see
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.learn import check_finite, learn, parts
-from bayes_kf.inference.linearize import Linearizer, some_examples
+from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
+from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, some_examples, to_device
 
 
 class KalmanFilter:

@@ -14,11 +14,10 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import odds_length
 from bayes_kf.inference.evidence import Batch, Evidence, Part, Tally
 from bayes_kf.inference.jacobian import blocks, both_sides
-from bayes_kf.inference.linearize import some_examples
 from bayes_kf.inference.mode import expand_at_mode
 from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import FilterState
-from bayes_kf.models.adapter import AdapterModel, Inputs
+from bayes_kf.models.adapter import AdapterModel, Inputs, some_examples
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision

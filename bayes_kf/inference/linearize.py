@@ -17,7 +17,7 @@ from bayes_kf.inference.layout import Layout, cheapest
 from bayes_kf.inference.linearized import Graph, Linearized
 from bayes_kf.inference.plan import Plan, choose
 from bayes_kf.inference.tape import Tape
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
+from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, some_examples
 
 PASS_BYTES = 2**23  # of graph that a small batch is repeated up to
 LEAST_BUDGET = 2**25  # of graph, rows and temporaries; larger batches go through in pieces
@@ -167,10 +167,3 @@ def _each(needed: int | Sequence[int] | None, size: int, plan: Plan) -> list[int
         return passes
     features = plan.head.get_parameter("weight").shape[1]
     return [min(number, features) for number in passes]
-
-
-def some_examples(inputs: Inputs, where: slice | Tensor, size: int) -> Inputs:
-    """Some examples of a batch of ``size``."""
-    if isinstance(inputs, Tensor):
-        return inputs[where]
-    return {k: v[where] if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v for k, v in inputs.items()}

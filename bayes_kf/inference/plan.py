@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.layers import RULES
 from bayes_kf.inference.tape import Arrived, Tape, by_module, is_outer, tensor_rows
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
+from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, some_examples
 
 Hooked = Mapping[str, tuple[nn.Module, str]]  # tensor name -> (module, attribute)
 
+FEW = 4  # examples: the check takes some eight passes over them
 CHECKED_ROWS = 3  # a batch is repeated to at least this many before its rows are checked
 OVERHEAD = 1.3  # of a pass over what it saves: outputs that are watched, temporaries; seen on a small BERT
 LARGEST_TOLERANCE = 0.05  # of a gradient's length, whatever the dtype
@@ -60,6 +61,19 @@ def owners(adapter: AdapterModel) -> dict[str, tuple[nn.Module, str]]:
 
 
 def choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
+    """How to linearize a model, found on the first ``FEW`` examples where it takes batches of any size."""
+    size = batch_size(inputs)
+    if size > FEW:
+        try:
+            plan = _choose(adapter, vector, some_examples(inputs, slice(FEW), size))
+        except (RuntimeError, ValueError, TypeError, IndexError):  # a model that takes only what it was given
+            plan = None
+        if plan is not None and plan.repeatable:
+            return plan
+    return _choose(adapter, vector, inputs)
+
+
+def _choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
     """Which tensors may take the hooks, found by comparing one example's rows with plain autograd.
 
     The outputs of one example of a repeated batch are pulled back. A tensor passes when that example's row is the

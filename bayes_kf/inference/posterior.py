@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from bayes_kf.inference import noise, persistence, prediction, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import FilterState, KalmanFilter
-from bayes_kf.inference.linearize import some_examples
 from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, split_batch, to_device
+from bayes_kf.models.adapter import (
+    AdapterModel,
+    Inputs,
+    batch_size,
+    check_inputs,
+    some_examples,
+    split_batch,
+    to_device,
+)
 from bayes_kf.models.draws import linear_responses, outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 

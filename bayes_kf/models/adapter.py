@@ -265,6 +265,13 @@ def batch_size(inputs: Inputs) -> int:
     return max(counts, key=lambda size: (counts[size], size))
 
 
+def some_examples(inputs: Inputs, where: slice | Tensor, size: int) -> Inputs:
+    """Some examples of a batch of ``size``."""
+    if isinstance(inputs, Tensor):
+        return inputs[where]
+    return {k: v[where] if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v for k, v in inputs.items()}
+
+
 def check_inputs(inputs: Inputs) -> None:
     """Raise ValueError when a floating-point input holds NaN or infinity, or when the batch is empty."""
     items = inputs.items() if isinstance(inputs, Mapping) else [("inputs", inputs)]

@@ -6,6 +6,7 @@ from oracles import dense_jacobian
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from bayes_kf.inference import plan
 from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.inference.observation import Observation
 from bayes_kf.models.adapter import AdapterModel
@@ -273,3 +274,28 @@ def test_relative_attention_with_shared_projections():
         _, jacobian = dense(linearize, batch)
         _, expected = dense_jacobian(model, lambda m: m(**batch).logits)  # noqa: B023 (called at once)
         torch.testing.assert_close(jacobian, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_a_large_first_batch_is_looked_at_by_few_examples():
+    """Finding out takes some eight passes; only what cannot be cut takes them over the whole batch."""
+    torch.manual_seed(0)
+    rows = []
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    model.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    x = torch.randn(64, 3).double()
+    adapter = AdapterModel(model)
+    assert Linearizer(adapter).prepare(adapter.vector(), x) == 2
+    assert max(rows) <= 2 * plan.FEW
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2).double()
+
+        def forward(self, given):
+            return self.fc(given.view(64, 3))
+
+    adapter = AdapterModel(Fixed())
+    found = Linearizer(adapter)(adapter.vector(), x).pull().dense()
+    expected = torch.autograd.functional.jacobian(lambda v: adapter.call(adapter.tensors(v), x), adapter.vector())
+    torch.testing.assert_close(found, expected)
