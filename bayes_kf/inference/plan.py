@@ -181,11 +181,11 @@ def _is_plain(adapter: AdapterModel, leaves: Mapping[str, Tensor], inputs: Input
 
 
 def _checked_batch(inputs: Inputs, size: int) -> tuple[Inputs, int]:
-    """The batch repeated to a number of rows that no other dimension of the inputs has, so none is mistaken for it."""
+    """The batch repeated, at least once, to a number of rows that no other dimension of the inputs has."""
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     taken = {length for t in tensors if isinstance(t, Tensor) for length in t.shape[1:]}
     times = next(
-        t for t in range(1, len(taken) + CHECKED_ROWS + 2) if t * size >= CHECKED_ROWS and t * size not in taken
+        t for t in range(2, len(taken) + CHECKED_ROWS + 3) if t * size >= CHECKED_ROWS and t * size not in taken
     )
     return repeat(inputs, size, times), times
 
