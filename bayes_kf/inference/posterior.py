@@ -127,7 +127,7 @@ class Posterior:
             inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
             method: "linearized": η ~ N(f(x, μ), J P Jᵀ), drawn in output space (exact moments for a Gaussian
                 likelihood); the posterior is one of the linearized model, so this is its own predictive. Where there
-                are more outputs than draws, each draw is two differences of outputs (``models.draws``). "probit":
+                are more outputs than draws, a pair of draws takes two forward passes (``models.draws``). "probit":
                 MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each;
                 with a warning where, on the first 16 examples, the two methods differ by more than Monte Carlo error
                 (looked at where there are as many draws as outputs, and of a loader on its first batch).
