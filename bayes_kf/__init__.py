@@ -4,7 +4,7 @@ The LoRA parameters of a PEFT model, or the trainable tensors of any module, are
 their mean and covariance, advanced one batch at a time by the extended Kalman filter.
 """
 
-from bayes_kf.evaluation import Report, evaluate
+from bayes_kf.evaluation import Report, compare, evaluate
 from bayes_kf.inference import (
     Bank,
     DivergenceError,
@@ -28,6 +28,7 @@ __all__ = [
     "Prediction",
     "Report",
     "__version__",
+    "compare",
     "evaluate",
     "fit",
 ]

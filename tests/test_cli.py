@@ -18,6 +18,7 @@ from bayes_kf.cli.base_model import load_base, restore_head
 from bayes_kf.cli.folder import read_labels, read_new_head
 from bayes_kf.cli.parser import EXAMPLES
 from bayes_kf.demo import Size
+from bayes_kf.evaluation import evaluate_predictions
 from bayes_kf.models.zoo import quiet_transformers
 
 
@@ -176,6 +177,9 @@ def test_examples_of_the_help_run(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "bert-folder").symlink_to(folder / "bert")
     for name in ("reviews.csv", "lora.json"):
         (tmp_path / name).symlink_to(folder / name)
+    for name in ("predictions.csv", "theirs.csv"):
+        (tmp_path / name).write_text("target,cat,dog\ncat,0.9,0.1\ndog,0.4,0.6\ncat,0.7,0.3\n", encoding="utf-8")
+    np.savez(tmp_path / "ours.npz", probs=[[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], targets=[0, 1, 0])
     for command, examples in EXAMPLES.items():
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
@@ -187,6 +191,59 @@ def test_examples_of_the_help_run(folder, tmp_path, monkeypatch, capsys):
             if "peft-folder" not in example:
                 (tmp_path / "peft-folder").unlink(missing_ok=True)
                 (tmp_path / "peft-folder").symlink_to(tmp_path / "reviews")
+
+
+def save_predictions(path: Path, seed: int, sharpness: float = 1.0) -> Path:
+    rng = np.random.default_rng(7)
+    logits = 2 * rng.normal(size=(150, 4))
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    targets = np.array([rng.choice(4, p=p) for p in probs])
+    noisy = sharpness * (logits + 0.3 * np.random.default_rng(seed).normal(size=logits.shape))
+    probs = np.exp(noisy) / np.exp(noisy).sum(1, keepdims=True)
+    np.savez(path, probs=probs, targets=targets, class_names=["cat", "dog", "<b>cow</b>", "hen"])
+    return path
+
+
+def test_evaluate_somebodys_predictions(tmp_path):
+    save_predictions(tmp_path / "test.npz", 0)
+    save_predictions(tmp_path / "calibration.npz", 1)
+    np.savez(tmp_path / "far.npz", probs=np.full((30, 4), 0.25))
+    assert run("evaluate", tmp_path / "test.npz", "--ood", f"far={tmp_path / 'far.npz'}", "--ordered",
+               "--calibration", tmp_path / "calibration.npz", "--recalibrate", "temperature", "--conformal", 0.9,
+               "--output", tmp_path / "r.html") == 0  # fmt: skip
+    found = json.loads((tmp_path / "r.json").read_text())
+    stored = np.load(tmp_path / "test.npz")
+    direct = evaluate_predictions(stored["probs"], stored["targets"], ordered=True)
+    assert found["scores"]["nll"] == pytest.approx(direct.scores["nll"], abs=1e-12)
+    assert found["scores"]["rps"] == pytest.approx(direct.scores["rps"], abs=1e-12)
+    assert found["scores"]["ood_far_auroc"] > 0.9
+    page = (tmp_path / "r.html").read_text()
+    assert "&lt;b&gt;cow&lt;/b&gt;" in page
+    assert "calibration.npz" in page
+
+
+def test_evaluate_predictions_of_real_values(tmp_path):
+    (tmp_path / "p.csv").write_text("target,mean,variance\n1,1.1,0.2\n2,1.5,0.3\n0,0.3,0.2\n", encoding="utf-8")
+    assert run("evaluate", tmp_path / "p.csv", "--output", tmp_path / "r.html") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["scores"]["rmse"] == pytest.approx((0.35 / 3) ** 0.5)
+
+
+def test_compare_a_posterior_with_somebodys_predictions(folder, tmp_path):
+    run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--batch-size", 8, "--output", tmp_path / "p")
+    heldout = np.load(folder / "heldout.npz")
+    np.savez(tmp_path / "uniform.npz", probs=np.full((len(heldout["y"]), 10), 0.1), y=heldout["y"])
+    assert run("compare", f"ours={tmp_path / 'p'}", f"uniform={tmp_path / 'uniform.npz'}", "--model", "digits-vit",
+               "--data", folder / "heldout.npz", "--method", "mean", "--output", tmp_path / "c.html") == 0  # fmt: skip
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["scores"]["uniform/nll"] == pytest.approx(np.log(10))
+    assert found["scores"]["ours/nll"] < 1.5
+    assert any(sentence.startswith("Best in negative log-likelihood: ours") for sentence in found["verdict"])
+
+
+def test_compare_files_alone(tmp_path, capsys):
+    paths = [save_predictions(tmp_path / f"{name}.npz", 0, sharpness) for name, sharpness in (("a", 1), ("b", 4))]
+    assert main(["compare", *(f"{p.stem}={p}" for p in paths), "--output", str(tmp_path / "c.html")]) == 0
+    assert "Best in negative log-likelihood: a" in capsys.readouterr().out
 
 
 def test_python_dash_m():

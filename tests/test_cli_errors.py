@@ -100,6 +100,37 @@ def test_bad_input_to_evaluate(folder, tmp_path, capsys):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_bad_input_to_evaluate_and_compare_predictions(folder, tmp_path, capsys):
+    file, other, real = (tmp_path / name for name in ("a.csv", "b.csv", "real.csv"))
+    file.write_text("target,cat,dog\ncat,0.9,0.1\ndog,0.4,0.6\n")
+    other.write_text("target,cat,dog\ncat,0.9,0.1\ncat,0.4,0.6\n")
+    real.write_text("target,mean,variance\n1,1,1\n")
+    page = ("--output", tmp_path / "r.html")
+    cases = (
+        (
+            ("evaluate", file, "--model", "digits-vit"),
+            "`--model` must be left out for saved predictions, got digits-vit.",
+        ),
+        (("evaluate", tmp_path), "`--model` must be given for the posterior"),
+        (("evaluate", file, "--recalibrate", "vector"), "`--calibration` must name examples to fit --recalibrate"),
+        (("evaluate", file, "--conformal", "0.9"), "`--calibration` must name examples to fit --conformal"),
+        (("evaluate", real, "--ood", f"x={file}"), "`--ood` and `--calibration` must be left out"),
+        (("evaluate", file, "--ood", f"x={real}"), "`PATH` must hold class probabilities, got real values"),
+        (("evaluate", tmp_path / "none.csv"), "`path` must be an existing file of predictions"),
+        (("compare", f"a={file}"), "`NAME=PATH` must be given at least twice, with different names, got a."),
+        (("compare", f"a={file}", f"a={other}"), "with different names, got a, a."),
+        (("compare", f"a={file}", f"b={other}"), "must hold the same targets in the same order, got others for b."),
+        (("compare", f"a={file}", f"b={real}"), "`PATH` must hold class probabilities, got real values"),
+        (("compare", f"a={file}", f"b={tmp_path}"), "`--model` must be given for the posterior"),
+    )
+    for words, message in cases:
+        assert run(*words, *page) == 2, words
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_what_goes_wrong_inside_is_one_line(tmp_path, monkeypatch, capsys):
     def fail(args):
         raise RuntimeError("not enough memory:\nyou tried to allocate 1 TB")

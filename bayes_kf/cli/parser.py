@@ -9,10 +9,12 @@ from typing import NoReturn
 
 from bayes_kf import __version__
 from bayes_kf.cli.settings import add_setting_flags
+from bayes_kf.evaluation.recalibration import RECALIBRATIONS
 from bayes_kf.inference.fit import STARTS
 from bayes_kf.inference.prediction import METHODS
 
 MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
+PREDICTIONS_HELP = "a .csv or .npz of predictions with their targets"
 DATA_HELP = "image folder (PATH/CLASS/IMAGE), .npz with x and y, or .csv, .tsv, .jsonl with text and label"
 
 EXAMPLES = {
@@ -25,9 +27,15 @@ EXAMPLES = {
     "evaluate": (
         "bayes-kf evaluate demo-output/posterior --model digits-vit --data demo-output/heldout.npz"
         " --ood corrupted=demo-output/corrupted.npz --output report.html",
+        "bayes-kf evaluate predictions.csv --output report.html",
+    ),
+    "compare": (
+        "bayes-kf compare one_pass=demo-output/posterior again=posterior --model digits-vit"
+        " --data demo-output/heldout.npz --output compare.html",
+        "bayes-kf compare ours=ours.npz theirs=theirs.csv --output compare.html",
     ),
 }
-"""The commands that ``--help`` shows. All but those with ``bert-folder`` run on what the demo's example wrote."""
+"""The commands that ``--help`` shows; those on ``demo-output`` and ``posterior`` need what the ones above wrote."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,10 +51,11 @@ def build_parser() -> Parser:
     """The parser of ``bayes-kf``."""
     parser = Parser(prog="bayes-kf", description="Fine-tuned adapters with honest uncertainty.")
     parser.add_argument("--version", action="version", version=f"bayes-kf {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,evaluate}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,evaluate,compare}")
     _demo(_command(commands, "demo", "learn handwritten digits online in four ways; print a table, write a report"))
     _fit(_command(commands, "fit", "give an adapter a posterior in one pass over labelled data"))
-    _evaluate(_command(commands, "evaluate", "report on a saved posterior's predictions for held-out data"))
+    _evaluate(_command(commands, "evaluate", "report on a saved posterior, or on anybody's predictions in a file"))
+    _compare(_command(commands, "compare", "report on several posteriors or files of predictions side by side"))
     return parser
 
 
@@ -94,19 +103,47 @@ def _fit(parser: Parser) -> None:
 
 
 def _evaluate(parser: Parser) -> None:
-    parser.add_argument("posterior", type=Path, metavar="POSTERIOR", help="folder that fit or save_pretrained wrote")
-    _add_data(parser, batch_size=64)
+    text = f"folder that fit or save_pretrained wrote, or {PREDICTIONS_HELP}"
+    parser.add_argument("posterior", type=Path, metavar="POSTERIOR", help=text)
+    _add_predicting(parser)
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     parser.add_argument(
         "--ood", action="append", default=[], type=_named_path, metavar="NAME=PATH", help="inputs to doubt; repeatable"
     )
+    parser.add_argument("--ordered", action="store_true", help="the classes have an order: adds the RPS")
+    parser.add_argument(
+        "--show-examples",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show the most uncertain and the most wrong examples (default: yes, where there are any)",
+    )
+    group = parser.add_argument_group("recalibration")
+    group.add_argument(
+        "--calibration", type=Path, metavar="PATH", help="labelled examples to fit on, not those of --data"
+    )
+    group.add_argument("--recalibrate", choices=tuple(RECALIBRATIONS), help="report what this would change")
+    group.add_argument("--conformal", type=float, metavar="LEVEL", help="report on sets that cover this share")
+
+
+def _compare(parser: Parser) -> None:
+    text = f"a name, and a posterior's folder or {PREDICTIONS_HELP}; at least two"
+    parser.add_argument("models", nargs="+", type=_named_path, metavar="NAME=PATH", help=text)
+    _add_predicting(parser)
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
+
+
+def _add_predicting(parser: Parser) -> None:
+    """What is asked of posteriors."""
+    _add_data(parser, batch_size=64, required=False)
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="of prediction (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="draws (default: %(default)s)")
+    parser.add_argument("--title", help="of the page")
 
 
-def _add_data(parser: Parser, batch_size: int) -> None:
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help=DATA_HELP)
+def _add_data(parser: Parser, batch_size: int, required: bool = True) -> None:
+    needed = "" if required else "; needed for posteriors"
+    parser.add_argument("--model", required=required, help=f"{MODEL_HELP}{needed}")
+    parser.add_argument("--data", type=Path, required=required, metavar="PATH", help=f"{DATA_HELP}{needed}")
     parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="default: %(default)s")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")

@@ -6,6 +6,7 @@ from bayes_kf.data.digits import LabelledImages, foreign_images, uci_digits, uci
 from bayes_kf.data.files import open_dataset
 from bayes_kf.data.images import ImageFormat, image_folder_data
 from bayes_kf.data.labels import LabelledData, encode_labels
+from bayes_kf.data.predictions import SavedPredictions, read_predictions
 from bayes_kf.data.text import text_data
 
 __all__ = [
@@ -13,12 +14,14 @@ __all__ = [
     "ImageFormat",
     "LabelledData",
     "LabelledImages",
+    "SavedPredictions",
     "array_data",
     "corrupt",
     "encode_labels",
     "foreign_images",
     "image_folder_data",
     "open_dataset",
+    "read_predictions",
     "text_data",
     "uci_digits",
     "uci_digits_split",

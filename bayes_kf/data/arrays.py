@@ -70,19 +70,28 @@ def _shapes(x: np.ndarray, y: np.ndarray) -> str:
     return f"{x.dtype} {x.shape} and {y.dtype} {y.shape}"
 
 
-def _read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Both arrays of the file, never unpickled."""
+def open_arrays(path: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+    """Those of the wanted arrays that an `.npz` file holds, never unpickled, and the names of all it holds.
+
+    Raises:
+        ValueError: the file is unreadable.
+    """
     try:
         with path.open("rb") as stream:  # numpy leaves a file of its own open where the archive is damaged
             arrays = np.load(stream, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError(f"it is a single array of shape {arrays.shape}")
-            for pair in _KEYS:
-                if all(key in arrays for key in pair):
-                    return arrays[pair[0]], arrays[pair[1]]
-            found = ", ".join(arrays.files) or "none"
+            return {name: arrays[name] for name in wanted if name in arrays}, ", ".join(arrays.files) or "none"
     except _UNREADABLE as error:
         raise ValueError(f"`path` must be an .npz file of plain arrays, got {path}: {error}.") from error
+
+
+def _read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Both arrays of the file."""
+    arrays, found = open_arrays(path, [name for pair in _KEYS for name in pair])
+    for x, y in _KEYS:
+        if x in arrays and y in arrays:
+            return arrays[x], arrays[y]
     raise ValueError(f"`path` must hold arrays x and y, or inputs and targets, got {found} in {path}.")
 
 

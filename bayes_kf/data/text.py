@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bayes_kf.data.labels import LabelledData, encode_labels, make_loader
+from bayes_kf.data.tables import read_csv
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -111,7 +112,7 @@ def _numbers(labels: Sequence[int | float | str]) -> torch.Tensor:
 
 def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list[str], list[Any]]:
     """The two columns of a file, each row checked."""
-    rows = _read_json_lines(file) if file.suffix == ".jsonl" else _read_csv(file)
+    rows = _read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)
     texts: list[str] = []
     labels: list[Any] = []
     try:
@@ -134,24 +135,6 @@ def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list
     if not texts:
         raise ValueError(f"`path` must hold at least one row, got none in {file}.")
     return texts, labels
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and rows, each with as many fields as the header."""
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"`path` must name each column once, got {', '.join(header)} in {file}.")
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise ValueError(
-                    f"`path` must have the header's {len(header)} fields in every line,"
-                    f" got {len(fields)} in line {reader.line_num} of {file}."
-                )
-            yield reader.line_num, dict(zip(header, fields, strict=True))
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

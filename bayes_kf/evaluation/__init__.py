@@ -5,95 +5,234 @@ as floats, series as float64 tensors on the CPU.
 """
 
 from bayes_kf.evaluation.assess import evaluate
+from bayes_kf.evaluation.bootstrap import Interval, calibration_interval, mean_interval
 from bayes_kf.evaluation.calibration import (
     ReliabilityBins,
     confidence_gap,
+    debiased_calibration_error,
     expected_calibration_error,
+    ks_calibration_error,
     maximum_calibration_error,
     reliability_bins,
+    smooth_calibration_error,
 )
 from bayes_kf.evaluation.classification import evaluate_predictions
+from bayes_kf.evaluation.comparison import Difference, Rank, ScoreComparison, compare_predictions
+from bayes_kf.evaluation.comparison_plots import forest_plot, online_comparison
+from bayes_kf.evaluation.comparison_report import compare, report_comparison
+from bayes_kf.evaluation.conformal import (
+    ConformalSets,
+    SetCoverage,
+    conformal_coverage_null,
+    coverage_and_size,
+)
+from bayes_kf.evaluation.conformal_intervals import Bounds, ConformalIntervals
+from bayes_kf.evaluation.crps import crps_gaussian, crps_samples
 from bayes_kf.evaluation.drift import DriftAlarm, drift_alarm
 from bayes_kf.evaluation.health import InnovationHealth, Whiteness, innovation_health, innovation_whiteness
+from bayes_kf.evaluation.human import Estimate, HumanAgreement, human_agreement
+from bayes_kf.evaluation.human_section import human_entropy_plot
 from bayes_kf.evaluation.null import (
     Calibrated,
     CalibrationNull,
+    CalibrationTest,
     calibration_null,
     calibration_test,
     reliability_band,
+    spiegelhalter_test,
 )
-from bayes_kf.evaluation.online import moving_average, prequential_log_loss, running_accuracy
-from bayes_kf.evaluation.ood import OODScores, ood_scores
-from bayes_kf.evaluation.plots import coverage_plot, entropy_histogram, reliability_diagram
+from bayes_kf.evaluation.online import moving_average, prequential_log_loss, prequential_regret, running_accuracy
+from bayes_kf.evaluation.ood import (
+    DetectionIntervals,
+    OODScores,
+    detection_intervals,
+    error_detection,
+    error_detection_intervals,
+    ood_scores,
+)
+from bayes_kf.evaluation.pit import pit_gaussian, pit_samples, pit_test
+from bayes_kf.evaluation.plots import entropy_histogram, reliability_diagram
 from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
+from bayes_kf.evaluation.quantiles import (
+    QuantileCoverage,
+    quantile_calibration_error,
+    quantile_calibration_test,
+    quantile_coverage,
+)
+from bayes_kf.evaluation.recalibration import IsotonicCalibration, Recalibration, TemperatureScaling
 from bayes_kf.evaluation.regression import (
     Coverage,
     coverage_null,
     gaussian_coverage,
+    gaussian_log_loss,
     interval_coverage,
     mean_log_loss,
     rmse,
 )
+from bayes_kf.evaluation.regression_plots import coverage_plot, pit_histogram, quantile_coverage_plot
 from bayes_kf.evaluation.regression_report import evaluate_regression
 from bayes_kf.evaluation.report import Report
-from bayes_kf.evaluation.scores import accuracy, brier_score, negative_log_likelihood
-from bayes_kf.evaluation.stream_plots import innovation_plot, online_curves, variance_by_tensor
+from bayes_kf.evaluation.scores import (
+    BrierParts,
+    accuracy,
+    brier_decomposition,
+    brier_score,
+    negative_log_likelihood,
+    ranked_probability_score,
+)
+from bayes_kf.evaluation.selective import (
+    RiskCoverage,
+    SelectiveIntervals,
+    accuracy_at_coverage,
+    aurc,
+    best_risk_coverage,
+    excess_aurc,
+    risk_coverage,
+    selective_intervals,
+)
+from bayes_kf.evaluation.shift import ShiftScores, shift_curve
+from bayes_kf.evaluation.spread import (
+    SpreadBins,
+    ence_test,
+    expected_normalized_calibration_error,
+    sharpness,
+    spread_bins,
+)
+from bayes_kf.evaluation.stream_plots import innovation_plot, online_curves, output_variance_plot, variance_by_tensor
+from bayes_kf.evaluation.streaming import StreamingScores
 from bayes_kf.evaluation.uncertainty import (
     EntropyParts,
     aleatoric_entropy,
+    energy,
     entropy,
     entropy_parts,
     epistemic_entropy,
+    margin,
+    max_probability,
     predictive_entropy,
 )
+from bayes_kf.evaluation.useful_plots import risk_coverage_plot, shift_plot
+from bayes_kf.evaluation.vector_scaling import VectorScaling
 
 __all__ = [
+    "Bounds",
+    "BrierParts",
     "Calibrated",
     "CalibrationNull",
+    "CalibrationTest",
+    "ConformalIntervals",
+    "ConformalSets",
     "Coverage",
+    "DetectionIntervals",
+    "Difference",
     "DriftAlarm",
     "EntropyParts",
+    "Estimate",
+    "HumanAgreement",
     "InnovationHealth",
+    "Interval",
+    "IsotonicCalibration",
     "LoaderPrediction",
     "OODScores",
     "PosteriorLike",
+    "QuantileCoverage",
+    "Rank",
+    "Recalibration",
     "ReliabilityBins",
     "Report",
+    "RiskCoverage",
+    "ScoreComparison",
+    "SelectiveIntervals",
+    "SetCoverage",
+    "ShiftScores",
+    "SpreadBins",
+    "StreamingScores",
+    "TemperatureScaling",
+    "VectorScaling",
     "Whiteness",
     "accuracy",
+    "accuracy_at_coverage",
     "aleatoric_entropy",
+    "aurc",
+    "best_risk_coverage",
+    "brier_decomposition",
     "brier_score",
+    "calibration_interval",
     "calibration_null",
     "calibration_test",
+    "compare",
+    "compare_predictions",
     "confidence_gap",
+    "conformal_coverage_null",
+    "coverage_and_size",
     "coverage_null",
     "coverage_plot",
+    "crps_gaussian",
+    "crps_samples",
+    "debiased_calibration_error",
+    "detection_intervals",
     "drift_alarm",
+    "ence_test",
+    "energy",
     "entropy",
     "entropy_histogram",
     "entropy_parts",
     "epistemic_entropy",
+    "error_detection",
+    "error_detection_intervals",
     "evaluate",
     "evaluate_predictions",
     "evaluate_regression",
+    "excess_aurc",
     "expected_calibration_error",
+    "expected_normalized_calibration_error",
+    "forest_plot",
     "gaussian_coverage",
+    "gaussian_log_loss",
+    "human_agreement",
+    "human_entropy_plot",
     "innovation_health",
     "innovation_plot",
     "innovation_whiteness",
     "interval_coverage",
+    "ks_calibration_error",
+    "margin",
+    "max_probability",
     "maximum_calibration_error",
+    "mean_interval",
     "mean_log_loss",
     "moving_average",
     "negative_log_likelihood",
+    "online_comparison",
     "online_curves",
     "ood_scores",
+    "output_variance_plot",
+    "pit_gaussian",
+    "pit_histogram",
+    "pit_samples",
+    "pit_test",
     "predictive_entropy",
     "prequential_log_loss",
+    "prequential_regret",
+    "quantile_calibration_error",
+    "quantile_calibration_test",
+    "quantile_coverage",
+    "quantile_coverage_plot",
+    "ranked_probability_score",
     "reliability_band",
     "reliability_bins",
     "reliability_diagram",
+    "report_comparison",
+    "risk_coverage",
+    "risk_coverage_plot",
     "rmse",
     "running_accuracy",
+    "selective_intervals",
+    "sharpness",
+    "shift_curve",
+    "shift_plot",
+    "smooth_calibration_error",
+    "spiegelhalter_test",
+    "spread_bins",
     "variance_by_tensor",
 ]

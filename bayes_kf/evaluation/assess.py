@@ -1,14 +1,17 @@
 """The report on a posterior: predict a loader, then look at the predictions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayes_kf.evaluation._inputs import Array
 from bayes_kf.evaluation.classification import evaluate_predictions
+from bayes_kf.evaluation.conformal import ConformalSets
 from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
+from bayes_kf.evaluation.recalibration import Recalibration
 from bayes_kf.evaluation.regression_report import evaluate_regression
 from bayes_kf.evaluation.report import Report
 from bayes_kf.evaluation.uncertainty import EntropyParts
@@ -19,9 +22,16 @@ def evaluate(
     loader: Any,
     *,
     ood: Mapping[str, Any] | None = None,
+    examples: Any = None,
+    human: Array | None = None,
+    recalibration: Recalibration | None = None,
+    conformal: ConformalSets | None = None,
+    ordered: bool = False,
+    top_k: Sequence[int] | None = None,
     method: str = "linearized",
     num_samples: int = 64,
     num_bins: int = 15,
+    num_simulations: int = 1000,
     class_names: Sequence[str] | None = None,
     title: str | None = None,
     seed: int = 0,
@@ -29,50 +39,87 @@ def evaluate(
     """Report on a posterior's predictions for a loader.
 
     Bernoulli outputs count as two-class problems, N·m of them. A posterior without class probabilities (Gaussian,
-    Poisson) gets a regression report.
+    Poisson) gets a regression report. Where the posterior says which tensors its outputs' variance comes from
+    (`output_variance`), the first batch is asked for.
 
     Args:
         posterior: Anything with `predict_loader`, `config` and `history`, see `PosteriorLike`.
         loader: Known inputs with their targets, in whatever form the posterior takes.
         ood: Name to loader of foreign inputs; their targets are not looked at and may be missing.
+        examples: Texts or images of the loader's examples in its order, to be shown; see `evaluate_predictions`.
+        human: Shares of people who gave each label, (N, C).
+        recalibration: A recalibration fitted on other examples.
+        conformal: Conformal sets fitted on other examples.
+        ordered: Whether the classes have an order.
+        top_k: How many of the most probable classes count together.
         method: How to predict, as the posterior names it.
         num_samples: Draws for each prediction.
         num_bins: Number of bins of all calibration errors.
+        num_simulations: Number of simulated and of resampled data sets, at least 39.
         class_names: Names of the classes.
         title: Title of the page.
-        seed: Seed of the predictions' draws and of the simulated bands.
+        seed: Seed of the predictions' draws, of the simulated bands and of the resampling.
 
     Raises:
-        ValueError: If the loader has no targets, `ood` is given for a regression, or a prediction is malformed.
+        ValueError: If the loader has no targets, what only classifiers have is given for a regression, or a prediction
+            is malformed.
     """
     generator = torch.Generator().manual_seed(seed)
     how: dict[str, Any] = {"method": method, "num_samples": num_samples, "generator": generator}
-    prediction = posterior.predict_loader(loader, **how)
+    first: list[Any] = []
+    prediction = posterior.predict_loader(_remembering(loader, first), **how)
     if prediction.targets is None:
         raise ValueError("`loader` must give targets, got inputs only.")
+    explain = getattr(posterior, "output_variance", None)
     shared: dict[str, Any] = {
         "log_prob": prediction.log_prob,
         "history": posterior.history,
         "parameter_variance": getattr(posterior, "variance", None),
+        "output_variance": explain(first[0]) if explain is not None and first else None,
         "config": _settings(posterior.config) | {"method": method, "num_samples": num_samples},
         "title": title,
+        "seed": seed,
     }
     if prediction.probs is None:
-        if ood:
-            raise ValueError(f"`ood` must be None for a posterior without class probabilities, got {sorted(ood)}.")
+        only = {"ood": ood, "human": human, "recalibration": recalibration, "conformal": conformal}
+        for name, given in only.items():
+            if given is not None and given != {}:
+                raise ValueError(f"`{name}` must be None for a posterior without class probabilities, got one.")
         return _regression(prediction, shared)
     bernoulli = getattr(posterior.config, "likelihood", None) == "bernoulli"
     foreign = {name: posterior.predict_loader(other, **how) for name, other in (ood or {}).items()}
+    probs, targets = class_predictions(posterior, prediction, "posterior")
     return evaluate_predictions(
-        _two_classes(prediction.probs) if bernoulli else prediction.probs,
-        _labels(prediction.targets) if bernoulli else prediction.targets,
+        probs,
+        targets,
         uncertainty=_parts(prediction),
         ood={name: _foreign_probs(name, found, bernoulli) for name, found in foreign.items()},
+        examples=examples,
+        human=human,
+        recalibration=recalibration,
+        conformal=conformal,
+        ordered=ordered,
+        top_k=top_k,
         class_names=class_names,
         num_bins=num_bins,
-        seed=seed,
+        num_simulations=num_simulations,
         **shared,
     )
+
+
+def _remembering(loader: Any, first: list[Any]) -> Any:
+    """The loader, its first batch put aside as it passes; what cannot be gone through is left to the posterior."""
+    if not isinstance(loader, Iterable) or isinstance(loader, Mapping):
+        return loader
+    return _passing(loader, first)
+
+
+def _passing(loader: Iterable[Any], first: list[Any]) -> Iterator[Any]:
+    """Every batch."""
+    for batch in loader:
+        if not first:
+            first.append(batch)
+        yield batch
 
 
 def _regression(prediction: LoaderPrediction, shared: dict[str, Any]) -> Report:
@@ -82,6 +129,21 @@ def _regression(prediction: LoaderPrediction, shared: dict[str, Any]) -> Report:
     return evaluate_regression(
         prediction.mean, prediction.targets, variance=prediction.variance, samples=prediction.samples, **shared
     )
+
+
+def class_predictions(posterior: PosteriorLike, prediction: LoaderPrediction, name: str) -> tuple[Tensor, Tensor]:
+    """Class probabilities (N, C) and class indices (N,) of a posterior's predictions.
+
+    Raises:
+        ValueError: If it predicts none, or the loader had no targets.
+    """
+    if prediction.targets is None:
+        raise ValueError("`loader` must give targets, got inputs only.")
+    if prediction.probs is None:
+        raise ValueError(f"`{name}` must predict class probabilities, got none.")
+    if getattr(posterior.config, "likelihood", None) == "bernoulli":
+        return _two_classes(prediction.probs), _labels(prediction.targets)
+    return prediction.probs, prediction.targets
 
 
 def _foreign_probs(name: str, prediction: LoaderPrediction, bernoulli: bool) -> Tensor:

@@ -2,28 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_vector
-from bayes_kf.evaluation.binning import Binning, Kind, make_cells, observed_hits, simulated_hits
+from bayes_kf.evaluation.bootstrap import Interval, column_intervals
 from bayes_kf.evaluation.calibration import reliability_bins
-from bayes_kf.evaluation.null import Calibrated, Statistic, compare, reliability_band
-from bayes_kf.evaluation.ood import ood_scores
+from bayes_kf.evaluation.calibration_scores import (
+    LEVEL,
+    brier_part_scores,
+    calibration_scores,
+    ends,
+    tested,
+    with_chance,
+)
+from bayes_kf.evaluation.null import Calibrated, classwise_test, reliability_band, spiegelhalter_test
+from bayes_kf.evaluation.ood import detection_intervals, interval_scores, ood_scores
 from bayes_kf.evaluation.page import table_text
 from bayes_kf.evaluation.plots import ece_text, entropy_histogram, reliability_diagram
+from bayes_kf.evaluation.profile import exact_profile, top_confidence
 from bayes_kf.evaluation.report import FigureSpec, Sections, Table
-from bayes_kf.evaluation.scores import accuracy, brier_score, negative_log_likelihood
-from bayes_kf.evaluation.uncertainty import EntropyParts, entropy
+from bayes_kf.evaluation.scores import brier_decomposition, brier_scores, log_losses, ranked_probability_scores
+from bayes_kf.evaluation.uncertainty import EntropyParts, entropy, margin
 from bayes_kf.evaluation.verdicts import calibration_verdict, confidence_verdict, loss_verdict, ood_verdict
 
-LEVEL = 0.95
-COMPARISONS: tuple[tuple[Binning, Kind, dict[str, Statistic]], ...] = (  # what shares cells shares its simulation
-    ("equal_width", "top_label", {"confidence_gap": "gap", "ece": "ece", "mce": "mce"}),
-    ("equal_mass", "top_label", {"ece_equal_mass": "ece"}),
-    ("equal_width", "classwise", {"ece_classwise": "ece"}),
-)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -35,24 +40,25 @@ class Chance:
     seed: int
 
 
-def score_section(probs: Tensor, labels: Tensor, log_prob: Array | None, chance: Chance) -> Sections:
+def score_section(
+    probs: Tensor,
+    labels: Tensor,
+    log_prob: Array | None,
+    chance: Chance,
+    *,
+    ordered: bool = False,
+    top_k: Sequence[int] = (),
+) -> Sections:
     """Accuracy, likelihood and calibration, with the reliability diagram."""
-    tests = _calibration_tests(probs, labels, chance)
-    scores = {
-        "accuracy": accuracy(probs, labels),
-        "nll": negative_log_likelihood(probs, labels) if log_prob is None else _joint_loss(log_prob, len(labels)),
-        "brier": brier_score(probs, labels),
-        "confidence": probs.max(dim=1).values.mean().item(),
-    }
-    for name, test in tests.items():
-        scores[name] = test.value
-        scores |= {f"{name}_{key}": value for key, value in test._asdict().items() if key != "value"}
+    scores = _mean_scores(probs, labels, log_prob, chance, ordered) | _calibration_scores(probs, labels, chance, top_k)
     verdict = [confidence_verdict(scores), calibration_verdict(scores, len(labels)), loss_verdict(scores)]
+    ece = Calibrated(*(scores[f"ece{suffix}"] for suffix in ("", "_null_mean", "_null_low", "_null_high", "_p_value")))
     diagram = FigureSpec(
         title="Reliability diagram",
-        alt=f"Accuracy against confidence in {chance.num_bins} bins. {ece_text(tests['ece'])}. Numbers under Details.",
+        alt=f"Accuracy against confidence in {chance.num_bins} bins. {ece_text(ece)}. ",
         draw=lambda ax: reliability_diagram(probs, labels, **asdict(chance), ax=ax),
         height=4.8,
+        table=_bin_table(probs, labels, chance),
     )
     return Sections(
         scores=scores,
@@ -62,23 +68,29 @@ def score_section(probs: Tensor, labels: Tensor, log_prob: Array | None, chance:
     )
 
 
-def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str, Array]) -> Sections:
+def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str, Array], chance: Chance) -> Sections:
     """Entropies, and the detection of each foreign set by predictive entropy."""
     known = entropy(probs)
     foreign = {name: entropy(as_probs(values, f"ood[{name!r}]")) for name, values in ood.items()}
-    scores = {"entropy": known.mean().item()}
+    columns = {"entropy": known, "margin": margin(probs)}
     if parts is not None:
         for name, values in zip(("entropy", "aleatoric", "epistemic"), parts, strict=True):
-            scores[name] = as_vector(values, f"uncertainty.{name}").mean().item()
+            columns[name] = as_vector(values, f"uncertainty.{name}")
+    scores: dict[str, float] = {}
+    for name, values in columns.items():
+        scores |= {name: values.mean().item()} | ends(name, _intervals(values[:, None], chance)[0])
     found = {name: ood_scores(known, values) for name, values in foreign.items()}
+    settings: dict[str, Any] = {"level": LEVEL, "num_resamples": chance.num_simulations, "seed": chance.seed}
     for name, measures in found.items():
-        scores |= {f"ood_{name}_{measure}": value for measure, value in measures._asdict().items()}
+        intervals = detection_intervals(known, foreign[name], **settings)
+        scores |= interval_scores(f"ood_{name}", measures, intervals)
     means = {"known": known, **foreign}
     words = ", ".join(f"{values.mean():.3f} for {name} inputs" for name, values in means.items())
     histogram = FigureSpec(
         title="Predictive entropy",
         alt=f"Histograms of predictive entropy; the means are {words}, in nats.",
         draw=lambda ax: entropy_histogram(known, foreign, ax=ax),
+        table=_entropy_table(means),
     )
     return Sections(
         scores=scores,
@@ -88,25 +100,47 @@ def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str,
     )
 
 
-def table_section(probs: Tensor, labels: Tensor, class_names: Sequence[str], chance: Chance) -> Sections:
-    """The numbers behind the reliability diagram, and those of each class."""
-    return Sections(tables=[_bin_table(probs, labels, chance), _class_table(probs, labels, class_names)])
+def class_section(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> Sections:
+    """The numbers of each class."""
+    return Sections(tables=[_class_table(probs, labels, class_names)])
 
 
-def _calibration_tests(probs: Tensor, labels: Tensor, chance: Chance) -> dict[str, Calibrated]:
+def _mean_scores(
+    probs: Tensor, labels: Tensor, log_prob: Array | None, chance: Chance, ordered: bool
+) -> dict[str, float]:
+    """Means of per-example scores with their bootstrap intervals, and the parts of the Brier score."""
+    confidence, hit = top_confidence(probs, labels, 1)
+    columns = {"accuracy": hit, "brier": brier_scores(probs, labels), "confidence": confidence}
+    if ordered:
+        columns["rps"] = ranked_probability_scores(probs, labels)
+    losses = log_losses(probs, labels) if log_prob is None else -as_vector(log_prob, "log_prob", allow_infinite=True)
+    share = len(losses) / len(labels)  # log probabilities may be joint ones of several targets
+    scores: dict[str, dict[str, float]] = {}
+    values = torch.stack(list(columns.values()), dim=1)
+    for name, interval in zip(columns, _intervals(values, chance), strict=True):
+        scores[name] = {name: columns[name].mean().item()} | ends(name, interval)
+    low, high = _intervals(losses[:, None], chance)[0]
+    nll = {"nll": share * losses.mean().item()} | ends("nll", Interval(share * low, share * high))
+    parts = brier_part_scores(brier_decomposition(probs, labels, chance.num_bins))
+    return scores["accuracy"] | nll | scores["brier"] | parts | scores.get("rps", {}) | scores["confidence"]
+
+
+def _intervals(values: Tensor, chance: Chance) -> list[Interval]:
+    """Bootstrap intervals of the means of the columns."""
+    return column_intervals(values, LEVEL, chance.num_simulations, chance.seed)
+
+
+def _calibration_scores(probs: Tensor, labels: Tensor, chance: Chance, top_k: Sequence[int]) -> dict[str, float]:
     """Every calibration score beside what chance alone would show."""
-    tests: dict[str, Calibrated] = {}
-    for binning, kind, statistics in COMPARISONS:
-        cells = make_cells(probs, chance.num_bins, binning, kind)
-        hits = observed_hits(cells, probs, labels)
-        simulated = simulated_hits(cells, probs, chance.num_simulations, chance.seed)
-        tests |= {name: compare(statistic, cells, hits, simulated, LEVEL) for name, statistic in statistics.items()}
-    return tests
-
-
-def _joint_loss(log_prob: Array, num_targets: int) -> float:
-    """Loss of each target from log probabilities, which may be joint ones of several targets."""
-    return -as_vector(log_prob, "log_prob", allow_infinite=True).sum().item() / num_targets
+    scores: dict[str, float] = {}
+    for k in (1, *top_k):
+        profile = exact_profile(*top_confidence(probs, labels, k))
+        scores |= calibration_scores(profile, k, chance.num_bins, chance.num_simulations, chance.seed)
+    classwise = classwise_test(
+        probs, labels, ("ece",), chance.num_bins, "equal_width", chance.num_simulations, chance.seed, LEVEL
+    )
+    scores |= with_chance("ece_classwise", classwise[0])
+    return scores | tested("spiegelhalter", spiegelhalter_test(probs, labels))
 
 
 def _bin_table(probs: Tensor, labels: Tensor, chance: Chance) -> Table:
@@ -127,6 +161,23 @@ def _bin_table(probs: Tensor, labels: Tensor, chance: Chance) -> Table:
     ]
     header = ("Confidence between", "Count", "Mean confidence", "Accuracy", "Chance alone")
     return Table("Reliability, bin by bin", header, tuple(rows))
+
+
+def _entropy_table(groups: Mapping[str, Tensor]) -> Table:
+    """Quantiles of each group's entropies."""
+    at = torch.tensor(QUANTILES, dtype=torch.float64)
+    rows = [
+        table_text((name, len(values), values.mean().item(), *_quantiles(values, at).tolist()))
+        for name, values in groups.items()
+    ]
+    header = ("Inputs", "Number", "Mean", *(f"{q:.0%} below" for q in QUANTILES))
+    return Table("Predictive entropy in nats", header, tuple(rows))
+
+
+def _quantiles(values: Tensor, at: Tensor) -> Tensor:
+    """Quantiles of any number of values; torch's own stop at sixteen millions."""
+    ordered = values.sort().values
+    return ordered[(at * (len(ordered) - 1)).round().long()]
 
 
 def _class_table(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> Table:

@@ -43,6 +43,31 @@ def prequential_log_loss(log_loss: Array) -> Tensor:
     return _cumulative_mean(as_vector(log_loss, "log_loss", allow_infinite=True))
 
 
+def prequential_regret(log_loss: Array, reference: Array) -> Tensor:
+    """Σ_{i≤k} (loss_i − reference_i) for k = 1 … T, (T,), in nats: what has been lost against a reference so far.
+
+    Against the best of several runs, or against a constant such as the entropy of the labels, a bounded regret means
+    that the stream has been learned as well as the reference knows it.
+
+    Args:
+        log_loss: Log loss of each example before its update, (T,); may be infinite.
+        reference: That of the reference on the same examples, (T,), finite.
+
+    Raises:
+        ValueError: If a vector is malformed or they differ in length.
+
+    Reference: Dawid, *Statistical theory: the prequential approach*, 1984.
+
+    Example:
+        >>> prequential_regret(torch.tensor([2.0, 1.0]), torch.tensor([0.5, 1.5]))
+        tensor([1.5000, 1.0000], dtype=torch.float64)
+    """
+    losses, known = as_vector(log_loss, "log_loss", allow_infinite=True), as_vector(reference, "reference")
+    if len(losses) != len(known):
+        raise ValueError(f"`reference` must hold as many losses as `log_loss`, {len(losses)}, got {len(known)}.")
+    return (losses - known).cumsum(0)
+
+
 def moving_average(values: Array, window: int) -> Tensor:
     """Means over each full window, (T − window + 1,); entry j covers values j … j + window − 1.
 

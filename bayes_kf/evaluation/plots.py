@@ -1,4 +1,4 @@
-"""Figures of predictions: reliability, entropies, coverage. Each draws on `ax` (or a new one) and returns it.
+"""Figures of predictions: reliability and entropies. Each draws on `ax` (or a new one) and returns it.
 
 Colours are those of Okabe and Ito; what a colour tells is also told by a hatch, a line style or a place.
 """
@@ -16,7 +16,6 @@ from bayes_kf.evaluation._inputs import Array, as_vector, check_positive_int
 from bayes_kf.evaluation.binning import Binning
 from bayes_kf.evaluation.calibration import ReliabilityBins, reliability_bins
 from bayes_kf.evaluation.null import Calibrated, calibration_test, reliability_band
-from bayes_kf.evaluation.regression import Coverage, coverage_null
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#595959"
@@ -125,35 +124,6 @@ def entropy_histogram(
     ax.set(xlim=(0, edges[-1]), xlabel="predictive entropy (nats)", ylabel="density")
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=8)
-    return ax
-
-
-def coverage_plot(coverage: Coverage, num_targets: int, *, ax: Axes | None = None) -> Axes:
-    """Share of targets inside their intervals against the level they should have, with the 95 % band of chance.
-
-    Args:
-        coverage: Levels and shares, as `interval_coverage` gives them.
-        num_targets: Number of targets behind each share.
-        ax: Where to draw.
-
-    Raises:
-        ValueError: If the number is not positive.
-
-    Example:
-        >>> from matplotlib.figure import Figure
-        >>> ax = Figure().subplots()
-        >>> _ = coverage_plot(Coverage(torch.tensor([0.5]), torch.tensor([0.4])), num_targets=100, ax=ax)
-        >>> ax.get_xlabel()
-        'level of the interval'
-    """
-    low, high = (bound.numpy() for bound in coverage_null(coverage.levels, num_targets))
-    levels, shares = coverage.levels.numpy(), coverage.coverage.numpy()
-    ax = _axes(ax)
-    ax.vlines(levels, low, high, color=VERMILLION, linewidth=7, alpha=0.5, label="right intervals: 95 % of chance")
-    ax.plot(levels, shares, "o", color=BLUE, markeredgecolor="black", label="observed")
-    ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="coverage = level")
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="level of the interval", ylabel="share of targets inside")
-    ax.legend(loc="upper left", fontsize=8)
     return ax
 
 

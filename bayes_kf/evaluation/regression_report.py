@@ -1,22 +1,26 @@
 """The report on predictions of real values."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_float
-from bayes_kf.evaluation.plots import coverage_plot
-from bayes_kf.evaluation.regression import (
-    Coverage,
-    coverage_null,
-    gaussian_coverage,
-    interval_coverage,
-    mean_log_loss,
-    rmse,
+from bayes_kf.evaluation.null import check_simulation
+from bayes_kf.evaluation.page import fingerprint
+from bayes_kf.evaluation.regression import check_same_shape
+from bayes_kf.evaluation.regression_sections import (
+    Forecast,
+    Simulation,
+    coverage_section,
+    error_section,
+    pit_section,
+    spread_section,
 )
-from bayes_kf.evaluation.report import FigureSpec, Report, Sections
+from bayes_kf.evaluation.report import Report
 from bayes_kf.evaluation.stream_sections import stream_sections
-from bayes_kf.evaluation.verdicts import coverage_verdict
+
+LEVEL = 0.95
 
 
 def evaluate_regression(
@@ -28,24 +32,33 @@ def evaluate_regression(
     log_prob: Array | None = None,
     history: Mapping[str, Array] | None = None,
     parameter_variance: Mapping[str, Array] | None = None,
+    output_variance: Mapping[str, float] | None = None,
     config: Mapping[str, object] | None = None,
     title: str | None = None,
+    num_simulations: int = 1000,
+    seed: int = 0,
 ) -> Report:
     """Report on predicted real values, wherever they come from.
 
-    Coverage of the 50, 80 and 95 % intervals is taken from `samples` where given, else from N(mean, variance). Its band
-    of chance is binomial over all targets; outputs of one example that err together make it too narrow.
+    Coverage of the 50, 80 and 95 % intervals, CRPS and PIT values are taken from `samples` where given, else from
+    N(mean, variance). The bands of chance take all targets as independent; outputs of one example that err together
+    make them too narrow. Without `variance` the spread is that of the samples. Counts need samples: N(mean, variance)
+    is not their distribution.
 
     Args:
         mean: Predictive means, (N,) or (N, m).
         targets: What came, of the same shape; (N,) and (N, 1) count as the same.
         variance: Predictive variances, noise included, of the same shape as the means.
         samples: Draws of the target, noise included, (S, N) or (S, N, m).
-        log_prob: Predictive log density of each example's target, (N,).
+        log_prob: Predictive log density of each example's target, (N,). A joint one of m outputs is divided among them.
+            Without it the log loss is that of N(mean, variance), where there are variances.
         history: Series of the stream: "log_loss" for each example, "innovation", "dof" for each update.
         parameter_variance: Name to posterior variances of each tensor.
+        output_variance: Name to the variance of the outputs that each tensor alone accounts for.
         config: Settings to print.
         title: Title of the page.
+        num_simulations: Number of simulated data sets behind the bands that are simulated, at least 39.
+        seed: Seed of the simulation, and of the places that PIT values take among samples.
 
     Raises:
         ValueError: If an argument is malformed, or neither `variance` nor `samples` is given.
@@ -56,59 +69,46 @@ def evaluate_regression(
         >>> report.scores["coverage_95"], report.scores["rmse"] > 1.5
         (0.75, True)
     """
-    predicted = as_float(mean, "mean")
-    observed = _like(as_float(targets, "targets"), predicted)
-    coverage = _coverage(predicted, observed, variance, samples)
-    sections = _error_section(predicted, observed, log_prob) + _coverage_section(coverage, observed.numel())
+    check_simulation(num_simulations, LEVEL)
+    forecast, chance = _forecast(mean, targets, variance, samples), Simulation(num_simulations, seed)
+    sections = (
+        error_section(forecast, log_prob, chance)
+        + spread_section(forecast, chance)
+        + coverage_section(forecast)
+        + pit_section(forecast, chance)
+        + stream_sections(history, parameter_variance, output_variance)
+    )
+    settings = {**(config or {}), **asdict(chance)}
     return Report(
         title=title or "Evaluation of a regression",
-        config={name: str(value) for name, value in (config or {}).items()},
-        sections=sections + stream_sections(history, parameter_variance),
+        config={name: str(value) for name, value in settings.items()},
+        sections=sections,
+        fingerprints={"predictions": fingerprint(forecast.mean), "targets": fingerprint(forecast.targets)},
     )
 
 
-def _like(targets: Tensor, mean: Tensor) -> Tensor:
-    """Targets (N,) as (N, 1), or the reverse, where the means have that shape; else as they are."""
-    same = targets.shape[0] == mean.shape[0] and targets.numel() == mean.numel() == mean.shape[0]
-    return targets.reshape(mean.shape) if same else targets
-
-
-def _coverage(mean: Tensor, targets: Tensor, variance: Array | None, samples: Array | None) -> Coverage:
-    """Coverage by samples, or by the Gaussian of the two moments."""
-    if samples is not None:
-        draws = as_float(samples, "samples")
-        return interval_coverage(draws.reshape(len(draws), *mean.shape) if _fits(draws, mean) else draws, targets)
-    if variance is None:
+def _forecast(mean: Array, targets: Array, variance: Array | None, samples: Array | None) -> Forecast:
+    """All of them in the shape of the means."""
+    if variance is None and samples is None:
         raise ValueError("`variance` or `samples` must be given for the coverage of intervals, got neither.")
-    return gaussian_coverage(mean, _like(as_float(variance, "variance"), mean), targets)
+    predicted = as_float(mean, "mean")
+    if predicted.ndim not in (1, 2):
+        raise ValueError(f"`mean` must have shape (N,) or (N, m), got {tuple(predicted.shape)}.")
+    observed = _like(as_float(targets, "targets"), predicted)
+    check_same_shape(observed, predicted, "mean")
+    spread_var = None if variance is None else _like(as_float(variance, "variance"), predicted)
+    draws = None if samples is None else as_float(samples, "samples")
+    if draws is not None and _fits(draws, predicted):
+        draws = draws.reshape(len(draws), *predicted.shape)
+    return Forecast(predicted, observed, spread_var, draws)
+
+
+def _like(values: Tensor, mean: Tensor) -> Tensor:
+    """Values (N,) as (N, 1), or the reverse, where the means have that shape; else as they are."""
+    same = values.shape[:1] == mean.shape[:1] and values.numel() == mean.numel() == mean.shape[0]
+    return values.reshape(mean.shape) if same else values
 
 
 def _fits(draws: Tensor, mean: Tensor) -> bool:
     """Whether (S, N) and (S, N, 1) differ only in the last, single axis."""
     return draws.ndim > 1 and draws.shape[1] == mean.shape[0] and draws[0].numel() == mean.numel() == mean.shape[0]
-
-
-def _error_section(mean: Tensor, targets: Tensor, log_prob: Array | None) -> Sections:
-    """Error, and likelihood where it is known."""
-    scores = {"rmse": rmse(mean, targets)}
-    if log_prob is not None:
-        scores["nll"] = mean_log_loss(log_prob)
-    num_outputs = mean[0].numel()
-    return Sections(scores=scores, sizes={"examples": len(mean), "outputs": num_outputs})
-
-
-def _coverage_section(coverage: Coverage, num_targets: int) -> Sections:
-    """Coverage of each interval beside what chance alone would show, and its figure."""
-    section = Sections()
-    low, high = coverage_null(coverage.levels, num_targets)
-    for level, share, bottom, top in zip(coverage.levels, coverage.coverage, low, high, strict=True):
-        percent = round(100 * level.item())
-        found = {"": share, "_null_low": bottom, "_null_high": top}
-        section.scores |= {f"coverage_{percent}{suffix}": value.item() for suffix, value in found.items()}
-        section.verdict.append(coverage_verdict(section.scores, percent))
-    section.drawings["coverage"] = FigureSpec(
-        title="Coverage of intervals",
-        alt=" ".join(section.verdict),
-        draw=lambda ax: coverage_plot(coverage, num_targets, ax=ax),
-    )
-    return section

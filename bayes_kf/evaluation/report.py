@@ -1,4 +1,4 @@
-"""A report: scores, verdicts, figures and tables, and the files it is saved to."""
+"""A report: scores, verdicts, figures, examples and tables, and the files it is saved to."""
 
 import json
 import math
@@ -11,10 +11,22 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bayes_kf.evaluation.page import figure_uri, render_page, score_rows
+from bayes_kf.evaluation.page import figure_uri, render_page, versions
+from bayes_kf.evaluation.page_tables import TableView, table_view
+from bayes_kf.evaluation.score_table import score_table
 
 WIDTH = 5.4
 Drawing = Callable[[Axes], Axes]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text. It stands folded at the end of the page; an open one before the scores."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,15 +37,41 @@ class FigureSpec:
     alt: str  # what it shows, in words and numbers
     draw: Drawing
     height: float = 3.9  # inches; all have the same width
+    table: Table | None = None  # its data, folded under it
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table that stands folded at the end of the page."""
+class Picture:
+    """An image as it is shown."""
 
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    uri: str
+    width: int  # of the place it is shown in, in pixels
+    height: int
+    is_enlarged: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example with what was predicted of it; either `text` or `image` shows it."""
+
+    index: int
+    label: str
+    prediction: str
+    is_right: bool
+    label_probability: float
+    probability: float  # of the prediction
+    entropy: float  # nats
+    text: str = ""
+    image: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Examples worth looking at."""
+
+    title: str
+    note: str
+    examples: tuple[Example, ...]
 
 
 @dataclass
@@ -45,6 +83,7 @@ class Sections:
     sizes: dict[str, int] = field(default_factory=dict)
     drawings: dict[str, FigureSpec] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
 
     def __add__(self, other: "Sections") -> "Sections":
         """Both, in this order."""
@@ -54,20 +93,23 @@ class Sections:
             self.sizes | other.sizes,
             self.drawings | other.drawings,
             self.tables + other.tables,
+            self.galleries + other.galleries,
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found. Made by `evaluate`, `evaluate_predictions` and `evaluate_regression`.
+    """What an evaluation found. Made by `evaluate`, `compare` and their siblings that take plain predictions.
 
-    `scores` is flat: a score that has a band of what chance alone would show stands beside its `_null_mean`,
-    `_null_low`, `_null_high` and `_p_value`.
+    `scores` is flat: beside a score `x` stand, where they are known, its 95 % bootstrap interval `x_low`, `x_high`, and
+    what chance alone would show, `x_null_mean`, `x_null_low`, `x_null_high` and `x_p_value`. `fingerprints` says of
+    what data it was made, name to `fingerprint`.
     """
 
     title: str
     config: dict[str, str]
     sections: Sections
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -83,7 +125,7 @@ class Report:
         """Writes the page, and beside it the same name with .json (scores) and .png (all figures on one sheet).
 
         The page holds its figures and asks for nothing over the network. In the JSON a number that is not finite is
-        null, and named under `not_finite`.
+        null, and named under `not_finite`. Without figures there is no sheet.
 
         Args:
             path: Where the page goes; must end in .html. Missing folders are made.
@@ -98,28 +140,39 @@ class Report:
         if page.suffix != ".html":
             raise ValueError(f"`path` must end in .html, got {str(path)!r}.")
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(self.to_html(), encoding="utf-8")
-        page.with_suffix(".json").write_text(self.to_json(), encoding="utf-8")
-        _sheet(self.title, self.sections.drawings).savefig(page.with_suffix(".png"), dpi=110)
+        for file, text in ((page, self.to_html()), (page.with_suffix(".json"), self.to_json())):
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold lone surrogates
+        if self.sections.drawings:
+            _sheet(self.title, self.sections.drawings).savefig(page.with_suffix(".png"), dpi=110)
         return page
 
     def to_html(self) -> str:
         """The page as one self-contained HTML document."""
-        figures = [
-            {"title": spec.title, "alt": spec.alt, "uri": figure_uri(self.figures[name])}
-            for name, spec in self.sections.drawings.items()
-        ]
+        sections = self.sections
+        of_figures = [spec.table for spec in sections.drawings.values()]
+        tables = [table for table in sections.tables if table not in of_figures]
         return render_page(
             title=self.title,
-            verdict=self.sections.verdict,
-            scores=score_rows(self.scores),
-            figures=figures,
-            tables=self.sections.tables,
-            config=self.config | {name: f"{size:,}" for name, size in self.sections.sizes.items()},
+            verdict=sections.verdict,
+            open_tables=[_view(table) for table in tables if table.is_open],
+            scores=score_table(self.scores),
+            figures=[
+                {
+                    "title": spec.title,
+                    "alt": spec.alt,
+                    "uri": figure_uri(self.figures[name]),
+                    "table": _view(spec.table),
+                }
+                for name, spec in sections.drawings.items()
+            ],
+            galleries=sections.galleries,
+            tables=[_view(table) for table in tables if not table.is_open],
+            config=self.config | {name: f"{size:,}" for name, size in sections.sizes.items()},
+            fingerprints=self._origin(),
         )
 
     def to_json(self) -> str:
-        """Scores, verdicts, sizes and configuration as strict JSON."""
+        """Scores, verdicts, sizes, places of the examples shown, configuration and fingerprints as strict JSON."""
         finite = {name: value if math.isfinite(value) else None for name, value in self.scores.items()}
         content: dict[str, Any] = {
             "title": self.title,
@@ -127,9 +180,22 @@ class Report:
             "not_finite": {name: str(value) for name, value in self.scores.items() if not math.isfinite(value)},
             "verdict": list(self.sections.verdict),
             "sizes": self.sections.sizes,
+            "examples": {
+                shown.title: [example.index for example in shown.examples] for shown in self.sections.galleries
+            },
             "config": self.config,
+            "fingerprints": self._origin(),
         }
         return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def _origin(self) -> dict[str, str]:
+        """Fingerprints of the data, and the versions of what computed the report."""
+        return self.fingerprints | {name: text for name, text in versions().items() if name not in self.fingerprints}
+
+
+def _view(table: Table | None) -> TableView | None:
+    """The table ready for the template."""
+    return None if table is None else table_view(table.caption, table.header, table.rows)
 
 
 def _draw(spec: FigureSpec) -> Figure:

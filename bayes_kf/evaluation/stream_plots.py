@@ -135,6 +135,42 @@ def variance_by_tensor(
     return ax
 
 
+def output_variance_plot(
+    output_variance: Mapping[str, float], *, max_tensors: int = 40, ax: Axes | None = None
+) -> Axes:
+    """How much variance of the outputs each tensor alone accounts for: a bar for each, or for the largest.
+
+    Args:
+        output_variance: Name of a tensor to that variance, as `Posterior.output_variance` gives it.
+        max_tensors: Tensors to draw, in their order; the number left out is written below.
+        ax: Where to draw.
+
+    Raises:
+        ValueError: If the mapping is empty or a variance is negative or not finite.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = output_variance_plot({"a.weight": 0.5, "b.weight": 2.0}, ax=Figure().subplots())
+        >>> [float(bar.get_width()) for bar in ax.patches]
+        [0.5, 2.0]
+    """
+    if not output_variance:
+        raise ValueError("`output_variance` must hold at least one tensor, got an empty mapping.")
+    for name, value in output_variance.items():
+        if not 0 <= value < np.inf:
+            raise ValueError(f"`output_variance` must not be negative, and finite, got {value} for {name}.")
+    kept = set(sorted(output_variance, key=lambda name: -output_variance[name])[:max_tensors])
+    names = [name for name in output_variance if name in kept]
+    ax = _axes(ax)
+    ax.barh(range(len(names)), [output_variance[name] for name in names], color=SKY, edgecolor="black", linewidth=0.6)
+    ax.set_yticks(range(len(names)), short_names(names), fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="x", alpha=0.4)
+    left_out = len(output_variance) - len(names)
+    ax.set_xlabel("variance of the outputs" + (f" ({left_out} smaller ones not drawn)" if left_out else ""))
+    return ax
+
+
 def short_names(names: list[str]) -> list[str]:
     """Names without the dotted parts that all share at either end; each keeps at least its last part of its own.
 

@@ -2,19 +2,27 @@
 
 from collections.abc import Mapping
 
-from bayes_kf.evaluation._inputs import Array
+import torch
+
+from bayes_kf.evaluation._inputs import Array, as_float
 from bayes_kf.evaluation.health import innovation_health, innovation_whiteness
-from bayes_kf.evaluation.online import prequential_log_loss, running_accuracy
-from bayes_kf.evaluation.report import FigureSpec, Sections
-from bayes_kf.evaluation.stream_plots import innovation_plot, online_curves, variance_by_tensor
+from bayes_kf.evaluation.online import moving_average, prequential_log_loss, running_accuracy
+from bayes_kf.evaluation.page import table_text
+from bayes_kf.evaluation.report import FigureSpec, Sections, Table
+from bayes_kf.evaluation.stream_plots import innovation_plot, online_curves, output_variance_plot, variance_by_tensor
 from bayes_kf.evaluation.verdicts import innovation_verdict, whiteness_verdict
 
 WINDOW = 100
 LAGS = 10
 MAX_TENSORS = 40
+TABLE_ROWS = 20
 
 
-def stream_sections(history: Mapping[str, Array] | None, parameter_variance: Mapping[str, Array] | None) -> Sections:
+def stream_sections(
+    history: Mapping[str, Array] | None,
+    parameter_variance: Mapping[str, Array] | None,
+    output_variance: Mapping[str, float] | None = None,
+) -> Sections:
     """Scores and figures of whatever series are there."""
     sections = Sections()
     recorded = {name: values for name, values in (history or {}).items() if len(values)}
@@ -28,6 +36,22 @@ def stream_sections(history: Mapping[str, Array] | None, parameter_variance: Map
             alt=f"Points: mean posterior variance of each of {len(parameter_variance)} tensors, logarithmic scale.",
             draw=lambda ax: variance_by_tensor(parameter_variance, max_tensors=MAX_TENSORS, ax=ax),
             height=max(2.4, height),
+            table=_tensor_table(
+                "Mean posterior variance",
+                {name: as_float(v, "parameter_variance").mean().item() for name, v in parameter_variance.items()},
+            ),
+        )
+    if output_variance:
+        total = sum(output_variance.values()) or 1.0
+        largest = max(output_variance, key=lambda name: output_variance[name])
+        share = output_variance[largest] / total
+        sections.drawings["output_variance"] = FigureSpec(
+            title="Variance of the outputs by tensor",
+            alt=f"Bars: what each of {len(output_variance)} tensors alone adds to the outputs' variance. The largest "
+            f"is {largest} with {share:.0%} of the sum.",
+            draw=lambda ax: output_variance_plot(output_variance, max_tensors=MAX_TENSORS, ax=ax),
+            height=max(2.4, 1.4 + 0.24 * min(len(output_variance), MAX_TENSORS)),
+            table=_tensor_table("Variance of the outputs", output_variance),
         )
     return sections
 
@@ -48,6 +72,7 @@ def _add_online(sections: Sections, history: Mapping[str, Array]) -> None:
             title="Learning online",
             alt=f"Curves over {length:,} examples: {', '.join(words)}.",
             draw=lambda ax: online_curves(series, window=min(WINDOW, length), ax=ax),
+            table=_online_table(series, length),
         )
 
 
@@ -65,4 +90,40 @@ def _add_innovations(sections: Sections, nis: Array, dof: Array) -> None:
         title="Innovation health",
         alt="Curve: " + innovation_verdict(sections.scores),
         draw=lambda ax: innovation_plot(nis, dof, window=min(WINDOW, length), ax=ax),
+        table=_innovation_table(nis, dof, min(WINDOW, length)),
     )
+
+
+def _steps(length: int) -> list[int]:
+    """At most `TABLE_ROWS` places of a series, evenly spaced, the last one among them."""
+    rows = min(TABLE_ROWS, length)
+    return [(k + 1) * length // rows - 1 for k in range(rows)]
+
+
+def _online_table(series: Mapping[str, Array], length: int) -> Table:
+    """The curves at even steps; the moving mean begins with its first full window."""
+    columns = {}
+    if "correct" in series:
+        columns["Running accuracy"] = running_accuracy(series["correct"])
+    if "log_loss" in series:
+        window = min(WINDOW, length)
+        full = moving_average(series["log_loss"], window)
+        columns[f"Log loss, mean of {window}"] = torch.cat([full.new_full((window - 1,), torch.nan), full])
+    rows = [table_text((k + 1, *(column[k].item() for column in columns.values()))) for k in _steps(length)]
+    return Table("Learning online", ("Examples seen", *columns), tuple(rows))
+
+
+def _innovation_table(nis: Array, dof: Array, window: int) -> Table:
+    """The ratio and its band at even steps."""
+    health = innovation_health(nis, dof, window)
+    rows = [
+        table_text((int(health.step[k]), health.ratio[k].item(), health.low[k].item(), health.high[k].item()))
+        for k in _steps(len(health.ratio))
+    ]
+    return Table("Innovation health", ("Updates", "Ratio", "Band from", "to"), tuple(rows))
+
+
+def _tensor_table(quantity: str, values: Mapping[str, float]) -> Table:
+    """A number for each tensor."""
+    rows = tuple((name, f"{value:.3g}") for name, value in values.items())
+    return Table(f"{quantity} by tensor", ("Tensor", quantity), rows)

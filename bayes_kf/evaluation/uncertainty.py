@@ -1,11 +1,12 @@
-"""How uncertain a prediction is, and how much of that is the posterior's doing. Everything in nats."""
+"""How uncertain a prediction is, and how much of that is the posterior's doing. Entropies are in nats."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation._inputs import Array, as_probs
+from bayes_kf.evaluation._inputs import Array, as_float, as_probs
 
 ROUNDING = 1e-12
 
@@ -95,6 +96,68 @@ def epistemic_entropy(samples: Array) -> Tensor:
         tensor([0.], dtype=torch.float64)
     """
     return entropy_parts(samples).epistemic
+
+
+def max_probability(probs: Array) -> Tensor:
+    """Probability of the most probable class, (N,): the confidence; one minus it is an uncertainty.
+
+    Args:
+        probs: Class probabilities, (N, C).
+
+    Raises:
+        ValueError: If the probabilities are malformed.
+
+    Reference: Hendrycks, Gimpel, *A baseline for detecting misclassified and out-of-distribution examples in
+    neural networks*, 2017.
+
+    Example:
+        >>> max_probability(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+        tensor([0.7500, 0.5000], dtype=torch.float64)
+    """
+    return as_probs(probs).max(dim=1).values
+
+
+def margin(probs: Array) -> Tensor:
+    """Difference of the two largest probabilities, (N,), from 0 (a tie) to 1 (certain); a confidence.
+
+    Args:
+        probs: Class probabilities, (N, C).
+
+    Raises:
+        ValueError: If the probabilities are malformed.
+
+    Example:
+        >>> margin(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]]))
+        tensor([0.2500, 0.0000], dtype=torch.float64)
+    """
+    first, second = as_probs(probs).topk(2, dim=1).values.unbind(dim=1)
+    return first - second
+
+
+def energy(logits: Array, temperature: float = 1.0) -> Tensor:
+    """Energy −T log Σ_c exp(z_c/T) of each example's logits z, (N,): higher for inputs that no class answers to.
+
+    Unlike probabilities it sees a shift of all logits, so compare only energies of one model.
+
+    Args:
+        logits: Outputs before the softmax, (N, C).
+        temperature: T.
+
+    Raises:
+        ValueError: If the logits are not a finite (N, C) or the temperature is not positive.
+
+    Reference: Liu et al., *Energy-based out-of-distribution detection*, 2020.
+
+    Example:
+        >>> energy(torch.tensor([[0.0, 0.0], [10.0, 0.0]]))
+        tensor([ -0.6931, -10.0000], dtype=torch.float64)
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}.")
+    outputs = as_float(logits, "logits")
+    if outputs.ndim != 2:
+        raise ValueError(f"`logits` must have shape (N, C), got {tuple(outputs.shape)}.")
+    return -temperature * torch.logsumexp(outputs / temperature, dim=1)
 
 
 def _entropy(probs: Tensor) -> Tensor:

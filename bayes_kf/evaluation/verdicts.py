@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from bayes_kf.evaluation.comparison import ScoreComparison
+
 Scores = Mapping[str, float]
 
 
@@ -84,3 +86,142 @@ def _percent(share: float) -> str:
 
 def _points(gap: float) -> str:
     return f"{100 * abs(gap):.1f} points"
+
+
+def pit_verdict(scores: Scores, mean_z: float, spread_z: float) -> str:
+    """Do targets fall where their forecasts say, and if not, in which way?
+
+    `mean_z` and `spread_z` are the mean and the variance of the PIT values less those of right forecasts, in standard
+    errors.
+    """
+    p = scores["pit_ks_p_value"]
+    size = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+    test = f"Kolmogorov-Smirnov {size}"
+    if scores["pit_ks"] <= scores["pit_ks_null_high"]:
+        return f"Targets fall evenly over their forecasts, as far as can be seen ({test})."
+    if max(abs(mean_z), abs(spread_z)) < 2:
+        return f"Targets do not fall evenly over their forecasts ({test}): their shape is not right."
+    if abs(mean_z) > abs(spread_z):
+        place, bias = ("upper", "low") if mean_z > 0 else ("lower", "high")
+        return f"Targets fall too often into the {place} half of their forecasts ({test}): forecasts are too {bias}."
+    place, width = ("tails", "narrow") if spread_z > 0 else ("middle", "wide")
+    return f"Targets fall too often into the {place} of their forecasts ({test}): forecasts are too {width}."
+
+
+def spread_verdict(scores: Scores) -> str | None:
+    """Do errors grow and shrink as predicted? None where no band of chance is known."""
+    if "ence_null_high" not in scores:
+        return None
+    ence, high = scores["ence"], scores["ence_null_high"]
+    word = "more than chance" if ence > high else "no more than chance"
+    return (
+        f"Predicted spreads are {_percent(ence)} off the errors found, on average over bins from the surest to the "
+        f"least sure forecasts: {word}, which alone would show up to {_percent(high)}."
+    )
+
+
+def human_verdict(scores: Scores) -> str:
+    """What people's answers cost under the predicted probabilities, and how much of it people's own doubt is."""
+    nll, entropy, divergence = (scores[f"human_{name}"] for name in ("nll", "entropy", "kl"))
+    if not math.isfinite(nll):
+        return "At least one answer that people gave has probability zero, so their log-likelihood is infinite."
+    low, high = scores["human_kl_low"], scores["human_kl_high"]
+    return (
+        f"People's answers cost {nll:.3f} nats each, of which {entropy:.3f} are their own disagreement and "
+        f"{divergence:.3f} ({low:.3f} to {high:.3f}) the model's difference from them."
+    )
+
+
+def doubt_verdict(scores: Scores) -> str:
+    """Does the model doubt where people do?"""
+    rank, low, high = (scores[f"human_entropy_spearman{suffix}"] for suffix in ("", "_low", "_high"))
+    if math.isnan(rank):
+        return "Whether the model doubts where people do cannot be said: all entropies of one of them are equal."
+    size = f"rank correlation of the entropies {_signed(rank)}, {_signed(low)} to {_signed(high)}"
+    if low > 0:
+        return f"The model doubts where people do ({size})."
+    if high < 0:
+        return f"The model is surest where people doubt ({size})."
+    return f"That the model doubts where people do cannot be seen ({size})."
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def comparison_verdict(comparison: ScoreComparison) -> str:
+    """Who is best in one score, who is tied with it, and by how much the others are worse."""
+    names = {"nll": "negative log-likelihood", "brier": "Brier score", "ece": "ECE", "accuracy": "accuracy"}
+    name = names[comparison.score]
+    best, *rest = comparison.ranking
+    if len(comparison.best) == len(comparison.ranking):
+        return f"In {name} all are tied: no difference is clear with this many examples."
+    tied = [rank.name for rank in rest if rank.place == 1]
+    shared = f", tied with {' and '.join(tied)}" if tied else ""
+    behind = []
+    for rank in rest:
+        if rank.place > 1:
+            d = next(d for d in comparison.differences if {d.first, d.second} == {best.name, rank.name})
+            low, high = sorted((abs(d.low), abs(d.high)))
+            span = f" ({low:.3f} to {high:.3f})" if d.is_clear and math.isfinite(d.value) else ""
+            behind.append(f"{rank.name} is behind by {abs(d.value):.3f}{span}")
+    return f"Best in {name}: {best.name} ({best.value:.3f}){shared}; {', '.join(behind)}."
+
+
+def selective_verdict(scores: Scores, accuracy: float) -> str:
+    """What withholding the least confident predictions brings, and how far from the best that is."""
+    low, high = scores["accuracy_at_80_low"], scores["accuracy_at_80_high"]
+    return (
+        f"Without the least confident 20 % of predictions accuracy is {_percent(scores['accuracy_at_80'])} "
+        f"({_percent(low)} to {_percent(high)}) in place of {_percent(accuracy)}; the area under the risk-coverage "
+        f"curve is {scores['aurc']:.3f}, {scores['aurc_excess']:.3f} more than in the best possible order."
+    )
+
+
+def error_verdict(scores: Scores, num_errors: int) -> str:
+    """Is the model less sure where it is wrong?"""
+    auroc, low, high, fpr = (scores[f"error_entropy_{name}"] for name in ("auroc", "auroc_low", "auroc_high", "fpr95"))
+    if math.isnan(auroc):
+        return f"{'No' if num_errors == 0 else 'Every'} prediction is wrong: whether doubt finds errors cannot be seen."
+    span = "" if math.isnan(low) else f" ({_percent(low)} to {_percent(high)})"
+    unseen = "That doubt finds errors cannot be seen"
+    word = "Doubt finds errors" if low > 0.5 else "Doubt is lower at errors" if high < 0.5 else unseen
+    return (
+        f"{word}: entropy is higher for the wrong one in {_percent(auroc)}{span} of pairs of a wrong and a right "
+        f"prediction, where 50 % is chance; to flag 95 % of {num_errors:,} errors, {_percent(fpr)} of right "
+        "predictions are flagged too."
+    )
+
+
+def detection_verdict(name: str, auroc: float, low: float, high: float) -> str:
+    """How well entropy tells a foreign set, and how exactly that is known."""
+    share = f"{_percent(auroc)} ({_percent(low)} to {_percent(high)})"
+    return f"Foreign inputs “{name}” have the higher entropy in {share} of pairs with a known input (50 % is chance)."
+
+
+def recalibration_verdict(description: str, scores: Scores, ece_before: float) -> str:
+    """What a recalibration would change here."""
+    ece, low, high = (scores[f"recalibrated_ece{suffix}"] for suffix in ("", "_null_low", "_null_high"))
+    moved = f"ECE goes from {ece_before:.3f} to {ece:.3f}, where chance alone would show {low:.3f} to {high:.3f}"
+    if not math.isfinite(scores["recalibrated_nll"]):
+        return f"{description} Some label here gets probability zero, so its log loss is infinite; {moved}."
+    change = scores.get("recalibrated_nll_change")
+    if change is None:
+        return f"{description} The log loss here, infinite before, is {scores['recalibrated_nll']:.3f}; {moved}."
+    first, last = scores["recalibrated_nll_change_low"], scores["recalibrated_nll_change_high"]
+    if first <= 0 <= last:
+        span = f"{change:+.3f} nats, {first:+.3f} to {last:+.3f}".replace("-", "−")
+        return f"{description} The log loss here does not clearly change ({span}); {moved}."
+    near, far = sorted((abs(first), abs(last)))
+    word = "falls" if change < 0 else "rises"
+    return f"{description} The log loss here {word} by {abs(change):.3f} nats ({near:.3f} to {far:.3f}); {moved}."
+
+
+def conformal_verdict(scores: Scores, level: float, split: str, num_examples: int) -> str:
+    """Do conformal sets hold as many labels as they should?"""
+    share, low, high = (scores[f"conformal_coverage{suffix}"] for suffix in ("", "_null_low", "_null_high"))
+    where = f"fitted on “{split}”, {num_examples:,} examples"
+    word = ": fewer than they should" if share < low else ": more than they should" if share > high else ""
+    chance = f"sets of this kind would hold {_percent(low)} to {_percent(high)} here{word}"
+    size = f"{scores['conformal_size']:.2f} classes on average"
+    return f"Conformal sets for {100 * level:g} %, {where}, hold {_percent(share)} of the labels with {size}; {chance}."

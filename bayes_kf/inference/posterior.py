@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import noise, persistence, prediction, tempering
+from bayes_kf.inference import arviz_export, noise, persistence, prediction, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import FilterState, KalmanFilter
+from bayes_kf.inference.output_variance import output_variance
 from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
 from bayes_kf.models.adapter import (
     AdapterModel,
@@ -30,6 +31,7 @@ from bayes_kf.models.likelihood import Gaussian, Likelihood
 if TYPE_CHECKING:
     from bayes_kf.inference.guide import KalmanGuide
 
+VARIANCE_EXAMPLES = 8
 COMPARED = 16  # examples on which sampled predictions are compared with linearized ones
 FEWEST_COMPARED = 8  # draws below which they are not
 BEYOND = 3.0  # times Monte Carlo error
@@ -241,6 +243,30 @@ class Posterior:
         config = replace(self.config, temperature=tempering.choose(scores))
         return Posterior(KalmanFilter(self.adapter, config), self.state, self.history)
 
+    def output_variance(self, batch: Any) -> dict[str, float]:
+        """Variance of the outputs that each tensor alone accounts for: where the uncertainty of predictions sits.
+
+        The mean over examples and outputs of J_t P_tt J_tᵀ times the temperature, in squared units of the outputs;
+        those of a classifier less their mean over the classes, which softmax does not see. Covariances between
+        tensors are left out, so the numbers need not add up to the whole variance. Of more than 16 outputs 16 are
+        looked at.
+
+        Args:
+            batch: inputs, or a batch as ``fit`` takes them; its first 8 examples are looked at.
+
+        Raises:
+            ValueError: when the inputs do not fit.
+        """
+        inputs, _ = split_batch(batch)
+        check_inputs(inputs)
+        size = batch_size(inputs)
+        few = to_device(some_examples(inputs, slice(0, min(size, VARIANCE_EXAMPLES)), size), self.adapter.device)
+        with self.adapter.full_precision():
+            linearized = self.kf.linearize(self.mean_vector, few)
+            centred = self.config.likelihood == "categorical"
+            found = output_variance(self.adapter, self.config.structure, self.state.belief, linearized, centred)
+        return {name: self.temperature * value for name, value in found.items()}
+
     def filter(self) -> KalmanFilter:
         """The filter to go on learning with, from :attr:`state`."""
         return self.kf
@@ -288,18 +314,35 @@ class Posterior:
         """Write draws from the posterior as ordinary PEFT adapters ``draw_0`` ... and return their folders."""
         return persistence.export(self, Path(folder), self.sample(num_samples, self._generator(generator)))
 
-    def to_arviz(self, num_samples: int = 500, generator: torch.Generator | None = None) -> Any:
-        """Draws from the belief as ArviZ data (group ``posterior``: one chain, a variable per tensor)."""
-        import arviz
+    def to_arviz(
+        self,
+        num_samples: int = 500,
+        generator: torch.Generator | None = None,
+        loader: Iterable[Any] | None = None,
+    ) -> Any:
+        """Draws from the belief as ArviZ data (group ``posterior``: one chain, a variable per tensor).
 
-        draws = self.sample(num_samples, self._generator(generator)).cpu()
-        named = {
-            name: draws[:, where].reshape(1, num_samples, *shape).numpy()
-            for (name, where), shape in zip(self.adapter.slices().items(), self.adapter.shapes, strict=True)
-        }
-        if int(arviz.__version__.split(".")[0]) >= 1:
-            return arviz.from_dict({"posterior": named})
-        return arviz.from_dict(posterior=named)
+        With a loader also what these adapters say about its N examples, each under the variable ``target``:
+        ``observed_data`` (N,), ``posterior_predictive`` (chain, draw, N), a target drawn from every adapter's
+        likelihood, and ``log_likelihood`` (chain, draw, N). Targets of several outputs have them as their last axis;
+        their log-likelihood is the joint one. The draws are independent, so one chain is enough. Forward passes are
+        those of ``predict`` with "sampled", with its warning where the belief's linearized model says otherwise.
+
+        Args:
+            num_samples: S, draws.
+            generator: source of the draws; by default a new one seeded with ``config.seed``.
+            loader: batches with targets, as ``fit`` takes them. ``loo`` needs those that the belief has learned from.
+
+        Raises:
+            ValueError: when the loader yields nothing, or a batch without targets or one that does not fit.
+        """
+        generator = self._generator(generator)
+        draws = self.sample(num_samples, generator)
+        groups = {"posterior": arviz_export.named_draws(self.adapter, draws)}
+        if loader is not None:
+            with self.adapter.full_precision():
+                groups |= arviz_export.predictive_groups(self, draws, loader, generator)
+        return arviz_export.inference_data(groups)
 
     def _generator(self, generator: torch.Generator | None) -> torch.Generator:
         return generator or torch.Generator(device=self.adapter.device).manual_seed(self.config.seed)

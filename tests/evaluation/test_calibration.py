@@ -146,10 +146,10 @@ def test_simulated_moments_are_the_binomial_ones():
 
 def test_simulated_labels_follow_the_probabilities():
     """Classwise with one bin: hits of each class are binomial counts; a class of probability zero never comes."""
-    from bayes_kf.evaluation.binning import make_cells, simulated_hits
+    from bayes_kf.evaluation.binning import class_cells, simulated_hits
 
     probs = torch.tensor([[0.0, 0.5, 0.3, 0.2, 0.0]], dtype=torch.float64).repeat(50, 1)
-    hits = simulated_hits(make_cells(probs, 1, "equal_width", "classwise"), probs, 2000, seed=0)
+    hits = simulated_hits(class_cells(probs, 1, "equal_width"), probs, 2000, seed=0)
     assert (hits.sum(dim=1) == 50).all()
     standard_error = (probs[0] * (1 - probs[0]) * 50 / 2000).sqrt()
     assert ((hits.mean(dim=0) - 50 * probs[0]).abs() <= 5 * standard_error).all()
@@ -167,7 +167,7 @@ def test_blocks_of_rows_and_draws_keep_the_distribution(monkeypatch):
     from bayes_kf.evaluation import binning
 
     probs, _ = random_case(100, 4, 0)
-    cells = binning.make_cells(probs, 5, "equal_width", "classwise")
+    cells = binning.class_cells(probs, 5, "equal_width")
     whole = binning.simulated_hits(cells, probs, 400, seed=0)
     monkeypatch.setattr(binning, "ROW_BLOCK", 28)  # seven rows at a time
     monkeypatch.setattr(binning, "DRAW_BLOCK", 64)
@@ -196,8 +196,11 @@ BAD_SETTINGS = [
     ({"num_bins": 2.5}, "`num_bins` must be a positive integer, got 2.5."),
     ({"binning": "equal"}, "`binning` must be one of equal_width, equal_mass, got 'equal'."),
     ({"kind": "all"}, "`kind` must be one of top_label, classwise, got 'all'."),
-    ({"statistic": "auc"}, "`statistic` must be one of ece, mce, gap, got 'auc'."),
+    ({"statistic": "auc"}, "`statistic` must be one of ece, mce, gap, debiased, smooth, ks, got 'auc'."),
     ({"statistic": "gap", "kind": "classwise"}, '`kind` must be "top_label" for the statistic "gap", got "classwise".'),
+    ({"top_k": 3}, "`top_k` must be at most the number of classes, 2, got 3."),
+    ({"top_k": 2, "kind": "classwise"}, '`top_k` must be 1 for the kind "classwise", got 2.'),
+    ({"statistic": "ks", "kind": "classwise"}, '`kind` must be "top_label" for the statistic "ks", got "classwise".'),
     ({"num_simulations": 0}, "`num_simulations` must be a positive integer, got 0."),
     ({"num_simulations": 38}, "`num_simulations` must be at least 39 for level 0.95, got 38."),
     ({"level": 1.0}, "`level` must lie strictly between 0 and 1, got 1.0."),

@@ -46,12 +46,84 @@ def test_evaluate_passes_predictions_on():
     report = ev.evaluate(posterior, known, ood={"far": {"probs": probs}}, method="probit", num_samples=5, seed=7)
     assert posterior.asked == [("probit", 5, 7)] * 2
     direct = ev.evaluate_predictions(probs, targets, ood={"far": probs}, history=history(), seed=7).scores
-    same = set(direct) - {"entropy", "nll"}
+    same = {name for name in direct if not name.startswith(("entropy", "nll"))}
     assert {name: report.scores[name] for name in same} == {name: direct[name] for name in same}
     assert report.scores["nll"] == pytest.approx(direct["nll"])
     assert [report.scores[name] for name in parts] == pytest.approx([0.5, 0.4, 0.1])
     assert report.config["rank"] == "4"
-    assert set(report.sections.drawings) == {"reliability", "entropy", "online", "innovation", "variance"}
+    drawn = {"reliability", "entropy", "risk_coverage", "online", "innovation", "variance"}
+    assert set(report.sections.drawings) == drawn
+    assert report.fingerprints["targets"] != report.fingerprints["predictions"]
+
+
+def test_everything_a_report_can_be_given():
+    probs, targets = random_case()
+    other_probs, other_targets = random_case(seed=1)
+    shares = (torch.nn.functional.one_hot(targets, 3) * 7 + 1) / 10
+    report = ev.evaluate_predictions(
+        probs,
+        targets,
+        examples=[f"example {i}" for i in range(200)],
+        human=shares,
+        recalibration=ev.TemperatureScaling.fit(other_probs, other_targets, split="spring"),
+        conformal=ev.ConformalSets.fit(other_probs, other_targets, level=0.8, split="spring"),
+        ordered=True,
+        top_k=(2,),
+        output_variance={"a.weight": 0.1, "b.weight": 0.0},
+        num_simulations=100,
+    )
+    scores = report.scores
+    assert scores["rps"] == pytest.approx(ev.ranked_probability_score(probs, targets))
+    assert scores["ece_top2"] == pytest.approx(ev.expected_calibration_error(probs, targets, top_k=2))
+    assert scores["spiegelhalter"] == ev.spiegelhalter_test(probs, targets).statistic
+    assert {"human_nll", "recalibrated_nll", "conformal_coverage", "aurc", "error_entropy_auroc"} <= set(scores)
+    assert "output_variance" in report.figures
+    page = report.to_html()
+    for words in ("spring", "example ", "Log loss of people"):
+        assert words in page
+    with pytest.raises(ValueError, match=r"^`top_k` must hold integers from 2 to the number of classes, 3, got 4\.$"):
+        ev.evaluate_predictions(probs, targets, top_k=(4,))
+
+
+def test_the_first_batch_is_explained():
+    probs, targets = random_case()
+
+    class Explaining(FakePosterior):
+        def predict_loader(self, loader, **how):
+            assert list(loader) == ["first", "second"]
+            return super().predict_loader({"probs": probs, "targets": targets}, **how)
+
+        def output_variance(self, batch):
+            return {str(batch): 1.0}
+
+    report = ev.evaluate(Explaining("categorical"), iter(["first", "second"]), num_simulations=39)
+    assert "first" in report.sections.drawings["output_variance"].alt
+
+
+def test_several_posteriors_on_one_page():
+    probs, targets = random_case()
+    first, second = (FakePosterior("categorical", history()) for _ in range(2))
+    known = {"probs": probs, "targets": targets}
+    report = ev.compare({"a": first, "b": second, "c": probs.flip(1)}, known, num_simulations=100, method="probit")
+    assert first.asked == second.asked == [("probit", 64, 0)]
+    assert report.scores["a/nll"] == report.scores["b/nll"] < report.scores["c/nll"]
+    assert {"online_correct", "online_log_loss", "differences_nll", "reliability_c"} <= set(report.figures)
+    assert any(
+        s.startswith("Best in negative log-likelihood: a") and "tied with b" in s for s in report.sections.verdict
+    )
+    assert "a − c" in report.to_html()
+    for posteriors, loader, message in (
+        ({"a": first}, known, r"^`posteriors` must hold at least two, got 1\.$"),
+        ({"a": first, "b": second}, iter([]), r"^`loader` must be something to go through more than once"),
+        ({"a": probs, "b": probs}, known, r"^`posteriors` must hold at least one posterior"),
+        (
+            {"a": first, "b": FakePosterior("gaussian")},
+            {"mean": probs, "targets": targets},
+            r"^`posteriors\['a'\]` must",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ev.compare(posteriors, loader)
 
 
 def test_bernoulli_outputs_are_two_class_problems():
@@ -85,7 +157,7 @@ def test_regression_report():
     assert scores["rmse"] == pytest.approx(ev.rmse(mean[:, 0], targets))
     assert scores["coverage_95"] < scores["coverage_95_null_low"] < 0.95
     assert any(sentence.endswith("too narrow.") for sentence in report.sections.verdict)
-    assert set(report.figures) == {"coverage", "online", "variance"}
+    assert set(report.figures) == {"coverage", "pit", "quantiles", "online", "variance"}
     assert "Coverage of 95 % intervals" in report.to_html()
     samples = mean + torch.randn(200, 500, 1, generator=generator)
     from_samples = ev.evaluate(posterior, prediction | {"samples": samples}).scores
@@ -97,7 +169,7 @@ def test_bad_posteriors_and_loaders_are_refused():
     with pytest.raises(ValueError, match=r"^`loader` must give targets, got inputs only\.$"):
         ev.evaluate(FakePosterior("categorical"), {"probs": probs})
     with pytest.raises(
-        ValueError, match=r"^`ood` must be None for a posterior without class probabilities, got \['o'\]"
+        ValueError, match=r"^`ood` must be None for a posterior without class probabilities, got one\.$"
     ):
         ev.evaluate(FakePosterior("gaussian"), {"mean": probs, "targets": targets}, ood={"o": {}})
     with pytest.raises(ValueError, match=r"^`variance` or `samples` must be given .*, got neither\.$"):

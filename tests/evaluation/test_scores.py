@@ -34,6 +34,50 @@ def test_a_single_example_and_numpy_input_work():
     assert ev.brier_score(np.array([[0.3, 0.7]]), np.array([0])) == pytest.approx(2 * 0.49)
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 8])
+def test_ranked_probability_score_by_hand(num_classes):
+    probs, targets = random_case(num_classes=num_classes)
+    total = 0.0
+    for row, target in zip(probs.numpy(), targets.numpy(), strict=True):
+        total += sum((row[: k + 1].sum() - (target <= k)) ** 2 for k in range(num_classes - 1))
+    assert ev.ranked_probability_score(probs, targets) == pytest.approx(total / len(targets), abs=1e-12)
+    if num_classes == 2:
+        assert ev.ranked_probability_score(probs, targets) == pytest.approx(ev.brier_score(probs, targets) / 2)
+
+
+def murphy_by_hand(probs: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
+    """Murphy's three parts, a group for each distinct probability of each class, summed over the classes."""
+    parts = np.zeros(3)
+    for c in range(probs.shape[1]):
+        hit = (targets == c).astype(float)
+        parts[2] += hit.mean() * (1 - hit.mean())
+        for value in np.unique(probs[:, c]):
+            group = probs[:, c] == value
+            parts[0] += group.mean() * (value - hit[group].mean()) ** 2
+            parts[1] += group.mean() * (hit[group].mean() - hit.mean()) ** 2
+    return tuple(parts)
+
+
+def test_brier_decomposition_is_murphys_where_bins_hold_one_probability_each():
+    generator = np.random.default_rng(0)
+    probs = np.array([[0.05, 0.25, 0.7], [0.5, 0.35, 0.15], [1.0, 0.0, 0.0]])[generator.integers(3, size=400)]
+    targets = generator.integers(3, size=400)
+    parts = ev.brier_decomposition(probs, targets, num_bins=10)
+    assert parts[1:4] == pytest.approx(murphy_by_hand(probs, targets), abs=1e-12)
+    assert parts.within == pytest.approx(0, abs=1e-12)
+    assert parts.brier == pytest.approx(ev.brier_score(probs, targets), abs=1e-12)
+
+
+@pytest.mark.parametrize("num_bins", [1, 4, 15])
+@pytest.mark.parametrize("num_examples", [1, 2, 300])
+def test_brier_parts_add_up_whatever_the_bins(num_bins, num_examples):
+    probs, targets = random_case(num_examples)
+    brier, miscalibration, resolution, uncertainty, within = ev.brier_decomposition(probs, targets, num_bins)
+    assert brier == pytest.approx(ev.brier_score(probs, targets), abs=1e-12)
+    assert miscalibration - resolution + uncertainty + within == pytest.approx(brier, abs=1e-12)
+    assert min(miscalibration, resolution, uncertainty) >= 0
+
+
 def test_probability_zero_for_the_label_is_infinite_loss():
     probs = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert ev.negative_log_likelihood(probs, torch.tensor([0, 1])) == math.inf

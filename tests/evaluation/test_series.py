@@ -75,6 +75,15 @@ def test_online_scores_by_hand():
     assert ev.moving_average(losses, 3).tolist() == pytest.approx([2.0])
 
 
+def test_regret_is_what_was_lost_so_far():
+    regret = ev.prequential_regret(torch.tensor([1.0, 3.0, 0.5]), torch.tensor([0.5, 1.0, 1.0]))
+    assert regret.tolist() == [0.5, 2.5, 2.0]
+    loss = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    assert ev.prequential_regret(loss, torch.zeros(50))[-1] / 50 == pytest.approx(ev.prequential_log_loss(loss)[-1])
+    with pytest.raises(ValueError, match=r"^`reference` must hold as many losses as `log_loss`, 3, got 2\.$"):
+        ev.prequential_regret(torch.zeros(3), torch.zeros(2))
+
+
 def test_one_infinite_loss_leaves_the_later_windows_alone():
     values = torch.tensor([1.0, math.inf, 2.0, 4.0])
     assert ev.moving_average(values, 2).tolist() == [math.inf, math.inf, 3.0]

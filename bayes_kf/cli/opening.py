@@ -1,0 +1,71 @@
+"""Data, models and devices that the arguments name, opened and checked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayes_kf.cli.base_model import kind_of
+from bayes_kf.data import LabelledData, open_dataset
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.models.adapter import AdapterModel, Inputs, split_batch
+
+NUMERIC = ("gaussian", "poisson")  # likelihoods whose targets are no classes
+
+
+def open_data(
+    args: argparse.Namespace,
+    path: Path,
+    folder: Path,
+    settings: KalmanConfig,
+    names: tuple[str, ...] | None,
+    *,
+    foreign: bool = False,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> LabelledData:
+    """A data set with the command's options; the labels of a foreign one are not looked at."""
+    options: dict[str, Any] = {}
+    if kind_of(path) == "text":
+        options = {"text_column": args.text_column, "label_column": args.label_column, "max_length": args.max_length}
+        options["numeric"] = settings.likelihood in NUMERIC and not foreign
+    common: dict[str, Any] = {"class_names": names, "batch_size": args.batch_size, "shuffle": shuffle, "seed": seed}
+    return open_dataset(path, model=folder, **common, **options)
+
+
+def move(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device; what torch says of a device that is not there becomes a sentence."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` must be there, got {device}: {error}") from error
+
+
+def read_device(name: str) -> torch.device:
+    """The device of ``--device``."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`--device` must be a torch device, got {name!r}.") from error
+
+
+def first_batch(loader: Iterable[Any], path: Path) -> tuple[Inputs, Any]:
+    """Inputs and targets of the first batch."""
+    for batch in loader:
+        return split_batch(batch)
+    raise ValueError(f"`--data` must hold at least one example, got none in {path}.")
+
+
+def check_takes(model: nn.Module, loader: Iterable[Any], path: Path) -> None:
+    """Raises ValueError where the model cannot take the data, whatever it is that the model raises."""
+    inputs, _ = first_batch(loader, path)
+    adapter = AdapterModel(model)
+    try:
+        adapter.outputs(adapter.vector(), inputs)
+    except Exception as error:
+        raise ValueError(f"`--model` must take the inputs of {path}, got {type(error).__name__}: {error}") from error

@@ -1,0 +1,225 @@
+"""Debiased, smooth, Kolmogorov-Smirnov and top-k errors by brute force; bands at three sizes; Spiegelhalter's test."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.optimize import brentq
+from scipy.stats import binomtest
+
+from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.calibration import profile_statistic
+from bayes_kf.evaluation.profile import MAX_CELLS, exact_profile, groups_of, narrow_profile
+
+CASES = [(1, 2), (2, 2), (40, 3), (500, 4), (500, 12)]
+
+
+def random_case(num_examples: int, num_classes: int, seed: int, ties: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(num_examples, num_classes, generator=generator, dtype=torch.float64)
+    probs = (logits.round() if ties else logits).softmax(dim=1)
+    probs[: num_examples // 5] = torch.eye(num_classes, dtype=torch.float64)[0]  # exactly one and zero
+    return probs, torch.randint(num_classes, (num_examples,), generator=generator)
+
+
+def confidence_and_hit(probs: torch.Tensor, targets: torch.Tensor, top_k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """With stable sorting by hand: the first of equal classes come first."""
+    rows = [sorted(range(len(row)), key=lambda c: (-row[c], c))[:top_k] for row in probs.tolist()]
+    confidence = [min(1.0, sum(row[c] for c in top)) for row, top in zip(probs.tolist(), rows, strict=True)]
+    return np.array(confidence), np.array([float(t in top) for t, top in zip(targets.tolist(), rows, strict=True)])
+
+
+def cases():
+    return list(itertools.product(CASES, range(3), (False, True)))
+
+
+@pytest.mark.parametrize(("size", "seed", "ties"), cases())
+def test_kolmogorov_smirnov_error_by_hand(size, seed, ties):
+    probs, targets = random_case(*size, seed, ties)
+    confidence, hit = confidence_and_hit(probs, targets)
+    expected = max(abs((confidence - hit)[confidence <= c].sum()) for c in confidence) / len(hit)
+    assert ev.ks_calibration_error(probs, targets) == pytest.approx(expected, abs=1e-12)
+    assert expected >= abs(ev.confidence_gap(probs, targets)) - 1e-12
+
+
+@pytest.mark.parametrize(("size", "seed", "ties"), cases())
+def test_debiased_error_by_hand(size, seed, ties):
+    probs, targets = random_case(*size, seed, ties)
+    confidence, hit = confidence_and_hit(probs, targets)
+    edges = ev.reliability_bins(probs, targets, 10, "equal_mass").edges.numpy()
+    total = 0.0
+    for b, low in enumerate(edges[:-1]):
+        last = b == len(edges) - 2
+        inside = (confidence >= low) & (confidence <= edges[b + 1] if last else confidence < edges[b + 1])
+        if inside.sum() > 1:
+            gap = hit[inside].mean() - confidence[inside].mean()
+            total += inside.sum() * (gap**2 - hit[inside].var(ddof=1) / inside.sum())
+    expected = math.sqrt(max(0.0, total / len(hit)))
+    assert ev.debiased_calibration_error(probs, targets, 10) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_debiased_error_of_calibrated_models_is_near_zero_where_the_plain_one_is_not():
+    """Squares averaged over 400 data sets: nothing is left of what chance adds."""
+    generator = torch.Generator().manual_seed(0)
+    plain = debiased = 0.0
+    for _ in range(400):
+        probs = (1.5 * torch.randn(200, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
+        targets = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        bins = ev.reliability_bins(probs, targets, 10, "equal_mass")
+        share = bins.counts.double() / 200
+        noise = (share * bins.accuracy * (1 - bins.accuracy) / (bins.counts - 1)).sum().item()
+        square = (share * (bins.accuracy - bins.confidence).square()).sum().item()
+        plain += square / 400
+        debiased += (square - noise) / 400
+        found = ev.debiased_calibration_error(probs, targets, 10)
+        assert found == pytest.approx(math.sqrt(max(0.0, square - noise)), abs=1e-9)
+    assert plain > 0.005
+    assert abs(debiased) < 0.05 * plain
+
+
+def smooth_error_by_quadrature(confidence: np.ndarray, hit: np.ndarray) -> float:
+    """The definition with seven images of each kernel on either side, integrated on 40,001 points."""
+    grid = np.linspace(0, 1, 40_001)
+    residual = (confidence - hit) / len(hit)
+
+    def error(width: float) -> float:
+        images = [2 * k + sign * c for k in range(-3, 4) for sign, c in ((1, confidence), (-1, confidence))]
+        total = sum(np.exp(-0.5 * ((grid[:, None] - image) / width) ** 2) @ residual for image in images)
+        return float(np.trapezoid(np.abs(total), grid)) / (width * math.sqrt(2 * math.pi))
+
+    return brentq(lambda width: error(width) - width, 1e-3, 1.0, xtol=1e-10)
+
+
+@pytest.mark.parametrize(("size", "seed", "ties"), [((1, 2), 0, False), ((40, 3), 1, True), ((120, 4), 2, False)])
+def test_smooth_error_equals_quadrature(size, seed, ties):
+    probs, targets = random_case(*size, seed, ties)
+    expected = smooth_error_by_quadrature(*confidence_and_hit(probs, targets))
+    assert ev.smooth_calibration_error(probs, targets) == pytest.approx(expected, abs=1e-6)
+
+
+def test_smooth_error_of_one_confidence_is_the_gap():
+    """One residual keeps its sign wherever it is smeared: the integral is its size."""
+    probs = torch.tensor([[0.8, 0.2]] * 10)
+    targets = torch.tensor([0] * 5 + [1] * 5)
+    assert ev.smooth_calibration_error(probs, targets) == pytest.approx(0.3, abs=1e-6)
+    one, _ = quad(lambda t: math.exp(-0.5 * ((t - 0.8) / 0.3) ** 2) / (0.3 * math.sqrt(2 * math.pi)), -5, 5)
+    assert one == pytest.approx(1)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_errors_by_hand(top_k, ties):
+    probs, targets = random_case(300, 4, 5, ties)
+    confidence, hit = confidence_and_hit(probs, targets, top_k)
+    index = np.minimum((confidence + 1e-7) * 10 // 1, 9).astype(int)
+    residual = np.bincount(index, confidence - hit, 10)
+    counts = np.bincount(index, minlength=10)
+    expected = np.abs(residual).sum() / 300
+    assert ev.expected_calibration_error(probs, targets, 10, top_k=top_k) == pytest.approx(expected, abs=1e-12)
+    worst = (np.abs(residual)[counts > 0] / counts[counts > 0]).max()
+    assert ev.maximum_calibration_error(probs, targets, 10, top_k=top_k) == pytest.approx(worst, abs=1e-12)
+    assert ev.confidence_gap(probs, targets, top_k=top_k) == pytest.approx((confidence - hit).mean(), abs=1e-12)
+
+
+def test_all_classes_together_are_certain_and_right():
+    probs, targets = random_case(50, 4, 0, False)
+    assert ev.expected_calibration_error(probs, targets, top_k=4) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_examples", [100, 1_000, 10_000])
+@pytest.mark.parametrize("statistic", ["ece", "mce", "gap", "debiased", "smooth", "ks"])
+def test_bands_cover_calibrated_models_at_every_size(num_examples, statistic):
+    """2,000 label sets of four calibrated models: 95 % of their errors lie in the band, 93 to 97 % allowed.
+
+    MCE takes few values, many of them equal to an end of its band: 95 % lies between the shares without and with the
+    ends.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inside = within = above = 0
+    for seed in range(4):
+        probs = (1.5 * torch.randn(num_examples, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
+        binning = "equal_mass" if statistic == "debiased" else "equal_width"
+        null = ev.calibration_null(probs, statistic, binning=binning, num_simulations=2000, seed=seed)
+        profile = narrow_profile(exact_profile(probs.max(dim=1).values, torch.zeros(num_examples)), 15)
+        if len(profile.counts) == num_examples:  # every confidence a cell of its own: draw every example
+            hits = (torch.rand(500, num_examples, generator=generator) < profile.place).double()
+        else:
+            index = torch.searchsorted(profile.place, probs.max(dim=1).values, right=True) - 1
+            drawn = (torch.rand(500, num_examples, generator=generator) < probs.max(dim=1).values).double()
+            hits = torch.zeros(500, len(profile.counts), dtype=torch.float64).index_add_(1, index, drawn)
+        values = profile_statistic(statistic, profile._replace(hits=hits), groups_of(profile, 15, binning))
+        inside += int(((null.low <= values) & (values <= null.high)).sum())
+        within += int(((null.low < values) & (values < null.high)).sum())
+        above += int((values > null.high).sum())
+    assert inside >= 1860
+    assert (within if statistic == "mce" else inside) <= 1940
+    assert above <= (130 if statistic == "debiased" else 85)  # an error that is often zero has no lower tail
+
+
+@pytest.mark.parametrize("num_examples", [6000, 50_000])
+def test_narrow_cells_change_no_binned_error(num_examples):
+    probs, targets = random_case(num_examples, 3, 0, False)
+    confidence, hit = probs.max(dim=1).values, (probs.argmax(dim=1) == targets).double()
+    exact = exact_profile(confidence, hit)
+    narrow = narrow_profile(exact, 15)
+    assert len(narrow.counts) <= MAX_CELLS < len(exact.counts)
+    for whole, part in zip(exact[1:], narrow[1:], strict=True):
+        assert part.sum().item() == pytest.approx(whole.sum().item())
+    groups, narrow_groups = groups_of(exact, 15, "equal_width"), groups_of(narrow, 15, "equal_width")
+    for whole, part in zip(exact[1:], narrow[1:], strict=True):
+        torch.testing.assert_close(groups.sums(whole), narrow_groups.sums(part))
+    spread = exact_profile(confidence, confidence)  # Σ c per cell, to bound the variance inside cells
+    assert spread.hits.sum().item() == pytest.approx(confidence.sum().item())
+
+
+def test_variance_inside_narrow_cells_is_binomial():
+    """What replaces each example's own Bernoulli number by its cell's binomial one is off by a thousandth at most."""
+    probs, _ = random_case(200_000, 2, 0, False)
+    confidence = torch.cat([probs.max(dim=1).values, 1 - torch.logspace(-11, -1, 50_000, dtype=torch.float64)])
+    narrow = narrow_profile(exact_profile(confidence, torch.zeros_like(confidence)), 15)
+    index = torch.searchsorted(narrow.place, confidence, right=True) - 1
+    true = torch.bincount(index, confidence * (1 - confidence))
+    share = narrow.confidence_sum / narrow.counts
+    binomial = narrow.counts * share * (1 - share)
+    used = true > 1e-9
+    assert used.sum() > 1500
+    assert ((binomial - true).abs()[used] / true[used]).max() < 2e-3
+
+
+def spiegelhalter_by_hand(p: np.ndarray, y: np.ndarray) -> float:
+    """The textbook's z for one probability p of the event y."""
+    return float(((y - p) * (1 - 2 * p)).sum() / math.sqrt(((1 - 2 * p) ** 2 * p * (1 - p)).sum()))
+
+
+def test_spiegelhalter_of_two_classes_is_the_textbooks():
+    probs, targets = random_case(300, 2, 0, False)
+    test = ev.spiegelhalter_test(probs, targets)
+    assert test.statistic == pytest.approx(spiegelhalter_by_hand(probs[:, 1].numpy(), targets.numpy()), abs=1e-9)
+
+
+def test_spiegelhalter_rejects_calibrated_models_at_its_level():
+    generator = torch.Generator().manual_seed(0)
+    rejected = 0
+    for _ in range(2000):
+        probs = (1.5 * torch.randn(200, 5, generator=generator, dtype=torch.float64)).softmax(dim=1)
+        targets = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        rejected += ev.spiegelhalter_test(probs, targets).p_value <= 0.05
+    assert binomtest(rejected, 2000, 0.05).pvalue > 0.01
+
+
+def test_spiegelhalter_sees_over_and_under_confidence():
+    generator = torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(2000, 5, generator=generator, dtype=torch.float64)
+    targets = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    assert ev.spiegelhalter_test((2 * logits).softmax(dim=1), targets).statistic > 4
+    assert ev.spiegelhalter_test((0.5 * logits).softmax(dim=1), targets).statistic < -4
+
+
+def test_spiegelhalter_where_chance_has_no_room():
+    certain = torch.eye(3, dtype=torch.float64)
+    assert ev.spiegelhalter_test(certain, torch.arange(3)) == (0.0, 1.0)
+    assert ev.spiegelhalter_test(certain, torch.tensor([0, 1, 0])) == (math.inf, 0.0)
+    assert ev.spiegelhalter_test(torch.full((4, 2), 0.5), torch.tensor([0, 1, 1, 1])) == (0.0, 1.0)

@@ -1,0 +1,200 @@
+"""Agreement with people's answers: closed forms, scipy, resamples written out, and CIFAR-10H."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from real_data import real_file
+from scipy.stats import entropy, pearsonr, spearmanr
+
+from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.bootstrap import resampled_indices
+from bayes_kf.evaluation.human_section import human_section
+
+NAMES = ("nll", "kl", "total_variation", "entropy_spearman", "entropy_pearson")
+
+
+def answers(size: int = 60, classes: int = 4, people: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions, and the shares of a few people's answers drawn from others near them: many ties, many zeros."""
+    rng = np.random.default_rng(seed)
+    logits = 1.5 * rng.normal(size=(size, classes))
+    shares = np.exp(logits + rng.normal(size=logits.shape))
+    counts = rng.multinomial(people, shares / shares.sum(1, keepdims=True))
+    probs = np.exp(logits)
+    return probs / probs.sum(1, keepdims=True), counts / people
+
+
+def doubt(probs: np.ndarray) -> np.ndarray:
+    """Entropies in which the same numbers in another order are ties: 12 decimals of sorted rows."""
+    return entropy(np.sort(probs, axis=1), axis=1).round(12)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 10])
+def test_values_are_scipys(classes):
+    probs, human = answers(classes=classes)
+    found = ev.human_agreement(probs, human)
+    own, theirs = doubt(probs), doubt(human)
+    kl = entropy(human, probs, axis=1)
+    expected = {
+        "nll": (kl + theirs).mean(),
+        "kl": kl.mean(),
+        "total_variation": (np.abs(human - probs).sum(1) / 2).mean(),
+        "entropy_spearman": spearmanr(own, theirs).statistic,
+        "entropy_pearson": pearsonr(own, theirs).statistic,
+    }
+    assert {name: getattr(found, name).value for name in NAMES} == pytest.approx(expected, abs=1e-12)
+
+
+def test_intervals_are_those_of_resamples_written_out():
+    """200 resamples, each scored by scipy; the 95 % ends are the fifth from either side."""
+    probs, human = answers(40)
+    found = ev.human_agreement(probs, human, num_resamples=200, seed=3)
+    own, theirs = doubt(probs), doubt(human)
+    columns = [entropy(human, probs, axis=1) + theirs, entropy(human, probs, axis=1), np.abs(human - probs).sum(1) / 2]
+    drawn = torch.cat(list(resampled_indices(40, 200, seed=3))).numpy()
+    by_hand = [[column[i].mean() for column in columns] for i in drawn]
+    by_hand = [
+        (*means, spearmanr(own[i], theirs[i]).statistic, pearsonr(own[i], theirs[i]).statistic)
+        for means, i in zip(by_hand, drawn, strict=True)
+    ]
+    ordered = np.sort(np.array(by_hand), axis=0)
+    for k, name in enumerate(NAMES):
+        assert getattr(found, name)[1:] == pytest.approx((ordered[4, k], ordered[-5, k]), abs=1e-12)
+
+
+def test_people_themselves_agree_with_themselves():
+    _, human = answers()
+    found = ev.human_agreement(human, human)
+    assert found.kl == found.total_variation == (0, 0, 0)
+    assert found.entropy_spearman == found.entropy_pearson == pytest.approx((1, 1, 1))
+    assert found.nll.value == pytest.approx(ev.entropy(human).mean().item())
+
+
+def test_one_person_is_a_label():
+    probs, _ = answers()
+    labels = np.random.default_rng(1).integers(4, size=60)
+    found = ev.human_agreement(probs, np.eye(4)[labels])
+    assert found.nll.value == pytest.approx(ev.negative_log_likelihood(probs, labels), abs=1e-12)
+    assert found.kl == found.nll
+    assert all(math.isnan(value) for value in (*found.entropy_spearman, *found.entropy_pearson))
+
+
+def test_an_answer_of_probability_zero_costs_infinitely_much():
+    probs, human = np.array([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]), np.array([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
+    found = ev.human_agreement(probs, human)
+    assert found.nll.value == found.kl.value == found.nll.high == math.inf
+    assert found.nll.low < math.inf  # there are resamples without that example
+    assert found.total_variation.value == pytest.approx(1 / 6)
+
+
+def test_one_example_has_no_correlation():
+    found = ev.human_agreement(np.array([[0.5, 0.5]]), np.array([[0.25, 0.75]]))
+    assert found.total_variation == pytest.approx((0.25, 0.25, 0.25))
+    assert all(math.isnan(value) for value in (*found.entropy_spearman, *found.entropy_pearson))
+
+
+def test_resamples_without_a_correlation_do_not_count():
+    probs = np.array([[0.5, 0.5], [0.6, 0.4], [0.9, 0.1]])
+    found = ev.human_agreement(probs, probs, num_resamples=2000)
+    assert found.entropy_spearman == pytest.approx((1, 1, 1))  # one in nine of them holds a single example
+    assert found.entropy_pearson == pytest.approx((1, 1, 1))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """The rank correlation of 40,000 examples is taken as the truth for 400 sets of 100 of them."""
+    probs, human = answers(40_000, people=20, seed=5)
+    truth = spearmanr(doubt(probs), doubt(human)).statistic
+    inside = 0
+    for part in np.split(np.arange(40_000), 400):
+        low, high = ev.human_agreement(probs[part], human[part], num_resamples=199).entropy_spearman[1:]
+        inside += low <= truth <= high
+    assert inside / 400 == pytest.approx(0.94, abs=4 * (0.95 * 0.05 / 400) ** 0.5)  # percentiles: a little short
+
+
+def test_section_holds_scores_verdicts_figure_and_table():
+    probs, human = answers(500)
+    found, section = ev.human_agreement(probs, human), human_section(probs, human)
+    names = {"nll": "nll", "kl": "kl", "tv": "total_variation"} | {name: name for name in NAMES[3:]}
+    for short, name in names.items():
+        assert [section.scores[f"human_{short}{end}"] for end in ("", "_low", "_high")] == list(getattr(found, name))
+    assert section.scores["human_nll"] == pytest.approx(section.scores["human_entropy"] + section.scores["human_kl"])
+    assert re.match(r"People's answers cost \d\.\d{3} nats each, of which", section.verdict[0])
+    assert section.verdict[1].startswith("The model doubts where people do (rank correlation")
+    assert set(section.drawings) == {"human_entropy"}
+    rows = section.tables[0].rows
+    assert [int(row[1]) for row in rows] == [50] * 10
+    own, theirs = doubt(probs), doubt(human)
+    order = np.argsort(theirs, kind="stable").reshape(10, 50)
+    assert [float(row[2]) for row in rows] == pytest.approx(theirs[order].mean(1), abs=5e-5)
+    assert [float(row[3]) for row in rows] == pytest.approx(own[order].mean(1), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("probs", "said"),
+    [
+        (np.array([[0.5, 0.5], [0.9, 0.1]] * 20), "cannot be said"),
+        (np.array([[0.5, 0.5]] * 20 + [[0.9, 0.1]] * 20), "surest where people doubt"),
+        (np.array([[0.9, 0.1], [0.5, 0.5]] * 20), "cannot be seen"),
+    ],
+)
+def test_doubt_in_other_places_is_said(probs, said):
+    human = np.array([[1.0, 0.0]] * 20 + [[0.5, 0.5]] * 20)
+    if said == "cannot be said":
+        human = np.array([[1.0, 0.0]] * 40)
+    assert said in human_section(probs, human).verdict[1]
+
+
+def test_section_of_impossible_answers_says_so():
+    section = human_section(np.array([[1.0, 0.0]] * 3), np.array([[0.5, 0.5]] * 3))
+    assert section.verdict[0].startswith("At least one answer that people gave has probability zero")
+
+
+def test_plot_counts_examples(tmp_path):
+    probs, human = answers(300)
+    ax = ev.human_entropy_plot(probs, human, ax=Figure().subplots())
+    cells = ax.collections[0]
+    assert cells.get_array().sum() == 300
+    x, y = cells.get_offsets().T
+    assert (x.max(), y.max()) == (
+        pytest.approx(entropy(human, axis=1).max(), abs=0.1),
+        pytest.approx(entropy(probs, axis=1).max(), abs=0.1),
+    )
+    ax.figure.savefig(tmp_path / "plot.svg")
+
+
+def test_bad_input_is_refused():
+    probs, human = answers()
+    with pytest.raises(ValueError, match=r"^`human` must have the shape of `probs`, \(60, 4\), got \(59, 4\)\.$"):
+        ev.human_agreement(probs, human[1:])
+    with pytest.raises(ValueError, match=r"^`human` must sum to one in every row, got 6 in row 0\.$"):
+        ev.human_agreement(probs, 6 * human)
+    with pytest.raises(ValueError, match=r"^`human` must not be negative, got -1\."):
+        ev.human_agreement(probs, -human)
+    with pytest.raises(ValueError, match=r"^`num_simulations` must be at least 39 for level 0\.95, got 10\.$"):
+        ev.human_agreement(probs, human, num_resamples=10)
+
+
+@pytest.mark.real
+def test_people_who_labelled_cifar10():
+    """Half of the people against the other half, image by image, and the share of CIFAR-10's label in their answers."""
+    with np.load(real_file("cifar10-jpeg/test.npz")) as data:
+        counts, labels = data["human_counts"].astype(np.int64), data["y"].astype(np.int64)
+    human = counts / counts.sum(1, keepdims=True)
+    assert entropy(human, axis=1).mean() == pytest.approx(0.154, abs=5e-4)
+    half = np.random.default_rng(0).multivariate_hypergeometric
+    first = np.array([half(row, row.sum() // 2) for row in counts])
+    second = counts - first
+    probs = (first + 0.05) / (first + 0.05).sum(1, keepdims=True)  # smoothed, so that no answer is impossible
+    shares = second / second.sum(1, keepdims=True)
+    found = ev.human_agreement(probs, shares, num_resamples=200)
+    own, theirs = doubt(probs), doubt(shares)
+    assert found.nll.value == pytest.approx((entropy(shares, probs, axis=1) + theirs).mean(), abs=1e-9)
+    assert found.entropy_spearman.value == pytest.approx(spearmanr(own, theirs).statistic, abs=1e-9)
+    assert 0.4 < found.entropy_spearman.low < found.entropy_spearman.high < 0.9
+    assert ev.accuracy(human, labels) > 0.99
+    others = ev.human_agreement(probs, shares[np.random.default_rng(1).permutation(10_000)], num_resamples=200)
+    assert others.entropy_spearman.low < 0 < others.entropy_spearman.high
+    assert others.nll.value > 5 * found.nll.value

@@ -1,0 +1,270 @@
+"""Selective prediction: all orders of small cases, resamples written out, what is drawn and what the report says."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import random_case
+from matplotlib.figure import Figure
+
+from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.useful_sections import usefulness_section
+
+SIZES = (1, 2, 3, 5, 6)
+
+
+def small_case(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidences with ties, correctness and other losses."""
+    rng = np.random.default_rng([size, seed])
+    return (
+        rng.integers(3, size=size) / 2,
+        rng.integers(2, size=size),
+        rng.exponential(size=size) * rng.integers(2, size=size),
+    )
+
+
+def all_orders(loss: np.ndarray, confidence: np.ndarray | None = None) -> np.ndarray:
+    """The curves of all orders, or of those with descending confidence, one a row."""
+    curves = []
+    for order in map(list, itertools.permutations(range(len(loss)))):
+        if confidence is None or (np.diff(confidence[order]) <= 0).all():
+            curves.append(np.cumsum(loss[order]) / np.arange(1, len(loss) + 1))
+    return np.array(curves)
+
+
+@pytest.mark.parametrize(("size", "seed"), list(itertools.product(SIZES, range(8))))
+def test_curve_and_areas_are_means_over_all_orders(size, seed):
+    confidence, correct, loss = small_case(size, seed)
+    for losses, arguments in ((1 - correct, {"correct": correct}), (loss, {"loss": loss})):
+        found = ev.risk_coverage(confidence, **arguments)
+        expected = all_orders(losses, confidence).mean(axis=0)
+        assert found.risk.numpy() == pytest.approx(expected, abs=1e-12)
+        assert found.coverage.numpy() == pytest.approx(np.arange(1, size + 1) / size)
+        least = all_orders(losses).mean(axis=1).min()
+        assert ev.aurc(confidence, **arguments) == pytest.approx(expected.mean(), abs=1e-12)
+        assert ev.excess_aurc(confidence, **arguments) == pytest.approx(expected.mean() - least, abs=1e-12)
+        assert ev.best_risk_coverage(**arguments).risk.mean().item() == pytest.approx(least, abs=1e-12)
+
+
+@pytest.mark.parametrize(("size", "seed"), list(itertools.product(SIZES, range(4))))
+def test_accuracy_at_coverage_is_that_of_the_least_number_that_makes_the_share(size, seed):
+    confidence, correct, _ = small_case(size, seed)
+    coverages = (0.2, 0.5, 0.6, 0.8, 0.95, 1.0)
+    found = ev.accuracy_at_coverage(confidence, correct, coverages)
+    accuracy = 1 - all_orders(1 - correct, confidence).mean(axis=0)
+    for share, value in zip(coverages, found.tolist(), strict=True):
+        kept = next(k for k in range(1, size + 1) if k / size >= share - 1e-12)
+        assert value == pytest.approx(accuracy[kept - 1], abs=1e-12)
+
+
+def test_many_ties_do_not_depend_on_the_order_of_examples():
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.integers(5, size=1000), rng.integers(2, size=1000)
+    shuffled = rng.permutation(1000)
+    first, second = ev.risk_coverage(confidence, correct), ev.risk_coverage(confidence[shuffled], correct[shuffled])
+    torch.testing.assert_close(first.risk, second.risk, rtol=0, atol=1e-12)
+
+
+def test_one_confidence_for_all_is_a_random_order():
+    correct = np.array([1, 1, 1, 0])
+    assert ev.risk_coverage(np.zeros(4), correct).risk.tolist() == [0.25] * 4
+    assert ev.aurc(np.zeros(4), correct) == 0.25
+
+
+def test_the_best_order_has_no_excess_and_the_worst_has_most():
+    loss = np.random.default_rng(0).exponential(size=50)
+    assert ev.excess_aurc(-loss, loss=loss) == 0
+    excess = ev.excess_aurc(loss, loss=loss)
+    assert all(ev.excess_aurc(np.random.default_rng(k).random(50), loss=loss) < excess for k in range(20))
+
+
+def test_all_right_and_all_wrong():
+    confidence = np.linspace(0, 1, 7)
+    assert ev.aurc(confidence, np.ones(7)) == ev.excess_aurc(confidence, np.ones(7)) == 0
+    assert ev.aurc(confidence, np.zeros(7)) == 1
+    assert ev.excess_aurc(confidence, np.zeros(7)) == 0
+    found = ev.selective_intervals(confidence, np.zeros(7))
+    assert found.aurc == pytest.approx((1, 1), abs=1e-12)
+    assert found.excess_aurc == pytest.approx((0, 0), abs=1e-12)
+    assert found.accuracy[0] == pytest.approx((0, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize(("size", "levels"), [(1, 1), (2, 3), (30, 4), (60, 10**9)])
+def test_intervals_are_those_of_resamples_written_out(size, levels):
+    """199 resamples, each scored as a data set of its own; the 95 % ends are the fifth from either side."""
+    rng = np.random.default_rng(size)
+    confidence, correct = rng.integers(levels, size=size), rng.integers(2, size=size)
+    found = ev.selective_intervals(confidence, correct, (0.5, 0.9), num_resamples=199, seed=5)
+    drawn = np.random.default_rng([5]).integers(size, size=(199, size))
+    by_hand = []
+    for i in drawn:
+        pair = confidence[i], correct[i]
+        by_hand.append([ev.aurc(*pair), ev.excess_aurc(*pair), *ev.accuracy_at_coverage(*pair, (0.5, 0.9)).tolist()])
+    ordered = np.sort(np.array(by_hand), axis=0)
+    for k, interval in enumerate((found.aurc, found.excess_aurc, *found.accuracy)):
+        assert interval == pytest.approx((ordered[4, k], ordered[-5, k]), abs=1e-12)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """400 sets of 300; the truth is that of all 120,000. Four standard errors of 400 are 4.4 %."""
+    rng = np.random.default_rng(0)
+    confidence = rng.random(120_000)
+    correct = (rng.random(120_000) < 0.5 + confidence / 2).astype(float)
+    area, accuracy = ev.aurc(confidence, correct), ev.accuracy_at_coverage(confidence, correct, (0.8,)).item()
+    inside = np.zeros(2)
+    for seed, part in enumerate(np.split(np.arange(120_000), 400)):
+        found = ev.selective_intervals(confidence[part], correct[part], (0.8,), num_resamples=199, seed=seed)
+        inside += [
+            found.aurc.low <= area <= found.aurc.high,
+            found.accuracy[0].low <= accuracy <= found.accuracy[0].high,
+        ]
+    assert inside.min() / 400 >= 0.906
+    assert inside.max() / 400 <= 0.994
+
+
+def test_confidences_per_example():
+    probs, _ = random_case(40, 4)
+    ordered = np.sort(probs.numpy(), axis=1)
+    assert ev.max_probability(probs).numpy() == pytest.approx(ordered[:, -1])
+    assert ev.margin(probs).numpy() == pytest.approx(ordered[:, -1] - ordered[:, -2], abs=1e-15)
+    assert ev.margin(np.array([[0.5, 0.5], [1.0, 0.0]])).tolist() == [0, 1]
+    assert ev.max_probability(torch.tensor([[0.25, 0.75]], dtype=torch.float16)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_energy_is_the_free_energy(temperature):
+    logits = np.random.default_rng(0).normal(size=(30, 5))
+    expected = -temperature * np.log(np.exp(logits / temperature).sum(axis=1))
+    assert ev.energy(logits, temperature).numpy() == pytest.approx(expected, abs=1e-12)
+    shifted = ev.energy(logits + 1e5, temperature).numpy()  # no overflow
+    assert shifted == pytest.approx(expected - 1e5, abs=1e-9)
+
+
+def test_two_classes_rank_alike_by_entropy_confidence_and_margin():
+    probs, _ = random_case(100, 2)
+    by_entropy = ev.entropy(probs).argsort()
+    assert torch.equal(ev.max_probability(probs).argsort(descending=True), by_entropy)
+    assert torch.equal(ev.margin(probs).argsort(descending=True), by_entropy)
+
+
+def test_plot_draws_curves_over_their_best_orders():
+    probs, targets = random_case(300, 4)
+    confidence, correct = probs.max(dim=1).values, probs.argmax(dim=1) == targets
+    ax = ev.risk_coverage_plot({"a": (confidence, correct), "$b$": (-confidence, correct)}, ax=Figure().subplots())
+    curve, best = ev.risk_coverage(confidence, correct), ev.best_risk_coverage(correct)
+    lines = ax.get_lines()
+    assert lines[0].get_xdata() == pytest.approx(curve.coverage.numpy())
+    assert lines[0].get_ydata() == pytest.approx(curve.risk.numpy())
+    assert lines[1].get_ydata() == pytest.approx(ev.risk_coverage(-confidence, correct).risk.numpy())
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    assert [line.get_ydata() == pytest.approx(best.risk.numpy()) for line in lines[2:]] == [True, True]
+    names = ax.get_legend_handles_labels()[1]
+    assert names == [
+        f"a: AURC {ev.aurc(confidence, correct):.3f}",
+        rf"\$b\$: AURC {ev.aurc(-confidence, correct):.3f}",
+        "best possible order",
+    ]
+    ax.figure.canvas.draw()
+
+
+def test_plot_of_many_predictions_is_thinned_to_its_ends():
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.random(10_000), rng.integers(2, size=10_000)
+    line = ev.risk_coverage_plot((confidence, correct), ax=Figure().subplots()).get_lines()[0]
+    risk = ev.risk_coverage(confidence, correct).risk
+    assert len(line.get_xdata()) == 500
+    assert line.get_ydata()[[0, -1]].tolist() == risk[[0, -1]].tolist()
+    assert line.get_xdata()[[0, -1]].tolist() == [1e-4, 1]
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_section_holds_scores_verdicts_figure_and_table(num_classes):
+    probs, targets = random_case(400, num_classes, seed=1)
+    correct, confidence = probs.argmax(dim=1) == targets, ev.max_probability(probs)
+    section = usefulness_section(probs, targets, num_resamples=100)
+    intervals = ev.selective_intervals(confidence, correct, num_resamples=100)
+    assert section.scores["aurc"] == ev.aurc(confidence, correct)
+    assert (section.scores["aurc_low"], section.scores["aurc_high"]) == intervals.aurc
+    assert section.scores["aurc_excess"] == ev.excess_aurc(confidence, correct)
+    kept = ev.accuracy_at_coverage(confidence, correct).tolist()
+    assert [section.scores[f"accuracy_at_{share}"] for share in (80, 90, 95)] == kept
+    assert (section.scores["accuracy_at_95_low"], section.scores["accuracy_at_95_high"]) == intervals.accuracy[2]
+    found = ev.error_detection(ev.entropy(probs), correct)
+    assert [section.scores[f"error_entropy_{name}"] for name in found._fields] == list(found)
+    by_confidence = "error_confidence_auroc" in section.scores
+    assert by_confidence == (num_classes > 2)
+    if by_confidence:
+        assert section.scores["error_confidence_auroc"] == ev.error_detection(1 - confidence, correct).auroc
+    assert section.verdict[0].startswith(
+        f"Without the least confident 20 % of predictions accuracy is {100 * kept[0]:.1f} %"
+    )
+    assert f"in {100 * found.auroc:.1f} % (" in section.verdict[1]
+    assert section.verdict[1].startswith("Doubt finds errors: ")
+    rows = section.drawings["risk_coverage"].table.rows
+    assert len(rows) == 20
+    assert rows[-1][:2] == ("100.0 %", "400")
+    assert float(rows[9][2]) == pytest.approx(ev.risk_coverage(confidence, correct).risk[199].item(), abs=5e-5)
+    assert set(section.drawings) == {"risk_coverage"}
+    section.drawings["risk_coverage"].draw(Figure().subplots())
+
+
+def test_section_where_nothing_is_wrong_says_so():
+    section = usefulness_section(np.array([[0.9, 0.1]] * 3), np.array([0, 0, 0]))
+    assert math.isnan(section.scores["error_entropy_auroc"])
+    assert math.isnan(section.scores["error_entropy_auroc_low"])
+    assert section.verdict[1] == "No prediction is wrong: whether doubt finds errors cannot be seen."
+    assert section.scores["aurc"] == 0
+    assert len(section.drawings["risk_coverage"].table.rows) == 3
+
+
+def test_section_of_one_example():
+    section = usefulness_section(np.array([[0.9, 0.1]]), np.array([1]))
+    assert section.scores["aurc"] == section.scores["aurc_high"] == 1
+    assert section.verdict[1] == "Every prediction is wrong: whether doubt finds errors cannot be seen."
+
+
+@pytest.mark.parametrize(
+    ("probs", "targets", "word"),
+    [
+        ([[0.9, 0.1], [0.6, 0.4]] * 20, [1, 0] * 20, "Doubt is lower at errors"),
+        ([[0.9, 0.1], [0.9, 0.1]] * 20, [0, 1] * 20, "That doubt finds errors cannot be seen"),
+    ],
+)
+def test_doubt_that_finds_no_errors_is_said(probs, targets, word):
+    assert usefulness_section(np.array(probs), np.array(targets)).verdict[1].startswith(f"{word}: ")
+
+
+BAD = [
+    (lambda: ev.risk_coverage(torch.ones(2)), "`correct` or `loss` must be given, got neither."),
+    (lambda: ev.aurc(torch.ones(2), torch.ones(2), loss=torch.ones(2)), "`correct` or `loss` must be given, got both."),
+    (lambda: ev.aurc(torch.ones(2), torch.tensor([1, 2])), "`correct` must hold zeros and ones, got values in 1..2."),
+    (lambda: ev.aurc(torch.ones(2), torch.ones(3)), "`correct` must have shape (2,) as `confidence` has, got (3,)."),
+    (lambda: ev.aurc(torch.ones(2), loss=torch.ones(3)), "`loss` must have shape (2,) as `confidence` has, got (3,)."),
+    (lambda: ev.aurc(torch.ones(2), loss=torch.tensor([1.0, -1.0])), "`loss` must not be negative, got -1."),
+    (
+        lambda: ev.aurc(torch.ones(2), loss=torch.tensor([1.0, math.inf])),
+        "`loss` must be finite, got 1 bad of 2 values.",
+    ),
+    (lambda: ev.aurc(torch.empty(0), torch.empty(0)), "`confidence` must not be empty, got shape (0,)."),
+    (
+        lambda: ev.accuracy_at_coverage(torch.ones(2), torch.ones(2), (0.0, 1.0)),
+        "`coverages` must be above 0 and at most 1, got values in 0..1.",
+    ),
+    (
+        lambda: ev.selective_intervals(torch.ones(2), torch.ones(2), num_resamples=10),
+        "`num_resamples` must be at least 39 for level 0.95, got 10.",
+    ),
+    (lambda: ev.risk_coverage_plot({}), "`selections` must hold at least one, got none."),
+    (lambda: ev.energy(torch.ones(2)), "`logits` must have shape (N, C), got (2,)."),
+    (lambda: ev.energy(torch.ones(2, 2), 0.0), "`temperature` must be positive and finite, got 0.0."),
+    (lambda: ev.margin(torch.ones(2, 2)), "`probs` must sum to one in every row, got 2 in row 0."),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=r"^`") as error:
+        call()
+    assert str(error.value) == message

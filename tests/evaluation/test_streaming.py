@@ -1,0 +1,145 @@
+"""Scores from sums: equal to those of all examples at once, whatever the batches and processes."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bayes_kf import evaluation as ev
+
+EXACT = ("accuracy", "nll", "brier", "confidence", "entropy", "confidence_gap", "ece", "mce", "ece_classwise", "rps")
+IN_CELLS = ("ece_equal_mass", "ece_smooth", "ks", "ece_debiased")
+
+
+def random_case(num_examples: int, num_classes: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    probs = (2.5 * torch.randn(num_examples, num_classes, generator=generator)).softmax(dim=1)
+    targets = torch.multinomial(probs, 1, generator=generator)[:, 0]
+    targets[: num_examples // 10] = torch.arange(num_examples // 10) % num_classes
+    return probs, targets
+
+
+def streamed(probs: torch.Tensor, targets: torch.Tensor, size: int, **settings) -> ev.StreamingScores:
+    stream = ev.StreamingScores(probs.shape[1], **settings)
+    for batch, labels in zip(probs.split(size), targets.split(size), strict=True):
+        stream.update(batch, labels)
+    return stream
+
+
+def direct(probs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    return ev.evaluate_predictions(probs, targets, ordered=True, top_k=(5,)).scores
+
+
+@pytest.mark.parametrize("num_examples", [1, 37, 9000])
+def test_streamed_scores_are_those_of_all_at_once(num_examples):
+    probs, targets = random_case(num_examples)
+    scores = streamed(probs, targets, 500, top_k=(5,), ordered=True).scores()
+    expected = direct(probs, targets)
+    for name in (*EXACT, "ece_top5", "spiegelhalter", "brier_miscalibration", "brier_resolution", "brier_within"):
+        assert scores[name] == pytest.approx(expected[name], abs=1e-9), name
+    for name in IN_CELLS:
+        assert scores[name] == pytest.approx(expected[name], abs=2e-3), name
+    assert set(scores) - set(expected) == set()
+    if num_examples == 9000:
+        for name in ("ece", "ece_classwise", "ks", "confidence_gap", "ece_smooth"):
+            width = expected[f"{name}_null_high"] - expected[f"{name}_null_low"]
+            for end in ("low", "high"):  # quantiles of 1,000, classwise of 200 simulated data sets
+                assert scores[f"{name}_null_{end}"] == pytest.approx(expected[f"{name}_null_{end}"], abs=0.2 * width)
+        for name in ("accuracy", "nll", "brier"):
+            width = expected[f"{name}_high"] - expected[f"{name}_low"]
+            assert scores[f"{name}_low"] == pytest.approx(expected[f"{name}_low"], abs=0.08 * width)
+
+
+def test_batches_and_merging_change_nothing_but_the_drawn_labels():
+    probs, targets = random_case(700)
+    whole = streamed(probs, targets, 700)
+    parts = streamed(probs[:300], targets[:300], 50)
+    parts.merge(streamed(probs[300:], targets[300:], 123))
+    assert parts.num_examples == 700
+    for name, total in whole.state.items():
+        if name != "class_draws":
+            torch.testing.assert_close(parts.state[name], total, rtol=1e-12, atol=1e-12)
+    assert parts.state["class_draws"].sum() == whole.state["class_draws"].sum() == 200 * 700
+
+
+def test_labels_are_drawn_anew_for_every_batch():
+    probs, targets = random_case(60)
+    first, second = streamed(probs[:30], targets[:30], 30), streamed(probs[30:], targets[30:], 30)
+    again = streamed(probs[:30], targets[:30], 30)
+    assert torch.equal(first.state["class_draws"], again.state["class_draws"])
+    assert not torch.equal(first.state["class_draws"], second.state["class_draws"])
+
+
+def _worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    probs, targets = random_case(400)
+    stream = streamed(probs[rank::2], targets[rank::2], 64)
+    for total in stream.state.values():
+        dist.all_reduce(total)
+    if rank == 0:
+        torch.save(stream.scores(), os.path.join(folder, "scores.pt"))
+    dist.destroy_process_group()
+
+
+def test_two_processes_add_up(tmp_path):
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+    scores = torch.load(tmp_path / "scores.pt", weights_only=True)
+    expected = streamed(*random_case(400), 400).scores()
+    for name in ("accuracy", "nll", "ece", "ece_classwise", "ks", "brier_resolution"):
+        assert scores[name] == pytest.approx(expected[name], abs=1e-12)
+
+
+def test_state_is_saved_and_loaded():
+    probs, targets = random_case(100)
+    stream = streamed(probs, targets, 100)
+    other = ev.StreamingScores(12)
+    other.load_state(stream.state)
+    other.update(probs, targets)
+    assert (stream.num_examples, other.num_examples) == (100, 200)
+    assert other.scores()["nll"] == pytest.approx(stream.scores()["nll"])
+
+
+def test_impossible_labels_make_the_loss_infinite_and_nothing_else():
+    stream = streamed(torch.tensor([[1.0, 0.0], [0.4, 0.6]]), torch.tensor([1, 1]), 1)
+    scores = stream.scores(39)
+    assert scores["nll"] == math.inf
+    assert math.isfinite(scores["ece"])
+    assert not any(math.isnan(value) for value in scores.values())
+
+
+def test_refused_batches_leave_everything_as_it_was():
+    probs, targets = random_case(100)
+    stream = streamed(probs, targets, 100)
+    before = {name: total.clone() for name, total in stream.state.items()}
+    bad = probs.clone()
+    bad[70, 0] = math.nan
+    for given, labels, message in (
+        (bad, targets, r"^`probs` must be finite, got 1 bad"),
+        (probs, targets + 12, r"^`targets` must lie in 0\.\.11"),
+        (probs[:, :5], targets, r"^`probs` must have 12 classes, got 5\.$"),
+        (probs, targets[:50], r"^`targets` must have shape \(100,\)"),
+        (probs[:0], targets[:0], r"^`probs` must not be empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.update(given, labels)
+    for name, total in stream.state.items():
+        assert torch.equal(total, before[name])
+
+
+def test_bad_settings_are_refused():
+    for settings, message in (
+        ({"num_classes": 1}, r"^`num_classes` must be an integer of at least 2, got 1\.$"),
+        ({"num_classes": 3, "top_k": (4,)}, r"^`top_k` must hold integers from 2 to the number of classes, got 4\.$"),
+        ({"num_classes": 3, "num_label_draws": 5}, r"^`num_label_draws` must be at least 39 for level 0\.95, got 5\.$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ev.StreamingScores(**settings)
+    with pytest.raises(ValueError, match=r"^`scores` needs at least one example, got none so far\.$"):
+        ev.StreamingScores(3).scores()
+    with pytest.raises(ValueError, match=r"^`other` must have the settings"):
+        ev.StreamingScores(3).merge(ev.StreamingScores(4))
+    with pytest.raises(ValueError, match=r"^`state` must hold tensors of shapes"):
+        ev.StreamingScores(3).load_state({})
