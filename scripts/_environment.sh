@@ -46,3 +46,18 @@ install() {
     .venv/bin/python -m pip install --quiet -e ".$2" || fail "the installation failed; see above."
     echo "$current" >".venv/.installed-$1"
 }
+
+# The tests of the report page drive Chromium; where there is none, and none can be installed, they skip.
+install_browser() {
+    local name
+    for name in "${BAYES_KF_CHROMIUM:-chromium}" chromium-browser google-chrome; do
+        command -v "$name" >/dev/null && return
+    done
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        echo "Installing Chromium for the tests of the report page ..."
+        local get=(timeout 900 apt-get -qq -y --no-install-recommends install chromium)
+        export DEBIAN_FRONTEND=noninteractive
+        { "${get[@]}" || { apt-get -qq update && "${get[@]}"; }; } >/dev/null 2>&1 && return
+    fi
+    echo "No Chromium: the tests that open the report page in a browser will skip."
+}

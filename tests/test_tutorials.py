@@ -9,7 +9,7 @@ TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.md"))
 
 
 def test_there_are_tutorials():
-    assert [path.name for path in TUTORIALS] == ["choosing.md"]
+    assert [path.name for path in TUTORIALS] == ["choosing.md", "evaluating.md"]
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=[path.stem for path in TUTORIALS])
@@ -22,4 +22,5 @@ def test_code_runs(path, capsys):
     report = scope["report"]
     assert report.scores["accuracy"] > 0.8
     assert report.scores["ece"] < 0.12
-    assert scope["after"].temperature == 0.1
+    if path.stem == "choosing":
+        assert scope["after"].temperature == 0.1

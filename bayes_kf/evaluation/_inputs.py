@@ -36,7 +36,7 @@ def as_vector(values: Array, name: str, *, allow_infinite: bool = False) -> Tens
 
 
 def as_probs(probs: Array, name: str = "probs") -> Tensor:
-    """Class probabilities as float64 (N, C); rows must be non-negative and sum to one."""
+    """Class probabilities as float64 (N, C); rows must be non-negative and sum to one, those of bfloat16 roughly."""
     tensor = as_float(probs, name)
     if tensor.ndim != 2 or tensor.shape[1] < 2:
         raise ValueError(f"`{name}` must have shape (N, C) with at least two classes, got {tuple(tensor.shape)}.")
@@ -48,7 +48,7 @@ def as_probs(probs: Array, name: str = "probs") -> Tensor:
     worst = int((sums - 1).abs().argmax())
     if abs(sums[worst].item() - 1) > tolerance:
         raise ValueError(f"`{name}` must sum to one in every row, got {sums[worst].item():.6g} in row {worst}.")
-    return tensor
+    return tensor / sums[:, None] if source == torch.bfloat16 else tensor
 
 
 def as_targets(targets: Array, probs: Tensor, name: str = "targets") -> Tensor:

@@ -26,7 +26,7 @@ from bayes_kf.evaluation.profile import exact_profile, top_confidence
 from bayes_kf.evaluation.report import FigureSpec, Sections, Table
 from bayes_kf.evaluation.scores import brier_decomposition, brier_scores, log_losses, ranked_probability_scores
 from bayes_kf.evaluation.uncertainty import EntropyParts, entropy, margin
-from bayes_kf.evaluation.verdicts import calibration_verdict, confidence_verdict, loss_verdict, ood_verdict
+from bayes_kf.evaluation.verdicts import calibration_verdict, confidence_verdict, detection_verdict, loss_verdict
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -94,7 +94,10 @@ def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str,
     )
     return Sections(
         scores=scores,
-        verdict=[ood_verdict(name, measures.auroc) for name, measures in found.items()],
+        verdict=[
+            detection_verdict(name, *(scores[f"ood_{name}_auroc{suffix}"] for suffix in ("", "_low", "_high")))
+            for name in foreign
+        ],
         sizes={f"foreign examples, {name}": len(values) for name, values in foreign.items()},
         drawings={"entropy": histogram},
     )

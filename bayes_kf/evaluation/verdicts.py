@@ -43,12 +43,6 @@ def loss_verdict(scores: Scores) -> str | None:
     return "At least one label was given probability zero, so the negative log-likelihood is infinite."
 
 
-def ood_verdict(name: str, auroc: float) -> str:
-    """How well entropy tells a foreign set."""
-    share = _percent(auroc)
-    return f"Foreign inputs “{name}” have the higher entropy in {share} of pairs with a known input (50 % is chance)."
-
-
 def coverage_verdict(scores: Scores, percent: int) -> str:
     """Are intervals as wide as they should be?"""
     share, low, high = (scores[f"coverage_{percent}{suffix}"] for suffix in ("", "_null_low", "_null_high"))

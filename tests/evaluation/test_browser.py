@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +18,9 @@ from bayes_kf.evaluation.report import Report, Sections, Table
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = os.environ.get("BAYES_KF_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 HOSTILE = "<script>alert(1)</script>"
 CASES = ("2", "10", "100", "1000", "regression")
 DESKTOP, PHONE = (1200, 900), (360, 740)
-
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium on PATH, or its path in BAYES_KF_CHROMIUM")
 
 
 @dataclass
@@ -94,10 +92,23 @@ def regression_report() -> Report:
     )
 
 
+def find_browser() -> str | None:
+    """The browser named in BAYES_KF_CHROMIUM, or the first on PATH that starts (some are only a hint to install one)."""
+    if named := os.environ.get("BAYES_KF_CHROMIUM"):
+        return named
+    for path in filter(None, map(shutil.which, BROWSERS)):
+        if subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
+            return path
+    return None
+
+
 @pytest.fixture(scope="module")
 def browser():
+    path = find_browser()
+    if path is None:
+        pytest.skip("needs Chromium on PATH, or its path in BAYES_KF_CHROMIUM")
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=BROWSER)
+        running = driver.chromium.launch(executable_path=path)
         yield running
         running.close()
 
@@ -192,11 +203,10 @@ def test_the_watch_sees_requests_dialogs_messages_and_overflow(visit, tmp_path):
     assert seen.page.evaluate("document.documentElement.scrollWidth") > PHONE[0]
 
 
-@pytest.mark.parametrize("case", ["2", "1000"])
-def test_names_are_text(case, pages, visit):
-    seen = visit(pages(case))
+def test_names_are_text(pages, visit):
+    seen = visit(pages("2"))
     page = seen.page
-    assert page.title() == f"{HOSTILE} {case}"
+    assert page.title() == f"{HOSTILE} 2"
     assert HOSTILE in page.locator("h1").inner_text()
     assert HOSTILE in column(page, "Class by class", 0)
     assert page.locator(".settings th", has_text=HOSTILE).count() >= 1
@@ -242,8 +252,10 @@ BACKWARDS = {
 }
 
 
-@pytest.mark.parametrize("how", ["click", "Enter", "Space"])
-@pytest.mark.parametrize("name", list(ORDERS))
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("Item", "click"), ("Number", "click"), ("Word", "click"), ("Number", "Enter"), ("Number", "Space")],
+)
 def test_tables_sort_both_ways_and_back(name, how, small_table):
     page, place = small_table, list(ORDERS).index(name)
     head, other = heading(page, "Awkward", name), heading(page, "Awkward", "Word" if name != "Word" else "Item")
@@ -301,9 +313,8 @@ def test_scores_sort_inside_their_groups(case, pages, visit):
         assert body.locator("tr").first.get_attribute("class") == "group"
 
 
-@pytest.mark.parametrize("case", ["10", "regression"])
-def test_print_opens_what_is_folded(case, pages, visit):
-    page = visit(pages(case)).page
+def test_print_opens_what_is_folded(pages, visit):
+    page = visit(pages("10")).page
     seen = "[...document.querySelectorAll('main table')].map(table => table.checkVisibility())"
     before = page.evaluate(seen)
     assert not all(before)
@@ -314,9 +325,8 @@ def test_print_opens_what_is_folded(case, pages, visit):
     assert page.evaluate(scrolls) is False
 
 
-@pytest.mark.parametrize("case", ["100", "regression"])
-def test_without_scripts_everything_is_there(case, pages, visit):
-    scripted, plain = (visit(pages(case), java_script_enabled=enabled).page for enabled in (True, False))
+def test_without_scripts_everything_is_there(pages, visit):
+    scripted, plain = (visit(pages("10"), java_script_enabled=enabled).page for enabled in (True, False))
     for selector in ("tbody tr", "figure img", "details", "h2", "h3", ".gallery li"):
         assert plain.locator(selector).count() == scripted.locator(selector).count()
     assert plain.locator("button").count() == 0

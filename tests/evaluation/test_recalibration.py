@@ -12,6 +12,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
 from bayes_kf import evaluation as ev
+from bayes_kf.evaluation import vector_scaling
 from bayes_kf.evaluation.classification_sections import Chance
 from bayes_kf.evaluation.recalibration import RECALIBRATIONS
 from bayes_kf.evaluation.useful_sections import recalibration_section
@@ -149,7 +150,7 @@ def test_vector_scaling_finds_what_was_put_in():
 def test_blocks_of_examples_change_nothing(monkeypatch):
     probs, targets = random_case(200, 5)
     whole = ev.VectorScaling.fit(probs, targets)
-    monkeypatch.setattr("bayes_kf.evaluation.vector_scaling.BLOCK", 64)
+    monkeypatch.setattr(vector_scaling, "BLOCK", 64)
     parts = ev.VectorScaling.fit(probs, targets)
     torch.testing.assert_close(parts.scale, whole.scale, rtol=0, atol=1e-8)
     torch.testing.assert_close(parts.bias, whole.bias, rtol=0, atol=1e-8)

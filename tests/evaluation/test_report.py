@@ -1,17 +1,25 @@
 """The report: its numbers, its files, and what it does with hostile or degenerate input."""
 
 import base64
+import hashlib
 import json
 import math
+import platform
 import re
 from html.parser import HTMLParser
+from importlib import resources
 
+import numpy as np
 import pytest
 import torch
 from evaluation_cases import history, random_case
 from PIL import Image
 
+import bayes_kf
 from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.page import LARGEST_SVG, fingerprint, known_label
+from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
+from bayes_kf.evaluation.score_table import SUFFIXES
 
 
 class Page(HTMLParser):
@@ -99,19 +107,50 @@ def test_saved_files(report, tmp_path):
 
 
 def test_the_page_asks_for_nothing_and_can_be_read_without_seeing(report):
-    page = Page(report.to_html())
+    html = report.to_html()
+    page = Page(html)
+    places = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "iframe", "object", "base"}
-        for name in ("src", "href", "srcset", "action", "style"):
-            assert (attributes.get(name) or "data:").startswith("data:image/svg+xml;base64,") or name not in attributes
-    assert "@import" not in report.to_html()
-    assert not re.search(r"url\(", report.to_html())
+        assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
+        assert attributes.keys().isdisjoint({"srcset", "action", "style", "background"})
+        assert not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("src") or "data:image/").startswith("data:image/")
+        assert (attributes.get("href") or "#main").removeprefix("#") in places
+    assert "@import" not in html
+    assert not re.search(r"url\(", html)
     images = page.all("img")
-    assert len(images) == len(report.figures) == 5
+    assert len(images) == len(report.figures) >= 5
     assert all(len(image["alt"]) > 30 for image in images)
     assert page.all("html") == [{"lang": "en"}]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
-    assert all(attributes.get("scope") in {"row", "col"} for attributes in page.all("th"))
+    assert all(attributes.get("scope") in {"row", "col", "rowgroup"} for attributes in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+
+
+def test_no_script_may_run_but_the_pages_own(report):
+    html = report.to_html()
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", html, flags=re.DOTALL)
+    policy = next(tag["content"] for tag in Page(html).all("meta") if "http-equiv" in tag)
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert len(scripts) == 1
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_text_stands_out_from_its_ground():
+    css = (resources.files("bayes_kf.evaluation") / "templates" / "report.css").read_text("utf-8")
+
+    def luminance(colour):
+        digits = colour * 2 if len(colour) == 3 else colour
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    grounds = [luminance(colour) for colour in re.findall(r"background: #([0-9a-f]{3,6})", css)]
+    texts = [luminance(colour) for colour in re.findall(r"[\s;{]color: #([0-9a-f]{3,6})", css)]
+    assert len(grounds) >= 3
+    assert len(texts) >= 4
+    assert (min(grounds) + 0.05) / (max(texts) + 0.05) >= 4.5  # level AA of the WCAG
 
 
 def test_embedded_pictures_ask_for_nothing_either(report):
@@ -125,7 +164,7 @@ def test_embedded_pictures_ask_for_nothing_either(report):
 def test_names_are_text_not_markup(report):
     html = report.to_html()
     page = Page(html)
-    assert page.all("script") == []
+    assert len(page.all("script")) == 1
     assert page.all("b") == []
     assert "<script>alert(1)</script>" in page.text
     assert "<b>Digits</b>" in page.text
@@ -155,7 +194,8 @@ def test_infinite_loss_is_null_in_json_and_said_on_the_page():
     report = ev.evaluate_predictions(probs, torch.tensor([1, 0]), num_simulations=39)
     content = json.loads(report.to_json())
     assert content["scores"]["nll"] is None
-    assert content["not_finite"] == {"nll": "inf"}
+    assert content["not_finite"]["nll"] == "inf"
+    assert {name for name, value in content["scores"].items() if value is None} == set(content["not_finite"])
     assert "At least one label was given probability zero" in report.to_html()
     assert "∞" in Page(report.to_html()).text
 
@@ -194,3 +234,105 @@ def test_small_and_wide_cases_have_a_page(num_examples, num_classes):
 def test_wrong_number_of_class_names_is_refused():
     with pytest.raises(ValueError, match=r"^`class_names` must hold 3 names, got 2\.$"):
         ev.evaluate_predictions(*random_case(), class_names=["a", "b"])
+
+
+def figure_of(draw, **settings) -> Report:
+    drawings = {"figure": FigureSpec("A figure", "What it shows", draw, **settings)}
+    return Report("t", {}, Sections(drawings=drawings))
+
+
+def test_data_of_a_figure_stand_under_it_and_not_twice():
+    data, other = Table("Some data", ("x", "y"), (("1", "2"),)), Table("Other data", ("x",), (("3",),))
+    report = figure_of(lambda ax: ax, table=data)
+    report.sections.tables += [data, other]
+    html = report.to_html()
+    figure = html[html.index("<figure>") : html.index("</figure>")]
+    assert "Data of this figure" in figure
+    assert '<td class="number" data-value="2">2</td>' in figure
+    assert "Some data" not in html.replace(figure, "")
+    assert "Other data" in html[html.index('id="details"') :]
+
+
+def test_open_tables_stand_before_the_scores():
+    table = Table("Side by side", ("Model", "Score"), (("<a>", "0.5"),), is_open=True)
+    html = Report("t", {}, Sections(scores={"ece": 0.1}, tables=[table])).to_html()
+    assert html.index("<details open>") < html.index("&lt;a&gt;") < html.index('<h2 id="scores">')
+    assert 'id="details"' not in html
+
+
+def test_a_figure_of_many_paths_is_pixels():
+    points = np.random.default_rng(0).random((2, 20_000))
+    few, many = (figure_of(lambda ax, n=n: ax.scatter(*points[:, :n])) for n in (10, 20_000))
+    addresses = [Page(report.to_html()).all("img")[0]["src"] for report in (few, many)]
+    assert addresses[0].startswith("data:image/svg+xml;base64,")
+    assert addresses[1].startswith("data:image/png;base64,")
+    assert len(addresses[1]) < 2 * LARGEST_SVG
+
+
+def test_a_report_may_have_no_part_at_all(tmp_path):
+    path = Report("Nothing", {}, Sections()).save(tmp_path / "nothing.html")
+    page = Page(path.read_text("utf-8"))
+    assert [tag for tag, _ in page.tags if tag in {"h1", "h2"}] == ["h1", "h2", "h2"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["nothing.html", "nothing.json"]
+
+
+def test_odd_characters_do_not_stop_a_page(tmp_path):
+    title = "bad \udcff name, \x00, \u202e, 猫"  # as file names that are not UTF-8 come in
+    path = Report(title, {}, Sections(verdict=["\ud800"])).save(tmp_path / "odd.html")
+    assert "猫" in path.read_text("utf-8")
+    assert json.loads(path.with_suffix(".json").read_text("utf-8"))["title"].endswith("猫")
+
+
+def test_fingerprints_and_versions_are_on_the_page_and_in_the_file():
+    report = Report("t", {}, Sections(), fingerprints={"predictions": "<abc>", "torch": "0.1 of then"})
+    origin = json.loads(report.to_json())["fingerprints"]
+    wanted = {"predictions": "<abc>", "torch": "0.1 of then", "bayes_kf": bayes_kf.__version__}
+    assert origin == wanted | {"numpy": np.__version__, "python": platform.python_version()}
+    assert all(text in Page(report.to_html()).text for text in origin.values())
+
+
+def test_fingerprints_of_predictions_and_targets(report):
+    probs, targets = random_case()
+    assert report.fingerprints["predictions"] == fingerprint(probs)
+    assert report.fingerprints["targets"] == fingerprint(targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_same_numbers_have_the_same_fingerprint(dtype):
+    values = torch.tensor([[0.5, -0.25, 0.0], [1.0, 2.0, math.inf]], dtype=dtype)
+    wanted = hashlib.sha256(b"(2, 3)" + np.array([0.5, -0.25, 0, 1, 2, math.inf], "<f8").tobytes()).hexdigest()
+    assert fingerprint(values) == wanted
+    assert fingerprint(values.T.contiguous().T) == wanted
+    if dtype != torch.bfloat16:
+        assert fingerprint(np.asfortranarray(values.numpy())) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_fingerprints_of_integers(dtype):
+    wanted = hashlib.sha256(b"(3,)" + np.array([1, 0, 2], "<i8").tobytes()).hexdigest()
+    assert fingerprint(torch.tensor([1, 0, 2], dtype=dtype)) == wanted
+    assert fingerprint(torch.tensor([1, 0, 2]).double()) != wanted
+
+
+def test_fingerprints_tell_shapes_and_single_bits_apart():
+    values = torch.rand(4, 6, dtype=torch.float64)
+    other = values.clone()
+    other[3, 5] = np.nextafter(other[3, 5].item(), 2)
+    found = {fingerprint(x) for x in (values, other, values.reshape(6, 4), values.flatten(), values[:0], values[0, 0])}
+    assert len(found) == 6
+    with pytest.raises(ValueError, match=r"^`array` must hold real numbers, got torch\.complex64\.$"):
+        fingerprint(torch.zeros(2, dtype=torch.complex64))
+
+
+def test_every_score_of_a_report_has_a_label(report):
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(50, generator=generator)
+    regression = ev.evaluate_regression(mean, mean + 1, variance=torch.ones(50), num_simulations=39)
+    wide = ev.evaluate_predictions(*random_case(60, 12), ordered=True, num_simulations=39)
+    for scores in (report.scores, wide.scores, regression.scores):
+        assert [n for n in scores if not n.endswith(SUFFIXES) and known_label(n) is None] == []
+
+
+def test_unknown_scores_are_shown_as_they_are():
+    page = Page(Report("t", {}, Sections(scores={"<mine>": 0.25, "<mine>_low": 0.125, "<mine>_high": 0.5})).to_html())
+    assert {"Other scores", "<mine>", "0.2500", "0.1250 to 0.5000"} <= set(page.text)
