@@ -110,7 +110,7 @@ def _of_posterior(args: argparse.Namespace) -> Report:
         opened.posterior,
         _watched(data, args.data.name, args.quiet),
         ood={name: _inputs(_watched(loader, name, args.quiet)) for name, loader in foreign.items()} or None,
-        examples=_Examples(data.dataset) if args.show_examples else None,
+        examples=_Examples(data.dataset) if args.show_examples and opened.class_names else None,
         recalibration=recalibration,
         conformal=conformal,
         ordered=args.ordered,

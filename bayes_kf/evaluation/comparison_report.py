@@ -20,6 +20,7 @@ from bayes_kf.evaluation.online import prequential_log_loss, running_accuracy
 from bayes_kf.evaluation.page import fingerprint, label_of, number, table_text
 from bayes_kf.evaluation.protocols import PosteriorLike
 from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
+from bayes_kf.evaluation.stream_sections import even_steps
 from bayes_kf.evaluation.verdicts import comparison_verdict
 
 MOST_DIAGRAMS = 6
@@ -159,7 +160,7 @@ def _forest(comparison: ScoreComparison) -> FigureSpec:
     label, _ = label_of(comparison.score)
 
     def draw(ax: Axes) -> Axes:
-        return forest_plot(comparison.differences, label="difference; intervals hold together at 95 %", ax=ax)
+        return forest_plot(comparison.differences, label="difference\n(intervals hold together at 95 %)", ax=ax)
 
     height = 1.6 + 0.32 * len(comparison.differences)
     table = _difference_table(label, comparison)
@@ -229,4 +230,16 @@ def _course(runs: Mapping[str, Mapping[str, Array]], series: str, title: str) ->
         title=title,
         alt=f"Curves of {len(runs)} runs; their means over the whole stream are {ends}.",
         draw=lambda ax: online_comparison(runs, series, window=window, ax=ax),
+        table=_course_table(runs, series, title),
     )
+
+
+def _course_table(runs: Mapping[str, Mapping[str, Array]], series: str, title: str) -> Table:
+    """Means from the start at even steps of the shortest run."""
+    mean = running_accuracy if series == "correct" else prequential_log_loss
+    courses = {name: mean(history[series]) for name, history in runs.items()}
+    rows = [
+        table_text((k + 1, *(course[k].item() for course in courses.values())))
+        for k in even_steps(min(len(course) for course in courses.values()))
+    ]
+    return Table(f"{title}, mean from the start", ("Examples seen", *courses), tuple(rows))

@@ -45,12 +45,12 @@ def human_section(probs: Array, human: Array, *, num_resamples: int = 1000, seed
         title="Doubt of people and of the model",
         alt=f"Entropy of the prediction against entropy of people's answers for {len(answers):,} examples. {sentence}",
         draw=lambda ax: human_entropy_plot(predicted, answers, ax=ax),
+        table=_doubt_table(predicted, answers),
     )
     return Sections(
         scores=scores,
         verdict=[human_verdict(scores), sentence],
         drawings={"human_entropy": figure},
-        tables=[_doubt_table(predicted, answers)],
     )
 
 

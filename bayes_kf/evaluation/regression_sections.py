@@ -112,13 +112,13 @@ def coverage_section(forecast: Forecast) -> Sections:
         found = {"": share, "_null_low": bottom, "_null_high": top}
         section.scores |= {f"coverage_{percent}{suffix}": value.item() for suffix, value in found.items()}
         section.verdict.append(coverage_verdict(section.scores, percent))
+    header = ("Level of the interval", "Share of targets inside", "Chance alone")
     section.drawings["coverage"] = FigureSpec(
         title="Coverage of intervals",
         alt=" ".join(section.verdict),
         draw=lambda ax: coverage_plot(coverage, num_targets, ax=ax),
+        table=_share_table("Coverage of intervals", header, coverage, low, high),
     )
-    header = ("Level of the interval", "Share of targets inside", "Chance alone")
-    section.tables.append(_share_table("Coverage of intervals", header, coverage, low, high))
     return section
 
 
@@ -139,8 +139,9 @@ def pit_section(forecast: Forecast, chance: Simulation) -> Sections:
         title="PIT histogram",
         alt=f"{len(pit):,} PIT values in {num_bins} bins, {outside} of them outside the band of chance. {sentence}",
         draw=lambda ax: pit_histogram(pit, num_bins=num_bins, ax=ax),
+        table=table,
     )
-    section = Sections(scores=scores, verdict=[sentence], drawings={"pit": histogram}, tables=[table])
+    section = Sections(scores=scores, verdict=[sentence], drawings={"pit": histogram})
     return section + _quantile_section(pit, chance)
 
 
@@ -150,17 +151,17 @@ def _quantile_section(pit: Tensor, chance: Simulation) -> Sections:
     coverage, num_targets = quantile_coverage(pit), len(pit)
     low, high = coverage_null(coverage.quantiles, num_targets)
     inside = int(((low <= coverage.coverage) & (coverage.coverage <= high)).sum())
+    header = ("Level of the quantile", "Share of targets below", "Chance alone")
     figure = FigureSpec(
         title="Coverage of quantiles",
         alt=f"Share of targets below each of {len(low)} predicted quantiles: {inside} lie inside the band of chance; "
         f"off by {test.value:.3f} on average, where chance alone would show up to {test.null_high:.3f}.",
         draw=lambda ax: quantile_coverage_plot(coverage, num_targets, ax=ax),
+        table=_share_table("Coverage of quantiles", header, coverage, low, high),
     )
-    header = ("Level of the quantile", "Share of targets below", "Chance alone")
     return Sections(
         scores=with_chance("quantile_error", test),
         drawings={"quantiles": figure},
-        tables=[_share_table("Coverage of quantiles", header, coverage, low, high)],
     )
 
 

@@ -94,7 +94,7 @@ def _add_innovations(sections: Sections, nis: Array, dof: Array) -> None:
     )
 
 
-def _steps(length: int) -> list[int]:
+def even_steps(length: int) -> list[int]:
     """At most `TABLE_ROWS` places of a series, evenly spaced, the last one among them."""
     rows = min(TABLE_ROWS, length)
     return [(k + 1) * length // rows - 1 for k in range(rows)]
@@ -109,7 +109,7 @@ def _online_table(series: Mapping[str, Array], length: int) -> Table:
         window = min(WINDOW, length)
         full = moving_average(series["log_loss"], window)
         columns[f"Log loss, mean of {window}"] = torch.cat([full.new_full((window - 1,), torch.nan), full])
-    rows = [table_text((k + 1, *(column[k].item() for column in columns.values()))) for k in _steps(length)]
+    rows = [table_text((k + 1, *(column[k].item() for column in columns.values()))) for k in even_steps(length)]
     return Table("Learning online", ("Examples seen", *columns), tuple(rows))
 
 
@@ -118,7 +118,7 @@ def _innovation_table(nis: Array, dof: Array, window: int) -> Table:
     health = innovation_health(nis, dof, window)
     rows = [
         table_text((int(health.step[k]), health.ratio[k].item(), health.low[k].item(), health.high[k].item()))
-        for k in _steps(len(health.ratio))
+        for k in even_steps(len(health.ratio))
     ]
     return Table("Innovation health", ("Updates", "Ratio", "Band from", "to"), tuple(rows))
 

@@ -19,7 +19,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "<script>alert(1)</script>"
-CASES = ("2", "10", "100", "1000", "regression")
+CASES = ("2", "10", "100", "1000", "regression", "comparison")
 DESKTOP, PHONE = (1200, 900), (360, 740)
 
 
@@ -93,7 +93,7 @@ def regression_report() -> Report:
 
 
 def find_browser() -> str | None:
-    """The browser named in BAYES_KF_CHROMIUM, or the first on PATH that starts (some are only a hint to install one)."""
+    """The browser named in BAYES_KF_CHROMIUM, or the first on PATH that starts (some only say how to install one)."""
     if named := os.environ.get("BAYES_KF_CHROMIUM"):
         return named
     for path in filter(None, map(shutil.which, BROWSERS)):
@@ -113,6 +113,13 @@ def browser():
         running.close()
 
 
+def comparison_report() -> Report:
+    probs, targets = classifier_case(10)
+    return ev.report_comparison(
+        {HOSTILE: probs, "sharper": (3 * probs.log()).softmax(dim=1)}, targets, num_simulations=39
+    )
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """Path of each case's page, made on first use."""
@@ -120,7 +127,8 @@ def pages(tmp_path_factory):
 
     def page_of(case: str) -> Path:
         if case not in made:
-            report = regression_report() if case == "regression" else classifier_report(int(case))
+            make = {"regression": regression_report, "comparison": comparison_report}
+            report = make[case]() if case in make else classifier_report(int(case))
             made[case] = folder / f"{case}.html"
             made[case].write_text(report.to_html(), encoding="utf-8")
         return made[case]

@@ -70,6 +70,8 @@ def test_everything_a_report_can_be_given():
         ordered=True,
         top_k=(2,),
         output_variance={"a.weight": 0.1, "b.weight": 0.0},
+        parameter_variance={"a.weight": torch.ones(3)},
+        history=history(),
         num_simulations=100,
     )
     scores = report.scores
@@ -78,6 +80,7 @@ def test_everything_a_report_can_be_given():
     assert scores["spiegelhalter"] == ev.spiegelhalter_test(probs, targets).statistic
     assert {"human_nll", "recalibrated_nll", "conformal_coverage", "aurc", "error_entropy_auroc"} <= set(scores)
     assert "output_variance" in report.figures
+    assert all(spec.table is not None for spec in report.sections.drawings.values())
     page = report.to_html()
     for words in ("spring", "example ", "Log loss of people"):
         assert words in page
@@ -112,6 +115,7 @@ def test_several_posteriors_on_one_page():
         s.startswith("Best in negative log-likelihood: a") and "tied with b" in s for s in report.sections.verdict
     )
     assert "a − c" in report.to_html()
+    assert all(spec.table is not None for spec in report.sections.drawings.values())
     for posteriors, loader, message in (
         ({"a": first}, known, r"^`posteriors` must hold at least two, got 1\.$"),
         ({"a": first, "b": second}, iter([]), r"^`loader` must be something to go through more than once"),
@@ -159,6 +163,7 @@ def test_regression_report():
     assert any(sentence.endswith("too narrow.") for sentence in report.sections.verdict)
     assert set(report.figures) == {"coverage", "pit", "quantiles", "online", "variance"}
     assert "Coverage of 95 % intervals" in report.to_html()
+    assert all(spec.table is not None for spec in report.sections.drawings.values())
     samples = mean + torch.randn(200, 500, 1, generator=generator)
     from_samples = ev.evaluate(posterior, prediction | {"samples": samples}).scores
     assert from_samples["coverage_95"] > scores["coverage_95"] + 0.2

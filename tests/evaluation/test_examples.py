@@ -258,7 +258,7 @@ def test_the_page_shows_them_escaped():
     html = ev.Report("t", {}, sections).to_html()
     assert "<img" not in html
     assert "&lt;img src=x onerror=alert(1)&gt;" in html
-    assert "<strong>&lt;i&gt;</strong>, 90.0 %" in html
+    assert "<strong>&lt;i&gt;</strong>, 90.0&nbsp;%" in html
     assert '"examples": {' in ev.Report("t", {}, sections).to_json()
 
 

@@ -124,7 +124,9 @@ def test_section_holds_scores_verdicts_figure_and_table():
     assert re.match(r"People's answers cost \d\.\d{3} nats each, of which", section.verdict[0])
     assert section.verdict[1].startswith("The model doubts where people do (rank correlation")
     assert set(section.drawings) == {"human_entropy"}
-    rows = section.tables[0].rows
+    table = section.drawings["human_entropy"].table
+    assert table is not None
+    rows = table.rows
     assert [int(row[1]) for row in rows] == [50] * 10
     own, theirs = doubt(probs), doubt(human)
     order = np.argsort(theirs, kind="stable").reshape(10, 50)

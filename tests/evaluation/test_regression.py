@@ -352,7 +352,8 @@ def test_one_target_has_a_report():
 def test_figures_stand_in_tables_too():
     mean, variance, targets = forecast((400,), 25)
     report = ev.evaluate_regression(mean, targets, variance=variance)
-    tables = {table.caption: table for table in report.sections.tables}
+    drawn = [spec.table for spec in report.sections.drawings.values()]
+    tables = {table.caption: table for table in (*report.sections.tables, *drawn) if table is not None}
     assert set(tables) == {
         "Predicted spread and error",
         "Coverage of intervals",
