@@ -55,9 +55,9 @@ install_browser() {
     done
     if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
         echo "Installing Chromium for the tests of the report page ..."
-        local get=(timeout 900 apt-get -qq -y --no-install-recommends install chromium)
+        local get=(timeout 200 apt-get -qq -y --no-install-recommends install chromium)
         export DEBIAN_FRONTEND=noninteractive
-        { "${get[@]}" || { apt-get -qq update && "${get[@]}"; }; } >/dev/null 2>&1 && return
+        { "${get[@]}" || { timeout 60 apt-get -qq update && "${get[@]}"; }; } >/dev/null 2>&1 && return
     fi
     echo "No Chromium: the tests that open the report page in a browser will skip."
 }

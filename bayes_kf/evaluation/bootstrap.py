@@ -11,12 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from scipy.stats import norm
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_targets, as_vector, check_choice
-from bayes_kf.evaluation.binning import Binning
-from bayes_kf.evaluation.calibration import STATISTICS, Statistic, check_binned, profile_statistic
+from bayes_kf.evaluation.binning import Binning, ClassCells, observed_hits
+from bayes_kf.evaluation.calibration import (
+    STATISTICS,
+    Statistic,
+    check_binned,
+    class_statistic,
+    profile_statistic,
+)
 from bayes_kf.evaluation.null import check_simulation
 from bayes_kf.evaluation.profile import (
     Profile,
@@ -29,6 +36,7 @@ from bayes_kf.evaluation.profile import (
 
 LARGE = 20_000
 BLOCK = 2**21  # numbers drawn at a time
+MOST_CLASSWISE = 10**7  # probabilities of which the classwise error has an interval
 SIGNED = ("gap",)
 
 
@@ -125,6 +133,28 @@ def profile_intervals(
         low, high = 2 * value - high, 2 * value - low
         found.append(Interval(low, high) if name in SIGNED else Interval(max(low, 0.0), max(high, 0.0)))
     return found
+
+
+def classwise_interval(
+    cells: ClassCells, probs: Tensor, labels: Tensor, level: float, num_resamples: int, seed: int
+) -> Interval | None:
+    """The basic interval of the classwise ECE; None where there are more than `MOST_CLASSWISE` probabilities."""
+    num_examples, num_classes = probs.shape
+    if probs.numel() > MOST_CLASSWISE:
+        return None
+    residual = probs.clone()
+    residual[torch.arange(num_examples), labels] -= 1
+    columns = np.repeat(np.arange(num_examples), num_classes)
+    where = (cells.index.flatten().numpy(), columns)
+    spread = csr_array((residual.flatten().numpy(), where), shape=(cells.num_cells, num_examples))
+    value = class_statistic("ece", cells, observed_hits(cells, labels)).item()
+    drawn = []
+    for index in resampled_indices(num_examples, num_resamples, seed):
+        offset = num_examples * torch.arange(len(index))[:, None]
+        weights = torch.bincount((index + offset).flatten(), minlength=index.numel()).view(index.shape)
+        drawn.append(np.abs(spread @ weights.double().numpy().T).sum(axis=0) / probs.numel())
+    low, high = quantile_ends(torch.from_numpy(np.concatenate(drawn)), level)
+    return Interval(max(2 * value - high, 0.0), max(2 * value - low, 0.0))
 
 
 def column_intervals(values: Tensor, level: float, num_resamples: int, seed: int) -> list[Interval]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_vector
-from bayes_kf.evaluation.bootstrap import Interval, column_intervals
+from bayes_kf.evaluation.binning import class_cells
+from bayes_kf.evaluation.bootstrap import Interval, classwise_interval, column_intervals
 from bayes_kf.evaluation.calibration import reliability_bins
 from bayes_kf.evaluation.calibration_scores import (
     LEVEL,
@@ -143,6 +144,9 @@ def _calibration_scores(probs: Tensor, labels: Tensor, chance: Chance, top_k: Se
         probs, labels, ("ece",), chance.num_bins, "equal_width", chance.num_simulations, chance.seed, LEVEL
     )
     scores |= with_chance("ece_classwise", classwise[0])
+    cells = class_cells(probs, chance.num_bins, "equal_width")
+    interval = classwise_interval(cells, probs, labels, LEVEL, chance.num_simulations, chance.seed)
+    scores |= {} if interval is None else ends("ece_classwise", interval)
     return scores | tested("spiegelhalter", spiegelhalter_test(probs, labels))
 
 

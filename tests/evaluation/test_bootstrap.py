@@ -8,7 +8,8 @@ import torch
 from scipy.stats import bootstrap
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.bootstrap import LARGE
+from bayes_kf.evaluation.binning import class_cells
+from bayes_kf.evaluation.bootstrap import LARGE, classwise_interval, resampled_indices
 
 
 def population(size: int, gap: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +58,38 @@ def test_intervals_of_calibration_errors_cover_the_true_one(statistic, least):
         )
         covered += low <= 0.08 <= high
     assert least <= covered / 300 <= 0.985
+
+
+def test_classwise_intervals_cover_the_true_error():
+    """Three classes, every odds of the first one doubled; the true error is that of 400,000 examples."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(400_000, 3, generator=generator, dtype=torch.float64)
+    targets = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    probs = (logits + torch.tensor([math.log(2), 0, 0])).softmax(dim=1)
+    true = ev.expected_calibration_error(probs, targets, 5, kind="classwise")
+    covered = 0
+    for repetition in range(300):
+        rows = slice(1000 * repetition, 1000 * (repetition + 1))
+        cells = class_cells(probs[rows], 5, "equal_width")
+        found = classwise_interval(cells, probs[rows], targets[rows], 0.95, 200, repetition)
+        assert found is not None
+        covered += found.low <= true <= found.high
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_classwise_resamples_by_hand():
+    """The same indices, one resampled data set after the other."""
+    probs, targets = population(40, 0.1)
+    cells = class_cells(probs, 5, "equal_width")
+    value = ev.expected_calibration_error(probs, targets, 5, kind="classwise")
+    residual = probs - torch.nn.functional.one_hot(targets, 2)
+    errors = []
+    for index in torch.cat(list(resampled_indices(40, 39, 3))):
+        sums = torch.zeros(cells.num_cells, dtype=torch.float64)
+        sums.index_add_(0, cells.index[index].flatten(), residual[index].flatten())
+        errors.append(sums.abs().sum().item() / 80)
+    found = classwise_interval(cells, probs, targets, 0.95, 39, 3)
+    assert found == pytest.approx((max(0, 2 * value - max(errors)), 2 * value - min(errors)), abs=1e-12)
 
 
 def test_intervals_end_at_zero_and_hold_no_more_than_there_is():

@@ -11,7 +11,8 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.calibration import profile_statistic
+from bayes_kf.evaluation.binning import class_cells, observed_hits
+from bayes_kf.evaluation.calibration import class_statistic, profile_statistic
 from bayes_kf.evaluation.profile import MAX_CELLS, exact_profile, groups_of, narrow_profile
 
 CASES = [(1, 2), (2, 2), (40, 3), (500, 4), (500, 12)]
@@ -130,8 +131,19 @@ def test_all_classes_together_are_certain_and_right():
 
 
 @pytest.mark.parametrize("num_examples", [100, 1_000, 10_000])
-@pytest.mark.parametrize("statistic", ["ece", "mce", "gap", "debiased", "smooth", "ks"])
-def test_bands_cover_calibrated_models_at_every_size(num_examples, statistic):
+@pytest.mark.parametrize(
+    ("statistic", "binning"),
+    [
+        ("ece", "equal_width"),
+        ("ece", "equal_mass"),
+        ("mce", "equal_width"),
+        ("gap", "equal_width"),
+        ("debiased", "equal_mass"),
+        ("smooth", "equal_width"),
+        ("ks", "equal_width"),
+    ],
+)
+def test_bands_cover_calibrated_models_at_every_size(num_examples, statistic, binning):
     """2,000 label sets of four calibrated models: 95 % of their errors lie in the band, 93 to 97 % allowed.
 
     MCE takes few values, many of them equal to an end of its band: 95 % lies between the shares without and with the
@@ -141,7 +153,6 @@ def test_bands_cover_calibrated_models_at_every_size(num_examples, statistic):
     inside = within = above = 0
     for seed in range(4):
         probs = (1.5 * torch.randn(num_examples, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
-        binning = "equal_mass" if statistic == "debiased" else "equal_width"
         null = ev.calibration_null(probs, statistic, binning=binning, num_simulations=2000, seed=seed)
         profile = narrow_profile(exact_profile(probs.max(dim=1).values, torch.zeros(num_examples)), 15)
         if len(profile.counts) == num_examples:  # every confidence a cell of its own: draw every example
@@ -157,6 +168,22 @@ def test_bands_cover_calibrated_models_at_every_size(num_examples, statistic):
     assert inside >= 1860
     assert (within if statistic == "mce" else inside) <= 1940
     assert above <= (130 if statistic == "debiased" else 85)  # an error that is often zero has no lower tail
+
+
+@pytest.mark.parametrize("num_examples", [100, 1_000, 10_000])
+def test_classwise_bands_cover_calibrated_models_at_every_size(num_examples):
+    """As above, with labels drawn by torch."""
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for seed in range(4):
+        probs = (1.5 * torch.randn(num_examples, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
+        null = ev.calibration_null(probs, kind="classwise", num_simulations=1000, seed=seed)
+        cells = class_cells(probs, 15, "equal_width")
+        labels = torch.multinomial(probs, 500, replacement=True, generator=generator)  # (N, 500)
+        hits = torch.stack([observed_hits(cells, column) for column in labels.unbind(dim=1)])
+        values = class_statistic("ece", cells, hits)
+        inside += int(((null.low <= values) & (values <= null.high)).sum())
+    assert 1860 <= inside <= 1940
 
 
 @pytest.mark.parametrize("num_examples", [6000, 50_000])

@@ -122,6 +122,19 @@ def test_variance_by_tensor_says_what_it_left_out(ax):
     assert ax.get_xlabel() == "mean posterior variance (2 more tensors not drawn)"
 
 
+def test_output_variance_plot_draws_a_bar_for_each_tensor_or_the_largest(ax):
+    found = {"m.a.weight": 0.5, "m.b.weight": 0.0, "m.c.weight": 2.0}
+    drawn = ev.output_variance_plot(found, ax=ax)
+    assert [bar.get_width() for bar in drawn.patches] == [0.5, 0.0, 2.0]
+    assert [text.get_text() for text in drawn.get_yticklabels()] == ["a", "b", "c"]
+    few = ev.output_variance_plot(found, max_tensors=2, ax=Figure().subplots())
+    assert [bar.get_width() for bar in few.patches] == [0.5, 2.0]
+    assert few.get_xlabel() == "variance of the outputs (1 smaller ones not drawn)"
+    for bad, message in (({}, r"^`output_variance` must hold at least one"), ({"a": -1.0}, r"got -1\.0 for a\.$")):
+        with pytest.raises(ValueError, match=message):
+            ev.output_variance_plot(bad)
+
+
 def test_short_names_never_become_empty():
     assert short_names(["only.one"]) == ["only.one"]
     assert short_names(["a.x", "a.x.y"]) == ["x", "x.y"]
