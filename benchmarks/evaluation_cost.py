@@ -89,7 +89,8 @@ def render(cells: dict[str, dict[str, Any]]) -> list[str]:
                 rows.append(
                     [text, f"{cell['seconds']:.1f}", f"{cell['peak_mib']:,.0f}", str(cell["num_scores"]), *found]
                 )
-        body += [f"## {size.replace('x', ' predictions of ')} classes", ""]
+        examples, classes = map(int, size.split("x"))
+        body += [f"## {examples:,} predictions of {classes:,} classes", ""]
         header = ["", "seconds", "peak memory of the process, MiB", "numbers", "accuracy", "ECE"]
         body += [*markdown_table(header, rows), ""]
     return body
