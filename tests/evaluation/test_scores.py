@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scoringrules
 import torch
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
 from torchmetrics.functional.classification import multiclass_accuracy
@@ -41,6 +42,8 @@ def test_ranked_probability_score_by_hand(num_classes):
     for row, target in zip(probs.numpy(), targets.numpy(), strict=True):
         total += sum((row[: k + 1].sum() - (target <= k)) ** 2 for k in range(num_classes - 1))
     assert ev.ranked_probability_score(probs, targets) == pytest.approx(total / len(targets), abs=1e-12)
+    theirs = scoringrules.rps_score(targets.numpy() + 1, probs.numpy(), k_axis=-1).mean()
+    assert ev.ranked_probability_score(probs, targets) == pytest.approx(theirs, abs=1e-9)
     if num_classes == 2:
         assert ev.ranked_probability_score(probs, targets) == pytest.approx(ev.brier_score(probs, targets) / 2)
 

@@ -23,11 +23,12 @@ def text(**lora):
     return get_peft_model(BertForSequenceClassification(config), LoraConfig(modules_to_save=["classifier"], **setting))
 
 
+IMAGES = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 CASES = {
-    "vision": (lambda: lora_digits_vit(rank=2), torch.randn(3, 1, 28, 28)),
+    "vision": (lambda: lora_digits_vit(rank=2), IMAGES),
     "text with a mask": (text, {"input_ids": IDS, "attention_mask": (IDS > 0).long()}),
     "dora": (lambda: text(use_dora=True), {"input_ids": IDS, "attention_mask": (IDS > 0).long()}),
-    "convolutions": (LeNet5, torch.randn(3, 1, 28, 28)),
+    "convolutions": (LeNet5, IMAGES),
 }
 
 
@@ -52,15 +53,24 @@ def test_one_pass_over_all_adapters_is_the_loop(case, at_once, monkeypatch):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-2)])
 @pytest.mark.parametrize("case", CASES)
 def test_linear_responses_are_the_jacobian_times_the_steps(case, dtype, tolerance):
-    """Against the dense Jacobian in float64, as a share of the largest response."""
+    """Against the dense Jacobian in float64, as a share of the largest response.
+
+    In float32 the network of ReLU and max pooling crosses kinks within a thousandth of a step, which is no rounding:
+    there the answer is the difference of float64 outputs over the same way.
+    """
     make, inputs = CASES[case]
     exact = AdapterModel(make().double())
     double = inputs.double() if isinstance(inputs, torch.Tensor) else inputs
     at = exact.vector()
     steps = 0.02 * torch.randn(5, exact.num_parameters, generator=torch.Generator().manual_seed(1)).double()
-    with exact.evaluating():
-        jacobian = torch.autograd.functional.jacobian(lambda v: exact.call(exact.tensors(v), double), at)
-    expected = torch.einsum("bmn,sn->sbm", jacobian, steps)
+    if dtype == torch.float32 and case == "convolutions":
+        share = module.DIFFERENCES[dtype]
+        ends = [torch.stack([exact.outputs(at + way * share * step, double) for step in steps]) for way in (1, -1)]
+        expected = (ends[0] - ends[1]) / (2.0 * share)
+    else:
+        with exact.evaluating():
+            jacobian = torch.autograd.functional.jacobian(lambda v: exact.call(exact.tensors(v), double), at)
+        expected = torch.einsum("bmn,sn->sbm", jacobian, steps)
     adapter = AdapterModel(make().to(dtype))
     assert adapter.is_precise
     given = double.to(dtype) if isinstance(inputs, torch.Tensor) else inputs
@@ -68,8 +78,6 @@ def test_linear_responses_are_the_jacobian_times_the_steps(case, dtype, toleranc
     missed = float((found.double() - expected).abs().max() / expected.abs().max())
     if dtype == torch.float64 and case == "dora":
         tolerance = 5e-3  # the norm of its weight has no gradient in PEFT
-    if dtype == torch.float32 and case == "convolutions":
-        tolerance = 5e-2  # kinks of ReLU and max pooling within a thousandth of a step; float64 comes closer
     assert missed < tolerance
 
 
