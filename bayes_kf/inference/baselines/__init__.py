@@ -1,0 +1,7 @@
+"""Optimizers to compare filters with, one a file; AdamW, AdaGrad and SGD are torch's own."""
+
+from bayes_kf.inference.baselines.kfac import KFAC
+from bayes_kf.inference.baselines.reng import RENG
+from bayes_kf.inference.baselines.ring import RING
+
+__all__ = ["KFAC", "RENG", "RING"]
