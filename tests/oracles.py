@@ -31,8 +31,11 @@ def log_evidence(x, y, prior_mean, prior_cov, noise_var):
     return torch.distributions.MultivariateNormal(x @ prior_mean, cov).log_prob(y)
 
 
-def naive_loko(jacobian_of, outputs_of, theta, p, stream, beta=0.95):
-    """Algorithm 1 of the LoKO paper as printed, in full m-dimensional probability space; yields (θ, p) per step."""
+def naive_loko(jacobian_of, outputs_of, theta, p, stream, beta=0.95, taylor=True):
+    """Algorithm 1 of the LoKO paper as printed, in full m-dimensional probability space; yields (θ, p) per step.
+
+    With ``taylor`` R is estimated by its equation 12, else by 7.
+    """
     r = None
     for x, y in stream:
         eta = outputs_of(theta, x)
@@ -41,7 +44,7 @@ def naive_loko(jacobian_of, outputs_of, theta, p, stream, beta=0.95):
         e = torch.nn.functional.one_hot(y, len(prob)).to(prob) - prob
         r = torch.eye(len(prob), dtype=prob.dtype) if r is None else r
         ph = p[:, None] * h.T
-        r_hat = torch.outer(e, e) + h @ ph
+        r_hat = torch.outer(e, e) + (h @ ph if taylor else 0.0)
         r = beta * r + (1 - beta) * r_hat
         gain = ph @ torch.linalg.inv(h @ ph + r)
         theta = theta + gain @ e

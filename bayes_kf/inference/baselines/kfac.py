@@ -26,7 +26,7 @@ class KFAC(torch.optim.Optimizer):
     """θ ← θ − lr·ν·D with D = (Γ + s/π̂ I)⁻¹ G (Λ + sπ̂ I)⁻¹ for the gradient G of every Linear and Conv2d.
 
     s² is the damping, and π̂² = (tr Λ/dim Λ)/(tr Γ/dim Γ) balances that of both factors. ν = min(1, √(κ/(lr² ΣD·G)))
-    keeps the KL divergence of a step near κ = ``kl_clip``. Factors are moving averages from labels drawn from the model.
+    keeps the KL divergence of a step near κ = ``kl_clip``. Factors are moving averages, from labels the model draws.
     Trained tensors of other kinds (norms, embeddings, DoRA's magnitudes) are divided by the diagonal h + damping, h the
     moving average of the squared gradient on the drawn labels, times the batch size (the estimate of Sophia-G).
 
