@@ -17,12 +17,20 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.baselines.kronecker import Layer, layers, precision
 from bayes_kf.inference.baselines.newton import newton_inverse, shift_error, shifted
+from bayes_kf.inference.baselines.seeded import (
+    SeededOptimizer,
+    check_count,
+    check_not_negative,
+    check_outputs,
+    check_positive,
+    check_share,
+)
 
 INVERSES = ("cholesky", "newton", "eigen")
 LAZY = 0.01  # relative error of an inverse that is corrected instead of computed again
 
 
-class KFAC(torch.optim.Optimizer):
+class KFAC(SeededOptimizer):
     """θ ← θ − lr·ν·D with D = (Γ + s/π̂ I)⁻¹ G (Λ + sπ̂ I)⁻¹ for the gradient G of every Linear and Conv2d.
 
     s² is the damping, and π̂² = (tr Λ/dim Λ)/(tr Γ/dim Γ) balances that of both factors. ν = min(1, √(κ/(lr² ΣD·G)))
@@ -66,29 +74,17 @@ class KFAC(torch.optim.Optimizer):
         inverse: str = "cholesky",
         seed: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"`model` must be a module, got {type(model).__name__}.")
-        for name, value in (("lr", lr), ("damping", damping), ("kl_clip", kl_clip)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
-        for name, value in (("decay", decay), ("momentum", momentum)):
-            if not 0 <= value < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {value!r}.")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"`weight_decay` must be >= 0 and finite, got {weight_decay!r}.")
-        if not isinstance(refresh, int) or refresh < 1:
-            raise ValueError(f"`refresh` must be a whole number >= 1, got {refresh!r}.")
+        check_positive(lr=lr, damping=damping, kl_clip=kl_clip)
+        check_share(decay=decay, momentum=momentum)
+        check_not_negative(weight_decay=weight_decay)
+        check_count(refresh=refresh)
         if inverse not in INVERSES:
             raise ValueError(f"`inverse` must be one of {', '.join(INVERSES)}, got {inverse!r}.")
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise ValueError("`model` must have trainable tensors, got none.")
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(model, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, seed)
         self.damping, self.decay, self.kl_clip = damping, decay, kl_clip
         self.refresh, self.inverse = refresh, inverse
-        self._generator = torch.Generator().manual_seed(seed)
         self._layers = layers(model)
-        self._updates, self._ready = 0, False
+        self._drawn: dict[tuple[Tensor, str], Tensor] = {}
 
     def close(self) -> None:
         """Watch the model no longer."""
@@ -105,9 +101,8 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: for outputs that are not a batch of logits.
         """
-        if outputs.ndim != 2 or not outputs.requires_grad:
-            raise ValueError(f"`outputs` must be logits (B, m) with a graph, got shape {tuple(outputs.shape)}.")
-        self._curvature(outputs)
+        check_outputs(outputs)
+        self._drawn = self._curvature(outputs)
         for parameter, gradient in zip(self._parameters(), self._gradients(loss), strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -121,13 +116,16 @@ class KFAC(torch.optim.Optimizer):
             RuntimeError: without a :meth:`backward` since the last step.
             FloatingPointError: for gradients that are not finite; nothing is changed.
         """
-        if closure is not None:
-            raise ValueError("`closure` must be None: call `backward(loss, outputs)` before `step()`, got a closure.")
-        if not self._ready:
-            raise RuntimeError("`step` needs `backward(loss, outputs)` before it, got none since the last step.")
+        self._check_step(closure)
+        squares = [float(new.double().sum()) for new in self._drawn.values()]
+        if not math.isfinite(sum(squares)):
+            raise FloatingPointError("the curvature is not finite; the parameters are as they were")
         squares = [float(p.grad.double().square().sum()) for p in self._parameters() if p.grad is not None]
         if not math.isfinite(sum(squares)):
             raise FloatingPointError("the gradients are not finite; the parameters are as they were")
+        for (parameter, name), new in self._drawn.items():
+            self._average(parameter, name, new)
+        self._drawn = {}
         directions = self._directions(self._damping(sum(squares)))
         self._ready = False
         self._updates += 1
@@ -137,21 +135,6 @@ class KFAC(torch.optim.Optimizer):
                 if parameter in directions:
                     self._move(parameter, directions[parameter] * scale, group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the generator of the drawn labels and the count of updates."""
-        return super().state_dict() | {"generator": self._generator.get_state(), "updates": self._updates}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on exactly where ``state_dict`` was taken."""
-        super().load_state_dict(dict(state_dict))
-        for index, saved in state_dict["state"].items():  # in the precision that they were kept in
-            parameter = self._parameters()[index]
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
-        self._generator.set_state(state_dict["generator"].cpu())
-        self._updates = int(state_dict["updates"])
-
     def _damping(self, squared_norm: float) -> float:
         """λ of this step, from the gradient's squared norm."""
         return self.damping
@@ -160,14 +143,10 @@ class KFAC(torch.optim.Optimizer):
         """What is preconditioned, a tensor for each parameter; frees the graph."""
         return torch.autograd.grad(loss, self._parameters(), allow_unused=True)
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    def _curvature(self, outputs: Tensor) -> None:
-        """Take labels drawn from the model into the moving averages."""
-        probs = outputs.detach().double().softmax(1).cpu()
-        labels = torch.multinomial(probs, 1, generator=self._generator).squeeze(1).to(outputs.device)
-        drawn = F.cross_entropy(outputs, labels, reduction="sum")
+    def _curvature(self, outputs: Tensor) -> dict[tuple[Tensor, str], Tensor]:
+        """Factors and squared gradients on labels drawn from the model: what a step takes into the moving averages."""
+        drawn_factors: dict[tuple[Tensor, str], Tensor] = {}
+        drawn = F.cross_entropy(outputs, self._drawn_labels(outputs), reduction="sum")
         for layer in self._layers:
             layer.forget()
             layer.recording = True
@@ -178,11 +157,12 @@ class KFAC(torch.optim.Optimizer):
             layer.forget()
             if found is not None:
                 by_layer |= {layer.weight, layer.bias}
-                self._average(layer.weight, "output_factor", found[0])
-                self._average(layer.weight, "input_factor", found[1])
+                drawn_factors[layer.weight, "output_factor"] = found[0]
+                drawn_factors[layer.weight, "input_factor"] = found[1]
         for parameter, gradient in zip(self._parameters(), gradients, strict=True):
             if gradient is not None and parameter not in by_layer:
-                self._average(parameter, "diagonal", gradient.to(precision(parameter)).square() / len(outputs))
+                drawn_factors[parameter, "diagonal"] = gradient.to(precision(parameter)).square() / len(outputs)
+        return drawn_factors
 
     def _average(self, parameter: Tensor, name: str, new: Tensor) -> None:
         state = self.state[parameter]

@@ -7,12 +7,12 @@ second backward pass: the damping grows with the gradient.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
 from bayes_kf.inference.baselines.kfac import KFAC
+from bayes_kf.inference.baselines.seeded import check_not_negative
 
 
 class RING(KFAC):
@@ -33,15 +33,9 @@ class RING(KFAC):
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-2, *, penalty: float = 1e-2, **options: Any) -> None:
-        check_penalty(penalty)
+        check_not_negative(penalty=penalty)
         super().__init__(model, lr, **options)
         self.penalty = penalty
 
     def _damping(self, squared_norm: float) -> float:
         return self.damping + self.penalty * squared_norm
-
-
-def check_penalty(penalty: float) -> None:
-    """Raise ValueError for a ρ that is not a number >= 0."""
-    if not 0 <= penalty < math.inf:
-        raise ValueError(f"`penalty` must be >= 0 and finite, got {penalty!r}.")

@@ -61,9 +61,11 @@ def gradients_of_examples(model, inputs, labels):
 def test_factors_of_linear_layers_are_means_over_examples(bias):
     """With the same drawn labels: Λ from the inputs, and Γ from the gradients of the outputs, example by example."""
     model, (inputs, _) = mlp(bias=bias), batch()
-    optimizer = KFAC(model, lr=1e-9)
+    learned, optimizer = model, KFAC(model, lr=1e-9)
     outputs = model(inputs)
     optimizer.backward(F.cross_entropy(outputs, torch.zeros(7, dtype=torch.long)), outputs)
+    optimizer.step()
+    model = mlp(bias=bias)  # as it was
     labels = drawn_labels(model, inputs)
     hidden = model[0](inputs)
     for number, into, out in ((0, inputs, hidden), (2, hidden.tanh(), outputs)):
@@ -71,7 +73,7 @@ def test_factors_of_linear_layers_are_means_over_examples(bias):
         if number == 0:
             of = (of @ model[2].weight) * (1.0 - hidden.tanh().square())
         into = F.pad(into, (0, 1), value=1.0) if bias else into
-        state = optimizer.state[model[number].weight]
+        state = optimizer.state[learned[number].weight]
         torch.testing.assert_close(state["input_factor"], (into.mT @ into / 7).detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(state["output_factor"], (of.mT @ of / 7).detach(), rtol=1e-12, atol=1e-12)
         assert out.shape[1] == len(state["output_factor"])

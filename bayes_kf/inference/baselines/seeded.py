@@ -1,0 +1,105 @@
+"""What the optimizers here share: a model's trained tensors, drawn labels, exact resuming, checks of arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SeededOptimizer(torch.optim.Optimizer):
+    """An optimizer over a model's trained tensors with a generator of its own.
+
+    Args:
+        model: whose tensors with ``requires_grad`` are optimized.
+        defaults: of the parameter group.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, model: nn.Module, defaults: dict[str, Any], seed: int) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"`model` must be a module, got {type(model).__name__}.")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("`model` must have trainable tensors, got none.")
+        super().__init__(parameters, defaults)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._updates, self._ready = 0, False
+
+    def close(self) -> None:
+        """Take off whatever watches the model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's, with the generator and the count of updates."""
+        return super().state_dict() | {"generator": self._generator.get_state(), "updates": self._updates}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on exactly where ``state_dict`` was taken."""
+        super().load_state_dict(dict(state_dict))
+        for index, saved in state_dict["state"].items():  # in the precision that they were kept in
+            parameter = self._parameters()[index]
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][name] = value.detach().clone().to(parameter.device)
+        self._generator.set_state(state_dict["generator"].cpu())
+        self._updates, self._ready = int(state_dict["updates"]), False
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _drawn_labels(self, outputs: Tensor) -> Tensor:
+        """Labels drawn from softmax of the outputs, (B,)."""
+        probs = outputs.detach().double().softmax(1).cpu()
+        return torch.multinomial(probs, 1, generator=self._generator).squeeze(1).to(outputs.device)
+
+    def _check_step(self, closure: None) -> None:
+        """Whether a step may follow."""
+        if closure is not None:
+            raise ValueError("`closure` must be None: call `backward(loss, outputs)` before `step()`, got a closure.")
+        if not self._ready:
+            raise RuntimeError("`step` needs `backward(loss, outputs)` before it, got none since the last step.")
+
+
+def check_outputs(outputs: Tensor) -> None:
+    """Raise ValueError for what are not logits with a graph, FloatingPointError where they are not finite."""
+    if outputs.ndim != 2 or not outputs.requires_grad:
+        raise ValueError(f"`outputs` must be logits (B, m) with a graph, got shape {tuple(outputs.shape)}.")
+    if not bool(torch.isfinite(outputs).all()):
+        raise FloatingPointError("the outputs are not finite; the parameters are as they were")
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise ValueError for a number that is not positive and finite; None passes."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise ValueError for a number that is not >= 0 and finite."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be >= 0 and finite, got {value!r}.")
+
+
+def check_share(**values: float) -> None:
+    """Raise ValueError for a number outside [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"`{name}` must lie in [0, 1), got {value!r}.")
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Raise ValueError for what are not two numbers in [0, 1)."""
+    if len(betas) != 2 or not all(0 <= value < 1 for value in betas):
+        raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
+
+
+def check_count(**values: int) -> None:
+    """Raise ValueError for what is not a whole number >= 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
