@@ -1,0 +1,54 @@
+"""The two encoders of a CLIP, with adapters behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TwoTowers(nn.Module):
+    """Image and text features of a CLIP as unit vectors, with adapters behind either encoder.
+
+    Args:
+        clip: ``transformers.CLIPModel``, with PEFT's adapters or without, or any module with its two encoders:
+            ``get_image_features(pixel_values=...)`` and ``get_text_features(input_ids=..., attention_mask=...)`` give
+            features (N, d), or an object that holds them as ``pooler_output``. Its tensors are left as they are: freeze
+            what is not to learn (``clip.requires_grad_(False)``; PEFT does).
+        image_adapter: from image features (N, d) to image features, see ``FeatureAdapter``; None for none.
+        text_adapter: the same for text features, (..., d).
+
+    Raises:
+        ValueError: when ``clip`` lacks one of the two.
+    """
+
+    def __init__(
+        self, clip: nn.Module, image_adapter: nn.Module | None = None, text_adapter: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        for name in ("get_image_features", "get_text_features"):
+            if not callable(getattr(clip, name, None)):
+                raise ValueError(f"`clip` must have a method {name}, as CLIPModel has, got {type(clip).__name__}.")
+        self.clip, self.image_adapter, self.text_adapter = clip, image_adapter, text_adapter
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Unit image features, (B, d)."""
+        found = _as_features(self.clip.get_image_features(pixel_values=pixel_values))  # type: ignore[operator]
+        return F.normalize(found if self.image_adapter is None else self.image_adapter(found), dim=-1)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Unit text features, (N, d)."""
+        found = self.encoded(input_ids, attention_mask)
+        return F.normalize(found if self.text_adapter is None else self.text_adapter(found), dim=-1)
+
+    def encoded(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What the text encoder gives, before an adapter, (N, d)."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return _as_features(self.clip.get_text_features(input_ids=input_ids, attention_mask=mask))  # type: ignore[operator]
+
+
+def _as_features(found: Any) -> Tensor:
+    """Features, whether an encoder returns them or an object that holds them."""
+    return found if isinstance(found, Tensor) else found.pooler_output
