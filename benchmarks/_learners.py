@@ -137,7 +137,7 @@ def kalman_pass(
         FloatingPointError: when a NaN or an infinity was let into a state or a score.
     """
     kf = KalmanFilter(model, config)
-    state = kf.init(stream.inputs[:SCALE_EXAMPLES])
+    state = kf.init(stream.first(SCALE_EXAMPLES).inputs)
     correct: list[Tensor] = []
     losses: list[Tensor] = []
     refused = None

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import noise, prediction
+from bayes_kf.inference import noise, penalty, prediction
 from bayes_kf.inference.config import OBSERVED, KalmanConfig
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import KalmanFilter
-from bayes_kf.inference.learn import is_small, learn
+from bayes_kf.inference.learn import is_small
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.prediction import Prediction
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
@@ -148,7 +148,7 @@ class Bank:
 
     def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
         """The candidates on the passes of the best of them; of the next best, where its own cannot be made."""
-        begun = [s and self._begun(kf, s, inputs) for kf, s in zip(self.filters, state.states, strict=True)]
+        begun = [s and self._begun(kf, s, inputs, targets) for kf, s in zip(self.filters, state.states, strict=True)]
         order = self.evidence(state).argsort(descending=True, stable=True).tolist()
         for leader in order:
             if begun[leader] is None:
@@ -166,22 +166,23 @@ class Bank:
         assert kept is not None  # a state with no candidate is never returned
         raise DivergenceError(state.step, "no candidate of the bank is left", kept)
 
-    def _begun(self, kf: KalmanFilter, state: FilterState, inputs: Inputs) -> FilterState | None:
+    def _begun(self, kf: KalmanFilter, state: FilterState, inputs: Inputs, targets: Tensor) -> penalty.Sides | None:
         try:
-            return kf._begun(state, inputs)
+            return kf._begun(state, inputs, targets)
         except DIVERGED:
             return None
 
     def _together(
-        self, begun: list[FilterState | None], leader: int, inputs: Inputs, targets: Tensor
+        self, begun: list[penalty.Sides | None], leader: int, inputs: Inputs, targets: Tensor
     ) -> tuple[list[FilterState | None], list[bool], UpdateInfo]:
         """All candidates after the batch, which of them took passes of their own, and what the leader saw."""
         first = begun[leader]
         assert first is not None
-        start, tally = first.belief.mean, Tally()
+        start, tally = first.plain.belief.mean, Tally()
         learning, apart = list(begun), [False] * len(begun)
-        for batch in self.filters[leader]._observed(first, inputs, targets, start):
-            tally.piece(batch, noise.likelihood(self.filters[leader].config, first.noise))
+        after: list[FilterState | None] = [None] * len(begun)
+        for batch in self.filters[leader]._observed(first.plain, inputs, targets, start):
+            tally.piece(batch, noise.likelihood(self.filters[leader].config, first.plain.noise))
             for number, kf in enumerate(self.filters):
                 now = learning[number]
                 if now is None or apart[number]:
@@ -191,24 +192,24 @@ class Bank:
                     continue
                 learning[number] = _attempt(kf, now, batch, tally if number == leader else Tally())
         for number, kf in enumerate(self.filters):
-            before, after = begun[number], learning[number]
+            before, moved = begun[number], learning[number]
             if apart[number] and before is not None:
-                learning[number] = self._alone(kf, before, inputs, targets)
-            elif after is not None and before is not None:
-                learning[number] = kf._ended(before, after)
-        moved = learning[leader]
-        length = 0.0 if moved is None else float((moved.belief.mean - start).norm())
-        return learning, apart, tally.info(length)
+                after[number] = self._alone(kf, before, inputs, targets)
+            elif moved is not None and before is not None:
+                after[number] = kf._ended(before.plain, moved)
+        led = after[leader]
+        length = 0.0 if led is None else float((led.belief.mean - start).norm())
+        return after, apart, tally.info(length, first.precision)
 
-    def _alone(self, kf: KalmanFilter, begun: FilterState, inputs: Inputs, targets: Tensor) -> FilterState | None:
+    def _alone(self, kf: KalmanFilter, begun: penalty.Sides, inputs: Inputs, targets: Tensor) -> FilterState | None:
         """A candidate after the batch by passes of its own; None where it diverged."""
-        state = begun
+        sides = begun
         try:
-            for batch in kf._observed(begun, inputs, targets, begun.belief.mean):
-                state = learn(kf.config, kf.adapter, state, batch, Tally())
+            for batch in kf._observed(begun.plain, inputs, targets, begun.plain.belief.mean):
+                sides = penalty.learn(kf.config, kf.adapter, sides, batch, Tally())
         except DIVERGED:
             return None
-        return kf._ended(begun, state)
+        return kf._ended(begun.plain, sides)
 
 
 def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[KalmanConfig]:
@@ -222,17 +223,20 @@ def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     return [dataclasses.replace(config, tune=None, **settings) for settings in combinations]
 
 
-def _close(kf: KalmanFilter, state: FilterState, batch: Batch) -> bool:
-    """Whether the batch, linearized elsewhere, serves at the state's mean to first order."""
-    if state.belief.mean is batch.start:
-        return True
-    shift = batch.jacobian.matvec(state.belief.mean - batch.start)
-    return is_small(shift, noise.likelihood(kf.config, state.noise))
+def _close(kf: KalmanFilter, sides: penalty.Sides, batch: Batch) -> bool:
+    """Whether the batch, linearized elsewhere, serves at the means of a candidate to first order."""
+    for state in filter(None, (sides.plain, sides.tight)):
+        if state.belief.mean is batch.start:
+            continue
+        shift = batch.jacobian.matvec(state.belief.mean - batch.start)
+        if not is_small(shift, noise.likelihood(kf.config, state.noise)):
+            return False
+    return True
 
 
-def _attempt(kf: KalmanFilter, state: FilterState, batch: Batch, tally: Tally) -> FilterState | None:
-    """The state after a piece of a batch; None where it diverged."""
+def _attempt(kf: KalmanFilter, sides: penalty.Sides, batch: Batch, tally: Tally) -> penalty.Sides | None:
+    """A candidate after a piece of a batch; None where it diverged."""
     try:
-        return learn(kf.config, kf.adapter, state, batch, tally)
+        return penalty.learn(kf.config, kf.adapter, sides, batch, tally)
     except DIVERGED:
         return None

@@ -51,6 +51,7 @@ SPREADS = ("modules", "tensors", "constant")
 BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
+PENALTIES = ("transient", "permanent")
 OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
 FIXED = (*OBSERVED, "tune", "tune_examples", "passes", "mean_passes", "temperature", "bytes_budget", "outputs_per_pass")
 CONFIG_FILE = "kalman_config.json"
@@ -87,6 +88,10 @@ class KalmanConfig:
             μ⁻ = αμ + aμ₀ and P⁻ = α²P + (1 − α²)P₀, which leaves the prior as it is.
         damping: whether an update that does not lower its own objective is solved again with less precise data.
         gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
+        gradient_penalty: ρ ≥ 0 of R-Kalman (ours): an update starts from the precision P⁻¹ + ρ‖g‖² I, g the gradient of
+            the batch's mean −log p(y | θ) at the mean before it (``penalty``). It takes one more backward pass a batch.
+        gradient_penalty_form: "transient": that tightens the step of the mean only, and the covariance is the one of an
+            update without it. "permanent": the added precision stays.
         expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
             "mean" as in the papers. Only the exponential-family noise has a choice.
         curvature: which directions of the outputs a step sees. "exact": all of them, one backward pass each.
@@ -107,10 +112,10 @@ class KalmanConfig:
         tune_examples: how many examples that takes.
         passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
             the mean of the one before (Gauss-Newton), so that no example counts twice. For more than one, nothing
-            drifts, is forgotten or gated.
+            drifts, is forgotten, gated or penalized.
         mean_passes: further passes of a :func:`~bayes_kf.fit` in which only the mean moves, toward the mode, by natural
             gradient steps that each cost what one of gradient descent does (``refine``). Nothing may drift, be
-            forgotten or gated.
+            forgotten, gated or penalized.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule, the probes and the draws.
@@ -143,6 +148,8 @@ class KalmanConfig:
     prior_pull: float = 0.0
     damping: bool = True
     gate_quantile: float | None = None
+    gradient_penalty: float = 0.0
+    gradient_penalty_form: str = "transient"
     curvature: str = "exact"
     curvature_epsilon: float = 1e-3
     curvature_classes: int = 100
@@ -177,6 +184,9 @@ class KalmanConfig:
             raise ValueError(f"`drift_variance` must be >= 0 and finite, got {self.drift_variance!r}.")
         if not (_is_number(self.prior_pull) and 0 <= self.prior_pull < 1):
             raise ValueError(f"`prior_pull` must lie in [0, 1), got {self.prior_pull!r}.")
+        if not (_is_number(self.gradient_penalty) and 0 <= self.gradient_penalty < float("inf")):
+            raise ValueError(f"`gradient_penalty` must be >= 0 and finite, got {self.gradient_penalty!r}.")
+        _one_of("gradient_penalty_form", self.gradient_penalty_form, PENALTIES)
         if self.temperature != "prequential":
             _positive("temperature", self.temperature)
         _one_of("expansion", self.expansion, EXPANSIONS)
@@ -210,6 +220,7 @@ class KalmanConfig:
             _check_grid(self, self.tune)
             object.__setattr__(self, "tune", {name: list(values) for name, values in self.tune.items()})
         changing = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0, "gate_quantile": None}
+        changing |= {"gradient_penalty": 0.0}
         many = "`passes` above 1" if self.passes > 1 else "`mean_passes`"
         if (self.passes > 1 or self.mean_passes) and any(getattr(self, k) != v for k, v in changing.items()):
             found = ", ".join(f"{name} {getattr(self, name)}" for name in changing)

@@ -120,7 +120,11 @@ class Tally:
         self._dof += observation.degrees_of_freedom
         self._damping, self._jitter = min(self._damping, damping), max(self._jitter, jitter)
 
-    def info(self, step_norm: float) -> UpdateInfo:
+    def also(self, other: Tally) -> None:
+        """Take in how another update from the same pieces was damped, and the jitter that it took."""
+        self._damping, self._jitter = min(self._damping, other._damping), max(self._jitter, other._jitter)
+
+    def info(self, step_norm: float, penalty: float = 0.0) -> UpdateInfo:
         """The report, but for its time."""
         correct = [c for c in self._correct if c is not None]
         return UpdateInfo(
@@ -133,5 +137,6 @@ class Tally:
             jitter=self._jitter,
             lumped=self._lumped,
             step_norm=step_norm,
+            penalty=penalty,
             seconds=0.0,
         )

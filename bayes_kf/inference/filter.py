@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import block_diagonal, diagonal, noise, prior, tempering
+from bayes_kf.inference import block_diagonal, diagonal, noise, penalty, prior, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import num_directions, num_rows, see
 from bayes_kf.inference.evidence import Batch, Tally
-from bayes_kf.inference.learn import check_finite, learn, parts
+from bayes_kf.inference.learn import check_finite, parts
 from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, some_examples, to_device
@@ -84,13 +84,19 @@ class KalmanFilter:
                 estimated noise variance as it is.
 
         Raises:
-            ValueError: for inputs or targets that do not fit, before anything is computed from them.
+            ValueError: for inputs or targets that do not fit, before anything is computed from them; for ``hold_mean``
+                or ``at`` with a ``gradient_penalty``.
             DivergenceError: when the update would leave the finite or the positive; ``state`` is kept.
         """
         start = time.perf_counter()
         check_inputs(inputs)
         if not isinstance(targets, Tensor):
             raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
+        if self.config.gradient_penalty and (hold_mean or at is not None):
+            raise ValueError(
+                "`gradient_penalty` must be 0 where the mean is held or linearized elsewhere (a trained adapter,"
+                f" another pass), got {self.config.gradient_penalty:g}."
+            )
         device = self.adapter.device
         try:
             with self.adapter.full_precision():
@@ -110,29 +116,38 @@ class KalmanFilter:
     def _update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool, at: Tensor | None
     ) -> tuple[FilterState, UpdateInfo]:
-        tally, state = Tally(), self._begun(state, inputs)
-        start, known = (state.belief.mean, hold_mean) if at is None else (at, True)
-        before = state
-        for batch in self._observed(state, inputs, targets, start):
-            tally.piece(batch, noise.likelihood(self.config, state.noise))
-            state = learn(self.config, self.adapter, state, batch._replace(known=known, hold_mean=hold_mean), tally)
-        return self._ended(before, state), tally.info(float((state.belief.mean - before.belief.mean).norm()))
+        tally, sides = Tally(), self._begun(state, inputs, targets)
+        before = sides.plain
+        start, known = (before.belief.mean, hold_mean) if at is None else (at, True)
+        for batch in self._observed(before, inputs, targets, start):
+            tally.piece(batch, noise.likelihood(self.config, sides.plain.noise))
+            batch = batch._replace(known=known, hold_mean=hold_mean)
+            sides = penalty.learn(self.config, self.adapter, sides, batch, tally)
+        after = self._ended(before, sides)
+        return after, tally.info(float((after.belief.mean - before.belief.mean).norm()), sides.precision)
 
-    def _begun(self, state: FilterState, inputs: Inputs) -> FilterState:
-        """The state with the scale of its prior settled and its belief moved on by the dynamics."""
+    def _begun(self, state: FilterState, inputs: Inputs, targets: Tensor) -> penalty.Sides:
+        """The state with the scale of its prior settled and its belief moved on by the dynamics, ready to learn."""
         self.linearize.prepare(state.belief.mean, inputs)
-        return self._predicted(state if state.scaled else self._scale(state, inputs))
+        state = self._predicted(state if state.scaled else self._scale(state, inputs))
+        if self.config.gradient_penalty == 0.0:
+            return penalty.Sides(state)
+        return penalty.begin(self.config, self.linearize, state, inputs, self._checked(state, inputs, targets))
 
-    def _ended(self, before: FilterState, state: FilterState) -> FilterState:
+    def _ended(self, before: FilterState, sides: penalty.Sides) -> FilterState:
         """The state with its update counted: noise counts updates, not parts of batches."""
+        state = penalty.end(self.config, sides)
         return state._replace(noise=state.noise._replace(step=before.noise.step + 1), step=before.step + 1)
+
+    def _checked(self, state: FilterState, inputs: Inputs, targets: Tensor) -> Tensor:
+        """The targets as the likelihood takes them."""
+        shaped = _shaped(inputs, self.linearize.num_outputs, self.adapter.dtype)
+        return noise.likelihood(self.config, state.noise).check(shaped, targets)
 
     def _observed(self, state: FilterState, inputs: Inputs, targets: Tensor, start: Tensor) -> Iterator[Batch]:
         """The batch linearized at ``start``, in pieces that fit the memory."""
         num_outputs = self.linearize.num_outputs
-        targets = noise.likelihood(self.config, state.noise).check(
-            _shaped(inputs, num_outputs, self.adapter.dtype), targets
-        )
+        targets = self._checked(state, inputs, targets)
         needed, widths = self._needed(state, start, inputs, targets, num_outputs)
         alike = min(widths) == num_rows(self.config, num_outputs)  # the most that there can be
         cuts, seed = [part.stop for part, _ in parts(widths)], self.config.seed + state.examples

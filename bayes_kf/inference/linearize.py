@@ -7,7 +7,7 @@ Which tensor takes which path to the Jacobian is measured on the first batch (``
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -116,6 +116,25 @@ class Linearizer:
             return
         for where in (slice(*ends) for ends in itertools.pairwise(bounds)):
             yield where, some_examples(inputs, where, size)
+
+    def gradient(self, vector: Tensor, inputs: Inputs, cotangent: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Jᵀw summed over a batch, (n,), in float64: one forward and one backward pass for each of its pieces.
+
+        Args:
+            vector: θ, (n,).
+            inputs: the batch.
+            cotangent: from some examples' outputs (b, m), and where they lie in the batch, to their w (b, m).
+        """
+        plan, total = self._planned(vector, inputs), torch.zeros_like(vector, dtype=torch.float64)
+        for where, piece in self.pieces(vector, inputs, 1):
+            with self.adapter.full_precision(), self.adapter.evaluating(), torch.enable_grad():
+                leaves = self.adapter.leaves(vector)
+                tape = Tape(self.adapter, leaves, piece, set(), plan.plain)
+                seed = cotangent(tape.outputs.detach().to(self.adapter.dtype), where)
+                found = tape.gradients(seed.to(tape.outputs), self.adapter.names, keep=False)
+            known = zip(leaves.items(), found, strict=True)
+            total += self.adapter.flatten({k: torch.zeros_like(t) if g is None else g for (k, t), g in known})
+        return total
 
     def _planned(self, vector: Tensor, inputs: Inputs, refuse: list[Plan] | None = None) -> Plan:
         """The plan, made on the first batch and where it does not serve; another one than those to ``refuse``."""

@@ -51,6 +51,7 @@ class UpdateInfo(NamedTuple):
         jitter: relative jitter of the noise covariance; 0 as a rule.
         lumped: largest probability that an example's lumped classes have together ("truncated" curvature); else 0.
         step_norm: Euclidean length of the step of the mean.
+        penalty: ρ‖g‖², the precision that a ``gradient_penalty`` added to every parameter's for this update; else 0.
         seconds: wall time.
     """
 
@@ -63,6 +64,7 @@ class UpdateInfo(NamedTuple):
     jitter: float
     lumped: float
     step_norm: float
+    penalty: float
     seconds: float
 
 

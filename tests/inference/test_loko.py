@@ -1,5 +1,7 @@
 """`KalmanConfig.loko()` is the paper's Algorithm 1 to the letter."""
 
+import math
+
 import pytest
 import torch
 from oracles import dense_jacobian, naive_loko
@@ -58,6 +60,32 @@ def test_replays_algorithm_1_over_50_steps(upper):
         state, info = kf.update(state, x[None], y[None])
         torch.testing.assert_close(state.belief.mean, theta, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(state.belief.variance, p, rtol=1e-10, atol=1e-10)
+        assert (info.damping, info.jitter) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("noise", ["identity", "decaying", "exponential_family"])
+def test_replays_the_literature_s_noises_over_50_steps(noise):
+    """The other rows of the paper's Table 5: R = I, e^(−k/50) I and diag(π) − ππᵀ, singular as it stands."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    g = torch.Generator().manual_seed(1)
+    kf = KalmanFilter(model, KalmanConfig.loko(noise=noise, seed=3))
+    state = kf.init()
+    theta, p = kf.adapter.vector(), state.prior.variance
+    for k in range(50):
+        x, y = torch.randn(1, 3, generator=g).double(), torch.randint(3, (1,), generator=g)
+        nn.utils.vector_to_parameters(theta, model.parameters())
+        eta, jacobian = dense_jacobian(model, lambda m, x=x: m(x))
+        prob = eta[0].softmax(-1)
+        own = torch.diag(prob) - torch.outer(prob, prob)
+        fixed = torch.eye(3).double() * (math.exp(-k / 50) if noise == "decaying" else 1.0)
+        h, e = own @ jacobian[0], nn.functional.one_hot(y[0], 3).double() - prob
+        s = h @ (p[:, None] * h.T) + (own if noise == "exponential_family" else fixed)
+        gain = p[:, None] * h.T @ torch.linalg.pinv(s, hermitian=True)  # S and H are orthogonal to (1, 1, 1)
+        state, info = kf.update(state, x, y)
+        theta, p = theta + gain @ e, p - torch.einsum("ij,ji,i->i", gain, h, p)
+        torch.testing.assert_close(state.belief.mean, theta, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(state.belief.variance, p, rtol=1e-8, atol=1e-10)
         assert (info.damping, info.jitter) == (1.0, 0.0)
 
 

@@ -20,6 +20,7 @@ from bayes_kf.inference.baselines.newton import newton_inverse, shift_error, shi
 from bayes_kf.inference.baselines.seeded import (
     SeededOptimizer,
     check_count,
+    check_finite,
     check_not_negative,
     check_outputs,
     check_positive,
@@ -37,9 +38,10 @@ class KFAC(SeededOptimizer):
     keeps the KL divergence of a step near κ = ``kl_clip``. Factors are moving averages, from labels the model draws.
     Trained tensors of other kinds (norms, embeddings, DoRA's magnitudes) are divided by the diagonal h + damping, h the
     moving average of the squared gradient on the drawn labels, times the batch size (the estimate of Sophia-G).
+    Gradients add up over calls of ``backward`` before a step; the curvature is that of the last one.
 
     Args:
-        model: its trainable tensors are optimized, its Linear and Conv2d layers watched until :meth:`close`.
+        model: its trainable tensors are optimized, its Linear and Conv2d layers watched by hooks.
         lr: step size, > 0.
         damping: λ > 0, on the Fisher information of the mean loss.
         decay: of the moving averages, in [0, 1).
@@ -84,12 +86,8 @@ class KFAC(SeededOptimizer):
         self.damping, self.decay, self.kl_clip = damping, decay, kl_clip
         self.refresh, self.inverse = refresh, inverse
         self._layers = layers(model)
+        self._handles.extend(layer.handle for layer in self._layers)
         self._drawn: dict[tuple[Tensor, str], Tensor] = {}
-
-    def close(self) -> None:
-        """Watch the model no longer."""
-        for layer in self._layers:
-            layer.close()
 
     def backward(self, loss: Tensor, outputs: Tensor) -> None:
         """Instead of ``loss.backward()``: gradients of the loss, and the curvature from labels drawn from the outputs.
@@ -100,7 +98,9 @@ class KFAC(SeededOptimizer):
 
         Raises:
             ValueError: for outputs that are not a batch of logits.
+            FloatingPointError: for outputs that are not finite.
         """
+        self._check_open()
         check_outputs(outputs)
         self._drawn = self._curvature(outputs)
         for parameter, gradient in zip(self._parameters(), self._gradients(loss), strict=True):
@@ -117,16 +117,14 @@ class KFAC(SeededOptimizer):
             FloatingPointError: for gradients that are not finite; nothing is changed.
         """
         self._check_step(closure)
-        squares = [float(new.double().sum()) for new in self._drawn.values()]
-        if not math.isfinite(sum(squares)):
-            raise FloatingPointError("the curvature is not finite; the parameters are as they were")
-        squares = [float(p.grad.double().square().sum()) for p in self._parameters() if p.grad is not None]
-        if not math.isfinite(sum(squares)):
-            raise FloatingPointError("the gradients are not finite; the parameters are as they were")
+        norms = [float(p.grad.double().square().sum()) for p in self._parameters() if p.grad is not None]
+        check_finite("gradients", [torch.tensor(sum(norms))])
+        check_finite("curvature's factors", self._drawn.values())
         for (parameter, name), new in self._drawn.items():
-            self._average(parameter, name, new)
+            state = self.state[parameter]
+            state[name] = torch.lerp(new, state[name], self.decay) if name in state else new
         self._drawn = {}
-        directions = self._directions(self._damping(sum(squares)))
+        directions = self._directions(self._damping(sum(norms)))
         self._ready = False
         self._updates += 1
         scale = self._clipped(directions)
@@ -164,10 +162,6 @@ class KFAC(SeededOptimizer):
                 drawn_factors[parameter, "diagonal"] = gradient.to(precision(parameter)).square() / len(outputs)
         return drawn_factors
 
-    def _average(self, parameter: Tensor, name: str, new: Tensor) -> None:
-        state = self.state[parameter]
-        state[name] = torch.lerp(new, state[name], self.decay) if name in state else new
-
     def _directions(self, damping: float) -> dict[Tensor, Tensor]:
         """D of every parameter that has a gradient."""
         found: dict[Tensor, Tensor] = {}
@@ -198,12 +192,12 @@ class KFAC(SeededOptimizer):
             values = torch.outer(state["output_values"], state["input_values"]) + damping
             return left @ ((left.mT @ gradient @ right) / values) @ right.mT
         shift = math.sqrt(damping) - state["root_damping"]
+        if shift == 0.0:
+            return state["output_inverse"] @ gradient @ state["input_inverse"]
         by_output, by_input = shift / state["balance"], shift * state["balance"]
         missed = max(shift_error(state["output_inverse"], by_output), shift_error(state["input_inverse"], by_input))
         if missed > LAZY:
             self._invert(state, damping)
-            shift = 0.0
-        if shift == 0.0:
             return state["output_inverse"] @ gradient @ state["input_inverse"]
         return shifted(state["output_inverse"], by_output) @ gradient @ shifted(state["input_inverse"], by_input)
 

@@ -31,18 +31,11 @@ class Layer:
         self.recording = False
         self._inputs: list[Tensor] = []
         self._cotangents: list[Tensor] = []
-        self._handle: RemovableHandle | None = module.register_forward_hook(self._forward)
+        self.handle: RemovableHandle = module.register_forward_hook(self._forward, with_kwargs=True)
 
     def forget(self) -> None:
         """Drop what was recorded."""
         self._inputs, self._cotangents, self.recording = [], [], False
-
-    def close(self) -> None:
-        """Watch the layer no longer."""
-        self.forget()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
 
     def factors(self, num_examples: int) -> tuple[Tensor, Tensor] | None:
         """Γ (o, o) and Λ (i, i), or (i + 1, i + 1) with a bias; None where no gradient came through the layer.
@@ -69,10 +62,10 @@ class Layer:
             return joined.view_as(self.weight), None
         return joined[:, :-1].reshape(self.weight.shape), joined[:, -1]
 
-    def _forward(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return
-        inputs = args[0].detach()
+        inputs = (args[0] if args else kwargs["input"]).detach()
 
         def cotangent(gradient: Tensor) -> None:
             if self.recording:
@@ -107,8 +100,9 @@ def precision(parameter: Tensor) -> torch.dtype:
 def layers(model: nn.Module) -> list[Layer]:
     """The layers whose trained weights have Kronecker factors; all other trained tensors are somebody else's.
 
-    Left out are grouped convolutions, those whose padding is not zeros of a given width, and weights that more than one
-    module holds.
+    Left out are grouped convolutions, those whose padding is not zeros of a given width, weights that more than one
+    module holds, and biases whose weight is frozen. A layer that is never called, its weight read by another module
+    (``nn.MultiheadAttention``), is watched in vain: :meth:`Layer.factors` is None.
     """
     return [Layer(name, module) for name, module in _watched(model)]
 

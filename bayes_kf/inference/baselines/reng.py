@@ -7,7 +7,7 @@ preconditions it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from bayes_kf.inference.baselines.seeded import check_not_negative
 class RENG(KFAC):
     """K-FAC on the gradient g + ρHg of the penalized loss L + (ρ/2)‖∇L‖².
 
-    Fused attention kernels have no second derivative: run the model in ``with optimizer.forward():``, which takes the
-    plain ones. With ρ = 0 nothing is differentiated twice, and it is K-FAC, bit for bit.
+    Fused attention kernels have no second derivative. Calls of the model take plain ones while gradients are recorded;
+    where parts of it are called by themselves, do that in ``with optimizer.forward():``. With ρ = 0 nothing is
+    differentiated twice, no kernel changes, and it is K-FAC, bit for bit.
 
     Args:
         model: as :class:`KFAC`'s, like all the rest.
@@ -31,19 +32,27 @@ class RENG(KFAC):
         **options: of :class:`KFAC`.
 
     Example:
-        >>> optimizer = RENG(nn.Linear(2, 2), lr=0.1, penalty=0.1)
-        >>> with optimizer.forward():
-        ...     pass  # outputs and loss
+        >>> model = nn.Linear(3, 2)
+        >>> optimizer = RENG(model, lr=0.1, penalty=0.1)
+        >>> outputs = model(torch.eye(3))
+        >>> loss = nn.functional.cross_entropy(outputs, torch.tensor([0, 1, 0]))
+        >>> optimizer.zero_grad(); optimizer.backward(loss, outputs); optimizer.step()
+        >>> bool(nn.functional.cross_entropy(model(torch.eye(3)), torch.tensor([0, 1, 0])) < loss)
+        True
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-2, *, penalty: float = 1e-2, **options: Any) -> None:
         check_not_negative(penalty=penalty)
         super().__init__(model, lr, **options)
         self.penalty = penalty
+        if penalty > 0:
+            attention = _PlainAttention()
+            self._handles.append(model.register_forward_pre_hook(attention.enter))
+            self._handles.append(model.register_forward_hook(attention.leave, always_call=True))
 
     def forward(self) -> AbstractContextManager[Any]:
-        """Where forward passes are run that are differentiated twice."""
-        return sdpa_kernel(SDPBackend.MATH)
+        """Where a model's parts are called by themselves, to be differentiated twice."""
+        return sdpa_kernel(SDPBackend.MATH) if self.penalty > 0 else nullcontext()
 
     def _gradients(self, loss: Tensor) -> Iterable[Tensor | None]:
         if self.penalty == 0:
@@ -54,9 +63,27 @@ class RENG(KFAC):
         try:
             second = torch.autograd.grad(half, parameters, allow_unused=True)
         except RuntimeError as error:
-            error.add_note("run the model in `with optimizer.forward():`, whose kernels can be differentiated twice")
+            error.add_note("parts of a model called by themselves have to be called in `with optimizer.forward():`")
             raise
         return [
             None if g is None else g.detach() + (0.0 if h is None else self.penalty * h)
             for g, h in zip(first, second, strict=True)
         ]
+
+
+class _PlainAttention:
+    """Hooks around a model's forward pass: attention by kernels that can be differentiated twice."""
+
+    def __init__(self) -> None:
+        self._entered: list[AbstractContextManager[Any]] = []  # calls may be nested
+
+    def enter(self, *_: object) -> None:
+        """Before a forward pass."""
+        context = sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext()
+        context.__enter__()
+        self._entered.append(context)
+
+    def leave(self, *_: object) -> None:
+        """After it, or where it raised."""
+        if self._entered:
+            self._entered.pop().__exit__(None, None, None)

@@ -14,6 +14,7 @@ from bayes_kf.inference.baselines.seeded import (
     SeededOptimizer,
     check_betas,
     check_count,
+    check_finite,
     check_not_negative,
     check_outputs,
     check_positive,
@@ -76,7 +77,9 @@ class SophiaG(SeededOptimizer):
 
         Raises:
             ValueError: for outputs that are not a batch of logits.
+            FloatingPointError: for outputs that are not finite.
         """
+        self._check_open()
         check_outputs(outputs)
         if self._updates % self.refresh == 0:
             self._drawn = self._curvature(outputs)
@@ -93,8 +96,7 @@ class SophiaG(SeededOptimizer):
         """
         self._check_step(closure)
         found = [p.grad for p in self._parameters() if p.grad is not None]
-        if not all(bool(torch.isfinite(values).all()) for values in [*found, *self._drawn.values()]):
-            raise FloatingPointError("the gradients are not finite; the parameters are as they were")
+        check_finite("gradients", [*found, *self._drawn.values()])
         self._ready = False
         self._average()
         self._updates += 1

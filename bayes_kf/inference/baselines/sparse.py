@@ -6,6 +6,7 @@ importance"); where they leave a choice, it is said below. Own code: there is no
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from bayes_kf.inference.baselines.seeded import (
     SeededOptimizer,
     check_betas,
     check_count,
+    check_finite,
     check_positive,
 )
 
@@ -72,12 +74,7 @@ class SparseOptimization(SeededOptimizer):
         self._seen: dict[Tensor, Tensor] = {}
         self._extremes: dict[Tensor, Tensor] = {}
         self._watching = False
-        self._hooks = [p.register_post_accumulate_grad_hook(self._reduce) for p in self._parameters()]
-
-    def close(self) -> None:
-        """Watch the gradients no longer."""
-        for hook in self._hooks:
-            hook.remove()
+        self._watch()
 
     def kept(self, parameter: Tensor) -> int:
         """M of a tensor."""
@@ -90,6 +87,7 @@ class SparseOptimization(SeededOptimizer):
             loss: a scalar.
             outputs: not looked at; taken as the other optimizers take it.
         """
+        self._check_open()
         if "mask" not in self.state[self._parameters()[0]]:
             self._draw_masks()
         self._watching = True
@@ -118,8 +116,7 @@ class SparseOptimization(SeededOptimizer):
             FloatingPointError: for gradients that are not finite; the parameters are as they were.
         """
         self._check_step(closure)
-        if not all(bool(torch.isfinite(values).all()) for values in self._extremes.values()):
-            raise FloatingPointError("the gradients are not finite; the parameters are as they were")
+        check_finite("gradients", self._extremes.values())
         self._updates += 1
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -128,6 +125,16 @@ class SparseOptimization(SeededOptimizer):
         self._forget()
         if self._updates % self.param_groups[0]["refresh"] == 0:
             self._draw_masks()
+
+    def _watch(self) -> None:
+        held = weakref.ref(self)  # a hook that held the optimizer itself would keep it alive
+
+        def reduce(parameter: Tensor) -> None:
+            optimizer = held()
+            if optimizer is not None:
+                optimizer._reduce(parameter)
+
+        self._handles.extend(p.register_post_accumulate_grad_hook(reduce) for p in self._parameters())
 
     def _forget(self) -> None:
         self._seen, self._extremes, self._ready = {}, {}, False

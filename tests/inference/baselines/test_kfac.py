@@ -7,9 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
 
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference.baselines import KFAC, RENG, RING
@@ -186,16 +184,24 @@ def test_a_step_is_the_dense_solve(inverse, clip):
 
 
 def test_factors_are_moving_averages():
-    model, optimizer = mlp(), None
+    """Of what one update would have: with the first as it is, and then 0.7 of the old and 0.3 of the new."""
+    model = mlp()
     optimizer = KFAC(model, lr=1e-3, decay=0.7)
-    singles, expected = [], None
+    generator, expected = torch.Generator().manual_seed(0), {}
     for number in range(4):
         inputs, labels = batch(seed=number)
+        hidden = model[0](inputs)
+        probs = model[2](hidden.tanh()).detach().softmax(1)
+        drawn = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        of = F.one_hot(drawn, 3).double() - probs
         into = F.pad(inputs, (0, 1), value=1.0)
-        singles.append(into.mT @ into / 7)
-        expected = singles[-1] if expected is None else 0.7 * expected + 0.3 * singles[-1]
+        back = (of @ model[2].weight.detach()) * (1.0 - hidden.detach().tanh().square())
+        for name, rows in (("input_factor", into), ("output_factor", back)):
+            new = rows.mT @ rows / 7
+            expected[name] = 0.7 * expected[name] + 0.3 * new if name in expected else new
         learn(optimizer, model, inputs, labels)
-    torch.testing.assert_close(optimizer.state[model[0].weight]["input_factor"], expected, rtol=1e-12, atol=1e-12)
+    for name, factor in expected.items():
+        torch.testing.assert_close(optimizer.state[model[0].weight][name], factor, rtol=1e-12, atol=1e-14)
 
 
 def test_other_tensors_take_the_damped_diagonal():
@@ -264,71 +270,6 @@ def test_ring_is_kfac_under_the_damping_of_the_gradient(inverse):
     assert inverse == "eigen" or lazily
 
 
-def test_reng_follows_the_gradient_of_the_penalized_loss():
-    """g + ρHg with a dense Hessian."""
-    model, (inputs, labels) = mlp(), batch()
-    optimizer = RENG(model, lr=0.1, penalty=0.7)
-    parameters = list(model.parameters())
-    sizes = [p.numel() for p in parameters]
-
-    def loss_at(vector):
-        tensors = {
-            name: part.view_as(p) for (name, p), part in zip(model.named_parameters(), vector.split(sizes), strict=True)
-        }
-        return F.cross_entropy(torch.func.functional_call(model, tensors, inputs), labels)
-
-    at = torch.cat([p.detach().flatten() for p in parameters])
-    gradient = torch.autograd.functional.jacobian(loss_at, at)
-    hessian = torch.autograd.functional.hessian(loss_at, at)
-    outputs = model(inputs)
-    optimizer.backward(F.cross_entropy(outputs, labels), outputs)
-    found = torch.cat([p.grad.flatten() for p in parameters])
-    torch.testing.assert_close(found, gradient + 0.7 * hessian @ gradient, rtol=1e-10, atol=1e-12)
-
-
-def bert():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=3
-    )
-    lora = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False, modules_to_save=["classifier"])
-    return get_peft_model(BertForSequenceClassification(config), lora).eval().double()
-
-
-TEXTS = {
-    "input_ids": torch.tensor([[5, 9, 3, 7], [4, 4, 8, 0]]),
-    "attention_mask": torch.tensor([[1] * 4, [1, 1, 1, 0]]),
-}
-
-
-def test_reng_goes_through_attention():
-    """A Hessian-vector product against differences of gradients in float64; and what to do without its context."""
-    model, labels = bert(), torch.tensor([0, 2])
-    optimizer = RENG(model, penalty=0.5)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradient():
-        outputs = model(**TEXTS).logits
-        return torch.autograd.grad(F.cross_entropy(outputs, labels), parameters)
-
-    with optimizer.forward():
-        outputs = model(**TEXTS).logits
-        optimizer.backward(F.cross_entropy(outputs, labels), outputs)
-    first, share = gradient(), 1e-5
-    ends = []
-    for way in (share, -share):
-        with torch.no_grad():
-            for p, g in zip(parameters, first, strict=True):
-                p.add_(way * g)
-        ends.append(gradient())
-        with torch.no_grad():
-            for p, g in zip(parameters, first, strict=True):
-                p.sub_(way * g)
-    for p, g, ahead, behind in zip(parameters, first, *ends, strict=True):
-        expected = g + 0.5 * (ahead - behind) / (2 * share)
-        torch.testing.assert_close(p.grad, expected, rtol=1e-5, atol=1e-8)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumes_exactly(kind, tmp_path):
     """From a state saved in the middle, generator, inverses and momentum included; nothing is unpickled."""
@@ -363,33 +304,6 @@ def test_schedulers_scale_the_step():
         learn(optimizer, model, *batch())
         moved.append(model[0].weight.detach() - before)
     torch.testing.assert_close(moved[1], 0.25 * moved[0])
-
-
-def test_close_leaves_no_hooks():
-    model = mlp()
-    optimizer = KFAC(model)
-    assert len(model[0]._forward_hooks) == 1
-    optimizer.close()
-    optimizer.close()
-    assert not model[0]._forward_hooks
-
-
-def test_what_has_no_kronecker_factors():
-    """Grouped convolutions, odd paddings and tied weights are left to the diagonal."""
-    tied = nn.Linear(3, 3)
-    model = nn.ModuleDict(
-        {
-            "grouped": nn.Conv2d(2, 2, 3, groups=2),
-            "same": nn.Conv2d(2, 2, 3, padding="same"),
-            "circular": nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
-            "frozen": nn.Linear(2, 2).requires_grad_(False),
-            "tied": tied,
-            "other": nn.Linear(3, 3),
-            "plain": nn.Linear(2, 2),
-        }
-    )
-    model["other"].weight = tied.weight
-    assert [layer.name for layer in layers(model)] == ["plain"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -438,19 +352,3 @@ def test_gradients_that_are_not_finite_change_nothing():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         RING(mlp(), **options)
-
-
-def test_bad_use():
-    with pytest.raises(ValueError, match="`model` must be a module, got list"):
-        KFAC([nn.Parameter(torch.zeros(2))])
-    with pytest.raises(ValueError, match="`model` must have trainable tensors, got none"):
-        KFAC(nn.Linear(2, 2).requires_grad_(False))
-    model, (inputs, labels) = mlp(), batch()
-    optimizer = KFAC(model)
-    with pytest.raises(RuntimeError, match="`step` needs `backward"):
-        optimizer.step()
-    outputs = model(inputs)
-    with pytest.raises(ValueError, match=r"`outputs` must be logits \(B, m\) with a graph, got shape \(7,\)"):
-        optimizer.backward(F.cross_entropy(outputs, labels), outputs[:, 0])
-    with pytest.raises(ValueError, match="`closure` must be None"):
-        optimizer.step(lambda: None)

@@ -16,10 +16,11 @@ def matrix(condition, size=12, dtype=torch.float64, seed=0):
     return ((vectors * values) @ vectors.mT).to(dtype)
 
 
-@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
-def test_inverse_in_float64(condition):
+@pytest.mark.parametrize("size", [12, 150])
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8, 1e10])
+def test_inverse_in_float64(condition, size):
     """Within rounding times the condition number; the number of steps grows with its logarithm."""
-    given = matrix(condition)
+    given = matrix(condition, size)
     found, steps = newton_inverse(given)
     exact = torch.linalg.inv(given)
     assert float((found - exact).norm() / exact.norm()) < 1e-15 * condition * 10
@@ -33,16 +34,28 @@ def test_steps_as_stated():
     assert [newton_inverse(matrix(condition)).steps for condition in (1e1, 1e6)] == [10, 26]
 
 
-def test_float32_does_well_conditioned_matrices_and_refuses_others():
-    given = matrix(1e2, dtype=torch.float32)
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4])
+def test_float32_does_well_conditioned_matrices(condition):
+    given = matrix(condition, dtype=torch.float32)
     exact = torch.linalg.inv(given.double())
-    assert float((newton_inverse(given).matrix.double() - exact).norm() / exact.norm()) < 1e-4
-    bad = matrix(1e9, dtype=torch.float32)
+    missed = float((newton_inverse(given).matrix.double() - exact).norm() / exact.norm())
+    assert missed < min(6e-7 * condition, 1e-3)
+
+
+@pytest.mark.parametrize("condition", [1e5, 1e6, 1e9])
+def test_float32_refuses_others_until_they_are_damped(condition):
+    bad = matrix(condition, dtype=torch.float32)
     with pytest.raises(FloatingPointError, match=r"Newton's inverse of a 12 x 12 matrix left .* damp it more"):
         newton_inverse(bad)
-    damped = bad + 1e-2 * torch.eye(12)  # damping first
+    assert newton_inverse(bad.double()).matrix.dtype == torch.float64
+    damped = bad + 1e-2 * torch.eye(12)
     exact = torch.linalg.inv(damped.double())
     assert float((newton_inverse(damped).matrix.double() - exact).norm() / exact.norm()) < 1e-4
+
+
+def test_float64_has_a_limit_too():
+    with pytest.raises(FloatingPointError, match=r"in torch.float64: damp it more"):
+        newton_inverse(matrix(1e15))
 
 
 def test_an_indefinite_matrix_is_refused():

