@@ -1,6 +1,7 @@
 """R-Kalman: updates from P̃⁻¹ = P⁻¹ + ρ‖g‖² I, against the same written out densely in float64."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter, learn, noise
+from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, learn, noise
 from bayes_kf.inference.bank import Bank
 from bayes_kf.inference.config import CURVATURES, NOISES, STRUCTURES
 from bayes_kf.inference.evidence import Tally
@@ -429,3 +430,32 @@ def test_it_can_be_chosen_by_the_stream():
     config = KalmanConfig(tune={"gradient_penalty": (0.0, 1.0)}, tune_examples=6)
     posterior = fit(network(), list(stream(2, 8)), config, progress=False)
     assert posterior.config.gradient_penalty in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("covariance", STRUCTURES)
+def test_larger_penalties_take_smaller_steps(covariance, form):
+    """Where the likelihood is expanded at the mean, the step is (P̃⁻¹ + JᵀVJ)⁻¹ Jᵀe: shorter in P̃'s own metric."""
+    model, (x, y) = network(), next(stream(3))
+    steps, penalties = [], []
+    for rho in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
+        config = KalmanConfig(
+            covariance=covariance, rank=27, gradient_penalty=rho, gradient_penalty_form=form, **PLAIN
+        )
+        kf = KalmanFilter(model, config)
+        _, info = kf.update(kf.init(), x, y)
+        steps.append(info.step_norm)
+        penalties.append(info.penalty)
+    assert all(later < earlier for earlier, later in itertools.pairwise(steps))
+    assert steps[-1] < 0.5 * steps[0]
+    assert penalties == pytest.approx([rho * penalties[3] for rho in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)])
+
+
+def test_a_penalty_too_large_for_the_belief_s_numbers_changes_nothing():
+    """ρ‖g‖² beyond the largest float32."""
+    kf = KalmanFilter(network().float(), KalmanConfig(gradient_penalty=1e300))
+    state, (x, y) = kf.init(), next(stream(3))
+    kept = copy.deepcopy(state)
+    with pytest.raises(DivergenceError, match="the gradient penalty's precision would not be finite"):
+        kf.update(state, x.float(), y)
+    assert same(state, kept)
