@@ -148,7 +148,7 @@ def _batches(setting: Setting, lora: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def _bayesian(posterior: bkf.Posterior, model: ClipClassifier, setting: Setting, read: bool) -> dict[str, Any]:
-    """Predictions of a belief at the temperature that suits the validation shots, with softmax's too; and its mean's."""  # noqa: E501
+    """Predictions of a belief at the temperatures that suit the validation shots, and of its mean."""
     moments = Moments(posterior, model)
 
     def logits(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def draw(cells: Cells) -> Figure:
         ax.set(xscale="log", xlabel="c", title=titles[name].replace(" / ", "\n"), ylim=(0, 1))
         ax.title.set_fontsize(9)
     figure.axes[0].set_ylabel("accuracy on the last half")
-    figure.axes[0].legend(fontsize=7, loc="lower left")
+    figure.axes[0].legend(fontsize=7, loc="upper left")
     return figure
 
 

@@ -439,9 +439,7 @@ def test_larger_penalties_take_smaller_steps(covariance, form):
     model, (x, y) = network(), next(stream(3))
     steps, penalties = [], []
     for rho in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
-        config = KalmanConfig(
-            covariance=covariance, rank=27, gradient_penalty=rho, gradient_penalty_form=form, **PLAIN
-        )
+        config = KalmanConfig(covariance=covariance, rank=27, gradient_penalty=rho, gradient_penalty_form=form, **PLAIN)
         kf = KalmanFilter(model, config)
         _, info = kf.update(kf.init(), x, y)
         steps.append(info.step_norm)
