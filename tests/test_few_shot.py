@@ -14,13 +14,13 @@ from bayes_kf.models.clip_adapters import prompt_tokens
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import _few_shot_tasks as tasks  # noqa: E402
-import few_shot  # noqa: E402
-from _few_shot_clip import LetterTokenizer, trained  # noqa: E402
-from _few_shot_images import uci_digits  # noqa: E402
-from _few_shot_learn import Setting, image_features, on_features, on_lora  # noqa: E402
-from _few_shot_moments import SOFTMAX, Moments, Temperatures, averaged, best_temperatures  # noqa: E402
-from _few_shot_rows import ROWS, Cache  # noqa: E402
+import _few_shot_tasks as tasks
+import few_shot
+from _few_shot_clip import LetterTokenizer, trained
+from _few_shot_images import uci_digits
+from _few_shot_learn import Setting, image_features, on_features, on_lora
+from _few_shot_moments import SOFTMAX, Moments, Temperatures, averaged, best_temperatures
+from _few_shot_rows import ROWS, Cache
 
 
 def digits():
