@@ -12,9 +12,9 @@ goes through in. "transient" keeps the mean of that update alone; covariance, no
 without a penalty. "permanent" keeps all of it but the scores: g knows the targets, and what a batch is predicted with
 must not.
 
-Neither is a posterior of the penalized loss. "transient" has the covariance of a mean that went further than it did, and
-loses what it did not learn from a batch, so it is too sure about its own mean; "permanent" counts pseudo-observations as
-data. A batch is conditioned on twice, and where either update is not finite there is none.
+Neither is a posterior of the penalized loss. "transient" has the covariance of a mean that went further than it did,
+and loses what it did not learn from a batch, so it is too sure about its own mean; "permanent" counts pseudo-
+observations as data. A batch is conditioned on twice, and where either update is not finite there is none.
 
 Ours. The penalized loss is that of gradient-regularized natural gradients (GRNG), of whose own Kalman filter only the
 abstract was at hand.
