@@ -95,9 +95,9 @@ def image_features(clip: CLIPModel, images: Tensor) -> Tensor:
     return torch.cat([clip.get_image_features(pixel_values=part).pooler_output for part in images.split(AHEAD)])
 
 
-def on_lora(setting: Setting) -> ClipClassifier:
-    """CLIP-LoRA's model: rank 2 on queries, keys and values of every layer of both encoders."""
-    return ClipClassifier(clip_lora(copy.deepcopy(setting.clip), seed=setting.seed), **setting.tokens)
+def on_lora(setting: Setting, **options: Any) -> ClipClassifier:
+    """CLIP-LoRA's model: rank 2 on queries, keys and values of every layer of both encoders, unless told otherwise."""
+    return ClipClassifier(clip_lora(copy.deepcopy(setting.clip), seed=setting.seed, **options), **setting.tokens)
 
 
 def on_features(setting: Setting, adapted: bool = True) -> ClipClassifier:

@@ -103,11 +103,11 @@ def tip_adapter(setting: Setting, choice: Choice) -> Learned:
     return scaled_too(probabilities(model, setting.clip), setting)
 
 
-def kalman(lora: bool, **settings: Any) -> Learn:
+def kalman(lora: bool, adapter: Mapping[str, Any] | None = None, **settings: Any) -> Learn:
     """Class prompts: a categorical filter over LoRA in both encoders, or over bottlenecks behind them."""
 
     def learn(setting: Setting, choice: Choice) -> Learned:
-        model = on_lora(setting) if lora else on_features(setting)
+        model = on_lora(setting, **(adapter or {})) if lora else on_features(setting)
         shots = _batches(setting, lora)
         steps = {"mean_passes": math.ceil((LORA_STEPS if lora else FEATURE_STEPS) / len(shots)), "seed": setting.seed}
         config = bkf.KalmanConfig.dataset(**steps | settings | dict(choice))
@@ -168,6 +168,7 @@ def _bayesian(posterior: bkf.Posterior, model: ClipClassifier, setting: Setting,
 
 ONE_PASS = {"mean_passes": 0}
 ROBUST = {"noise": "ema_taylor", "beta": 0.8, "gate_quantile": 0.99}  # R starts from I; 20 updates must be enough
+WIDE_LORA = {"rank": 8, "projections": MATRICES}  # where Sparse Optimization moves weights
 PAIRED = {"initial_spread": "modules", "rank": 60}
 
 TIP = tuple({"lr": 1e-3, "share": share, "sharpness": 5.5} for share in (1.0, 3.0, 10.0))
@@ -188,6 +189,7 @@ ROWS: dict[str, Row] = {
         "ours: feature adapters, class prompts, one pass, robust", kalman(False, **ONE_PASS | ROBUST), WIDE
     ),
     "kalman-lora": Row("**ours**: LoRA, class prompts", kalman(True), BY_MODULES),
+    "kalman-wide": Row("**ours**: LoRA on all matrices, class prompts", kalman(True, WIDE_LORA), BY_MODULES),
     "pairs-lora": Row("ours: LoRA, matched pairs", pairs(True, **PAIRED), NARROW),
     "robust-pairs-lora": Row("ours: LoRA, matched pairs, robust", pairs(True, **PAIRED | ROBUST), NARROW),
 }
