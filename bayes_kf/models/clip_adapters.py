@@ -91,7 +91,7 @@ def clip_lora(
         clip: a ``transformers.CLIPModel``; PEFT puts its layers into it.
         rank: r of B A.
         encoders: "vision", "text", or both.
-        projections: linear layers by name: "q_proj", "k_proj", "v_proj", "out_proj" of attention, "fc1", "fc2" of the MLP.
+        projections: linear layers by name: "q_proj", "k_proj", "v_proj", "out_proj", and of the MLP "fc1" and "fc2".
         alpha: α.
         dropout: of what goes into A, in training mode.
         seed: of the first A.
