@@ -48,6 +48,19 @@ def save(posterior: Posterior, folder: Path) -> None:
     _atomically(folder, write)
 
 
+def save_beside(posterior: Posterior, folder: Path) -> None:
+    """Write settings and belief into a folder that somebody else saved the adapter to, at the mean, each whole or not.
+
+    The belief comes last, so that a folder that was not finished has none.
+    """
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    posterior.config.save_pretrained(folder)
+    temporary = folder / f".{STATE_FILE}"
+    save_file(_tensors(posterior), temporary, metadata=_metadata(posterior))
+    temporary.chmod(0o644)
+    os.replace(temporary, folder / STATE_FILE)
+
+
 def load(folder: Path, base_model: nn.Module) -> Posterior:
     """Read a posterior; ``base_model`` is with or without its adapter. Everything is checked before it is touched."""
     from bayes_kf.inference.posterior import Posterior

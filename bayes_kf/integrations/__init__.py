@@ -1,0 +1,6 @@
+"""Where users already are: transformers' Trainer."""
+
+from bayes_kf.integrations.metrics import calibration_metrics
+from bayes_kf.integrations.trainer import KalmanTrainer
+
+__all__ = ["KalmanTrainer", "calibration_metrics"]

@@ -1,0 +1,477 @@
+"""KalmanTrainer against the filter by hand on the batches that its collator saw, and what a Trainer script expects."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+import bayes_kf as bkf
+from bayes_kf.evaluation import calibration_test
+from bayes_kf.inference import refine
+from bayes_kf.integrations import KalmanTrainer, calibration_metrics
+from bayes_kf.integrations.trainer import SCALE_EXAMPLES
+from bayes_kf.models.adapter import split_batch
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
+
+
+def classifier(labels=3, lora=True, seed=0):
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(BertConfig(num_labels=labels, max_position_embeddings=16, **SMALL))
+    if not lora:
+        return model
+    settings = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    return get_peft_model(model, settings)
+
+
+def sentences(number, seed=0, labels=3):
+    """Whose label is the first token's rest."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 20, (number, 6), generator=g)
+    return [
+        {"input_ids": t, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(t[0]) % labels}
+        for t in tokens
+    ]
+
+
+class Recorder:
+    """A collator that remembers its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, features):
+        batch = default_data_collator(features)
+        scaling = len(features) == SCALE_EXAMPLES  # asked for when Trainer has fetched some batches ahead
+        self.batches.insert(0 if scaling else len(self.batches), batch)
+        return batch
+
+
+def arguments(folder, **options):
+    plain = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "seed": 3,
+    }
+    return TrainingArguments(str(folder), **(plain | options))
+
+
+def bits(state):
+    return [t for part in state for t in (bits(part) if isinstance(part, tuple) else [part])]
+
+
+def same(first, second):
+    pairs = zip(bits(first), bits(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def by_hand(batches, config, epochs=1, model=None):
+    """The filter over the recorded batches, whose first was for the prior's scale; then steps of the mean."""
+    kf = bkf.KalmanFilter(model or classifier(), config)
+    first, rest = batches[0], batches[1:]
+    state = kf.init(split_batch(first)[0])
+    per_epoch = len(rest) // epochs
+    for index, batch in enumerate(rest):
+        inputs, targets = split_batch(batch)
+        if index < per_epoch:
+            state, _ = kf.update(state, inputs, targets)
+        else:
+            rate = 1.0 - (index / per_epoch - 1.0) / (epochs - 1.0)
+            state, _ = refine.step(config, kf.adapter, state, inputs, targets, rate)
+    return state
+
+
+def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, **options):
+    recorder = Recorder()
+    found = trainer(
+        classifier() if model is None else model,
+        arguments(folder, **options),
+        data_collator=recorder,
+        train_dataset=sentences(40) if data is None else data,
+        eval_dataset=sentences(30, seed=1),
+        kalman=config,
+    )
+    found.train()
+    return found, recorder.batches
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
+def test_an_epoch_is_the_filter_over_its_batches(tmp_path, covariance):
+    config = bkf.KalmanConfig(covariance=covariance)
+    found, batches = trained(tmp_path, config)
+    assert len(split_batch(batches[0])[1]) == SCALE_EXAMPLES
+    assert [len(batch["labels"]) for batch in batches[1:]] == [4] * 10
+    order = torch.cat([batch["input_ids"] for batch in batches[1:]])
+    assert not torch.equal(order, torch.stack([one["input_ids"] for one in sentences(40)]))  # Trainer's shuffle
+    assert same(found.posterior.state, by_hand(batches, config))
+
+
+def test_later_epochs_move_the_mean_alone(tmp_path):
+    config = bkf.KalmanConfig(rank=4)
+    found, batches = trained(tmp_path, config, num_train_epochs=3)
+    expected = by_hand(batches, config, epochs=3)
+    once = by_hand(batches[:11], config)
+    state = found.posterior.state
+    torch.testing.assert_close(state.belief.mean, expected.belief.mean, rtol=1e-6, atol=1e-8)
+    assert state.examples == 40
+    assert same(state._replace(belief=state.belief._replace(mean=once.belief.mean)), once)
+    assert float((state.belief.mean - once.belief.mean).norm()) > 1e-3
+
+
+def test_so_does_an_epoch_that_max_steps_cuts_short(tmp_path):
+    """16 steps of 10 an epoch: the rate falls to zero at their end."""
+    config = bkf.KalmanConfig(rank=4)
+    found, batches = trained(tmp_path, config, max_steps=16)
+    kf = bkf.KalmanFilter(classifier(), config)
+    state = by_hand(batches[:11], config)
+    for step, batch in enumerate(batches[11:17]):
+        inputs, targets = split_batch(batch)
+        state, _ = refine.step(config, kf.adapter, state, inputs, targets, 1.0 - step / 6)
+    torch.testing.assert_close(found.posterior.mean_vector, state.belief.mean, rtol=1e-5, atol=1e-7)
+
+
+def test_batches_of_an_accumulated_step_are_updates(tmp_path):
+    config = bkf.KalmanConfig(covariance="diagonal")
+    found, batches = trained(tmp_path, config, gradient_accumulation_steps=3)
+    assert found.state.global_step == 4  # 3 + 3 + 3 + 1 batches
+    assert found.posterior.state.step == 10
+    assert same(found.posterior.state, by_hand(batches, config))
+
+
+def test_the_settings_that_are_not_given(tmp_path):
+    once, _ = trained(tmp_path / "one")
+    assert once.posterior.config == bkf.KalmanConfig()
+    more, _ = trained(tmp_path / "two", num_train_epochs=2)
+    assert more.posterior.config == bkf.KalmanConfig.dataset(mean_passes=0)
+
+
+def test_a_stream_without_a_length(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(sentences(24))
+
+    config = bkf.KalmanConfig(covariance="diagonal")
+    found, batches = trained(tmp_path, config, data=Stream(), max_steps=5)
+    kf = bkf.KalmanFilter(classifier(), config)
+    state = kf.init(split_batch(batches[0])[0])  # the prior's scale is that of the first batch
+    for batch in batches[:5]:
+        state, _ = kf.update(state, *split_batch(batch))
+    assert same(found.posterior.state, state)
+    again, _ = trained(tmp_path / "again", config, data=Stream(), max_steps=9)  # the stream begins again: no update
+    assert (again.posterior.state.step, again.posterior.state.examples) == (6, 24)
+
+
+def test_the_model_has_the_mean_and_all_else_is_as_it_was(tmp_path):
+    model = classifier()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found, _ = trained(tmp_path, model=model)
+    mean = found.posterior.mean
+    for name, tensor in model.named_parameters():
+        expected = mean[name] if tensor.requires_grad else before[name]
+        assert torch.equal(tensor, expected), name
+        assert tensor.grad is None
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_is_the_posterior_s(tmp_path):
+    found, _ = trained(tmp_path)
+    metrics = found.evaluate()
+    data = sentences(30, seed=1)
+    batches = [default_data_collator(data[first : first + 8]) for first in range(0, 30, 8)]
+    expected = found.posterior.predict_loader(batches)
+    output = found.predict(data)
+    np.testing.assert_allclose(np.exp(output.predictions), expected.probs.numpy(), rtol=1e-5)
+    sums = output.predictions[np.arange(30), output.label_ids]
+    assert metrics["eval_log_loss"] == pytest.approx(-sums.mean(), rel=1e-5)
+    assert metrics["eval_accuracy"] == pytest.approx(np.mean(output.predictions.argmax(1) == output.label_ids))
+    probs = torch.from_numpy(output.predictions).double().softmax(1)
+    ece = calibration_test(probs, torch.from_numpy(output.label_ids), "ece")
+    assert (metrics["eval_ece"], metrics["eval_ece_chance_high"]) == pytest.approx((ece.value, ece.null_high))
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_log_loss"], rel=0.1)  # batches count alike in Trainer's
+    mean = found.posterior.predict_loader(batches, method="mean")
+    assert not np.allclose(np.exp(output.predictions), mean.probs.numpy(), atol=1e-3)
+
+
+def test_before_training_evaluation_is_the_model_s(tmp_path):
+    model = classifier()
+    options = {"eval_dataset": sentences(30, seed=1), "data_collator": default_data_collator}
+    found = KalmanTrainer(model, arguments(tmp_path), **options).evaluate()
+    plain = Trainer(model, arguments(tmp_path), **options).evaluate()
+    assert found["eval_loss"] == pytest.approx(plain["eval_loss"])
+    assert found["eval_log_loss"] == pytest.approx(plain["eval_loss"], rel=1e-3)
+
+
+def test_own_metrics_are_kept(tmp_path):
+    found = KalmanTrainer(
+        classifier(),
+        arguments(tmp_path),
+        train_dataset=sentences(8),
+        eval_dataset=sentences(8, seed=1),
+        compute_metrics=lambda p: {"accuracy": 7.0, "classes": p.predictions.shape[1]},
+    )
+    found.train()
+    metrics = found.evaluate()
+    assert (metrics["eval_accuracy"], metrics["eval_classes"]) == (7.0, 3)
+    assert 0 <= metrics["eval_ece"] <= 1
+
+
+def test_predictions_without_labels(tmp_path):
+    found, _ = trained(tmp_path)
+    bare = [{name: value for name, value in one.items() if name != "labels"} for one in sentences(9)]
+    output = found.predict(bare)
+    assert output.label_ids is None
+    np.testing.assert_allclose(np.exp(output.predictions).sum(1), np.ones(9), rtol=1e-5)
+
+
+def test_regression(tmp_path):
+    data = [one | {"labels": float(one["labels"])} for one in sentences(40)]
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.3)
+    found = KalmanTrainer(
+        classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data, kalman=config
+    )
+    before = found.evaluate()["eval_loss"]
+    found.train()
+    metrics = found.evaluate()
+    assert "eval_ece" not in metrics
+    batches = [default_data_collator(data[first : first + 8]) for first in range(0, 40, 8)]
+    batches = [b | {"labels": b["labels"].unsqueeze(1)} for b in batches]
+    expected = found.posterior.predict_loader(batches)
+    assert metrics["eval_loss"] == pytest.approx(-float(expected.log_prob.mean()), rel=1e-5)
+    assert before > 0.5
+
+
+def test_metrics_of_a_tuple_and_of_bad_shapes():
+    logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8]]))
+    found = calibration_metrics(EvalPrediction((logits, logits), np.array([0, 0])))
+    assert found["log_loss"] == pytest.approx(-(math.log(0.9) + math.log(0.2)) / 2)
+    assert found["brier"] == pytest.approx((0.02 + 1.28) / 2)
+    with pytest.raises(ValueError, match=r"predictions \(N, classes\) and labels \(N,\), got \(2, 2\) and \(3,\)"):
+        calibration_metrics(EvalPrediction(logits, np.zeros(3)))
+
+
+# ---- logs ----
+
+
+def test_logs_have_the_stream_s_scores_and_no_optimizer_s(tmp_path):
+    found, batches = trained(tmp_path, logging_strategy="steps", logging_steps=5)
+    logs = [entry for entry in found.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    kf, model = bkf.KalmanFilter(classifier(), bkf.KalmanConfig()), []
+    state = kf.init(split_batch(batches[0])[0])
+    for batch in batches[1:6]:
+        state, info = kf.update(state, *split_batch(batch))
+        model.append(info)
+    assert logs[0]["loss"] == pytest.approx(float(torch.cat([i.log_loss for i in model]).mean()), abs=1e-4)
+    assert logs[0]["online_accuracy"] == pytest.approx(float(torch.cat([i.correct for i in model]).double().mean()))
+    total = sum(i.innovation for i in model) / sum(i.degrees_of_freedom for i in model)
+    assert logs[0]["innovation"] == pytest.approx(total)
+    assert logs[0]["temperature"] == kf.temperature(state)
+    assert not {"grad_norm", "learning_rate"} & set().union(*map(set, found.state.log_history))
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    found, _ = trained(
+        tmp_path, report_to="tensorboard", logging_strategy="steps", logging_steps=5, eval_strategy="epoch"
+    )
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder)).Reload()
+    wanted = {
+        "train/loss",
+        "train/online_accuracy",
+        "train/innovation",
+        "train/temperature",
+        "eval/ece",
+        "eval/log_loss",
+    }
+    assert wanted <= set(events.Tags()["scalars"])
+    assert not {"train/grad_norm", "train/learning_rate"} & set(events.Tags()["scalars"])
+    logged = [event.value for event in events.Scalars("train/online_accuracy")]
+    kept = [entry["online_accuracy"] for entry in found.state.log_history if "online_accuracy" in entry]
+    assert logged == pytest.approx(kept)
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "low_rank", "block_diagonal"])
+@pytest.mark.parametrize("stop", [4, 10, 13])
+def test_resumed_is_never_stopped(tmp_path, covariance, stop):
+    """In the middle of the filter's epoch, between the epochs, and in the middle of a later one."""
+    config = bkf.KalmanConfig(covariance=covariance, rank=3)
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": stop}
+    whole, _ = trained(tmp_path / "whole", config, **options)
+    resumed = KalmanTrainer(
+        classifier(seed=0),
+        arguments(tmp_path / "whole", **options),
+        train_dataset=sentences(40),
+        data_collator=default_data_collator,
+        kalman=config,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert same(resumed.posterior.state, whole.posterior.state)
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_is_a_posterior_and_a_plain_adapter(tmp_path):
+    found, _ = trained(tmp_path, save_strategy="epoch")
+    folder = tmp_path / "checkpoint-10"
+    assert not list(folder.glob("optimizer*"))
+    assert not list(folder.glob("scheduler*"))
+    base = classifier().get_base_model().__class__(classifier().config)  # of other weights: refused
+    with pytest.raises(ValueError, match="`base_model` must be the model"):
+        bkf.Posterior.from_pretrained(folder, base)
+    again = bkf.Posterior.from_pretrained(folder, classifier())
+    assert same(again.state, found.posterior.state)
+    plain = PeftModel.from_pretrained(classifier(lora=False), str(folder))
+    inputs = split_batch(default_data_collator(sentences(5)))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**inputs).logits, found.model.eval()(**inputs).logits)
+    found.save_model(str(tmp_path / "end"))
+    assert same(bkf.Posterior.from_pretrained(tmp_path / "end", classifier()).state, found.posterior.state)
+
+
+def test_early_stopping_and_the_best_belief(tmp_path):
+    found = KalmanTrainer(
+        classifier(),
+        arguments(
+            tmp_path,
+            num_train_epochs=4,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_log_loss",
+            greater_is_better=False,
+        ),
+        train_dataset=sentences(40),
+        eval_dataset=sentences(30, seed=1),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+    )
+    found.train()
+    losses = {e["step"]: e["eval_log_loss"] for e in found.state.log_history if "eval_log_loss" in e}
+    best = min(losses, key=losses.get)
+    assert found.state.global_step < 40  # stopped early
+    assert found.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    expected = bkf.Posterior.from_pretrained(found.state.best_model_checkpoint, classifier())
+    assert same(found.posterior.state, expected.state)
+    assert found.evaluate()["eval_log_loss"] == pytest.approx(losses[best])
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    trained(tmp_path, save_strategy="steps", save_steps=5)
+    folder = tmp_path / "checkpoint-5"
+    (folder / "trainer_state.json").unlink()
+    fresh = KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=sentences(40))
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` must be complete, got .*checkpoint-5 without"):
+        fresh.train(resume_from_checkpoint=str(folder))
+    (tmp_path / "checkpoint-10" / "kalman_state.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"`folder` must hold a readable kalman_state\.safetensors"):
+        fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    with pytest.raises(ValueError, match="`posterior` needs a trainer that has trained"):
+        _ = fresh.posterior
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    trained(tmp_path, bkf.KalmanConfig(rank=3), save_strategy="steps", save_steps=5)
+    model = classifier()
+    before = [tensor.clone() for tensor in model.parameters()]
+    fresh = KalmanTrainer(
+        model, arguments(tmp_path), train_dataset=sentences(40), kalman=bkf.KalmanConfig(rank=4, seed=1)
+    )
+    with pytest.raises(ValueError, match=r"`kalman` must be as in .*checkpoint-5, got another rank, seed"):
+        fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# ---- what is refused ----
+
+
+def test_the_same_data_twice(tmp_path):
+    found, _ = trained(tmp_path)
+    with pytest.raises(ValueError, match="`train_dataset` must be another one to go on with"):
+        found.train()
+    found.train_dataset = sentences(12, seed=5)
+    found.train()
+    assert found.posterior.state.examples == 52
+
+
+@pytest.mark.parametrize("setting", [{"noise": "ema_taylor"}, {"drift_variance": 0.1}], ids=str)
+def test_settings_that_several_epochs_do_not_allow(tmp_path, setting):
+    with pytest.raises(ValueError, match="`num_train_epochs` must be 1 with these settings"):
+        trained(tmp_path, bkf.KalmanConfig(**setting), num_train_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "exact"}, "`method` must be one of .*, got 'exact'"),
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "KalmanTrainer needs no `optimizers`"),
+        ({"compute_loss_func": print}, "KalmanTrainer needs no `compute_loss_func`"),
+    ],
+    ids=["method", "optimizers", "loss"],
+)
+def test_arguments_without_a_meaning(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=sentences(4), **options)
+
+
+def test_label_smoothing(tmp_path):
+    with pytest.raises(ValueError, match="KalmanTrainer needs no `label_smoothing_factor`"):
+        KalmanTrainer(classifier(), arguments(tmp_path, label_smoothing_factor=0.1))
+
+
+def test_data_without_labels(tmp_path):
+    bare = [{name: value for name, value in one.items() if name != "labels"} for one in sentences(8)]
+    found = KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=bare)
+    with pytest.raises(ValueError, match="`train_dataset` must have 'labels', got batches of input_ids"):
+        found.train()
+
+
+def test_divergence_keeps_the_belief_before(tmp_path, monkeypatch):
+    real, calls = bkf.KalmanFilter.update, []
+
+    def update(self, state, inputs, targets, **options):
+        calls.append(state)
+        if len(calls) == 4:
+            raise bkf.DivergenceError(state.step, "a test", state)
+        return real(self, state, inputs, targets, **options)
+
+    monkeypatch.setattr(bkf.KalmanFilter, "update", update)
+    found = KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=sentences(40))
+    with pytest.raises(bkf.DivergenceError):
+        found.train()
+    assert same(found.posterior.state, calls[-1])
+    assert found.posterior.state.step == 3
+
+
+def test_its_checkpoint_s_settings_are_json(tmp_path):
+    found, _ = trained(tmp_path, bkf.KalmanConfig(rank=5), save_strategy="epoch")
+    kept = json.loads((tmp_path / "checkpoint-10" / "kalman_config.json").read_text(encoding="utf-8"))
+    assert kept["rank"] == 5
+    assert dataclasses.replace(found.posterior.config) == bkf.KalmanConfig(rank=5)
