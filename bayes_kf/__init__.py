@@ -13,6 +13,7 @@ from bayes_kf.inference import (
     Posterior,
     Prediction,
     fit,
+    merge,
 )
 from bayes_kf.models import AdapterModel
 
@@ -31,4 +32,5 @@ __all__ = [
     "compare",
     "evaluate",
     "fit",
+    "merge",
 ]

@@ -4,6 +4,7 @@ from bayes_kf.inference.bank import Bank
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.fit import fit
+from bayes_kf.inference.merge import merge
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.prediction import LoaderPrediction, Prediction
 from bayes_kf.inference.state import DivergenceError, FilterState, UpdateInfo
@@ -19,4 +20,5 @@ __all__ = [
     "Prediction",
     "UpdateInfo",
     "fit",
+    "merge",
 ]

@@ -6,15 +6,16 @@ block of the exact posterior covariance. Cost Σ n_b² k an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.diagonal import State as DiagonalState
 from bayes_kf.inference.diagonal import innovation
-from bayes_kf.inference.full import added_to_inverse
+from bayes_kf.inference.full import added_to_inverse, merged
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 from bayes_kf.models.adapter import AdapterModel
@@ -93,6 +94,18 @@ def add_precision(state: State, added: Tensor) -> State:
     after = state._replace(covariance=torch.empty_like(state.covariance))
     for (where, old), (_, new) in zip(_blocks(state), _blocks(after), strict=True):
         new.copy_(added_to_inverse(old, added[where]))
+    return after
+
+
+def merge(states: Sequence[State], prior: DiagonalState) -> State:
+    """The product of K beliefs from one prior over that prior to the power K − 1, block by block."""
+    after = states[0]._replace(mean=prior.mean.clone(), covariance=torch.empty_like(states[0].covariance))
+    together = zip(*[_blocks(state) for state in states], strict=True)
+    for blocks, (where, new) in zip(together, _blocks(after), strict=True):
+        means = [state.mean[where] for state in states]
+        mean, covariance = merged(means, [block for _, block in blocks], prior.mean[where], prior.variance[where])
+        after.mean[where] = mean
+        new.copy_(covariance)
     return after
 
 

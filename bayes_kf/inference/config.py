@@ -21,6 +21,7 @@ class Structure(NamedTuple):
     predict: Callable[..., Any]
     condition: Callable[..., Any]
     add_precision: Callable[..., Any]
+    merge: Callable[..., Any]
     root: Callable[..., Any]
     product: Callable[..., Any]
     marginal_variance: Callable[..., Any]

@@ -9,7 +9,7 @@ All three are the exact posterior projected; with one parameter they coincide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,14 @@ def mixed_condition(state: State, observation: Observation, curvature: Observati
 def add_precision(state: State, added: Tensor) -> State:
     """The belief with precision Λ + diag(added), its mean as it was; added (n,) may be negative."""
     return State(state.mean, state.variance / (1.0 + added * state.variance))
+
+
+def merge(states: Sequence[State], prior: State) -> State:
+    """The product of K beliefs from one prior over that prior to the power K − 1: its precisions and P⁻¹μ add up."""
+    prior_prec = 1.0 / prior.variance.double()
+    prec = prior_prec + torch.stack([1.0 / s.variance.double() - prior_prec for s in states]).sum(0)
+    own = torch.stack([(s.mean - prior.mean).double() / s.variance.double() for s in states]).sum(0)
+    return State(prior.mean + (own / prec).to(prior.mean), (1.0 / prec).to(prior.variance))
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.diagonal import State as DiagonalState
 from bayes_kf.inference.diagonal import innovation
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
@@ -69,6 +70,27 @@ def added_to_inverse(covariance: Tensor, added: Tensor) -> Tensor:
     mixed.diagonal().add_(1.0)
     found = torch.linalg.solve(mixed, covariance.double()).to(covariance)
     return 0.5 * (found + found.mT)
+
+
+def merge(states: Sequence[State], prior: DiagonalState) -> State:
+    """The product of K beliefs from one prior over that prior to the power K − 1: its precisions and P⁻¹μ add up."""
+    mean, covariance = merged([s.mean for s in states], [s.covariance for s in states], prior.mean, prior.variance)
+    return State(mean, covariance)
+
+
+def merged(
+    means: Sequence[Tensor], covariances: Sequence[Tensor], prior_mean: Tensor, prior_variance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and covariance (n, n) of that product, by inverses in float64."""
+    prec = torch.diag((1.0 - len(means)) / prior_variance.double())
+    own = torch.zeros_like(prior_mean, dtype=torch.float64)
+    for mean, covariance in zip(means, covariances, strict=True):
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance.double()))
+        prec += inverse
+        own += inverse @ (mean - prior_mean).double()
+    root = torch.linalg.cholesky(prec)
+    step = torch.cholesky_solve(own.unsqueeze(-1), root).squeeze(-1)
+    return prior_mean + step.to(prior_mean), torch.cholesky_inverse(root).to(covariances[0])
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:

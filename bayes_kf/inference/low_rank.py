@@ -7,12 +7,13 @@ filter of Chang et al. (2023, arXiv:2305.19535), truncated here relative to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.diagonal import State as DiagonalState
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
@@ -74,6 +75,24 @@ def condition(state: State, observation: Observation, curvature: Observation | N
 def add_precision(state: State, added: Tensor) -> State:
     """The belief with precision Λ + diag(added), its mean as it was; added (n,) may be negative."""
     return _state(state.mean, state.diagonal + added, state.factor)
+
+
+def merge(states: Sequence[State], prior: DiagonalState) -> State:
+    """The product of K beliefs from one prior over that prior to the power K − 1.
+
+    Diagonals, factors side by side, and P⁻¹μ add up exactly; then W is cut back to L columns as after an update.
+    """
+    rank, prior_prec = states[0].factor.shape[1], 1.0 / prior.variance
+    diagonal = prior_prec + torch.stack([s.diagonal - prior_prec for s in states]).sum(0)
+    whole = _state(prior.mean, diagonal, torch.cat([s.factor for s in states], 1))
+    steps = [s.mean - prior.mean for s in states]
+    own = [s.diagonal * step + s.factor @ (s.factor.mT @ step) for s, step in zip(states, steps, strict=True)]
+    mean = prior.mean + product(whole, torch.stack(own).sum(0))
+    _, vectors = torch.linalg.eigh(whole.gram)  # ascending
+    rest, kept = vectors[:, :-rank].to(mean), vectors[:, -rank:].to(mean)
+    for some in rest.split(COLUMNS, 1):
+        diagonal = diagonal + (whole.factor @ some).square().sum(1)
+    return _state(mean, diagonal, whole.factor @ kept)
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:

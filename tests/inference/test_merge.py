@@ -1,0 +1,214 @@
+"""Posteriors of disjoint data merged, against the one that saw all of it, and against dense float64 products."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bayes_kf as bkf
+from bayes_kf.data import uci_digits_split
+from bayes_kf.inference.config import STRUCTURES
+
+PLAIN = {"expansion": "mean", "damping": False, "bound_prior": False, "initial_variance": 0.4}
+
+
+def linear_data(size=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 5, generator=g).double()
+    return x, torch.randn(size, 2, generator=g).double() + x[:, :2]
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(5, 2).double()
+
+
+def fitted(model, x, y, config, size=4):
+    return bkf.fit(model, list(zip(x.split(size), y.split(size), strict=True)), config, progress=False)
+
+
+def dense(posterior):
+    """P⁻¹ and P⁻¹(μ − μ₀) in float64."""
+    inverse = torch.linalg.inv(posterior.covariance_matrix().double())
+    return inverse, inverse @ (posterior.mean_vector - posterior.state.prior.mean).double()
+
+
+def same(first, second):
+    parts = zip(leaves(first), leaves(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in parts)
+
+
+def leaves(state):
+    return [leaf for part in state for leaf in leaves(part)] if isinstance(state, tuple) else [state]
+
+
+@pytest.mark.parametrize("cuts", [(40,), (13, 27), (10, 1, 9, 20)], ids=str)
+@pytest.mark.parametrize("covariance", ["full", "low_rank"])
+def test_a_linear_model_s_parts_are_the_whole(covariance, cuts):
+    """Mean and covariance, whatever the parts; low rank with room for every direction that the data have."""
+    x, y = linear_data()
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance=covariance, rank=12, **PLAIN)
+    whole = fitted(linear(), x, y, config)
+    parts = [fitted(linear(), a, b, config) for a, b in zip(x.split(cuts), y.split(cuts), strict=True)]
+    found = bkf.merge(parts)
+    torch.testing.assert_close(found.mean_vector, whole.mean_vector, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.covariance_matrix(), whole.covariance_matrix(), rtol=1e-8, atol=1e-10)
+    assert found.state.examples == whole.state.examples == 40
+    assert found.state.step == sum(part.state.step for part in parts)
+
+
+@pytest.mark.parametrize("covariance", STRUCTURES)
+def test_the_product_of_any_structure(covariance):
+    """P⁻¹ = Σ P_k⁻¹ − (K − 1) P₀⁻¹ written out densely; the forms are closed under it, but for the cut to low rank."""
+    x, y = linear_data()
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance=covariance, rank=12, **PLAIN)
+    parts = [fitted(linear(), a, b, config) for a, b in zip(x.split(20), y.split(20), strict=True)]
+    found = bkf.merge(parts)
+    prior = torch.diag(1.0 / parts[0].state.prior.variance.double())
+    products = [dense(part) for part in parts]
+    precision = sum(inverse for inverse, _ in products) - prior
+    mean = parts[0].state.prior.mean + torch.linalg.solve(precision, sum(own for _, own in products))
+    torch.testing.assert_close(found.mean_vector, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.covariance_matrix().double(), torch.linalg.inv(precision), rtol=1e-8, atol=1e-10)
+    backwards = bkf.merge(parts[::-1])
+    torch.testing.assert_close(backwards.mean_vector, found.mean_vector, rtol=1e-9, atol=1e-12)
+
+
+def test_low_rank_without_room_keeps_mean_and_variances_in_bounds():
+    """The mean is exact before the cut; the cut loses directions of P⁻¹ to its diagonal, whose entries stay."""
+    x, y = linear_data()
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance="low_rank", rank=3, **PLAIN)
+    parts = [fitted(linear(), a, b, config) for a, b in zip(x.split(20), y.split(20), strict=True)]
+    found = bkf.merge(parts)
+    prior = torch.diag(1.0 / parts[0].state.prior.variance)
+    precision = sum(dense(part)[0] for part in parts) - prior
+    mean = parts[0].state.prior.mean + torch.linalg.solve(precision, sum(dense(part)[1] for part in parts))
+    torch.testing.assert_close(found.mean_vector, mean, rtol=1e-9, atol=1e-9)
+    kept = torch.linalg.inv(found.covariance_matrix())
+    torch.testing.assert_close(kept.diagonal(), precision.diagonal(), rtol=1e-8, atol=1e-10)
+    assert found.state.belief.factor.shape == parts[0].state.belief.factor.shape
+
+
+@pytest.mark.parametrize("covariance", STRUCTURES)
+def test_one_posterior_is_itself(covariance):
+    x, y = linear_data()
+    config = bkf.KalmanConfig(likelihood="gaussian", covariance=covariance, rank=4, **PLAIN)
+    alone = fitted(linear(), x, y, config)
+    found = bkf.merge([alone])
+    torch.testing.assert_close(found.mean_vector, alone.mean_vector, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.covariance_matrix(), alone.covariance_matrix(), rtol=1e-8, atol=1e-12)
+
+
+def test_temperature_is_that_of_all_streams_together():
+    model, config = nn.Linear(64, 10), bkf.KalmanConfig(covariance="diagonal")
+    images, labels = uci_digits_split(1197)[0]
+    flat = nn.functional.avg_pool2d(images, 3)[:, 0].flatten(1)[:, :64]
+    kf = bkf.KalmanFilter(model, config)
+    start, parts = kf.init(flat[:32]), []
+    for where in (slice(0, 100), slice(100, 200)):
+        state = start
+        for x, y in zip(flat[where].split(5), labels[where].split(5), strict=True):
+            state, _ = kf.update(state, x, y)
+        parts.append(bkf.Posterior(kf, state))
+    found = bkf.merge(parts)
+    torch.testing.assert_close(found.state.scores.total, sum(p.state.scores.total for p in parts))
+    assert found.state.scores.updates == 40
+    assert found.history == {}
+
+
+def test_merged_digits_know_what_their_parts_know():
+    """A classifier on UCI's digits: four parts together are nearer to the whole than any of them."""
+    (images, labels), (held, answers) = uci_digits_split(1197)
+    flat, test = images.flatten(1)[:, ::12], held.flatten(1)[:, ::12]
+    torch.manual_seed(0)
+    kf = bkf.KalmanFilter(nn.Linear(flat.shape[1], 10), bkf.KalmanConfig(temperature=1.0))
+    start = kf.init(flat[:32])
+
+    def learned(where):
+        state = start
+        for x, y in zip(flat[where].split(10), labels[where].split(10), strict=True):
+            state, _ = kf.update(state, x, y)
+        return bkf.Posterior(kf, state)
+
+    def loss(posterior):
+        return -float(posterior.predict(test, "probit", targets=answers).log_prob.mean())
+
+    parts = [loss(learned(slice(k, k + 150))) for k in range(0, 600, 150)]
+    together = loss(bkf.merge([learned(slice(k, k + 150)) for k in range(0, 600, 150)]))
+    whole = loss(learned(slice(0, 600)))
+    assert abs(together - whole) < 0.5 * (min(parts) - whole)
+
+
+def test_saved_merged_and_loaded(tmp_path):
+    x, y = linear_data()
+    config = bkf.KalmanConfig(likelihood="gaussian", **PLAIN)
+    for index, (a, b) in enumerate(zip(x.split(20), y.split(20), strict=True)):
+        fitted(linear(), a, b, config).save_pretrained(tmp_path / str(index))
+    parts = [bkf.Posterior.from_pretrained(tmp_path / name, linear()) for name in "01"]
+    merged = bkf.merge(parts)
+    merged.save_pretrained(tmp_path / "both")
+    assert same(bkf.Posterior.from_pretrained(tmp_path / "both", linear()).state, merged.state)
+    onward, _ = merged.filter().update(merged.state, x[:2], y[:2])
+    assert onward.examples == 42
+
+
+def parts_of(first=None, second=None, models=(None, None)):
+    x, y = linear_data()
+    found = []
+    for options, model, where in ((first, models[0], slice(0, 20)), (second, models[1], slice(20, 40))):
+        config = bkf.KalmanConfig(**{"likelihood": "gaussian", "covariance": "diagonal"} | PLAIN | (options or {}))
+        found.append(fitted(model or linear(), x[where], y[where], config))
+    return found
+
+
+def test_none():
+    with pytest.raises(ValueError, match="`posteriors` must hold at least one posterior, got none"):
+        bkf.merge([])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"forgetting": 0.9},
+        {"drift_variance": 0.1},
+        {"prior_pull": 0.1},
+        {"gradient_penalty": 1.0},
+        {"noise": "ema_taylor"},
+        {"noise_variance": "estimated"},
+    ],
+    ids=str,
+)
+def test_beliefs_that_are_not_their_prior_times_likelihoods(setting):
+    with pytest.raises(ValueError, match=f"must neither forget, move, .*got {next(iter(setting))}"):
+        bkf.merge(parts_of(setting, setting))
+
+
+def test_other_settings():
+    with pytest.raises(ValueError, match="the same settings, got another noise_variance in number 1"):
+        bkf.merge(parts_of(None, {"noise_variance": 2.0}))
+    bkf.merge(parts_of(None, {"seed": 5}))
+
+
+def test_other_priors():
+    """Each measured the scale of its outputs on its own data."""
+    measured = {"initial_variance": None}
+    with pytest.raises(ValueError, match="must come from one prior, got another in number 1: begin with one"):
+        bkf.merge(parts_of(measured, measured))
+
+
+def test_other_tensors_and_other_bases():
+    def two_layers(width, seed=0):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 2)).double()
+        model[0].requires_grad_(False)
+        return model
+
+    with pytest.raises(ValueError, match="over the same tensors, got others in number 1"):
+        bkf.merge(parts_of(models=(two_layers(3), two_layers(4))))
+    base = two_layers(3)
+    other = copy.deepcopy(base)
+    other[0].weight.data += 1.0
+    with pytest.raises(ValueError, match="the same frozen weights, got others in number 1"):
+        bkf.merge(parts_of(models=(base, other)))
+    bkf.merge(parts_of(models=(base, copy.deepcopy(base))))
