@@ -28,7 +28,7 @@ from bayes_kf.evaluation.conformal import (
 )
 from bayes_kf.evaluation.conformal_intervals import Bounds, ConformalIntervals
 from bayes_kf.evaluation.crps import crps_gaussian, crps_samples
-from bayes_kf.evaluation.drift import DriftAlarm, drift_alarm
+from bayes_kf.evaluation.drift import DriftAlarm, DriftDetector, drift_alarm
 from bayes_kf.evaluation.health import InnovationHealth, Whiteness, innovation_health, innovation_whiteness
 from bayes_kf.evaluation.human import Estimate, HumanAgreement, human_agreement
 from bayes_kf.evaluation.human_section import human_entropy_plot
@@ -126,6 +126,7 @@ __all__ = [
     "DetectionIntervals",
     "Difference",
     "DriftAlarm",
+    "DriftDetector",
     "EntropyParts",
     "Estimate",
     "HumanAgreement",

@@ -1,5 +1,7 @@
 """An alarm for classifiers that have become less right than they say, with a guaranteed rate of false alarms."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,51 @@ class DriftAlarm(NamedTuple):
     statistic: Tensor
     threshold: float
     alarms: Tensor
+
+
+class DriftDetector:
+    """The detector of :func:`drift_alarm`, one example at a time.
+
+    Args:
+        run_length: as there.
+        current: R_j of an earlier one to go on from, (3,); zero by default.
+
+    Raises:
+        ValueError: if ``run_length`` is not above one, or ``current`` is not three finite numbers >= 0.
+
+    Example:
+        >>> detector = DriftDetector(run_length=50.0)
+        >>> [detector.update(0.01, 2) for _ in range(3)]
+        [False, True, False]
+    """
+
+    def __init__(self, run_length: float = 10_000.0, current: Sequence[float] | None = None) -> None:
+        if not run_length > 1:
+            raise ValueError(f"`run_length` must be above one, got {run_length!r}.")
+        start = [0.0] * len(MIXTURES) if current is None else [float(value) for value in current]
+        if len(start) != len(MIXTURES) or not all(0 <= value < math.inf for value in start):
+            raise ValueError(f"`current` must be {len(MIXTURES)} finite numbers >= 0, got {current!r}.")
+        self.run_length, self.current = float(run_length), start
+
+    @property
+    def statistic(self) -> float:
+        """R."""
+        return sum(self.current) / len(self.current)
+
+    def update(self, prob: float, num_classes: int) -> bool:
+        """Take in the probability that was predicted for a label that came; whether that raises an alarm.
+
+        After one the statistic starts again at zero, with the next example.
+        """
+        if not 0 <= prob <= 1 + 1e-6:
+            raise ValueError(f"`prob` must be a probability, got {prob!r}.")
+        before = [0.0] * len(MIXTURES) if self.statistic >= self.run_length else self.current
+        if prob == 0:
+            self.current = [self.run_length] * len(MIXTURES)
+        else:
+            ratios = [1 - share + share / num_classes / prob for share in MIXTURES]
+            self.current = [(value + 1) * ratio for value, ratio in zip(before, ratios, strict=True)]
+        return self.statistic >= self.run_length
 
 
 def drift_alarm(probs: Array, labels: Array, run_length: float = 10_000.0) -> DriftAlarm:
@@ -52,19 +99,13 @@ def drift_alarm(probs: Array, labels: Array, run_length: float = 10_000.0) -> Dr
         >>> drift_alarm(probs, torch.arange(40) // 20, run_length=500.0).alarms[0]
         tensor(21)
     """
-    if not run_length > 1:
-        raise ValueError(f"`run_length` must be above one, got {run_length!r}.")
+    detector = DriftDetector(run_length)
     predicted = as_probs(probs)
     observed = as_targets(labels, predicted, "labels")
-    chosen = (predicted / predicted.sum(1, keepdim=True)).gather(1, observed.unsqueeze(1))  # (T, 1)
-    shares = torch.tensor(MIXTURES, dtype=predicted.dtype)
-    flat = shares / predicted.shape[1]
-    ratios = torch.where(chosen > 0, 1 - shares + flat / chosen, torch.inf)  # (T, J)
-    current, statistic, alarms = torch.zeros_like(shares), torch.empty(len(ratios), dtype=predicted.dtype), []
-    for t, ratio in enumerate(ratios):
-        current = (current + 1) * ratio
-        statistic[t] = current.mean()
-        if bool(statistic[t] >= run_length):
+    chosen = (predicted / predicted.sum(1, keepdim=True)).gather(1, observed.unsqueeze(1)).squeeze(1)
+    statistic, alarms = torch.empty(len(chosen), dtype=predicted.dtype), []
+    for t, prob in enumerate(chosen.tolist()):
+        if detector.update(prob, predicted.shape[1]):
             alarms.append(t)
-            current = torch.zeros_like(shares)
-    return DriftAlarm(statistic, float(run_length), torch.tensor(alarms, dtype=torch.int64))
+        statistic[t] = detector.statistic
+    return DriftAlarm(statistic, detector.run_length, torch.tensor(alarms, dtype=torch.int64))

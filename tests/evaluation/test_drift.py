@@ -1,11 +1,12 @@
 """The drift alarm's guarantee by simulation, and that it sees changes."""
 
+import json
 import math
 
 import pytest
 import torch
 
-from bayes_kf.evaluation import drift_alarm
+from bayes_kf.evaluation import DriftDetector, drift_alarm
 
 RUNS, LENGTH = 1500, 100
 
@@ -72,3 +73,34 @@ def test_bad_shapes():
         drift_alarm(probs, labels[:3])
     with pytest.raises(ValueError, match=r"`probs` must sum to one in every row"):
         drift_alarm(probs * 2, labels)
+
+
+def test_one_at_a_time_is_the_whole():
+    """And going on from where a detector was is never having stopped, to the bit."""
+    g = torch.Generator().manual_seed(0)
+    probs = torch.rand(400, 3, generator=g).double()
+    probs = probs / probs.sum(1, keepdim=True)
+    labels = torch.randint(3, (400,), generator=g)
+    whole = drift_alarm(probs, labels, run_length=30.0)
+    detector, alarms, statistic = DriftDetector(30.0), [], []
+    for t, (p, y) in enumerate(zip(probs, labels, strict=True)):
+        if t == 200:
+            detector = DriftDetector(30.0, json.loads(json.dumps(detector.current)))
+        alarms += [t] * detector.update(float(p[y] / p.sum()), 3)
+        statistic.append(detector.statistic)
+    assert alarms == whole.alarms.tolist()
+    assert statistic == whole.statistic.tolist()
+    assert len(alarms) > 1
+
+
+@pytest.mark.parametrize("current", [(0.0, 1.0), (0.0, 1.0, -1.0), (0.0, 1.0, float("inf"))])
+def test_a_detector_goes_on_from_numbers_alone(current):
+    with pytest.raises(ValueError, match="`current` must be 3 finite numbers >= 0"):
+        DriftDetector(10.0, current)
+
+
+def test_a_detector_takes_probabilities_alone():
+    with pytest.raises(ValueError, match=r"`prob` must be a probability, got 1\.5"):
+        DriftDetector(10.0).update(1.5, 2)
+    with pytest.raises(ValueError, match="`run_length` must be above one"):
+        DriftDetector(1.0)
