@@ -179,6 +179,8 @@ def test_examples_of_the_help_run(folder, tmp_path, monkeypatch, capsys):
         (tmp_path / name).symlink_to(folder / name)
     for name in ("predictions.csv", "theirs.csv"):
         (tmp_path / name).write_text("target,cat,dog\ncat,0.9,0.1\ndog,0.4,0.6\ncat,0.7,0.3\n", encoding="utf-8")
+    rows = [json.dumps({"text": "so fine", "label": "good"}), json.dumps({"text": "awful", "label": "bad"})]
+    (tmp_path / "stream.jsonl").write_text("\n".join(rows), encoding="utf-8")
     np.savez(tmp_path / "ours.npz", probs=[[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], targets=[0, 1, 0])
     for command, examples in EXAMPLES.items():
         with pytest.raises(SystemExit, match="0"):

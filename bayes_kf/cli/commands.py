@@ -9,6 +9,7 @@ from pathlib import Path
 from bayes_kf.cli.adapters import add_adapter
 from bayes_kf.cli.base_model import choose_names, kind_of, load_base, model_folder, read_config
 from bayes_kf.cli.folder import Labels, check_output, save_posterior
+from bayes_kf.cli.online import run_online
 from bayes_kf.cli.opening import check_takes, first_batch, move, open_data, read_device
 from bayes_kf.cli.reports import run_compare, run_evaluate
 from bayes_kf.cli.settings import read_settings
@@ -30,6 +31,9 @@ def run_demo_command(args: argparse.Namespace) -> None:
 
 def run_fit(args: argparse.Namespace) -> None:
     """``bayes-kf fit``."""
+    if args.online:
+        run_online(args)
+        return
     settings = read_settings(args)
     check_output(args.output)
     device, folder, kind = read_device(args.device), model_folder(args.model), kind_of(args.data)

@@ -41,8 +41,14 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"`--output` must be a new folder or a posterior to replace, got {folder}, which is neither.")
 
 
-def save_posterior(posterior: Posterior, folder: Path, labels: Labels, new_head: Mapping[str, Tensor]) -> None:
-    """Writes everything into a folder beside, then puts it in ``folder``'s place."""
+def save_posterior(
+    posterior: Posterior,
+    folder: Path,
+    labels: Labels,
+    new_head: Mapping[str, Tensor],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes everything into a folder beside, then puts it in ``folder``'s place; ``texts`` are further files."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         fresh, former = Path(scratch) / "new", Path(scratch) / "old"
@@ -50,6 +56,8 @@ def save_posterior(posterior: Posterior, folder: Path, labels: Labels, new_head:
         (fresh / LABELS_FILE).write_text(json.dumps(labels._asdict(), indent=2) + "\n", encoding="utf-8")
         series: dict[str, Any] = {name: tensor.numpy() for name, tensor in posterior.history.items()}
         np.savez_compressed(fresh / HISTORY_FILE, **series)
+        for name, text in (texts or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
         if new_head:
             save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
         _put(fresh, folder, former)

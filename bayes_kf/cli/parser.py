@@ -23,6 +23,7 @@ EXAMPLES = {
         "bayes-kf fit --model digits-vit --data demo-output/stream.npz --rank 4 --output posterior",
         "bayes-kf fit --model bert-folder --data reviews.csv --lora lora.json --covariance low_rank --output reviews",
         "bayes-kf fit --model bert-folder --data reviews.csv --adapter peft-folder --start trained --output reviews",
+        "bayes-kf fit --online --model bert-folder --data stream.jsonl --classes bad good --output stream",
     ),
     "evaluate": (
         "bayes-kf evaluate demo-output/posterior --model digits-vit --data demo-output/heldout.npz"
@@ -99,6 +100,26 @@ def _fit(parser: Parser) -> None:
     adapter.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="what a new LoRA adapter adapts (default: queries, values)"
     )
+    online = parser.add_argument_group("online")
+    online.add_argument(
+        "--online", action="store_true", help="learn JSON lines one by one as they come; --data may be - for a pipe"
+    )
+    online.add_argument("--classes", nargs="+", metavar="NAME", help="all that there will be, in order")
+    online.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="lines between checkpoints (default: %(default)s)",
+    )
+    online.add_argument(
+        "--alarm",
+        type=float,
+        default=10_000.0,
+        metavar="N",
+        help="least mean number of examples between false drift alarms (default: %(default)s)",
+    )
+    online.add_argument("--skip-bad", action="store_true", help="go on after a line that is no labelled text")
     add_setting_flags(parser)
 
 

@@ -60,12 +60,12 @@ def text_data(
         targets, names = (_numbers(labels), ()) if numeric else encode_labels(labels, class_names)
     except ValueError as error:
         raise ValueError(f"{str(error).removesuffix('.')} of column {label_column!r} in {file}.") from error
-    collate = _collate(_tokenizer(tokenizer), max_length)
+    collate = _collate(text_tokenizer(tokenizer), max_length)
     rows = [(text, target) for text, target in zip(texts, targets, strict=True)]
     return LabelledData(make_loader(rows, batch_size, shuffle, seed, collate), names)  # type: ignore[arg-type]
 
 
-def _tokenizer(source: str | os.PathLike[str] | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def text_tokenizer(source: str | os.PathLike[str] | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer that can pad, from a folder unless it is one already."""
     if isinstance(source, PreTrainedTokenizerBase):
         tokenizer = source

@@ -231,6 +231,10 @@ class KalmanConfig:
                 f"`mean_passes` descend the likelihood of `noise` 'exponential_family', got {self.noise!r}."
             )
 
+    def differences(self, other: KalmanConfig) -> list[str]:
+        """Names of the settings that are not the same in another."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
     @classmethod
     def loko(cls, **overrides: Any) -> KalmanConfig:
         """LoKO's setting (its section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, undamped.

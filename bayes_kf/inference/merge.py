@@ -7,7 +7,6 @@ each belief is linearized where it learned; covariance structures keep their for
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -76,12 +75,9 @@ def _check_static(posterior: Posterior) -> None:
 
 
 def _check_alike(first: Posterior, other: Posterior, number: int) -> None:
-    settings = {field.name for field in dataclasses.fields(first.config)} - set(ALIKE)
-    changed = sorted(n for n in settings if getattr(first.config, n) != getattr(other.config, n))
+    changed = ", ".join(name for name in first.config.differences(other.config) if name not in ALIKE)
     if changed:
-        raise ValueError(
-            f"`posteriors` must have the same settings, got another {', '.join(changed)} in number {number}."
-        )
+        raise ValueError(f"`posteriors` must have the same settings, got another {changed} in number {number}.")
     one, two = first.adapter, other.adapter
     if (one.names, one.shapes) != (two.names, two.shapes):
         raise ValueError(f"`posteriors` must be over the same tensors, got others in number {number}.")

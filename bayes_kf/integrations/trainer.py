@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -275,12 +274,8 @@ class KalmanTrainer(Trainer):
     def _restore(self, folder: Path) -> None:
         found = persistence.load(folder, self._module)
         expected = self.kalman or (self._filter.config if self._filter is not None else found.config)
-        if found.config != expected:
-            changed = [
-                field.name
-                for field in dataclasses.fields(expected)
-                if getattr(found.config, field.name) != getattr(expected, field.name)
-            ]
+        changed = expected.differences(found.config)
+        if changed:
             raise ValueError(f"`kalman` must be as in {folder}, got another {', '.join(changed)}.")
         self._filter, self._belief = found.kf, found.state
         found.adapter.assign(found.mean_vector)

@@ -1,0 +1,214 @@
+"""``bayes-kf fit --online``: labelled texts from a pipe or a file, a JSON object a line, learned as they come.
+
+The output folder is replaced at every checkpoint by one that is complete: the posterior, and in ``stream.json`` how
+many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their beginning,
+it skips those that it has learned: none is lost, none counts twice, and the result has the bits of one never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayes_kf.cli.adapters import add_adapter
+from bayes_kf.cli.base_model import BaseModel, load_base, model_folder, restore_head
+from bayes_kf.cli.folder import Labels, read_new_head, save_posterior
+from bayes_kf.cli.opening import move, read_device
+from bayes_kf.cli.settings import read_settings
+from bayes_kf.cli.stream import STDIN, STREAM_FILE, Stream, opened, terminated_as_interrupted, where
+from bayes_kf.data import encode_labels
+from bayes_kf.data.text import text_tokenizer
+from bayes_kf.evaluation import DriftDetector
+from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.fit import SCALE_EXAMPLES
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.state import DivergenceError
+from bayes_kf.models.adapter import Inputs
+
+
+class BadLine(ValueError):
+    """A line that is no labelled text."""
+
+
+class Line(NamedTuple):
+    """A line that was read: its number, text and label index; no text where it was bad."""
+
+    number: int
+    text: str | None
+    label: int = -1
+
+
+def run_online(args: argparse.Namespace) -> None:
+    """``bayes-kf fit --online``."""
+    _check(args)
+    settings, labels = read_settings(args), Labels(tuple(args.classes), len(args.classes))
+    folder, device = model_folder(args.model), read_device(args.device)
+    stream = where(args)
+    base = load_base(folder, "text", labels.num_outputs, settings.seed)
+    if stream is not None:
+        restore_head(base, read_new_head(args.output), args.output)
+    model = move(add_adapter(base, args, settings.seed), device)
+    tokenizer, kf, posterior = text_tokenizer(folder), KalmanFilter(model, settings), None
+    if stream is not None:
+        posterior = Posterior.from_pretrained(args.output, model)
+        changed = settings.differences(posterior.config)
+        if changed:
+            raise ValueError(f"`--output` must hold a stream of the same settings, got another {', '.join(changed)}.")
+    learner = _Learner(args, base, labels, tokenizer, kf, posterior, stream or Stream(run_length=args.alarm))
+    with opened(args.data) as lines, terminated_as_interrupted():
+        learner.run(lines)
+
+
+class _Learner:
+    """Reads, learns, looks out for drift, saves."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        base: BaseModel,
+        labels: Labels,
+        tokenizer: Any,
+        kf: KalmanFilter,
+        posterior: Posterior | None,
+        stream: Stream,
+    ) -> None:
+        self.args, self.base, self.labels, self.tokenizer = args, base, labels, tokenizer
+        self.kf = kf if posterior is None else posterior.kf
+        self.state = None if posterior is None else posterior.state
+        self.stream = stream
+        self.detector = DriftDetector(stream.run_length, stream.detector)
+        self._saved = stream.lines
+
+    def run(self, lines: TextIO) -> None:
+        """To the end of the lines; whatever happens before, what was learned is saved."""
+        waiting: list[Line] = []  # until there are enough to measure the prior's scale on
+        bar = tqdm(unit="example", initial=self.stream.examples, disable=self.args.quiet or not sys.stderr.isatty())
+        try:
+            with bar:
+                for line in self._new(lines):
+                    waiting.append(line)
+                    if self.state is not None or len(_texts(waiting)) >= SCALE_EXAMPLES:
+                        self._learn_all(waiting, bar)
+                self._learn_all(waiting, bar)
+        except BadLine as error:
+            self._learn_all(waiting, bar)
+            raise ValueError(f"{error} What came before it is saved in {self.args.output}.") from error
+        finally:
+            self._save()
+        if not self.args.quiet:
+            print(self.stream.summary())
+
+    def _new(self, lines: TextIO) -> Iterator[Line]:
+        """What was not learned or skipped yet; blank lines are left out."""
+        for number, line in enumerate(lines, 1):
+            if number <= self.stream.lines or not line.strip():
+                continue
+            try:
+                found = Line(number, *self._parsed(number, line))
+            except BadLine as error:
+                if not self.args.skip_bad:
+                    raise
+                tqdm.write(f"bayes-kf: warning: {error}", file=sys.stderr)
+                found = Line(number, None)
+            yield found
+
+    def _parsed(self, number: int, line: str) -> tuple[str, int]:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadLine(f"`--data` must hold a JSON object a line, got {error} in line {number}.") from error
+        columns = {"--text-column": self.args.text_column, "--label-column": self.args.label_column}
+        for option, column in columns.items():
+            if not isinstance(row, dict) or column not in row:
+                raise BadLine(f"`{option}` must be in every line, got none called {column!r} in line {number}.")
+        text, label = row[self.args.text_column], row[self.args.label_column]
+        if not isinstance(text, str) or not isinstance(label, str | int):
+            raise BadLine(f"`--data` must hold text and a label, got {text!r} and {label!r} in line {number}.")
+        try:
+            return text, int(encode_labels([label], self.labels.class_names)[0])
+        except ValueError as error:
+            raise BadLine(
+                f"`--classes` must hold every label, got {label!r} in line {number}; they are "
+                f"{', '.join(self.labels.class_names)}."
+            ) from error
+
+    def _learn_all(self, waiting: list[Line], bar: Any) -> None:
+        """Learn what waits, and forget it."""
+        texts = _texts(waiting)[:SCALE_EXAMPLES]
+        if self.state is None and texts:
+            self.state = self.kf.init(self._tokens(texts))
+        while waiting:
+            line = waiting.pop(0)
+            if line.text is None:
+                self.stream.lines, self.stream.bad = line.number, self.stream.bad + 1
+                continue
+            self._learn(line.number, line.text, line.label)
+            bar.update()
+            bar.set_postfix_str(self.stream.summary(), refresh=False)
+            if self.stream.lines - self._saved >= self.args.checkpoint_every:
+                self._save()
+
+    def _learn(self, number: int, text: str, label: int) -> None:
+        """Predict, look, learn."""
+        assert self.state is not None  # the prior, at least
+        inputs, targets = self._tokens([text]), torch.tensor([label])
+        posterior = Posterior(self.kf, self.state)
+        log_prob = posterior.predict(inputs, targets=targets).log_prob
+        assert log_prob is not None  # targets were given
+        prob = min(1.0, float(log_prob.exp()))
+        try:
+            self.state, info = self.kf.update(self.state, inputs, targets)
+        except DivergenceError as error:
+            raise ValueError(
+                f"`--data` must hold nothing that breaks the filter, got line {number}: {error}."
+            ) from error
+        assert info.correct is not None  # a classifier
+        stream = self.stream
+        stream.lines, stream.examples = number, stream.examples + 1
+        stream.correct += int(info.correct.sum())
+        stream.log_loss -= float(log_prob)
+        if self.detector.update(prob, self.labels.num_outputs):
+            stream.alarms.append(number)
+            tqdm.write(f"drift alarm at line {number}: labels have become unlikelier than predicted", file=sys.stdout)
+            sys.stdout.flush()
+
+    def _tokens(self, texts: list[str]) -> Inputs:
+        options = {"padding": True, "truncation": True, "max_length": self.args.max_length, "return_tensors": "pt"}
+        tokens: dict[str, Tensor] = dict(self.tokenizer(texts, **options))
+        return tokens
+
+    def _save(self) -> None:
+        """A checkpoint, where anything was learned since the last one."""
+        if self.state is None or self.stream.lines == self._saved:
+            return
+        self.stream.detector = self.detector.current
+        content = json.dumps(asdict(self.stream), indent=2) + "\n"
+        posterior = Posterior(self.kf, self.state)
+        save_posterior(posterior, self.args.output, self.labels, self.base.new_head, {STREAM_FILE: content})
+        self._saved = self.stream.lines
+
+
+def _texts(lines: Sequence[Line]) -> list[str]:
+    return [line.text for line in lines if line.text is not None]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that a stream has no use for, or lacks."""
+    if args.data != STDIN and args.data.suffix != ".jsonl":
+        raise ValueError(f"`--data` must be a .jsonl file or - with --online, got {args.data}.")
+    if not args.classes or len(set(args.classes)) < max(2, len(args.classes)):
+        raise ValueError(f"`--classes` must name two different classes at least, got {args.classes or 'none'}.")
+    if args.checkpoint_every < 1:
+        raise ValueError(f"`--checkpoint-every` must be at least 1, got {args.checkpoint_every}.")
+    if not args.alarm > 1:
+        raise ValueError(f"`--alarm` must be above one, got {args.alarm!r}.")
+    if args.batch_size != 1 or args.start != "prior":
+        raise ValueError(f"`--online` learns one by one, got --batch-size {args.batch_size} and --start {args.start}.")
