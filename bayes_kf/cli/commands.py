@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bayes_kf.cli.adapters import add_adapter
 from bayes_kf.cli.base_model import choose_names, kind_of, load_base, model_folder, read_config
+from bayes_kf.cli.doctor import run_doctor
 from bayes_kf.cli.folder import Labels, check_output, save_posterior
 from bayes_kf.cli.online import run_online
 from bayes_kf.cli.opening import check_takes, first_batch, move, open_data, read_device
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "fit": run_fit,
     "evaluate": run_evaluate,
     "compare": run_compare,
+    "doctor": run_doctor,
 }
 
 

@@ -30,6 +30,7 @@ EXAMPLES = {
         " --ood corrupted=demo-output/corrupted.npz --output report.html",
         "bayes-kf evaluate predictions.csv --output report.html",
     ),
+    "doctor": ("bayes-kf doctor",),
     "compare": (
         "bayes-kf compare one_pass=demo-output/posterior again=posterior --model digits-vit"
         " --data demo-output/heldout.npz --output compare.html",
@@ -52,11 +53,12 @@ def build_parser() -> Parser:
     """The parser of ``bayes-kf``."""
     parser = Parser(prog="bayes-kf", description="Fine-tuned adapters with honest uncertainty.")
     parser.add_argument("--version", action="version", version=f"bayes-kf {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,evaluate,compare}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,evaluate,compare,doctor}")
     _demo(_command(commands, "demo", "learn handwritten digits online in four ways; print a table, write a report"))
     _fit(_command(commands, "fit", "give an adapter a posterior in one pass over labelled data"))
     _evaluate(_command(commands, "evaluate", "report on a saved posterior, or on anybody's predictions in a file"))
     _compare(_command(commands, "compare", "report on several posteriors or files of predictions side by side"))
+    _command(commands, "doctor", "say what is installed here, and try whether it works")
     return parser
 
 
