@@ -7,7 +7,6 @@ Beside what `Posterior.save_pretrained` writes lie ``labels.json`` (class names 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayes_kf.inference.config import CONFIG_FILE
+from bayes_kf.inference.folders import replace_folder
 from bayes_kf.inference.posterior import Posterior
 
 LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
@@ -51,7 +51,7 @@ def save_posterior(
     """Writes everything into a folder beside, then puts it in ``folder``'s place; ``texts`` are further files."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        fresh, former = Path(scratch) / "new", Path(scratch) / "old"
+        fresh = Path(scratch) / "new"
         posterior.save_pretrained(fresh)
         (fresh / LABELS_FILE).write_text(json.dumps(labels._asdict(), indent=2) + "\n", encoding="utf-8")
         series: dict[str, Any] = {name: tensor.numpy() for name, tensor in posterior.history.items()}
@@ -60,7 +60,7 @@ def save_posterior(
             (fresh / name).write_text(text, encoding="utf-8")
         if new_head:
             save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
-        _put(fresh, folder, former)
+        replace_folder(fresh, folder)
 
 
 def read_labels(folder: Path) -> Labels | None:
@@ -93,15 +93,3 @@ def read_new_head(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"`POSTERIOR` must hold a sound {HEAD_FILE}, got {path}: {error}.") from error
-
-
-def _put(fresh: Path, folder: Path, former: Path) -> None:
-    """``fresh`` in ``folder``'s place; what was there goes to ``former``, or stays if the move fails."""
-    if folder.exists():
-        os.replace(folder, former)
-    try:
-        os.replace(fresh, folder)
-    except OSError:
-        if former.exists():
-            os.replace(former, folder)
-        raise

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.folders import replace_folder
 from bayes_kf.inference.state import FilterState
 from bayes_kf.models.adapter import AdapterModel
 
@@ -250,10 +251,7 @@ def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes files that only their owner can read
-        if folder.exists():
-            _swap(temporary, folder)
-        else:
-            os.replace(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -261,15 +259,3 @@ def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
 def _is_ours(folder: Path) -> bool:
     """Whether a folder holds a posterior, or nothing but exported draws."""
     return (folder / STATE_FILE).is_file() or all((part / ADAPTER_FILES[0]).is_file() for part in folder.glob("*"))
-
-
-def _swap(temporary: Path, folder: Path) -> None:
-    """Put ``temporary`` where ``folder`` is, whose former content is removed last."""
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.replace(folder, old)
-    try:
-        os.replace(temporary, folder)
-    except OSError:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
