@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _learners import Inputs, logits
 from torch import Tensor, nn
 
-from bayes_kf import KalmanConfig, KalmanFilter, Posterior
+from bayes_kf import Bank, KalmanConfig, KalmanFilter, Posterior
 from bayes_kf.inference import refine
 from bayes_kf.inference.state import DIVERGED
 
@@ -150,6 +150,44 @@ class KalmanLearner:
 
     def bytes(self) -> int:
         """Belief, prior, noise and scores."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in distinct(self.state))
+
+
+class BankLearner:
+    """Filters side by side; the one that is ahead predicts the next example, all of them, weighted, what comes after.
+
+    Args:
+        model: what learns; changed by :meth:`settle` alone.
+        configs: the filters' settings.
+        inputs: what the priors' scales are measured on.
+    """
+
+    def __init__(self, model: nn.Module, configs: Sequence[KalmanConfig], inputs: Inputs) -> None:
+        self.bank = Bank(model, configs)
+        self.state = self.bank.init(inputs)
+
+    def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """An update of all."""
+        self.state, info = self.bank.update(self.state, inputs, labels)
+        check_finite(info.outputs)
+        return info.outputs
+
+    def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
+        """It learns streams."""
+
+    def settle(self) -> None:
+        """The mean of the one that is ahead."""
+        self.bank.adapter.assign(self.bank.posterior(self.state).mean_vector)
+
+    def probs(self, inputs: Inputs) -> Tensor:
+        """Averaged by evidence."""
+        found = self.bank.predict(self.state, inputs).probs
+        assert found is not None  # a classifier
+        check_finite(found)
+        return found.double()
+
+    def bytes(self) -> int:
+        """Beliefs, priors, noise and scores."""
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct(self.state))
 
 
