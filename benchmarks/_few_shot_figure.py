@@ -56,7 +56,7 @@ def draw_figure(cells: Cells, rows: Mapping[str, Row], path: Path) -> None:
         ax.set_xlabel("labelled images of each class")
         ax.set_ylim(bottom=0)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, handlelength=4.0)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, handlelength=4.0)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -13,7 +13,7 @@ from bench.learners import BankLearner
 TITLE = "**ours (bank of three priors)**, not tuned"
 GRID: tuple[dict[str, Any], ...] = ({},)
 BENCHES = ("online",)
-PRIORITY = 10
+PRIORITY = 11
 SPREADS = (3.0, 1.0, 0.3)  # prior standard deviations of the outputs, in logits; the default has the first
 
 
