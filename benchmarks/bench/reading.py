@@ -1,0 +1,45 @@
+"""How the bench's data sets are read: functions of indices, from images or texts that are read once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _quality_problems import _rows
+from torch import Tensor
+
+Read = Callable[[Tensor], tuple[Any, Tensor]]
+
+
+def images(read: Callable[..., Any]) -> tuple[Read, Read]:
+    """``train`` and ``test`` of a data set of images.
+
+    Args:
+        read: from "train" or "test" to images (N, C, H, W) in [-1, 1] and labels (N,).
+    """
+    kept = functools.cache(read)
+
+    def some(split: str, which: Tensor) -> tuple[Any, Tensor]:
+        found, labels = kept(split)
+        return (found[which] + 1) / 2, labels[which]
+
+    return functools.partial(some, "train"), functools.partial(some, "test")
+
+
+def texts(name: str, test: str, pairs: bool = False) -> tuple[Read, Read]:
+    """``train`` and ``test`` of a data set of texts, whose rows end with their label.
+
+    Args:
+        name: of its file.
+        test: the split that is tested on.
+        pairs: whether a row begins with two texts.
+    """
+    kept = functools.cache(lambda: _rows(name))
+
+    def some(split: str, which: Tensor) -> tuple[Any, Tensor]:
+        chosen = [kept()[split][i] for i in which.tolist()]
+        return [(row[0], row[1]) if pairs else row[0] for row in chosen], torch.tensor([row[-1] for row in chosen])
+
+    return functools.partial(some, "train"), functools.partial(some, test)
