@@ -257,9 +257,19 @@ def test_other_streams_are_not_gone_on_with(model, whole, tmp_path, monkeypatch,
     assert fed(lines(80), monkeypatch, model, folder, "--classes", "pos", "neg") == 2
     assert "`--classes` must be those of" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    (folder / "stream.json").write_text("{}]", encoding="utf-8")
-    assert fed(lines(80), monkeypatch, model, folder) == 2
-    assert "`--output` must hold a sound stream.json" in capsys.readouterr().err
+    damaged = (
+        "{}]",
+        "[]",
+        '{"lines": "70"}',
+        '{"lines": -1}',
+        '{"detector": "abc"}',
+        '{"log_loss": null}',
+        '{"new": 1}',
+    )
+    for text in damaged:
+        (folder / "stream.json").write_text(text, encoding="utf-8")
+        assert fed(lines(80), monkeypatch, model, folder) == 2
+        assert "`--output` must hold a sound stream.json" in capsys.readouterr().err
     (folder / "stream.json").unlink()
     assert fed(lines(80), monkeypatch, model, folder) == 2
     assert "`--output` must be new or a stream's, got a posterior without stream.json" in capsys.readouterr().err

@@ -63,6 +63,11 @@ def where(args: argparse.Namespace) -> Stream | None:
         )
     try:
         found = Stream(**json.loads(path.read_text(encoding="utf-8")))
+        counts = (found.lines, found.bad, found.examples, found.correct)
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"counts must be whole numbers >= 0, not {counts}")
+        found.log_loss = float(found.log_loss)
+        found.alarms = [int(line) for line in found.alarms]
         DriftDetector(found.run_length, found.detector)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"`--output` must hold a sound {STREAM_FILE}, got {path}: {error}") from error
