@@ -54,6 +54,7 @@ EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
 PENALTIES = ("transient", "permanent")
 OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
+STREAM_SPREADS = (3.0, 1.0, 0.3)  # prior sds of the outputs that a stream chooses among, in logits
 FIXED = (*OBSERVED, "tune", "tune_examples", "passes", "mean_passes", "temperature", "bytes_budget", "outputs_per_pass")
 CONFIG_FILE = "kalman_config.json"
 
@@ -261,6 +262,16 @@ class KalmanConfig:
         ``fit`` without settings tries this and ``dataset(initial_spread="constant", initial_logit_sd=10.0)``.
         """
         setting: dict[str, Any] = {"rank": 60, "mean_passes": 3}
+        return cls(**(setting | overrides))
+
+    @classmethod
+    def stream(cls, **overrides: Any) -> KalmanConfig:
+        """For data that come once: the first 200 examples choose among three widths of the prior by evidence.
+
+        ``fit`` without settings takes this where its loader cannot be split. What a stream can teach differs widely: on
+        some tasks a prior of 3 logits is what learns fastest, on others it learns noise (``benchmarks/bench_online.py``).
+        """
+        setting: dict[str, Any] = {"tune": {"initial_logit_sd": STREAM_SPREADS}}
         return cls(**(setting | overrides))
 
     @property

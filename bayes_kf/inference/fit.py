@@ -44,7 +44,7 @@ def fit(
         config: the settings. Several: each learns seven eighths of the data, the rest says which predicts best and at
             which temperature, and that one goes on to learn the rest (``select``). None: the two of
             ``KalmanConfig.dataset`` where the loader can be split (a DataLoader over a data set, or a list of at least
-            eight batches), else ``KalmanConfig()``, a single pass.
+            eight batches), else ``KalmanConfig.stream()``, a single pass.
         start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
             are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
             of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says
@@ -76,7 +76,8 @@ def fit(
     parts = None if start == "trained" else select.split(loader)
     if config is None:
         if parts is None:
-            return _fit_one(model, loader, KalmanConfig(), start, progress)
+            once = KalmanConfig() if start == "trained" else KalmanConfig.stream()
+            return _fit_one(model, loader, once, start, progress)
         config = select.default(model, parts.fitted)
     configs = select.check(config)
     if parts is None:

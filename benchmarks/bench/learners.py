@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bayes_kf import Bank, KalmanConfig, KalmanFilter, Posterior
 from bayes_kf.inference import refine
+from bayes_kf.inference.bank import BankState
 from bayes_kf.inference.state import DIVERGED
 
 
@@ -160,16 +161,24 @@ class BankLearner:
         model: what learns; changed by :meth:`settle` alone.
         configs: the filters' settings.
         inputs: what the priors' scales are measured on.
+        until: examples after which the one that is ahead goes on alone, as in ``fit``; None: never.
     """
 
-    def __init__(self, model: nn.Module, configs: Sequence[KalmanConfig], inputs: Inputs) -> None:
-        self.bank = Bank(model, configs)
+    def __init__(
+        self, model: nn.Module, configs: Sequence[KalmanConfig], inputs: Inputs, until: int | None = None
+    ) -> None:
+        self.bank, self._until, self._seen = Bank(model, configs), until, 0
         self.state = self.bank.init(inputs)
 
     def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
         """An update of all."""
         self.state, info = self.bank.update(self.state, inputs, labels)
         check_finite(info.outputs)
+        self._seen += len(labels)
+        if self._until is not None and self._seen >= self._until and len(self.bank.filters) > 1:
+            best = self.bank.best(self.state)
+            self.bank = Bank(self.bank.adapter, [self.bank.filters[best].config])
+            self.state = BankState((self.state.states[best],), (0,), self.state.step)
         return info.outputs
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:

@@ -78,8 +78,31 @@ def test_what_cannot_be_split_is_fitted_once_by_default(loader):
 
 def test_without_settings_a_stream_is_passed_over_once():
     posterior = bkf.fit(network(), iter(batches()), progress=False)
-    assert posterior.config == bkf.KalmanConfig()
-    assert posterior.state.examples == 90
+    evidence = posterior.history["evidence"]
+    chosen = (3.0, 1.0, 0.3)[int(evidence.argmax())]
+    assert len(evidence) == 3
+    assert posterior.config == bkf.KalmanConfig(initial_logit_sd=chosen)
+    assert posterior.state.examples == len(posterior.history["log_loss"]) == 90
+
+
+@pytest.mark.parametrize(("signal", "expected"), [(1.0, 3.0), (0.0, 0.3)])
+def test_a_stream_without_settings_takes_the_width_that_it_asks_for(signal, expected):
+    """Labels that the inputs decide ask for a wide prior, coins for a narrow one."""
+    g = torch.Generator().manual_seed(3)
+    inputs = torch.randn(160, 3, generator=g, dtype=torch.float64)
+    coins = torch.randn(160, 2, generator=g, dtype=torch.float64)
+    labels = (8.0 * signal * torch.stack([inputs[:, 0], -inputs[:, 0]], 1) + (1.0 - signal) * coins).argmax(1)
+    model = nn.Linear(3, 2).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    posterior = bkf.fit(model, zip(inputs.split(1), labels.split(1), strict=True), progress=False)
+    assert posterior.config.initial_logit_sd == expected
+
+
+def test_a_trained_adapter_has_no_stream_to_choose_by():
+    posterior = bkf.fit(network(), iter(batches()), start="trained", progress=False)
+    assert "evidence" in posterior.history  # of the prior's precision
+    assert posterior.config.tune is None
 
 
 def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_best_temperature():

@@ -1,4 +1,4 @@
-"""This package's defaults, not tuned: ``KalmanConfig()`` on streams, ``KalmanConfig.dataset()`` over several epochs."""
+"""What ``fit`` does without settings: ``KalmanConfig.stream()`` online, ``KalmanConfig.dataset()`` over several epochs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from bayes_kf import KalmanConfig
-from bench.learners import KalmanLearner
+from bayes_kf.inference.bank import candidates
+from bench.learners import BankLearner, KalmanLearner, Learner
 
 TITLE = "**ours (default)**, not tuned"
 GRID = {"online": ({},), "optimizers": ({"for": "data sets"},)}
@@ -16,10 +17,13 @@ PRIORITY = 10
 
 
 def config(choice: Mapping[str, Any], seed: int) -> KalmanConfig:
-    """The filter's settings."""
-    return KalmanConfig.dataset(seed=seed) if choice else KalmanConfig(seed=seed)
+    """The settings that ``fit`` takes."""
+    return KalmanConfig.dataset(seed=seed) if choice else KalmanConfig.stream(seed=seed)
 
 
-def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> KalmanLearner:
+def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> Learner:
     """A learner."""
-    return KalmanLearner(model, config(choice, seed), inputs)
+    settings = config(choice, seed)
+    if settings.tune is None:
+        return KalmanLearner(model, settings, inputs)
+    return BankLearner(model, candidates(settings, settings.tune), inputs, until=settings.tune_examples)
