@@ -268,8 +268,8 @@ class KalmanConfig:
     def stream(cls, **overrides: Any) -> KalmanConfig:
         """For data that come once: the first 200 examples choose among three widths of the prior by evidence.
 
-        ``fit`` without settings takes this where its loader cannot be split. What a stream can teach differs widely: on
-        some tasks a prior of 3 logits is what learns fastest, on others it learns noise (``benchmarks/bench_online.py``).
+        ``fit`` without settings takes this where its loader cannot be split. What a stream can teach differs: on
+        some tasks a prior of 3 logits learns fastest, on others it learns noise (``benchmarks/bench_online.py``).
         """
         setting: dict[str, Any] = {"tune": {"initial_logit_sd": STREAM_SPREADS}}
         return cls(**(setting | overrides))

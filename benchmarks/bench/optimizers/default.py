@@ -1,4 +1,4 @@
-"""What ``fit`` does without settings: ``KalmanConfig.stream()`` online, ``KalmanConfig.dataset()`` over several epochs."""
+"""What ``fit`` does without settings: ``KalmanConfig.stream()``, or ``KalmanConfig.dataset()`` over several epochs."""
 
 from __future__ import annotations
 
