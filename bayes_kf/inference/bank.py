@@ -206,7 +206,7 @@ class Bank:
         sides = begun
         try:
             for batch in kf._observed(begun.plain, inputs, targets, begun.plain.belief.mean):
-                sides = penalty.learn(kf.config, kf.adapter, sides, batch, Tally())
+                sides = penalty.learn(kf.config, sides, batch, Tally())
         except DIVERGED:
             return None
         return kf._ended(begun.plain, sides)
@@ -237,6 +237,6 @@ def _close(kf: KalmanFilter, sides: penalty.Sides, batch: Batch) -> bool:
 def _attempt(kf: KalmanFilter, sides: penalty.Sides, batch: Batch, tally: Tally) -> penalty.Sides | None:
     """A candidate after a piece of a batch; None where it diverged."""
     try:
-        return penalty.learn(kf.config, kf.adapter, sides, batch, tally)
+        return penalty.learn(kf.config, sides, batch, tally)
     except DIVERGED:
         return None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_kf.inference import sharding
 from bayes_kf.inference.blocks import PIECE
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
@@ -114,12 +115,12 @@ def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
 def quadratic(state: State, vector: Tensor) -> Tensor:
     """vᵀ P⁻¹ v, a scalar."""
     parts = zip(vector.split(PIECE), state.variance.split(PIECE), strict=True)
-    return torch.stack([(v.square() / p).sum() for v, p in parts]).sum()
+    return sharding.total(torch.stack([(v.square() / p).sum() for v, p in parts]).sum())
 
 
 def log_determinant(state: State) -> Tensor:
     """Log det P, a scalar."""
-    return state.variance.log().sum()
+    return sharding.total(state.variance.log().sum())
 
 
 def scales(state: State) -> Tensor:
@@ -129,7 +130,7 @@ def scales(state: State) -> Tensor:
 
 def _solve(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
     """Cholesky factor of S and S⁻¹u, or, with fewer parameters than rows, of A = I + √P MᵀM √P and A⁻¹√P Mᵀu."""
-    if observation.num_parameters >= observation.num_rows:
+    if observation.num_parameters >= observation.num_rows or sharding.active():
         return innovation(observation.gram(state.variance), observation.residual)[:2]
     root = state.variance.sqrt()
     scaled = (observation.dense() * root).double()  # (k, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from bayes_kf.inference.curvature import Probes, Seen
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 from bayes_kf.inference.state import UpdateInfo
-from bayes_kf.models.adapter import Inputs
 from bayes_kf.models.likelihood import Likelihood
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class Batch(NamedTuple):
     """A piece of a batch, linearized.
 
     Attributes:
-        inputs: of it.
-        targets: of it, as the likelihood's ``check`` returned them.
+        outputs_at: from θ (n,) and which of its examples to their outputs there.
+        targets: as the likelihood's ``check`` returned them.
         outputs: where it is linearized, (B, m).
         start: θ there, (n,).
         seen: what the curvature sees of the outputs.
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
         hold_mean: whether only the covariance learns.
     """
 
-    inputs: Inputs
+    outputs_at: Callable[[Tensor, slice], Tensor]
     targets: Tensor
     outputs: Tensor
     start: Tensor

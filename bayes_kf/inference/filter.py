@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import block_diagonal, diagonal, noise, penalty, prior, tempering
+from bayes_kf.inference import block_diagonal, diagonal, noise, penalty, prior, sharding, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import num_directions, num_rows, see
 from bayes_kf.inference.evidence import Batch, Tally
@@ -116,15 +116,19 @@ class KalmanFilter:
     def _update(
         self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool, at: Tensor | None
     ) -> tuple[FilterState, UpdateInfo]:
-        tally, sides = Tally(), self._begun(state, inputs, targets)
-        before = sides.plain
-        start, known = (before.belief.mean, hold_mean) if at is None else (at, True)
-        for batch in self._observed(before, inputs, targets, start):
+        sides = self._begun(state, inputs, targets)
+        start, known = (sides.plain.belief.mean, hold_mean) if at is None else (at, True)
+        batches = self._observed(sides.plain, inputs, targets, start)
+        return self._learned(sides, (batch._replace(known=known, hold_mean=hold_mean) for batch in batches))
+
+    def _learned(self, sides: penalty.Sides, batches: Iterable[Batch]) -> tuple[FilterState, UpdateInfo]:
+        """The state after the pieces of a batch, and the report."""
+        tally, before = Tally(), sides.plain
+        for batch in batches:
             tally.piece(batch, noise.likelihood(self.config, sides.plain.noise))
-            batch = batch._replace(known=known, hold_mean=hold_mean)
-            sides = penalty.learn(self.config, self.adapter, sides, batch, tally)
+            sides = penalty.learn(self.config, sides, batch, tally)
         after = self._ended(before, sides)
-        return after, tally.info(float((after.belief.mean - before.belief.mean).norm()), sides.precision)
+        return after, tally.info(sharding.norm(after.belief.mean - before.belief.mean), sides.precision)
 
     def _begun(self, state: FilterState, inputs: Inputs, targets: Tensor) -> penalty.Sides:
         """The state with the scale of its prior settled and its belief moved on by the dynamics, ready to learn."""
@@ -163,7 +167,12 @@ class KalmanFilter:
                 jacobian = linearized.pull(seen.directions)
             found = None if alike or seen.directions is None else seen.directions.needed
             rows = widths[where] if found is None else found.tolist()  # as this pass sees them, not a forecast
-            yield Batch(piece, targets[where], outputs, start, seen, jacobian, rows)
+            yield Batch(self._outputs_of(piece), targets[where], outputs, start, seen, jacobian, rows)
+
+    def _outputs_of(self, inputs: Inputs) -> Callable[[Tensor, slice], Tensor]:
+        """From θ and which examples to their outputs there."""
+        size = batch_size(inputs)
+        return lambda mean, which: self.adapter.outputs(mean, some_examples(inputs, which, size))
 
     def _needed(
         self, state: FilterState, start: Tensor, inputs: Inputs, targets: Tensor, num_outputs: int

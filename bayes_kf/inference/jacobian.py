@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bayes_kf.inference import sharding
 from bayes_kf.inference.blocks import Block, Pieces, Rows
 
 
@@ -25,11 +26,13 @@ class Part:
 
     def gram(self, variance: Tensor) -> Tensor:
         """Σ over blocks of J diag(p) Jᵀ, (B·d, B·d), in float64."""
-        if self._gram is None or not (self._gram[0] is variance or torch.equal(self._gram[0], variance)):
+        if self._gram is None or not (
+            self._gram[0] is variance or sharding.agreed(torch.equal(self._gram[0], variance))
+        ):
             total = self.blocks[0].gram(variance)
             for block in self.blocks[1:]:
                 total += block.gram(variance)
-            self._gram = (variance, total)
+            self._gram = (variance, sharding.total(total))
         return self._gram[1]
 
 
@@ -102,7 +105,7 @@ class Jacobian:
         for left, part in self.terms:
             inner = torch.stack([block.matmul(matrix) for block in part.blocks]).sum(0)
             total += inner if left is None else left.to(matrix) @ inner
-        return total
+        return sharding.total(total)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """J v, (B, c)."""
@@ -141,7 +144,7 @@ class Jacobian:
                 found = left.double() @ found @ left.double().mT
             total = found if total is None else total + found
         assert total is not None
-        return total
+        return sharding.total(total)
 
     def column_squares(self, left: Tensor | None = None) -> Tensor:
         """diag((A J)ᵀ A J), (n,): the column sums of squares of A J, A (q, B·c), or of J itself."""

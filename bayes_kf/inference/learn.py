@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from bayes_kf.inference import diagonal, noise, tempering
+from bayes_kf.inference import diagonal, noise, sharding, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import odds_length
 from bayes_kf.inference.evidence import Batch, Evidence, Part, Tally
@@ -17,7 +17,6 @@ from bayes_kf.inference.jacobian import blocks, both_sides
 from bayes_kf.inference.mode import expand_at_mode
 from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import FilterState
-from bayes_kf.models.adapter import AdapterModel, Inputs, some_examples
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
@@ -27,7 +26,7 @@ TRUSTED = 1.0  # change of an output (a logit, or the sd of a Gaussian's noise) 
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
 
-def learn(config: KalmanConfig, adapter: AdapterModel, state: FilterState, batch: Batch, tally: Tally) -> FilterState:
+def learn(config: KalmanConfig, state: FilterState, batch: Batch, tally: Tally) -> FilterState:
     """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
     state = state._replace(noise=noise.begin(config, state.noise, batch.outputs, batch.targets))
     if batch.seen.directions is None:  # what noise it has may have become known just now
@@ -36,13 +35,12 @@ def learn(config: KalmanConfig, adapter: AdapterModel, state: FilterState, batch
         part = Part.of(batch.seen, batch.jacobian, where, width)
         if state.belief.mean is not batch.start:
             part = part.moved(state.belief.mean - batch.start)
-        state = _learn_part(config, adapter, state, batch, where, part, tally)
+        state = _learn_part(config, state, batch, where, part, tally)
     return state._replace(examples=state.examples + len(batch.targets))
 
 
 def _learn_part(
     config: KalmanConfig,
-    adapter: AdapterModel,
     state: FilterState,
     batch: Batch,
     where: slice,
@@ -57,9 +55,7 @@ def _learn_part(
     evidence, noise_state, jitter = _evidence(config, state, part, joint, output_cov, batch.known)
     accepts = None
     if config.damping and not batch.known:
-        accepts = _objective(
-            config, adapter, state, part, some_examples(batch.inputs, where, len(batch.targets)), batch.targets[where]
-        )
+        accepts = _objective(config, state, part, lambda mean: batch.outputs_at(mean, where), batch.targets[where])
     after, damping = _condition(config, belief, evidence, accepts)
     after = after._replace(mean=belief.mean) if batch.hold_mean else after
     if noise_state.variance is not None and (not batch.known or batch.hold_mean):
@@ -111,13 +107,17 @@ def _condition(
     check_finite("the mean", after.mean)
     scales = structure.scales(after)
     check_finite("the variance", scales)
-    if not bool((scales > 0).all()):
+    if not sharding.agreed(bool((scales > 0).all())):
         raise FloatingPointError(f"{int((scales <= 0).sum())} variances would not be positive")
     return after, damping
 
 
 def _objective(
-    config: KalmanConfig, adapter: AdapterModel, state: FilterState, part: Part, inputs: Inputs, targets: Tensor
+    config: KalmanConfig,
+    state: FilterState,
+    part: Part,
+    outputs_at: Callable[[Tensor], Tensor],
+    targets: Tensor,
 ) -> Callable[[Any], bool]:
     """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ, the objective that it solves by linearization.
 
@@ -127,14 +127,14 @@ def _objective(
     before = -part.family.log_prob(part.outputs, part.targets).sum()
 
     def accepts(after: Any) -> bool:
-        if not bool(torch.isfinite(after.mean).all()):
+        if not sharding.agreed(bool(torch.isfinite(after.mean).all())):
             return False
         step = after.mean - belief.mean
         if is_small(part.jacobian.matvec(step), family):
             return True
         penalty = 0.5 * config.structure.quadratic(belief, step)
         del step
-        moved = adapter.outputs(after.mean, inputs)
+        moved = outputs_at(after.mean)
         if not bool(torch.isfinite(moved).all()):
             return False
         loss = -family.log_prob(moved, targets).sum()
@@ -186,7 +186,7 @@ def is_small(change: Tensor, family: Likelihood) -> bool:
 
 def check_finite(what: str, tensor: Tensor) -> None:
     """Raise FloatingPointError where a value is not finite."""
-    if bool(torch.isfinite(tensor.sum())):  # a sum is cheap, and finite only if every value is
+    if sharding.agreed(bool(torch.isfinite(tensor.sum()))):  # a sum is cheap, and finite only if every value is
         return
-    if not bool(torch.isfinite(tensor).all()):
+    if not sharding.agreed(bool(torch.isfinite(tensor).all())):
         raise FloatingPointError(f"{int((~torch.isfinite(tensor)).sum())} values of {what} would not be finite")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_kf.inference import sharding
 from bayes_kf.inference.diagonal import State as DiagonalState
 from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
@@ -43,7 +44,9 @@ def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> 
         return State(state.mean, state.diagonal * forgetting, state.factor * forgetting**0.5, state.gram)  # λ cancels
     d, factor = state.diagonal.double() * forgetting, state.factor.double() * forgetting**0.5
     shrink = 1.0 / (1.0 + drift_variance * d)  # d⁻/(λd)
-    inner = factor.mT @ ((drift_variance * shrink).unsqueeze(-1) * factor)  # E − E d⁻ E = q d⁻/(λd), without cancelling
+    inner = sharding.total(
+        factor.mT @ ((drift_variance * shrink).unsqueeze(-1) * factor)
+    )  # E − E d⁻ E = q d⁻/(λd), without cancelling
     root = torch.linalg.cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
     turned = torch.linalg.solve_triangular(root, (shrink.unsqueeze(-1) * factor).mT, upper=False).mT
     return _state(state.mean, (d * shrink).to(state.diagonal), turned.to(state.factor))
@@ -60,7 +63,7 @@ def condition(state: State, observation: Observation, curvature: Observation | N
         torch.cat([cross, observation.gram(1.0 / state.diagonal)], 1),
     ])  # fmt: skip
     step = observation.rmatvec(observation.residual) / state.diagonal
-    found = torch.cat([state.factor.mT @ step, observation.matvec(step)]).double()
+    found = torch.cat([sharding.total(state.factor.mT @ step), observation.matvec(step)]).double()
     weights = torch.linalg.solve(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device), found).to(step)
     joined = state.factor @ weights[:rank] + observation.rmatvec(weights[rank:])
     _, vectors = torch.linalg.eigh(gram)  # ascending
@@ -142,13 +145,14 @@ def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
     """vᵀ P⁻¹ v, a scalar."""
-    return (state.diagonal * vector.square()).sum() + (vector @ state.factor).square().sum()
+    own = sharding.total((state.diagonal * vector.square()).sum())
+    return own + sharding.total(vector @ state.factor).square().sum()
 
 
 def log_determinant(state: State) -> Tensor:
     """Log det P, a scalar."""
     root = _inner(state.gram)
-    return -(state.diagonal.log().sum() + 2.0 * root.diagonal().log().sum()).to(state.mean.dtype)
+    return -(sharding.total(state.diagonal.log().sum()) + 2.0 * root.diagonal().log().sum()).to(state.mean.dtype)
 
 
 def scales(state: State) -> Tensor:
@@ -159,7 +163,7 @@ def scales(state: State) -> Tensor:
 def _state(mean: Tensor, diagonal: Tensor, factor: Tensor) -> State:
     """With WᵀD⁻¹W, which every use of the belief needs."""
     scaled = (factor / diagonal.sqrt().unsqueeze(-1)).double()
-    return State(mean, diagonal, factor, scaled.mT @ scaled)
+    return State(mean, diagonal, factor, sharding.total(scaled.mT @ scaled))
 
 
 def _inner(gram: Tensor) -> Tensor:
@@ -170,5 +174,7 @@ def _inner(gram: Tensor) -> Tensor:
 def _solve(state: State, right: Tensor) -> Tensor:
     """(D + WWᵀ)⁻¹ B by Woodbury, (n, c)."""
     scaled = right / state.diagonal.unsqueeze(-1)
-    weights = torch.cholesky_solve((state.factor.mT @ scaled).double(), _inner(state.gram)).to(right.dtype)
+    weights = torch.cholesky_solve(sharding.total(state.factor.mT @ scaled).double(), _inner(state.gram)).to(
+        right.dtype
+    )
     return scaled - (state.factor @ weights) / state.diagonal.unsqueeze(-1)

@@ -33,7 +33,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.inference.state import FilterState
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, some_examples
+from bayes_kf.models.adapter import Inputs, batch_size, some_examples
 
 
 class Sides(NamedTuple):
@@ -69,13 +69,13 @@ def begin(config: KalmanConfig, linearize: Linearizer, state: FilterState, input
     return Sides(state, state._replace(belief=tight), precision)
 
 
-def learn(config: KalmanConfig, adapter: AdapterModel, sides: Sides, batch: Batch, tally: Tally) -> Sides:
+def learn(config: KalmanConfig, sides: Sides, batch: Batch, tally: Tally) -> Sides:
     """Both sides after a piece of the batch; the report is that of the plain one, and how either was damped."""
-    plain = learning.learn(config, adapter, sides.plain, batch, tally)
+    plain = learning.learn(config, sides.plain, batch, tally)
     if sides.tight is None:
         return Sides(plain)
     own = Tally()
-    tight = learning.learn(config, adapter, sides.tight, batch, own)
+    tight = learning.learn(config, sides.tight, batch, own)
     tally.also(own)
     return Sides(plain, tight, sides.precision)
 

@@ -94,10 +94,14 @@ def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Pred
 
 
 def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
-    """Draws from N(mean, covariance) per example, (S, B, m); (B, m) and (B, m, m), singular ones are fine."""
+    """Draws from N(mean, covariance) per example, (S, B, m); (B, m) and (B, m, m), singular ones are fine.
+
+    By the symmetric root, which no choice of an eigenvector's sign can change: draws depend on rounding by rounding.
+    """
     scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).double().clamp_min(1e-300)[..., None, None]
     values, vectors = torch.linalg.eigh(covariance.double() / scale)
-    root = scale.sqrt() * vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)  # negative only by rounding
+    values = values.clamp_min(0.0)  # negative only by rounding
+    root = scale.sqrt() * (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
     shape = (num_samples, *mean.shape)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(mean.device)
     moved = (root @ noise.permute(1, 2, 0)).permute(2, 0, 1)  # so that the root is not repeated for every draw
