@@ -27,8 +27,8 @@ from bayes_kf.cli.stream import STDIN, STREAM_FILE, Stream, opened, terminated_a
 from bayes_kf.data import encode_labels
 from bayes_kf.data.text import text_tokenizer
 from bayes_kf.evaluation import DriftDetector
+from bayes_kf.inference.batches import SCALE_EXAMPLES
 from bayes_kf.inference.filter import KalmanFilter
-from bayes_kf.inference.fit import SCALE_EXAMPLES
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.state import DivergenceError
 from bayes_kf.models.adapter import Inputs

@@ -1,6 +1,12 @@
-"""The filter on several processes of torch.distributed."""
+"""The filter on several processes of torch.distributed.
 
+``fit`` is a pass over a loader; ``ShardedFilter`` is exact and divides the belief, ``DataParallelFilter`` sums two
+vectors; ``merge_scores`` evaluates together.
+"""
+
+from bayes_kf.distributed.data_parallel import DataParallelFilter
 from bayes_kf.distributed.group import Group, OtherProcessError
+from bayes_kf.distributed.running import fit, merge_scores
 from bayes_kf.distributed.sharded import ShardedFilter
 
-__all__ = ["Group", "OtherProcessError", "ShardedFilter"]
+__all__ = ["DataParallelFilter", "Group", "OtherProcessError", "ShardedFilter", "fit", "merge_scores"]

@@ -128,8 +128,8 @@ class Tally:
         """The report, but for its time."""
         correct = [c for c in self._correct if c is not None]
         return UpdateInfo(
-            outputs=torch.cat(self._outputs),
-            log_loss=torch.cat(self._log_losses),
+            outputs=torch.cat(self._outputs) if self._outputs else torch.empty(0, 0),
+            log_loss=torch.cat(self._log_losses) if self._log_losses else torch.empty(0),
             correct=torch.cat(correct) if correct else None,
             innovation=self._innovation,
             degrees_of_freedom=self._dof,

@@ -51,7 +51,7 @@ def _learn_part(
     joint = config.structure.joint_output_covariance(belief, part.jacobian)
     check_finite("the output covariance", joint)
     output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
-    scores = state.scores if batch.known else _scores(config, state, batch, where, part, output_cov)
+    scores = state.scores if batch.known else scored(config, state, batch, where, part, output_cov)
     evidence, noise_state, jitter = _evidence(config, state, part, joint, output_cov, batch.known)
     accepts = None
     if config.damping and not batch.known:
@@ -143,7 +143,7 @@ def _objective(
     return accepts
 
 
-def _scores(
+def scored(
     config: KalmanConfig, state: FilterState, batch: Batch, where: slice, part: Part, output_cov: Tensor
 ) -> tempering.State:
     """The scores with this part's, or as they were where the temperature is given.

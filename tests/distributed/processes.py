@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from datetime import timedelta
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ def run(size, function, folder, *args):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    multiprocessing.spawn(_started, (size, port, str(folder), function, args), nprocs=size)
+    set_forkserver_preload(["peft", "transformers.models.bert.modeling_bert", "bayes_kf.distributed"])  # imported once
+    arguments = size, port, str(folder), function, args
+    multiprocessing.start_processes(_started, arguments, nprocs=size, start_method="forkserver")
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 

@@ -1,0 +1,67 @@
+"""What a pass over a loader shows while it lasts, and what it keeps of its updates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayes_kf.inference.state import UpdateInfo
+
+WINDOW = 100  # updates behind the numbers in the progress bar
+
+
+class Bar:
+    """Progress over batches; ``done`` of them."""
+
+    def __init__(self, total: int | None, label: str, shown: bool) -> None:
+        self.done, self._bar = 0, tqdm(total=total, disable=not shown, desc=label, unit="batch")
+
+    def advance(self, text: str) -> None:
+        """One more batch, and what to say beside the bar."""
+        self.done += 1
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+class Record:
+    """What the updates of a pass reported, and its running summary."""
+
+    def __init__(self, likelihood: str) -> None:
+        self.likelihood = likelihood
+        self.per_example: dict[str, list[Tensor]] = {"log_loss": [], "correct": []}
+        self.per_update: dict[str, list[float]] = {name: [] for name in ("innovation", "dof", "damping", "seconds")}
+        self._correct = self._seen = 0.0
+
+    def add(self, info: UpdateInfo) -> None:
+        """Take in an update."""
+        self.per_example["log_loss"].append(info.log_loss.detach().cpu())
+        if info.correct is not None:
+            self.per_example["correct"].append(info.correct.detach().cpu())
+            self._correct += float(info.correct.sum())
+        self._seen += len(info.log_loss)
+        update = info._asdict() | {"dof": info.degrees_of_freedom}
+        for name, values in self.per_update.items():
+            values.append(float(update[name]))
+
+    def summary(self) -> str:
+        """Accuracy so far; log loss and innovation of late."""
+        recent = torch.cat(self.per_example["log_loss"][-WINDOW:])
+        dof = sum(self.per_update["dof"][-WINDOW:])  # 0 where the only update's candidate diverged in it
+        ratio = sum(self.per_update["innovation"][-WINDOW:]) / max(dof, 1.0)
+        accuracy = f"accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
+        return f"{accuracy}log loss {recent.mean():.3f}, innovation {ratio:.2f}"
+
+    def history(self) -> dict[str, Tensor]:
+        """Everything, as tensors."""
+        joined = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in self.per_example.items()}
+        if self.likelihood in ("gaussian", "poisson"):
+            del joined["correct"]
+        return joined | {name: torch.tensor(values) for name, values in self.per_update.items()}

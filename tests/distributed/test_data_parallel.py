@@ -1,0 +1,86 @@
+"""Sums over processes are the information form on one."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import bayes_kf as bkf
+from bayes_kf.distributed import DataParallelFilter
+
+from . import cases
+from .processes import run
+
+SETTING = bkf.KalmanConfig(covariance="diagonal_information", expansion="mean", initial_logit_sd=1.0)
+CONFIGS = {
+    "network": ("low_rank", SETTING),
+    "drifting": ("low_rank", dataclasses.replace(SETTING, forgetting=0.97, drift_variance=1e-3, prior_pull=0.02)),
+    "damped": ("low_rank", dataclasses.replace(SETTING, initial_logit_sd=12.0)),
+    "gaussian": ("gaussian", dataclasses.replace(SETTING, likelihood="gaussian", noise_variance=0.5)),
+    "lora": ("lora", SETTING),
+    "tied": ("tied", SETTING),
+    "truncated": ("truncated", dataclasses.replace(SETTING, curvature="truncated", curvature_epsilon=0.2)),
+}
+
+
+def parts(name):
+    case, config = CONFIGS[name]
+    return cases.MODELS[cases.CASES[case][0]][0], config, cases.batches(case)
+
+
+def together(rank, size):
+    found = {}
+    for name in CONFIGS:
+        make, config, data = parts(name)
+        kf = DataParallelFilter(make(), config)
+        state, damping, correct = kf.init(data[0][0] if rank == 0 else None), [], 0
+        for inputs, targets in data:
+            state, info = kf.update(state, *cases.share(inputs, targets, rank, size))
+            damping.append(info.damping)
+            correct += len(info.log_loss)
+        found[name] = {
+            "mean": state.belief.mean,
+            "variance": state.belief.variance,
+            "scores": state.scores.total,
+            "examples": state.examples,
+            "own": correct,
+            "damping": damping,
+            "bytes": kf.group.bytes_sent,
+        }
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sums_over_processes_are_one_filter(size, tmp_path):
+    found, damped = run(size, together, tmp_path, size), False
+    for name in CONFIGS:
+        make, config, data = parts(name)
+        kf = bkf.KalmanFilter(make(), config)
+        state, damping = kf.init(data[0][0]), []
+        for inputs, targets in data:
+            state, info = kf.update(state, inputs, targets)
+            damping.append(info.damping)
+        damped |= min(damping) < 1.0
+        for here in (process[name] for process in found):
+            torch.testing.assert_close(here["mean"], state.belief.mean, rtol=1e-8, atol=1e-10, msg=name)
+            torch.testing.assert_close(here["variance"], state.belief.variance, rtol=1e-8, atol=1e-12, msg=name)
+            assert here["damping"] == damping
+            assert here["examples"] == state.examples
+            if config.likelihood == "gaussian" or size == 1:  # the others draw, each process for its own examples
+                torch.testing.assert_close(here["scores"], state.scores.total)
+        assert sum(process[name]["own"] for process in found) == state.examples
+    assert damped  # so that the guard was seen
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"covariance": "low_rank"}, r"`covariance` must be 'diagonal_information' for sums over processes, got 'low"),
+        ({"expansion": "mode"}, r"`expansion` must be 'mean' for sums over processes, got 'mode'"),
+        ({"noise": "identity"}, r"`noise` must be 'exponential_family' for sums over processes"),
+        ({"gate_quantile": 0.9}, r"`gate_quantile` and `noise_variance` must be None and a number"),
+    ],
+)
+def test_settings_that_are_not_sums(setting, message, alone):
+    with pytest.raises(ValueError, match=message):
+        DataParallelFilter(cases.network(), dataclasses.replace(SETTING, **setting))
