@@ -19,7 +19,7 @@ from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.progress import Bar, Record
 from bayes_kf.inference.state import DivergenceError, FilterState
-from bayes_kf.models.adapter import Inputs, to_device
+from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
 
 STARTS = ("prior", "trained")
 MAX_HALVINGS = 10
@@ -27,7 +27,7 @@ ROUNDING = 1e-9  # relative change of the objective that is not yet called a ris
 
 
 def fit(
-    model: nn.Module,
+    model: nn.Module | AdapterModel,
     loader: Iterable[Any],
     config: KalmanConfig | Sequence[KalmanConfig] | None = None,
     *,
@@ -37,7 +37,8 @@ def fit(
     """The posterior over a model's trainable tensors after one pass over a loader, or as many as configured.
 
     Args:
-        model: a PEFT model or any module with trainable tensors; its weights are not changed.
+        model: a PEFT model or any module with trainable tensors, or a reading of one (``models.language``); its weights
+            are not changed.
         loader: batches ``(inputs, targets)`` or mappings with ``labels``.
         config: the settings. Several: each learns seven eighths of the data, the rest says which predicts best and at
             which temperature, and that one goes on to learn the rest (``select``). None: the two of
@@ -86,7 +87,9 @@ def fit(
     return _fit_best(model, parts, configs, progress)
 
 
-def _fit_best(model: nn.Module, parts: select.Parts, configs: Sequence[KalmanConfig], progress: bool) -> Posterior:
+def _fit_best(
+    model: nn.Module | AdapterModel, parts: select.Parts, configs: Sequence[KalmanConfig], progress: bool
+) -> Posterior:
     """The candidate that predicts the held-out part best, gone on to learn it too."""
     found: list[tuple[float, Posterior]] = []
     losses, failed = [], None
@@ -132,7 +135,12 @@ def _fit_best(model: nn.Module, parts: select.Parts, configs: Sequence[KalmanCon
 
 
 def _fit_one(
-    model: nn.Module, loader: Iterable[Any], config: KalmanConfig, start: str, progress: bool, label: str = ""
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    config: KalmanConfig,
+    start: str,
+    progress: bool,
+    label: str = "",
 ) -> Posterior:
     """The posterior under one setting."""
     if start == "trained" and config.temperature == "prequential" and config.tune is None:

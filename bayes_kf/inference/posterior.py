@@ -29,6 +29,7 @@ from bayes_kf.models.draws import linear_responses, outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 if TYPE_CHECKING:
+    from bayes_kf.inference.generation import Generated
     from bayes_kf.inference.guide import KalmanGuide
 
 VARIANCE_EXAMPLES = 8
@@ -266,6 +267,22 @@ class Posterior:
             centred = self.config.likelihood == "categorical"
             found = output_variance(self.adapter, self.config.structure, self.state.belief, linearized, centred)
         return {name: self.temperature * value for name, value in found.items()}
+
+    def reading(self, adapter: AdapterModel) -> Posterior:
+        """The same belief, its model's outputs read in another way (``models.language``).
+
+        Raises:
+            ValueError: for other trainable tensors.
+        """
+        if (adapter.names, adapter.shapes) != (self.adapter.names, self.adapter.shapes):
+            raise ValueError("`adapter` must have the trainable tensors that the posterior was fitted on, got others.")
+        return Posterior(KalmanFilter(adapter, self.config), self.state, self.history)
+
+    def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
+        """Text by the posterior predictive of a causal language model, and how sure it is; see ``generation``."""
+        from bayes_kf.inference.generation import generate
+
+        return generate(self, inputs, max_new_tokens, **settings)
 
     def filter(self) -> KalmanFilter:
         """The filter to go on learning with, from :attr:`state`."""

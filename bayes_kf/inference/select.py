@@ -49,12 +49,12 @@ def check(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
     return found
 
 
-def default(model: nn.Module, loader: Iterable[Any]) -> Sequence[KalmanConfig]:
+def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[KalmanConfig]:
     """The candidates of a fit without settings: a careful prior and a wide one, see ``KalmanConfig.dataset``.
 
     Their curvature is sampled for more than ``MANY`` outputs, as those of the first batch say.
     """
-    adapter = AdapterModel(model)
+    adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
     inputs, _ = split_batch(next(iter(loader)))
     check_inputs(inputs)
     outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]

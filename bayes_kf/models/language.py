@@ -1,0 +1,228 @@
+"""What a causal language model says, read as classes: of the next token, among option tokens, among option texts.
+
+Each is an :class:`AdapterModel` over the model itself, so that everything that takes a model takes it: ``bkf.fit``,
+``KalmanFilter``, ``Posterior.predict``; and what is saved is an ordinary PEFT adapter of the language model. After
+loading, ``posterior.reading(OptionTokens(model, options))`` reads it so again. The reading is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.models.adapter import AdapterModel, Inputs
+
+IGNORED = -100  # label of a token that is not learned, as transformers marks it
+
+
+class NextToken(AdapterModel):
+    """The next token after one place of each sequence, as a class of the whole vocabulary.
+
+    Inputs are a mapping with ``input_ids`` (B, T) and ``place`` (B,), the index of the last token that is given;
+    ``attention_mask`` (B, T) where there is padding. Targets are token ids (B,). Large vocabularies want
+    ``KalmanConfig(curvature="sampled")``. :func:`next_token_examples` makes such examples of sequences.
+
+    Args:
+        model: a causal language model, called with ``input_ids`` and ``attention_mask``, that returns ``logits``
+            (B, T, V).
+
+    Raises:
+        ValueError: when no tensor is trainable.
+    """
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """Logits of the next token, (B, V)."""
+        given = _mapping(inputs, "input_ids", "place")
+        place = given["place"].to(self.device)
+        return _at(_logits(self, given), place)
+
+
+class OptionTokens(AdapterModel):
+    """A choice among single tokens (A, B, C, D; yes, no) after a prompt, as a class for each.
+
+    Inputs are a mapping with ``input_ids`` (B, T) and, where prompts were padded on either side, ``attention_mask``.
+    Targets are indices into ``options`` (B,). What other tokens would have had is not looked at.
+
+    Args:
+        model: as for :class:`NextToken`.
+        options: the tokens' ids, at least two.
+
+    Raises:
+        ValueError: for fewer than two options or repeated ones, or when no tensor is trainable.
+
+    Example:
+        >>> class Last(nn.Module):  # a language model over 5 tokens that looks at the last one
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.table = nn.Embedding(5, 5)
+        ...     def forward(self, input_ids, attention_mask=None):
+        ...         return {"logits": self.table(input_ids)}
+        >>> read = OptionTokens(Last(), options=[1, 4])
+        >>> read.run({"input_ids": torch.tensor([[0, 2], [3, 3]])}).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(self, model: nn.Module, options: Sequence[int]) -> None:
+        if len(options) < 2 or len(set(options)) < len(options) or not all(isinstance(o, int) for o in options):
+            raise ValueError(f"`options` must be at least two different token ids, got {list(options)!r}.")
+        super().__init__(model)
+        self.options = tuple(options)
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """Logits of the options, (B, m)."""
+        given = _mapping(inputs, "input_ids")
+        found = _logits(self, given)
+        if max(self.options) >= found.shape[-1]:
+            raise ValueError(f"`options` must be below the vocabulary's {found.shape[-1]}, got {max(self.options)}.")
+        return _at(found, _last(given))[:, list(self.options)]
+
+
+class OptionTexts(AdapterModel):
+    """A choice among texts, as a class for each: its logit is the log-likelihood of its tokens after the prompt.
+
+    Inputs are a mapping with ``input_ids`` (B, m, T): the prompt with each option; ``scored`` (B, m, T), true for the
+    option's own tokens; and ``attention_mask`` (B, m, T). :func:`option_examples` makes such inputs. Targets are
+    indices of options (B,). Linearized on the general path, a backward pass for each example and option.
+
+    Args:
+        model: as for :class:`NextToken`.
+        per_token: whether a log-likelihood is divided by the option's number of tokens, so that long ones may win.
+
+    Raises:
+        ValueError: when no tensor is trainable.
+    """
+
+    def __init__(self, model: nn.Module, per_token: bool = False) -> None:
+        super().__init__(model)
+        self.per_token = per_token
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """Log-likelihoods of the options, (B, m)."""
+        given = _mapping(inputs, "input_ids", "scored")
+        shape = given["input_ids"].shape
+        if len(shape) != 3 or given["scored"].shape != shape:
+            raise ValueError(
+                "`inputs` must have `input_ids` and `scored` of one shape (examples, options, tokens), "
+                f"got {tuple(shape)} and {tuple(given['scored'].shape)}."
+            )
+        flat = {name: values.to(self.device).flatten(0, 1) for name, values in given.items()}
+        scored = flat.pop("scored").bool()
+        log_prob = _logits(self, flat)[:, :-1].log_softmax(-1).gather(-1, flat["input_ids"][:, 1:, None]).squeeze(-1)
+        own = scored[:, 1:]
+        total = (log_prob * own).sum(-1)
+        return (total / own.sum(-1).clamp_min(1) if self.per_token else total).view(shape[:2])
+
+
+class Examples(NamedTuple):
+    """Inputs of a reading, and targets."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+
+def next_token_examples(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Iterator[Examples]:
+    """One batch for each sequence of a batch: the sequence once for every token of it that is learned.
+
+    Sequences are cut after the last token that any of theirs needs, so a prompt is not followed by padding.
+
+    Args:
+        input_ids: (B, T).
+        labels: (B, T): the tokens themselves where they are learned, -100 in prompts and padding.
+        attention_mask: (B, T), for padding on the left; None: none.
+
+    Raises:
+        ValueError: for shapes that differ.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> [batch] = next_token_examples(ids, torch.tensor([[-100, -100, 7, 8]]))
+        >>> batch.inputs["place"].tolist(), batch.targets.tolist(), batch.inputs["input_ids"].tolist()
+        ([1, 2], [7, 8], [[5, 6, 7], [5, 6, 7]])
+    """
+    if labels.shape != input_ids.shape or input_ids.ndim != 2:
+        raise ValueError(
+            "`input_ids` and `labels` must be of one shape (sequences, tokens), got "
+            f"{tuple(input_ids.shape)} and {tuple(labels.shape)}."
+        )
+    for number, (tokens, wanted) in enumerate(zip(input_ids, labels, strict=True)):
+        place = (wanted[1:] != IGNORED).nonzero().squeeze(-1)
+        if not len(place):
+            continue
+        cut = int(place.max()) + 1
+        inputs = {"input_ids": tokens[:cut].expand(len(place), cut).clone(), "place": place}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask[number, :cut].expand(len(place), cut).clone()
+        yield Examples(inputs, wanted[place + 1])
+
+
+def option_examples(tokenizer: Any, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """Inputs of :class:`OptionTexts` from texts.
+
+    Args:
+        tokenizer: of transformers; its padding token, or 0 where it has none, fills what is not attended to.
+        prompts: B of them.
+        options: of each the m texts that may follow, with their leading space where they have one.
+
+    Raises:
+        ValueError: where prompts and options do not fit, or an option has no token.
+    """
+    counts = {len(some) for some in options}
+    if len(prompts) != len(options) or len(counts) != 1:
+        raise ValueError(
+            f"`options` must hold the same number of texts for each of {len(prompts)} prompts, got {sorted(counts)} "
+            f"for {len(options)}."
+        )
+    rows, starts = [], []
+    for prompt, some in zip(prompts, options, strict=True):
+        before = tokenizer(prompt)["input_ids"]
+        for text in some:
+            own = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not own:
+                raise ValueError(f"`options` must hold texts with tokens, got {text!r}.")
+            rows.append([*before, *own])
+            starts.append(len(before))
+    longest = max(map(len, rows))
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    shape = (len(prompts), counts.pop(), longest)
+    place, lengths = torch.arange(longest), torch.tensor([len(row) for row in rows]).unsqueeze(-1)
+    return {
+        "input_ids": torch.tensor([row + [fill] * (longest - len(row)) for row in rows]).view(shape),
+        "attention_mask": (place < lengths).long().view(shape),
+        "scored": ((place >= torch.tensor(starts).unsqueeze(-1)) & (place < lengths)).view(shape),
+    }
+
+
+def _mapping(inputs: Inputs, *names: str) -> dict[str, Tensor]:
+    missing = [name for name in names if not isinstance(inputs, Mapping) or name not in inputs]
+    if missing:
+        got = ", ".join(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(f"`inputs` must be a mapping with {', '.join(names)}, got {got}.")
+    return dict(inputs)
+
+
+def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the language model at all places, (B, T, V)."""
+    own = {name: given[name] for name in ("input_ids", "attention_mask", "position_ids") if name in given}
+    moved = {name: value.to(adapter.device) for name, value in own.items()}
+    kind, dtype = adapter.device.type, adapter._autocast
+    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        found = adapter.model(**moved)
+    logits = found["logits"] if isinstance(found, Mapping) else getattr(found, "logits", found)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        raise ValueError("`model` must return logits of shape (sequences, tokens, vocabulary).")
+    return logits
+
+
+def _last(given: Mapping[str, Tensor]) -> Tensor:
+    """Index of the last token that is attended to, (B,)."""
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    if mask is None:
+        return torch.full((len(ids),), ids.shape[1] - 1)
+    return mask.shape[1] - 1 - mask.flip(1).to(torch.int8).argmax(1)
+
+
+def _at(logits: Tensor, place: Tensor) -> Tensor:
+    return logits[torch.arange(len(logits), device=logits.device), place.to(logits.device)]

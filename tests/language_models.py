@@ -1,0 +1,92 @@
+"""A small causal language model that read real English until it is not random, and its tokens: characters."""
+
+from __future__ import annotations
+
+import functools
+from pydoc_data import topics
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+LETTERS = "\n" + "".join(map(chr, range(32, 127)))
+END = 0  # a line's end
+SEEN, STEPS = 64, 350
+
+
+def ids(text):
+    return torch.tensor([LETTERS.index(letter) for letter in text if letter in LETTERS])
+
+
+def english():
+    """Python's own documentation, as tokens."""
+    return ids("".join(topics.topics[name] for name in sorted(topics.topics))[:400_000])
+
+
+@functools.cache
+def _trained():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(LETTERS), n_positions=160, n_embd=64, n_layer=2, n_head=4, eos_token_id=END, bos_token_id=END
+    )
+    model, text = GPT2LMHeadModel(config), english()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        starts = torch.randint(len(text) - SEEN - 1, (24,), generator=generator)
+        batch = torch.stack([text[s : s + SEEN + 1] for s in starts])
+        loss = F.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, config, float(loss.detach())
+
+
+def loss_of_training():
+    return _trained()[2]
+
+
+def base():
+    """The trained model, anew."""
+    tensors, config, _ = _trained()
+    model = GPT2LMHeadModel(config)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def lora(model=None, seed=0, targets=("c_attn", "c_fc", "c_proj")):
+    """With LoRA of rank 2."""
+    torch.manual_seed(seed)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=list(targets), fan_in_fan_out=model is None)
+    return get_peft_model(base() if model is None else model, config).eval()
+
+
+def llama():
+    """Another architecture, untrained, with LoRA whose B is not zero."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=0,
+        max_position_embeddings=64,
+    )
+    model = lora(LlamaForCausalLM(config), targets=("q_proj", "v_proj"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+class Letters:
+    """The tokenizer."""
+
+    pad_token_id = END
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": ids(text).tolist()}

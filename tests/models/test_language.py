@@ -1,0 +1,167 @@
+"""Causal language models read as classifiers."""
+
+import math
+
+import language_models as lm
+import pytest
+import torch
+from torch import nn
+
+import bayes_kf as bkf
+from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.models.language import NextToken, OptionTexts, OptionTokens, next_token_examples, option_examples
+
+YES, NO = (lm.LETTERS.index(letter) for letter in "yn")
+
+
+def prompts(count=12, seed=0, length=20):
+    text, generator = lm.english(), torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(text) - length, (count,), generator=generator)
+    return torch.stack([text[s : s + length] for s in starts])
+
+
+def test_the_model_is_not_random():
+    assert lm.loss_of_training() < 0.6 * math.log(len(lm.LETTERS))
+
+
+def test_options_are_the_logits_of_the_last_token_given_on_either_side_of_padding():
+    model, tokens = lm.llama(), torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0], [0, 0, 4, 2]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]])
+    read = OptionTokens(model, [3, 7, 11])
+    found = read.outputs(read.vector(), {"input_ids": tokens, "attention_mask": mask})
+    with torch.no_grad():
+        for row, (some, attended) in enumerate(zip(tokens, mask, strict=True)):
+            alone = model(some[attended.bool()].unsqueeze(0)).logits[0, -1, [3, 7, 11]]
+            torch.testing.assert_close(found[row], alone, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        without = read.run({"input_ids": tokens[:1]})
+    torch.testing.assert_close(without[0], found[0])
+
+
+def test_texts_are_scored_as_a_loop_over_tokens_scores_them():
+    model, tokenizer = lm.lora(), lm.Letters()
+    given, options = ["The value of ", "An int"], [["x", "the list", "it is"], ["eger", "o", "ernal"]]
+    for per_token in (False, True):
+        read = OptionTexts(model, per_token)
+        found = read.outputs(read.vector(), option_examples(tokenizer, given, options))
+        for row, (prompt, some) in enumerate(zip(given, options, strict=True)):
+            for column, text in enumerate(some):
+                before, own, total = lm.ids(prompt), lm.ids(text), 0.0
+                for number, token in enumerate(own):
+                    whole = torch.cat([before, own[:number]]).unsqueeze(0)
+                    with torch.no_grad():
+                        total += float(model(whole).logits[0, -1].log_softmax(-1)[token])
+                expected = total / len(own) if per_token else total
+                assert float(found[row, column]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_next_tokens_are_those_of_the_sequence():
+    model, tokens = lm.lora(), prompts(3)
+    labels = tokens.clone()
+    labels[:, :5] = -100  # a prompt
+    labels[1, 12:] = -100
+    read, seen = NextToken(model), 0
+    with torch.no_grad():
+        expected = model(tokens).logits.log_softmax(-1)
+    for number, batch in enumerate(next_token_examples(tokens, labels)):
+        outputs = read.outputs(read.vector(), batch.inputs).log_softmax(-1)
+        places = batch.inputs["place"]
+        torch.testing.assert_close(outputs, expected[number, places], rtol=1e-4, atol=1e-4)
+        assert torch.equal(batch.targets, tokens[number, places + 1])
+        assert int(places.min()) == 4
+        seen += len(places)
+    assert seen == 15 + 7 + 15
+    assert not list(next_token_examples(tokens, torch.full_like(tokens, -100)))
+
+
+def inputs_of(kind):
+    if kind is OptionTokens:
+        return OptionTokens(lm.llama(), [3, 7, 11]), {"input_ids": torch.randint(1, 50, (3, 6))}
+    if kind is NextToken:
+        return NextToken(lm.llama()), {"input_ids": torch.randint(1, 50, (3, 6)), "place": torch.tensor([2, 5, 0])}
+    tokens = torch.randint(1, 50, (2, 3, 6))
+    return OptionTexts(lm.llama()), {"input_ids": tokens, "scored": torch.arange(6).expand(2, 3, 6) > 3}
+
+
+@pytest.mark.parametrize("kind", [OptionTokens, NextToken, OptionTexts])
+def test_jacobians_are_those_of_autograd(kind):
+    torch.manual_seed(2)
+    read, inputs = inputs_of(kind)
+    vector = read.vector()
+    found = Linearizer(read)(vector, inputs).pull().dense()
+    exact = torch.autograd.functional.jacobian(lambda v: read.call(read.unflatten(v), inputs), vector)
+    torch.testing.assert_close(found, exact.flatten(2), rtol=1e-3, atol=1e-4)
+    if kind is not OptionTexts:
+        assert set(read.paths.values()) == {"hooks"}
+
+
+def questions(count, seed):
+    """Prompts, and whether their last letter is a vowel."""
+    tokens = prompts(count, seed, 16)
+    vowels = torch.tensor([lm.LETTERS.index(letter) for letter in "aeiou"])
+    kinds = torch.isin(tokens[:, -1], vowels).long()
+    return {"input_ids": tokens}, 1 - kinds  # option 0: yes
+
+
+def test_a_choice_is_learned_saved_and_read_again(tmp_path):
+    read = OptionTokens(lm.lora(), [YES, NO])
+    inputs, targets = questions(240, 3)
+    batches = [({"input_ids": x}, y) for x, y in zip(inputs["input_ids"].split(4), targets.split(4), strict=True)]
+    posterior = bkf.fit(read, iter(batches), bkf.KalmanConfig(), progress=False)
+    held, labels = questions(200, 4)
+    learned = posterior.predict(held, targets=labels)
+    common = float(labels.double().mean())
+    common = max(common, 1.0 - common)
+    accuracy = float((learned.probs.argmax(1) == labels).double().mean())
+    assert accuracy > common + 0.1
+    posterior.save_pretrained(tmp_path / "posterior")
+    loaded = bkf.Posterior.from_pretrained(tmp_path / "posterior", lm.base())
+    again = loaded.reading(OptionTokens(loaded.adapter.model, [YES, NO])).predict(held, targets=labels)
+    assert torch.equal(again.probs, learned.probs)
+    report = bkf.evaluate(posterior, [(held, labels)], num_simulations=100)
+    assert report.scores["accuracy"] == pytest.approx(accuracy)
+
+
+def test_next_tokens_are_learned_with_a_whole_vocabulary():
+    read = NextToken(lm.lora())
+    text = lm.ids("the kalman filter; " * 12)
+    tokens = text[: 6 * 32].view(6, 32)
+    posterior = bkf.fit(
+        read, next_token_examples(tokens, tokens), bkf.KalmanConfig(curvature="sampled"), progress=False
+    )
+    before = torch.cat([read.outputs(read.vector(), b.inputs) for b in next_token_examples(tokens[:1], tokens[:1])])
+    after = torch.cat(
+        [read.outputs(posterior.mean_vector, b.inputs) for b in next_token_examples(tokens[:1], tokens[:1])]
+    )
+    losses = [nn.functional.cross_entropy(outputs, tokens[0, 1:]) for outputs in (before, after)]
+    assert losses[1] < losses[0] - 0.5
+    online = posterior.history["log_loss"]
+    assert online[-31:].mean() < online[:31].mean() - 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptionTokens(lm.llama(), [3]), r"`options` must be at least two different token ids, got \[3\]"),
+        (lambda: OptionTokens(lm.llama(), [3, 3]), r"`options` must be at least two different token ids"),
+        (
+            lambda: OptionTokens(lm.llama(), [3, 50]).run({"input_ids": torch.ones(1, 2, dtype=torch.int64)}),
+            r"`options` must be below the vocabulary's 50, got 50",
+        ),
+        (lambda: NextToken(lm.llama()).run({"input_ids": torch.ones(1, 2)}), r"mapping with input_ids, place, got inp"),
+        (lambda: NextToken(lm.llama()).run(torch.ones(1, 2)), r"mapping with input_ids, place, got Tensor"),
+        (
+            lambda: OptionTexts(lm.llama()).run({"input_ids": torch.ones(1, 2), "scored": torch.ones(1, 2)}),
+            r"of one shape \(examples, options, tokens\), got \(1, 2\)",
+        ),
+        (lambda: option_examples(lm.Letters(), ["a"], [["b"], ["c"]]), r"`options` must hold the same number of texts"),
+        (lambda: option_examples(lm.Letters(), ["a"], [["b", ""]]), r"`options` must hold texts with tokens, got ''"),
+        (
+            lambda: next(next_token_examples(torch.ones(1, 3), torch.ones(1, 2))),
+            r"`input_ids` and `labels` must be of one shape \(sequences, tokens\), got \(1, 3\) and \(1, 2\)",
+        ),
+    ],
+)
+def test_bad_readings_are_named(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
