@@ -1,7 +1,8 @@
 """Posteriors on disk: a plain PEFT adapter (the mean) beside the settings and the belief; safetensors and JSON only.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, or ``model.safetensors``
-with the trainable tensors of a module that is no PEFT model; and ``kalman_config.json``, ``kalman_state.safetensors``.
+with the trainable tensors of a module that is no PEFT model; ``kalman_config.json`` and ``kalman_state.safetensors``;
+and a model card, ``README.md``.
 It is written beside its final place and renamed, so a folder is whole or not there.
 """
 
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayes_kf.inference import diagonal, noise, tempering
+from bayes_kf.inference import card, diagonal, noise, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.folders import replace_folder
@@ -34,17 +35,19 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 STATE_FILE = "kalman_state.safetensors"
+CARD_FILE = "README.md"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SAMPLED = 4096  # elements of a tensor that its fingerprint reads
 
 
-def save(posterior: Posterior, folder: Path) -> None:
+def save(posterior: Posterior, folder: Path, scores: Mapping[str, float] | None = None) -> None:
     """Write a posterior into ``folder``, replacing one that is there; see the module's docstring."""
 
     def write(target: Path) -> None:
         _write_adapter(posterior.adapter, posterior.mean_vector, target)
         posterior.config.save_pretrained(target)
         save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior))
+        (target / CARD_FILE).write_text(card.text(posterior, folder.name, scores), encoding="utf-8")
 
     _atomically(folder, write)
 
@@ -229,7 +232,7 @@ def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
             safe_serialization=True,
             save_embedding_layers=False,
         )
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's empty model card
         nested = folder / name  # where PEFT puts an adapter that is not called "default"
         for file in nested.glob("*") if nested.is_dir() else ():
             file.rename(folder / file.name)

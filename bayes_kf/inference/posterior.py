@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -308,9 +308,18 @@ class Posterior:
 
         return KalmanModel(self)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter (plain PEFT), the settings and the belief into ``folder``; see ``persistence``."""
-        persistence.save(self, Path(folder))
+    def save_pretrained(self, folder: str | Path, scores: Mapping[str, float] | None = None) -> None:
+        """Write the adapter (plain PEFT), the settings, the belief and a model card; see ``persistence``.
+
+        Args:
+            folder: new, empty, or holding a posterior, which is replaced in one step.
+            scores: for the card: ``Report.scores`` of an evaluation.
+
+        Raises:
+            ValueError: for a folder with other files.
+            OSError: where it cannot be written; what was there stays.
+        """
+        persistence.save(self, Path(folder), scores)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Posterior:

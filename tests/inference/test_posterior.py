@@ -265,7 +265,8 @@ def test_going_on_from_a_posterior_equals_one_stream(digits):
 def test_saved_posterior_reads_back_bit_for_bit(fitted, digits, tmp_path):
     fitted.save_pretrained(tmp_path / "posterior")
     assert {p.name for p in (tmp_path / "posterior").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "kalman_config.json", "kalman_state.safetensors"
+        "adapter_config.json", "adapter_model.safetensors", "kalman_config.json", "kalman_state.safetensors",
+        "README.md",
     }  # fmt: skip
     images, labels = digits[1].images[:20], digits[1].labels[:20]
     for base in (digits_vit(), lora_digits_vit(rank=2)):

@@ -1,0 +1,101 @@
+"""The model card of a saved posterior: what it is, what it was fitted on, how well it does, how to open it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+from peft import PeftModel
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.posterior import Posterior
+
+TAGS = ["bayes_kf", "uncertainty", "calibration", "kalman-filter"]
+SCORES = {
+    "accuracy": "accuracy",
+    "nll": "negative log-likelihood, nats",
+    "brier": "Brier score",
+    "ece": "expected calibration error",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "crps": "CRPS",
+}
+SETTINGS = ("likelihood", "covariance", "noise", "curvature", "initial_logit_sd", "forgetting", "drift_variance")
+
+LOADING = """## Use
+
+```python
+import bayes_kf as bkf
+
+posterior = bkf.Posterior.from_pretrained("{folder}", base_model)
+prediction = posterior.predict(inputs)  # .probs .entropy .aleatoric .epistemic
+```
+"""
+ADAPTER = """
+The posterior mean alone is an ordinary PEFT adapter: `PeftModel.from_pretrained(base_model, "{folder}")`.
+"""
+
+
+def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None = None) -> str:
+    """The card, Markdown with the metadata that the Hub reads.
+
+    Args:
+        posterior: what is saved.
+        folder: its name, for the code.
+        scores: of an evaluation, as ``Report.scores``, with their bands where they have them.
+    """
+    adapter, state, base = posterior.adapter, posterior.state, _base(posterior)
+    is_peft = isinstance(adapter.model, PeftModel)
+    data = ModelCardData(
+        library_name="peft" if is_peft else "bayes_kf", base_model=base, tags=TAGS + (["lora"] if is_peft else [])
+    )
+    learned = f"{state.examples:,} examples in {state.step:,} updates"
+    shown = {name: getattr(posterior.config, name) for name in SETTINGS}
+    lines = [
+        "---",
+        data.to_yaml().strip(),
+        "---",
+        "",
+        f"# A posterior over {adapter.num_parameters:,} adapter parameters",
+        "",
+        f"A Gaussian belief over the trainable tensors of {f'`{base}`' if base else 'a model'}, fitted with bayes_kf "
+        f"on {learned}. Its covariance is used at temperature {posterior.temperature:g}.",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in shown.items()),
+        "",
+    ]
+    if scores:
+        lines += ["## Scores", "", *_table(scores), ""]
+    lines += [LOADING.format(folder=folder)]
+    return "\n".join(lines) + (ADAPTER.format(folder=folder) if is_peft else "")
+
+
+def _base(posterior: Posterior) -> str | None:
+    """The base model's name on the Hub; None where it has none, or is a folder of somebody's machine."""
+    config: Any = getattr(posterior.adapter.model, "peft_config", {})
+    name = next((c.base_model_name_or_path for c in config.values()), None) if isinstance(config, dict) else None
+    if not isinstance(name, str) or not name or PurePath(name).is_absolute() or name.count("/") > 1:
+        return None
+    return None if name.startswith((".", "~")) or "\\" in name else name
+
+
+def _table(scores: Mapping[str, float]) -> list[str]:
+    """Main scores, their 95 % intervals, and what a calibrated model would show."""
+    rows = []
+    for name, title in SCORES.items():
+        if name not in scores:
+            continue
+        band = [scores.get(f"{name}_{end}") for end in ("low", "high")]
+        chance = [scores.get(f"{name}_null_{end}") for end in ("low", "high")]
+        rows.append(f"| {title} | {scores[name]:.4g} | {_range(band)} | {_range(chance)} |")
+    head = ["| score | value | 95 % interval | a calibrated model |", "| --- | --: | --- | --- |"]
+    return [*head, *rows]
+
+
+def _range(ends: list[float | None]) -> str:
+    low, high = ends
+    return "" if low is None or high is None else f"{low:.4g} to {high:.4g}"

@@ -1,0 +1,83 @@
+"""The model card in a saved folder."""
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import bayes_kf as bkf
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def bert():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=30,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=2,
+        )
+    )
+
+
+def lora(name):
+    model = get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    model.peft_config["default"].base_model_name_or_path = name
+    return model
+
+
+def fitted(model, inputs):
+    return bkf.fit(model, [(inputs, torch.tensor([0, 1, 1]))] * 4, bkf.KalmanConfig(), progress=False)
+
+
+def test_a_module_has_a_card_with_its_scores_and_their_bands(tmp_path):
+    inputs = torch.randn(3, 3)
+    posterior = fitted(network(), inputs)
+    report = bkf.evaluate(posterior, [(inputs.repeat(20, 1), torch.tensor([0, 1, 1]).repeat(20))], num_simulations=100)
+    posterior.save_pretrained(tmp_path / "mine", report.scores)
+    found = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert found.data.library_name == "bayes_kf"
+    assert "lora" not in found.data.tags
+    assert "A posterior over 26 adapter parameters" in found.text
+    assert "12 examples in 4 updates" in found.text
+    scores = report.scores
+    ece = f"| expected calibration error | {scores['ece']:.4g} | {scores['ece_low']:.4g} to {scores['ece_high']:.4g} | "
+    assert ece + f"{scores['ece_null_low']:.4g} to {scores['ece_null_high']:.4g} |" in found.text
+    assert f"| accuracy | {scores['accuracy']:.4g} |" in found.text
+    assert "PeftModel" not in found.text
+    loaded = bkf.Posterior.from_pretrained(tmp_path / "mine", network())
+    assert torch.equal(loaded.mean_vector, posterior.mean_vector)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("google/bert-mini", "google/bert-mini"),
+        ("/home/someone/models/bert", None),
+        ("./bert", None),
+        ("C:\\bert", None),
+    ],
+)
+def test_an_adapters_card_names_its_base_but_nobodys_folder(name, expected, tmp_path):
+    inputs = {"input_ids": torch.randint(30, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.int64)}
+    posterior = fitted(lora(name), inputs)
+    posterior.save_pretrained(tmp_path / "adapter")
+    found = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert found.data.base_model == expected
+    assert found.data.library_name == "peft"
+    assert "lora" in found.data.tags
+    assert "Scores" not in found.text
+    assert 'PeftModel.from_pretrained(base_model, "adapter")' in found.text
+    assert expected is not None or name not in found.content
+    plain = PeftModel.from_pretrained(bert(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, posterior.adapter.outputs(posterior.mean_vector, inputs))
