@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bayes_kf.inference.config import KalmanConfig
 
 FLAGS = {"rank": "covariance-rank"}  # --rank is the adapter's
 ELSEWHERE = ("seed",)  # a flag of every command
 PREFIX = "setting_"
-NAMED = {"loko": KalmanConfig.loko, "dataset": KalmanConfig.dataset}
+NAMED = {"loko": KalmanConfig.loko, "dataset": KalmanConfig.dataset, "stream": KalmanConfig.stream}
+YAML = (".yaml", ".yml")
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config",
         metavar="PATH",
-        help="settings: a JSON file, a folder with kalman_config.json, or the word loko or dataset",
+        help="settings: a YAML or JSON file, a folder with kalman_config.json, or the word loko, dataset or stream",
     )
     described = _descriptions()
     for field in dataclasses.fields(KalmanConfig):
@@ -53,7 +56,10 @@ def read_settings(args: argparse.Namespace) -> KalmanConfig:
         return KalmanConfig(**given)
     if args.config in NAMED:
         return NAMED[args.config](**given)
-    return KalmanConfig(**(_read(Path(args.config)) | given))
+    path = Path(args.config)
+    if path.suffix.lower() in YAML and not path.is_dir():
+        return _from_yaml(path, given)
+    return KalmanConfig(**(_read(path) | given))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,6 +77,44 @@ def _read(path: Path) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"`--config` must hold fields among {', '.join(known)}, got {name!r} in {path}.")
     return fields
+
+
+def _from_yaml(path: Path, given: dict[str, Any]) -> KalmanConfig:
+    """Settings of a YAML file with those given by flags in their place; an error names the file's line.
+
+    Raises:
+        ValueError: for an unreadable file, an unknown or repeated field, or a value that will not do.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        fields = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--config` must be a readable YAML file, got {path}: {error}.") from error
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ValueError(f"`--config` must be YAML, got {path}{line}: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--config` must be YAML, got {path}: {error}.") from error
+    if not isinstance(root, yaml.MappingNode) or not isinstance(fields, dict):
+        raise ValueError(f"`--config` must hold a mapping from settings to values, got {path}.")
+    known, lines = [field.name for field in dataclasses.fields(KalmanConfig)], {}
+    for key, _ in root.value:
+        name, line = key.value, key.start_mark.line + 1
+        if name not in known:
+            raise ValueError(
+                f"`--config` must hold fields among {', '.join(known)}, got {name!r} in {path}, line {line}."
+            )
+        if name in lines:
+            raise ValueError(f"`--config` must hold a field once, got {name!r} again in {path}, line {line}.")
+        lines[name] = line
+    read = {name: _value(value) if isinstance(value, str) else value for name, value in fields.items()}  # 1e-3 is text
+    try:
+        return KalmanConfig(**(read | given))
+    except (ValueError, TypeError) as error:
+        name = next((n for n in re.findall(r"`(\w+)`", str(error)) if n in lines and n not in given), None)
+        where = f"{path}, line {lines[name]}" if name else str(path)
+        raise ValueError(f"{str(error).rstrip('.')} ({where}).") from error
 
 
 def _value(text: str) -> float | str | dict[str, Any] | None:
