@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import noise, post_hoc, refine, select
+from bayes_kf.inference import kept, noise, post_hoc, refine, select
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.config import KalmanConfig
@@ -32,6 +33,8 @@ def fit(
     config: KalmanConfig | Sequence[KalmanConfig] | None = None,
     *,
     start: str = "prior",
+    checkpoint: str | Path | None = None,
+    every: int = 100,
     progress: bool = True,
 ) -> Posterior:
     """The posterior over a model's trainable tensors after one pass over a loader, or as many as configured.
@@ -43,12 +46,16 @@ def fit(
         config: the settings. Several: each learns seven eighths of the data, the rest says which predicts best and at
             which temperature, and that one goes on to learn the rest (``select``). None: the two of
             ``KalmanConfig.dataset`` where the loader can be split (a DataLoader over a data set, or a list of at least
-            eight batches), else ``KalmanConfig.stream()``, a single pass.
+            eight batches), else ``KalmanConfig.stream()``, a single pass; with a ``checkpoint``, ``KalmanConfig()``.
         start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
             are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
             of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says
             unless ``initial_variance`` is given, and with temperature 0.1 unless one is (``post_hoc`` says why;
             :meth:`Posterior.calibrate` finds a better one on held-out data).
+        checkpoint: a folder that the posterior of a single pass is kept in, written every so many updates, in the end,
+            and when the pass is stopped (Ctrl-C, a loader that raises). Called again with the same loader, settings and
+            folder, it goes on after the batches that it has learned, to the bit as if never stopped. None: none.
+        every: updates between checkpoints.
         progress: whether to show a bar with online accuracy, log loss and innovation health (its mean over its
             degrees of freedom: 1 for a consistent filter).
 
@@ -68,6 +75,12 @@ def fit(
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
+    if checkpoint is not None:
+        if start != "prior":
+            raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")
+        if config is not None and not isinstance(config, KalmanConfig):
+            raise ValueError("`config` must be one with a `checkpoint`, got several.")
+        return kept.fit_kept(model, loader, config or KalmanConfig(), checkpoint, every, progress)
     if isinstance(config, KalmanConfig):
         return _fit_one(model, loader, config, start, progress)
     if config is not None and start == "trained":

@@ -24,6 +24,11 @@ class Bar:
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
+    def skip(self, batches: int) -> None:
+        """Some batches are behind already."""
+        self.done += batches
+        self._bar.update(batches)
+
     def __enter__(self) -> Bar:
         return self
 

@@ -1,0 +1,117 @@
+"""A pass that is stopped and goes on is the pass that was never stopped, to the bit."""
+
+import pytest
+import torch
+from torch import nn
+
+import bayes_kf as bkf
+from bayes_kf.models.language import OptionTokens
+
+G = torch.Generator().manual_seed(0)
+DATA = [(torch.randn(3, 4, generator=G), torch.randint(3, (3,), generator=G)) for _ in range(40)]
+SETTINGS = {
+    "low_rank": bkf.KalmanConfig(rank=5, forgetting=0.99, drift_variance=1e-4),
+    "diagonal": bkf.KalmanConfig(covariance="diagonal", noise="ema_taylor"),
+    "diagonal_information": bkf.KalmanConfig(covariance="diagonal_information"),
+    "diagonal_mixed": bkf.KalmanConfig(covariance="diagonal_mixed", prior_pull=0.01),
+    "block_diagonal": bkf.KalmanConfig(covariance="block_diagonal"),
+    "full": bkf.KalmanConfig(covariance="full", gate_quantile=0.95),
+    "sampled": bkf.KalmanConfig(curvature="sampled", gradient_penalty=0.1),
+}
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def stopping(after, error=KeyboardInterrupt):
+    yield from DATA[:after]
+    raise error
+
+
+def same(first, second):
+    assert all(torch.equal(a, b) for a, b in zip(first.state.belief, second.state.belief, strict=True))
+    assert torch.equal(first.state.scores.total, second.state.scores.total)
+    assert (first.state.step, first.state.examples) == (second.state.step, second.state.examples)
+    for name in ("log_loss", "correct", "innovation"):
+        assert torch.equal(first.history[name], second.history[name])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stopped_twice_it_ends_as_if_never(name, tmp_path):
+    config, folder = SETTINGS[name], tmp_path / "pass"
+    whole = bkf.fit(network(), DATA, config, progress=False)
+    model = network()
+    before = [p.clone() for p in model.parameters()]
+    for after in (13, 27):
+        with pytest.raises(KeyboardInterrupt):
+            bkf.fit(model, stopping(after), config, checkpoint=folder, every=5, progress=False)
+        assert bkf.Posterior.from_pretrained(folder, network()).state.step == after
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    found = bkf.fit(network(), DATA, config, checkpoint=folder, progress=False)
+    same(found, whole)
+    same(bkf.Posterior.from_pretrained(folder, network()), whole)
+    written = (folder / "kalman_state.safetensors").stat().st_mtime_ns
+    same(bkf.fit(network(), DATA, config, checkpoint=folder, progress=False), whole)  # nothing left to learn
+    assert (folder / "kalman_state.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_batch_that_does_not_fit_leaves_what_came_before(tmp_path):
+    bad = [*DATA[:7], (DATA[7][0], torch.tensor([0, 1, 9])), *DATA[8:]]
+    with pytest.raises(ValueError, match=r"`targets` must .* \(batch 7 of `loader`\)"):
+        bkf.fit(network(), bad, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", every=5, progress=False)
+    assert bkf.Posterior.from_pretrained(tmp_path / "pass", network()).state.step == 7
+    found = bkf.fit(network(), DATA, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
+    same(found, bkf.fit(network(), DATA, bkf.KalmanConfig(), progress=False))
+
+
+def test_readings_of_a_model_go_on_too(tmp_path):
+    import language_models as lm
+
+    read = [OptionTokens(lm.llama(), [3, 7]) for _ in range(3)]
+    data = [({"input_ids": torch.randint(1, 50, (2, 6), generator=G)}, torch.tensor([0, 1])) for _ in range(6)]
+    whole = bkf.fit(read[0], data, bkf.KalmanConfig(), progress=False)
+    bkf.fit(read[1], data[:4], bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
+    found = bkf.fit(read[2], data, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
+    same(found, whole)
+    assert torch.equal(found.predict(data[0][0]).probs, whole.predict(data[0][0]).probs)
+
+
+def test_what_is_not_this_pass_is_told(tmp_path):
+    folder, config = tmp_path / "pass", bkf.KalmanConfig()
+    bkf.fit(network(), DATA[:10], config, checkpoint=folder, progress=False)
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    cases = [
+        (
+            DATA,
+            bkf.KalmanConfig(rank=7),
+            folder,
+            r"`checkpoint` must hold a pass with the same settings, got another rank",
+        ),
+        (DATA[:4], config, folder, r"`loader` must yield the 10 batches that .* has learned, got 4"),
+        ([DATA[0]] * 9 + [(DATA[0][0][:1], DATA[0][1][:1])], config, folder, r"has learned, 30 examples, got 28"),
+        (DATA, bkf.KalmanConfig(passes=2), folder, r"`passes` must be 1 with a `checkpoint`, got 2"),
+        (DATA, bkf.KalmanConfig.dataset(), folder, r"`mean_passes` must be 0 with a `checkpoint`, got 3"),
+        (DATA, bkf.KalmanConfig.stream(), folder, r"`tune` must be None with a `checkpoint`"),
+        (DATA, [config, config], folder, r"`config` must be one with a `checkpoint`, got several"),
+        ([], config, tmp_path / "new", r"`loader` must yield at least one batch, got none"),
+    ]
+    for loader, setting, where, message in cases:
+        with pytest.raises(ValueError, match=message):
+            bkf.fit(network(), loader, setting, checkpoint=where, progress=False)
+    other = network()
+    with torch.no_grad():
+        other[0].weight.requires_grad_(False).add_(1.0)
+    with pytest.raises(ValueError, match=r"`folder` must hold adapter_config"):
+        bkf.fit(other, DATA, config, checkpoint=folder, progress=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"`checkpoint` must be new, empty or hold a posterior, got .*mine with some"):
+        bkf.fit(network(), DATA, config, checkpoint=tmp_path / "mine", progress=False)
+    with pytest.raises(ValueError, match=r"`every` must be a whole number >= 1, got 0"):
+        bkf.fit(network(), DATA, config, checkpoint=tmp_path / "new", every=0, progress=False)
+    with pytest.raises(ValueError, match=r"`start` must be 'prior' with a `checkpoint`, got 'trained'"):
+        bkf.fit(network(), DATA, config, start="trained", checkpoint=tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
