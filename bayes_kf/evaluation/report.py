@@ -206,16 +206,14 @@ def _draw(spec: FigureSpec) -> Figure:
 
 
 def _sheet(title: str, drawings: Mapping[str, FigureSpec]) -> Figure:
-    """All figures on one sheet, two in a row."""
-    columns = min(2, len(drawings))
-    rows = -(-len(drawings) // columns)
-    height = max(spec.height for spec in drawings.values())
-    figure = Figure(figsize=(WIDTH * columns, height * rows + 0.4), layout="constrained")
+    """All figures on one sheet, two in a row, each laid out by itself: long labels of one narrow no other."""
+    columns, specs = min(2, len(drawings)), list(drawings.values())
+    heights = [max(s.height for s in specs[first : first + columns]) for first in range(0, len(specs), columns)]
+    figure = Figure(figsize=(WIDTH * columns, sum(heights) + 0.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax, spec in zip(axes, drawings.values(), strict=False):
+    parts = figure.subfigures(len(heights), columns, squeeze=False, height_ratios=heights).flatten()
+    for part, spec in zip(parts, specs, strict=False):
+        ax = part.subplots()
         spec.draw(ax)
         ax.set_xlabel(f"{ax.get_xlabel()}\n{spec.title}")
-    for ax in axes[len(drawings) :]:
-        ax.axis("off")
     return figure

@@ -1,5 +1,6 @@
 """Figures of a stream and of the belief behind it. Each draws on `ax` (or a new one) and returns it."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,10 @@ from bayes_kf.evaluation._inputs import Array, as_float
 from bayes_kf.evaluation.health import innovation_health
 from bayes_kf.evaluation.online import moving_average, running_accuracy
 from bayes_kf.evaluation.plots import BLUE, SKY, VERMILLION, _axes
+
+PEFT_PARTS = re.compile(
+    r"(?:(\.lora_\w+)\.\w+(?:\.weight)?$|\.modules_to_save\.\w+(?=\.))"
+)  # an adapter's name is one part
 
 
 def online_curves(history: Mapping[str, Array], *, window: int = 100, ax: Axes | None = None) -> Axes:
@@ -174,10 +179,16 @@ def output_variance_plot(
 def short_names(names: list[str]) -> list[str]:
     """Names without the dotted parts that all share at either end; each keeps at least its last part of its own.
 
+    What PEFT adds, an adapter's name and the "weight" of a LoRA factor, is left out where names stay different.
+
     Example:
         >>> short_names(["base.model.0.lora_A.default.weight", "base.model.0.lora_B.default.weight"])
         ['lora_A', 'lora_B']
+        >>> short_names(["m.0.q.lora_A.default.weight", "m.head.modules_to_save.default.bias"])
+        ['0.q.lora_A', 'head.bias']
     """
+    plain = [PEFT_PARTS.sub(lambda found: found[1] or "", name) for name in names]
+    names = plain if len(set(plain)) == len(set(names)) else names
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
         return names
