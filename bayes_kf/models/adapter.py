@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ Inputs = Tensor | Mapping[str, Any]
 Owners = list[tuple[nn.Module, str]]  # the modules that hold a tensor, and as which attribute
 
 UNKNOWN = "not yet known"  # how a tensor is linearized, before the first batch
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of models that are in use
+_making = threading.Lock()
 LARGE = 20_000_000  # trainable numbers above which full fine-tuning by accident is more likely than intent
 
 
@@ -27,7 +31,8 @@ class AdapterModel:
 
     θ is every tensor with ``requires_grad`` (LoRA A and B, DoRA magnitudes, ``modules_to_save``), flattened and
     concatenated in the order of ``model.named_parameters()``. The model itself is only read: its weights, gradients
-    and training modes are as they were after every call, also after one that raised.
+    and training modes are as they were after every call, also after one that raised. Threads may call at once: they
+    take turns, whichever adapters and posteriors of one model they use. Calls of the model itself are not kept apart.
 
     Args:
         model: the user's module; base weights frozen, adapter tensors trainable.
@@ -82,7 +87,8 @@ class AdapterModel:
 
     def vector(self) -> Tensor:
         """The model's present trainable tensors as one vector, (n,), a copy."""
-        return self.flatten({name: self.model.get_parameter(name).detach() for name in self.names})
+        with self.exclusive():
+            return self.flatten({name: self.model.get_parameter(name).detach() for name in self.names})
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors as one vector, (n,), in the latent dtype."""
@@ -112,12 +118,18 @@ class AdapterModel:
 
         Backward passes through checkpointed layers run them again, so they belong inside too.
         """
-        own = {name: self._present(name) for name in tensors}
-        try:
-            self._place(tensors)
-            yield
-        finally:
-            self._place(own)
+        with self.exclusive():
+            own = {name: self._present(name) for name in tensors}
+            try:
+                self._place(tensors)
+                yield
+            finally:
+                self._place(own)
+
+    def exclusive(self) -> threading.RLock:
+        """The lock of the model: while tensors or modes of it are replaced, other threads wait."""
+        with _making:
+            return _locks.setdefault(self.model, threading.RLock())
 
     def _present(self, name: str) -> Tensor:
         """What stands in a tensor's place now."""
@@ -137,15 +149,16 @@ class AdapterModel:
         they are left in it; the dropout inside them is not. Torch's encoder layers do not take the fused path of eval
         mode, which passes adapters by.
         """
-        in_training = [module for module in self._modules if module.training and not _checkpointed(module)]
-        try:
-            for module in in_training:
-                module.training = False
-            with layer_by_layer() if self._has_fused else nullcontext():
-                yield
-        finally:
-            for module in in_training:
-                module.training = True
+        with self.exclusive():
+            in_training = [module for module in self._modules if module.training and not _checkpointed(module)]
+            try:
+                for module in in_training:
+                    module.training = False
+                with layer_by_layer() if self._has_fused else nullcontext():
+                    yield
+            finally:
+                for module in in_training:
+                    module.training = True
 
     def describe(self) -> str:
         """A table of the trainable tensors: name, shape, the kind of module that holds it, and how it is linearized.
@@ -193,17 +206,21 @@ class AdapterModel:
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Autocast, where the caller has it on, for the model's forward passes alone: nothing else is rounded by it."""
-        kind, outside = self.device.type, self._autocast
-        if not torch.is_autocast_enabled(kind):
-            yield
-            return
-        self._autocast = torch.get_autocast_dtype(kind)
-        try:
-            with torch.autocast(kind, enabled=False):
+        """Autocast, where the caller has it on, for the model's forward passes alone: nothing else is rounded by it.
+
+        Around all that a call computes, so other threads wait outside.
+        """
+        with self.exclusive():
+            kind, outside = self.device.type, self._autocast
+            if not torch.is_autocast_enabled(kind):
                 yield
-        finally:
-            self._autocast = outside
+                return
+            self._autocast = torch.get_autocast_dtype(kind)
+            try:
+                with torch.autocast(kind, enabled=False):
+                    yield
+            finally:
+                self._autocast = outside
 
     def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
         """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m)."""
