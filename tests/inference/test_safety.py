@@ -101,7 +101,7 @@ def test_a_belief_stays_positive_and_finite_or_as_it_was(case):
             assert bool(torch.isfinite(after.belief.mean).all())
             assert bool(torch.isfinite(variance).all())
             assert bool((variance > 0).all())
-            assert bool(torch.isfinite(info.log_loss).all()) or not bool(torch.isfinite(info.outputs).all())
+            assert not bool(torch.isnan(info.log_loss).any())  # exp(100) is infinite in float32, and so is its loss
             assert 0.0 < info.damping <= 1.0
             state = after
         found = bkf.Posterior(kf, state).predict(data[0][0], method="mean")
