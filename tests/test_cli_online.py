@@ -256,6 +256,8 @@ def test_other_streams_are_not_gone_on_with(model, whole, tmp_path, monkeypatch,
     assert "`--output` must hold a stream of the same settings, got another beta, seed" in capsys.readouterr().err
     assert fed(lines(80), monkeypatch, model, folder, "--classes", "pos", "neg") == 2
     assert "`--classes` must be those of" in capsys.readouterr().err
+    assert fed(lines(80), monkeypatch, model, folder, "--alarm", 77) == 2
+    assert "`--alarm` must be that of" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     damaged = (
         "{}]",

@@ -77,6 +77,8 @@ def where(args: argparse.Namespace) -> Stream | None:
         raise ValueError(
             f"`--classes` must be those of {args.output}, which are {names}, got {', '.join(args.classes)}."
         )
+    if found.run_length != args.alarm:
+        raise ValueError(f"`--alarm` must be that of {args.output}, {found.run_length:g}, got {args.alarm:g}.")
     return found
 
 

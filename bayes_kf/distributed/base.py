@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, Upd
 from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
 
 
-class FilterOfMany:
+class FilterOfMany(ABC):
     """A filter over the processes of a group; arguments and errors as for :class:`ShardedFilter`."""
 
     NEEDS_AN_EXAMPLE = True
@@ -111,19 +112,21 @@ class FilterOfMany:
                 failed = error
         self.shares.all_or_none(failed)
 
+    @abstractmethod
     def shard(self, state: FilterState) -> FilterState:
         """This process's share of a whole state: of one that was saved, say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather(self, state: FilterState) -> FilterState:
         """The whole state, on every process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check(self) -> None:
         """Whether this form serves the config."""
 
-    def _prepare(self) -> None:
-        """What else it needs."""
-
+    @abstractmethod
     def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
-        raise NotImplementedError
+        """The state after a batch that fits, and the report."""
+
+    def _prepare(self) -> None:  # noqa: B027 (not every form needs more)
+        """What else a form needs."""
