@@ -1,5 +1,6 @@
 """Torch's own encoder layers: eval mode must not pass adapters by."""
 
+import copy
 import threading
 
 import pytest
@@ -45,10 +46,12 @@ def test_outputs_and_jacobian_are_those_of_the_adapted_layers(adapted):
 
 
 def test_the_switch_stays_off_until_the_last_thread_has_left(adapted):
-    adapter, entered, leave = AdapterModel(adapted), threading.Barrier(3), [threading.Event(), threading.Event()]
+    """Of two models, since threads on one take turns; the switch is one for all."""
+    adapters = AdapterModel(adapted), AdapterModel(copy.deepcopy(adapted))
+    entered, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
 
     def stay(number):
-        with adapter.evaluating():
+        with adapters[number].evaluating():
             entered.wait(5)
             leave[number].wait(5)
 
