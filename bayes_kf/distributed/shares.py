@@ -72,7 +72,11 @@ class Shares:
         device, numbers = self.adapter.device, self.group.numbers
         width = max(numbers(0 if labels is None or labels.ndim == 1 else labels.shape[1], device))
         floating = max(numbers(int(labels is not None and labels.is_floating_point()), device))
-        kind = self.adapter.dtype if floating else torch.int64
+        kind, wanted = self.adapter.dtype if floating else torch.int64, (width,) if width else ()
+        alike = labels is None or tuple(labels.shape[1:]) == wanted
+        if not all(numbers(int(alike), device)):
+            got = "" if labels is None else f", here {tuple(labels.shape)}"
+            raise ValueError(f"`targets` must be of one shape but for the examples on every process, got several{got}.")
         if labels is None:
             return torch.empty((0, width) if width else 0, dtype=kind, device=device)
         return labels.to(kind)

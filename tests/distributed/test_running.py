@@ -138,6 +138,17 @@ def test_a_label_that_no_class_has_is_told_everywhere(tmp_path):
     assert errors[0].startswith("ValueError: `targets` must")
 
 
+def of_another_shape():
+    return X[:3], torch.zeros(3, 2, dtype=torch.float64)
+
+
+def test_targets_of_several_shapes_are_told_everywhere(tmp_path):
+    errors = [process["error"] for process in run(2, broken, tmp_path, 2, of_another_shape, tmp_path)]
+    assert all(error.startswith("ValueError: `targets` must be of one shape but for the examples") for error in errors)
+    assert "here (8,)" in errors[0]
+    assert "here (3, 2)" in errors[1]
+
+
 def dying(rank, size, folder):
     class Dying:
         def __iter__(self):
