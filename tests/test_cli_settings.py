@@ -1,11 +1,23 @@
 """Settings of ``bayes-kf fit`` from YAML files."""
 
 import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
+from cli_inputs import run, write_inputs
 
-from bayes_kf import KalmanConfig
+from bayes_kf import KalmanConfig, Posterior
+from bayes_kf.cli import main
+from bayes_kf.cli.base_model import load_base, model_folder
 from bayes_kf.cli.settings import add_setting_flags, read_settings
+from bayes_kf.inference.schema import config_schema
+
+PUBLISHED = Path(__file__).parents[1] / "docs" / "kalman_config.schema.json"
 
 
 def settings(path, *flags):
@@ -78,3 +90,77 @@ def test_a_flag_that_is_wrong_is_not_the_files_line(tmp_path):
     path.write_text("forgetting: 0.9\n")
     with pytest.raises(ValueError, match=r"`forgetting` must lie in \(0, 1\], got 3 \(.*filter\.yaml\)\.$"):
         settings(path, "--forgetting", "3")
+
+
+def test_the_published_schema_is_the_present_one():
+    assert json.loads(PUBLISHED.read_text()) == config_schema()
+    jsonschema.Draft202012Validator.check_schema(config_schema())
+
+
+@pytest.mark.parametrize("config", [KalmanConfig(), KalmanConfig.loko(), KalmanConfig.dataset(), KalmanConfig.stream()])
+def test_saved_settings_fit_the_schema(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    jsonschema.validate(json.loads((tmp_path / "kalman_config.json").read_text()), config_schema())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "forgeting: 0.9",
+        "covariance: dense",
+        "rank: 0",
+        "rank: 2.5",
+        "damping: 1",
+        "temperature: cold",
+        "noise_variance: -1",
+        "tune: {}",
+        "tune: {rank: 3}",
+        "outputs_per_pass: many",
+    ],
+)
+def test_what_the_schema_refuses_the_settings_refuse(text, tmp_path):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(text), config_schema())
+    path = tmp_path / "filter.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=text.partition(":")[0]):
+        settings(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fi"], {"fit"}),
+        (["fit", "--cov"], {"--covariance", "--covariance-rank"}),
+        (["fit", "--covariance", "diag"], {"diagonal", "diagonal_information", "diagonal_mixed"}),
+        (["evaluate", "--recal"], {"--recalibrate"}),
+    ],
+)
+def test_bash_completes(words, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out)
+    line = " ".join(f"'{word}'" for word in ("bayes-kf", *words))
+    ask = f"""
+        source {script}
+        COMP_WORDS=({line}); COMP_CWORD={len(words)}
+        $(complete -p bayes-kf | sed 's/.*-F \\([^ ]*\\).*/\\1/') bayes-kf "${{COMP_WORDS[-1]}}" ""
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    found = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, env=os.environ, check=True, timeout=60)
+    assert set(found.stdout.split()) == expected, found.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_the_base_is_of_the_dtype_asked_for(dtype, tmp_path):
+    folder = write_inputs(tmp_path)
+    given = ("--model", "digits-vit", "--dtype", dtype)
+    run("fit", *given, "--data", folder / "digits.npz", "--batch-size", 8, "--output", tmp_path / "posterior")
+    base = load_base(model_folder("digits-vit"), "image", 10, 0, dtype)
+    posterior = Posterior.from_pretrained(tmp_path / "posterior", base.model)
+    assert str(base.model.vit.layernorm.weight.dtype) == f"torch.{dtype}"
+    assert posterior.adapter.dtype.itemsize >= 4
+    page = tmp_path / "report.html"
+    run("evaluate", tmp_path / "posterior", *given, "--data", folder / "heldout.npz", "--output", page)
+    assert json.loads(page.with_suffix(".json").read_text())["scores"]["accuracy"] > 0.5

@@ -80,7 +80,7 @@ def read_config(folder: Path, kind: str) -> PreTrainedConfig:
     return config
 
 
-def load_base(folder: Path, kind: str, num_outputs: int | None, seed: int) -> BaseModel:
+def load_base(folder: Path, kind: str, num_outputs: int | None, seed: int, dtype: str = "auto") -> BaseModel:
     """The classifier with this many outputs (None: its own); a head that its folder lacks is drawn from ``seed``.
 
     Raises:
@@ -98,6 +98,7 @@ def load_base(folder: Path, kind: str, num_outputs: int | None, seed: int) -> Ba
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            dtype=dtype,
             **sized,
         )
     new = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})

@@ -39,7 +39,7 @@ def run_fit(args: argparse.Namespace) -> None:
     check_output(args.output)
     device, folder, kind = read_device(args.device), model_folder(args.model), kind_of(args.data)
     data, labels = _open_to_learn(args, settings, folder, kind)
-    base = load_base(folder, kind, labels.num_outputs, settings.seed)
+    base = load_base(folder, kind, labels.num_outputs, settings.seed, args.dtype)
     model = move(add_adapter(base, args, settings.seed), device)
     check_takes(model, data.loader, args.data)
     posterior = fit(model, data.loader, settings, start=args.start, progress=not args.quiet)

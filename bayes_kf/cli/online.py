@@ -52,7 +52,7 @@ def run_online(args: argparse.Namespace) -> None:
     settings, labels = read_settings(args), Labels(tuple(args.classes), len(args.classes))
     folder, device = model_folder(args.model), read_device(args.device)
     stream = where(args)
-    base = load_base(folder, "text", labels.num_outputs, settings.seed)
+    base = load_base(folder, "text", labels.num_outputs, settings.seed, args.dtype)
     if stream is not None:
         restore_head(base, read_new_head(args.output), args.output)
     model = move(add_adapter(base, args, settings.seed), device)

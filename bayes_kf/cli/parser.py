@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import shtab
+
 from bayes_kf import __version__
 from bayes_kf.cli.settings import add_setting_flags
 from bayes_kf.evaluation.recalibration import RECALIBRATIONS
@@ -15,6 +17,7 @@ from bayes_kf.inference.prediction import METHODS
 
 MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
 PREDICTIONS_HELP = "a .csv or .npz of predictions with their targets"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DATA_HELP = "image folder (PATH/CLASS/IMAGE), .npz with x and y, or .csv, .tsv, .jsonl with text and label"
 
 EXAMPLES = {
@@ -53,6 +56,7 @@ def build_parser() -> Parser:
     """The parser of ``bayes-kf``."""
     parser = Parser(prog="bayes-kf", description="Fine-tuned adapters with honest uncertainty.")
     parser.add_argument("--version", action="version", version=f"bayes-kf {__version__}")
+    shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,evaluate,compare,doctor}")
     _demo(_command(commands, "demo", "learn handwritten digits online in four ways; print a table, write a report"))
     _fit(_command(commands, "fit", "give an adapter a posterior in one pass over labelled data"))
@@ -174,6 +178,8 @@ def _add_data(parser: Parser, batch_size: int, required: bool = True) -> None:
         "--max-length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    text = "of the base model's weights, auto: as they were saved; beliefs are float32 at least (default: %(default)s)"
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=text)
 
 
 def _named_path(text: str) -> tuple[str, Path]:

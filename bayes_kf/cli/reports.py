@@ -186,7 +186,7 @@ def _open_posterior(args: argparse.Namespace, path: Path) -> _Opened:
     device, folder, kind = read_device(args.device), model_folder(args.model), kind_of(args.data)
     labels = read_labels(path)
     names = own_names(read_config(folder, kind)) if labels is None else labels.class_names
-    base = load_base(folder, kind, None if labels is None else labels.num_outputs, settings.seed)
+    base = load_base(folder, kind, None if labels is None else labels.num_outputs, settings.seed, args.dtype)
     restore_head(base, read_new_head(path), path)
     posterior = Posterior.from_pretrained(path, move(base.model, device))
     return _Opened(posterior, settings, () if settings.likelihood in NUMERIC else names, folder)

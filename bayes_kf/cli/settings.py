@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config import CHOICES, KalmanConfig
+from bayes_kf.inference.schema import described_fields
 
 FLAGS = {"rank": "covariance-rank"}  # --rank is the adapter's
 ELSEWHERE = ("seed",)  # a flag of every command
@@ -30,7 +30,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="settings: a YAML or JSON file, a folder with kalman_config.json, or the word loko, dataset or stream",
     )
-    described = _descriptions()
+    described = described_fields()
     for field in dataclasses.fields(KalmanConfig):
         if field.name in ELSEWHERE:
             continue
@@ -38,6 +38,8 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         kind: dict[str, Any] = {"type": _value, "metavar": "VALUE"}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
+        if field.name in CHOICES:
+            kind = {"choices": CHOICES[field.name]}
         default = "" if field.default is None else f" (default: {field.default})"
         text = f"{described.get(field.name, '')}{default}".replace("%", "%%")
         group.add_argument(flag, dest=PREFIX + field.name, default=argparse.SUPPRESS, help=text, **kind)
@@ -133,10 +135,3 @@ def _value(text: str) -> float | str | dict[str, Any] | None:
         except ValueError:
             continue
     return text
-
-
-def _descriptions() -> dict[str, str]:
-    """What the configuration's docstring says about each field."""
-    lines = (inspect.getdoc(KalmanConfig) or "").partition("Attributes:")[2].partition("\n\n")[0]
-    found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", lines, flags=re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.replace("`", "").split()) for name, text in found}

@@ -54,6 +54,19 @@ EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
 PENALTIES = ("transient", "permanent")
 OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "likelihood": tuple(LIKELIHOODS),
+    "covariance": tuple(STRUCTURES),
+    "noise": NOISES,
+    "initial_rule": RULES,
+    "initial_spread": SPREADS,
+    "blocks": BLOCKS,
+    "gradient_penalty_form": PENALTIES,
+    "expansion": EXPANSIONS,
+    "curvature": CURVATURES,
+}
+"""The settings that are words, and the words."""
+WHOLE = ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples")  # numbers, at least 1
 STREAM_SPREADS = (3.0, 1.0, 0.3)  # prior sds of the outputs that a stream chooses among, in logits
 FIXED = (*OBSERVED, "tune", "tune_examples", "passes", "mean_passes", "temperature", "bytes_budget", "outputs_per_pass")
 CONFIG_FILE = "kalman_config.json"
@@ -166,12 +179,8 @@ class KalmanConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("likelihood", self.likelihood, tuple(LIKELIHOODS))
-        _one_of("covariance", self.covariance, tuple(STRUCTURES))
-        _one_of("noise", self.noise, NOISES)
-        _one_of("initial_rule", self.initial_rule, RULES)
-        _one_of("initial_spread", self.initial_spread, SPREADS)
-        _one_of("blocks", self.blocks, BLOCKS)
+        for name, allowed in CHOICES.items():
+            _one_of(name, getattr(self, name), allowed)
         if self.noise_variance != "estimated":
             _positive("noise_variance", self.noise_variance)
         _positive("initial_logit_sd", self.initial_logit_sd)
@@ -188,13 +197,10 @@ class KalmanConfig:
             raise ValueError(f"`prior_pull` must lie in [0, 1), got {self.prior_pull!r}.")
         if not (_is_number(self.gradient_penalty) and 0 <= self.gradient_penalty < float("inf")):
             raise ValueError(f"`gradient_penalty` must be >= 0 and finite, got {self.gradient_penalty!r}.")
-        _one_of("gradient_penalty_form", self.gradient_penalty_form, PENALTIES)
         if self.temperature != "prequential":
             _positive("temperature", self.temperature)
-        _one_of("expansion", self.expansion, EXPANSIONS)
-        _one_of("curvature", self.curvature, CURVATURES)
         _between("curvature_epsilon", self.curvature_epsilon)
-        for name in ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples"):
+        for name in WHOLE:
             _whole(name, getattr(self, name))
         if not isinstance(self.mean_passes, int) or isinstance(self.mean_passes, bool) or self.mean_passes < 0:
             raise ValueError(f"`mean_passes` must be a whole number >= 0, got {self.mean_passes!r}.")
