@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.fast_path import has_fused, layer_by_layer
+from bayes_kf.models.quantized import check_unpacked, four_bit_on_cpu
 
 Inputs = Tensor | Mapping[str, Any]
 
@@ -38,7 +39,7 @@ class AdapterModel:
         model: the user's module; base weights frozen, adapter tensors trainable.
 
     Raises:
-        ValueError: when no tensor is trainable.
+        ValueError: when no tensor is trainable, or trainable tensors are offloaded or on several devices.
 
     Example:
         >>> adapter = AdapterModel(nn.Linear(3, 2))
@@ -52,6 +53,10 @@ class AdapterModel:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("`model` must have trainable tensors, got none with requires_grad=True.")
+        devices = {str(p.device): name for name, p in trainable.items()}
+        if len(devices) > 1 or "meta" in devices:
+            places = ", ".join(f"{device} ({name})" for device, name in devices.items())
+            raise ValueError(f"`model` must have its trainable tensors in the memory of one device, got {places}.")
         self.model = model
         self.names: tuple[str, ...] = tuple(trainable)
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())
@@ -62,6 +67,7 @@ class AdapterModel:
         self._slices = {n: slice(end - size, end) for n, end, size in zip(self.names, ends, self.sizes, strict=True)}
         self._modules = list(model.modules())  # walking through them takes milliseconds
         self._has_fused = has_fused(self._modules)
+        self._four_bit = four_bit_on_cpu(self._modules)
         self.owners = _owners(model, trainable)
         self.paths: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # how each tensor is linearized; see describe
         self._autocast: torch.dtype | None = None  # of the caller, inside `full_precision`
@@ -147,18 +153,24 @@ class AdapterModel:
 
         Layers of transformers that save memory by running again in the backward pass do so in training mode alone, so
         they are left in it; the dropout inside them is not. Torch's encoder layers do not take the fused path of eval
-        mode, which passes adapters by.
+        mode, which passes adapters by. Layers of 4-bit weights on a CPU are in training mode (``quantized``).
+
+        Raises:
+            ValueError: where 4-bit weights were packed for inference.
         """
         with self.exclusive():
-            in_training = [module for module in self._modules if module.training and not _checkpointed(module)]
+            check_unpacked(self._four_bit)
+            changed = [module for module in self._modules if module.training and not _checkpointed(module)]
+            changed = [module for module in changed if module not in self._four_bit]
+            changed += [module for module in self._four_bit if not module.training]
             try:
-                for module in in_training:
-                    module.training = False
+                for module in changed:
+                    module.training = not module.training
                 with layer_by_layer() if self._has_fused else nullcontext():
                     yield
             finally:
-                for module in in_training:
-                    module.training = True
+                for module in changed:
+                    module.training = not module.training
 
     def describe(self) -> str:
         """A table of the trainable tensors: name, shape, the kind of module that holds it, and how it is linearized.
