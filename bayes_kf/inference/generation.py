@@ -10,6 +10,7 @@ apart. The temperature that the stream prices, or :meth:`Posterior.calibrate` fi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,6 +66,7 @@ def generate(
     sample: bool = False,
     eos_token_id: int | None = None,
     pad_token_id: int = 0,
+    shared_prompt: bool = False,
     generator: torch.Generator | None = None,
 ) -> Generated:
     """Text by the posterior predictive.
@@ -77,6 +79,9 @@ def generate(
         sample: whether a token is drawn from p̄; else it is the most probable one.
         eos_token_id: the token that ends a text; None: the one of the model's ``generation_config`` or ``config``.
         pad_token_id: what stands after the end.
+        shared_prompt: whether the prompt, but for its last token, is read once by the mean adapter and the drawn ones go
+            on from its cache. Long prompts then cost one pass and not S; that the adapters may read the prompt
+            differently is left out. Ours.
         generator: of adapters and tokens; by default a new one seeded with ``config.seed``.
 
     Raises:
@@ -87,10 +92,14 @@ def generate(
     draws = [adapter.tensors(draw) for draw in posterior.sample(num_samples, generator)]
     end = _end(adapter.model) if eos_token_id is None else eos_token_id
     ids, mask = (given[name].to(adapter.device) for name in ("input_ids", "attention_mask"))
-    caches: list[Any] = [None] * num_samples
     done = torch.zeros(len(ids), dtype=torch.bool, device=adapter.device)
     found: dict[str, list[Tensor]] = {name: [] for name in Generated._fields}
     with adapter.full_precision(), adapter.evaluating():
+        caches: list[Any] = [None] * num_samples
+        if shared_prompt and ids.shape[1] > 1:
+            with adapter.substituted(adapter.tensors(posterior.mean_vector)):
+                read = _ahead(adapter, ids[:, :-1], mask[:, :-1], None).past_key_values
+            caches, ids = [copy.deepcopy(read) for _ in draws], ids[:, -1:]
         for _ in range(max_new_tokens):
             spoken = []
             for number, tensors in enumerate(draws):

@@ -110,3 +110,52 @@ def test_bad_arguments_are_named():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     with pytest.raises(ValueError, match=r"`inputs` must be padded on the left"):
         posterior.generate({"input_ids": ids, "attention_mask": mask})
+
+
+@pytest.mark.parametrize("make", [lm.lora, lm.llama])
+def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
+    """Against the mean's cache, taken by hand, and each draw going on from it."""
+    model = make()
+    posterior, ids = posterior_of(model, 0.01), prompt(model)
+    mask = torch.ones_like(ids)
+    mask[2, :4] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    widths, run = [], type(model.base_model.model).forward
+
+    def counted(self, *args, **kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.base_model.model), "forward", counted)
+    found = posterior.generate(given, 5, num_samples=3, eos_token_id=-1, shared_prompt=True)
+    assert widths == [8] + [1] * 15
+    draws = posterior.sample(3, torch.Generator().manual_seed(posterior.config.seed))
+    adapter, places = posterior.adapter, (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad(), adapter.evaluating():
+        caches = []
+        for _ in draws:
+            with adapter.substituted(adapter.tensors(posterior.mean_vector)):
+                out = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=places[:, :-1])
+            caches.append(out.past_key_values)
+        token, place = ids[:, -1:], places[:, -1:]
+        for step in range(5):
+            mask_now, spoken = torch.cat([mask, mask.new_ones(len(ids), step)], 1), []
+            for draw, cache in zip(draws, caches, strict=True):
+                with adapter.substituted(adapter.tensors(draw)):
+                    out = model(
+                        input_ids=token, attention_mask=mask_now, position_ids=place + step, past_key_values=cache
+                    )
+                spoken.append(out.logits[:, -1].double().softmax(-1))
+            mean = torch.stack(spoken).mean(0)
+            token = mean.argmax(-1, keepdim=True)
+            assert torch.equal(found.tokens[:, step], token.squeeze(-1))
+            torch.testing.assert_close(found.entropy[:, step], -(mean * mean.log()).sum(-1), rtol=1e-5, atol=1e-6)
+    apart = posterior.generate(given, 5, num_samples=3, eos_token_id=-1)
+    assert float((apart.entropy - found.entropy).abs().max()) > 1e-4  # what sharing leaves out
+
+
+def test_a_shared_prompt_of_one_token_is_read_by_each_draw():
+    posterior, ids = posterior_of(lm.lora(), 1e-3), torch.tensor([[5], [9]])
+    shared, apart = (posterior.generate({"input_ids": ids}, 4, num_samples=2, shared_prompt=s) for s in (True, False))
+    assert torch.equal(shared.tokens, apart.tokens)
+    torch.testing.assert_close(shared.entropy, apart.entropy)
