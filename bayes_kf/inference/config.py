@@ -46,6 +46,26 @@ STRUCTURES: dict[str, Structure] = {
     "block_diagonal": _structure(block_diagonal, block_diagonal.condition),
     "full": _structure(full, full.condition),
 }
+
+
+def register_structure(name: str, structure: Structure) -> None:
+    """Make a covariance structure one that ``KalmanConfig(covariance=name)`` takes.
+
+    Args:
+        name: a word that is not taken.
+        structure: its functions; ``STRUCTURES["diagonal"]._replace(...)`` is a start.
+
+    Raises:
+        ValueError: for a name that is taken, or what is no structure.
+    """
+    if not isinstance(structure, Structure):
+        raise ValueError(f"`structure` must be a Structure, got {type(structure).__name__}.")
+    if not name.isidentifier() or name in STRUCTURES:
+        raise ValueError(f"`name` must be a word other than {', '.join(STRUCTURES)}, got {name!r}.")
+    STRUCTURES[name] = structure
+    CHOICES["covariance"] = tuple(STRUCTURES)
+
+
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
 SPREADS = ("modules", "tensors", "constant")

@@ -79,8 +79,8 @@ def generate(
         sample: whether a token is drawn from p̄; else it is the most probable one.
         eos_token_id: the token that ends a text; None: the one of the model's ``generation_config`` or ``config``.
         pad_token_id: what stands after the end.
-        shared_prompt: whether the prompt, but for its last token, is read once by the mean adapter and the drawn ones go
-            on from its cache. Long prompts then cost one pass and not S; that the adapters may read the prompt
+        shared_prompt: whether the prompt, but for its last token, is read once by the mean adapter and the drawn ones
+            go on from its cache. Long prompts then cost one pass and not S; that the adapters may read the prompt
             differently is left out. Ours.
         generator: of adapters and tokens; by default a new one seeded with ``config.seed``.
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bayes_kf.inference import KalmanConfig
+from bayes_kf.inference import KalmanConfig, config
 
 BAD = [
     (
@@ -52,3 +52,16 @@ def test_unknown_fields_are_named(tmp_path):
     (tmp_path / "kalman_config.json").write_text(json.dumps({"beta": 2}))
     with pytest.raises(ValueError, match=r"`beta` must lie strictly"):
         KalmanConfig.from_pretrained(tmp_path)
+
+
+def test_a_structure_can_be_registered(monkeypatch):
+    monkeypatch.setattr(config, "STRUCTURES", dict(config.STRUCTURES))
+    monkeypatch.setattr(config, "CHOICES", dict(config.CHOICES))
+    with pytest.raises(ValueError, match=r"`covariance` must be one of diagonal, .*, got 'mine'"):
+        KalmanConfig(covariance="mine")
+    config.register_structure("mine", config.STRUCTURES["diagonal"])
+    assert KalmanConfig(covariance="mine").structure is config.STRUCTURES["diagonal"]
+    with pytest.raises(ValueError, match=r"`name` must be a word other than diagonal, .*, got 'mine'"):
+        config.register_structure("mine", config.STRUCTURES["full"])
+    with pytest.raises(ValueError, match="`structure` must be a Structure, got dict"):
+        config.register_structure("other", {})
