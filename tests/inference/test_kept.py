@@ -115,3 +115,26 @@ def test_what_is_not_this_pass_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"`start` must be 'prior' with a `checkpoint`, got 'trained'"):
         bkf.fit(network(), DATA, config, start="trained", checkpoint=tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_hundred_updates_after_loading_are_those_of_never_having_stopped(name, tmp_path):
+    g = torch.Generator().manual_seed(2)
+    batches = [(torch.randn(2, 4, generator=g), torch.randint(3, (2,), generator=g)) for _ in range(120)]
+    kf = bkf.KalmanFilter(network(), SETTINGS[name])
+    state = kf.init(batches[0][0])
+    for x, y in batches[:20]:
+        state, _ = kf.update(state, x, y)
+    bkf.Posterior(kf, state).save_pretrained(tmp_path / "posterior")
+    other = network()
+    with torch.no_grad():
+        [p.add_(1.0) for p in other.parameters()]  # whatever a plain module holds, the folder decides
+    loaded = bkf.Posterior.from_pretrained(tmp_path / "posterior", other)
+    again, kf_again = loaded.state, loaded.filter()
+    for x, y in batches[20:]:
+        state, info = kf.update(state, x, y)
+        again, info_again = kf_again.update(again, x, y)
+        assert torch.equal(info.log_loss, info_again.log_loss)
+    assert all(torch.equal(a, b) for a, b in zip(state.belief, again.belief, strict=True))
+    assert torch.equal(state.scores.total, again.scores.total)
+    assert state.step == again.step == 120
