@@ -20,6 +20,7 @@ from torch import Tensor
 from bayes_kf.inference.config import CONFIG_FILE
 from bayes_kf.inference.folders import replace_folder
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.sums import check_sums, write_sums
 
 LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
 
@@ -59,7 +60,11 @@ def save_posterior(
         for name, text in (texts or {}).items():
             (fresh / name).write_text(text, encoding="utf-8")
         if new_head:
-            save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
+            try:
+                save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
+            except SafetensorError as error:  # what it makes of a full disk
+                raise OSError(f"{folder} could not be written: {error}") from error
+        write_sums(fresh)
         replace_folder(fresh, folder)
 
 
@@ -67,11 +72,12 @@ def read_labels(folder: Path) -> Labels | None:
     """What ``labels.json`` says; None where there is none, as in a folder that Python code saved.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it, or another file of the folder, is damaged.
     """
     path = folder / LABELS_FILE
     if not path.is_file():
         return None
+    check_sums(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names, num_outputs = content["class_names"], content["num_outputs"]

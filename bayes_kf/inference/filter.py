@@ -55,8 +55,9 @@ class KalmanFilter:
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
+        given = to_device(inputs, self.adapter.device)
         with self.adapter.full_precision():
-            return self._scale(state, to_device(inputs, self.adapter.device))
+            return self.linearize.in_memory(lambda: self._scale(state, given), batch_size(given))
 
     def restart(self, state: FilterState) -> FilterState:
         """The prior again, for another pass over the same data; scores and estimated noise stay those of the first."""
@@ -100,7 +101,10 @@ class KalmanFilter:
         device = self.adapter.device
         try:
             with self.adapter.full_precision():
-                after, info = self._update(state, to_device(inputs, device), targets.to(device), hold_mean, at)
+                inputs, targets = to_device(inputs, device), targets.to(device)
+                after, info = self.linearize.in_memory(
+                    lambda: self._update(state, inputs, targets, hold_mean, at), batch_size(inputs)
+                )
         except DIVERGED as error:
             raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
         return after, info._replace(seconds=time.perf_counter() - start)

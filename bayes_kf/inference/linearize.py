@@ -7,7 +7,9 @@ Which tensor takes which path to the Jacobian is measured on the first batch (``
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +17,12 @@ from torch import Tensor
 from bayes_kf.inference.blocks import PIECE
 from bayes_kf.inference.layout import Layout, cheapest
 from bayes_kf.inference.linearized import Graph, Linearized
+from bayes_kf.inference.memory import give_back, ran_out
 from bayes_kf.inference.plan import Plan, choose
 from bayes_kf.inference.tape import Tape
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, some_examples
 
+T = TypeVar("T")
 PASS_BYTES = 2**23  # of graph that a small batch is repeated up to
 LEAST_BUDGET = 2**25  # of graph, rows and temporaries; larger batches go through in pieces
 GRAPHS = 3  # or so many times what the graph of the batch takes
@@ -48,6 +52,7 @@ class Linearizer:
     ) -> None:
         self.adapter, self.outputs_per_pass, self.bytes_budget = adapter, outputs_per_pass, bytes_budget
         self._plan: Plan | None = None
+        self._most: int | None = None  # bytes, after memory ran out
 
     def __call__(self, vector: Tensor, inputs: Inputs, *, needed: int | Sequence[int] | None = None) -> Linearized:
         """The outputs at θ = ``vector`` with their graph.
@@ -117,6 +122,37 @@ class Linearizer:
         for where in (slice(*ends) for ends in itertools.pairwise(bounds)):
             yield where, some_examples(inputs, where, size)
 
+    def in_memory(self, call: Callable[[], T], size: int) -> T:
+        """What ``call`` returns; called again, on pieces of half the bytes, as long as memory runs out.
+
+        Smaller pieces stay for later batches. Warns the first time.
+
+        Args:
+            call: goes through a batch by :meth:`pieces`, and changes nothing where it raises.
+            size: of the batch.
+        """
+        while True:
+            try:
+                return call()
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error) or not self._halved(size):
+                    raise
+            give_back()
+
+    def _halved(self, size: int) -> bool:
+        """Make pieces half as large; False where they are single examples already, or nothing is known yet."""
+        plan = self._plan
+        if plan is None or size == 1 or (self._most is not None and self._most < plan.bytes_each):
+            return False
+        if self._most is None:
+            warnings.warn(
+                f"Memory ran out on {size} examples: they are learned and predicted in smaller pieces from now on, "
+                "which only takes longer. `bytes_budget` sets their size.",
+                stacklevel=2,
+            )
+        self._most = self._budget(plan, size) // 2
+        return True
+
     def gradient(self, vector: Tensor, inputs: Inputs, cotangent: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Jᵀw summed over a batch, (n,), in float64: one forward and one backward pass for each of its pieces.
 
@@ -159,7 +195,8 @@ class Linearizer:
 
     def _budget(self, plan: Plan, size: int) -> int:
         vectors = VECTORS * self.adapter.num_parameters * self.adapter.dtype.itemsize
-        return self.bytes_budget or max(LEAST_BUDGET, GRAPHS * size * plan.bytes_each, vectors)
+        wanted = self.bytes_budget or max(LEAST_BUDGET, GRAPHS * size * plan.bytes_each, vectors)
+        return wanted if self._most is None else min(wanted, self._most)
 
     def _bounds(self, plan: Plan, needed: list[int], cuts: Sequence[int]) -> list[int]:
         """Where pieces begin and end whose graph, rows and temporaries fit the budget."""

@@ -1,9 +1,9 @@
 """Posteriors on disk: a plain PEFT adapter (the mean) beside the settings and the belief; safetensors and JSON only.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, or ``model.safetensors``
-with the trainable tensors of a module that is no PEFT model; ``kalman_config.json`` and ``kalman_state.safetensors``;
-and a model card, ``README.md``.
-It is written beside its final place and renamed, so a folder is whole or not there.
+with the trainable tensors of a module that is no PEFT model; ``kalman_config.json`` and ``kalman_state.safetensors``; a
+model card, ``README.md``; and checksums, ``SHA256SUMS``. It is written beside its final place and renamed, so a folder
+is whole or not there.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayes_kf.inference import card, diagonal, noise, tempering
-from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.folders import replace_folder
 from bayes_kf.inference.state import FilterState
+from bayes_kf.inference.sums import SUMS_FILE, check_sums, write_sums
 from bayes_kf.models.adapter import AdapterModel
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ FORMAT = 1
 STATE_FILE = "kalman_state.safetensors"
 CARD_FILE = "README.md"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+NOTED = ("names", "shapes", "base_fingerprint", "adapter", "step", "examples", "scaled", "scored", "noise_step")
+PLAIN = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")  # change no output
 SAMPLED = 4096  # elements of a tensor that its fingerprint reads
 
 
@@ -48,6 +51,7 @@ def save(posterior: Posterior, folder: Path, scores: Mapping[str, float] | None 
         posterior.config.save_pretrained(target)
         save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior))
         (target / CARD_FILE).write_text(card.text(posterior, folder.name, scores), encoding="utf-8")
+        write_sums(target)
 
     _atomically(folder, write)
 
@@ -58,11 +62,13 @@ def save_beside(posterior: Posterior, folder: Path) -> None:
     The belief comes last, so that a folder that was not finished has none.
     """
     (folder / STATE_FILE).unlink(missing_ok=True)
+    (folder / SUMS_FILE).unlink(missing_ok=True)
     posterior.config.save_pretrained(folder)
     temporary = folder / f".{STATE_FILE}"
     save_file(_tensors(posterior), temporary, metadata=_metadata(posterior))
     temporary.chmod(0o644)
     os.replace(temporary, folder / STATE_FILE)
+    write_sums(folder, (STATE_FILE, CONFIG_FILE))
 
 
 def load(folder: Path, base_model: nn.Module) -> Posterior:
@@ -71,6 +77,7 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
 
     config = KalmanConfig.from_pretrained(folder)
     tensors, metadata = _read(folder / STATE_FILE)
+    check_sums(folder)
     adapter = _adapter(folder, base_model, metadata)
     if list(adapter.names) != metadata["names"] or [list(s) for s in adapter.shapes] != metadata["shapes"]:
         raise ValueError(f"`base_model` must have the trainable tensors of {folder}, got others.")
@@ -138,6 +145,7 @@ def _metadata(posterior: Posterior) -> dict[str, str]:
         "shapes": [list(shape) for shape in adapter.shapes],
         "base_fingerprint": fingerprint(adapter.model, set(adapter.names)),
         "adapter": _adapter_name(adapter.model),
+        "adapter_settings": _adapter_settings(adapter.model),
         "step": state.step,
         "examples": state.examples,
         "scaled": state.scaled,
@@ -151,15 +159,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a state file, checked for finiteness."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["bayes_kf"])
+            metadata = dict(json.loads((file.metadata() or {})["bayes_kf"]))
             # clones lie where torch puts tensors: products depend on that, in the last bit
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"`folder` must hold a readable {STATE_FILE}, got {path}: {error}.") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"`folder` must be of format {FORMAT}, got {metadata.get('format')}; a newer bayes_kf wrote it?"
         )
+    missing = [name for name in NOTED if name not in metadata]
+    if missing:
+        raise ValueError(f"`folder` must hold a {STATE_FILE} with {', '.join(missing)}, got none in {path}.")
     for name, tensor in tensors.items():
         if name.startswith(("belief.", "prior.")) and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"`folder` must hold a finite belief, got NaN or infinity in {name} of {path}.")
@@ -176,6 +187,7 @@ def _adapter(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> A
             f"`base_model` must be the model that {folder} was fitted on, got one with other frozen weights."
         )
     if complete:
+        _check_settings(_adapter_settings(base_model), "`base_model` must have an adapter", metadata)
         return AdapterModel(base_model)
     if isinstance(base_model, PeftModel):
         raise ValueError("`base_model` must be without adapters or have the posterior's own trainable, got others.")
@@ -187,6 +199,7 @@ def _adapter(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> A
 
 def _attached(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> AdapterModel:
     """The base with the adapter that PEFT adds to it, taken off again if it is not the posterior's."""
+    _check_settings(_as_json(_peft_config(folder)), f"`folder` must hold an {ADAPTER_FILES[0]}", metadata)
     model = PeftModel.from_pretrained(base_model, str(folder), metadata["adapter"], is_trainable=True)
     adapter = AdapterModel(model)
     if list(adapter.names) != metadata["names"] or [list(shape) for shape in adapter.shapes] != metadata["shapes"]:
@@ -211,6 +224,36 @@ def _base_name(name: str) -> str:
 
 def _adapter_name(model: nn.Module) -> str:
     return model.active_adapters[0] if isinstance(model, PeftModel) else ""
+
+
+def _adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """What an adapter's tensors mean, beside their names and shapes: PEFT's settings, as JSON."""
+    return _as_json(model.peft_config[_adapter_name(model)]) if isinstance(model, PeftModel) else {}
+
+
+def _as_json(config: PeftConfig) -> dict[str, Any]:
+    settings = {name: value for name, value in config.to_dict().items() if name not in PLAIN}
+    sets = {name: sorted(value) for name, value in settings.items() if isinstance(value, set)}
+    return dict(json.loads(json.dumps(settings | sets, default=str)))
+
+
+def _check_settings(found: dict[str, Any], what: str, metadata: dict[str, Any]) -> None:
+    """Raises ValueError where an adapter's tensors mean something else than when they were learned.
+
+    Settings that only this version of PEFT knows, or only the one that wrote the folder, are passed over.
+    """
+    for name, value in metadata.get("adapter_settings", {}).items():
+        if name in found and found[name] != value:
+            raise ValueError(f"{what} with {name} {value} as it was fitted, got {found[name]}.")
+
+
+def _peft_config(folder: Path) -> PeftConfig:
+    """The settings in a folder's ``adapter_config.json``."""
+    path = folder / ADAPTER_FILES[0]
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # whatever PEFT meets in a damaged file
+        raise ValueError(f"`folder` must hold a readable {path.name}, got {path}: {error}.") from error
 
 
 def _fields(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -251,7 +294,10 @@ def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         temporary.chmod(0o755)
-        write(temporary)
+        try:
+            write(temporary)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{folder} could not be written: {error}") from error
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes files that only their owner can read
         replace_folder(temporary, folder)

@@ -175,11 +175,17 @@ class Posterior:
                 return self._piece(inputs, method, num_samples, generator, targets)
             if method == "linearized" and self._by_differences(inputs, num_samples):
                 return self._differenced(inputs, num_samples, generator, targets)
-            parts = [
-                self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
-                for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
-            ]
-            return prediction.concatenate(parts)
+            begun = generator.get_state()
+
+            def in_pieces() -> Prediction:
+                generator.set_state(begun)  # as it was, where memory ran out before
+                parts = [
+                    self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
+                    for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
+                ]
+                return prediction.concatenate(parts)
+
+            return self.kf.linearize.in_memory(in_pieces, batch_size(inputs))
 
     def predict_loader(
         self,

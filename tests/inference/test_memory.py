@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-SCRIPT = """
-import ctypes, gc, sys
+from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.models.adapter import AdapterModel
+
+SETUP = """
+import ctypes, gc, resource, sys, warnings
 from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,20 +27,41 @@ base = BertForSequenceClassification(BertConfig(
 lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"], init_lora_weights=False)
 ids = torch.randint(5, 500, (256, 32))
 inputs, targets = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(10, (256,))
-kf = bkf.KalmanFilter(get_peft_model(base, lora), bkf.KalmanConfig(bytes_budget=int(sys.argv[1]) * 2**20))
+model = get_peft_model(base, lora)
+kf = bkf.KalmanFilter(model, bkf.KalmanConfig(bytes_budget=int(sys.argv[1]) * 2**20))
 state = kf.init({name: t[:4] for name, t in inputs.items()})
-state, _ = kf.update(state, inputs, targets)
 
 def field(name):
     text = Path("/proc/self/status").read_text()
     return int(text.partition(name + ":")[2].split()[0]) / 1024
-
+"""
+PEAK = """
+state, _ = kf.update(state, inputs, targets)
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 before = field("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
 kf.update(state, inputs, targets)
 print(field("VmHWM") - before)
+"""
+
+NO_ROOM = """
+few = {name: t[:4] for name, t in inputs.items()}
+kf.update(state, few, targets[:4])
+expected, _ = bkf.KalmanFilter(model, bkf.KalmanConfig(bytes_budget=32 * 2**20)).update(state, inputs, targets)
+gc.collect()
+resource.setrlimit(resource.RLIMIT_AS, (int((field("VmSize") + 160) * 2**20), resource.RLIM_INFINITY))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    after, _ = kf.update(state, inputs, targets)
+    probs = bkf.Posterior(kf, after).predict(inputs).probs
+said = [str(w.message) for w in caught if "Memory ran out on 256 examples" in str(w.message)]
+torch.testing.assert_close(after.belief.mean, expected.belief.mean, rtol=1e-3, atol=1e-4)
+variances = kf.marginal_variance(after), kf.marginal_variance(expected)
+torch.testing.assert_close(*variances, rtol=1e-3, atol=1e-6)
+assert torch.isfinite(probs).all()
+kf.update(after, inputs, targets)
+print(len(said), kf.linearize._most / 2**20)
 """
 
 
@@ -47,10 +73,45 @@ print(field("VmHWM") - before)
 def test_a_step_keeps_to_its_budget(budget):
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(budget)],
+        [sys.executable, "-W", "ignore", "-c", SETUP + PEAK, str(budget)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     extra = float(done.stdout.splitlines()[-1])  # MiB
     assert extra < 1.2 * budget
     assert extra > 0.4 * budget  # the whole batch takes far more; the budget is used
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space can be limited on Linux only")
+def test_where_memory_runs_out_pieces_get_smaller_and_it_is_said_once():
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SETUP + NO_ROOM, "2000"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said, most = done.stdout.split()[-2:]
+    assert said == "1"
+    assert float(most) < 2000
+
+
+def test_an_error_that_is_not_about_memory_is_raised_at_once_and_one_example_cannot_shrink():
+    linearize = Linearizer(AdapterModel(nn.Linear(3, 2)))
+    linearize.prepare(linearize.adapter.vector(), torch.ones(4, 3))
+    calls = []
+
+    def failing(error):
+        def call():
+            calls.append(1)
+            raise error
+
+        return call
+
+    with pytest.raises(RuntimeError, match="shape"):
+        linearize.in_memory(failing(RuntimeError("shape")), 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        linearize.in_memory(failing(torch.OutOfMemoryError("CUDA out of memory")), 1)
+    assert len(calls) == 2
+    with pytest.warns(UserWarning, match="Memory ran out on 4 examples"), pytest.raises(MemoryError):
+        linearize.in_memory(failing(MemoryError()), 4)
+    assert len(calls) < 40  # it ends where single examples do not fit either

@@ -266,7 +266,7 @@ def test_saved_posterior_reads_back_bit_for_bit(fitted, digits, tmp_path):
     fitted.save_pretrained(tmp_path / "posterior")
     assert {p.name for p in (tmp_path / "posterior").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "kalman_config.json", "kalman_state.safetensors",
-        "README.md",
+        "README.md", "SHA256SUMS",
     }  # fmt: skip
     images, labels = digits[1].images[:20], digits[1].labels[:20]
     for base in (digits_vit(), lora_digits_vit(rank=2)):
@@ -448,9 +448,26 @@ def test_reading_changes_no_weights_and_a_damaged_adapter_is_named(fitted, tmp_p
     file.write_bytes(file.read_bytes()[:100])
     base = digits_vit()
     names = list(base.state_dict())
+    with pytest.raises(ValueError, match=r"`folder` must hold adapter_model\.safetensors as it was saved, got another"):
+        bkf.Posterior.from_pretrained(tmp_path / "p", base)
+    (tmp_path / "p" / "SHA256SUMS").unlink()  # as in folders of earlier versions
     with pytest.raises(ValueError, match=r"`folder` must hold a readable adapter_model\.safetensors"):
         bkf.Posterior.from_pretrained(tmp_path / "p", base)
     assert list(base.state_dict()) == names
+
+
+def test_an_adapter_of_another_scale_is_refused(fitted, tmp_path):
+    fitted.save_pretrained(tmp_path / "p")
+    other = lora_digits_vit(rank=2)
+    other.peft_config["default"].lora_alpha = 64
+    with pytest.raises(
+        ValueError, match="`base_model` must have an adapter with lora_alpha 2 as it was fitted, got 64"
+    ):
+        bkf.Posterior.from_pretrained(tmp_path / "p", other)
+    path = tmp_path / "p" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 2', '"lora_alpha": 3'))
+    with pytest.raises(ValueError, match=r"`folder` must hold an adapter_config\.json with lora_alpha 2 as it was"):
+        bkf.Posterior.from_pretrained(tmp_path / "p", digits_vit())
 
 
 def test_entropy_of_correlated_outputs_is_that_of_the_joint():
