@@ -96,6 +96,9 @@ def test_bad_input_to_evaluate(folder, tmp_path, capsys):
     assert "'superb'" in capsys.readouterr().err
     (tmp_path / "p" / "labels.json").write_text('{"class_names": 3}')
     assert run(*common, folder / "bert", "--output", tmp_path / "r.html") == 2
+    assert "must hold labels.json as it was saved" in capsys.readouterr().err
+    (tmp_path / "p" / "SHA256SUMS").unlink()  # as in folders of earlier versions
+    assert run(*common, folder / "bert", "--output", tmp_path / "r.html") == 2
     assert "must hold a sound labels.json" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
 

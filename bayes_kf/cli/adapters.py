@@ -55,7 +55,7 @@ def _read_config(path: Path) -> LoraConfig:
     try:
         fields: dict[str, Any] = {"peft_type": "LORA"} | json.loads(file.read_text(encoding="utf-8"))
         config = PeftConfig.from_peft_type(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"`--lora` must be a PEFT config, got {file}: {error}.") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"`--lora` must be a PEFT config of type LORA, got {config.peft_type.value} in {file}.")

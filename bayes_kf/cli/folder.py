@@ -85,7 +85,7 @@ def read_labels(folder: Path) -> Labels | None:
             raise ValueError("class_names is no list of strings")
         if not isinstance(num_outputs, int) or num_outputs < 1:
             raise ValueError(f"num_outputs is {num_outputs!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"`POSTERIOR` must hold a sound {LABELS_FILE}, got {path}: {error}.") from error
     return Labels(tuple(names), num_outputs)
 

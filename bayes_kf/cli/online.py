@@ -123,7 +123,7 @@ class _Learner:
     def _parsed(self, number: int, line: str) -> tuple[str, int]:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadLine(f"`--data` must hold a JSON object a line, got {error} in line {number}.") from error
         columns = {"--text-column": self.args.text_column, "--label-column": self.args.label_column}
         for option, column in columns.items():

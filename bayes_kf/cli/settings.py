@@ -70,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
         return dataclasses.asdict(KalmanConfig.from_pretrained(path))
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`--config` must be a readable JSON file, got {path}: {error}.") from error
     known = [field.name for field in dataclasses.fields(KalmanConfig)]
     if not isinstance(fields, dict):
@@ -96,7 +96,7 @@ def _from_yaml(path: Path, given: dict[str, Any]) -> KalmanConfig:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ValueError(f"`--config` must be YAML, got {path}{line}: {error.problem}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"`--config` must be YAML, got {path}: {error}.") from error
     if not isinstance(root, yaml.MappingNode) or not isinstance(fields, dict):
         raise ValueError(f"`--config` must hold a mapping from settings to values, got {path}.")
@@ -132,6 +132,6 @@ def _value(text: str) -> float | str | dict[str, Any] | None:
     for read in readers:
         try:
             return read(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return text

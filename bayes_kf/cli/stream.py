@@ -69,7 +69,7 @@ def where(args: argparse.Namespace) -> Stream | None:
         found.log_loss = float(found.log_loss)
         found.alarms = [int(line) for line in found.alarms]
         DriftDetector(found.run_length, found.detector)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"`--output` must hold a sound {STREAM_FILE}, got {path}: {error}") from error
     labels = read_labels(args.output)
     if labels is None or labels.class_names != tuple(args.classes):

@@ -16,7 +16,8 @@ from bayes_kf.data.images import ImageFormat
 from bayes_kf.data.labels import LabelledData, encode_labels, make_loader
 
 _KEYS = (("x", "y"), ("inputs", "targets"))
-_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # RuntimeError: encrypted
+# RuntimeError: encrypted; MemoryError: shapes that cannot be
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 _MOST_CLASSES = 100_000
 
 

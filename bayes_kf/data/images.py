@@ -104,7 +104,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise ValueError(f"`folder` must hold a JSON object in {path.name}, got {path}: {error}.") from error
 
 

@@ -145,7 +145,7 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"`path` must hold a JSON object a line, got {error} in line {number}.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"`path` must hold a JSON object a line, got {type(row).__name__} in line {number}.")

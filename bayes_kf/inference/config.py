@@ -321,7 +321,7 @@ class KalmanConfig:
         path = Path(folder) / CONFIG_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"`folder` must hold a readable {CONFIG_FILE}, got {path}: {error}.") from error
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or not set(fields) <= known:

@@ -84,9 +84,19 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
     tensors = {name: t.to(adapter.device) if not name.startswith("history.") else t for name, t in tensors.items()}
     history = {name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")}
     kf = KalmanFilter(adapter, config)
-    belief = _fields(tensors, "belief.")
+    try:
+        state = _state(kf, tensors, metadata)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"`folder` must hold a belief that fits its settings, got {folder / STATE_FILE}: {error}."
+        ) from error
+    return Posterior(kf, state, history)
+
+
+def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> FilterState:
+    """The state, after a look at what belief, prior and scores should be like."""
     state = FilterState(
-        belief=config.structure.State(**belief),
+        belief=kf.config.structure.State(**_fields(tensors, "belief.")),
         prior=diagonal.State(**_fields(tensors, "prior.")),
         noise=noise.State(step=metadata["noise_step"], **_fields(tensors, "noise.")),
         scores=tempering.State(metadata["scored"], **_fields(tensors, "scores.")),
@@ -94,7 +104,29 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
         step=metadata["step"],
         examples=metadata["examples"],
     )
-    return Posterior(kf, state, history)
+    empty = torch.empty(kf.adapter.num_parameters, dtype=kf.adapter.dtype, device="meta")
+    start = diagonal.init(empty, empty)
+    alike = {"belief": (state.belief, kf._belief(start)), "prior": (state.prior, start)}
+    alike |= {"scores": (state.scores, tempering.init(torch.device("cpu")))}
+    for part, (found, expected) in alike.items():
+        for name, own, like in zip(found._fields, found, expected, strict=True):
+            if isinstance(like, Tensor) and (own.shape, own.dtype) != (like.shape, like.dtype):
+                raise ValueError(
+                    f"{part}.{name} is {own.dtype} {tuple(own.shape)}, not {like.dtype} {tuple(like.shape)}"
+                )
+            if (
+                isinstance(like, Tensor)
+                and not like.is_meta
+                and not like.is_floating_point()
+                and not own.cpu().equal(like)
+            ):
+                raise ValueError(f"{part}.{name} is {own.tolist()}, not {like.tolist()}")
+    counts = (state.step, state.examples, state.noise.step, state.scores.updates)
+    if not all(type(count) is int and count >= 0 for count in counts) or type(state.scaled) is not bool:
+        raise ValueError(f"its counts are {counts}, its prior scaled: {state.scaled!r}")
+    if not bool((kf.config.structure.scales(state.belief) > 0).all()) or not bool((state.prior.variance > 0).all()):
+        raise ValueError("its variances are not positive")
+    return state
 
 
 def export(posterior: Posterior, folder: Path, draws: Tensor) -> list[Path]:
@@ -162,7 +194,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = dict(json.loads((file.metadata() or {})["bayes_kf"]))
             # clones lie where torch puts tensors: products depend on that, in the last bit
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"`folder` must hold a readable {STATE_FILE}, got {path}: {error}.") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
