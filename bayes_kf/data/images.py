@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -137,11 +137,12 @@ def read_image(path: str) -> Image.Image:
     """A file as an RGB image; 16-bit and float images, which would be clipped, are refused."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"`path` must hold 8-bit images, got mode {image.mode} in {path}.")
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+            mode, found = image.mode, image.convert("RGB")
+    except Exception as error:  # what Pillow raises on damaged files is not one kind
         raise ValueError(f"`path` must hold readable images, got {path}: {error}.") from error
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"`path` must hold 8-bit images, got mode {mode} in {path}.")
+    return found
 
 
 def image_folder_data(

@@ -73,7 +73,7 @@ def text_tokenizer(source: str | os.PathLike[str] | PreTrainedTokenizerBase) -> 
         if not Path(source).is_dir():
             raise ValueError(f"`tokenizer` must be a Hugging Face model folder with a tokenizer, got {source}.")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"`tokenizer` must be a Hugging Face model folder with a tokenizer, got {source}: {error}."

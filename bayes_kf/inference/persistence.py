@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -225,6 +226,9 @@ def _adapter(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> A
         raise ValueError("`base_model` must be without adapters or have the posterior's own trainable, got others.")
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
         raise ValueError(f"`folder` must hold {' and '.join(ADAPTER_FILES)} to add the adapter, got {folder} without.")
+    name = metadata["adapter"]
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"`folder` must hold an adapter with a plain name, got {name!r} in {folder}.")
     _check_adapter_file(folder / ADAPTER_FILES[1])
     return _attached(folder, base_model, metadata)
 
