@@ -15,6 +15,7 @@ so its log-likelihood and its gradient are exact, whatever was lumped together:
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.store import Directions
 from bayes_kf.models.likelihood import Bernoulli, Likelihood
 
+MANY = 500  # outputs, above which m directions or m² covariances of an example are no sensible way
 ABSENT = -1e4  # logit of a class that an example does not have
 
 
@@ -79,6 +81,16 @@ def see(config: KalmanConfig, family: Likelihood, outputs: Tensor, targets: Tens
     if config.curvature == "sampled":
         return _log_odds(outputs, targets, config.curvature_draws, seed)
     return Seen(family, outputs, targets, None, 0.0)
+
+
+def warn_of_many(config: KalmanConfig, num_outputs: int) -> None:
+    """Where all of very many classes would be followed."""
+    if config.curvature == "exact" and config.likelihood == "categorical" and num_outputs > MANY:
+        warnings.warn(
+            f"`curvature` 'exact' follows all {num_outputs:,} classes of every example, which takes their square in "
+            "time and memory; 'truncated' follows the likely ones.",
+            stacklevel=2,
+        )
 
 
 def num_rows(config: KalmanConfig, num_outputs: int) -> int:

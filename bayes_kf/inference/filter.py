@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference import block_diagonal, diagonal, noise, penalty, prior, sharding, tempering
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.curvature import num_directions, num_rows, see
+from bayes_kf.inference.curvature import num_directions, num_rows, see, warn_of_many
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.learn import check_finite, parts
 from bayes_kf.inference.linearize import Linearizer
@@ -218,6 +218,7 @@ class KalmanFilter:
 
     def _scale(self, state: FilterState, inputs: Inputs) -> FilterState:
         """The state with its prior variance set, or bounded, by how strongly the outputs for ``inputs`` react."""
+        warn_of_many(self.config, self.linearize.prepare(state.prior.mean, inputs))
         start = diagonal.init(state.prior.mean, prior.fitted(self.config, self.linearize, state.prior.mean, inputs))
         return state._replace(belief=self._belief(start), prior=start, scaled=True)
 

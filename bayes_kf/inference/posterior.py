@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference import arviz_export, noise, persistence, prediction, tempering
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.curvature import MANY
 from bayes_kf.inference.filter import FilterState, KalmanFilter
 from bayes_kf.inference.output_variance import output_variance
 from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
@@ -130,7 +131,8 @@ class Posterior:
             inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
             method: "linearized": η ~ N(f(x, μ), J P Jᵀ), drawn in output space (exact moments for a Gaussian
                 likelihood); the posterior is one of the linearized model, so this is its own predictive. Where there
-                are more outputs than draws, a pair of draws takes two forward passes (``models.draws``). "probit":
+                are more outputs than draws, a pair of draws takes two forward passes (``models.draws``), and so where
+                there are more than 500, whatever the number of draws. "probit":
                 MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each;
                 with a warning where, on the first 16 examples, the two methods differ by more than Monte Carlo error
                 (looked at where there are as many draws as outputs, and of a loader on its first batch).
@@ -406,7 +408,8 @@ class Posterior:
         family = noise.likelihood(self.config, self.state.noise)
         if isinstance(family, Gaussian) or not self.adapter.is_precise:
             return False
-        return num_samples < self.kf.linearize.num_passes(self.mean_vector, inputs)
+        passes = self.kf.linearize.num_passes(self.mean_vector, inputs)
+        return num_samples < passes or self.kf.linearize.num_outputs > MANY
 
     def _differenced(
         self, inputs: Inputs, num_samples: int, generator: torch.Generator, targets: Tensor | None

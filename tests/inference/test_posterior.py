@@ -550,6 +550,30 @@ def test_with_more_outputs_than_draws_linearized_predictions_take_no_backward_pa
     torch.testing.assert_close(found[0].log_prob, found[0].probs[torch.arange(4), y[:4]].log())
 
 
+def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
+    """A last layer of few features, so that its rows would take few passes: moments of 200 x 64 draws against exact."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 501)).double()
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 3, generator=g).double(), torch.randint(501, (12,), generator=g)
+    settings = bkf.KalmanConfig(covariance="diagonal", curvature="truncated", temperature=1.0)
+    posterior = bkf.fit(model, loader(x, y), settings, progress=False)
+    exact = posterior.predict(x[:2], method="probit")  # by the covariance
+    linearized = posterior.kf.linearize(posterior.mean_vector, x[:2])
+    covariance = posterior.config.structure.output_covariance(posterior.state.belief, linearized.pull())
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    scaled = linearized.outputs / (1 + torch.pi / 8 * variance).sqrt()
+    torch.testing.assert_close(exact.probs, scaled.softmax(-1))
+    monkeypatch.setattr(type(linearized), "pull", None)
+    found = torch.cat(
+        [posterior.predict(x[:2], generator=torch.Generator().manual_seed(seed)).samples.log() for seed in range(200)]
+    )
+    centred = found - found[..., :1]  # log odds against the first class
+    truth = variance + variance[:, :1] - 2 * covariance[:, :, 0]
+    error = truth * (2 / (len(found) / 2)) ** 0.5  # draws come in pairs
+    assert float(((centred.var(0) - truth).abs() / error.clamp_min(1e-12))[:, 1:].max()) < 4.5
+
+
 def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, 3, generator=g).double()

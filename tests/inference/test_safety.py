@@ -138,3 +138,16 @@ def test_ten_thousand_classes(curvature):
         assert bool((variance > 0).all())
         assert bool(torch.isfinite(variance).all())
     assert losses[-1] < 0.5 * losses[0]
+    prediction = bkf.Posterior(kf, state).predict(x)  # by draws: the covariance of the outputs would be 400 MB each
+    torch.testing.assert_close(prediction.probs.sum(-1), torch.ones(4))
+    assert prediction.probs.argmax(-1).tolist() == y.tolist()
+
+
+def test_all_of_very_many_classes_are_warned_of():
+    model = nn.Linear(3, 600)
+    with pytest.warns(UserWarning, match=r"`curvature` 'exact' follows all 600 classes of every example"):
+        bkf.KalmanFilter(model, bkf.KalmanConfig()).init(torch.randn(2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bkf.KalmanFilter(model, bkf.KalmanConfig(curvature="truncated")).init(torch.randn(2, 3))
+        bkf.KalmanFilter(nn.Linear(3, 500), bkf.KalmanConfig()).init(torch.randn(2, 3))
