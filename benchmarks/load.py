@@ -223,19 +223,18 @@ def main() -> None:
     file = ResultFile("load")
     file.begin()
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that freed memory goes back at once
-    rows = []
     for part in args.only:
         command = [sys.executable, "-W", "ignore", __file__, "--part", part]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
             raise RuntimeError(done.stderr)
-        cell = json.loads(done.stdout.splitlines()[-1])
-        file.put(part, cell)
-        rows += [
-            [part, name.replace("_", " "), f"{v:,.3g}" if isinstance(v, float) else f"{v:,}"]
-            for name, v in cell.items()
-        ]
-        print(part, cell, flush=True)
+        file.put(part, json.loads(done.stdout.splitlines()[-1]))
+        print(part, file.cells[part], flush=True)
+    rows = [
+        [part, name.replace("_", " "), f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"]
+        for part in PARTS
+        for name, value in file.cells.get(part, {}).items()
+    ]
     text = (
         "Copies: memory above that of the model, by the belief's own (mean and variance, float32). The stream was "
         "killed half-way (SIGKILL) and started again on the same lines."

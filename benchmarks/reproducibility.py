@@ -1,7 +1,7 @@
 """Same seed, same machine, same bits; and by how much threads, processors and memory change the last ones.
 
 Every run is a process of its own: it fits, predicts, evaluates and writes the report; the parent compares what it left
-with the first run's. "AVX2" lets torch, MKL and oneDNN use no newer instructions, as an older processor would.
+with the first run's. "AVX2" and "SSE4" let torch, MKL and oneDNN use no newer instructions, as older processors would.
 
     python benchmarks/reproducibility.py           # some five minutes; results/reproducibility.md
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import _text
 import torch
 from _results import ResultFile, markdown_table
 from peft import LoraConfig, get_peft_model
@@ -27,8 +28,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import bayes_kf as bkf
 from bayes_kf.demo.data import Size, demo_data
+from bayes_kf.models.zoo import lora_digits_vit
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+SSE4 = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 
 
 class Case(NamedTuple):
@@ -43,7 +47,13 @@ class Case(NamedTuple):
 def digits() -> Case:
     """The bundled digit transformer with LoRA, one UCI digit at a time, at the default."""
     data = demo_data(Size(300, 300))
-    return Case(bkf.models.lora_digits_vit(seed=0), data.stream_loader, data.heldout_loader, {})
+    return Case(lora_digits_vit(seed=0), data.stream_loader, data.heldout_loader, {})
+
+
+def minilm_sst2() -> Case:
+    """MiniLM with LoRA and a new head, SST-2, one sentence at a time."""
+    batches = _text.sentences("sst2", "train", torch.arange(120)).batches()
+    return Case(_text.minilm(0, 4, 2), batches[:60], batches[60:], {})
 
 
 def sentences() -> Case:
@@ -83,6 +93,7 @@ def values() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "digit transformer, LoRA": digits,
     "BERT, LoRA": sentences,
+    "MiniLM on SST-2, LoRA": minilm_sst2,
     "network, low rank": lambda: network(rank=20),
     "network, diagonal": lambda: network(covariance="diagonal"),
     "network, block diagonal": lambda: network(covariance="block_diagonal"),
@@ -96,18 +107,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "2 threads": {"threads": 2},
     "2 threads, again": {"threads": 2},
     "AVX2": {"environment": AVX2},
-    "pieces": {"bytes_budget": 2**16},
+    "SSE4": {"environment": SSE4},
 }
 
 
-def run(case: str, folder: Path, threads: int, device: str, bytes_budget: int | None) -> None:
+def run(case: str, folder: Path, threads: int, device: str) -> None:
     """Fit, predict, report; what came of it into ``folder``."""
     torch.set_num_threads(threads)
     model, stream, heldout, settings = CASES[case]()
-    extra = {} if bytes_budget is None else {"bytes_budget": bytes_budget}
-    posterior = bkf.fit(model.to(device), stream, bkf.KalmanConfig(**(settings | extra)), progress=False)
+    posterior = bkf.fit(model.to(device), stream, bkf.KalmanConfig(**settings), progress=False)
     predicted = posterior.predict_loader(heldout)
-    report = bkf.evaluate(posterior, heldout, progress=False)
+    report = bkf.evaluate(posterior, heldout)
     report.save(folder / "report.html")
     found: dict[str, Tensor] = {
         "mean": posterior.mean_vector,
@@ -124,8 +134,6 @@ def start(case: str, folder: Path, setting: dict[str, Any]) -> None:
     threads = setting.get("threads", 1)
     command = [sys.executable, "-W", "ignore", __file__, "--case", case, "--folder", str(folder)]
     command += ["--threads", str(threads), "--device", setting.get("device", "cpu")]
-    if "bytes_budget" in setting:
-        command += ["--bytes-budget", str(setting["bytes_budget"])]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | setting.get("environment", {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
     if done.returncode:
@@ -154,10 +162,9 @@ def main() -> None:
     for name in ("--case", "--folder", "--device"):
         parser.add_argument(name, help=argparse.SUPPRESS)  # of a run in a process of its own
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--bytes-budget", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        run(args.case, Path(args.folder), args.threads, args.device, args.bytes_budget)
+        run(args.case, Path(args.folder), args.threads, args.device)
         return
     file = ResultFile("reproducibility")
     file.begin()
