@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 def digits() -> Case:
     """The bundled digit transformer with LoRA, one UCI digit at a time, at the default."""
-    data = demo_data(Size(300, 300))
+    data = demo_data(Size(150, 150))
     return Case(lora_digits_vit(seed=0), data.stream_loader, data.heldout_loader, {})
 
 
