@@ -147,7 +147,7 @@ class Linearizer:
         if self._most is None:
             warnings.warn(
                 f"Memory ran out on {size} examples: they are learned and predicted in smaller pieces from now on, "
-                "which only takes longer. `bytes_budget` sets their size.",
+                "which takes longer and may change results slightly. `bytes_budget` sets their size.",
                 stacklevel=2,
             )
         self._most = self._budget(plan, size) // 2
