@@ -29,6 +29,7 @@ from bayes_kf.evaluation.scores import brier_decomposition, brier_scores, log_lo
 from bayes_kf.evaluation.uncertainty import EntropyParts, entropy, margin
 from bayes_kf.evaluation.verdicts import calibration_verdict, confidence_verdict, detection_verdict, loss_verdict
 
+MOST_CLASSES = 200  # rows of the table of classes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -188,15 +189,19 @@ def _quantiles(values: Tensor, at: Tensor) -> Tensor:
 
 
 def _class_table(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> Table:
-    """How often each class came, was expected, and was found."""
+    """How often each class came, was expected, and was found; of very many, those with the widest gap between them."""
     num_classes = probs.shape[1]
     right = labels[probs.argmax(dim=1) == labels]
     came, found = (torch.bincount(chosen, minlength=num_classes) for chosen in (labels, right))
     recall = found / came  # NaN for a class that never came
     frequency, expected = came / len(labels), probs.mean(dim=0)
+    shown, caption = list(range(num_classes)), "Class by class"
+    if num_classes > MOST_CLASSES:
+        shown = sorted((frequency - expected).abs().argsort(descending=True, stable=True)[:MOST_CLASSES].tolist())
+        caption = f"Class by class: {MOST_CLASSES} of {num_classes:,}, whose share and mean probability differ most"
     rows = [
-        table_text((name, int(came[c]), recall[c].item(), frequency[c].item(), expected[c].item()))
-        for c, name in enumerate(class_names)
+        table_text((class_names[c], int(came[c]), recall[c].item(), frequency[c].item(), expected[c].item()))
+        for c in shown
     ]
     header = ("Class", "Examples", "Recall", "Share of examples", "Mean probability")
-    return Table("Class by class", header, tuple(rows))
+    return Table(caption, header, tuple(rows))

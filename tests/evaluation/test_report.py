@@ -336,3 +336,16 @@ def test_every_score_of_a_report_has_a_label(report):
 def test_unknown_scores_are_shown_as_they_are():
     page = Page(Report("t", {}, Sections(scores={"<mine>": 0.25, "<mine>_low": 0.125, "<mine>_high": 0.5})).to_html())
     assert {"Other scores", "<mine>", "0.2500", "0.1250 to 0.5000"} <= set(page.text)
+
+
+def test_of_very_many_classes_those_are_listed_that_are_most_wrong():
+    probs = torch.full((30, 300), 1.0 / 300)
+    probs[:, 7] += 0.3
+    probs /= probs.sum(1, keepdim=True)
+    labels = torch.arange(30) + 100
+    html = ev.evaluate_predictions(probs, labels).to_html()
+    start = html.index("Class by class: 200 of 300, whose share and mean probability differ most")
+    rows = re.findall(r"<tr>\s*<t[hd][^>]*>(?:<[^>]+>)*([^<]*)<", html[start:])[1:201]
+    assert [int(name) for name in rows] == sorted(map(int, rows))
+    assert {"7", *map(str, range(100, 130))} <= set(rows)
+    assert len(set(rows)) == 200
