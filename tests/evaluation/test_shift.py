@@ -101,7 +101,9 @@ def test_plot_draws_error_band_and_accuracy(digits):
 
 def test_plot_of_one_certain_prediction():
     curve = ev.shift_curve({1: (torch.tensor([[1.0, 0.0]]), torch.tensor([0]))}, num_simulations=39)
-    ax = ev.shift_plot(curve, ax=Figure().subplots())
+    given = Figure().subplots()
+    ax = ev.shift_plot(curve, ax=given)
+    assert ax is given
     assert ax.get_lines()[0].get_ydata().tolist() == [0]
     ax.figure.canvas.draw()
 

@@ -260,6 +260,25 @@ def test_averaged_regression_has_the_variance_of_the_mixture():
     torch.testing.assert_close(found.variance, second - mean.square())
 
 
+def test_averages_of_every_likelihood_are_mixtures_of_densities():
+    torch.manual_seed(0)
+    x = torch.randn(6, 2).double()
+    for likelihood, y in (("bernoulli", (x > 0).double()), ("gaussian", x), ("poisson", x.exp().round())):
+        base = KalmanConfig(likelihood=likelihood, covariance="full", initial_variance=1.0)
+        bank = Bank(nn.Linear(2, 2).double(), candidates(base, {"initial_variance": (0.3, 3.0)}))
+        state, _ = bank.update(bank.init(), x, y)
+        found, weights = bank.predict(state, x, y), bank.weights(state)
+        each = [bank.posterior(state, g).predict(x, targets=y) for g in range(2)]
+        mixed = sum(w * p.log_prob.exp() for w, p in zip(weights, each, strict=True))
+        torch.testing.assert_close(found.log_prob, mixed.log())
+        mean = sum(w * p.mean for w, p in zip(weights, each, strict=True))
+        torch.testing.assert_close(found.mean, mean)
+        if likelihood == "bernoulli":
+            entropy = -(mean * mean.log() + (1 - mean) * (1 - mean).log()).sum(-1)
+            torch.testing.assert_close(found.entropy, entropy)
+            assert found.samples is None
+
+
 def test_only_candidates_that_live_have_a_posterior():
     bank = Bank(model_of(), [KalmanConfig()])
     state = bank.init(stream()[0][0])
