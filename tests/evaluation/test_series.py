@@ -113,6 +113,12 @@ def test_innovation_band_holds_a_consistent_filter():
     assert inside == pytest.approx(0.95, abs=5 * (0.95 * 0.05 / 2000) ** 0.5)
 
 
+def test_an_innovation_may_be_zero():
+    assert ev.innovation_whiteness(np.array([0.0, 0.9, 0.5]), 1, lags=1).p_value == pytest.approx(
+        ev.innovation_whiteness(np.array([0.1, 0.9, 0.5]), 1, lags=1).p_value
+    )  # by ranks
+
+
 def test_innovation_ratio_and_band_by_hand():
     health = ev.innovation_health(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1, 2, 4]), window=2, level=0.9)
     assert health.step.tolist() == [2, 3]

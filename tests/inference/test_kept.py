@@ -95,7 +95,7 @@ def test_what_is_not_this_pass_is_told(tmp_path):
         (DATA, bkf.KalmanConfig.dataset(), folder, r"`mean_passes` must be 0 with a `checkpoint`, got 3"),
         (DATA, bkf.KalmanConfig.stream(), folder, r"`tune` must be None with a `checkpoint`"),
         (DATA, [config, config], folder, r"`config` must be one with a `checkpoint`, got several"),
-        ([], config, tmp_path / "new", r"`loader` must yield at least one batch, got none"),
+        ([], config, tmp_path / "new", r"^`loader` must yield at least one batch, got none\.$"),
     ]
     for loader, setting, where, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -111,6 +111,10 @@ def test_departure_is_known_for_lora_b_and_saved_modules_only():
     for name, part in found.items():
         expected = 0.0 if "lora_A" in name else 1.0
         torch.testing.assert_close(part, torch.full_like(part, expected))
+    nested = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+    saved = AdapterModel(get_peft_model(nested, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])))
+    for name, part in saved.unflatten(post_hoc.departure(saved, saved.vector() + 1.0)).items():
+        torch.testing.assert_close(part, torch.full_like(part, 0.0 if "lora_A" in name else 1.0))
     plain = AdapterModel(nn.Linear(2, 2))
     assert torch.equal(post_hoc.departure(plain, plain.vector()), plain.vector())
 

@@ -90,7 +90,7 @@ def test_progress_bar_shows_accuracy_loss_and_health(capsys):
 
 
 BAD_FITS = [
-    ([], {}, r"`loader` must yield at least one batch, got none"),
+    ([], {}, r"^`loader` must yield at least one batch, got none\.$"),
     ([(X, Y)], {"start": "warm"}, r"`start` must be one of prior, trained, got 'warm'"),
     ([X], {}, r"`loader` must yield targets with every batch, got none in batch 0"),
     ([(X, Y), (X, Y[:3])], {}, r"`targets` must have shape \(40, 2\), got \(3, 2\)\. \(batch 1 of `loader`\)"),
@@ -178,7 +178,7 @@ def test_predict_loader_joins_batches_in_order(fitted, digits):
     assert torch.equal(joined.targets, held_out.labels[:30])
     assert joined.samples is None
     assert fitted.predict_loader(data, num_samples=3, keep_samples=True).samples.shape == (3, 30, 10)
-    with pytest.raises(ValueError, match=r"`loader` must yield at least one batch"):
+    with pytest.raises(ValueError, match=r"^`loader` must yield at least one batch, got none\.$"):
         fitted.predict_loader([])
 
 
