@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter
+from bayes_kf.inference import KalmanConfig, KalmanFilter, linearize
 from bayes_kf.inference.curvature import num_directions, num_rows, odds_length, see, signs
 from bayes_kf.inference.store import Directions
 from bayes_kf.models.likelihood import Categorical
@@ -238,6 +238,31 @@ def test_the_memory_budget_changes_only_rounding(curvature):
     assert pieces[0] == 1
     assert pieces[1] > 1
     torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_a_look_ahead_at_how_many_classes_each_example_needs_changes_nothing(covariance, monkeypatch):
+    """A large graph goes forward once without being kept, and each example is then pulled back as often as it needs."""
+    x, y = batch_of(20, 12)
+    model = model_of(12)
+    with torch.no_grad():
+        model[-1].weight.mul_(8.0)  # so that some examples need few classes
+    config = KalmanConfig(curvature="truncated", covariance=covariance, initial_variance=0.05, bound_prior=False)
+    found, asked = [], []
+    for limit in (None, 1):
+        if limit:
+            monkeypatch.setattr(linearize, "PASS_BYTES", limit)
+        kf = KalmanFilter(model, config)
+        state = kf.init()
+        kf.linearize.prepare(state.belief.mean, x)
+        needed, _ = kf._needed(state, state.belief.mean, x, y, 12)
+        asked.append(needed)
+        state, info = kf.update(state, x, y)
+        found.append((*state.belief, info.log_loss, torch.tensor(info.lumped)))
+    assert len(set(asked[0])) == 1
+    assert len(set(asked[1])) > 1
+    assert max(asked[1]) <= asked[0][0]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
 
 
 def test_probes_need_their_batch_and_follow_the_seed():
