@@ -26,11 +26,11 @@ import bayes_kf as bkf
 PARAMETERS, NOISE, WALK, LOOK = 6, 0.25, 1e-4, 1000
 STEPS = {
     "full": 1_000_000,
-    "low_rank": 100_000,
-    "block_diagonal": 50_000,
-    "diagonal": 50_000,
-    "diagonal_information": 50_000,
-    "diagonal_mixed": 50_000,
+    "low_rank": 50_000,
+    "block_diagonal": 20_000,
+    "diagonal": 20_000,
+    "diagonal_information": 20_000,
+    "diagonal_mixed": 20_000,
 }
 EXACT = ("full", "low_rank", "block_diagonal")  # one module, so that one block is all; rank as large as the model
 
