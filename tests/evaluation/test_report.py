@@ -73,6 +73,14 @@ def test_scores_are_those_of_the_functions(report):
     assert {"ood_noise_aupr", "ood_noise_fpr95", "prequential_log_loss", "innovation_ratio_null_low"} <= set(scores)
 
 
+def test_scores_of_the_stream_are_those_of_all_of_it(report):
+    losses = history()["log_loss"].double()
+    assert report.scores["prequential_log_loss"] == pytest.approx(float(losses.mean()))
+    nis, dof = history()["innovation"].double(), history()["dof"]
+    assert report.scores["innovation_ratio"] == pytest.approx(float(nis.sum() / dof.sum()))
+    assert report.scores["innovation_whiteness_p"] == ev.innovation_whiteness(nis, dof, 10).p_value
+
+
 @pytest.mark.parametrize(
     ("name", "statistic", "binning", "kind"),
     [
