@@ -154,6 +154,9 @@ def test_every_product_is_the_dense_one(case):
     agree_with_dense(jacobian.multiplied(factor), factor @ expected)
     agree_with_dense(jacobian.scaled(0.3), 0.3 * expected)
     agree_with_dense(jacobian.examples(slice(1, 3)), expected[1:3])
+    agree_with_dense(jacobian.rows(1), expected[:, :1])
+    agree_with_dense(jacobian.multiplied(factor).rows(1), (factor @ expected)[:, :1])
+    assert jacobian.rows(m) is jacobian
     assert all(p.grad is None for p in model.parameters())
 
 
