@@ -29,7 +29,7 @@ from bayes_kf.evaluation.scores import brier_decomposition, brier_scores, log_lo
 from bayes_kf.evaluation.uncertainty import EntropyParts, entropy, margin
 from bayes_kf.evaluation.verdicts import calibration_verdict, confidence_verdict, detection_verdict, loss_verdict
 
-MOST_CLASSES = 200  # rows of the table of classes
+MOST_CLASSES = 1_000  # rows of the table of classes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -198,7 +198,7 @@ def _class_table(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> T
     shown, caption = list(range(num_classes)), "Class by class"
     if num_classes > MOST_CLASSES:
         shown = sorted((frequency - expected).abs().argsort(descending=True, stable=True)[:MOST_CLASSES].tolist())
-        caption = f"Class by class: {MOST_CLASSES} of {num_classes:,}, whose share and mean probability differ most"
+        caption = f"Class by class: {MOST_CLASSES:,} of {num_classes:,}, whose share and mean probability differ most"
     rows = [
         table_text((class_names[c], int(came[c]), recall[c].item(), frequency[c].item(), expected[c].item()))
         for c in shown
