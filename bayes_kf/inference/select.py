@@ -2,7 +2,10 @@
 
 A stream's own predictions price a setting too (``KalmanConfig.tune``), but they pay for the first examples, when a
 belief is still wide: on a data set that is passed over again, the setting that ends best is often another one. So one
-example in ``SHARE`` is set aside, prices every candidate at every temperature, and is learned last. Ours.
+example in ``SHARE`` is set aside, prices every candidate at every temperature, and is learned last.
+
+Without settings the candidates are a careful prior and a wide one, both with passes of the mean, and, where the careful
+one did better, a narrow one for networks that know the task already. Ours.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
 
 SHARE = 8  # one in so many is held out
-WIDE = 10.0  # sd of the logits under the wide prior
+WIDE, NARROW = 10.0, 1.0  # sd of the logits under the wide prior and the narrow one
 MANY = 32  # outputs above which the default looks at random directions of them
 
 
@@ -50,7 +53,7 @@ def check(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
 
 
 def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[KalmanConfig]:
-    """The candidates of a fit without settings: a careful prior and a wide one, see ``KalmanConfig.dataset``.
+    """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one.
 
     Their curvature is sampled for more than ``MANY`` outputs, as those of the first batch say.
     """
@@ -59,8 +62,9 @@ def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[
     check_inputs(inputs)
     outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
     curvature = "sampled" if outputs > MANY else "exact"
-    wide = {"initial_spread": "constant", "initial_logit_sd": WIDE}
-    return KalmanConfig.dataset(curvature=curvature), KalmanConfig.dataset(curvature=curvature, **wide)
+    wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE}
+    settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW, "mean_passes": 0})
+    return [KalmanConfig.dataset(curvature=curvature, **setting) for setting in settings]
 
 
 def split(loader: Iterable[Any]) -> Parts | None:

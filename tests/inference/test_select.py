@@ -145,7 +145,9 @@ def test_the_default_passes_again_and_keeps_the_model():
     posterior = bkf.fit(model, batches(), progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert (posterior.config.rank, posterior.config.mean_passes) == (60, 3)
-    assert len(posterior.history["held_out_log_loss"]) == 2
+    losses = posterior.history["held_out_log_loss"]
+    assert len(losses) == 3  # the narrow prior is tried as the careful one beats the wide one
+    assert losses.argmin() == 0
     assert len(posterior.history["fitted_log_loss"]) == 3
     assert len(posterior.history["log_loss"]) == posterior.state.examples == 90
     fitted = posterior.history["fitted_log_loss"]
@@ -153,23 +155,45 @@ def test_the_default_passes_again_and_keeps_the_model():
     assert float(-posterior.predict(X, targets=Y).log_prob.mean()) < 0.5 * math.log(4)  # half of what chance has
 
 
+def test_the_default_tries_a_narrow_prior_only_where_the_careful_one_beats_the_wide_one():
+    """A head already right of labels that are half coins, and a head at zero for labels that the inputs decide."""
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(120, 6, generator=g).double()
+    decided = (inputs[:, :2].argmax(1) == 0).long()
+    coins = torch.where(torch.rand(120, generator=g) < 0.5, torch.randint(2, (120,), generator=g), decided)
+    model = nn.Linear(6, 2).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+        model.weight[0, 1] = model.weight[1, 0] = 1.0
+    noisy = bkf.fit(model, list(zip(inputs.split(4), coins.split(4), strict=True)), progress=False)
+    assert len(noisy.history["held_out_log_loss"]) == 3
+    assert noisy.history["held_out_log_loss"].argmin() == 2
+    assert (noisy.config.initial_logit_sd, noisy.config.mean_passes) == (select.NARROW, 0)
+    with torch.no_grad():
+        model.weight.zero_()
+    clear = bkf.fit(model, list(zip(inputs.split(4), decided.split(4), strict=True)), progress=False)
+    assert len(clear.history["held_out_log_loss"]) == 2
+    assert (clear.config.initial_logit_sd, clear.config.mean_passes) == (select.WIDE, 3)
+
+
 def test_many_outputs_are_seen_by_sampled_directions():
     torch.manual_seed(0)
     data = list(zip(X.split(5), (torch.arange(90) % 40).split(5), strict=True))
-    assert [c.curvature for c in select.default(nn.Linear(3, 40).double(), data)] == ["sampled", "sampled"]
-    assert [c.curvature for c in select.default(nn.Linear(3, 4).double(), batches())] == ["exact", "exact"]
+    assert [c.curvature for c in select.default(nn.Linear(3, 40).double(), data)] == ["sampled"] * 3
+    assert [c.curvature for c in select.default(nn.Linear(3, 4).double(), batches())] == ["exact"] * 3
 
 
 def test_a_candidate_that_diverges_is_left_out(monkeypatch):
     module = sys.modules["bayes_kf.inference.fit"]  # the package has the function under that name
-    real = module._fit_one
+    real = module.fit_one
 
     def failing(model, loader, config, *rest):
         if config.rank in refused:
             raise DivergenceError(0, "it was told to", None)
         return real(model, loader, config, *rest)
 
-    monkeypatch.setattr(module, "_fit_one", failing)
+    monkeypatch.setattr(module, "fit_one", failing)
     configs, refused = [bkf.KalmanConfig(rank=3), bkf.KalmanConfig(rank=4)], {3}
     posterior = bkf.fit(network(), batches(), configs, progress=False)
     assert posterior.config.rank == 4
