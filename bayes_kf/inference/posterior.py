@@ -228,7 +228,8 @@ class Posterior:
         """The same belief at the temperature under which held-out data have the least log loss.
 
         For an adapter that was trained elsewhere (``fit(start="trained")``), or where a part of the data can be spared:
-        one linearized prediction of each batch.
+        one linearized prediction of each batch. Of temperatures whose losses are within half a standard error of the
+        least, paired by example, it is the one nearest to 1 (``tempering``).
 
         Args:
             loader: batches with targets that the belief has not learned from.
@@ -236,7 +237,7 @@ class Posterior:
         Raises:
             ValueError: when the loader yields nothing, or a batch without targets or one that does not fit.
         """
-        family, scores = noise.likelihood(self.config, self.state.noise), tempering.init(self.adapter.device)
+        family, losses = noise.likelihood(self.config, self.state.noise), list[Tensor]()
         for index, batch in enumerate(loader):
             inputs, targets = split_batch(batch)
             if targets is None:
@@ -246,10 +247,10 @@ class Posterior:
             check_inputs(inputs)
             inputs, targets = to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
             with self.adapter.full_precision():
-                scores = tempering.add(scores, self._log_losses(family, inputs, targets, self.config.seed + index))
-        if scores.updates == 0:
+                losses.append(self._log_losses(family, inputs, targets, self.config.seed + index))
+        if not losses:
             raise ValueError("`loader` must yield at least one batch, got none.")
-        config = replace(self.config, temperature=tempering.choose(scores))
+        config = replace(self.config, temperature=tempering.choose_held_out(torch.cat(losses, 1)))
         return Posterior(KalmanFilter(self.adapter, config), self.state, self.history)
 
     def output_variance(self, batch: Any) -> dict[str, float]:
@@ -422,22 +423,21 @@ class Posterior:
         return prediction.mixture(family, draws, _checked(family, outputs, targets))
 
     def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, seed: int) -> Tensor:
-        """Log losses of a batch's linearized predictions at every temperature, (K,)."""
+        """Log loss of each of a batch's linearized predictions at every temperature, (K, B)."""
         if self._by_differences(inputs, tempering.NUM_DRAWS):
             generator = torch.Generator(device=self.adapter.device).manual_seed(seed)
             outputs = self.adapter.outputs(self.mean_vector, inputs)
-            known, changes = (
-                family.check(outputs, targets),
-                self._responses(inputs, tempering.NUM_DRAWS // 2, generator),
-            )
-            return tempering.drawn_log_losses(family, outputs, torch.cat([changes, -changes]), known)
-        total = torch.zeros(len(tempering.GRID), dtype=torch.float64, device=self.adapter.device)
+            known = family.check(outputs, targets)
+            changes = self._responses(inputs, tempering.NUM_DRAWS // 2, generator)
+            return tempering.drawn_log_loss(family, outputs, torch.cat([changes, -changes]), known)
+        losses = []
         for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)
             outputs, known = linearized.outputs, family.check(linearized.outputs, targets[where])
-            output_cov = self.config.structure.output_covariance(self.state.belief, linearized.pull())
-            total += tempering.log_losses(family, outputs, output_cov.to(outputs), known, seed)
-        return total
+            output_cov = self.config.structure.output_covariance(self.state.belief, linearized.pull()).to(outputs)
+            draws = tempering.held_out_draws(outputs)
+            losses.append(tempering.each_log_loss(family, outputs, output_cov, known, seed, draws))
+        return torch.cat(losses, 1)
 
     def _responses(
         self, inputs: Inputs, num_draws: int, generator: torch.Generator, temperature: float = 1.0

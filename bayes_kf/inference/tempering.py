@@ -17,6 +17,9 @@ from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 NUM_DRAWS = 32
+MOST_DRAWS = 512  # for held-out data, as far as all of them together are ...
+HELD_OUT_NUMBERS = 2**22  # ... below this
+WITHIN = 0.5  # standard errors by which held-out data must prefer another temperature to one nearer to 1
 FEWEST_DRAWS = 4  # with very many outputs, where all of them together are ...
 DRAWN_NUMBERS = 2**17  # ... kept below this
 
@@ -31,18 +34,33 @@ def log_losses(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets:
         targets: as the likelihood's ``check`` returned them.
         seed: of the draws, the same for every temperature.
     """
+    return each_log_loss(family, outputs, output_cov, targets, seed, NUM_DRAWS).sum(1)
+
+
+def each_log_loss(
+    family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor, seed: int, num_draws: int
+) -> Tensor:
+    """As :func:`log_losses`, of each example, (K, B)."""
     if isinstance(family, Gaussian):
         return torch.stack([_exact(family, outputs, t * output_cov, targets) for t in GRID])
     generator = torch.Generator(device=outputs.device).manual_seed(seed)
-    spread = gaussian_draws(torch.zeros_like(outputs), output_cov, NUM_DRAWS, generator)
-    return drawn_log_losses(family, outputs, spread, targets)
+    spread = gaussian_draws(torch.zeros_like(outputs), output_cov, num_draws, generator)
+    return drawn_log_loss(family, outputs, spread, targets)
 
 
-def drawn_log_losses(family: Likelihood, outputs: Tensor, spread: Tensor, targets: Tensor) -> Tensor:
-    """As :func:`log_losses`, from S draws of η − outputs at temperature 1, (S, B, m)."""
+def drawn_log_loss(family: Likelihood, outputs: Tensor, spread: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`each_log_loss`, from S draws of η − outputs at temperature 1, (S, B, m)."""
     roots = torch.tensor(GRID, dtype=outputs.dtype, device=outputs.device).sqrt()
     log_prob = torch.stack([family.log_prob(outputs + root * spread, targets) for root in roots])  # (K, S, B)
-    return -(log_prob.double().logsumexp(1) - math.log(len(spread))).sum(-1)
+    return -(log_prob.double().logsumexp(1) - math.log(len(spread)))
+
+
+def held_out_draws(outputs: Tensor) -> int:
+    """Draws for a batch of held-out data.
+
+    The logarithm of a mean of few draws is too low, and the more so the hotter, which 32 of them decided by.
+    """
+    return max(NUM_DRAWS, min(MOST_DRAWS, HELD_OUT_NUMBERS // outputs.numel()))
 
 
 def isotropic_log_losses(family: Likelihood, outputs: Tensor, variance: Tensor, targets: Tensor, seed: int) -> Tensor:
@@ -91,6 +109,23 @@ def choose(state: State) -> float:
     return GRID[int((state.total == best).nonzero().max())] if bool(torch.isfinite(best)) else GRID[0]
 
 
+def choose_held_out(losses: Tensor) -> float:
+    """The temperature for held-out log losses, (K, N): of those that they do not clearly speak against, nearest to 1.
+
+    Its mean lies above the least by at most ``WITHIN`` standard errors of their difference, paired by example: a
+    hundred examples hardly tell neighbours apart, and a belief is neither sharpened nor blurred on their account.
+    """
+    means = losses.mean(1)
+    best = int(means.argmin())
+    if not bool(torch.isfinite(means[best])):
+        return GRID[0]
+    excess = losses - losses[best]
+    error = excess.std(1, correction=0) / max(losses.shape[1] - 1, 1) ** 0.5
+    near = excess.mean(1) <= WITHIN * error  # false for what is infinite
+    near[best] = True
+    return min((t for t, is_near in zip(GRID, near.tolist(), strict=True) if is_near), key=lambda t: abs(math.log(t)))
+
+
 def temperature(setting: float | str, state: State) -> float:
     """The configured temperature, or the one that the scores choose."""
     return choose(state) if isinstance(setting, str) else setting
@@ -99,4 +134,4 @@ def temperature(setting: float | str, state: State) -> float:
 def _exact(family: Gaussian, outputs: Tensor, output_cov: Tensor, targets: Tensor) -> Tensor:
     log_prob = gaussian_moments(family, outputs, output_cov, None, targets).log_prob
     assert log_prob is not None
-    return -log_prob.double().sum()
+    return -log_prob.double()

@@ -233,6 +233,25 @@ def test_temperature_is_that_of_the_least_log_loss():
     assert tempering.choose(tempering.add(tempering.init(torch.device("cpu")), impossible)) == tempering.GRID[5]
 
 
+def test_held_out_data_take_the_temperature_nearest_to_1_that_they_do_not_clearly_speak_against():
+    """Differences of ±1 about their mean have standard error 1/√(N − 1)."""
+    size = len(tempering.GRID)
+    for excess, expected in ((0.45, 6), (0.55, 4)):
+        losses = torch.rand(1, 401, generator=torch.Generator().manual_seed(0)).double().repeat(size, 1)
+        sign = torch.ones(401).double()
+        sign[::2] = -1.0
+        losses += 5.0  # clearly worse
+        losses[2:5] -= 5.0
+        losses[5] -= 4.999999  # a little worse everywhere, so surely
+        losses[6] += sign - sign.mean() + excess * (1 - sign.mean() ** 2) ** 0.5 / 20.0 - 5.0
+        assert tempering.choose_held_out(losses) == tempering.GRID[expected]
+    losses[5:, 7] = torch.inf
+    losses[:2] = 0.0
+    assert tempering.choose_held_out(losses) == tempering.GRID[1]
+    assert tempering.choose_held_out(losses[:, 1:2]) == tempering.GRID[1]
+    assert tempering.choose_held_out(torch.full((size, 3), torch.inf)) == tempering.GRID[0]
+
+
 def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
     config = bkf.KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=1.0)
     kf = bkf.KalmanFilter(linear(), config)
@@ -580,12 +599,13 @@ def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
     y = torch.randint(90, (200,), generator=g)
     posterior = bkf.fit(many(), loader(x[:40], y[:40]), bkf.KalmanConfig(temperature=1.0), progress=False)
     family = likelihood(posterior.config, posterior.state.noise)
-    monkeypatch.setattr(tempering, "NUM_DRAWS", 80)  # fewer than the 90 passes of the exact moments
+    for name in ("NUM_DRAWS", "MOST_DRAWS"):
+        monkeypatch.setattr(tempering, name, 80)  # fewer than the 90 passes of the exact moments
     runs = {}
     for quick in (True, False):
         if not quick:
             monkeypatch.setattr(bkf.Posterior, "_by_differences", lambda *_: False)
-        runs[quick] = torch.stack([posterior._log_losses(family, x[:20], y[:20], seed) for seed in range(60)])
+        runs[quick] = torch.stack([posterior._log_losses(family, x[:20], y[:20], seed).sum(1) for seed in range(60)])
     error = (runs[True].var(0) / 60 + runs[False].var(0) / 60).sqrt()
     assert float(((runs[True].mean(0) - runs[False].mean(0)) / error).abs().max()) < 4.5
     assert float(error.max()) < 0.01 * float(runs[False].mean(0).max())
