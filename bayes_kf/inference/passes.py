@@ -1,0 +1,192 @@
+"""Passes over data under one setting: of the filter, Gauss-Newton's, and those in which only the mean moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.inference import noise, post_hoc, refine
+from bayes_kf.inference.bank import Bank, candidates
+from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.progress import Bar, Record
+from bayes_kf.inference.state import DivergenceError, FilterState
+from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+
+MAX_HALVINGS = 10
+ROUNDING = 1e-9  # relative change of the objective that is not yet called a rise
+
+
+def fit_one(
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    config: KalmanConfig,
+    start: str,
+    progress: bool,
+    label: str = "",
+) -> Posterior:
+    """The posterior under one setting; arguments and errors are those of :func:`bayes_kf.fit`."""
+    if start == "trained" and config.temperature == "prequential" and config.tune is None:
+        config = dataclasses.replace(config, temperature=post_hoc.TEMPERATURE)
+    kf = KalmanFilter(model, config)
+    passes, grid = kf.config.passes, kf.config.tune
+    if passes > 1 and start == "trained":
+        raise ValueError(f"`passes` must be 1 with `start` 'trained', whose mean stays, got {passes}.")
+    if kf.config.mean_passes and start == "trained":
+        raise ValueError(
+            f"`mean_passes` must be 0 with `start` 'trained', whose mean stays, got {kf.config.mean_passes}."
+        )
+    if passes + kf.config.mean_passes > 1 and isinstance(loader, Iterator):
+        total = passes + kf.config.mean_passes
+        raise ValueError(f"`loader` must be iterable anew for each of {total} passes, got {type(loader).__name__}.")
+    if grid is not None and start == "trained":
+        raise ValueError("`tune` must be None with `start` 'trained', which predicts nothing before it learns it.")
+    batches = iter(loader)
+    few = first(batches, SCALE_EXAMPLES)
+    if not few:
+        raise ValueError("`loader` must yield at least one batch, got none.")
+    batches, record = itertools.chain(few, batches), Record(kf.config.likelihood)
+    history: dict[str, Tensor] = {}
+    with Bar(length(loader), f"{label}fit", progress) as bar:
+        if grid is None:
+            state = kf.init(scaling(kf, few))
+        else:
+            kf, state, history["evidence"] = _tuned(kf, batches, scaling(kf, few), record, bar)
+        state = one_pass(kf, state, batches, record, bar, hold_mean=start == "trained")
+    if start == "trained" and kf.config.initial_variance is None:
+        state, history["evidence"] = post_hoc.by_evidence(kf.config, kf.adapter, state)
+    history, objective = record.history() | history, []
+    for number in range(2, passes + 1):
+        with Bar(length(loader), f"{label}pass {number} of {passes}", progress) as bar:
+            try:
+                state, lowest = _gauss_newton(kf, state, loader, bar)
+            except DivergenceError as error:
+                error.posterior = Posterior(kf, state, history)
+                raise
+        objective.append(lowest)
+    if objective:
+        history["objective"] = torch.tensor(objective, dtype=torch.float64)
+    losses = []
+    for number in range(kf.config.mean_passes):
+        with Bar(length(loader), f"{label}mean pass {number + 1} of {kf.config.mean_passes}", progress) as bar:
+            try:
+                state, loss = mean_pass(kf, state, loader, number, kf.config.mean_passes, bar)
+            except DivergenceError as error:
+                error.posterior = Posterior(kf, error.state, history)
+                raise
+        losses.append(loss)
+    if losses:
+        history["fitted_log_loss"] = torch.tensor(losses, dtype=torch.float64)
+    return Posterior(kf, state, history)
+
+
+def mean_pass(
+    kf: KalmanFilter, before: FilterState, loader: Iterable[Any], number: int, passes: int, bar: Bar
+) -> tuple[FilterState, float]:
+    """A pass in which only the mean moves, and its log loss per example, each before it moved the mean again."""
+    state, total, seen = before, 0.0, 0
+    for batch in loader:
+        inputs, targets = complete(batch, bar.done)
+        done = (number + seen / before.examples) / passes
+        with located(bar.done):
+            state, loss = refine.step(kf.config, kf.adapter, state, inputs, targets, refine.RATE * (1.0 - done))
+        if not bool(torch.isfinite(state.belief.mean).all()):
+            raise DivergenceError(state.step, f"the mean in batch {bar.done} of a pass of its own", before)
+        total, seen = total + loss, seen + len(targets)
+        bar.advance(f"log loss {total / seen:.3f}")
+    _check_same(before.examples, seen)
+    return state, total / seen
+
+
+def _check_same(first: int, later: int) -> None:
+    if later != first:
+        raise ValueError(f"`loader` must yield the same {first} examples in every pass, got {later} in a later one.")
+
+
+def _tuned(
+    kf: KalmanFilter, batches: Iterator[Any], inputs: Inputs, record: Record, bar: Bar
+) -> tuple[KalmanFilter, FilterState, Tensor]:
+    """The filter of the grid that predicted the first examples best, its state after them, and all evidence, (G,)."""
+    assert kf.config.tune is not None
+    bank = Bank(kf.adapter, candidates(kf.config, kf.config.tune))
+    state, seen = bank.init(inputs), 0
+    for batch in batches:
+        given, targets = complete(batch, bar.done)
+        try:
+            with located(bar.done):
+                state, info = bank.update(state, given, targets)
+        except DivergenceError as error:
+            error.posterior = Posterior(bank.filters[bank.best(state)], error.state, record.history())
+            raise
+        record.add(info)
+        bar.advance(f"{len(bank.filters)} candidates, {record.summary()}")
+        seen += len(targets)
+        if seen >= kf.config.tune_examples:
+            break
+    best = bank.best(state)
+    chosen = state.states[best]
+    assert chosen is not None  # what diverged has no evidence
+    return bank.filters[best], chosen, bank.evidence(state)
+
+
+def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], bar: Bar) -> tuple[FilterState, float]:
+    """Another pass, from the prior, linearized at the mean that the one before ended with; its state and objective.
+
+    The step from that mean is halved until −log p(y, θ) is no larger than there, by forward passes.
+    """
+    at = before.belief.mean
+    state = one_pass(kf, kf.restart(before), loader, Record(kf.config.likelihood), bar, at=at)
+    _check_same(before.examples, state.examples)
+    found, start = state.belief.mean, _objective(kf, state, at, loader)
+    for halvings in range(MAX_HALVINGS):
+        mean = torch.lerp(at, found, 0.5**halvings)
+        reached = _objective(kf, state, mean, loader)
+        if reached <= start + ROUNDING * abs(start):
+            return state._replace(belief=state.belief._replace(mean=mean)), reached
+    warnings.warn(
+        f"no part of a pass's step lowered −log p(y, θ) = {start:.6g}; the mean stays where the pass was linearized",
+        stacklevel=3,
+    )
+    return state._replace(belief=state.belief._replace(mean=at)), start
+
+
+@torch.no_grad()
+def _objective(kf: KalmanFilter, state: FilterState, mean: Tensor, loader: Iterable[Any]) -> float:
+    """−log p(y, θ) at a mean, up to a constant, with the prior and the noise of a state."""
+    family, total = noise.likelihood(kf.config, state.noise), 0.0
+    for index, batch in enumerate(loader):
+        inputs, targets = complete(batch, index)
+        outputs = kf.adapter.outputs(mean, to_device(inputs, kf.adapter.device))
+        total -= float(family.log_prob(outputs, family.check(outputs, targets.to(outputs.device))).double().sum())
+    return total + 0.5 * float(((mean - state.prior.mean).double().square() / state.prior.variance).sum())
+
+
+def one_pass(
+    kf: KalmanFilter,
+    state: FilterState,
+    batches: Iterable[Any],
+    record: Record,
+    bar: Bar,
+    hold_mean: bool = False,
+    at: Tensor | None = None,
+) -> FilterState:
+    """The state after an update with every batch."""
+    for batch in batches:
+        inputs, targets = complete(batch, bar.done)
+        try:
+            with located(bar.done):
+                state, info = kf.update(state, inputs, targets, hold_mean=hold_mean, at=at)
+        except DivergenceError as error:
+            error.posterior = Posterior(kf, state, record.history())
+            raise
+        record.add(info)
+        bar.advance(record.summary())
+    return state
