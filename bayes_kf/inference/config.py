@@ -150,7 +150,7 @@ class KalmanConfig:
             drifts, is forgotten, gated or penalized.
         mean_passes: further passes of a :func:`~bayes_kf.fit` in which only the mean moves, toward the mode, by natural
             gradient steps that each cost what one of gradient descent does (``refine``). Nothing may drift, be
-            forgotten, gated or penalized.
+            forgotten, gated or penalized. With ``start`` "trained" they go on from the adapter's own mean.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
         seed: of the uniform prior rule, the probes and the draws.

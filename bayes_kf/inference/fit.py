@@ -48,7 +48,8 @@ def fit(
             are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
             of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says
             unless ``initial_variance`` is given, and with temperature 0.1 unless one is (``post_hoc`` says why;
-            :meth:`Posterior.calibrate` finds a better one on held-out data).
+            :meth:`Posterior.calibrate` finds a better one on held-out data). With ``mean_passes`` of the configuration
+            the mean then goes on from there toward the mode, for adapters whose training stopped short of it.
         checkpoint: a folder that the posterior of a single pass is kept in, written every so many updates, in the end,
             and when the pass is stopped (Ctrl-C, a loader that raises). Called again with the same loader, settings and
             folder, it goes on after the batches that it has learned, to the bit as if never stopped. None: none.

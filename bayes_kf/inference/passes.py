@@ -40,10 +40,6 @@ def fit_one(
     passes, grid = kf.config.passes, kf.config.tune
     if passes > 1 and start == "trained":
         raise ValueError(f"`passes` must be 1 with `start` 'trained', whose mean stays, got {passes}.")
-    if kf.config.mean_passes and start == "trained":
-        raise ValueError(
-            f"`mean_passes` must be 0 with `start` 'trained', whose mean stays, got {kf.config.mean_passes}."
-        )
     if passes + kf.config.mean_passes > 1 and isinstance(loader, Iterator):
         total = passes + kf.config.mean_passes
         raise ValueError(f"`loader` must be iterable anew for each of {total} passes, got {type(loader).__name__}.")
@@ -63,6 +59,8 @@ def fit_one(
         state = one_pass(kf, state, batches, record, bar, hold_mean=start == "trained")
     if start == "trained" and kf.config.initial_variance is None:
         state, history["evidence"] = post_hoc.by_evidence(kf.config, kf.adapter, state)
+    if start == "trained" and kf.config.mean_passes:
+        state = post_hoc.recentred(kf.adapter, state)
     history, objective = record.history() | history, []
     for number in range(2, passes + 1):
         with Bar(length(loader), f"{label}pass {number} of {passes}", progress) as bar:

@@ -51,6 +51,12 @@ def by_evidence(config: KalmanConfig, adapter: AdapterModel, state: FilterState)
     return candidates[int(evidence.argmax())], evidence
 
 
+def recentred(adapter: AdapterModel, state: FilterState) -> FilterState:
+    """The state with its prior where training started, μ₀ = μ − Δ, for a mean that is to go on toward the mode."""
+    mean = state.belief.mean
+    return state._replace(prior=state.prior._replace(mean=mean - departure(adapter, mean)))
+
+
 def departure(adapter: AdapterModel, mean: Tensor) -> Tensor:
     """How far training has moved each number from where PEFT starts it, (n,).
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracles import dense_jacobian, log_evidence
+from oracles import dense_jacobian, linear_posterior, log_evidence
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -130,6 +130,56 @@ def test_a_far_trained_adapter_gets_a_wider_prior_than_one_that_hardly_moved():
         widths.append(float(posterior.state.prior.variance.log().mean()))
         assert math.isfinite(widths[-1])
     assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize("covariance", EXACT)
+def test_a_trained_mean_goes_on_to_the_mode_under_the_prior_that_training_started_from(covariance):
+    """Linear regression, untrained: toward the exact posterior; without LoRA, training is taken to start from zero."""
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(40, 4, generator=g).double(), torch.randn(40, 1, generator=g).double()
+    batches = list(zip(x.split(5), y.split(5), strict=True))
+    settings = {"likelihood": "gaussian", "covariance": covariance, "initial_variance": 2.0, "noise_variance": 0.5}
+    settings |= {"rank": 4} if covariance == "low_rank" else {}
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False).double()
+    configs = [bkf.KalmanConfig(**settings, mean_passes=passes) for passes in (0, 30, 120)]
+    stays, moves, longer = (bkf.fit(model, batches, c, start="trained", progress=False) for c in configs)
+    zero, before = torch.zeros(4).double(), model.weight.detach().clone()
+    mode, cov = linear_posterior(x, y[:, 0], zero, 2.0 * torch.eye(4).double(), 0.5)
+    assert torch.equal(stays.mean_vector, before[0])
+    assert torch.equal(model.weight.detach(), before)  # the user's model is as it was
+
+    def sds(posterior):
+        off = posterior.mean_vector - mode
+        return float((off @ torch.linalg.solve(cov, off)).sqrt())
+
+    assert sds(stays) > 3.0  # of the posterior
+    assert sds(moves) < 0.1 * sds(stays)
+    assert sds(longer) < 0.7 * sds(moves)  # what is left is the steps' own noise, which more passes average away
+    torch.testing.assert_close(moves.covariance_matrix(), cov, rtol=1e-8, atol=1e-12)
+    assert len(moves.history["fitted_log_loss"]) == 30
+
+
+def test_a_trained_lora_adapter_that_goes_on_keeps_the_width_of_its_evidence():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter) * parameter.requires_grad)
+    batches = data(count=10)
+    stays = bkf.fit(model, batches, bkf.KalmanConfig(), start="trained", progress=False)
+    moves = bkf.fit(model, batches, bkf.KalmanConfig(mean_passes=2), start="trained", progress=False)
+    torch.testing.assert_close(moves.state.prior.variance, stays.state.prior.variance, rtol=0, atol=0)
+    gone = stays.mean_vector - post_hoc.departure(stays.kf.adapter, stays.mean_vector)
+    torch.testing.assert_close(moves.state.prior.mean, gone, rtol=0, atol=0)
+
+    def objective(posterior):
+        adapter, mean, prior = posterior.kf.adapter, posterior.mean_vector, moves.state.prior
+        loss = sum(float(nn.functional.cross_entropy(adapter.outputs(mean, x), t, reduction="sum")) for x, t in batches)
+        return loss + 0.5 * float(((mean - prior.mean).square() / prior.variance).sum())
+
+    assert objective(moves) < objective(stays)
 
 
 def test_temperature_is_as_configured_or_as_held_out_data_say():
