@@ -11,6 +11,7 @@ apart. The temperature that the stream prices, or :meth:`Posterior.calibrate` fi
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,14 +99,14 @@ def generate(
         caches: list[Any] = [None] * num_samples
         if shared_prompt and ids.shape[1] > 1:
             with adapter.substituted(adapter.tensors(posterior.mean_vector)):
-                read = _ahead(adapter, ids[:, :-1], mask[:, :-1], None).past_key_values
+                read = _kept(_ahead(adapter, ids[:, :-1], mask[:, :-1], None))
             caches, ids = [copy.deepcopy(read) for _ in draws], ids[:, -1:]
         for _ in range(max_new_tokens):
             spoken = []
             for number, tensors in enumerate(draws):
                 with adapter.substituted(tensors):
                     out = _ahead(adapter, ids, mask, caches[number])
-                caches[number] = out.past_key_values
+                caches[number] = _kept(out)
                 spoken.append(out.logits[:, -1].double().log_softmax(-1))
             token, step = _next(torch.stack(spoken), sample, generator)
             for name, values in (("written", ~done), *((k, v.where(~done, 0.0)) for k, v in step.items())):
@@ -122,14 +123,27 @@ def generate(
 
 def _ahead(adapter: Any, ids: Tensor, mask: Tensor, cache: Any) -> Any:
     """What the model as it stands says after some more tokens, with its cache."""
-    extra = {}
+    extra: dict[str, Any] = {}
     if not bool(mask.all()):  # without padding every model counts places by itself
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     with torch.autocast(adapter.device.type, dtype=adapter._autocast, enabled=adapter._autocast is not None):
-        out = adapter.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-    if getattr(out, "past_key_values", None) is None:
+        extra[_cache_argument(adapter.model)] = cache
+        out = adapter.model(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
+    if _kept(out) is None:
         raise ValueError("`posterior` must be over a causal language model that keeps a cache, got another.")
     return out
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model calls its cache: transformers renamed it in 5.24."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+def _kept(out: Any) -> Any:
+    """The cache among a model's outputs, by either name; None where there is none."""
+    found = getattr(out, "cache", None)
+    return getattr(out, "past_key_values", None) if found is None else found
 
 
 def _next(spoken: Tensor, sample: bool, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,11 +1,19 @@
 """Text by the posterior predictive."""
 
+import functools
+import inspect
+import types
+
 import language_models as lm
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 import bayes_kf as bkf
+from bayes_kf.inference import generation
 from bayes_kf.models.language import NextToken, next_token_examples
+
+CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 
 
 def posterior_of(model, scale):
@@ -122,6 +130,7 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
     given = {"input_ids": ids, "attention_mask": mask}
     widths, run = [], type(model.base_model.model).forward
 
+    @functools.wraps(run)
     def counted(self, *args, **kwargs):
         widths.append(kwargs["input_ids"].shape[1])
         return run(self, *args, **kwargs)
@@ -136,15 +145,14 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
         for _ in draws:
             with adapter.substituted(adapter.tensors(posterior.mean_vector)):
                 out = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=places[:, :-1])
-            caches.append(out.past_key_values)
+            caches.append(getattr(out, CACHE))
         token, place = ids[:, -1:], places[:, -1:]
         for step in range(5):
             mask_now, spoken = torch.cat([mask, mask.new_ones(len(ids), step)], 1), []
             for draw, cache in zip(draws, caches, strict=True):
                 with adapter.substituted(adapter.tensors(draw)):
-                    out = model(
-                        input_ids=token, attention_mask=mask_now, position_ids=place + step, past_key_values=cache
-                    )
+                    extra = {CACHE: cache, "position_ids": place + step}
+                    out = model(input_ids=token, attention_mask=mask_now, **extra)
                 spoken.append(out.logits[:, -1].double().softmax(-1))
             mean = torch.stack(spoken).mean(0)
             token = mean.argmax(-1, keepdim=True)
@@ -152,6 +160,23 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
             torch.testing.assert_close(found.entropy[:, step], -(mean * mean.log()).sum(-1), rtol=1e-5, atol=1e-6)
     apart = posterior.generate(given, 5, num_samples=3, eos_token_id=-1)
     assert float((apart.entropy - found.entropy).abs().max()) > 1e-4  # what sharing leaves out
+
+
+@pytest.mark.parametrize(("name", "other"), [("cache", "past_key_values"), ("past_key_values", "cache")])
+def test_a_models_own_name_of_its_cache_is_used(name, other):
+    """transformers renamed it in 5.24; models of both kinds are read."""
+
+    class Named(torch.nn.Module):
+        def forward(self, input_ids):
+            raise NotImplementedError
+
+    named = Named()
+    named.forward = {"cache": lambda input_ids, cache: None, "past_key_values": lambda past_key_values: None}[name]
+    assert generation._cache_argument(named) == name
+    out = types.SimpleNamespace(**{name: "kept", other: None})
+    assert generation._kept(out) == "kept"
+    assert generation._kept(types.SimpleNamespace(**{name: "kept"})) == "kept"
+    assert generation._kept(types.SimpleNamespace()) is None
 
 
 def test_a_shared_prompt_of_one_token_is_read_by_each_draw():
