@@ -17,7 +17,7 @@ from bayes_kf.distributed.base import FilterOfMany
 from bayes_kf.distributed.shares import Share
 from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.evidence import Batch, Part, Tally
-from bayes_kf.inference.learn import DAMPING_STEP, MAX_DAMPINGS, ROUNDING, check_finite, is_small, scored
+from bayes_kf.inference.learn import DAMPING_STEP, MAX_DAMPINGS, ROUNDING, TRUSTED, check_finite, is_small, scored
 from bayes_kf.inference.state import FilterState, UpdateInfo
 
 WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
@@ -156,7 +156,7 @@ class DataParallelFilter(FilterOfMany):
         """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ over all processes, or moves no output far."""
         family, step = noise.likelihood(self.config, state.noise), found.mean - state.belief.mean
         finite = bool(torch.isfinite(found.mean).all())
-        small = finite and all(is_small(batch.jacobian.matvec(step), family) for batch in batches)
+        small = finite and all(is_small(batch.jacobian.matvec(step), family, TRUSTED) for batch in batches)
         if sum(self.group.numbers(int(not small), self.adapter.device)) == 0:
             return True
         loss = torch.zeros((), dtype=torch.float64, device=self.adapter.device)

@@ -1,8 +1,9 @@
 """Filters side by side that differ in their settings, each priced by the stream's own log loss.
 
-Every candidate predicts a batch before it learns from it, so the sum of its log losses is its evidence, −log p(data).
+Every candidate predicts a batch before it learns from it, so the sum of its log losses is its evidence, −log p(data);
+what the bank predicts is the average of them, weighted by evidence.
 The candidates share forward and backward passes: a batch is linearized once, at the mean of the one that is
-ahead, and learned from by all whose means lie so close that no output differs by more than a logit to first order. The
+ahead, and learned from by all whose means lie so close that no output differs by ``CLOSE`` or more to first order. The
 others take passes of their own. Ours.
 """
 
@@ -28,6 +29,7 @@ from bayes_kf.inference.prediction import Prediction
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
 
+CLOSE = 0.2  # logits, or sds of Gaussian noise; at 1 the evidence was wrong by as much as candidates differ
 NEGLIGIBLE = 1e-3  # weight, relative to the largest, below which a candidate's prediction is not asked for
 
 
@@ -38,11 +40,13 @@ class BankState(NamedTuple):
         states: of the candidates; None for one that diverged.
         own_passes: updates for which each candidate took passes of its own.
         step: updates made.
+        differences: Σ over updates of the squared differences of what candidates gained in evidence, (G, G), in nats².
     """
 
     states: tuple[FilterState | None, ...]
     own_passes: tuple[int, ...]
     step: int
+    differences: Tensor
 
 
 class Bank:
@@ -52,9 +56,10 @@ class Bank:
         model: as for :class:`KalmanFilter`.
         configs: the candidates' settings. They agree in what they observe (likelihood, noise, curvature, seed) and have
             "prequential" temperature.
+        margin: standard errors by which evidence must prefer a candidate to one with a narrower prior (:meth:`best`).
 
     Raises:
-        ValueError: for no configs, or some that do not go together.
+        ValueError: for no configs, or some that do not go together, or a bad margin.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -65,7 +70,9 @@ class Bank:
         (torch.Size([2]), True)
     """
 
-    def __init__(self, model: nn.Module | AdapterModel, configs: Sequence[KalmanConfig]) -> None:
+    def __init__(self, model: nn.Module | AdapterModel, configs: Sequence[KalmanConfig], margin: float = 0.0) -> None:
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0.0 <= margin < math.inf:
+            raise ValueError(f"`margin` must be >= 0 and finite, got {margin!r}.")
         if not configs:
             raise ValueError("`configs` must hold at least one KalmanConfig, got none.")
         for name in OBSERVED:
@@ -75,6 +82,7 @@ class Bank:
         for config in configs:
             if config.temperature != "prequential":
                 raise ValueError(f"`configs` must have `temperature` 'prequential', got {config.temperature!r}.")
+        self.margin = float(margin)
         self.adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
         self.filters = tuple(KalmanFilter(self.adapter, config) for config in configs)
         for kf in self.filters[1:]:
@@ -82,10 +90,15 @@ class Bank:
 
     def init(self, inputs: Inputs | None = None) -> BankState:
         """The priors; ``inputs`` as for :meth:`KalmanFilter.init`."""
-        return BankState(tuple(kf.init(inputs) for kf in self.filters), (0,) * len(self.filters), 0)
+        count = len(self.filters)
+        nothing = torch.zeros(count, count, dtype=torch.float64)
+        return BankState(tuple(kf.init(inputs) for kf in self.filters), (0,) * count, 0, nothing)
 
     def update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
         """All candidates after one more batch, and what the one that was ahead saw. ``state`` is not changed.
+
+        Outputs, log loss and correctness are those of the candidates' predictions averaged by :meth:`weights` as they
+        were before the batch: a forward pass for each that counts.
 
         Raises:
             ValueError: for inputs or targets that do not fit.
@@ -113,8 +126,23 @@ class Bank:
         return self.evidence(state).softmax(0)
 
     def best(self, state: BankState) -> int:
-        """The candidate with the largest evidence; the first among equals."""
-        return int(self.evidence(state).argmax())
+        """The candidate with the largest evidence; the first among equals.
+
+        With a ``margin``, of those that fall short of it by no more than so many standard errors of the difference
+        (paired by update), the one with the narrowest prior: on the first examples of a stream the evidence hardly
+        tells widths apart, and too wide a prior learns noise where too narrow a one learns slowly. Ours.
+        """
+        evidence = self.evidence(state)
+        top = int(evidence.argmax())
+        if self.margin == 0.0 or not math.isfinite(float(evidence[top])):
+            return top
+        short = evidence[top] - evidence
+        error = torch.full_like(short, math.inf)
+        if state.step > 1:
+            squares = state.differences[top] - short.square() / state.step
+            error = (squares.clamp_min(0.0) * state.step / (state.step - 1)).sqrt()
+        near = [top, *(i for i in torch.isfinite(short).nonzero()[:, 0].tolist() if short[i] <= self.margin * error[i])]
+        return min(near, key=lambda i: (_width(state.states[i]), -float(evidence[i]), i))
 
     def posterior(self, state: BankState, number: int | None = None) -> Posterior:
         """The belief of one candidate, by default of the best.
@@ -149,7 +177,9 @@ class Bank:
     def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
         """The candidates on the passes of the best of them; of the next best, where its own cannot be made."""
         begun = [s and self._begun(kf, s, inputs, targets) for kf, s in zip(self.filters, state.states, strict=True)]
-        order = self.evidence(state).argsort(descending=True, stable=True).tolist()
+        before, best = self.evidence(state), self.best(state)
+        order = before.argsort(descending=True, stable=True).tolist()
+        order.sort(key=lambda number: number != best)  # the one that is ahead first
         for leader in order:
             if begun[leader] is None:
                 continue
@@ -160,11 +190,44 @@ class Bank:
                 continue
             if any(s is not None for s in after):
                 own = tuple(count + alone for count, alone in zip(state.own_passes, apart, strict=True))
-                return BankState(tuple(after), own, state.step + 1), info
+                new = BankState(tuple(after), own, state.step + 1, state.differences)
+                gained = self.evidence(new) - before
+                squares = (gained[:, None] - gained).square()
+                new = new._replace(differences=state.differences + squares.nan_to_num(math.inf))
+                return new, self._averaged(info, begun, leader, before, inputs, targets)
             break
         kept = state.states[order[0]]
         assert kept is not None  # a state with no candidate is never returned
         raise DivergenceError(state.step, "no candidate of the bank is left", kept)
+
+    def _averaged(
+        self,
+        info: UpdateInfo,
+        begun: Sequence[penalty.Sides | None],
+        leader: int,
+        evidence: Tensor,
+        inputs: Inputs,
+        targets: Tensor,
+    ) -> UpdateInfo:
+        """What the leader saw, with the predictions of all candidates averaged."""
+        weights = evidence.softmax(0)
+        counts = (weights >= NEGLIGIBLE * weights.max()).tolist()
+        states = {i: sides.plain for i, sides in enumerate(begun) if sides is not None and counts[i]}
+        first = begun[leader]
+        if first is None or set(states) <= {leader}:
+            return info
+        start, outputs, log_probs = first.plain.belief.mean, [], []
+        for number, state in states.items():
+            mean = state.belief.mean
+            same = number == leader or torch.equal(mean, start)
+            outputs.append(info.outputs if same else self.adapter.outputs(mean, inputs))
+            family = noise.likelihood(self.filters[number].config, state.noise)
+            checked = family.check(outputs[-1], targets)
+            log_probs.append(family.log_prob(outputs[-1], checked))
+        log_weights = evidence[list(states)].log_softmax(0).to(outputs[0])
+        mixed = family.mixture(torch.stack(outputs), log_weights)
+        log_loss = -(torch.stack(log_probs) + log_weights[:, None]).logsumexp(0)
+        return info._replace(outputs=mixed, log_loss=log_loss, correct=family.correct(mixed, checked))
 
     def _begun(self, kf: KalmanFilter, state: FilterState, inputs: Inputs, targets: Tensor) -> penalty.Sides | None:
         try:
@@ -223,13 +286,18 @@ def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     return [dataclasses.replace(config, tune=None, **settings) for settings in combinations]
 
 
+def _width(state: FilterState | None) -> float:
+    """Total variance of a candidate's prior."""
+    return math.inf if state is None else float(state.prior.variance.double().sum())
+
+
 def _close(kf: KalmanFilter, sides: penalty.Sides, batch: Batch) -> bool:
     """Whether the batch, linearized elsewhere, serves at the means of a candidate to first order."""
     for state in filter(None, (sides.plain, sides.tight)):
         if state.belief.mean is batch.start:
             continue
         shift = batch.jacobian.matvec(state.belief.mean - batch.start)
-        if not is_small(shift, noise.likelihood(kf.config, state.noise)):
+        if not is_small(shift, noise.likelihood(kf.config, state.noise), CLOSE):
             return False
     return True
 

@@ -88,7 +88,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """The settings that are words, and the words."""
 WHOLE = ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples")  # numbers, at least 1
 STREAM_SPREADS = (3.0, 1.0, 0.3)  # prior sds of the outputs that a stream chooses among, in logits
-FIXED = (*OBSERVED, "tune", "tune_examples", "passes", "mean_passes", "temperature", "bytes_budget", "outputs_per_pass")
+STREAM_BIAS = 1.0  # prior sd of the classes' log odds there
+STREAM_MARGIN = 1.0  # standard errors by which the first examples must prefer a wider one
+FIXED = (*OBSERVED, "tune", "tune_examples", "tune_margin", "passes", "mean_passes", "temperature")
+FIXED = (*FIXED, "bytes_budget", "outputs_per_pass")  # settings that a stream cannot choose
 CONFIG_FILE = "kalman_config.json"
 
 
@@ -112,6 +115,9 @@ class KalmanConfig:
         initial_spread: how that is shared: "modules" (a module adds variance ∝ the root of its gain, and no LoRA factor
             more than lets ΔW be twice the size of W), "tensors" (each tensor adds the same variance to the outputs) or
             "constant" (one variance for every parameter).
+        initial_bias_sd: None, or prior standard deviation that a bias of the outputs themselves has at least, in the
+            outputs' unit, beside ``initial_logit_sd``: how far the log odds of the classes may lie from where they
+            start, whatever the features can teach. Used when ``initial_variance`` is None.
         initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
         bound_prior: whether an ``initial_variance`` too wide for a classifier's linearization is narrowed, with a
             warning (``prior.bounded`` says how).
@@ -145,6 +151,8 @@ class KalmanConfig:
             with every combination learn the first examples side by side (:class:`~bayes_kf.Bank`), and the one whose
             predictions of them had the least log loss goes on. :func:`~bayes_kf.fit` does so.
         tune_examples: how many examples that takes.
+        tune_margin: standard errors by which their log loss must prefer a combination to one with a narrower prior; 0:
+            the least log loss wins.
         passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
             the mean of the one before (Gauss-Newton), so that no example counts twice. For more than one, nothing
             drifts, is forgotten, gated or penalized.
@@ -171,6 +179,7 @@ class KalmanConfig:
     noise_variance: float | str = 1.0
     initial_logit_sd: float = 3.0
     initial_spread: str = "modules"
+    initial_bias_sd: float | None = None
     initial_variance: float | None = None
     initial_rule: str = "constant"
     bound_prior: bool = True
@@ -193,6 +202,7 @@ class KalmanConfig:
     bytes_budget: int | None = None
     tune: Mapping[str, Sequence[Any]] | None = None
     tune_examples: int = 200
+    tune_margin: float = 0.0
     passes: int = 1
     mean_passes: int = 0
     temperature: float | str = "prequential"
@@ -204,6 +214,8 @@ class KalmanConfig:
         if self.noise_variance != "estimated":
             _positive("noise_variance", self.noise_variance)
         _positive("initial_logit_sd", self.initial_logit_sd)
+        if self.initial_bias_sd is not None:
+            _positive("initial_bias_sd", self.initial_bias_sd)
         if self.initial_variance is not None:
             _positive("initial_variance", self.initial_variance)
         _between("beta", self.beta)
@@ -222,6 +234,8 @@ class KalmanConfig:
         _between("curvature_epsilon", self.curvature_epsilon)
         for name in WHOLE:
             _whole(name, getattr(self, name))
+        if not (_is_number(self.tune_margin) and 0 <= self.tune_margin < float("inf")):
+            raise ValueError(f"`tune_margin` must be >= 0 and finite, got {self.tune_margin!r}.")
         if not isinstance(self.mean_passes, int) or isinstance(self.mean_passes, bool) or self.mean_passes < 0:
             raise ValueError(f"`mean_passes` must be a whole number >= 0, got {self.mean_passes!r}.")
         for name in ("outputs_per_pass", "bytes_budget"):
@@ -297,9 +311,11 @@ class KalmanConfig:
 
         ``fit`` without settings takes this where its loader cannot be split. What a stream can teach differs: on
         some tasks a prior of 3 logits learns fastest, on others it learns noise (``benchmarks/bench_online.py``).
+        Among widths that one standard error does not tell apart the narrowest goes on. How frequent the classes are
+        can be learned on all, so their log odds have a prior of one logit under each.
         """
-        setting: dict[str, Any] = {"tune": {"initial_logit_sd": STREAM_SPREADS}}
-        return cls(**(setting | overrides))
+        setting: dict[str, Any] = {"tune": {"initial_logit_sd": STREAM_SPREADS}, "initial_bias_sd": STREAM_BIAS}
+        return cls(**(setting | {"tune_margin": STREAM_MARGIN} | overrides))
 
     @property
     def structure(self) -> Structure:

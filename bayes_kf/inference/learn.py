@@ -130,7 +130,7 @@ def _objective(
         if not sharding.agreed(bool(torch.isfinite(after.mean).all())):
             return False
         step = after.mean - belief.mean
-        if is_small(part.jacobian.matvec(step), family):
+        if is_small(part.jacobian.matvec(step), family, TRUSTED):
             return True
         penalty = 0.5 * config.structure.quadratic(belief, step)
         del step
@@ -178,10 +178,10 @@ def parts(widths: list[int]) -> Iterator[tuple[slice, int]]:
     yield slice(first, len(widths)), width
 
 
-def is_small(change: Tensor, family: Likelihood) -> bool:
-    """Whether outputs change so little that their linearization is trusted, in logits or in sds of Gaussian noise."""
+def is_small(change: Tensor, family: Likelihood, most: float) -> bool:
+    """Whether no output changes by ``most`` or more, in logits or in sds of Gaussian noise."""
     unit = family.noise_variance.sqrt().to(change) if isinstance(family, Gaussian) else 1.0
-    return bool((change / unit).abs().max() < TRUSTED)
+    return bool((change / unit).abs().max() < most)
 
 
 def check_finite(what: str, tensor: Tensor) -> None:

@@ -14,7 +14,8 @@ import torch
 from bayes_kf.inference import noise, persistence, tempering
 from bayes_kf.inference.posterior import Posterior
 
-ALIKE = ("seed", "temperature", "tune", "tune_examples", "bytes_budget", "outputs_per_pass")  # settings that may differ
+# settings that may differ
+ALIKE = ("seed", "temperature", "tune", "tune_examples", "tune_margin", "bytes_budget", "outputs_per_pass")
 
 
 def merge(posteriors: Sequence[Posterior]) -> Posterior:

@@ -114,7 +114,7 @@ def _tuned(
 ) -> tuple[KalmanFilter, FilterState, Tensor]:
     """The filter of the grid that predicted the first examples best, its state after them, and all evidence, (G,)."""
     assert kf.config.tune is not None
-    bank = Bank(kf.adapter, candidates(kf.config, kf.config.tune))
+    bank = Bank(kf.adapter, candidates(kf.config, kf.config.tune), kf.config.tune_margin)
     state, seen = bank.init(inputs), 0
     for batch in batches:
         given, targets = complete(batch, bar.done)

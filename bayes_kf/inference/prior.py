@@ -18,6 +18,7 @@ from bayes_kf.models.state_space import constant_variance, logit_variance, unifo
 MOST_SD = 10.0  # of the logits
 LINEAR = 0.01  # share of a change of the outputs that may be missed where they are linear in the parameters
 LARGEST_MOVE = 3.0  # of a tensor, prior sd over root mean square
+IDENTITY = 1e-4  # relative rounding within which a tensor's Jacobian is taken for the identity
 SCALE_PROBES = 16  # per example, where the outputs are not seen one by one
 
 
@@ -105,7 +106,18 @@ def scaled(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: In
     if config.initial_spread == "modules":
         most = largest_variances(adapter)
         variances = [min(v, most.get(name, v)) for name, v in zip(where, variances, strict=True)]
+    if config.initial_bias_sd is not None:
+        least = config.initial_bias_sd**2
+        variances = [
+            max(v, least) if is_output_bias(squares[part]) else v
+            for v, part in zip(variances, where.values(), strict=True)
+        ]
     return torch.cat([mean.new_full((size,), value) for value, size in zip(variances, adapter.sizes, strict=True)])
+
+
+def is_output_bias(squares: Tensor) -> bool:
+    """Whether a tensor is added to the outputs: its Jacobian is the identity, of mean squares one over its size."""
+    return bool(torch.allclose(squares * len(squares), torch.ones_like(squares), rtol=IDENTITY, atol=0.0))
 
 
 def _squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:

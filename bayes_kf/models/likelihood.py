@@ -70,6 +70,10 @@ class Categorical:
         """p(y | η) with batch shape (B,)."""
         return dist.Categorical(logits=outputs)
 
+    def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
+        """η of the weighted mean of G predictions' π, (B, m), from (G, B, m) and log weights (G,)."""
+        return (outputs.log_softmax(-1) + log_weights[:, None, None]).logsumexp(0)
+
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Whether the most probable class is the target, (B,) of 0 and 1."""
         return (outputs.argmax(-1) == targets).to(outputs.dtype)
@@ -113,6 +117,11 @@ class Bernoulli:
     def distribution(self, outputs: Tensor) -> dist.Distribution:
         """p(y | η) with batch shape (B,) and event shape (m,)."""
         return dist.Bernoulli(logits=outputs).to_event(1)
+
+    def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
+        """η of the weighted mean of G predictions' π, (B, m), from (G, B, m) and log weights (G,)."""
+        yes, no = torch.nn.functional.logsigmoid(outputs), torch.nn.functional.logsigmoid(-outputs)
+        return (yes + log_weights[:, None, None]).logsumexp(0) - (no + log_weights[:, None, None]).logsumexp(0)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Share of the m answers that are right, (B,)."""
@@ -159,6 +168,10 @@ class Gaussian:
         """p(y | η) with batch shape (B,) and event shape (m,)."""
         return dist.Normal(outputs, self.noise_variance.to(outputs).sqrt()).to_event(1)
 
+    def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
+        """Weighted mean of G predictions, (B, m), from (G, B, m) and log weights (G,)."""
+        return (outputs * log_weights.exp()[:, None, None]).sum(0)
+
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """None: a real target is never simply right."""
         return None
@@ -201,6 +214,10 @@ class Poisson:
     def distribution(self, outputs: Tensor) -> dist.Distribution:
         """p(y | η) with batch shape (B,) and event shape (m,)."""
         return dist.Poisson(outputs.exp()).to_event(1)
+
+    def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
+        """Log of the weighted mean of G predictions' rates, (B, m), from (G, B, m) and log weights (G,)."""
+        return (outputs + log_weights[:, None, None]).logsumexp(0)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """None: a count is never simply right."""

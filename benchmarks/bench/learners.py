@@ -162,12 +162,18 @@ class BankLearner:
         configs: the filters' settings.
         inputs: what the priors' scales are measured on.
         until: examples after which the one that is ahead goes on alone, as in ``fit``; None: never.
+        margin: of the bank.
     """
 
     def __init__(
-        self, model: nn.Module, configs: Sequence[KalmanConfig], inputs: Inputs, until: int | None = None
+        self,
+        model: nn.Module,
+        configs: Sequence[KalmanConfig],
+        inputs: Inputs,
+        until: int | None = None,
+        margin: float = 0.0,
     ) -> None:
-        self.bank, self._until, self._seen = Bank(model, configs), until, 0
+        self.bank, self._until, self._seen = Bank(model, configs, margin), until, 0
         self.state = self.bank.init(inputs)
 
     def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
@@ -178,7 +184,8 @@ class BankLearner:
         if self._until is not None and self._seen >= self._until and len(self.bank.filters) > 1:
             best = self.bank.best(self.state)
             self.bank = Bank(self.bank.adapter, [self.bank.filters[best].config])
-            self.state = BankState((self.state.states[best],), (0,), self.state.step)
+            alone = torch.zeros(1, 1, dtype=torch.float64)
+            self.state = BankState((self.state.states[best],), (0,), self.state.step, alone)
         return info.outputs
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:

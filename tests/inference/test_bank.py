@@ -43,7 +43,7 @@ def test_one_candidate_is_its_filter():
 
 def test_candidates_far_apart_are_their_filters(monkeypatch):
     """Where no candidate may learn from another's passes, each is what it would be alone."""
-    monkeypatch.setattr("bayes_kf.inference.learn.TRUSTED", 0.0)
+    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", 0.0)
     configs = candidates(KalmanConfig(), {"initial_logit_sd": (0.5, 3.0), "covariance": ("diagonal", "full")})
     bank, data = Bank(model_of(), configs), stream()
     together = bank.init(data[0][0])
@@ -63,7 +63,7 @@ def test_candidates_far_apart_are_their_filters(monkeypatch):
 
 def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
     """To first order is exact there, so one linearization serves every candidate."""
-    monkeypatch.setattr("bayes_kf.inference.learn.TRUSTED", torch.inf)
+    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", torch.inf)
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     configs = candidates(KalmanConfig(covariance="full", damping=False), {"initial_logit_sd": (0.5, 3.0, 10.0)})
@@ -114,7 +114,7 @@ def test_a_candidate_that_diverges_is_left_out():
 
 
 def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
-    monkeypatch.setattr("bayes_kf.inference.learn.TRUSTED", 0.0)  # no shared passes: to the bit what it is alone
+    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", 0.0)  # no shared passes: to the bit what it is alone
     data = stream(count=60)
     grid = {"initial_logit_sd": (0.01, 2.0), "covariance": ["diagonal", "low_rank"]}
     config = KalmanConfig(tune=grid, tune_examples=30)

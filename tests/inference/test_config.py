@@ -19,6 +19,7 @@ BAD = [
     ({"noise_variance": 0.0}, r"`noise_variance` must be positive and finite, got 0\.0\."),
     ({"noise_variance": "estimated"}, r"`noise_variance` 'estimated' needs `likelihood` 'gaussian'"),
     ({"initial_logit_sd": -1}, r"`initial_logit_sd` must be positive and finite, got -1\."),
+    ({"initial_bias_sd": 0.0}, r"`initial_bias_sd` must be positive and finite, got 0\.0\."),
     ({"initial_variance": float("inf")}, r"`initial_variance` must be positive and finite, got inf\."),
     ({"initial_variance": 0}, r"`initial_variance` must be positive and finite, got 0\."),
     ({"beta": 1.0}, r"`beta` must lie strictly between 0 and 1, got 1\.0\."),

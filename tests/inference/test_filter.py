@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
 from torch import nn
 
@@ -130,6 +131,46 @@ def test_prior_scale_gives_the_outputs_their_spread():
     assert float((jacobian.square() * constant.prior.variance).sum(-1).mean()) == pytest.approx(9.0, rel=1e-9)
     lazily, _ = kf.update(kf.init(), x, torch.zeros(50).long())
     torch.testing.assert_close(lazily.prior.variance, state.prior.variance, rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("curvature", ["exact", "sampled"])
+def test_a_bias_of_the_outputs_has_a_prior_of_its_own(curvature):
+    """Also where PEFT wraps it; all other tensors, a hidden bias of as many numbers among them, keep theirs."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["0"], bias="lora_only", modules_to_save=["2"])
+    ).double()
+    settings = {"initial_logit_sd": 0.3, "curvature": curvature, "curvature_draws": 8}
+    x, _ = batch(50)
+    plain, own, small = (
+        KalmanFilter(model, KalmanConfig(**settings, initial_bias_sd=sd)).init(x) for sd in (None, 2.0, 1e-3)
+    )
+    adapter = AdapterModel(model)
+    biases = [name for name in adapter.names if name.endswith("bias")]
+    assert len(biases) == 2
+    expected = plain.prior.variance.clone()
+    where = next(where for name, where in adapter.slices().items() if name == biases[-1])
+    assert "2." in biases[-1]
+    expected[where] = 4.0
+    assert torch.equal(own.prior.variance, expected)
+    assert torch.equal(small.prior.variance, plain.prior.variance)  # at least so wide, never narrower
+
+
+def test_a_prior_of_the_outputs_bias_finds_how_frequent_classes_are():
+    """Features that say nothing, one class in nine of ten: a narrow prior learns that only with a bias of its own."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=g).double(), (torch.rand(60, generator=g) < 0.1).long()
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2).double()
+    probs = {}
+    for sd in (None, 1.0):
+        kf = KalmanFilter(model, KalmanConfig(initial_logit_sd=0.1, initial_bias_sd=sd))
+        state = _run(kf, kf.init(x), [(x[i : i + 1], y[i : i + 1]) for i in range(60)])
+        probs[sd] = float(kf.adapter.outputs(state.belief.mean, torch.zeros(1, 5).double()).softmax(1)[0, 0])
+    rate = float((y == 0).double().mean())
+    assert abs(probs[1.0] - rate) < 0.05
+    assert abs(probs[None] - rate) > 0.2
 
 
 def test_prior_variance_rules():

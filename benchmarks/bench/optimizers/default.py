@@ -26,4 +26,5 @@ def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int,
     settings = config(choice, seed)
     if settings.tune is None:
         return KalmanLearner(model, settings, inputs)
-    return BankLearner(model, candidates(settings, settings.tune), inputs, until=settings.tune_examples)
+    several = candidates(settings, settings.tune)
+    return BankLearner(model, several, inputs, until=settings.tune_examples, margin=settings.tune_margin)
