@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 STYLES: dict[str, dict[str, Any]] = {
     "frozen": {"color": "0.7", "linestyle": "-", "linewidth": 1.0, "marker": "."},
     "default": {"color": BLUE, "linestyle": "-", "linewidth": 2.4, "marker": "o"},
-    "bank": {"color": SKY, "linestyle": "-", "linewidth": 2.4, "marker": "o"},
     "loko_lora": {"color": VERMILLION, "linestyle": "--", "linewidth": 1.8, "marker": "s"},
     "loko_conv": {"color": VERMILLION, "linestyle": "--", "linewidth": 1.8, "marker": "s"},
     "loko_dora": {"color": VERMILLION, "linestyle": ":", "linewidth": 1.8, "marker": "s"},

@@ -9,6 +9,7 @@ from torch import nn
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.linearized import Linearized
+from bayes_kf.models.likelihood import LIKELIHOODS
 
 
 def model_of(m=3, seed=0):
@@ -113,6 +114,70 @@ def test_a_candidate_that_diverges_is_left_out():
     assert torch.isfinite(info.log_loss).all()
 
 
+TARGETS = {
+    "categorical": lambda g, size: torch.randint(3, (size,), generator=g),
+    "bernoulli": lambda g, size: torch.randint(2, (size, 3), generator=g).double(),
+    "gaussian": lambda g, size: torch.randn(size, 3, generator=g).double(),
+    "poisson": lambda g, size: torch.poisson(torch.ones(size, 3, dtype=torch.float64), generator=g),
+}
+
+
+@pytest.mark.parametrize("likelihood", TARGETS)
+def test_an_update_reports_the_average_of_what_candidates_predicted(likelihood, monkeypatch):
+    """Weighted by their evidence before it; each candidate's own prediction is taken by a forward pass at its mean."""
+    monkeypatch.setattr(
+        "bayes_kf.inference.bank.NEGLIGIBLE", 0.0
+    )  # else what weighs less than a thousandth is left out
+    configs = candidates(KalmanConfig(likelihood=likelihood), {"initial_logit_sd": (0.3, 1.0, 3.0)})
+    bank, g = Bank(model_of(), configs), torch.Generator().manual_seed(3)
+    state, family = bank.init(torch.randn(4, 4, generator=g).double()), LIKELIHOODS[likelihood]()
+    for _ in range(8):
+        x, y = torch.randn(3, 4, generator=g).double(), TARGETS[likelihood](g, 3)
+        weights = bank.weights(state)
+        outputs = [bank.adapter.outputs(s.belief.mean, x) for s in state.states]
+        probs = torch.stack([family.log_prob(o, y) for o in outputs]).exp()
+        means = torch.stack([w * family.mean(o) for w, o in zip(weights, outputs, strict=True)]).sum(0)
+        state, info = bank.update(state, x, y)
+        torch.testing.assert_close(info.log_loss, -(weights[:, None] * probs).sum(0).log(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(family.mean(info.outputs), means, rtol=1e-9, atol=1e-12)
+        correct = family.correct(info.outputs, y)
+        assert correct is None if info.correct is None else torch.equal(info.correct, correct)
+    assert len({float(w) for w in weights}) == 3
+    assert float((outputs[0] - outputs[2]).abs().max()) > 0.01  # there was something to average
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, 1.0, 3.0])
+def test_within_the_margin_the_narrowest_prior_is_ahead(margin):
+    """Against the paired standard errors of what the candidates gained, computed anew at every step."""
+    sds = (3.0, 1.0, 0.3)
+    bank = Bank(model_of(), candidates(KalmanConfig(), {"initial_logit_sd": sds}), margin)
+    g = torch.Generator().manual_seed(5)
+    state, seen, picked = bank.init(torch.randn(8, 4, generator=g).double()), [torch.zeros(3).double()], []
+    for _ in range(25):
+        x = torch.randn(2, 4, generator=g).double()
+        state, _ = bank.update(state, x, (x[:, 0] + 0.5 * torch.randn(2, generator=g).double() > 0).long())
+        seen.append(bank.evidence(state))
+        gained, top = torch.stack(seen).diff(dim=0), int(seen[-1].argmax())
+        short = gained[:, [top]] - gained
+        error = short.std(0) * len(gained) ** 0.5 if len(gained) > 1 else torch.full((3,), torch.inf).double()
+        near = [
+            i for i in range(3) if i == top or (margin > 0 and float(short[:, i].sum()) <= margin * float(error[i]))
+        ]
+        assert bank.best(state) == max(near)  # the later, the narrower
+        picked.append((bank.best(state), top))
+    assert bool(margin) == any(best != top for best, top in picked)
+
+
+def test_fit_goes_on_with_the_narrowest_of_what_the_margin_leaves():
+    grid = {"initial_logit_sd": (0.9, 0.8)}
+    wide, narrow = (
+        fit(model_of(), stream(), KalmanConfig(tune=grid, tune_margin=margin), progress=False)
+        for margin in (0.0, 100.0)
+    )
+    assert wide.history["evidence"].argmax() == 0
+    assert (wide.config.initial_logit_sd, narrow.config.initial_logit_sd) == (0.9, 0.8)
+
+
 def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
     monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", 0.0)  # no shared passes: to the bit what it is alone
     data = stream(count=60)
@@ -195,11 +260,22 @@ def test_closeness_is_in_units_of_the_noise():
         ({"tune": {"beta": (0.9, 1.0)}}, r"`beta` must lie strictly between 0 and 1, got 1\.0\."),
         ({"tune": {"rank": (3,)}, "temperature": 1.0}, r"`tune` needs `temperature` 'prequential', got 1\.0\."),
         ({"tune_examples": 0}, r"`tune_examples` must be a whole number >= 1, got 0\."),
+        ({"tune_margin": -1.0}, r"`tune_margin` must be >= 0 and finite, got -1\.0\."),
+        (
+            {"tune": {"tune_margin": (0.0, 1.0)}},
+            r"`tune` must name settings that a stream can choose, got 'tune_margin'",
+        ),
     ],
 )
 def test_grids_that_cannot_be_tuned(setting, message):
     with pytest.raises(ValueError, match=message):
         KalmanConfig(**setting)
+
+
+@pytest.mark.parametrize("margin", [-0.5, float("nan"), float("inf"), True, "one"])
+def test_margins_that_are_none(margin):
+    with pytest.raises(ValueError, match=r"`margin` must be >= 0 and finite, got "):
+        Bank(model_of(), [KalmanConfig()], margin)
 
 
 def test_tuning_does_not_go_with_a_trained_adapter():
