@@ -90,8 +90,9 @@ WHOLE = ("rank", "curvature_classes", "curvature_draws", "passes", "tune_example
 STREAM_SPREADS = (3.0, 1.0, 0.3)  # prior sds of the outputs that a stream chooses among, in logits
 STREAM_BIAS = 1.0  # prior sd of the classes' log odds there
 STREAM_MARGIN = 1.0  # standard errors by which the first examples must prefer a wider one
-FIXED = (*OBSERVED, "tune", "tune_examples", "tune_margin", "passes", "mean_passes", "temperature")
-FIXED = (*FIXED, "bytes_budget", "outputs_per_pass")  # settings that a stream cannot choose
+BUDGETS = ("bytes_budget", "outputs_per_pass")
+TUNING = ("tune", "tune_examples", "tune_margin")
+FIXED = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", "temperature")  # what a stream cannot choose
 CONFIG_FILE = "kalman_config.json"
 
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from bayes_kf.inference import noise, persistence, tempering
+from bayes_kf.inference.config import BUDGETS, TUNING
 from bayes_kf.inference.posterior import Posterior
 
-# settings that may differ
-ALIKE = ("seed", "temperature", "tune", "tune_examples", "tune_margin", "bytes_budget", "outputs_per_pass")
+ALIKE = ("seed", "temperature", *TUNING, *BUDGETS)  # settings that may differ
 
 
 def merge(posteriors: Sequence[Posterior]) -> Posterior:
