@@ -214,13 +214,14 @@ class Bank:
         counts = (weights >= NEGLIGIBLE * weights.max()).tolist()
         states = {i: sides.plain for i, sides in enumerate(begun) if sides is not None and counts[i]}
         first = begun[leader]
-        if first is None or set(states) <= {leader}:
-            return info
+        assert first is not None  # it has just learned
         start, outputs, log_probs = first.plain.belief.mean, [], []
+        apart = {i: not torch.equal(state.belief.mean, start) for i, state in states.items() if i != leader}
+        if not any(apart.values()):
+            return info
         for number, state in states.items():
             mean = state.belief.mean
-            same = number == leader or torch.equal(mean, start)
-            outputs.append(info.outputs if same else self.adapter.outputs(mean, inputs))
+            outputs.append(self.adapter.outputs(mean, inputs) if apart.get(number) else info.outputs)
             family = noise.likelihood(self.filters[number].config, state.noise)
             checked = family.check(outputs[-1], targets)
             log_probs.append(family.log_prob(outputs[-1], checked))

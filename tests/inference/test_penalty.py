@@ -365,7 +365,7 @@ def test_a_bank_s_candidates_are_their_filters(form, trusted, monkeypatch):
     """Bit for bit where each takes passes of its own; and a linear model's, which share all, to rounding."""
     torch.manual_seed(0)
     model = network() if trusted == 0.0 else nn.Linear(4, M).double()
-    monkeypatch.setattr(learn, "TRUSTED", trusted)
+    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", trusted)
     configs = [
         KalmanConfig(gradient_penalty=rho, gradient_penalty_form=form, expansion="mean", damping=False)
         for rho in (0.0, 0.3, 4.0)

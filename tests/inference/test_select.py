@@ -79,9 +79,13 @@ def test_what_cannot_be_split_is_fitted_once_by_default(loader):
 def test_without_settings_a_stream_is_passed_over_once():
     posterior = bkf.fit(network(), iter(batches()), progress=False)
     evidence = posterior.history["evidence"]
-    chosen = (3.0, 1.0, 0.3)[int(evidence.argmax())]
+    likeliest, chosen = (3.0, 1.0, 0.3)[int(evidence.argmax())], posterior.config.initial_logit_sd
     assert len(evidence) == 3
-    assert posterior.config == bkf.KalmanConfig(initial_logit_sd=chosen)
+    assert chosen in (3.0, 1.0, 0.3)
+    assert chosen <= likeliest  # the narrowest within the margin
+    stream = bkf.KalmanConfig.stream(tune=None, initial_logit_sd=chosen)
+    assert posterior.config == stream
+    assert (stream.initial_bias_sd, stream.tune_margin) == (1.0, 1.0)
     assert posterior.state.examples == len(posterior.history["log_loss"]) == 90
 
 
