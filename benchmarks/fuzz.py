@@ -42,7 +42,7 @@ from bayes_kf.cli.stream import STREAM_FILE, where
 from bayes_kf.data import open_dataset, read_predictions
 from bayes_kf.data.text import text_data
 
-SECONDS = 5.0
+SECONDS = 5.0  # of the processor: other work on the machine does not count
 EXPECTED = (ValueError, OSError)
 
 
@@ -242,7 +242,7 @@ def attack(reader: Reader, cases: int, number: int = 0) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             path = Path(scratch) / reader.name
             path.write_bytes(content)
-            begun = time.perf_counter()
+            begun = time.process_time()
             try:
                 reader.read(path)
                 outcomes["read"] += 1
@@ -250,7 +250,7 @@ def attack(reader: Reader, cases: int, number: int = 0) -> dict[str, Any]:
                 outcomes["refused"] += 1
                 if not str(error).strip():
                     raise AssertionError("an error that says nothing") from error
-            taken = time.perf_counter() - begun
+            taken = time.process_time() - begun
             longest[0] = max(longest[0], taken)
             if taken > SECONDS:
                 raise AssertionError(f"{taken:.1f} seconds")
