@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference import noise, penalty, prediction
-from bayes_kf.inference.config import OBSERVED, KalmanConfig
+from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_not_negative
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.learn import is_small
@@ -71,8 +71,7 @@ class Bank:
     """
 
     def __init__(self, model: nn.Module | AdapterModel, configs: Sequence[KalmanConfig], margin: float = 0.0) -> None:
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0.0 <= margin < math.inf:
-            raise ValueError(f"`margin` must be >= 0 and finite, got {margin!r}.")
+        check_not_negative("margin", margin)
         if not configs:
             raise ValueError("`configs` must hold at least one KalmanConfig, got none.")
         for name in OBSERVED:
@@ -194,7 +193,8 @@ class Bank:
                 gained = self.evidence(new) - before
                 squares = (gained[:, None] - gained).square()
                 new = new._replace(differences=state.differences + squares.nan_to_num(math.inf))
-                return new, self._averaged(info, begun, leader, before, inputs, targets)
+                learned = [sides if s is not None else None for sides, s in zip(begun, after, strict=True)]
+                return new, self._averaged(info, learned, leader, before, inputs, targets)
             break
         kept = state.states[order[0]]
         assert kept is not None  # a state with no candidate is never returned
@@ -209,12 +209,13 @@ class Bank:
         inputs: Inputs,
         targets: Tensor,
     ) -> UpdateInfo:
-        """What the leader saw, with the predictions of all candidates averaged."""
+        """What the leader saw, with the predictions of all candidates averaged that did not diverge on this batch."""
+        first = begun[leader]
+        if first is None:
+            return info
         weights = evidence.softmax(0)
         counts = (weights >= NEGLIGIBLE * weights.max()).tolist()
         states = {i: sides.plain for i, sides in enumerate(begun) if sides is not None and counts[i]}
-        first = begun[leader]
-        assert first is not None  # it has just learned
         start, outputs, log_probs = first.plain.belief.mean, [], []
         apart = {i: not torch.equal(state.belief.mean, start) for i, state in states.items() if i != leader}
         if not any(apart.values()):

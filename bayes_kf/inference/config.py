@@ -224,19 +224,16 @@ class KalmanConfig:
             _between("gate_quantile", self.gate_quantile)
         if not (_is_number(self.forgetting) and 0 < self.forgetting <= 1):
             raise ValueError(f"`forgetting` must lie in (0, 1], got {self.forgetting!r}.")
-        if not (_is_number(self.drift_variance) and 0 <= self.drift_variance < float("inf")):
-            raise ValueError(f"`drift_variance` must be >= 0 and finite, got {self.drift_variance!r}.")
+        check_not_negative("drift_variance", self.drift_variance)
         if not (_is_number(self.prior_pull) and 0 <= self.prior_pull < 1):
             raise ValueError(f"`prior_pull` must lie in [0, 1), got {self.prior_pull!r}.")
-        if not (_is_number(self.gradient_penalty) and 0 <= self.gradient_penalty < float("inf")):
-            raise ValueError(f"`gradient_penalty` must be >= 0 and finite, got {self.gradient_penalty!r}.")
+        check_not_negative("gradient_penalty", self.gradient_penalty)
         if self.temperature != "prequential":
             _positive("temperature", self.temperature)
         _between("curvature_epsilon", self.curvature_epsilon)
         for name in WHOLE:
             _whole(name, getattr(self, name))
-        if not (_is_number(self.tune_margin) and 0 <= self.tune_margin < float("inf")):
-            raise ValueError(f"`tune_margin` must be >= 0 and finite, got {self.tune_margin!r}.")
+        check_not_negative("tune_margin", self.tune_margin)
         if not isinstance(self.mean_passes, int) or isinstance(self.mean_passes, bool) or self.mean_passes < 0:
             raise ValueError(f"`mean_passes` must be a whole number >= 0, got {self.mean_passes!r}.")
         for name in ("outputs_per_pass", "bytes_budget"):
@@ -315,8 +312,12 @@ class KalmanConfig:
         Among widths that one standard error does not tell apart the narrowest goes on. How frequent the classes are
         can be learned on all, so their log odds have a prior of one logit under each.
         """
-        setting: dict[str, Any] = {"tune": {"initial_logit_sd": STREAM_SPREADS}, "initial_bias_sd": STREAM_BIAS}
-        return cls(**(setting | {"tune_margin": STREAM_MARGIN} | overrides))
+        setting: dict[str, Any] = {
+            "tune": {"initial_logit_sd": STREAM_SPREADS},
+            "tune_margin": STREAM_MARGIN,
+            "initial_bias_sd": STREAM_BIAS,
+        }
+        return cls(**(setting | overrides))
 
     @property
     def structure(self) -> Structure:
@@ -381,6 +382,12 @@ def _whole(name: str, value: object) -> None:
 def _positive(name: str, value: object) -> None:
     if not (_is_number(value) and 0 < value < float("inf")):  # type: ignore[operator]
         raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Raise ValueError for what is no finite number >= 0."""
+    if not (_is_number(value) and 0 <= value < float("inf")):  # type: ignore[operator]
+        raise ValueError(f"`{name}` must be >= 0 and finite, got {value!r}.")
 
 
 def _between(name: str, value: object) -> None:

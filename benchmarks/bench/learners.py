@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bayes_kf import Bank, KalmanConfig, KalmanFilter, Posterior
 from bayes_kf.inference import refine
-from bayes_kf.inference.bank import BankState
 from bayes_kf.inference.state import DIVERGED
 
 
@@ -184,8 +183,7 @@ class BankLearner:
         if self._until is not None and self._seen >= self._until and len(self.bank.filters) > 1:
             best = self.bank.best(self.state)
             self.bank = Bank(self.bank.adapter, [self.bank.filters[best].config])
-            alone = torch.zeros(1, 1, dtype=torch.float64)
-            self.state = BankState((self.state.states[best],), (0,), self.state.step, alone)
+            self.state = self.bank.init()._replace(states=(self.state.states[best],), step=self.state.step)
         return info.outputs
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:

@@ -165,12 +165,7 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
 @pytest.mark.parametrize(("name", "other"), [("cache", "past_key_values"), ("past_key_values", "cache")])
 def test_a_models_own_name_of_its_cache_is_used(name, other):
     """transformers renamed it in 5.24; models of both kinds are read."""
-
-    class Named(torch.nn.Module):
-        def forward(self, input_ids):
-            raise NotImplementedError
-
-    named = Named()
+    named = torch.nn.Identity()
     named.forward = {"cache": lambda input_ids, cache: None, "past_key_values": lambda past_key_values: None}[name]
     assert generation._cache_argument(named) == name
     out = types.SimpleNamespace(**{name: "kept", other: None})
