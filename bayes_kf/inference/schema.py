@@ -42,7 +42,8 @@ def described_fields() -> dict[str, str]:
     """What the configuration's docstring says about each field."""
     lines = (inspect.getdoc(KalmanConfig) or "").partition("Attributes:")[2].partition("\n\n")[0]
     found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", lines, flags=re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.replace("`", "").split()) for name, text in found}
+    plain = {name: re.sub(r":\w+:`~?([^`]+)`", r"\1", text) for name, text in found}  # references of the site
+    return {name: " ".join(text.replace("`", "").split()) for name, text in plain.items()}
 
 
 def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
