@@ -10,6 +10,7 @@ import bayes_kf
 from bayes_kf import distributed, evaluation
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("site")  # which is built once
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,8 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_two_processes_add_up(tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+    set_forkserver_preload(["bayes_kf.evaluation"])  # imported once
+    mp.start_processes(_worker, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     scores = json.loads((tmp_path / "scores.json").read_text())
     expected = streamed(*random_case(400), 400).scores()
     for name in ("accuracy", "nll", "ece", "ece_classwise", "ks", "brier_resolution"):

@@ -104,16 +104,16 @@ def test_a_second_step_that_fails_is_undone(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="one step is Linux's")
 def test_killed_while_saving_the_last_or_the_one_before_is_there(tmp_path):
-    """A process that does nothing but save, looked at in twenty of its moments and killed four times."""
+    """A process that does nothing but save, looked at in twenty of its moments and killed twice."""
     target = tmp_path / "posterior"
     command = [sys.executable, "-c", SAVING, str(target)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     g = torch.Generator().manual_seed(0)
-    for _ in range(4):
+    for _ in range(2):
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            for _ in range(5):  # stopped in its tracks, looked at, and let go on
+            for _ in range(10):  # stopped in its tracks, looked at, and let go on
                 time.sleep(0.02 + 0.05 * float(torch.rand(1, generator=g)))
                 process.send_signal(signal.SIGSTOP)
                 assert whole(target) >= 1
