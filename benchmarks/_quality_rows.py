@@ -224,6 +224,15 @@ def default(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lear
     return Learned(predictive(posterior), facts={"temperature": posterior.temperature, "prior": chosen})
 
 
+def sampled(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """The default's two wider priors with sampled curvature: two backward passes in place of one a class."""
+    wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": 10.0}
+    configs = [bkf.KalmanConfig.dataset(curvature="sampled", **given) for given in ({}, wide)]
+    posterior = bkf.fit(setting.model(seed, 0.0), stream.batches(TOGETHER), configs, progress=False)
+    chosen = posterior.config.initial_spread
+    return Learned(predictive(posterior), facts={"temperature": posterior.temperature, "prior": chosen})
+
+
 def post_hoc(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
     """This package on the adapter that AdamW trained: the mean stays, one pass gives the covariance."""
     model = setting.model(seed, 0.0)
@@ -267,6 +276,7 @@ ROWS: dict[str, tuple[str, Learn, str | None]] = {  # title, what learns, whose 
     "diagonal": ("ours, diagonal", kalman(lambda seed: bkf.KalmanConfig(covariance="diagonal", seed=seed)), None),
     "online": ("ours, one pass online", kalman(lambda seed: bkf.KalmanConfig(seed=seed)), None),
     "default": ("**ours, default**", default, None),
+    "sampled": ("ours, sampled curvature", sampled, None),
     "post-hoc": ("**ours, post hoc on AdamW**", post_hoc, "adamw"),
     "post-hoc-on": ("**ours, post hoc, the mean goes on**", post_hoc_on, "adamw"),
 }

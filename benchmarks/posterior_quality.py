@@ -1,7 +1,7 @@
-"""Which posterior deserves trust: real data, one model and budget for all, fifteen ways to a prediction.
+"""Which posterior deserves trust: real data, one model and budget for all, sixteen ways to a prediction.
 
 Nine data sets (``_quality_problems.py``), each with a pre-trained network, an adapter, a short stream, held-out
-examples and foreign inputs; fifteen rows (``_quality_rows.py``). Rates of AdamW, IVON and Pyro's SVI are chosen on
+examples and foreign inputs; sixteen rows (``_quality_rows.py``). Rates of AdamW, IVON and Pyro's SVI are chosen on
 the last eighth of seed 0's stream and kept; AdamW's serve temperature scaling, dropout, the ensemble, Laplace and the
 post hoc row too. Nothing is chosen for this package's rows. Every cell runs in a process of its own. Data and weights
 are read from ../shared or from $BAYES_KF_DATA and $BAYES_KF_WEIGHTS; texts need the extra `bench`.
