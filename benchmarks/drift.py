@@ -3,7 +3,7 @@
 The bundled digit transformer (trained on MNIST's training set) learns test images online by LoRA and its head. Rows:
 the frozen model, AdamW at four constant rates (the best is chosen in hindsight), the default filter, which takes the
 stream to be stationary, and a bank of filters with different dynamics over the whole stream, which predicts each
-example by the candidate that is ahead on evidence so far and chooses nothing in hindsight. The drift alarm watches the
+example by the average of all candidates, weighted by evidence so far, and chooses nothing in hindsight. The drift alarm watches the
 default filter's predictions. Data: ../shared/data or $BAYES_KF_DATA.
 
     python benchmarks/drift.py --seeds 2      # a stopped run goes on where it was
@@ -77,7 +77,7 @@ def learn(row: str, given: Stream, seed: int) -> tuple[Pass, dict[str, Any]]:
 
 
 def bank_pass(bank: bkf.Bank, given: Stream) -> tuple[Pass, dict[str, Any]]:
-    """A pass of a bank, which predicts by the candidate that is ahead."""
+    """A pass of a bank, which predicts by the average of its candidates, weighted by their evidence."""
     state = bank.init(given.inputs[:SCALE_EXAMPLES])
     correct, losses, probs, leaders = [], [], [], []
     start = time.process_time()
