@@ -3,8 +3,8 @@
 The bundled digit transformer (trained on MNIST's training set) learns test images online by LoRA and its head. Rows:
 the frozen model, AdamW at four constant rates (the best is chosen in hindsight), the default filter, which takes the
 stream to be stationary, and a bank of filters with different dynamics over the whole stream, which predicts each
-example by the average of all candidates, weighted by evidence so far, and chooses nothing in hindsight. The drift alarm watches the
-default filter's predictions. Data: ../shared/data or $BAYES_KF_DATA.
+example by the average of all candidates, weighted by evidence so far, and chooses nothing in hindsight. The drift
+alarm watches the default filter's predictions. Data: ../shared/data or $BAYES_KF_DATA.
 
     python benchmarks/drift.py --seeds 2      # a stopped run goes on where it was
     python benchmarks/drift.py --table        # print what is there, and draw it again
