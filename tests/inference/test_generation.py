@@ -13,7 +13,6 @@ import bayes_kf as bkf
 from bayes_kf.inference import generation
 from bayes_kf.models.language import NextToken, next_token_examples
 
-pytestmark = pytest.mark.xdist_group("language model")  # which is trained once
 CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 
 

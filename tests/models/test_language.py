@@ -11,7 +11,6 @@ import bayes_kf as bkf
 from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.models.language import NextToken, OptionTexts, OptionTokens, next_token_examples, option_examples
 
-pytestmark = pytest.mark.xdist_group("language model")  # which is trained once
 YES, NO = (lm.LETTERS.index(letter) for letter in "yn")
 
 
