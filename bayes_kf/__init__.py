@@ -4,7 +4,9 @@ The LoRA parameters of a PEFT model, or the trainable tensors of any module, are
 their mean and covariance, advanced one batch at a time by the extended Kalman filter.
 """
 
-from bayes_kf.evaluation import Report, compare, evaluate
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from bayes_kf.inference import (
     Bank,
     DivergenceError,
@@ -16,6 +18,9 @@ from bayes_kf.inference import (
     merge,
 )
 from bayes_kf.models import AdapterModel
+
+if TYPE_CHECKING:
+    from bayes_kf.evaluation import Report, compare, evaluate
 
 __version__ = "0.1.0"
 
@@ -34,3 +39,15 @@ __all__ = [
     "fit",
     "merge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What evaluates, imported when it is first asked for: its libraries take as long as PyTorch itself."""
+    if name in ("Report", "compare", "evaluate", "evaluation"):
+        evaluation = importlib.import_module("bayes_kf.evaluation")
+        return evaluation if name == "evaluation" else getattr(evaluation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

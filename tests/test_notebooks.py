@@ -31,17 +31,29 @@ def test_there_are_seven():
     assert [path.name[0] for path in NOTEBOOKS] == list("1234567")
 
 
+@pytest.fixture(scope="module")
+def client():
+    """One kernel for all notebooks: the imports take longer than some of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("MPLBACKEND", raising=False)  # the notebook's own, which keeps each picture as an output
+        client = nbclient.NotebookClient(nbformat.v4.new_notebook(), timeout=280, kernel_name="python3")
+        with client.setup_kernel():
+            yield client
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-def test_it_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own, which keeps each picture as an output
+def test_it_runs(path, tmp_path, client):
     saved = nbformat.read(path, 4)
     nbformat.validate(saved)
     notebook = nbformat.read(path, 4)
     for cell in notebook.cells:
         cell.pop("outputs", None) if cell.cell_type == "markdown" else cell.update(outputs=[], execution_count=None)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=280, kernel_name="python3", resources=resources).execute()
+    anew = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(tmp_path)!r})\ndel os")
+    notebook.cells.insert(0, anew)  # what one defines or imports, the next does not find
+    client.nb = notebook
+    client.execute(cleanup_kc=False)
+    del notebook.cells[0]
     assert pictures(notebook) == pictures(saved)
     found, expected = numbers(notebook), numbers(saved)
     assert sum(map(len, expected)) + len(differences(notebook)) >= 3

@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from bayes_kf.cli.commands import COMMANDS
 from bayes_kf.cli.parser import build_parser
-from bayes_kf.models.zoo import quiet_transformers
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -23,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
     """
     args = build_parser().parse_args(argv)
+    from bayes_kf.cli.commands import COMMANDS  # after --help and bad arguments, which need not wait for PEFT
+    from bayes_kf.models.zoo import quiet_transformers
+
     with warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to their callers; nothing a user could change
         warnings.simplefilter("ignore", DeprecationWarning)

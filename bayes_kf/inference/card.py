@@ -7,7 +7,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
-from peft import PeftModel
+
+from bayes_kf.models.adapter import is_peft
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
@@ -47,9 +48,9 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
         scores: of an evaluation, as ``Report.scores``, with their bands where they have them.
     """
     adapter, state, base = posterior.adapter, posterior.state, _base(posterior)
-    is_peft = isinstance(adapter.model, PeftModel)
+    of_peft = is_peft(adapter.model)
     data = ModelCardData(
-        library_name="peft" if is_peft else "bayes_kf", base_model=base, tags=TAGS + (["lora"] if is_peft else [])
+        library_name="peft" if of_peft else "bayes_kf", base_model=base, tags=TAGS + (["lora"] if of_peft else [])
     )
     learned = f"{state.examples:,} examples in {state.step:,} updates"
     shown = {name: getattr(posterior.config, name) for name in SETTINGS}
@@ -71,7 +72,7 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
     if scores:
         lines += ["## Scores", "", *_table(scores), ""]
     lines += [LOADING.format(folder=folder)]
-    return "\n".join(lines) + (ADAPTER.format(folder=folder) if is_peft else "")
+    return "\n".join(lines) + (ADAPTER.format(folder=folder) if of_peft else "")
 
 
 def _base(posterior: Posterior) -> str | None:

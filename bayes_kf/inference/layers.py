@@ -6,13 +6,14 @@ tables only the columns of the tokens that were looked up, see ``columns``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bayes_kf.models.adapter import peft_in_use
 
 
 class Call(NamedTuple):
@@ -131,6 +132,17 @@ RULES: dict[type[nn.Module], dict[str, Rule]] = {
     nn.Conv2d: {"weight": _conv_weight, "bias": _conv_bias},
     nn.LayerNorm: {"weight": _norm_weight, "bias": _norm_bias},
     nn.Embedding: {"weight": _embedding_weight},
-    DoraLinearLayer: {"weight": _linear_magnitude},
-    DoraConv2dLayer: {"weight": _conv_magnitude},
 }
+
+
+def rules(module: nn.Module) -> Mapping[str, Rule]:
+    """By name, how a module applies the tensors that it has a rule for."""
+    return RULES.get(type(module)) or _rules_of_peft().get(type(module), {})
+
+
+def _rules_of_peft() -> Mapping[type[nn.Module], Mapping[str, Rule]]:
+    if not peft_in_use():
+        return {}
+    from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
+
+    return {DoraLinearLayer: {"weight": _linear_magnitude}, DoraConv2dLayer: {"weight": _conv_magnitude}}

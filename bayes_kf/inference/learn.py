@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from bayes_kf.inference import diagonal, noise, sharding, tempering
@@ -96,7 +96,7 @@ def _condition(
     """Condition, with the gate before and the guard after; the belief and the precision factor."""
     structure, damping = config.structure, 1.0
     if config.gate_quantile is not None:
-        bound = float(chi2.ppf(config.gate_quantile, evidence.mean.degrees_of_freedom))
+        bound = 2.0 * float(gammaincinv(0.5 * evidence.mean.degrees_of_freedom, config.gate_quantile))  # of χ²
         damping = min(1.0, bound / max(evidence.mean.innovation, bound))
     after = evidence.condition(structure, belief, damping)
     for _ in range(MAX_DAMPINGS if accepts else 0):

@@ -2,7 +2,7 @@
 
 The Jacobian of a batch takes one backward pass per output (or direction of the outputs) whatever the batch's size,
 not one per example and output: examples do not mix in eval mode, so the pass of output j summed over the batch carries
-every example's cotangents at once. For tensors that a module applies in a known way (``layers.RULES``) the rows of
+every example's cotangents at once. For tensors that a module applies in a known way (``layers.rules``) the rows of
 every example are products of what went into the module and the cotangent of what came out. Where the model ends in a
 Linear on d < m features per example, d passes from the features give the rows of all m outputs. Tensors without a rule
 take one backward pass per example and output.

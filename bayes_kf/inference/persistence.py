@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,9 +29,11 @@ from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.folders import replace_folder
 from bayes_kf.inference.state import FilterState
 from bayes_kf.inference.sums import SUMS_FILE, check_sums, write_sums
-from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.adapter import AdapterModel, is_peft
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from bayes_kf.inference.posterior import Posterior
 
 FORMAT = 1
@@ -132,7 +133,7 @@ def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any
 
 def export(posterior: Posterior, folder: Path, draws: Tensor) -> list[Path]:
     """Write each draw (S, n) as a PEFT adapter of its own, ``draw_0``, ``draw_1``, ..."""
-    if not isinstance(posterior.adapter.model, PeftModel):
+    if not is_peft(posterior.adapter.model):
         raise ValueError("`export_adapters` needs a posterior over a PEFT model, got another module.")
 
     def write(target: Path) -> None:
@@ -222,7 +223,7 @@ def _adapter(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> A
     if complete:
         _check_settings(_adapter_settings(base_model), "`base_model` must have an adapter", metadata)
         return AdapterModel(base_model)
-    if isinstance(base_model, PeftModel):
+    if is_peft(base_model):
         raise ValueError("`base_model` must be without adapters or have the posterior's own trainable, got others.")
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
         raise ValueError(f"`folder` must hold {' and '.join(ADAPTER_FILES)} to add the adapter, got {folder} without.")
@@ -236,6 +237,8 @@ def _adapter(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> A
 def _attached(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> AdapterModel:
     """The base with the adapter that PEFT adds to it, taken off again if it is not the posterior's."""
     _check_settings(_as_json(_peft_config(folder)), f"`folder` must hold an {ADAPTER_FILES[0]}", metadata)
+    from peft import PeftModel
+
     model = PeftModel.from_pretrained(base_model, str(folder), metadata["adapter"], is_trainable=True)
     adapter = AdapterModel(model)
     if list(adapter.names) != metadata["names"] or [list(shape) for shape in adapter.shapes] != metadata["shapes"]:
@@ -259,12 +262,12 @@ def _base_name(name: str) -> str:
 
 
 def _adapter_name(model: nn.Module) -> str:
-    return model.active_adapters[0] if isinstance(model, PeftModel) else ""
+    return model.active_adapters[0] if is_peft(model) else ""
 
 
 def _adapter_settings(model: nn.Module) -> dict[str, Any]:
     """What an adapter's tensors mean, beside their names and shapes: PEFT's settings, as JSON."""
-    return _as_json(model.peft_config[_adapter_name(model)]) if isinstance(model, PeftModel) else {}
+    return _as_json(model.peft_config[_adapter_name(model)]) if is_peft(model) else {}
 
 
 def _as_json(config: PeftConfig) -> dict[str, Any]:
@@ -285,6 +288,8 @@ def _check_settings(found: dict[str, Any], what: str, metadata: dict[str, Any]) 
 
 def _peft_config(folder: Path) -> PeftConfig:
     """The settings in a folder's ``adapter_config.json``."""
+    from peft import PeftConfig
+
     path = folder / ADAPTER_FILES[0]
     try:
         return PeftConfig.from_pretrained(str(folder))
@@ -301,7 +306,7 @@ def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = dict(zip(adapter.names, adapter.dtypes, strict=True))
     tensors = {k: v.detach().to(dtypes[k]).cpu().clone() for k, v in adapter.unflatten(vector).items()}
-    if isinstance(adapter.model, PeftModel):
+    if is_peft(adapter.model):
         state_dict = adapter.model.state_dict() | tensors
         name = _adapter_name(adapter.model)
         adapter.model.save_pretrained(

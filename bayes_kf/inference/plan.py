@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.layers import RULES
+from bayes_kf.inference.layers import rules
 from bayes_kf.inference.tape import Arrived, Tape, by_module, is_outer, tensor_rows
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, some_examples
 
@@ -56,7 +56,7 @@ def owners(adapter: AdapterModel) -> dict[str, tuple[nn.Module, str]]:
     return {
         name: places[0]
         for name, places in adapter.owners.items()
-        if len(places) == 1 and places[0][1] in RULES.get(type(places[0][0]), {})
+        if len(places) == 1 and places[0][1] in rules(places[0][0])
     }
 
 

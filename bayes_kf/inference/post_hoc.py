@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.state import FilterState
-from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.adapter import AdapterModel, peft_in_use
 
 TEMPERATURE = 0.1
 WIDTHS = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s, relative to the function-space prior
@@ -64,6 +64,8 @@ def departure(adapter: AdapterModel, mean: Tensor) -> Tensor:
     other factor started is not known: it is taken not to have moved, and so is every other tensor of a PEFT model. A
     model without PEFT layers is taken to have started from zero, as priors of weights usually are.
     """
+    if not peft_in_use():
+        return mean
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 

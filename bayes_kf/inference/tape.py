@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.layers import RULES, Call, columns
+from bayes_kf.inference.layers import Call, columns, rules
 from bayes_kf.models.adapter import AdapterModel, Inputs
 
 Arrived = list[tuple[Call, Tensor]]  # calls and the cotangents of what came out of them
@@ -122,7 +122,7 @@ def tensor_rows(arrived: Arrived, attribute: str, shape: torch.Size) -> tuple[Te
     Returns:
         The columns of the flattened tensor that the rows are about, None for all, and the rows (R, columns).
     """
-    rule = RULES[type(arrived[0][0].module)][attribute]
+    rule = rules(arrived[0][0].module)[attribute]
     if len(arrived) == 1:
         call, g = arrived[0]
         return columns(call), rule(call, g, shape)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from bayes_kf.models.fast_path import has_fused, layer_by_layer
 from bayes_kf.models.quantized import check_unpacked, four_bit_on_cpu
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Inputs = Tensor | Mapping[str, Any]
 
@@ -25,6 +29,19 @@ UNKNOWN = "not yet known"  # how a tensor is linearized, before the first batch
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of models that are in use
 _making = threading.Lock()
 LARGE = 20_000_000  # trainable numbers above which full fine-tuning by accident is more likely than intent
+
+
+def peft_in_use() -> bool:
+    """Whether this process has imported PEFT. Else no model is of it, and nothing here imports it to ask.
+
+    That would take longer than importing everything else together.
+    """
+    return "peft" in sys.modules
+
+
+def is_peft(model: nn.Module) -> TypeGuard[PeftModel]:
+    """Whether a model is PEFT's own."""
+    return peft_in_use() and isinstance(model, sys.modules["peft"].PeftModel)
 
 
 class AdapterModel:

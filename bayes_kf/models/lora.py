@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.adapter import AdapterModel, peft_in_use
 
 LARGEST_CHANGE = 2.0  # of a weight by its adapter, prior sd over root mean square; of 0.1 to 4, tried on four streams
 PROBES = 256  # random inputs that a quantized layer's size is measured with: to 1 % where it has 100 outputs
@@ -27,6 +27,8 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
         >>> sorted(name.split(".")[-3] for name in largest_variances(AdapterModel(model)))
         ['lora_B']
     """
+    if not peft_in_use():
+        return {}
     from peft.tuners.lora import LoraLayer
 
     names = {id(module): (name, attribute) for name, places in adapter.owners.items() for module, attribute in places}
