@@ -43,7 +43,8 @@ install() {
         [ "$(cat ".venv/.installed-$name" 2>/dev/null || true)" = "$current" ] && return
     done
     echo "Installing bayes_kf$2 into .venv (some minutes the first time) ..."
-    .venv/bin/python -m pip install --quiet -e ".$2" || fail "the installation failed; see above."
+    # Python compiles what it imports; to compile all that comes with the libraries would take a minute.
+    .venv/bin/python -m pip install --quiet --no-compile -e ".$2" || fail "the installation failed; see above."
     echo "$current" >".venv/.installed-$1"
 }
 
