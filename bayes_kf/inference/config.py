@@ -298,8 +298,7 @@ class KalmanConfig:
         """For data that can be passed over again: rank 60, and three passes of the mean after the filter's.
 
         ``fit`` without settings tries this and ``dataset(initial_spread="constant", initial_logit_sd=10.0)``, and where
-        this did better also a narrow prior of one logit without those passes; all with ``curvature`` "sampled" for more
-        than three outputs, which costs half and is as good on most data sets (``benchmarks/posterior_quality.py``).
+        this did better also a narrow prior of one logit without those passes.
         """
         setting: dict[str, Any] = {"rank": 60, "mean_passes": 3}
         return cls(**(setting | overrides))

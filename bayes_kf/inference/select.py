@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SHARE = 8  # one in so many is held out
 WIDE, NARROW = 10.0, 1.0  # sd of the logits under the wide prior and the narrow one
-FEW = 3  # outputs of which the default follows all: no more backward passes than sampled curvature takes
+MANY = 32  # outputs above which the default looks at random directions of them
 
 
 class Parts(NamedTuple):
@@ -55,13 +55,13 @@ def check(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
 def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[KalmanConfig]:
     """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one.
 
-    Their curvature is sampled for more than ``FEW`` outputs, as those of the first batch say.
+    Their curvature is sampled for more than ``MANY`` outputs, as those of the first batch say.
     """
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
     inputs, _ = split_batch(next(iter(loader)))
     check_inputs(inputs)
     outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
-    curvature = "sampled" if outputs > FEW else "exact"
+    curvature = "sampled" if outputs > MANY else "exact"
     wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE}
     settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW, "mean_passes": 0})
     return [KalmanConfig.dataset(curvature=curvature, **setting) for setting in settings]
