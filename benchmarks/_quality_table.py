@@ -25,7 +25,7 @@ LEGEND = (
     " of learning over those of a pass of AdamW, from steps timed in the same process before and after;"
     " predicting: seconds for the held-out part. MiB: peak while learning. Rates of AdamW, IVON and SVI were chosen on"
     " the last eighth of seed 0's stream, which is not counted as cost (3.5 passes for AdamW's four). The row"
-    " with sampled curvature was measured as a default, and is none for two classes. People: cross-entropy against the shares of CIFAR-10H's"
+    " with sampled curvature was measured as a default. People: cross-entropy against the shares of CIFAR-10H's"
     " answers."
 )
 
