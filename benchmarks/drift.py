@@ -124,7 +124,7 @@ def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         " before it is learned from. * best AdamW by mean accuracy, chosen after the fact. The bank holds every"
         f" combination of {grid}. Alarms: of the default filter's own"
         " predictions, by `drift_alarm` at one false alarm in 10,000 examples; the first one after the change (or at"
-        " all), and how many came before it.",
+        " all), and how many came before it. Milliseconds compare only what one command of those below measured.",
         "",
     ]
     for kind, title in STREAMS.items():

@@ -19,7 +19,7 @@ for start in ("prior", "trained"):
     with tempfile.TemporaryDirectory() as folder:
         posterior.save_pretrained(folder + "/saved")
         again = bkf.Posterior.from_pretrained(folder + "/saved", model)
-assert torch.equal(again.predict(batches[0][0]).probs, posterior.predict(batches[0][0]).probs)
+    assert torch.equal(again.predict(batches[0][0]).probs, posterior.predict(batches[0][0]).probs)
 print([name for name in {HEAVY} if name in sys.modules])
 """
 

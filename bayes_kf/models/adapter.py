@@ -41,7 +41,11 @@ def peft_in_use() -> bool:
 
 def is_peft(model: nn.Module) -> TypeGuard[PeftModel]:
     """Whether a model is PEFT's own."""
-    return peft_in_use() and isinstance(model, sys.modules["peft"].PeftModel)
+    if not peft_in_use():
+        return False
+    from peft import PeftModel  # waits, where another thread is still importing it
+
+    return isinstance(model, PeftModel)
 
 
 class AdapterModel:
