@@ -50,7 +50,7 @@ def test_the_new_takes_the_old_one_s_place(tmp_path, monkeypatch, exchange):
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has renameat2, one step for two folders")
 def test_linux_does_it_in_one_step(tmp_path, monkeypatch):
     old, new = folder(tmp_path / "old", "old"), folder(tmp_path / "new", "new")
     monkeypatch.setattr(os, "replace", None)
@@ -102,7 +102,7 @@ def test_a_second_step_that_fails_is_undone(tmp_path, monkeypatch):
     assert content(old) == "old"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="one step is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes two steps, with a gap between them")
 def test_killed_while_saving_the_last_or_the_one_before_is_there(tmp_path):
     """A process that does nothing but save, looked at in twenty of its moments and killed twice."""
     target = tmp_path / "posterior"
