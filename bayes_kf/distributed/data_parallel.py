@@ -17,7 +17,16 @@ from bayes_kf.distributed.base import FilterOfMany
 from bayes_kf.distributed.shares import Share
 from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.evidence import Batch, Part, Tally
-from bayes_kf.inference.learn import DAMPING_STEP, MAX_DAMPINGS, ROUNDING, TRUSTED, check_finite, is_small, scored
+from bayes_kf.inference.learn import (
+    DAMPING_STEP,
+    MAX_DAMPINGS,
+    ROUNDING,
+    TRUSTED,
+    check_finite,
+    is_small,
+    scored,
+    warn_untaken,
+)
 from bayes_kf.inference.state import FilterState, UpdateInfo
 
 WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
@@ -140,13 +149,17 @@ class DataParallelFilter(FilterOfMany):
         return Sums(self.group.total(own.precision), self.group.total(own.gradient), small[0], small[1:], examples)
 
     def _condition(self, state: FilterState, batches: list[Batch], sums: Sums) -> tuple[diagonal.State, float]:
-        """The belief after the batch, its precision damped until the objective falls."""
+        """The belief after the batch, its precision damped until the objective falls; as it was where it never does."""
         damping, prior = 1.0, state.belief
         for attempt in range(MAX_DAMPINGS + 1):
             variance = prior.variance / (1.0 + damping * sums.precision * prior.variance)
             found = diagonal.State(prior.mean + variance * damping * sums.gradient, variance)
-            if attempt == MAX_DAMPINGS or not self.config.damping or self._accepts(state, found, batches, sums):
+            if not self.config.damping or self._accepts(state, found, batches, sums):
                 break
+            if attempt == MAX_DAMPINGS:
+                check_finite("the mean", found.mean)
+                warn_untaken()
+                return prior, 0.0
             damping *= DAMPING_STEP
         check_finite("the mean", found.mean)
         check_finite("the variance", found.variance)

@@ -128,7 +128,8 @@ class KalmanConfig:
         drift_variance: q ≥ 0, added to every variance before every update.
         prior_pull: a in [0, 1), by which the belief returns to the prior before every update: with α = 1 − a,
             μ⁻ = αμ + aμ₀ and P⁻ = α²P + (1 − α²)P₀, which leaves the prior as it is.
-        damping: whether an update that does not lower its own objective is solved again with less precise data.
+        damping: whether an update that does not lower its own objective is solved again with less precise data, eight
+            times at most, and then not taken, with a warning.
         gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
         gradient_penalty: ρ ≥ 0 of R-Kalman (ours): an update starts from the precision P⁻¹ + ρ‖g‖² I, g the gradient of
             the batch's mean −log p(y | θ) at the mean before it (``penalty``). It takes one more backward pass a batch.

@@ -37,6 +37,8 @@ class Seen(NamedTuple):
         family: likelihood of the targets given what is seen of the outputs.
         outputs: that, (B, c).
         targets: in terms of it.
+        degrees: of freedom of each example's innovation when the filter is consistent, (B,), int64. Against all other
+            classes too, a label's innovation without a belief's variance is 1/π − 1, whose mean over labels is m − 1.
         directions: of the outputs, for the Jacobian; None for all of them. The first c are those of ``outputs``.
         lumped: largest probability that an example's lumped classes have together ("truncated"); else 0.
         probes: what combines the other directions into probes; None where there are none.
@@ -45,6 +47,7 @@ class Seen(NamedTuple):
     family: Likelihood
     outputs: Tensor
     targets: Tensor
+    degrees: Tensor
     directions: Directions | None
     lumped: float
     probes: Probes | None = None
@@ -80,7 +83,7 @@ def see(config: KalmanConfig, family: Likelihood, outputs: Tensor, targets: Tens
         return _truncated(family, outputs, targets, config.curvature_epsilon, config.curvature_classes)
     if config.curvature == "sampled":
         return _log_odds(outputs, targets, config.curvature_draws, seed)
-    return Seen(family, outputs, targets, None, 0.0)
+    return _all(family, outputs, targets)
 
 
 def warn_of_many(config: KalmanConfig, num_outputs: int) -> None:
@@ -125,11 +128,17 @@ def _signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Tenso
     )
 
 
+def _all(family: Likelihood, outputs: Tensor, targets: Tensor) -> Seen:
+    """Every output; softmax does not see what all have in common."""
+    degrees = torch.full((len(outputs),), outputs.shape[1] - (family.name == "categorical"), device=outputs.device)
+    return Seen(family, outputs, targets, degrees, None, 0.0)
+
+
 def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: float, most: int) -> Seen:
     """The rest first, then an example's classes by probability, as many as it needs; further ones are absent."""
     num_outputs, label = outputs.shape[1], targets.unsqueeze(-1)
     if num_outputs <= 2:
-        return Seen(family, outputs, targets, None, 0.0)
+        return _all(family, outputs, targets)
     ordered, order = outputs.double().softmax(-1).sort(-1, descending=True)
     most = min(most, num_outputs - 1)  # so that something is left to be lumped
     needed = ((ordered.cumsum(-1) < 1.0 - epsilon).sum(-1) + 1).clamp_max(most)
@@ -156,7 +165,7 @@ def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: fl
     where = torch.where(found.any(-1), found.to(torch.int8).argmax(-1) + 1, 0)
     several = valid.sum(-1) < num_outputs - 1  # one class by itself is not lumped
     lumped = float((coarse.softmax(-1)[:, 0] * several).max())
-    return Seen(family, coarse, where, Directions(count + 1, seeds, needed + 1), lumped)
+    return Seen(family, coarse, where, needed, Directions(count + 1, seeds, needed + 1), lumped)
 
 
 def _log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int) -> Seen:
@@ -179,7 +188,8 @@ def _log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int) -> Se
         return found
 
     directions = Directions(1 + num_draws, seeds)
-    return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), directions, 0.0, Probes(at_label, others))
+    degrees = torch.full_like(targets, outputs.shape[1] - 1)
+    return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), degrees, directions, 0.0, Probes(at_label, others))
 
 
 def odds_length(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Part(NamedTuple):
         outputs: that at the present mean, to first order about where the batch was linearized, (B, c).
         start: that where the batch was linearized, (B, c).
         targets: in terms of it.
+        degrees: of freedom of the innovation.
         jacobian: of it.
         pulled: the Jacobian of all directions, whose combinations by ``probes`` the covariance learns from.
         probes: None where it learns from ``jacobian``.
@@ -61,6 +62,7 @@ class Part(NamedTuple):
     outputs: Tensor
     start: Tensor
     targets: Tensor
+    degrees: int
     jacobian: Jacobian
     pulled: Jacobian
     probes: Probes | None
@@ -74,7 +76,8 @@ class Part(NamedTuple):
             probes = seen.probes.examples(where)
             first = torch.eye(outputs.shape[1], jacobian.num_rows, dtype=outputs.dtype, device=outputs.device)
             own = jacobian.multiplied(first.expand(len(outputs), -1, -1))
-        return cls(seen.family, outputs, outputs, seen.targets[where], own, jacobian, probes)
+        degrees = int(seen.degrees[where].sum())
+        return cls(seen.family, outputs, outputs, seen.targets[where], degrees, own, jacobian, probes)
 
     def moved(self, step: Tensor) -> Part:
         """The same after a step of the parameters, (n,), to first order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,8 +82,7 @@ def _evidence(
     expanded = config.expansion == "mode" and config.noise == "exponential_family"
     if expanded and not known and family.name != "gaussian":
         factor, residual, point = expand_at_mode(family, outputs.double(), part.targets, joint)
-    dof = len(outputs) * (outputs.shape[1] - (family.name == "categorical"))
-    observation = whitened(factor, residual, part.jacobian, dof, innovation)
+    observation = whitened(factor, residual, part.jacobian, part.degrees, innovation)
     if part.probes is None:
         return Evidence(observation, None), noise_state, white.jitter
     probed = part.pulled.multiplied(part.probes.factor(point.to(outputs)))
@@ -93,16 +93,22 @@ def _evidence(
 def _condition(
     config: KalmanConfig, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None
 ) -> tuple[Any, float]:
-    """Condition, with the gate before and the guard after; the belief and the precision factor."""
+    """Condition, with the gate before and the guard after; the belief and the precision factor.
+
+    Where no precision was small enough for the guard, the belief is as it was, and the factor 0.
+    """
     structure, damping = config.structure, 1.0
     if config.gate_quantile is not None:
         bound = 2.0 * float(gammaincinv(0.5 * evidence.mean.degrees_of_freedom, config.gate_quantile))  # of χ²
         damping = min(1.0, bound / max(evidence.mean.innovation, bound))
     after = evidence.condition(structure, belief, damping)
-    for _ in range(MAX_DAMPINGS if accepts else 0):
-        if accepts is None or accepts(after):
-            break
-        damping *= DAMPING_STEP
+    attempts = 0
+    while accepts is not None and not accepts(after):
+        if attempts == MAX_DAMPINGS:
+            check_finite("the mean", after.mean)
+            warn_untaken()
+            return belief, 0.0
+        attempts, damping = attempts + 1, damping * DAMPING_STEP
         after = evidence.condition(structure, belief, damping)
     check_finite("the mean", after.mean)
     scales = structure.scales(after)
@@ -141,6 +147,16 @@ def _objective(
         return bool(loss + penalty <= before + ROUNDING * (1.0 + before.abs()))
 
     return accepts
+
+
+def warn_untaken() -> None:
+    """Where the belief did not learn from examples."""
+    warnings.warn(
+        "no step toward some examples lowered −log p(y | μ) + ½ δᵀP⁻¹δ, not even with "
+        f"{DAMPING_STEP**MAX_DAMPINGS:.1g} of their precision: the belief did not learn from them (`damping` 0 in the "
+        "update's info). The model is far from linear within the belief; a narrower prior may help.",
+        stacklevel=2,
+    )
 
 
 def scored(

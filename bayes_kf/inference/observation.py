@@ -16,7 +16,7 @@ class Observation:
     Attributes:
         jacobian: M as an operator with k = B·r rows, see ``jacobian``.
         residual: u, (k,).
-        degrees_of_freedom: of ``innovation`` when the filter is consistent, B·rank(V).
+        degrees_of_freedom: of ``innovation`` when the filter is consistent, B·rank(V) for the outputs' V.
         innovation: ν = uᵀS⁻¹u at the prior outputs.
     """
 

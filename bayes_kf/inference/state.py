@@ -45,9 +45,11 @@ class UpdateInfo(NamedTuple):
         outputs: η at the mean before the update, (B, m).
         log_loss: −log p(y | η), per example, (B,), in nats, before the update.
         correct: per example, (B,), before the update; None for regression.
-        innovation: ν = uᵀS⁻¹u at the prior outputs, χ² with ``degrees_of_freedom`` when the filter is consistent.
+        innovation: ν = uᵀS⁻¹u at the prior outputs. When the filter is consistent, its mean is about
+            ``degrees_of_freedom``, and it is χ² for Gaussian targets; for classes it has heavier tails.
         degrees_of_freedom: of ν.
-        damping: factor ≤ 1 put on the observation's precision by gate and guard; 1 as a rule.
+        damping: factor ≤ 1 put on the observation's precision by gate and guard; 1 as a rule, 0 where the belief did
+            not learn from some examples, since no step toward them lowered the objective (there is a warning then).
         jitter: relative jitter of the noise covariance; 0 as a rule.
         lumped: largest probability that an example's lumped classes have together ("truncated" curvature); else 0.
         step_norm: Euclidean length of the step of the mean.

@@ -156,6 +156,13 @@ class TestContract:
             rtol=1e-10,
             atol=1e-12,
         )
+        rows = jacobian.flatten(0, 1)  # of both examples, which share parameters
+        torch.testing.assert_close(
+            structure.joint_output_covariance(belief, Jacobian.of_rows(jacobian)),
+            rows @ covariance @ rows.T,
+            rtol=1e-10,
+            atol=1e-12,
+        )
         torch.testing.assert_close(
             structure.quadratic(belief, vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9
         )

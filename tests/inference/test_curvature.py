@@ -1,6 +1,7 @@
 """Coarser looks at the outputs: exact in what they claim to be, bounded in what they leave out."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -37,6 +38,63 @@ def test_likelihood_and_gradient_of_the_label_stay_exact(curvature, epsilon):
     directions = matrix(seen.directions, len(outputs))[:, : seen.outputs.shape[1]]
     gradient = (directions.mT @ seen.family.residual(seen.outputs, seen.targets).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(gradient, FAMILY.residual(outputs, targets), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", ["exact", "sampled"])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_innovation_s_mean_over_labels_is_its_degrees_of_freedom(curvature, classes):
+    """Exactly so where the belief has no variance: Σ_y π_y (1/π_y − 1) = m − 1."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, classes).double(), torch.randn(2, 4).double()
+    kf = KalmanFilter(model, KalmanConfig(covariance="full", initial_variance=1e-13, curvature=curvature))
+    state, mean = kf.init(), 0.0
+    for labels in itertools.product(range(classes), repeat=2):
+        _, info = kf.update(state, x, torch.tensor(labels))
+        assert info.degrees_of_freedom == 2 * (classes - 1)
+        mean += float((-info.log_loss.double().sum()).exp()) * info.innovation
+    assert mean == pytest.approx(2 * (classes - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("curvature", ["exact", "sampled"])
+def test_a_consistent_filter_s_innovations_and_gate(curvature):
+    """Weights drawn from the prior: ν per degree of freedom is 1 on average, and the gate opens as for all classes."""
+    ratios, gated = [], 0
+    for seed in range(150):
+        torch.manual_seed(seed)
+        model, spread = nn.Linear(5, 10).double(), 0.05
+        kf = KalmanFilter(
+            model,
+            KalmanConfig(
+                covariance="full",
+                initial_variance=spread,
+                bound_prior=False,
+                curvature=curvature,
+                gate_quantile=0.99,
+            ),
+        )
+        state = kf.init()
+        truth = state.belief.mean + spread**0.5 * torch.randn(len(state.belief.mean)).double()
+        for _ in range(4):
+            x = torch.randn(2, 5).double()
+            y = torch.distributions.Categorical(logits=kf.adapter.outputs(truth, x)).sample()
+            state, info = kf.update(state, x, y)
+            ratios.append(info.innovation / info.degrees_of_freedom)
+            gated += info.damping < 1
+    ratios = torch.tensor(ratios)
+    assert abs(float(ratios.mean()) - 1) < 4 * float(ratios.std()) / len(ratios) ** 0.5
+    assert float(ratios.std()) / len(ratios) ** 0.5 < 0.05  # so that 9 in place of 1 is seen
+    assert gated / len(ratios) < 0.15
+
+
+def test_classes_that_an_example_does_not_have_count_for_nothing():
+    outputs = torch.stack([torch.linspace(2.0, 0.0, 12), 40.0 * (torch.arange(12) == 3)]).double()
+    targets = torch.tensor([0, 3])
+    config = KalmanConfig(curvature="truncated", curvature_epsilon=0.05)
+    both = see(config, FAMILY, outputs, targets)
+    alone = [see(config, FAMILY, outputs[i : i + 1], targets[i : i + 1]) for i in range(2)]
+    assert both.degrees.tolist() == [int(one.degrees) for one in alone]
+    assert both.degrees[1] == 1  # its class against the rest
+    assert [one.outputs.shape[1] - 1 for one in alone] == both.degrees.tolist()
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-2, 0.3])

@@ -269,6 +269,38 @@ def test_guard_damps_a_step_that_overshoots_and_says_so():
     assert loss[True] < 30 < loss[False]
 
 
+@pytest.mark.parametrize(
+    ("weight", "apply", "variance", "noise", "target"),
+    [(1.0, torch.log, 100.0, 1e-2, -50.0), (0.0, torch.exp, 1e3, 1e-3, 30.0)],
+)
+def test_a_batch_toward_which_no_step_is_good_is_not_learned_and_that_is_said(weight, apply, variance, noise, target):
+    """Neither to a weight without a logarithm, nor to one whose exponential is far beyond the target."""
+
+    class Curved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((1,), weight, dtype=torch.float64))
+
+        def forward(self, x):
+            return apply(self.weight) * x
+
+    config = KalmanConfig(likelihood="gaussian", initial_variance=variance, noise_variance=noise)
+    kf = KalmanFilter(Curved(), config)
+    state, x = kf.init(), torch.ones(1, 1).double()
+    with pytest.warns(UserWarning, match="the belief did not learn from them"):
+        after, info = kf.update(state, x, torch.full((1, 1), target).double())
+    assert info.damping == 0.0
+    assert info.step_norm == 0.0
+    assert torch.equal(after.belief.mean, state.belief.mean)
+    variance = kf.config.structure.marginal_variance
+    assert torch.equal(variance(after.belief), variance(state.belief))
+    assert (after.step, after.examples) == (1, 1)
+    near = apply(state.belief.mean) * 1.001
+    later, info = kf.update(after, x, near.view(1, 1))  # and the filter goes on
+    assert info.damping == 1.0
+    assert (variance(later.belief) < variance(after.belief)).all()
+
+
 def test_a_prior_variance_that_does_not_fit_the_dtype():
     with pytest.raises(
         ValueError, match=r"`initial_variance` must be positive and finite in torch.float32, got 1e\+300"
