@@ -135,8 +135,8 @@ class Posterior:
                 there are more than 500, whatever the number of draws. "probit":
                 MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each;
                 with a warning where, on the first 16 examples, the two methods differ by more than Monte Carlo error
-                (looked at where there are as many draws as outputs, and of a loader on its first batch).
-                "mean": the outputs at μ alone, as plain PEFT gives.
+                (looked at where there are eight draws or more, and no fewer than outputs; of a loader on its first
+                batch). "mean": the outputs at μ alone, as plain PEFT gives.
             num_samples: S draws for "linearized" and "sampled".
             generator: source of the draws; by default a new one seeded with ``config.seed``: same call, same answer.
             targets: when given, ``log_prob`` of the result is filled.
