@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
 
 Groups = dict[str, dict[str, np.ndarray]]
+MANY_COUNTS = 1e6  # rate above which a Poisson is drawn as a Gaussian; far above, torch's own draws are not counts
 TARGET = "target"  # the variable that observed_data, posterior_predictive and log_likelihood share
 
 
@@ -78,4 +79,8 @@ def draw_targets(family: Likelihood, outputs: Tensor, generator: torch.Generator
     if isinstance(family, Gaussian):
         unit = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return mean + family.noise_variance.to(mean).sqrt() * unit
-    return torch.poisson(mean, generator=generator)
+    few = torch.poisson(mean.clamp_max(MANY_COUNTS), generator=generator)
+    if bool((mean <= MANY_COUNTS).all()):
+        return few
+    unit = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return torch.where(mean <= MANY_COUNTS, few, (mean + mean.sqrt() * unit).round())

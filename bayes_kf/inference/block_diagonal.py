@@ -157,8 +157,8 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """Log det P, a scalar."""
-    return torch.stack([torch.linalg.slogdet(block).logabsdet for _, block in _blocks(state)]).sum()
+    """Log det P, a scalar in float64."""
+    return torch.stack([torch.linalg.slogdet(block.double()).logabsdet for _, block in _blocks(state)]).sum()
 
 
 def scales(state: State) -> Tensor:

@@ -132,8 +132,8 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """Log det P, a scalar."""
-    return torch.linalg.slogdet(state.covariance).logabsdet
+    """Log det P, a scalar in float64."""
+    return torch.linalg.slogdet(state.covariance.double()).logabsdet
 
 
 def scales(state: State) -> Tensor:

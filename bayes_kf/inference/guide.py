@@ -84,7 +84,7 @@ class KalmanGuide(PyroModule):
             self.scale = PyroParam(sd, constraints.positive)  # type: ignore[assignment]
         else:
             self._root = posterior.config.structure.root(belief)
-            self._log_volume = 0.5 * posterior.config.structure.log_determinant(belief)
+            self._log_volume = 0.5 * posterior.config.structure.log_determinant(belief).to(posterior.mean_vector)
             sd = torch.full_like(posterior.mean_vector, spread)
             self.scale = PyroParam(sd, constraints.positive)  # type: ignore[assignment]
 

@@ -29,7 +29,12 @@ ROUNDING = 1e-4  # relative change of the objective below which a step is never 
 
 def learn(config: KalmanConfig, state: FilterState, batch: Batch, tally: Tally) -> FilterState:
     """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
-    state = state._replace(noise=noise.begin(config, state.noise, batch.outputs, batch.targets))
+
+    def output_variance() -> Tensor:
+        return config.structure.output_covariance(state.belief, batch.jacobian).diagonal(dim1=1, dim2=2).mean(0)
+
+    begun = noise.begin(config, state.noise, batch.outputs, batch.targets, output_variance)
+    state = state._replace(noise=begun)
     if batch.seen.directions is None:  # what noise it has may have become known just now
         batch = batch._replace(seen=batch.seen._replace(family=noise.likelihood(config, state.noise)))
     for where, width in parts(batch.widths):

@@ -150,9 +150,9 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """Log det P, a scalar."""
+    """Log det P, a scalar in float64."""
     root = _inner(state.gram)
-    return -(sharding.total(state.diagonal.log().sum()) + 2.0 * root.diagonal().log().sum()).to(state.mean.dtype)
+    return -(sharding.total(state.diagonal.double().log().sum()) + 2.0 * root.diagonal().double().log().sum())
 
 
 def scales(state: State) -> Tensor:

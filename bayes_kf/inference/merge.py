@@ -8,11 +8,13 @@ each belief is linearized where it learned; covariance structures keep their for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from bayes_kf.inference import noise, persistence, tempering
 from bayes_kf.inference.config import BUDGETS, TUNING
+from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
 
 ALIKE = ("seed", "temperature", *TUNING, *BUDGETS)  # settings that may differ
@@ -22,15 +24,16 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
     """The posterior given the data of several, which were fitted on disjoint data from one prior.
 
     They must have the same model, settings and prior: begin each with the same ``state = kf.init(inputs)``, or give
-    ``initial_variance``. What comes back belongs to the first one's model; its temperature is the one under which all
-    their streams together were predicted best, its history is empty.
+    ``initial_variance``. What comes back belongs to the first one's model; its temperature is the number that all were
+    given, or else the one under which all their streams together were predicted best, its history is empty.
 
     Args:
         posteriors: at least one.
 
     Raises:
-        ValueError: for none, for others than those, and for settings under which a belief forgets or moves, or
-            estimates its noise: the prior is not in it any more, or the noise is not the same.
+        ValueError: for none, for others than those, for temperatures that differ without streams, and for settings
+            under which a belief forgets or moves, or estimates its noise: the prior is not in it any more, or the noise
+            is not the same.
 
     Example:
         >>> import bayes_kf as bkf
@@ -47,6 +50,7 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
     _check_static(first)
     for number, other in enumerate(posteriors[1:], 1):
         _check_alike(first, other, number)
+    config = replace(first.config, temperature=_temperature(posteriors), tune=None)
     states = [posterior.state for posterior in posteriors]
     device = first.mean_vector.device
     beliefs = [type(s.belief)(*(t.to(device) for t in s.belief)) for s in states]
@@ -59,7 +63,18 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
         step=sum(s.step for s in states),
         examples=sum(s.examples for s in states),
     )
-    return Posterior(first.kf, merged)
+    return Posterior(KalmanFilter(first.adapter, config), merged)
+
+
+def _temperature(posteriors: Sequence[Posterior]) -> float | str:
+    """The number that all were given, or else what their streams say together."""
+    found = {posterior.config.temperature for posterior in posteriors}
+    if len(found) == 1:
+        return found.pop()
+    if all(posterior.state.scores.updates for posterior in posteriors):
+        return "prequential"
+    text = ", ".join(str(value) for value in sorted(found, key=str))
+    raise ValueError(f"`posteriors` must have one temperature, or streams that priced theirs, got {text}.")
 
 
 def _check_static(posterior: Posterior) -> None:

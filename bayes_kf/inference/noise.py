@@ -9,6 +9,7 @@ regular after the EMA has forgotten its start.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian, Likelihood
 
 SMALLEST_PIVOT = 1e-13  # of a noise covariance, relative to its mean variance; smaller ones are rounding
 PRIOR_COUNT = 1.0  # weight, in observations, of the first batch's guess of an estimated noise variance
+LEAST_SHARE = 0.1  # of J P Jᵀ in that guess: one lucky prediction under a wide belief does not rule noise out
 
 
 class State(NamedTuple):
@@ -57,15 +59,31 @@ def likelihood(config: KalmanConfig, state: State) -> Likelihood:
     return Gaussian(torch.tensor(value, dtype=torch.float64))
 
 
-def begin(config: KalmanConfig, state: State, outputs: Tensor, targets: Tensor) -> State:
-    """The state with what this batch must know beforehand: R₀ = I, or a first guess of σ²."""
+def begin(
+    config: KalmanConfig,
+    state: State,
+    outputs: Tensor,
+    targets: Tensor,
+    output_variance: Callable[[], Tensor] | None = None,
+) -> State:
+    """The state with what this batch must know beforehand: R₀ = I, or a first guess of σ².
+
+    Args:
+        config: names the model.
+        state: before the batch.
+        outputs: η, (B, m).
+        targets: y, (B, m).
+        output_variance: gives the mean of J P⁻ Jᵀ over the batch, (m,), of which the guess is at least a tenth.
+    """
     num_outputs = outputs.shape[1]
     if config.noise in ("ema_taylor", "ema_residual") and state.covariance is None:
         return state._replace(covariance=torch.eye(num_outputs, dtype=torch.float64, device=outputs.device))
     if config.noise_variance == "estimated" and state.variance is None:
         squares = (targets - outputs).double().square().mean(0)
-        floor = torch.finfo(outputs.dtype).tiny ** 0.5  # a first batch fitted exactly still has noise
-        return state._replace(variance=squares.clamp_min(floor), information=torch.full_like(squares, PRIOR_COUNT))
+        guess = squares.clamp_min(torch.finfo(outputs.dtype).tiny ** 0.5)  # a batch fitted exactly still has noise
+        if output_variance is not None:
+            guess = torch.maximum(guess, LEAST_SHARE * output_variance().to(guess))
+        return state._replace(variance=guess, information=torch.full_like(squares, PRIOR_COUNT))
     return state
 
 

@@ -45,6 +45,8 @@ def fit_one(
         raise ValueError(f"`loader` must be iterable anew for each of {total} passes, got {type(loader).__name__}.")
     if grid is not None and start == "trained":
         raise ValueError("`tune` must be None with `start` 'trained', which predicts nothing before it learns it.")
+    if start == "trained" and kf.config.initial_variance is None:
+        _check_static(kf.config)
     batches = iter(loader)
     few = first(batches, SCALE_EXAMPLES)
     if not few:
@@ -84,6 +86,17 @@ def fit_one(
     if losses:
         history["fitted_log_loss"] = torch.tensor(losses, dtype=torch.float64)
     return Posterior(kf, state, history)
+
+
+def _check_static(config: KalmanConfig) -> None:
+    """Refuse dynamics where the prior's width is chosen afterwards: it must still be in the belief as it was."""
+    dynamics = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0}
+    found = ", ".join(f"`{name}` {getattr(config, name)}" for name, v in dynamics.items() if getattr(config, name) != v)
+    if found:
+        raise ValueError(
+            "with `start` 'trained' the prior's width is chosen by the evidence of data that nothing forgets, got "
+            f"{found}; give `initial_variance`, or no dynamics."
+        )
 
 
 def mean_pass(

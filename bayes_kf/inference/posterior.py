@@ -250,7 +250,7 @@ class Posterior:
                 losses.append(self._log_losses(family, inputs, targets, self.config.seed + index))
         if not losses:
             raise ValueError("`loader` must yield at least one batch, got none.")
-        config = replace(self.config, temperature=tempering.choose_held_out(torch.cat(losses, 1)))
+        config = replace(self.config, temperature=tempering.choose_held_out(torch.cat(losses, 1)), tune=None)
         return Posterior(KalmanFilter(self.adapter, config), self.state, self.history)
 
     def output_variance(self, batch: Any) -> dict[str, float]:
@@ -393,9 +393,9 @@ class Posterior:
         outputs = batch.outputs
         targets = _checked(family, outputs, targets)
         covariance = self.config.structure.output_covariance(self.state.belief, batch.pull())
-        output_cov = (self.temperature * covariance).to(outputs.dtype)
+        output_cov = self.temperature * covariance
         if method == "probit" and family.name != "gaussian":
-            return prediction.probit(family, outputs, output_cov, targets)
+            return prediction.probit(family, outputs, output_cov.to(outputs.dtype), targets)
         draws = (
             prediction.gaussian_draws(outputs, output_cov, num_samples, generator) if method == "linearized" else None
         )
@@ -424,7 +424,7 @@ class Posterior:
 
     def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, seed: int) -> Tensor:
         """Log loss of each of a batch's linearized predictions at every temperature, (K, B)."""
-        if self._by_differences(inputs, tempering.NUM_DRAWS):
+        if self.kf.linearize.num_outputs > MANY and self._by_differences(inputs, tempering.NUM_DRAWS):
             generator = torch.Generator(device=self.adapter.device).manual_seed(seed)
             outputs = self.adapter.outputs(self.mean_vector, inputs)
             known = family.check(outputs, targets)

@@ -66,7 +66,7 @@ def gaussian_moments(
 ) -> Prediction:
     """Exact prediction of a Gaussian likelihood from η ~ N(outputs, output_cov); (B, m) and (B, m, m)."""
     noise_var = _noise_variance(family, outputs)
-    total = (output_cov + torch.diag_embed(noise_var)).double()
+    total = _semidefinite(output_cov.double()) + torch.diag_embed(noise_var.double())
     normal = torch.distributions.MultivariateNormal(outputs.double(), total, validate_args=False)
     log_prob = None if targets is None else normal.log_prob(targets.double()).to(outputs.dtype)
     found = _regression(family, outputs, noise_var, output_cov.diagonal(dim1=1, dim2=2), samples, log_prob)
@@ -74,9 +74,39 @@ def gaussian_moments(
 
 
 def probit(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor | None) -> Prediction:
-    """MacKay's approximation: η/√(1 + πv/8) in place of η, v the marginal variances. (B, m), (B, m, m)."""
+    """MacKay's approximation: η/√(1 + πv/8) in place of η, v its variance. (B, m), (B, m, m).
+
+    Of classes, the log odds of each against the rest in place of η, and probabilities normalized (ours): MacKay's own
+    for two classes. What all outputs have in common, which softmax does not see and no data teach, has no part in it.
+    """
+    if family.name == "categorical":
+        odds, variance = _against_the_rest(outputs.double(), output_cov.double())
+        scaled = torch.nn.functional.logsigmoid(odds / (1.0 + math.pi / 8.0 * variance).sqrt())
+        return point(family, scaled.to(outputs.dtype), targets)
     variance = output_cov.diagonal(dim1=1, dim2=2)
     return point(family, outputs / (1.0 + math.pi / 8.0 * variance).sqrt(), targets)
+
+
+def _against_the_rest(outputs: Tensor, output_cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Log odds ζ_c = η_c − log Σ_{j≠c} exp η_j of each class, and their variance to first order, (B, m) each.
+
+    With the slope e_c − s, s the others' shares of the rest, as sums over all classes; the likeliest class by itself,
+    whose rest would be lost in rounding.
+    """
+    log_probs = outputs.log_softmax(1)
+    probs, variance = log_probs.exp(), output_cov.diagonal(dim1=1, dim2=2)
+    pulled = (output_cov @ probs.unsqueeze(-1)).squeeze(-1)
+    rest = 1.0 - probs
+    across = (pulled - probs * variance) / rest  # eᵀCs
+    within = ((probs * pulled).sum(1, keepdim=True) - 2.0 * probs * pulled + probs.square() * variance) / rest.square()
+    odds, spread = log_probs - rest.log(), variance - 2.0 * across + within
+    top = outputs.argmax(1, keepdim=True)
+    others = outputs.scatter(1, top, -math.inf)
+    shares = others.softmax(1)
+    seen = (output_cov @ shares.unsqueeze(-1)).squeeze(-1)
+    of_top = variance.gather(1, top) - 2.0 * seen.gather(1, top) + (shares * seen).sum(1, keepdim=True)
+    odds = odds.scatter(1, top, outputs.gather(1, top) - others.logsumexp(1, keepdim=True))
+    return odds, spread.scatter(1, top, of_top).clamp_min(0.0)
 
 
 def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Prediction:
@@ -91,6 +121,14 @@ def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Pred
         return Prediction(mean, mean, samples, None, total, aleatoric, total - aleatoric, log_prob)
     noise_var = _noise_variance(family, samples).mean(0)
     return _regression(family, mean, noise_var, samples.var(0, correction=0), samples, log_prob)
+
+
+def _semidefinite(covariance: Tensor) -> Tensor:
+    """Covariances (B, m, m) without the negative eigenvalues that rounding gave them."""
+    if covariance.shape[1] == 1:
+        return covariance.clamp_min(0.0)
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
 
 
 def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:

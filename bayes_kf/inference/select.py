@@ -71,7 +71,7 @@ def split(loader: Iterable[Any]) -> Parts | None:
     """A loader in two; None where that cannot be done, or would hold nothing out.
 
     Of a list every eighth batch is held out; of a data set behind a DataLoader one example in eight, drawn with a fixed
-    seed (a data set may be sorted), in batches of the loader's own size and kind.
+    seed (a data set may be sorted), in batches of the loader's own size and kind; none is dropped.
     """
     if isinstance(loader, list | tuple):
         if len(loader) < SHARE:
@@ -100,7 +100,8 @@ def score(posterior: Posterior, held_out: Iterable[Any]) -> tuple[Posterior, flo
     if posterior.config.temperature == "prequential":
         posterior = posterior.calibrate(held_out)
     found = posterior.predict_loader(held_out)
-    assert found.log_prob is not None  # calibrate, or the caller, has seen targets with every batch
+    if found.log_prob is None:
+        raise ValueError("`loader` must yield targets with every batch, got none in one that is held out.")
     loss = -float(found.log_prob.double().mean())
     return posterior, loss if math.isfinite(loss) else math.inf
 
@@ -114,5 +115,6 @@ def _over(loader: DataLoader[Any], which: list[int], shuffled: bool) -> DataLoad
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
         generator=loader.generator,
     )

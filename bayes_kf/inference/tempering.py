@@ -83,7 +83,7 @@ class State(NamedTuple):
     """Sums over updates of the log losses ℓ by temperature, (K,), in nats.
 
     Attributes:
-        updates: number of updates scored.
+        updates: number of updates scored, or of their parts, where they were learned in parts.
         total: Σ ℓ.
     """
 
@@ -113,14 +113,16 @@ def choose_held_out(losses: Tensor) -> float:
     """The temperature for held-out log losses, (K, N): of those that they do not clearly speak against, nearest to 1.
 
     Its mean lies above the least by at most ``WITHIN`` standard errors of their difference, paired by example: a
-    hundred examples hardly tell neighbours apart, and a belief is neither sharpened nor blurred on their account.
+    hundred examples hardly tell neighbours apart, and a belief is neither sharpened nor blurred on their account. A
+    single example has no standard error, and speaks only against what gave it no probability.
     """
     means = losses.mean(1)
     best = int(means.argmin())
     if not bool(torch.isfinite(means[best])):
         return GRID[0]
     excess = losses - losses[best]
-    error = excess.std(1, correction=0) / max(losses.shape[1] - 1, 1) ** 0.5
+    number = losses.shape[1]
+    error = excess.std(1, correction=0) / (number - 1) ** 0.5 if number > 1 else torch.full_like(means, 1e300)
     near = excess.mean(1) <= WITHIN * error  # false for what is infinite
     near[best] = True
     return min((t for t, is_near in zip(GRID, near.tolist(), strict=True) if is_near), key=lambda t: abs(math.log(t)))

@@ -218,3 +218,11 @@ def test_bad_loaders_are_refused():
         posterior.to_arviz(5, loader=[(X, [0.0] * 60)])
     with pytest.raises(ValueError, match=r"^`targets` must have shape \(60, 1\), got \(3,\)\.$"):
         posterior.to_arviz(5, loader=[(X, torch.zeros(3))])
+
+
+def test_counts_at_rates_beyond_those_that_torch_can_draw():
+    outputs = torch.tensor([[[2.0], [20.0], [60.0]]]).expand(2000, -1, -1)
+    drawn = draw_targets(Poisson(), outputs, torch.Generator().manual_seed(0))[..., 0].double()
+    rate = outputs[0, :, 0].double().exp()
+    assert (drawn >= 0).all()
+    assert ((drawn.mean(0) - rate).abs() < 5 * (rate / 2000).sqrt() + 1e-6 * rate).all()

@@ -416,3 +416,20 @@ def test_priors_of_linear_models_and_narrow_ones_are_taken_as_they_are():
     assert bool((narrow.init(x).prior.variance == 1e-3).all())
     regression = KalmanFilter(network, KalmanConfig(likelihood="gaussian", initial_variance=1e4))
     assert bool((regression.init(x).prior.variance == 1e4).all())
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "low_rank", "full"])
+@pytest.mark.parametrize("first", [0.0, 1e-3, 0.1])
+def test_a_lucky_first_prediction_does_not_rule_out_noise(covariance, first):
+    torch.manual_seed(0)
+    model, weight = nn.Linear(3, 1, bias=False), torch.tensor([[1.0, -2.0, 0.5]])
+    x = torch.randn(500, 3)
+    y = x @ weight.T + 0.3 * torch.randn(500, 1)
+    y[0] = model(x[:1]).detach() + first
+    kf = KalmanFilter(model, KalmanConfig(likelihood="gaussian", covariance=covariance, noise_variance="estimated"))
+    state = kf.init(x[:32])
+    for i in range(500):
+        state, _ = kf.update(state, x[i : i + 1], y[i : i + 1])
+    assert 0.06 < float(state.noise.variance) < 0.13  # 0.09 is true
+    off = (state.belief.mean - weight[0]).abs() / kf.marginal_variance(state).sqrt()
+    assert float(off.max()) < 4

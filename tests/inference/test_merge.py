@@ -1,6 +1,7 @@
 """Posteriors of disjoint data merged, against the one that saw all of it, and against dense float64 products."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,3 +213,21 @@ def test_other_tensors_and_other_bases():
     with pytest.raises(ValueError, match="the same frozen weights, got others in number 1"):
         bkf.merge(parts_of(models=(base, other)))
     bkf.merge(parts_of(models=(base, copy.deepcopy(base))))
+
+
+def test_the_merged_temperature_does_not_depend_on_the_order():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(40, 3)
+    y = torch.arange(40) % 2
+    config = bkf.KalmanConfig(covariance="full", initial_variance=1.0)
+    parts = [bkf.fit(model, [(x[k : k + 20], y[k : k + 20])], config, progress=False) for k in (0, 20)]
+    joint = bkf.merge(parts).temperature
+    fixed = [bkf.Posterior(bkf.KalmanFilter(p.adapter, replace(p.config, temperature=0.3)), p.state) for p in parts]
+    assert bkf.merge(fixed).temperature == 0.3
+    for mixed in ([fixed[0], parts[1]], [parts[1], fixed[0]]):
+        assert bkf.merge(mixed).temperature == joint
+    kf = bkf.KalmanFilter(model, replace(config, temperature=0.3))
+    untold = bkf.Posterior(kf, kf.update(kf.init(), x[:20], y[:20])[0])
+    other = bkf.KalmanFilter(model, replace(config, temperature=3.0))
+    with pytest.raises(ValueError, match=r"one temperature, or streams that priced theirs, got 0.3, 3.0"):
+        bkf.merge([untold, bkf.Posterior(other, other.update(other.init(), x[20:], y[20:])[0])])

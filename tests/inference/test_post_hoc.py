@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference import post_hoc, tempering
+from bayes_kf.inference import diagonal, noise, post_hoc, tempering
+from bayes_kf.inference.state import FilterState
 from bayes_kf.models.adapter import AdapterModel
 
 EXACT = ("full", "low_rank", "block_diagonal")
@@ -208,3 +209,27 @@ def test_bad_calibration_data():
         posterior.calibrate([])
     with pytest.raises(ValueError, match=r"^`loader` must yield targets with every batch, got none in batch 0\.$"):
         posterior.calibrate([torch.zeros(2, 3).double()])
+
+
+@pytest.mark.parametrize("dynamics", [{"forgetting": 0.99}, {"drift_variance": 0.1}, {"prior_pull": 0.01}])
+def test_dynamics_and_a_width_chosen_by_evidence_exclude_each_other(dynamics):
+    batches = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
+    name = next(iter(dynamics))
+    with pytest.raises(ValueError, match=rf"data that nothing forgets, got `{name}` {dynamics[name]}"):
+        bkf.fit(nn.Linear(3, 2), batches, bkf.KalmanConfig(**dynamics), start="trained", progress=False)
+    config = bkf.KalmanConfig(**dynamics, initial_variance=0.5)
+    assert bkf.fit(nn.Linear(3, 2), batches, config, start="trained", progress=False).state.examples == 4
+
+
+@pytest.mark.parametrize("name", ["diagonal", "low_rank"])
+def test_the_evidence_of_a_million_parameters_is_not_rounded_away(name):
+    """Without data, and nothing moved, every width is as good."""
+    size = 1_000_000
+    prior = diagonal.State(torch.zeros(size), 0.01 + torch.rand(size, generator=torch.Generator().manual_seed(0)))
+    config = bkf.KalmanConfig(covariance=name)
+    extra = {"rank": 2} if name == "low_rank" else {}
+    belief = config.structure.init(*prior, **extra)
+    state = FilterState(belief, prior, noise.State(), tempering.init(torch.device("cpu")), True, 0, 0)
+    for width in (1e-3, 0.1, 10.0):
+        found = post_hoc.log_evidence(config, post_hoc.widened(config, state, width), torch.zeros(size))
+        assert abs(found) < 0.05

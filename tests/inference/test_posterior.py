@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import bayes_kf as bkf
 from bayes_kf.data import uci_digits_split
-from bayes_kf.inference import tempering
+from bayes_kf.inference import prediction, tempering
 from bayes_kf.inference.linearized import Linearized
 from bayes_kf.inference.noise import likelihood
+from bayes_kf.models.likelihood import Categorical, Gaussian
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
 G = torch.Generator().manual_seed(0)
@@ -248,7 +249,7 @@ def test_held_out_data_take_the_temperature_nearest_to_1_that_they_do_not_clearl
     losses[5:, 7] = torch.inf
     losses[:2] = 0.0
     assert tempering.choose_held_out(losses) == tempering.GRID[1]
-    assert tempering.choose_held_out(losses[:, 1:2]) == tempering.GRID[1]
+    assert tempering.choose_held_out(losses[:, 1:100]) == tempering.GRID[1]
     assert tempering.choose_held_out(torch.full((size, 3), torch.inf)) == tempering.GRID[0]
 
 
@@ -580,14 +581,13 @@ def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
     exact = posterior.predict(x[:2], method="probit")  # by the covariance
     linearized = posterior.kf.linearize(posterior.mean_vector, x[:2])
     covariance = posterior.config.structure.output_covariance(posterior.state.belief, linearized.pull())
-    variance = covariance.diagonal(dim1=1, dim2=2)
-    scaled = linearized.outputs / (1 + torch.pi / 8 * variance).sqrt()
-    torch.testing.assert_close(exact.probs, scaled.softmax(-1))
+    torch.testing.assert_close(exact.probs, against_the_rest(linearized.outputs, covariance))
     monkeypatch.setattr(type(linearized), "pull", None)
     found = torch.cat(
         [posterior.predict(x[:2], generator=torch.Generator().manual_seed(seed)).samples.log() for seed in range(200)]
     )
     centred = found - found[..., :1]  # log odds against the first class
+    variance = covariance.diagonal(dim1=1, dim2=2)
     truth = variance + variance[:, :1] - 2 * covariance[:, :, 0]
     error = truth * (2 / (len(found) / 2)) ** 0.5  # draws come in pairs
     assert float(((centred.var(0) - truth).abs() / error.clamp_min(1e-12))[:, 1:].max()) < 4.5
@@ -611,3 +611,111 @@ def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
     assert float(error.max()) < 0.01 * float(runs[False].mean(0).max())
     found = posterior.calibrate(loader(x[40:], y[40:])).temperature
     assert found in tempering.GRID[:-1]
+
+
+def against_the_rest(outputs, covariance):
+    """MacKay's approximation for each class against the rest, written out."""
+    found = []
+    for c in range(outputs.shape[1]):
+        others = outputs.clone()
+        others[:, c] = -math.inf
+        slope = torch.eye(outputs.shape[1]).to(outputs)[c] - others.softmax(1)
+        variance = (slope.unsqueeze(1) @ covariance @ slope.unsqueeze(2)).flatten()
+        odds = outputs[:, c] - others.logsumexp(1)
+        found.append((odds / (1 + math.pi / 8 * variance).sqrt()).sigmoid())
+    probs = torch.stack(found, 1)
+    return probs / probs.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+def test_probit_of_each_class_against_the_rest(scale):
+    """Also where one class has all but 1e-30 of the probability."""
+    g = torch.Generator().manual_seed(0)
+    outputs, root = scale * torch.randn(8, 6, generator=g).double(), torch.randn(8, 6, 6, generator=g).double()
+    covariance = scale * root @ root.mT
+    expected = against_the_rest(outputs, covariance)
+    torch.testing.assert_close(probit_of(outputs, covariance), expected, rtol=1e-9, atol=1e-300)
+
+
+def probit_of(outputs, covariance):
+    return prediction.probit(Categorical(), outputs, covariance, None).probs
+
+
+def test_probit_is_mackay_s_for_two_classes_and_close_to_draws_for_more():
+    g = torch.Generator().manual_seed(0)
+    outputs = 2.0 * torch.randn(20, 2, generator=g).double()
+    root = torch.randn(20, 2, 2, generator=g).double()
+    covariance = root @ root.mT
+    apart = covariance[:, 0, 0] + covariance[:, 1, 1] - 2 * covariance[:, 0, 1]
+    binary = ((outputs[:, 1] - outputs[:, 0]) / (1 + math.pi / 8 * apart).sqrt()).sigmoid()
+    torch.testing.assert_close(probit_of(outputs, covariance)[:, 1], binary, rtol=1e-12, atol=1e-12)
+    outputs = 2.0 * torch.randn(20, 5, generator=g).double()
+    root = torch.randn(20, 5, 5, generator=g).double()
+    covariance = root @ root.mT / 2
+    draws = prediction.gaussian_draws(outputs, covariance, 40_000, torch.Generator().manual_seed(1))
+    exact = draws.softmax(-1).mean(0)
+    off, uncorrected = (0.5 * (p - exact).abs().sum(1) for p in (probit_of(outputs, covariance), outputs.softmax(-1)))
+    assert float(off.mean()) < 0.5 * float(uncorrected.mean())
+    assert float(off.mean()) < 0.06
+
+
+def test_probit_does_not_see_what_all_classes_have_in_common():
+    g = torch.Generator().manual_seed(0)
+    outputs, root = torch.randn(6, 4, generator=g).double(), torch.randn(6, 4, 4, generator=g).double()
+    covariance = root @ root.mT
+    expected = probit_of(outputs, covariance)
+    torch.testing.assert_close(probit_of(outputs + 3.0, covariance + 50.0), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(expected.sum(1), torch.ones(6).double())
+
+
+def test_probit_follows_the_data_although_softmax_leaves_a_direction_unlearned():
+    torch.manual_seed(0)
+    x = torch.randn(1500, 2)
+    y = torch.distributions.Categorical(logits=x @ torch.tensor([[2.0, -1.0], [0.0, 1.0]])).sample()
+    config = bkf.KalmanConfig(covariance="full", initial_variance=4.0, temperature=1.0, bound_prior=False)
+    batches = list(zip(x[:1000].split(10), y[:1000].split(10), strict=True))
+    posterior = bkf.fit(nn.Linear(2, 2), batches, config, progress=False)
+    by_draws, found = (posterior.predict(x[1000:], m, num_samples=512).probs for m in ("linearized", "probit"))
+    assert float((by_draws - found).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("variance", [1e-5, 1e-7])
+def test_small_noise_beside_collinear_outputs_of_large_variance(variance):
+    """In float32, whose rounding of J P Jᵀ is larger than the noise."""
+    ones = torch.ones(1, 2, 2)
+    family = Gaussian(torch.tensor(variance, dtype=torch.float64))
+    found = prediction.gaussian_moments(family, torch.zeros(1, 2), 9.0 * ones, None, torch.zeros(1, 2))
+    total = 9.0 * ones[0].double() + variance * torch.eye(2).double()
+    expected = 0.5 * torch.logdet(2 * math.pi * math.e * total)
+    assert float(found.entropy) == pytest.approx(float(expected), abs=1e-3)
+    rounded = 9.0 * ones - 1e-6 * torch.eye(2)  # as rounding may leave it
+    assert bool(torch.isfinite(prediction.gaussian_moments(family, torch.zeros(1, 2), rounded, None, None).entropy))
+
+
+def test_held_out_data_choose_the_temperature_of_forty_classes():
+    """Labels drawn from the belief's own predictions: with few draws of many outputs a hot one looks too dear."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 40)
+    kf = bkf.KalmanFilter(model, bkf.KalmanConfig(covariance="full", initial_variance=0.3, bound_prior=False))
+    x = torch.randn(600, 16)
+    posterior = bkf.Posterior(kf, kf.init(x[:32]))
+    draws = posterior.predict(x, num_samples=2000).samples
+    which = torch.arange(600) % len(draws)
+    y = torch.multinomial(draws[which, torch.arange(600)], 1)[:, 0]
+    assert posterior.calibrate([(x, y)]).temperature == 1.0
+
+
+def test_a_stream_s_own_posterior_can_be_calibrated():
+    kf = bkf.KalmanFilter(nn.Linear(3, 2), bkf.KalmanConfig.stream())
+    assert kf.config.tune is not None
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    found = bkf.Posterior(kf, kf.init(x)).calibrate([(x, y)])
+    assert found.temperature in tempering.GRID
+    assert found.config.tune is None
+
+
+def test_one_held_out_example_does_not_choose_a_temperature():
+    losses = torch.linspace(0.1, 0.8, len(tempering.GRID)).double()[:, None]
+    assert tempering.choose_held_out(losses) == 1.0
+    losses[-3:] = math.inf  # but it rules out what gave it no probability
+    assert tempering.choose_held_out(losses) == 0.1

@@ -228,3 +228,17 @@ def test_a_candidate_that_diverges_is_left_out(monkeypatch):
 def test_bad_candidates(configs, start, message):
     with pytest.raises(ValueError, match=message):
         bkf.fit(network(), batches(), configs, start=start, progress=False)
+
+
+def test_a_held_out_batch_without_targets_is_refused_whatever_the_temperature():
+    batches = [(torch.randn(2, 3), torch.tensor([0, 1])) for _ in range(7)] + [(torch.randn(2, 3), None)]
+    for temperature in ("prequential", 0.1):
+        with pytest.raises(ValueError, match="must yield targets"):
+            bkf.fit(nn.Linear(3, 2), batches, [bkf.KalmanConfig(temperature=temperature)], progress=False)
+
+
+def test_both_parts_keep_how_workers_begin():
+    data = TensorDataset(torch.randn(43, 3), torch.arange(43) % 2)
+    hook = lambda worker: None  # noqa: E731
+    parts = select.split(DataLoader(data, batch_size=8, shuffle=True, worker_init_fn=hook))
+    assert parts.fitted.worker_init_fn is parts.held_out.worker_init_fn is hook
