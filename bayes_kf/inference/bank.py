@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -115,9 +116,12 @@ class Bank:
     def evidence(self, state: BankState) -> Tensor:
         """−Σ log loss of every candidate at its best temperature, (G,), in nats; −inf for one that diverged.
 
-        At a temperature that stayed finite; 0 before the first update.
+        At a temperature that stayed finite; 0 before the first update. One that gave some target no probability at any
+        temperature has the least number that there is.
         """
-        found = [-math.inf if s is None else -float(s.scores.total.min()) for s in state.states]
+        found = [
+            -math.inf if s is None else max(-float(s.scores.total.min()), -sys.float_info.max) for s in state.states
+        ]
         return torch.tensor(found, dtype=torch.float64)
 
     def weights(self, state: BankState) -> Tensor:

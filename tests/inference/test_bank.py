@@ -1,12 +1,13 @@
 """A bank of filters is the filters one by one, on fewer passes."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit
+from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit, tempering
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.linearized import Linearized
 from bayes_kf.models.likelihood import LIKELIHOODS
@@ -361,3 +362,13 @@ def test_only_candidates_that_live_have_a_posterior():
     assert bank.posterior(state).config == KalmanConfig()
     with pytest.raises(ValueError, match=r"^`number` must be that of a candidate that did not diverge, got 1\.$"):
         bank.posterior(state, 1)
+
+
+def test_candidates_that_gave_some_target_no_probability_are_level_and_ahead_of_one_that_diverged():
+    bank = Bank(nn.Linear(3, 2), [KalmanConfig(initial_logit_sd=sd) for sd in (1.0, 2.0, 3.0)])
+    state = bank.init(torch.randn(8, 3))
+    total = torch.full((len(tempering.GRID),), math.inf, dtype=torch.float64)
+    states = [None, *(s._replace(scores=tempering.State(1, total)) for s in state.states[1:])]
+    state = state._replace(states=states)
+    assert bank.weights(state).tolist() == [0.0, 0.5, 0.5]
+    assert bank.best(state) == 1
