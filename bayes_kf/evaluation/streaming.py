@@ -156,7 +156,7 @@ class StreamingScores:
         """Adds checked examples to sums."""
         confidence, hit = top_confidence(probs, labels, 1)
         ranked = ranked_probability_scores(probs, labels) if self.ordered else torch.zeros_like(hit)
-        entropy = torch.special.entr(probs).sum(dim=1)
+        entropy = torch.special.entr(probs).sum(dim=1).clamp(min=0)
         columns = (hit, log_losses(probs, labels), brier_scores(probs, labels), ranked, confidence, entropy)
         values = torch.stack(columns)
         state["examples"] += len(labels)
