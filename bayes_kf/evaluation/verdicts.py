@@ -146,7 +146,8 @@ def comparison_verdict(comparison: ScoreComparison) -> str:
     """Who is best in one score, who is tied with it, and by how much the others are worse."""
     names = {"nll": "negative log-likelihood", "brier": "Brier score", "ece": "ECE", "accuracy": "accuracy"}
     name = names[comparison.score]
-    best, *rest = comparison.ranking
+    best = next(rank for rank in comparison.ranking if rank.place == 1)  # by its value alone another may come first
+    rest = [rank for rank in comparison.ranking if rank is not best]
     if len(comparison.best) == len(comparison.ranking):
         return f"In {name} all are tied: no difference is clear with this many examples."
     tied = [rank.name for rank in rest if rank.place == 1]
@@ -157,6 +158,9 @@ def comparison_verdict(comparison: ScoreComparison) -> str:
             d = next(d for d in comparison.differences if {d.first, d.second} == {best.name, rank.name})
             low, high = sorted((abs(d.low), abs(d.high)))
             span = f" ({low:.3f} to {high:.3f})" if d.is_clear and math.isfinite(d.value) else ""
+            if d.is_clear and d.value * (d.low + d.high) < 0:  # an ECE, whose interval leaves out what chance adds
+                behind.append(f"{rank.name} is behind by {low:.3f} to {high:.3f}, without what chance adds")
+                continue
             behind.append(f"{rank.name} is behind by {abs(d.value):.3f}{span}")
     return f"Best in {name}: {best.name} ({best.value:.3f}){shared}; {', '.join(behind)}."
 
@@ -171,14 +175,19 @@ def selective_verdict(scores: Scores, accuracy: float) -> str:
     )
 
 
-def error_verdict(scores: Scores, num_errors: int) -> str:
-    """Is the model less sure where it is wrong?"""
+def error_verdict(scores: Scores, num_errors: int, num_right: int) -> str:
+    """Is the model less sure where it is wrong?
+
+    With few errors the bootstrap's interval is too narrow: what chance alone would show has to be left as well.
+    """
     auroc, low, high, fpr = (scores[f"error_entropy_{name}"] for name in ("auroc", "auroc_low", "auroc_high", "fpr95"))
     if math.isnan(auroc):
         return f"{'No' if num_errors == 0 else 'Every'} prediction is wrong: whether doubt finds errors cannot be seen."
     span = "" if math.isnan(low) else f" ({_percent(low)} to {_percent(high)})"
-    unseen = "That doubt finds errors cannot be seen"
-    word = "Doubt finds errors" if low > 0.5 else "Doubt is lower at errors" if high < 0.5 else unseen
+    chance = 1.96 * math.sqrt((num_errors + num_right + 1) / (12 * num_errors * num_right))  # of Mann and Whitney's U
+    word = "That doubt finds errors cannot be seen"
+    if abs(auroc - 0.5) > chance and (low > 0.5 or high < 0.5):
+        word = "Doubt finds errors" if low > 0.5 else "Doubt is lower at errors"
     return (
         f"{word}: entropy is higher for the wrong one in {_percent(auroc)}{span} of pairs of a wrong and a right "
         f"prediction, where 50 % is chance; to flag 95 % of {num_errors:,} errors, {_percent(fpr)} of right "
