@@ -133,9 +133,9 @@ def test_online_comparison_draws_every_run():
 def test_constant_predictions_do_not_widen_the_intervals_of_others():
     probs, targets = models(300, 4)
     pair = {name: probs[name] for name in ("right", "noisy")}
-    even = torch.full((300, 4), 0.25)
+    even = {"a": torch.full((300, 4), 0.25), "b": torch.full((300, 6), 1 / 6).double()}  # log 4 and log 6
     alone = ev.compare_predictions(pair, targets, scores=["nll"])["nll"].differences[0]
-    beside = ev.compare_predictions(pair | {"a": even, "b": even.flip(0)}, targets)["nll"].differences
+    beside = ev.compare_predictions(pair | even, targets, scores=["nll"])["nll"].differences
     found = next(d for d in beside if (d.first, d.second) == ("right", "noisy"))
     assert alone.high - alone.low <= found.high - found.low < 2 * (alone.high - alone.low)
 
