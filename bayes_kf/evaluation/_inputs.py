@@ -10,6 +10,7 @@ Array: TypeAlias = Tensor | np.ndarray
 
 SUM_TOLERANCE = 1e-3
 BFLOAT16_SUM_TOLERANCE = 1e-2  # eight bits of precision: honest bfloat16 probabilities miss one by several 1e-3
+SUM_ROUNDING = 1e-6  # rows that miss one by no more stay as they are
 
 
 def as_float(values: Array, name: str, *, allow_infinite: bool = False) -> Tensor:
@@ -36,7 +37,10 @@ def as_vector(values: Array, name: str, *, allow_infinite: bool = False) -> Tens
 
 
 def as_probs(probs: Array, name: str = "probs") -> Tensor:
-    """Class probabilities as float64 (N, C); rows must be non-negative and sum to one, those of bfloat16 roughly."""
+    """Class probabilities as float64 (N, C); rows must be non-negative and sum to one, those of bfloat16 roughly.
+
+    Rows whose sum misses one by more than rounding are divided by it.
+    """
     tensor = as_float(probs, name)
     if tensor.ndim != 2 or tensor.shape[1] < 2:
         raise ValueError(f"`{name}` must have shape (N, C) with at least two classes, got {tuple(tensor.shape)}.")
@@ -45,10 +49,11 @@ def as_probs(probs: Array, name: str = "probs") -> Tensor:
     source = probs.dtype if isinstance(probs, Tensor) else None
     tolerance = BFLOAT16_SUM_TOLERANCE if source == torch.bfloat16 else SUM_TOLERANCE
     sums = tensor.sum(dim=1)
-    worst = int((sums - 1).abs().argmax())
-    if abs(sums[worst].item() - 1) > tolerance:
+    missed = (sums - 1).abs()
+    worst = int(missed.argmax())
+    if missed[worst].item() > tolerance:
         raise ValueError(f"`{name}` must sum to one in every row, got {sums[worst].item():.6g} in row {worst}.")
-    return tensor / sums[:, None] if source == torch.bfloat16 else tensor
+    return torch.where(missed[:, None] > SUM_ROUNDING, tensor / sums[:, None], tensor)
 
 
 def as_targets(targets: Array, probs: Tensor, name: str = "targets") -> Tensor:

@@ -119,6 +119,8 @@ def _mean_scores(
     if ordered:
         columns["rps"] = ranked_probability_scores(probs, labels)
     losses = log_losses(probs, labels) if log_prob is None else -as_vector(log_prob, "log_prob", allow_infinite=True)
+    if len(losses) > len(labels):
+        raise ValueError(f"`log_prob` must have at most {len(labels)} values, one a target, got {len(losses)}.")
     share = len(losses) / len(labels)  # log probabilities may be joint ones of several targets
     scores: dict[str, dict[str, float]] = {}
     values = torch.stack(list(columns.values()), dim=1)

@@ -1,10 +1,12 @@
 """Several models on one test set: paired differences with joint intervals, and a ranking that admits ties."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
+from scipy.stats import norm, t
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_fraction, check_positive_int
@@ -16,6 +18,7 @@ from bayes_kf.evaluation.scores import brier_scores, log_losses
 
 HIGHER_IS_BETTER = ("accuracy",)
 COMPARED = ("nll", "brier", "ece", "accuracy")
+SAME = 1e-12  # the spread of resampled differences, relative to their size, that is rounding
 
 
 class Difference(NamedTuple):
@@ -71,7 +74,9 @@ def compare_predictions(
     The same resampled examples go to every model. Intervals of one score's differences hold *together* with probability
     `level`: d ± q·s, s the bootstrap's standard deviation and q the quantile of the largest |d* − d|/s over all pairs
     (for the ECE around the resampled mean, and with that mean's offset taken off, which chance adds to the error).
-    Models whose interval holds zero are tied.
+    Few examples spread less than there is to know of them, so q·s is multiplied by √(N/(N − 1)) and by the ratio of
+    Student's quantile with N − 1 degrees of freedom to the normal one; a single example says nothing. Models whose
+    interval holds zero are tied.
 
     Args:
         probs: Name to class probabilities, (N, C), of at least two models; C may differ.
@@ -118,7 +123,7 @@ def compare_predictions(
             else getattr(column, score).mean().item()
             for name, column in zip(checked, columns, strict=True)
         }
-        found[score] = _compared(score, values, resampled[score], level)
+        found[score] = _compared(score, values, resampled[score], level, len(columns[0].accuracy))
     return found
 
 
@@ -159,7 +164,9 @@ def _resampled(
     return {name: torch.cat(values) for name, values in blocks.items()}
 
 
-def _compared(score: str, values: dict[str, float], resampled: Tensor, level: float) -> ScoreComparison:
+def _compared(
+    score: str, values: dict[str, float], resampled: Tensor, level: float, num_examples: int
+) -> ScoreComparison:
     """Differences of all pairs with their joint intervals, and the ranking."""
     names = list(values)
     pairs = list(combinations(range(len(names)), 2))
@@ -169,8 +176,8 @@ def _compared(score: str, values: dict[str, float], resampled: Tensor, level: fl
     half = torch.zeros_like(value)
     centre = value.clone()
     if finite.any():
-        deviation, half[finite] = _joint_half_widths(drawn[:, finite], level)
-        centre[finite] = value[finite] - (deviation - value[finite] if score == "ece" else 0.0)
+        mean, half[finite] = _joint_half_widths(drawn[:, finite], level, num_examples)
+        centre[finite] = value[finite] - (mean - value[finite] if score == "ece" else 0.0)
     differences = tuple(
         Difference(names[i], names[j], value[p].item(), (centre[p] - half[p]).item(), (centre[p] + half[p]).item())
         for p, (i, j) in enumerate(pairs)
@@ -178,11 +185,19 @@ def _compared(score: str, values: dict[str, float], resampled: Tensor, level: fl
     return ScoreComparison(score, values, differences, _ranking(score, values, differences))
 
 
-def _joint_half_widths(drawn: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Means of resampled differences (R, pairs), and half widths that hold together, each (pairs,)."""
+def _joint_half_widths(drawn: Tensor, level: float, num_examples: int) -> tuple[Tensor, Tensor]:
+    """Means of resampled differences (R, pairs), and half widths that hold together, each (pairs,).
+
+    A pair whose difference is the same in every resampled data set, up to rounding, does not widen the others.
+    """
     mean, spread = drawn.mean(dim=0), drawn.std(dim=0)
-    deviation = (drawn - mean).abs() / spread.clamp(min=1e-300)
-    return mean, spread * deviation.amax(dim=1).quantile(level)
+    if num_examples == 1:
+        return mean, torch.full_like(mean, math.inf)
+    varies = spread > SAME * drawn.abs().amax(dim=0)
+    deviation = torch.where(varies, (drawn - mean).abs() / spread, 0.0)
+    share, degrees = (1 + level) / 2, num_examples - 1
+    few = (num_examples / degrees) ** 0.5 * float(t.ppf(share, degrees) / norm.ppf(share))
+    return mean, torch.where(varies, spread, 0.0) * deviation.amax(dim=1).quantile(level) * few
 
 
 def _ranking(score: str, values: dict[str, float], differences: tuple[Difference, ...]) -> tuple[Rank, ...]:

@@ -1,6 +1,7 @@
 """An alarm for classifiers that have become less right than they say, with a guaranteed rate of false alarms."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,13 +11,15 @@ from torch import Tensor
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets
 
 MIXTURES = (0.05, 0.2, 0.8)  # shares of the uniform distribution in the alternatives
+LARGEST = sys.float_info.max
 
 
 class DriftAlarm(NamedTuple):
     """A detector's course over a stream of T examples.
 
     Attributes:
-        statistic: R after each example, (T,); it starts again at zero after an alarm.
+        statistic: R after each example, (T,), at most three times the threshold. It starts again at zero after an
+            alarm.
         threshold: at which an alarm is raised, the least mean number of examples between false alarms.
         alarms: indices of the examples that raised one, (A,).
     """
@@ -64,10 +67,11 @@ class DriftDetector:
             raise ValueError(f"`prob` must be a probability, got {prob!r}.")
         before = [0.0] * len(MIXTURES) if self.statistic >= self.run_length else self.current
         if prob == 0:
-            self.current = [self.run_length] * len(MIXTURES)
+            self.current = [min(self.run_length, LARGEST)] * len(MIXTURES)
         else:
             ratios = [1 - share + share / num_classes / prob for share in MIXTURES]
-            self.current = [(value + 1) * ratio for value, ratio in zip(before, ratios, strict=True)]
+            most = min(len(MIXTURES) * self.run_length, LARGEST)  # one alone that reaches it raises an alarm
+            self.current = [min((value + 1) * ratio, most) for value, ratio in zip(before, ratios, strict=True)]
         return self.statistic >= self.run_length
 
 

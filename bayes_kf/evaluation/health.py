@@ -92,13 +92,30 @@ def innovation_whiteness(nis: Array, dof: Array | int = 1, lags: int = 10) -> Wh
     length = len(innovations)
     if length <= lags + 1:
         raise ValueError(f"`lags` must be below the number of updates less one, {length - 1}, got {lags}.")
-    ranks = torch.as_tensor(rankdata(np.asarray(chi2.cdf(innovations.numpy(), degrees.numpy()))))
+    ranks = torch.as_tensor(_ranks(innovations.numpy(), degrees.numpy()))
     ranks = ranks - ranks.mean()
     total = ranks.square().sum().clamp_min(1e-300)  # all alike: nothing correlates
     found = torch.stack([(ranks[lag:] * ranks[:-lag]).sum() for lag in range(1, lags + 1)]) / total
     left = length - torch.arange(1, lags + 1, dtype=torch.float64)
     statistic = length * (length + 2) * (found.square() / left).sum().item()
     return Whiteness(found, statistic, float(chi2.sf(statistic, lags)))
+
+
+def _ranks(nis: np.ndarray, dof: np.ndarray) -> np.ndarray:
+    """Ranks of innovations, each on the scale of its own χ² distribution.
+
+    They are those of the values where all have the same one. Far out, where probabilities are zero in floating point,
+    they follow Wilson and Hilferty's normal approximation.
+    """
+    if dof.min() == dof.max():
+        return np.asarray(rankdata(nis))
+    below, above = chi2.cdf(nis, dof), chi2.sf(nis, dof)
+    with np.errstate(divide="ignore"):
+        exact = np.where(below < above, np.log(below), -np.log(above))
+    normal = (np.cbrt(nis / dof) - (1 - 2 / (9 * dof))) / np.sqrt(2 / (9 * dof))
+    far = np.where(np.isfinite(exact), 0.0, normal)
+    order = np.unique(np.stack([exact, far], axis=1), axis=0, return_inverse=True)[1]
+    return np.asarray(rankdata(order.ravel()))
 
 
 def _checked(nis: Array, dof: Array | int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,9 @@ from bayes_kf.evaluation.profile import (
 
 CLASSWISE_DRAWS = 2 * 10**8  # labels drawn for a classwise band, at most; never fewer than LEAST_CLASSWISE data sets
 LEAST_CLASSWISE = 200
+NO_ROOM = 1e-12  # a variance of the Brier score, relative to (Σ p²)², that is the rounding of float32 probabilities
+FITS = 1e-6  # the excess that such rounding leaves
+ROUNDING = 1e-9  # between a value and an end of its band
 
 
 class CalibrationNull(NamedTuple):
@@ -253,8 +256,12 @@ def profile_tests(
     for name, binning in statistics:
         groups = groups_of(narrow, num_bins, binning)
         value = profile_statistic(name, profile, groups_of(profile, num_bins, binning))
-        compared = profile_statistic(name, narrow, groups)
-        found.append(compare(value, compared, profile_statistic(name, narrow._replace(hits=hits), groups), level))
+        together = narrow._replace(hits=torch.cat([narrow.hits[None], hits]))  # as the smooth error has another grid
+        errors = profile_statistic(name, together, groups)
+        compared, null = errors[0], errors[1:]
+        if name == "smooth":  # what the coarser grid changes would be seen in very small errors
+            compared, null = value, (null + value - compared).clamp(min=0)
+        found.append(compare(value, compared, null, level))
     return found
 
 
@@ -280,10 +287,16 @@ def classwise_test(
 
 
 def spiegelhalter_parts(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example's Brier score minus its expectation under its own probabilities, and its variance, each (N,)."""
-    squares = probs.square().sum(dim=1)
-    excess = 2 * (squares - probs.gather(1, labels[:, None])[:, 0])
-    return excess, 4 * (probs.pow(3).sum(dim=1) - squares.square()).clamp(min=0)
+    """Each example's Brier score minus its expectation under its own probabilities, and its variance, each (N,).
+
+    Both are zero, and not their rounding, where every probability is 0 or as large as the others.
+    """
+    shares = probs / probs.sum(dim=1, keepdim=True)
+    squares = shares.square().sum(dim=1)
+    excess = 2 * (squares - shares.gather(1, labels[:, None])[:, 0])
+    variance = 4 * (shares.pow(3).sum(dim=1) - squares.square())
+    no_room = variance <= NO_ROOM * squares.square()
+    return excess.masked_fill(no_room & (excess.abs() < FITS), 0.0), variance.masked_fill(no_room, 0.0)
 
 
 def spiegelhalter_from(excess: float, variance: float) -> CalibrationTest:
@@ -291,8 +304,13 @@ def spiegelhalter_from(excess: float, variance: float) -> CalibrationTest:
     if variance > 0:
         z = excess / math.sqrt(variance)
         return CalibrationTest(z, 2 * float(norm.sf(abs(z))))
-    fits = abs(excess) < 1e-9
+    fits = abs(excess) < FITS
     return CalibrationTest(0.0 if fits else math.copysign(math.inf, excess), 1.0 if fits else 0.0)
+
+
+def side(value: float, low: float, high: float) -> int:
+    """Where a value lies: 1 above its band, −1 below it, 0 inside, where what only rounding tells apart is equal."""
+    return int(value > high + ROUNDING) - int(value < low - ROUNDING)
 
 
 def compare(value: Tensor, compared: Tensor, null: Tensor, level: float) -> Calibrated:

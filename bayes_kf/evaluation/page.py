@@ -183,17 +183,21 @@ def label_of(name: str) -> tuple[str, str]:
 
 
 def number(value: float) -> str:
-    """A number with four decimals (fewer for large ones), or words for what is not finite.
+    """A number with four decimals (fewer for large ones, two digits of small ones), or words for what is not finite.
+
+    Up to a billionth it is zero: sums of scores are no more exact.
 
     Example:
-        >>> number(0.12345), number(1234.5), number(float("inf")), number(float("nan"))
-        ('0.1235', '1234', '∞', 'not defined')
+        >>> number(0.12345), number(1234.5), number(0.0000123), number(float("inf")), number(float("nan"))
+        ('0.1235', '1234', '0.000012', '∞', 'not defined')
     """
     if math.isnan(value):
         return "not defined"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     text = f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
+    if 1e-9 < abs(value) < 1e-3:
+        text = np.format_float_positional(value, precision=2, fractional=False, trim="-")
     return (text if float(text) else text.lstrip("-")).replace("-", "−")
 
 

@@ -1,11 +1,12 @@
 """Confidences in order, and how many of each came true: all that the calibration of the top label looks at.
 
 A *profile* holds cells of (nearly) equal confidence. Where there are no more distinct confidences than `MAX_CELLS` each
-is a cell of its own; more are put into as many narrow cells, finer towards zero and one, when chance is simulated.
-Inside a cell the variance of the number of hits is then binomial to a part in a thousand or better, so that simulating
-a data set takes one binomial number for each cell and not one for each example.
+is a cell of its own; more are put into about as many narrow cells, finer towards zero and one and where there are many,
+when chance is simulated. Inside a cell the variance of the number of hits is then binomial to a part in a thousand or
+better, so that simulating a data set takes one binomial number for each cell and not one for each example.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from bayes_kf.evaluation.binning import EDGE_TOLERANCE, Binning, equal_width_edges, place
 
 MAX_CELLS = 4096
+MASS_CELLS = 1024  # at least, of equal mass
 LINEAR_CELLS = 2048
 LOGIT_CELLS = 1600  # between −LOGIT_RANGE and LOGIT_RANGE
 LOGIT_RANGE = 28.0
@@ -82,10 +84,17 @@ def narrow_edges(num_bins: int) -> Tensor:
 
 
 def narrow_profile(profile: Profile, num_bins: int) -> Profile:
-    """The same with at most about `MAX_CELLS` cells; as it is where it has no more."""
+    """The same with about `MAX_CELLS` cells at most; as it is where it has no more.
+
+    Cells also begin wherever a bin of equal mass does, and at even steps of mass, so that confidences that lie close
+    together are told apart.
+    """
     if len(profile.counts) <= MAX_CELLS:
         return profile
-    index = place(profile.place, narrow_edges(num_bins))
+    total, steps = int(profile.num_examples), num_bins * math.ceil(MASS_CELLS / num_bins)  # all bins' starts are steps
+    starts = torch.arange(steps) * total // steps
+    cells = torch.searchsorted(profile.counts.cumsum(0), starts.double(), right=True).unique()
+    index = place(profile.place, torch.cat([narrow_edges(num_bins), profile.place[cells]]).unique())
     used, inverse = index.unique(return_inverse=True)
     sums = [torch.bincount(inverse, weights=values) for values in profile[1:]]
     lowest = torch.ones(len(used), dtype=torch.float64).scatter_reduce(0, inverse, profile.place, "amin")

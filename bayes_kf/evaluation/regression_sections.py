@@ -66,6 +66,10 @@ def error_section(forecast: Forecast, log_prob: Array | None, chance: Simulation
     losses = {"rmse": (mean - targets).square()}
     if log_prob is not None:
         joint = -as_vector(log_prob, "log_prob", allow_infinite=True)
+        if len(joint) > forecast.num_targets:
+            raise ValueError(
+                f"`log_prob` must have at most {forecast.num_targets} values, one a target, got {len(joint)}."
+            )
         losses["nll"] = joint * (len(joint) / forecast.num_targets)  # of several outputs: divided among them
     elif variance is not None:
         losses["nll"] = gaussian_log_losses(*checked_gaussian(mean, variance, targets))

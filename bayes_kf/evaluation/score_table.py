@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from bayes_kf.evaluation.null import side
 from bayes_kf.evaluation.page import known_label, number
 from bayes_kf.evaluation.page_tables import Cell, Column, sort_value
 
@@ -151,9 +152,8 @@ def _span(parts: Found, low: str, high: str) -> Cell:
 
 def _side(parts: Found) -> str:
     """A word where the score lies outside the band of chance."""
-    if parts[""] > parts.get("_null_high", math.inf):
-        return "value above"
-    return "value below" if parts[""] < parts.get("_null_low", -math.inf) else ""
+    where = side(parts[""], parts.get("_null_low", -math.inf), parts.get("_null_high", math.inf))
+    return ("", "value above", "value below")[where]
 
 
 def _p_value(parts: Found) -> Cell:

@@ -168,7 +168,7 @@ def brier_parts(
 
 def log_losses(probs: Tensor, labels: Tensor) -> Tensor:
     """−log p(label) of each example of checked probabilities, (N,)."""
-    return -probs.gather(1, labels[:, None])[:, 0].log()
+    return -probs.gather(1, labels[:, None])[:, 0].clamp(max=1).log()  # above one by rounding only
 
 
 def brier_scores(probs: Tensor, labels: Tensor) -> Tensor:

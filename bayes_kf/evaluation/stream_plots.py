@@ -102,6 +102,8 @@ def variance_by_tensor(
 ) -> Axes:
     """Mean posterior variance of each tensor as a point on a logarithmic scale, relative to its prior's if given.
 
+    A tensor without any variance has no place on that scale: it is left out and counted below.
+
     Args:
         variance: Name to posterior variances of each tensor, any shape.
         prior_variance: Name to prior variances, of the same names and shapes.
@@ -109,7 +111,7 @@ def variance_by_tensor(
         ax: Where to draw.
 
     Raises:
-        ValueError: If the mapping is empty, a prior is missing, or a mean is not positive.
+        ValueError: If the mapping is empty, a prior is missing, a mean is negative, or that of a prior zero.
 
     Example:
         >>> import torch
@@ -126,15 +128,21 @@ def variance_by_tensor(
         if set(prior_variance) != set(variance):
             raise ValueError(f"`prior_variance` must name the tensors of `variance`, got {sorted(prior_variance)}.")
         prior = _means(prior_variance, "prior_variance")
+        if not all(prior.values()):
+            zero = next(name for name, mean in prior.items() if mean == 0)
+            raise ValueError(f"`prior_variance` must be positive on average, got 0 for {zero}.")
         means = {name: mean / prior[name] for name, mean in means.items()}
-    names = list(means)[:max_tensors]
+    some = {name: mean for name, mean in means.items() if mean > 0}
+    names = list(some)[:max_tensors]
     ax = _axes(ax)
     ax.plot([means[name] for name in names], range(len(names)), "o", color=BLUE)  # a bar has no foot on a log scale
     ax.set_xscale("log")
     ax.set_yticks(range(len(names)), short_names(names), fontsize=8)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
     ax.grid(alpha=0.4)
-    left_out = f" ({len(means) - len(names)} more tensors not drawn)" if len(means) > len(names) else ""
+    more, without = len(some) - len(names), len(means) - len(some)
+    left_out = f" ({more} more tensors not drawn)" if more else ""
+    left_out += f" ({without} without variance not drawn)" if without else ""
     quantity = "mean posterior variance" if prior_variance is None else "posterior / prior variance"
     ax.set_xlabel(quantity + left_out)
     return ax
@@ -203,9 +211,9 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def _means(tensors: Mapping[str, Array], name: str) -> dict[str, float]:
-    """Mean of each tensor; must be positive to stand on a logarithmic scale."""
+    """Mean of each tensor, which must not be negative."""
     means = {key: as_float(values, name).mean().item() for key, values in tensors.items()}
     worst = min(means, key=lambda key: means[key])
-    if means[worst] <= 0:
-        raise ValueError(f"`{name}` must be positive on average, got {means[worst]:.3g} for {worst}.")
+    if means[worst] < 0:
+        raise ValueError(f"`{name}` must not be negative on average, got {means[worst]:.3g} for {worst}.")
     return means

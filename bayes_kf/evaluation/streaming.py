@@ -1,10 +1,11 @@
 """Scores of any number of predictions in bounded memory: sums that add up over batches and over processes."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_positive_int
@@ -30,10 +31,11 @@ class StreamingScores:
     Give it batches with `update`, read `scores()` whenever you like. All that it remembers are the float64 tensors of
     `state`, which are sums: two of them that saw different examples are put together by `merge`, and in several
     processes by `torch.distributed.all_reduce` of each tensor. What comes out is what the functions of this package
-    give for all examples at once, but for two things: bins of equal mass, the smooth and the KS error see confidences
-    in about 4,000 narrow cells, and the classwise band comes from `num_label_draws` simulated sets of labels, drawn
-    from a seed that each batch's own numbers are mixed into (so that processes need no seeds of their own). The
-    classwise error has no bootstrap interval.
+    give for all examples at once, but for this: bins of equal mass, the smooth and the KS error see confidences in
+    about 4,000 narrow cells. The classwise band comes from `num_label_draws` simulated sets of labels, drawn from a
+    seed that each batch's own numbers, labels and place in the stream are mixed into (so that processes need no seeds
+    of their own unless they see the very same examples). Intervals of means are normal ones, that of the accuracy
+    Wilson's, not the bootstrap's, and the classwise error has none.
 
     Args:
         num_classes: C, at least two.
@@ -156,7 +158,7 @@ class StreamingScores:
         """Adds checked examples to sums."""
         confidence, hit = top_confidence(probs, labels, 1)
         ranked = ranked_probability_scores(probs, labels) if self.ordered else torch.zeros_like(hit)
-        entropy = torch.special.entr(probs).sum(dim=1)
+        entropy = torch.special.entr(probs).sum(dim=1).clamp(min=0)
         columns = (hit, log_losses(probs, labels), brier_scores(probs, labels), ranked, confidence, entropy)
         values = torch.stack(columns)
         state["examples"] += len(labels)
@@ -190,10 +192,12 @@ class StreamingScores:
             ]
         )
         if self.num_label_draws:
-            state["class_draws"] += simulated_hits(cells, probs, self.num_label_draws, _mixed_seed(self.seed, probs))
+            seen = self.num_examples + round(state["examples"].item())
+            seed = _mixed_seed(self.seed, seen, probs, labels)
+            state["class_draws"] += simulated_hits(cells, probs, self.num_label_draws, seed)
 
     def _mean_scores(self) -> dict[str, float]:
-        """Means with their normal intervals."""
+        """Means with their normal intervals, inside the values that there are; of the accuracy Wilson's."""
         number = self.state["examples"]
         mean = self.state["sums"] / number
         variance = (self.state["squares"] / number - mean.square()).clamp(min=0)
@@ -202,7 +206,12 @@ class StreamingScores:
         for name, value, half in zip(MEANS, mean.tolist(), spread.tolist(), strict=True):
             if name != "rps" or self.ordered:
                 half = half if half == half else 0.0  # an infinite loss has no variance
-                scores |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+                most = 1.0 if name == "confidence" else math.inf
+                low, high = max(value - half, 0.0), min(value + half, most)
+                if name == "accuracy":
+                    found = binomtest(round(self.state["sums"][0].item()), self.num_examples)
+                    low, high = found.proportion_ci(LEVEL, method="wilson")
+                scores |= {name: value, f"{name}_low": low, f"{name}_high": high}
         return scores
 
     def _profile_scores(self, top_k: int, num_simulations: int) -> dict[str, float]:
@@ -229,8 +238,9 @@ class StreamingScores:
         return self.state
 
 
-def _mixed_seed(seed: int, probs: Tensor) -> int:
-    """A seed that differs from batch to batch, whatever process sees it."""
+def _mixed_seed(seed: int, seen: int, probs: Tensor, labels: Tensor) -> int:
+    """A seed that differs from batch to batch, also where they repeat, whatever process sees them."""
     digest = hashlib.sha256(probs.numpy().tobytes())
-    digest.update(str(seed).encode())
+    digest.update(labels.numpy().tobytes())
+    digest.update(f"{seed} {seen}".encode())
     return int.from_bytes(digest.digest()[:7], "big")

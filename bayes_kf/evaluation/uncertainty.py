@@ -161,5 +161,5 @@ def energy(logits: Array, temperature: float = 1.0) -> Tensor:
 
 
 def _entropy(probs: Tensor) -> Tensor:
-    """Entropy over the last axis."""
-    return torch.special.entr(probs).sum(dim=-1)
+    """Entropy over the last axis; below zero by rounding only."""
+    return torch.special.entr(probs).sum(dim=-1).clamp(min=0)

@@ -118,7 +118,7 @@ def _error_section(probs: Tensor, correct: Tensor, num_resamples: int, seed: int
     for name, values in detectors.items():
         intervals = error_detection_intervals(values, correct, level=LEVEL, num_resamples=num_resamples, seed=seed)
         scores |= interval_scores(f"error_{name}", error_detection(values, correct), intervals)
-    return Sections(scores=scores, verdict=[error_verdict(scores, int((~correct).sum()))])
+    return Sections(scores=scores, verdict=[error_verdict(scores, int((~correct).sum()), int(correct.sum()))])
 
 
 def _risk_table(confidence: Tensor, correct: Tensor) -> Table:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from bayes_kf.evaluation.comparison import ScoreComparison
+from bayes_kf.evaluation.null import side
 
 Scores = Mapping[str, float]
 
@@ -13,7 +14,7 @@ def confidence_verdict(scores: Scores) -> str:
     gap, low, high = (scores[f"confidence_gap{suffix}"] for suffix in ("", "_null_low", "_null_high"))
     chance = high if gap > 0 else -low
     levels = f"mean confidence {_percent(scores['confidence'])}, accuracy {_percent(scores['accuracy'])}"
-    if low <= gap <= high:
+    if side(gap, low, high) == 0:
         return (
             f"Confidence and accuracy agree on average ({levels}): a difference of {_points(gap)} is within the "
             f"{100 * chance:.1f} that chance alone would show."
@@ -25,10 +26,10 @@ def confidence_verdict(scores: Scores) -> str:
 def calibration_verdict(scores: Scores, num_targets: int) -> str:
     """Is the calibration error more than chance?"""
     ece, low, high = (scores[f"ece{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    chance = f"{low:.3f} to {high:.3f}"
-    if ece > high:
+    chance, where = f"{low:.3f} to {high:.3f}", side(ece, low, high)
+    if where > 0:
         return f"Miscalibrated: ECE is {ece:.3f}, where chance alone would show {chance} with {num_targets:,} targets."
-    if ece < low:
+    if where < 0:
         return (
             f"ECE is {ece:.3f}, lower than the {chance} of a perfectly calibrated model: are the targets independent?"
         )
@@ -47,16 +48,14 @@ def coverage_verdict(scores: Scores, percent: int) -> str:
     """Are intervals as wide as they should be?"""
     share, low, high = (scores[f"coverage_{percent}{suffix}"] for suffix in ("", "_null_low", "_null_high"))
     chance = f"right intervals would hold {_percent(low)} to {_percent(high)}"
-    word = "too narrow" if share < low else "too wide" if share > high else "as it should be"
+    word = ("as it should be", "too wide", "too narrow")[side(share, low, high)]
     return f"Intervals of {percent} % hold {_percent(share)} of the targets; {chance}: {word}."
 
 
 def innovation_verdict(scores: Scores) -> str:
     """Is the filter as sure as its errors allow?"""
     ratio, low, high = (scores[f"innovation_ratio{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    word = (
-        "surer than its errors allow" if ratio > high else "less sure than it could be" if ratio < low else "consistent"
-    )
+    word = ("consistent", "surer than its errors allow", "less sure than it could be")[side(ratio, low, high)]
     return (
         f"The filter was {word}: squared innovations are {ratio:.2f} times what it expected, "
         f"where a consistent filter would show {low:.2f} to {high:.2f}."
@@ -91,7 +90,7 @@ def pit_verdict(scores: Scores, mean_z: float, spread_z: float) -> str:
     p = scores["pit_ks_p_value"]
     size = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
     test = f"Kolmogorov-Smirnov {size}"
-    if scores["pit_ks"] <= scores["pit_ks_null_high"]:
+    if p >= 0.05:
         return f"Targets fall evenly over their forecasts, as far as can be seen ({test})."
     if max(abs(mean_z), abs(spread_z)) < 2:
         return f"Targets do not fall evenly over their forecasts ({test}): their shape is not right."
@@ -107,7 +106,7 @@ def spread_verdict(scores: Scores) -> str | None:
     if "ence_null_high" not in scores:
         return None
     ence, high = scores["ence"], scores["ence_null_high"]
-    word = "more than chance" if ence > high else "no more than chance"
+    word = "more than chance" if side(ence, 0.0, high) > 0 else "no more than chance"
     return (
         f"Predicted spreads are {_percent(ence)} off the errors found, on average over bins from the surest to the "
         f"least sure forecasts: {word}, which alone would show up to {_percent(high)}."
@@ -147,7 +146,8 @@ def comparison_verdict(comparison: ScoreComparison) -> str:
     """Who is best in one score, who is tied with it, and by how much the others are worse."""
     names = {"nll": "negative log-likelihood", "brier": "Brier score", "ece": "ECE", "accuracy": "accuracy"}
     name = names[comparison.score]
-    best, *rest = comparison.ranking
+    best = next(rank for rank in comparison.ranking if rank.place == 1)  # by its value alone another may come first
+    rest = [rank for rank in comparison.ranking if rank is not best]
     if len(comparison.best) == len(comparison.ranking):
         return f"In {name} all are tied: no difference is clear with this many examples."
     tied = [rank.name for rank in rest if rank.place == 1]
@@ -158,6 +158,9 @@ def comparison_verdict(comparison: ScoreComparison) -> str:
             d = next(d for d in comparison.differences if {d.first, d.second} == {best.name, rank.name})
             low, high = sorted((abs(d.low), abs(d.high)))
             span = f" ({low:.3f} to {high:.3f})" if d.is_clear and math.isfinite(d.value) else ""
+            if d.is_clear and d.value * (d.low + d.high) < 0:  # an ECE, whose interval leaves out what chance adds
+                behind.append(f"{rank.name} is behind by {low:.3f} to {high:.3f}, without what chance adds")
+                continue
             behind.append(f"{rank.name} is behind by {abs(d.value):.3f}{span}")
     return f"Best in {name}: {best.name} ({best.value:.3f}){shared}; {', '.join(behind)}."
 
@@ -172,14 +175,19 @@ def selective_verdict(scores: Scores, accuracy: float) -> str:
     )
 
 
-def error_verdict(scores: Scores, num_errors: int) -> str:
-    """Is the model less sure where it is wrong?"""
+def error_verdict(scores: Scores, num_errors: int, num_right: int) -> str:
+    """Is the model less sure where it is wrong?
+
+    With few errors the bootstrap's interval is too narrow: what chance alone would show has to be left as well.
+    """
     auroc, low, high, fpr = (scores[f"error_entropy_{name}"] for name in ("auroc", "auroc_low", "auroc_high", "fpr95"))
     if math.isnan(auroc):
         return f"{'No' if num_errors == 0 else 'Every'} prediction is wrong: whether doubt finds errors cannot be seen."
     span = "" if math.isnan(low) else f" ({_percent(low)} to {_percent(high)})"
-    unseen = "That doubt finds errors cannot be seen"
-    word = "Doubt finds errors" if low > 0.5 else "Doubt is lower at errors" if high < 0.5 else unseen
+    chance = 1.96 * math.sqrt((num_errors + num_right + 1) / (12 * num_errors * num_right))  # of Mann and Whitney's U
+    word = "That doubt finds errors cannot be seen"
+    if abs(auroc - 0.5) > chance and (low > 0.5 or high < 0.5):
+        word = "Doubt finds errors" if low > 0.5 else "Doubt is lower at errors"
     return (
         f"{word}: entropy is higher for the wrong one in {_percent(auroc)}{span} of pairs of a wrong and a right "
         f"prediction, where 50 % is chance; to flag 95 % of {num_errors:,} errors, {_percent(fpr)} of right "
@@ -215,7 +223,7 @@ def conformal_verdict(scores: Scores, level: float, split: str, num_examples: in
     """Do conformal sets hold as many labels as they should?"""
     share, low, high = (scores[f"conformal_coverage{suffix}"] for suffix in ("", "_null_low", "_null_high"))
     where = f"fitted on “{split}”, {num_examples:,} examples"
-    word = ": fewer than they should" if share < low else ": more than they should" if share > high else ""
+    word = ("", ": more than they should", ": fewer than they should")[side(share, low, high)]
     chance = f"sets of this kind would hold {_percent(low)} to {_percent(high)} here{word}"
     size = f"{scores['conformal_size']:.2f} classes on average"
     return f"Conformal sets for {100 * level:g} %, {where}, hold {_percent(share)} of the labels with {size}; {chance}."

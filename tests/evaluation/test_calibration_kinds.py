@@ -14,6 +14,7 @@ from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.binning import class_cells, observed_hits
 from bayes_kf.evaluation.calibration import class_statistic, profile_statistic
 from bayes_kf.evaluation.profile import MAX_CELLS, exact_profile, groups_of, narrow_profile
+from bayes_kf.evaluation.score_table import score_table
 
 CASES = [(1, 2), (2, 2), (40, 3), (500, 4), (500, 12)]
 
@@ -250,3 +251,61 @@ def test_spiegelhalter_where_chance_has_no_room():
     assert ev.spiegelhalter_test(certain, torch.arange(3)) == (0.0, 1.0)
     assert ev.spiegelhalter_test(certain, torch.tensor([0, 1, 0])) == (math.inf, 0.0)
     assert ev.spiegelhalter_test(torch.full((4, 2), 0.5), torch.tensor([0, 1, 1, 1])) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 1000])
+def test_spiegelhalter_of_even_float32_predictions_has_no_room_for_rounding(num_classes):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(num_classes, (100,), generator=generator)
+    even = torch.full((100, num_classes), 1 / num_classes, dtype=torch.float32)
+    nearly = even + 1e-7 / num_classes * torch.randn(even.shape, generator=generator)
+    assert ev.spiegelhalter_test(even, targets) == (0.0, 1.0)
+    assert ev.spiegelhalter_test(nearly, targets) == (0.0, 1.0)
+    stream = ev.StreamingScores(num_classes, num_label_draws=0)
+    stream.update(nearly, targets)
+    assert stream.scores(39)["spiegelhalter_p_value"] == 1
+
+
+def close_together(num_examples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A calibrated model of two classes all of whose confidences lie in the same thousandth."""
+    generator = torch.Generator().manual_seed(0)
+    confidence = 0.6 + 0.001 * torch.rand(num_examples, generator=generator, dtype=torch.float64)
+    probs = torch.stack([confidence, 1 - confidence], dim=1)
+    return probs, torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("num_bins", [7, 15, 2000])
+def test_narrow_cells_change_no_bin_of_equal_mass(num_bins):
+    for probs, targets in (close_together(10_000), random_case(20_000, 3, 0, False)):
+        exact = exact_profile(probs.max(dim=1).values, (probs.argmax(dim=1) == targets).double())
+        narrow = narrow_profile(exact, num_bins)
+        assert len(narrow.counts) < len(exact.counts)
+        groups, narrow_groups = (groups_of(profile, num_bins, "equal_mass") for profile in (exact, narrow))
+        assert torch.equal(groups.edges[:-1], narrow_groups.edges[:-1])
+        for whole, part in zip(exact[1:], narrow[1:], strict=True):
+            torch.testing.assert_close(groups.sums(whole), narrow_groups.sums(part))
+
+
+def test_bands_of_confidences_that_lie_close_together():
+    probs, targets = close_together(10_000)
+    low, high = ev.reliability_band(probs, binning="equal_mass", num_simulations=200)
+    assert (low > 0.5).all()
+    assert (high < 0.7).all()
+    test = ev.calibration_test(probs, targets, binning="equal_mass", num_simulations=200)
+    assert test.null_low < test.value < test.null_high
+    assert test.null_mean == pytest.approx((0.6 * 0.4 * 15 / 10_000) ** 0.5 * (2 / math.pi) ** 0.5, rel=0.1)
+
+
+def test_no_false_alarm_where_everything_is_certain_and_right():
+    """Chance shows what there is, but for rounding, and for the smooth error's grid."""
+    generator = torch.Generator().manual_seed(0)
+    doubt = 1e-6 * torch.rand(6000, generator=generator, dtype=torch.float64)
+    report = ev.evaluate_predictions(
+        torch.stack([1 - doubt, doubt], dim=1), torch.zeros(6000, dtype=torch.int64), num_simulations=200
+    )
+    assert report.sections.verdict[0].startswith("Confidence and accuracy agree on average")
+    assert report.sections.verdict[1].startswith("No miscalibration can be seen")
+    assert report.scores["ece_smooth_p_value"] == 1
+    cells = [cell for group in score_table(report.scores).groups for row in group.rows for cell in row]
+    assert not any(cell.is_outside for cell in cells)
+    assert not any(cell.note in ("value above", "value below") for cell in cells)

@@ -7,6 +7,8 @@ import torch
 from matplotlib.figure import Figure
 
 from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.comparison import _joint_half_widths
+from bayes_kf.evaluation.verdicts import comparison_verdict
 
 
 def models(num_examples: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -126,3 +128,61 @@ def test_online_comparison_draws_every_run():
         ev.online_comparison({"c": {"x": torch.ones(2)}})
     with pytest.raises(ValueError, match=r"^`series` must be one of correct, log_loss, got 'nll'\.$"):
         ev.online_comparison(runs, "nll")
+
+
+def test_constant_predictions_do_not_widen_the_intervals_of_others():
+    probs, targets = models(300, 4)
+    pair = {name: probs[name] for name in ("right", "noisy")}
+    even = {"a": torch.full((300, 4), 0.25), "b": torch.full((300, 6), 1 / 6).double()}  # log 4 and log 6
+    alone = ev.compare_predictions(pair, targets, scores=["nll"])["nll"].differences[0]
+    beside = ev.compare_predictions(pair | even, targets, scores=["nll"])["nll"].differences
+    found = next(d for d in beside if (d.first, d.second) == ("right", "noisy"))
+    assert alone.high - alone.low <= found.high - found.low < 2 * (alone.high - alone.low)
+
+
+def test_differences_that_vary_by_rounding_alone_do_not_widen_others():
+    drawn = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn[:, 1] = 0.1  # its mean over 1,000 is off by rounding
+    drawn[::2, 1] += 1e-17
+    mean, half = _joint_half_widths(drawn, 0.95, 1000)
+    assert half[0] == pytest.approx(1.96 * drawn[:, 0].std().item(), rel=0.1)
+    assert half[1] == 0
+    assert mean[1] == pytest.approx(0.1)
+
+
+def test_one_example_says_nothing():
+    pair = {"a": torch.tensor([[0.9, 0.1]]), "b": torch.tensor([[0.6, 0.4]])}
+    found = ev.compare_predictions(pair, torch.tensor([0]))
+    for comparison in found.values():
+        assert comparison.best == ("a", "b")
+        assert (comparison.differences[0].low, comparison.differences[0].high) == (-math.inf, math.inf)
+    ev.forest_plot(found["nll"].differences, ax=Figure().subplots()).figure.canvas.draw()
+
+
+@pytest.mark.parametrize("num_examples", [2, 5, 10])
+def test_equally_good_models_are_clearly_different_no_more_often_than_stated_on_few_examples(num_examples):
+    """300 data sets on which two models err independently: 5 % of alarms, and four standard errors."""
+    generator = torch.Generator().manual_seed(5)
+    clear = 0
+    for seed in range(300):
+        logits = torch.randn(2, num_examples, 3, generator=generator)
+        targets = torch.randint(3, (num_examples,), generator=generator)
+        pair = {name: values.softmax(1) for name, values in zip("ab", logits, strict=True)}
+        found = ev.compare_predictions(pair, targets, scores=["nll"], num_resamples=99, seed=seed)["nll"]
+        clear += found.differences[0].is_clear
+    assert clear / 300 < 0.05 + 4 * (0.05 * 0.95 / 300) ** 0.5
+
+
+def test_the_verdict_names_a_model_that_no_other_beats():
+    """Chance adds to an ECE: the model with the lowest may still be clearly behind."""
+    ranking = (ev.Rank("low", 0.010, 2, ()), ev.Rank("good", 0.011, 1, ()), ev.Rank("bad", 0.2, 3, ()))
+    differences = (
+        ev.Difference("low", "good", -0.001, 0.002, 0.006),
+        ev.Difference("low", "bad", -0.19, -0.2, -0.1),
+        ev.Difference("good", "bad", -0.189, -0.2, -0.1),
+    )
+    values = {"low": 0.010, "good": 0.011, "bad": 0.2}
+    assert comparison_verdict(ev.ScoreComparison("ece", values, differences, ranking)) == (
+        "Best in ECE: good (0.011); low is behind by 0.002 to 0.006, without what chance adds, bad is behind by 0.189 "
+        "(0.100 to 0.200)."
+    )

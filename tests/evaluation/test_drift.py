@@ -104,3 +104,12 @@ def test_a_detector_takes_probabilities_alone():
         DriftDetector(10.0).update(1.5, 2)
     with pytest.raises(ValueError, match="`run_length` must be above one"):
         DriftDetector(1.0)
+
+
+@pytest.mark.parametrize("run_length", [50.0, 1e308])
+@pytest.mark.parametrize("prob", [1e-310, 5e-324, 0.0])
+def test_the_state_after_any_label_is_one_to_go_on_from(run_length, prob):
+    detector = DriftDetector(run_length=run_length)
+    assert detector.update(prob, 10)
+    assert all(math.isfinite(value) for value in detector.current)
+    assert DriftDetector(run_length=run_length, current=detector.current).current == detector.current

@@ -153,3 +153,11 @@ def test_sort_values_keep_every_digit():
 
 def test_a_rounded_zero_has_no_sign():
     assert (number(-1e-9), number(-0.0), number(-0.0001)) == ("0.0000", "0.0000", "−0.0001")
+
+
+def test_small_numbers_keep_two_digits_and_sort_as_what_they_are():
+    found = [number(value) for value in (1.04e-5, -1.26e-5, 0.000344, 0.001, 1.2e-7)]
+    assert found == ["0.00001", "−0.000013", "0.00034", "0.0010", "0.00000012"]
+    assert [number(value) for value in (1e-12, 0.0)] == ["0.0000", "0.0000"]
+    view = table_view("Small", ("x",), [(number(value),) for value in (1.04e-5, -0.00034)])
+    assert [row[0].value for row in view.rows] == ["1e-05", "-0.00034"]

@@ -122,6 +122,14 @@ def test_variance_by_tensor_says_what_it_left_out(ax):
     assert ax.get_xlabel() == "mean posterior variance (2 more tensors not drawn)"
 
 
+@pytest.mark.parametrize("all_zero", [False, True])
+def test_variance_by_tensor_leaves_out_what_has_no_variance(ax, all_zero):
+    ev.variance_by_tensor({"a": torch.zeros(3), "b": torch.full((2,), 0.0 if all_zero else 2.0)}, ax=ax)
+    assert list(ax.get_lines()[0].get_xdata()) == ([] if all_zero else [2.0])
+    assert ax.get_xlabel() == f"mean posterior variance ({2 if all_zero else 1} without variance not drawn)"
+    ax.figure.canvas.draw()
+
+
 def test_output_variance_plot_draws_a_bar_for_each_tensor_or_the_largest(ax):
     found = {"m.a.weight": 0.5, "m.b.weight": 0.0, "m.c.weight": 2.0}
     drawn = ev.output_variance_plot(found, ax=ax)
@@ -146,8 +154,10 @@ def test_bad_plot_input_is_refused(ax):
         ev.online_curves({"damping": torch.ones(3)}, ax=ax)
     with pytest.raises(ValueError, match=r"^`variance` must hold at least one tensor, got an empty mapping\.$"):
         ev.variance_by_tensor({}, ax=ax)
-    with pytest.raises(ValueError, match=r"^`variance` must be positive on average, got 0 for b\.$"):
-        ev.variance_by_tensor({"a": torch.ones(1), "b": torch.zeros(1)}, ax=ax)
+    with pytest.raises(ValueError, match=r"^`variance` must not be negative on average, got -1 for b\.$"):
+        ev.variance_by_tensor({"a": torch.ones(1), "b": -torch.ones(1)}, ax=ax)
+    with pytest.raises(ValueError, match=r"^`prior_variance` must be positive on average, got 0 for a\.$"):
+        ev.variance_by_tensor({"a": torch.ones(1)}, {"a": torch.zeros(1)}, ax=ax)
     with pytest.raises(ValueError, match=r"^`prior_variance` must name the tensors of `variance`, got \['b'\]\.$"):
         ev.variance_by_tensor({"a": torch.ones(1)}, {"b": torch.ones(1)}, ax=ax)
 

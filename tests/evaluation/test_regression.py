@@ -485,3 +485,10 @@ def test_bayesian_linear_regression_on_uci(name):
     report = ev.evaluate_regression(mean, targets, variance=variance, title=name)
     assert report.scores["rmse"] == pytest.approx(np.sqrt(np.mean((mean - targets) ** 2)))
     assert "PIT histogram" in report.to_html()
+
+
+def test_more_log_probabilities_than_targets_are_refused():
+    with pytest.raises(ValueError, match=r"^`log_prob` must have at most 6 values, one a target, got 12\.$"):
+        ev.evaluate_regression(
+            torch.zeros(6), torch.arange(6.0), variance=torch.ones(6), log_prob=-torch.ones(12), num_simulations=39
+        )

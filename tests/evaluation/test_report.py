@@ -20,6 +20,7 @@ from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.page import LARGEST_SVG, fingerprint, known_label
 from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
 from bayes_kf.evaluation.score_table import SUFFIXES
+from bayes_kf.evaluation.verdicts import pit_verdict
 
 
 class Page(HTMLParser):
@@ -357,3 +358,19 @@ def test_of_very_many_classes_those_are_listed_that_are_most_wrong():
     assert [int(name) for name in rows] == sorted(map(int, rows))
     assert {"7", *map(str, range(1100, 1130))} <= set(rows)
     assert len(set(rows)) == 1000
+
+
+def test_more_log_probabilities_than_labels_are_refused():
+    probs, targets = random_case()
+    log_prob = probs.gather(1, targets[:, None])[:, 0].log()
+    with pytest.raises(ValueError, match=r"^`log_prob` must have at most 200 values, one a target, got 400\.$"):
+        ev.evaluate_predictions(probs, targets, log_prob=log_prob.repeat(2), num_simulations=39)
+
+
+@pytest.mark.parametrize(
+    ("p_value", "statistic", "start"),
+    [(0.06, 0.2, "Targets fall evenly"), (0.04, 0.05, "Targets do not fall evenly"), (0.03, 0.2, "Targets do not")],
+)
+def test_the_p_value_decides_whether_targets_fall_evenly(p_value, statistic, start):
+    scores = {"pit_ks": statistic, "pit_ks_null_low": 0.0, "pit_ks_null_high": 0.1, "pit_ks_p_value": p_value}
+    assert pit_verdict(scores, 0.0, 0.0).startswith(start)

@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from bayes_kf import evaluation as ev
+from bayes_kf.evaluation._inputs import as_probs
 
 
 def random_case(num_examples: int = 300, num_classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,3 +200,13 @@ def test_bfloat16_probabilities_are_accepted_and_bad_ones_refused():
     assert 0 < ev.brier_score(probs, torch.zeros(500, dtype=torch.int64)) < 2
     with pytest.raises(ValueError, match=r"`probs` must sum to one"):
         ev.brier_score(probs.float(), torch.zeros(500, dtype=torch.int64))
+
+
+def test_rows_that_miss_one_are_divided_by_their_sum_and_others_stay():
+    rough = torch.tensor([[1.0009, 0.0], [0.0, 0.9995]], dtype=torch.float64)
+    assert ev.negative_log_likelihood(rough, torch.tensor([0, 1])) == 0
+    assert ev.brier_score(rough, torch.tensor([0, 1])) == pytest.approx(0, abs=1e-15)
+    close = torch.tensor([[1 + 5e-7, 0.0], [0.3 + 5e-7, 0.7]], dtype=torch.float64)
+    assert torch.equal(as_probs(close), close)
+    assert ev.negative_log_likelihood(close[:1], torch.tensor([0])) == 0
+    assert ev.entropy(close[:1]).tolist() == [0.0]

@@ -236,6 +236,17 @@ def test_doubt_that_finds_no_errors_is_said(probs, targets, word):
     assert usefulness_section(np.array(probs), np.array(targets)).verdict[1].startswith(f"{word}: ")
 
 
+def test_doubt_is_not_said_to_find_errors_that_are_too_few():
+    """With one error in 200, wherever chance puts it, nothing can be seen; with 30 doubtful ones it can."""
+    sure = np.linspace(0.99, 0.51, 200)
+    probs = np.stack([sure, 1 - sure], axis=1)
+    for wrong in (0, 40, 160, 199):
+        found = usefulness_section(probs, (np.arange(200) == wrong).astype(int), num_resamples=99).verdict[1]
+        assert found.startswith("That doubt finds errors cannot be seen: ")
+    found = usefulness_section(probs, (np.arange(200) >= 170).astype(int), num_resamples=99).verdict[1]
+    assert found.startswith("Doubt finds errors: ")
+
+
 BAD = [
     (lambda: ev.risk_coverage(torch.ones(2)), "`correct` or `loss` must be given, got neither."),
     (lambda: ev.aurc(torch.ones(2), torch.ones(2), loss=torch.ones(2)), "`correct` or `loss` must be given, got both."),

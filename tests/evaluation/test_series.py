@@ -167,3 +167,20 @@ def test_whiteness_by_hand():
 def test_bad_whiteness_is_refused():
     with pytest.raises(ValueError, match=r"^`lags` must be below the number of updates less one, 9, got 10\.$"):
         ev.innovation_whiteness(np.ones(10), 1)
+
+
+def test_whiteness_ranks_innovations_far_above_what_was_expected():
+    """Where every probability is one or zero in floating point, large innovations still differ."""
+    far = np.linspace(100, 1e4, 500)
+    assert ev.innovation_whiteness(far, 1).p_value < 1e-12
+    dof = np.arange(500) % 3 + 1
+    assert ev.innovation_whiteness(far, dof).p_value < 1e-12
+    assert ev.innovation_whiteness(np.linspace(1e-3, 1, 500), 1000 + dof).p_value < 1e-12  # far below
+    assert abs(ev.innovation_whiteness(np.random.default_rng(0).permutation(far), dof).p_value) > 0.01
+
+
+def test_whiteness_compares_different_degrees_of_freedom_by_their_probabilities():
+    """Many degrees of freedom after few: at 5 % the share of alarms lies within four standard errors."""
+    rng, dof = np.random.default_rng(0), np.repeat([1, 50], 150)
+    alarms = sum(ev.innovation_whiteness(rng.chisquare(dof), dof).p_value < 0.05 for _ in range(400))
+    assert abs(alarms / 400 - 0.05) < 4 * (0.05 * 0.95 / 400) ** 0.5 + 0.01

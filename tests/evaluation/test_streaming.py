@@ -146,3 +146,34 @@ def test_bad_settings_are_refused():
         ev.StreamingScores(3).merge(ev.StreamingScores(4))
     with pytest.raises(ValueError, match=r"^`state` must hold tensors of shapes"):
         ev.StreamingScores(3).load_state({})
+
+
+def test_equal_batches_have_labels_of_their_own():
+    """500 even rows of ten classes one by one: the band is that of all of them together."""
+    probs, targets = torch.full((500, 10), 0.1), torch.arange(500) % 10
+    one_by_one, together = (streamed(probs, targets, size).scores(39) for size in (1, 500))
+    for end in ("low", "high"):
+        name = f"ece_classwise_null_{end}"
+        assert one_by_one[name] == pytest.approx(together[name], abs=0.15 * together["ece_classwise_null_high"])
+    merged = streamed(probs[:250], torch.zeros(250, dtype=torch.int64), 1)
+    merged.merge(streamed(probs[:250], torch.ones(250, dtype=torch.int64), 1))
+    found = merged.scores(39)["ece_classwise_null_high"]
+    assert found == pytest.approx(together["ece_classwise_null_high"], rel=0.15)
+
+
+@pytest.mark.parametrize(("right", "total"), [(1, 1), (0, 1), (19, 20), (700, 1000)])
+def test_the_interval_of_the_accuracy_is_wilsons(right, total):
+    probs = torch.tensor([[0.97, 0.03]] * total)
+    scores = streamed(probs, (torch.arange(total) >= right).long(), total).scores(39)
+    share, z = right / total, 1.959964
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    assert (scores["accuracy_low"], scores["accuracy_high"]) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert 0 <= scores["accuracy_low"] < scores["accuracy_high"] <= 1
+
+
+def test_intervals_of_means_hold_no_impossible_values():
+    probs = torch.tensor([[1.0, 0.0]] * 19 + [[0.6, 0.4]])
+    scores = streamed(probs, torch.zeros(20, dtype=torch.int64), 20).scores(39)
+    assert scores["confidence_high"] <= 1
+    assert min(scores[f"{name}_low"] for name in ("nll", "brier", "entropy", "confidence")) >= 0
