@@ -231,6 +231,8 @@ def test_a_bad_line(model, tmp_path, monkeypatch, capsys, bad, message):
         (("--checkpoint-every", 0), "`--checkpoint-every` must be at least 1, got 0"),
         (("--alarm", 1), "`--alarm` must be above one, got 1.0"),
         (("--batch-size", 2), "`--online` learns one by one, got --batch-size 2"),
+        (("--config", "dataset"), "`--online` learns in one pass, with `mean_passes` 0, got 3"),
+        (("--config", "stream"), "`--online` learns in one pass, with `tune` None, got {'initial_logit_sd'"),
         (("--start", "trained"), "`--online` learns one by one, got .*--start trained"),
         (("--classes", "pos"), "`--classes` must name two different classes at least, got"),
         (("--classes", "pos", "pos"), "`--classes` must name two different classes at least, got"),

@@ -29,6 +29,7 @@ from bayes_kf.data.text import text_tokenizer
 from bayes_kf.evaluation import DriftDetector
 from bayes_kf.inference.batches import SCALE_EXAMPLES
 from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.kept import ONE_PASS
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.state import DivergenceError
 from bayes_kf.models.adapter import Inputs
@@ -50,6 +51,9 @@ def run_online(args: argparse.Namespace) -> None:
     """``bayes-kf fit --online``."""
     _check(args)
     settings, labels = read_settings(args), Labels(tuple(args.classes), len(args.classes))
+    for name, plain in ONE_PASS.items():
+        if getattr(settings, name) != plain:
+            raise ValueError(f"`--online` learns in one pass, with `{name}` {plain}, got {getattr(settings, name)!r}.")
     folder, device = model_folder(args.model), read_device(args.device)
     stream = where(args)
     base = load_base(folder, "text", labels.num_outputs, settings.seed, args.dtype)

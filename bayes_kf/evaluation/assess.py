@@ -85,14 +85,19 @@ def evaluate(
         for name, given in only.items():
             if given is not None and given != {}:
                 raise ValueError(f"`{name}` must be None for a posterior without class probabilities, got one.")
-        return _regression(prediction, shared)
+        for name, unused in {"ordered": ordered, "top_k": top_k, "class_names": class_names}.items():
+            if unused:
+                raise ValueError(
+                    f"`{name}` is for class probabilities, which this posterior has none of, got {unused!r}."
+                )
+        return _regression(prediction, shared | {"num_simulations": num_simulations})
     bernoulli = getattr(posterior.config, "likelihood", None) == "bernoulli"
     foreign = {name: posterior.predict_loader(other, **how) for name, other in (ood or {}).items()}
     probs, targets = class_predictions(posterior, prediction, "posterior")
     return evaluate_predictions(
         probs,
         targets,
-        uncertainty=_parts(prediction),
+        uncertainty=_parts(prediction, bernoulli),
         ood={name: _foreign_probs(name, found, bernoulli) for name, found in foreign.items()},
         examples=examples,
         human=human,
@@ -153,11 +158,13 @@ def _foreign_probs(name: str, prediction: LoaderPrediction, bernoulli: bool) -> 
     return _two_classes(prediction.probs) if bernoulli else prediction.probs
 
 
-def _parts(prediction: LoaderPrediction) -> EntropyParts | None:
-    """The three entropies, where the posterior gives all of them."""
+def _parts(prediction: LoaderPrediction, bernoulli: bool) -> EntropyParts | None:
+    """The three entropies, where the posterior gives all of them; of Bernoulli outputs of an answer."""
     if prediction.entropy is None or prediction.aleatoric is None or prediction.epistemic is None:
         return None
-    return EntropyParts(prediction.entropy, prediction.aleatoric, prediction.epistemic)
+    parts = (prediction.entropy, prediction.aleatoric, prediction.epistemic)
+    answers = prediction.probs.shape[1] if bernoulli and prediction.probs is not None else 1  # entropies are sums
+    return EntropyParts(*(part / answers for part in parts))
 
 
 def _two_classes(probs: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ def running_accuracy(correct: Array) -> Tensor:
     """acc(k) = (1/k) Σ_{i≤k} [prediction i was right], for k = 1 … T, (T,).
 
     Args:
-        correct: One (or True) where the prediction before the update was right, else zero, (T,).
+        correct: One (or True) where the prediction before the update was right, else zero, (T,); of several answers
+            the share that were right.
 
     Raises:
-        ValueError: If the vector is empty, or holds anything but zeros and ones.
+        ValueError: If the vector is empty, or holds anything below zero or above one.
 
     Reference: the average online accuracy of LoKO.
 
@@ -22,8 +23,10 @@ def running_accuracy(correct: Array) -> Tensor:
         tensor([1.0000, 0.5000, 0.6667, 0.7500], dtype=torch.float64)
     """
     values = as_vector(correct, "correct")
-    if not ((values == 0) | (values == 1)).all():
-        raise ValueError(f"`correct` must hold zeros and ones, got values in {values.min():.3g}..{values.max():.3g}.")
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(
+            f"`correct` must lie between zero and one, got values in {values.min():.3g}..{values.max():.3g}."
+        )
     return _cumulative_mean(values)
 
 

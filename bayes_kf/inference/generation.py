@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ def generate(
     *,
     num_samples: int = 8,
     sample: bool = False,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     shared_prompt: bool = False,
     generator: torch.Generator | None = None,
@@ -78,7 +78,8 @@ def generate(
         max_new_tokens: most tokens to write.
         num_samples: S adapters drawn from N(μ, temperature·P). S forward passes a token.
         sample: whether a token is drawn from p̄; else it is the most probable one.
-        eos_token_id: the token that ends a text; None: the one of the model's ``generation_config`` or ``config``.
+        eos_token_id: the token that ends a text, or several; None: those of the model's ``generation_config`` or
+            ``config``.
         pad_token_id: what stands after the end.
         shared_prompt: whether the prompt, but for its last token, is read once by the mean adapter and the drawn ones
             go on from its cache. Long prompts then cost one pass and not S; that the adapters may read the prompt
@@ -91,7 +92,7 @@ def generate(
     given, adapter = _checked(inputs, max_new_tokens, num_samples), posterior.adapter
     generator = posterior._generator(generator)
     draws = [adapter.tensors(draw) for draw in posterior.sample(num_samples, generator)]
-    end = _end(adapter.model) if eos_token_id is None else eos_token_id
+    ends = _ends(adapter.model) if eos_token_id is None else _numbers(eos_token_id)
     ids, mask = (given[name].to(adapter.device) for name in ("input_ids", "attention_mask"))
     done = torch.zeros(len(ids), dtype=torch.bool, device=adapter.device)
     found: dict[str, list[Tensor]] = {name: [] for name in Generated._fields}
@@ -113,7 +114,7 @@ def generate(
                 found[name].append(values)
             token = token.where(~done, pad_token_id)
             found["tokens"].append(token)
-            done = done | (token == end) if end is not None else done
+            done = done | torch.isin(token, torch.tensor(ends, dtype=token.dtype, device=token.device))
             ids = token.unsqueeze(1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             if bool(done.all()):
@@ -175,10 +176,17 @@ def _checked(inputs: Inputs, max_new_tokens: int, num_samples: int) -> dict[str,
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _end(model: Any) -> int | None:
-    """The token that ends a text, as the model's configuration says."""
+def _ends(model: Any) -> list[int]:
+    """The tokens that end a text, as the model's configuration says."""
     for name in ("generation_config", "config"):
         found = getattr(getattr(model, name, None), "eos_token_id", None)
-        if isinstance(found, int):
-            return found
-    return None
+        if found is not None:
+            return _numbers(found)
+    return []
+
+
+def _numbers(found: int | Sequence[int]) -> list[int]:
+    numbers = [found] if isinstance(found, int) else list(found)
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"`eos_token_id` must be a token's number or several, got {found!r}.")
+    return numbers

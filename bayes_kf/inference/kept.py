@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
 
 from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.config import KalmanConfig
@@ -41,8 +42,8 @@ def fit_kept(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: for a config of several passes, a folder of something else, other batches than before, or a batch
-            that does not fit; what was learned before is in the folder.
+        ValueError: for a config of several passes, a loader that shuffles without a generator, a folder of something
+            else, other batches than before, or a batch that does not fit; what was learned before is in the folder.
     """
     folder = Path(folder)
     for name, plain in ONE_PASS.items():
@@ -50,6 +51,15 @@ def fit_kept(
             raise ValueError(f"`{name}` must be {plain} with a `checkpoint`, got {getattr(config, name)!r}.")
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"`every` must be a whole number >= 1, got {every!r}.")
+    if (
+        isinstance(loader, DataLoader)
+        and isinstance(loader.sampler, RandomSampler)
+        and loader.sampler.generator is None
+    ):
+        raise ValueError(
+            "`loader` must come in the same order each time with a `checkpoint`, got one that shuffles as it likes: "
+            "give it `generator=torch.Generator().manual_seed(...)`."
+        )
     before, batches = _opened(folder, model, config), iter(loader)
     record = Record(config.likelihood)
     if before is None:

@@ -327,6 +327,7 @@ def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
 
 def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a new folder, then put it in ``folder``'s place; on any error the old one stays."""
+    folder = folder.resolve()  # a link to a folder stays one
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`folder` must be a folder or new, got the file {folder}.")
     if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
@@ -348,4 +349,6 @@ def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder holds a posterior, or nothing but exported draws."""
-    return (folder / STATE_FILE).is_file() or all((part / ADAPTER_FILES[0]).is_file() for part in folder.glob("*"))
+    if (folder / STATE_FILE).is_file():
+        return True
+    return all(re.fullmatch(r"draw_\d+", f.name) and (f / ADAPTER_FILES[0]).is_file() for f in folder.iterdir())

@@ -106,7 +106,7 @@ def _choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
     with adapter.substituted(leaves):
         for name, (module, attribute) in hooked.items():
             stored = _checked(arrived.get(module, []), attribute, leaves[name].shape, exact[name], len(seed))
-            if stored:
+            if stored and module not in tape.overwritten:  # in place: rows would be those of what came after
                 chosen[name], numbers = hooked[name], numbers + stored
     unused = frozenset(name for name, gradient in exact.items() if gradient is None)
     adapter.paths = {

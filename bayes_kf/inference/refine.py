@@ -55,8 +55,6 @@ def _gradient(
     with adapter.full_precision(), adapter.evaluating(), torch.enable_grad(), adapter.substituted(leaves):
         outputs = adapter.run(inputs).to(adapter.dtype)
         loss = -family.log_prob(outputs, family.check(outputs.detach(), targets.to(outputs.device))).sum()
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    known = {
-        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), found, strict=True)
-    }
+        loss.backward()  # not autograd.grad, which reentrant checkpoints do not let through
+    known = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
     return float(loss.detach()), adapter.flatten(known)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bayes_kf.inference.layers import Call, columns, rules
 from bayes_kf.models.adapter import AdapterModel, Inputs
 
+SAME = 0.05  # of the outputs, by which they may miss the head's, in whatever precision it ran
 Arrived = list[tuple[Call, Tensor]]  # calls and the cotangents of what came out of them
 
 
@@ -35,15 +36,33 @@ class Tape:
         self.adapter, self.leaves, self.modules, self.plain = adapter, leaves, modules, plain
         self._calls: list[Call] = []
         self._arrived: Arrived = []
-        with self._watching(self._calls.append):
-            self.outputs = adapter.run(inputs)
-        self._calls = [call for call in self._calls if call.output.requires_grad]
+        versions: list[int] = []
 
-    @property
-    def head(self) -> Call | None:
-        """The call of a Linear on one vector per example whose output *is* the model's, where there is one."""
+        def remember(call: Call) -> None:
+            self._calls.append(call)
+            versions.append(call.output._version)
+
+        with self._watching(remember):
+            self.outputs = adapter.run(inputs)
+        seen = list(zip(self._calls, versions, strict=True))
+        self.overwritten = {call.module for call, version in seen if call.output._version != version}
+        self._calls = [call for call in self._calls if call.output.requires_grad]
+        self.head = self._head()
+
+    def _head(self) -> Call | None:
+        """The only call of a Linear on one vector per example whose output *is* the model's, where there is one."""
         found = [call for call in self._calls if call.output is self.outputs and type(call.module) is nn.Linear]
-        return found[0] if found and found[0].taken.ndim == 2 and found[0].taken.requires_grad else None
+        if not found or found[0].taken.ndim != 2 or not found[0].taken.requires_grad:
+            return None
+        head = found[0]
+        if sum(call.module is head.module for call in self._calls) > 1:
+            return None
+        with torch.no_grad(), self.adapter.substituted(self.leaves):  # nothing, a hook say, has changed it since
+            weight, bias = (None if t is None else t.double() for t in (head.module.weight, head.module.bias))
+            linear = torch.nn.functional.linear(head.taken.double(), weight, bias)  # type: ignore[arg-type]
+            outputs = self.outputs.double()
+            same = bool((linear - outputs).abs().max() <= SAME * outputs.abs().max())
+        return head if same else None
 
     def cotangents(self, seed: Tensor, at: Tensor | None = None, *, keep: bool) -> Arrived:
         """The gradient of (seed · outputs), or of (seed · at), in what came out of every call that it reaches.
@@ -62,7 +81,7 @@ class Tape:
                 found = torch.autograd.grad(end, ends, seed, retain_graph=keep, allow_unused=True)
             return [(call, g) for call, g in zip(self._calls, found, strict=True) if g is not None]
         self._arrived = []
-        with self._watching(lambda call: None):
+        with self._kept_gradients(), self._watching(lambda call: None):
             end.backward(seed, retain_graph=keep)
         for leaf in self.leaves.values():
             leaf.grad = None
@@ -71,7 +90,7 @@ class Tape:
     def gradients(self, seed: Tensor, names: Sequence[str], *, keep: bool) -> list[Tensor | None]:
         """The gradient of (seed · outputs) in named tensors, None where the outputs do not depend on one."""
         chosen = [self.leaves[name] for name in names]
-        with self._watching(None):
+        with self._kept_gradients(), self._watching(None):
             if self.plain:
                 return list(torch.autograd.grad(self.outputs, chosen, seed, retain_graph=keep, allow_unused=True))
             self.outputs.backward(seed, retain_graph=keep)
@@ -79,6 +98,18 @@ class Tape:
         for leaf in self.leaves.values():
             leaf.grad = None
         return found
+
+    @contextmanager
+    def _kept_gradients(self) -> Iterator[None]:
+        """Gradients that the user's parameters hold are as they were afterwards."""
+        held = [] if self.plain else [(p, p.grad) for p in self.adapter.model.parameters() if p.requires_grad]
+        for parameter, _ in held:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in held:
+                parameter.grad = gradient
 
     @contextmanager
     def _watching(self, see: Callable[[Call], Any] | None) -> Iterator[None]:

@@ -117,7 +117,8 @@ class KalmanTrainer(Trainer):
         """As Trainer's.
 
         Raises:
-            ValueError: for a data set that was learned already, settings that do not allow for several epochs, and a
+            ValueError: for a data set that was learned already or in part (``resume_from_checkpoint`` goes on with
+                one), several epochs of a second one, settings that do not allow for several epochs, and a
                 checkpoint that is incomplete or of other settings.
             DivergenceError: as :meth:`~bayes_kf.KalmanFilter.update`; the belief is the one before.
         """
@@ -125,9 +126,12 @@ class KalmanTrainer(Trainer):
         if self._learned is not None and self._learned is self.train_dataset and not resumed:
             raise ValueError("`train_dataset` must be another one to go on with, got the one that was learned already.")
         self._check_epochs()
-        found = super().train(*args, **kwargs)
-        self._learned = self.train_dataset
-        return found
+        if self._belief is not None and not resumed and self._epochs() > 1:
+            raise ValueError(
+                f"`num_train_epochs` must be 1 for a second data set, got {self._epochs():g}: later epochs move the "
+                "mean toward the mode of that data set alone."
+            )
+        return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -137,6 +141,7 @@ class KalmanTrainer(Trainer):
         if targets is None:
             raise ValueError(f"`train_dataset` must have {self._label_name!r}, got batches of {', '.join(given)}.")
         kf, belief = self._begun(given)
+        self._learned = self.train_dataset  # a part of it, should training be stopped
         if self._passes_done() >= 1.0:
             loss = self._move_mean(kf, belief, given, targets)
         else:

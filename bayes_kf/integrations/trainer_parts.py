@@ -72,6 +72,7 @@ def check_arguments(trainer: Trainer) -> None:
         "one process and one device": args.world_size > 1 or args.n_gpu > 1,
         "no DeepSpeed and no FSDP": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
         "no `label_smoothing_factor`": args.label_smoothing_factor != 0,
+        "no `ignore_data_skip`, which would count batches twice": args.ignore_data_skip,
         "no `optimizers`": trainer.optimizer is not None or trainer.lr_scheduler is not None,
         "no `compute_loss_func`": trainer.compute_loss_func is not None,
     }

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakKeyDictionary
@@ -173,21 +173,23 @@ class AdapterModel:
         """Every module in eval mode inside; each in the mode it had afterwards, whatever happened.
 
         Layers of transformers that save memory by running again in the backward pass do so in training mode alone, so
-        they are left in it; the dropout inside them is not. Torch's encoder layers do not take the fused path of eval
-        mode, which passes adapters by. Layers of 4-bit weights on a CPU are in training mode (``quantized``).
+        they are left in it until their own code runs, with its dropout off. Torch's encoder layers do not take the
+        fused path of eval mode, which passes adapters by. Layers of 4-bit weights on a CPU are in training mode
+        (``quantized``).
 
         Raises:
             ValueError: where 4-bit weights were packed for inference.
         """
         with self.exclusive():
             check_unpacked(self._four_bit)
+            again = [module for module in self._modules if module.training and _checkpointed(module)]
             changed = [module for module in self._modules if module.training and not _checkpointed(module)]
             changed = [module for module in changed if module not in self._four_bit]
             changed += [module for module in self._four_bit if not module.training]
             try:
                 for module in changed:
                     module.training = not module.training
-                with layer_by_layer() if self._has_fused else nullcontext():
+                with layer_by_layer() if self._has_fused else nullcontext(), _evaluated_inside(again):
                     yield
             finally:
                 for module in changed:
@@ -271,6 +273,54 @@ def _checkpointed(module: nn.Module) -> bool:
     """Whether this is a layer of transformers that runs again in the backward pass; known by name, not imported."""
     kinds = (kind.__name__ for kind in type(module).__mro__)
     return bool(getattr(module, "gradient_checkpointing", False)) and "GradientCheckpointingLayer" in kinds
+
+
+@contextmanager
+def _evaluated_inside(layers: list[nn.Module]) -> Iterator[None]:
+    """Checkpointed layers in eval mode while their own code runs, in the forward pass and again in the backward.
+
+    Without gradients they are not run again, nor by their checkpoint function, and hooks see to it.
+    """
+    originals = [(layer, layer.__dict__.get("_gradient_checkpointing_func")) for layer in layers]
+    handles = []
+    try:
+        for layer, original in originals:
+            if original is not None:
+                layer.__dict__["_gradient_checkpointing_func"] = _evaluated(layer, original)
+            handles.append(layer.register_forward_pre_hook(_evaluate_without_gradients))
+            handles.append(layer.register_forward_hook(_train_again, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, original in originals:
+            layer.training = True
+            if original is not None:
+                layer.__dict__["_gradient_checkpointing_func"] = original
+
+
+def _evaluate_without_gradients(layer: nn.Module, args: Any) -> None:
+    layer.training = torch.is_grad_enabled()
+
+
+def _train_again(layer: nn.Module, args: Any, output: Any) -> None:
+    layer.training = True
+
+
+def _evaluated(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's checkpoint function around its code in eval mode."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def inside(*given: Any, **named: Any) -> Any:
+            mode, layer.training = layer.training, False
+            try:
+                return function(*given, **named)
+            finally:
+                layer.training = mode
+
+        return checkpoint(inside, *args, **kwargs)
+
+    return run
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import history, random_case
+from torch import nn
 
+import bayes_kf as bkf
 from bayes_kf import evaluation as ev
 
 
@@ -181,3 +183,34 @@ def test_bad_posteriors_and_loaders_are_refused():
         ev.evaluate(FakePosterior("gaussian"), {"mean": probs, "targets": probs})
     with pytest.raises(ValueError, match=r"^`ood\['far'\]` must be finite, got 1 bad of 2 values\.$"):
         ev.evaluate_predictions(probs, targets, ood={"far": np.array([[math.nan, 1.0]])})
+
+
+def test_several_bernoulli_outputs_are_so_many_answers():
+    torch.manual_seed(0)
+    x = torch.randn(80, 3)
+    y = (x @ torch.randn(3, 2) + torch.randn(80, 2) > 0).double()
+    config = bkf.KalmanConfig(likelihood="bernoulli", covariance="full")
+    posterior = bkf.fit(
+        nn.Linear(3, 2), [(x[i : i + 8], y[i : i + 8]) for i in range(0, 80, 8)], config, progress=False
+    )
+    assert 0 < float((posterior.history["correct"] == 0.5).double().mean()) < 1  # one answer of two
+    report = ev.evaluate(posterior, [(x, y)], num_simulations=100)
+    ones = posterior.predict(x).probs.double()
+    entropies = torch.special.entr(ones) + torch.special.entr(1 - ones)
+    assert report.scores["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-4)
+    assert report.scores["online_accuracy"] == pytest.approx(float(posterior.history["correct"].mean()))
+
+
+def test_what_a_regression_has_no_use_for_is_refused_and_the_simulations_are_those_asked_for():
+    torch.manual_seed(0)
+    x = torch.randn(40, 3)
+    y = x.sum(1, keepdim=True) + 0.1 * torch.randn(40, 1)
+    config = bkf.KalmanConfig(likelihood="gaussian", covariance="full")
+    posterior = bkf.fit(
+        nn.Linear(3, 1), [(x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)], config, progress=False
+    )
+    for unused in ({"ordered": True}, {"top_k": (5,)}, {"class_names": ["a"]}):
+        with pytest.raises(ValueError, match=rf"`{next(iter(unused))}` is for class probabilities"):
+            ev.evaluate(posterior, [(x, y)], **unused)
+    with pytest.raises(ValueError, match="`num_simulations` must be at least 39"):
+        ev.evaluate(posterior, [(x, y)], num_simulations=1)

@@ -95,7 +95,7 @@ def test_bad_series_are_refused():
         ev.moving_average(torch.ones(3), 4)
     with pytest.raises(ValueError, match=r"^`window` must be a positive integer, got 0\.$"):
         ev.moving_average(torch.ones(3), 0)
-    with pytest.raises(ValueError, match=r"^`correct` must hold zeros and ones, got values in 0\.\.2\.$"):
+    with pytest.raises(ValueError, match=r"^`correct` must lie between zero and one, got values in 0\.\.2\.$"):
         ev.running_accuracy(torch.tensor([0, 2]))
     with pytest.raises(ValueError, match=r"^`log_loss` must not hold NaN, got 1 bad of 2 values\.$"):
         ev.prequential_log_loss(torch.tensor([math.nan, 1.0]))

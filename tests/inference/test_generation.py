@@ -179,3 +179,21 @@ def test_a_shared_prompt_of_one_token_is_read_by_each_draw():
     shared, apart = (posterior.generate({"input_ids": ids}, 4, num_samples=2, shared_prompt=s) for s in (True, False))
     assert torch.equal(shared.tokens, apart.tokens)
     torch.testing.assert_close(shared.entropy, apart.entropy)
+
+
+def test_any_of_several_tokens_ends_a_text():
+    model = lm.llama()
+    posterior, ids = posterior_of(model, 1e-12), prompt(model)
+    free = posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id=-1)
+    ends = [int(free.tokens[0, 2]), int(free.tokens[1, 4])]
+    model.generation_config.eos_token_id = ends
+    for found in (
+        posterior.generate({"input_ids": ids}, 8, num_samples=2),
+        posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id=ends),
+    ):
+        for text, written in zip(free.tokens, found.written, strict=True):
+            places = torch.isin(text, torch.tensor(ends)).nonzero()
+            length = int(places[0]) + 1 if len(places) else 8
+            assert int(written.sum()) == min(length, written.numel())
+    with pytest.raises(ValueError, match="`eos_token_id` must be a token's number or several, got 'end'"):
+        posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id="end")

@@ -9,8 +9,16 @@ from oracles import dense_jacobian
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
+from bayes_kf.inference import KalmanConfig, KalmanFilter, refine
 from bayes_kf.inference.jacobian import Jacobian, blocks
 from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.models.adapter import AdapterModel
@@ -305,3 +313,121 @@ def test_outputs_per_pass_changes_nothing(outputs_per_pass):
     expected = Linearizer(adapter)(adapter.vector(), TEXT).pull().dense()
     found = Linearizer(adapter, outputs_per_pass)(adapter.vector(), TEXT).pull().dense()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+def opt(dropout, reentrant=None):
+    """A model whose checkpointed layers apply dropout in their own code."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, ffn_dim=12, word_embed_proj_dim=8,
+        max_position_embeddings=16, num_labels=3, dropout=dropout, attention_dropout=dropout, pad_token_id=0,
+    )  # fmt: skip
+    base = OPTForSequenceClassification(config).double()
+    setting = LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(base, setting)
+    if reentrant is not None:
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(reentrant):
+    ids = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 2]])}
+    plain = AdapterModel(opt(0.0))
+    model = opt(0.3, reentrant)
+    adapter, vector = AdapterModel(model), plain.vector()
+    torch.testing.assert_close(adapter.vector(), vector)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        torch.testing.assert_close(adapter.outputs(vector, ids), plain.outputs(vector, ids), rtol=1e-9, atol=1e-12)
+    found, expected = (Linearizer(a)(vector, ids).pull().dense() for a in (adapter, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    config, steps = KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False), []
+    for one in (plain, adapter):
+        kf = KalmanFilter(one, config)
+        state = kf.init(ids)._replace(examples=2)
+        steps.append(refine.step(config, one, state, ids, torch.tensor([0, 2]), 1.0)[0].belief.mean - vector)
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-7, atol=1e-11)
+    assert float((steps[0] != 0).double().mean()) > 0.5  # units that are off learn nothing
+    assert model.training
+
+
+def agrees_with_autograd(model, x):
+    adapter = AdapterModel(model)
+    found = Linearizer(adapter)(adapter.vector(), x).pull()
+    expected = dense_jacobian(model, lambda m: m(x))[1]
+    torch.testing.assert_close(found.dense(), expected, rtol=1e-9, atol=1e-12)
+    variance = torch.rand(found.num_parameters, generator=torch.Generator().manual_seed(2)).double()
+    rows = expected.flatten(0, 1)
+    torch.testing.assert_close(found.gram(variance), rows * variance @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+class Changed(nn.Module):
+    """Features and a frozen classifier of more classes than features, and what happens to its output."""
+
+    def __init__(self, change):
+        super().__init__()
+        torch.manual_seed(0)
+        self.below, self.head, self.change = nn.Linear(4, 3), nn.Linear(3, 5).requires_grad_(False), change
+
+    def forward(self, x):
+        return self.change(self, self.below(x).tanh())
+
+
+def scaled_in_place(model, h):
+    out = model.head(h)
+    out *= 10.0
+    return out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        scaled_in_place,
+        lambda model, h: model.head(h + model.head(h).softmax(-1)[:, :3]),
+        lambda model, h: model.head(h).relu_(),
+    ],
+    ids=["scaled in place", "head called twice", "clipped in place"],
+)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_heads_whose_output_is_not_the_model_s(change, trainable):
+    model = Changed(change).double()
+    model.head.requires_grad_(trainable)
+    agrees_with_autograd(model, torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double())
+
+
+def test_a_hook_that_changes_the_head_s_output():
+    model = Changed(lambda model, h: model.head(h)).double()
+    model.head.register_forward_hook(lambda module, args, out: 10.0 * out)
+    agrees_with_autograd(model, torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double())
+
+
+def test_an_activation_in_place_that_the_first_batch_does_not_show():
+    """All units are above zero in the first batch, and not in the second."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True), nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(5.0)
+    adapter = AdapterModel(model)
+    linearize = Linearizer(adapter)
+    for x in (0.1 * torch.randn(4, 3).double(), 20.0 * torch.randn(4, 3).double()):
+        found = linearize(adapter.vector(), x).pull().dense()
+        torch.testing.assert_close(found, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-9, atol=1e-12)  # noqa: B023
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_that_the_user_s_parameters_hold_are_left_alone(reentrant):
+    model = opt(0.0, reentrant)
+    adapter = AdapterModel(model)
+    late = model.get_base_model().model.decoder.final_layer_norm.weight.requires_grad_(True)
+    late.grad = torch.full_like(late, 3.0)
+    kept = late.grad
+    ids = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 2]])}
+    Linearizer(adapter)(adapter.vector(), ids).pull()
+    assert late.grad is kept
+    assert bool((kept == 3.0).all())
+    assert all(p.grad is None for p in model.parameters() if p is not late)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kf as bkf
 from bayes_kf.models.language import OptionTokens
@@ -138,3 +139,15 @@ def test_a_hundred_updates_after_loading_are_those_of_never_having_stopped(name,
     assert all(torch.equal(a, b) for a, b in zip(state.belief, again.belief, strict=True))
     assert torch.equal(state.scores.total, again.scores.total)
     assert state.step == again.step == 120
+
+
+def test_an_order_that_does_not_come_again_is_refused(tmp_path):
+    data = TensorDataset(torch.cat([x for x, _ in DATA]), torch.cat([y for _, y in DATA]))
+    config = bkf.KalmanConfig()
+    loader = DataLoader(data, batch_size=3, shuffle=True)
+    with pytest.raises(ValueError, match=r"`loader` must come in the same order each time .* give it `generator="):
+        bkf.fit(network(), loader, config, checkpoint=tmp_path / "pass", progress=False)
+    assert not (tmp_path / "pass").exists()
+    loader = DataLoader(data, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(0))
+    found = bkf.fit(network(), loader, config, checkpoint=tmp_path / "pass", progress=False)
+    assert found.state.examples == len(data)

@@ -719,3 +719,32 @@ def test_one_held_out_example_does_not_choose_a_temperature():
     assert tempering.choose_held_out(losses) == 1.0
     losses[-3:] = math.inf  # but it rules out what gave it no probability
     assert tempering.choose_held_out(losses) == 0.1
+
+
+def test_adapters_of_the_user_s_own_are_not_overwritten(tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(r=1, target_modules=["0"]))
+    kf = bkf.KalmanFilter(model, bkf.KalmanConfig(initial_variance=0.1))
+    posterior = bkf.Posterior(kf, kf.init())
+    for name in ("sst2_run", "mnli_run"):
+        model.save_pretrained(tmp_path / "mine" / name)
+    kept = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    for write in (posterior.save_pretrained, lambda folder: posterior.export_adapters(folder, 2)):
+        with pytest.raises(ValueError, match="must be new, empty or hold a posterior or draws"):
+            write(tmp_path / "mine")
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == kept
+    posterior.export_adapters(tmp_path / "draws", 3)
+    assert len(posterior.export_adapters(tmp_path / "draws", 2)) == 2  # draws make way for draws
+    assert sorted(path.name for path in (tmp_path / "draws").iterdir()) == ["draw_0", "draw_1"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    kf = bkf.KalmanFilter(nn.Linear(3, 2), bkf.KalmanConfig(initial_variance=0.1))
+    posterior = bkf.Posterior(kf, kf.init())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        posterior.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "kalman_config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

@@ -475,3 +475,45 @@ def test_its_checkpoint_s_settings_are_json(tmp_path):
     kept = json.loads((tmp_path / "checkpoint-10" / "kalman_config.json").read_text(encoding="utf-8"))
     assert kept["rank"] == 5
     assert dataclasses.replace(found.posterior.config) == bkf.KalmanConfig(rank=5)
+
+
+class Broken(list):
+    """A data set whose examples cannot all be read."""
+
+    def __getitem__(self, index):
+        if index >= 56:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+def test_what_was_learned_in_part_is_not_learned_again(tmp_path):
+    data = Broken(sentences(80))
+    trainer = KalmanTrainer(
+        classifier(), arguments(tmp_path, train_sampling_strategy="sequential"), train_dataset=data,
+        kalman=bkf.KalmanConfig(initial_variance=0.01),
+    )  # fmt: skip
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
+    learned = trainer.posterior.state.examples
+    assert 0 < learned <= 56
+    with pytest.raises(ValueError, match="`train_dataset` must be another one to go on with"):
+        trainer.train()
+    assert trainer.posterior.state.examples == learned
+
+
+def test_several_epochs_of_a_second_data_set_are_refused(tmp_path):
+    trainer, _ = trained(tmp_path, bkf.KalmanConfig(initial_variance=0.01))
+    before = trainer.posterior.mean_vector
+    trainer.train_dataset = sentences(20, seed=5)
+    trainer.args.num_train_epochs = 2
+    with pytest.raises(ValueError, match="`num_train_epochs` must be 1 for a second data set, got 2"):
+        trainer.train()
+    assert torch.equal(trainer.posterior.mean_vector, before)
+    trainer.args.num_train_epochs = 1
+    trainer.train()
+    assert trainer.posterior.state.examples == 60
+
+
+def test_skipping_no_data_on_resuming_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no `ignore_data_skip`, which would count batches twice"):
+        trained(tmp_path, ignore_data_skip=True)
