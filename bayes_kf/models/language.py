@@ -7,7 +7,9 @@ loading, ``posterior.reading(OptionTokens(model, options))`` reads it so again. 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -206,14 +208,24 @@ def _mapping(inputs: Inputs, *names: str) -> dict[str, Tensor]:
 def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
     """Logits of the language model at all places, (B, T, V)."""
     own = {name: given[name] for name in ("input_ids", "attention_mask", "position_ids") if name in given}
+    if "position_ids" not in own and "attention_mask" in own and _counts_padding(adapter.model, own["attention_mask"]):
+        own["position_ids"] = (own["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
     moved = {name: value.to(adapter.device) for name, value in own.items()}
     kind, dtype = adapter.device.type, adapter._autocast
-    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+    with torch.autocast(kind, dtype=dtype) if dtype is not None else nullcontext():
         found = adapter.model(**moved)
     logits = found["logits"] if isinstance(found, Mapping) else getattr(found, "logits", found)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise ValueError("`model` must return logits of shape (sequences, tokens, vocabulary).")
     return logits
+
+
+def _counts_padding(model: nn.Module, mask: Tensor) -> bool:
+    """Whether a text begins with padding, whose places a model that is not told better counts."""
+    if bool(mask[:, 0].all()):
+        return False
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return "position_ids" in inspect.signature(base.forward).parameters
 
 
 def _last(given: Mapping[str, Tensor]) -> Tensor:

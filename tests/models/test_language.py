@@ -165,3 +165,28 @@ def test_next_tokens_are_learned_with_a_whole_vocabulary():
 def test_bad_readings_are_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [lm.lora, lm.llama])
+def test_padding_on_either_side_changes_nothing(make):
+    """GPT-2 has absolute places, which padding on the left would move."""
+    model = make()
+    read = OptionTokens(model, options=[3, 7, 11])
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 50, (2, 5), generator=g)
+    plain = read.outputs(read.vector(), {"input_ids": ids})
+    nothing = torch.zeros(2, 4, dtype=torch.long)
+    for sides in ((nothing, ids), (ids, nothing)):
+        padded = torch.cat(sides, 1)
+        mask = torch.cat([torch.ones_like(t) if t is ids else t for t in sides], 1)
+        found = read.outputs(read.vector(), {"input_ids": padded, "attention_mask": mask})
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_caller_s_autocast_holds_for_readings():
+    model = lm.lora()
+    read = OptionTokens(model, options=[3, 7, 11])
+    ids = {"input_ids": torch.randint(1, 50, (2, 5), generator=torch.Generator().manual_seed(0))}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert read.run(ids).dtype == torch.bfloat16
+    assert read.run(ids).dtype == torch.float32
