@@ -102,7 +102,8 @@ def test_a_belief_stays_positive_and_finite_or_as_it_was(case):
             assert bool(torch.isfinite(variance).all())
             assert bool((variance > 0).all())
             assert not bool(torch.isnan(info.log_loss).any())  # exp(100) is infinite in float32, and so is its loss
-            assert 0.0 < info.damping <= 1.0
+            assert 0.0 <= info.damping <= 1.0
+            assert info.damping > 0 or info.step_norm == 0  # a step that was not taken
             state = after
         found = bkf.Posterior(kf, state).predict(data[0][0], method="mean")
         assert found.mean.shape[0] == len(data[0][1])
