@@ -93,6 +93,7 @@ def generate(
     generator = posterior._generator(generator)
     draws = [adapter.tensors(draw) for draw in posterior.sample(num_samples, generator)]
     ends = _ends(adapter.model) if eos_token_id is None else _numbers(eos_token_id)
+    end = torch.tensor(ends, dtype=torch.long, device=adapter.device)
     ids, mask = (given[name].to(adapter.device) for name in ("input_ids", "attention_mask"))
     done = torch.zeros(len(ids), dtype=torch.bool, device=adapter.device)
     found: dict[str, list[Tensor]] = {name: [] for name in Generated._fields}
@@ -114,7 +115,7 @@ def generate(
                 found[name].append(values)
             token = token.where(~done, pad_token_id)
             found["tokens"].append(token)
-            done = done | torch.isin(token, torch.tensor(ends, dtype=token.dtype, device=token.device))
+            done = done | torch.isin(token, end)
             ids = token.unsqueeze(1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             if bool(done.all()):

@@ -52,7 +52,13 @@ def _gradient(
 ) -> tuple[float, Tensor]:
     """−log p(y | θ) of a batch, and its gradient, (n,)."""
     family, leaves = noise.likelihood(config, state.noise), adapter.leaves(state.belief.mean)
-    with adapter.full_precision(), adapter.evaluating(), torch.enable_grad(), adapter.substituted(leaves):
+    with (
+        adapter.full_precision(),
+        adapter.evaluating(),
+        adapter.kept_gradients(),
+        torch.enable_grad(),
+        adapter.substituted(leaves),
+    ):
         outputs = adapter.run(inputs).to(adapter.dtype)
         loss = -family.log_prob(outputs, family.check(outputs.detach(), targets.to(outputs.device))).sum()
         loss.backward()  # not autograd.grad, which reentrant checkpoints do not let through

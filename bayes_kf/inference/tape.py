@@ -81,7 +81,7 @@ class Tape:
                 found = torch.autograd.grad(end, ends, seed, retain_graph=keep, allow_unused=True)
             return [(call, g) for call, g in zip(self._calls, found, strict=True) if g is not None]
         self._arrived = []
-        with self._kept_gradients(), self._watching(lambda call: None):
+        with self.adapter.kept_gradients(), self._watching(lambda call: None):
             end.backward(seed, retain_graph=keep)
         for leaf in self.leaves.values():
             leaf.grad = None
@@ -90,26 +90,15 @@ class Tape:
     def gradients(self, seed: Tensor, names: Sequence[str], *, keep: bool) -> list[Tensor | None]:
         """The gradient of (seed · outputs) in named tensors, None where the outputs do not depend on one."""
         chosen = [self.leaves[name] for name in names]
-        with self._kept_gradients(), self._watching(None):
-            if self.plain:
+        if self.plain:
+            with self._watching(None):
                 return list(torch.autograd.grad(self.outputs, chosen, seed, retain_graph=keep, allow_unused=True))
+        with self.adapter.kept_gradients(), self._watching(None):
             self.outputs.backward(seed, retain_graph=keep)
         found = [leaf.grad for leaf in chosen]
         for leaf in self.leaves.values():
             leaf.grad = None
         return found
-
-    @contextmanager
-    def _kept_gradients(self) -> Iterator[None]:
-        """Gradients that the user's parameters hold are as they were afterwards."""
-        held = [] if self.plain else [(p, p.grad) for p in self.adapter.model.parameters() if p.requires_grad]
-        for parameter, _ in held:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            for parameter, gradient in held:
-                parameter.grad = gradient
 
     @contextmanager
     def _watching(self, see: Callable[[Call], Any] | None) -> Iterator[None]:

@@ -169,6 +169,18 @@ class AdapterModel:
                 module._parameters[attribute] = tensor  # type: ignore[assignment]  # as torch.func.functional_call does
 
     @contextmanager
+    def kept_gradients(self) -> Iterator[None]:
+        """Gradients that the user's parameters hold are as they were afterwards, whatever backward pass runs inside."""
+        held = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter, _ in held:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in held:
+                parameter.grad = gradient
+
+    @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Every module in eval mode inside; each in the mode it had afterwards, whatever happened.
 

@@ -428,6 +428,9 @@ def test_gradients_that_the_user_s_parameters_hold_are_left_alone(reentrant):
     kept = late.grad
     ids = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 2]])}
     Linearizer(adapter)(adapter.vector(), ids).pull()
+    config = KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False)
+    state = KalmanFilter(adapter, config).init(ids)._replace(examples=2)
+    refine.step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)
     assert late.grad is kept
     assert bool((kept == 3.0).all())
     assert all(p.grad is None for p in model.parameters() if p is not late)
