@@ -181,6 +181,35 @@ def test_asked_to_end_it_saves(model, tmp_path):
     assert stream(tmp_path / "out").lines == 40
 
 
+def test_ended_between_an_update_and_its_count(model, whole, tmp_path, monkeypatch):
+    """Neither half a line nor a line twice: what is saved ends with the line before, and going on gives the same."""
+    update, calls = DriftDetector.update, []
+
+    def ending(self, prob, num_classes):
+        calls.append(prob)
+        if len(calls) == 50:
+            raise KeyboardInterrupt
+        return update(self, prob, num_classes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DriftDetector, "update", ending)
+        assert fed(lines(70), monkeypatch, model, tmp_path / "out") == 130
+    assert stream(tmp_path / "out").lines == 49
+    assert fed(lines(70), monkeypatch, model, tmp_path / "out") == 0
+    assert equal(tmp_path / "out", whole)
+    assert stream(tmp_path / "out") == stream(whole)
+
+
+@pytest.mark.parametrize(("more", "option"), [(("--classes", "a", "b"), "--classes"), (("--skip-bad",), "--skip-bad")])
+def test_options_of_a_stream_without_one(model, tmp_path, capsys, more, option):
+    """Left out they would be ignored without a word."""
+    (tmp_path / "lines.jsonl").write_text(lines(4), encoding="utf-8")
+    plain = ("fit", "--model", model, "--data", tmp_path / "lines.jsonl", "--output", tmp_path / "out")
+    assert run(*plain, *more) == 2
+    assert f"`{option}` is of `--online`, got it without" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_drift_is_told(model, tmp_path, monkeypatch, capsys):
     """Where the labels turn round; the number of lines between false alarms is the user's."""
     assert fed(lines(240, change=160), monkeypatch, model, tmp_path / "out", "--alarm", 500) == 0

@@ -35,6 +35,9 @@ def run_fit(args: argparse.Namespace) -> None:
     if args.online:
         run_online(args)
         return
+    for option in ("classes", "skip_bad"):
+        if getattr(args, option):
+            raise ValueError(f"`--{option.replace('_', '-')}` is of `--online`, got it without.")
     settings = read_settings(args)
     check_output(args.output)
     device, folder, kind = read_device(args.device), model_folder(args.model), kind_of(args.data)

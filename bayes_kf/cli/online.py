@@ -3,6 +3,7 @@
 The output folder is replaced at every checkpoint by one that is complete: the posterior, and in ``stream.json`` how
 many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their beginning,
 it skips those that it has learned: none is lost, none counts twice, and the result has the bits of one never stopped.
+(Only where the lines ended before there were ``SCALE_EXAMPLES`` of them, the prior stays that of the few.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TextIO
 
 import torch
@@ -31,7 +32,7 @@ from bayes_kf.inference.batches import SCALE_EXAMPLES
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.kept import ONE_PASS
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.state import DivergenceError
+from bayes_kf.inference.state import DivergenceError, FilterState
 from bayes_kf.models.adapter import Inputs
 
 
@@ -71,6 +72,13 @@ def run_online(args: argparse.Namespace) -> None:
         learner.run(lines)
 
 
+class Reached(NamedTuple):
+    """What the lines up to one have made: assigned at once, so that whatever ends the run saves nothing half."""
+
+    stream: Stream
+    state: FilterState | None
+
+
 class _Learner:
     """Reads, learns, looks out for drift, saves."""
 
@@ -86,20 +94,19 @@ class _Learner:
     ) -> None:
         self.args, self.base, self.labels, self.tokenizer = args, base, labels, tokenizer
         self.kf = kf if posterior is None else posterior.kf
-        self.state = None if posterior is None else posterior.state
-        self.stream = stream
+        self.reached = Reached(stream, None if posterior is None else posterior.state)
         self.detector = DriftDetector(stream.run_length, stream.detector)
         self._saved = stream.lines
 
     def run(self, lines: TextIO) -> None:
         """To the end of the lines; whatever happens before, what was learned is saved."""
         waiting: list[Line] = []  # until there are enough to measure the prior's scale on
-        bar = tqdm(unit="example", initial=self.stream.examples, disable=self.args.quiet or not sys.stderr.isatty())
+        bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=self.args.quiet or not sys.stderr.isatty())
         try:
             with bar:
                 for line in self._new(lines):
                     waiting.append(line)
-                    if self.state is not None or len(_texts(waiting)) >= SCALE_EXAMPLES:
+                    if self.reached.state is not None or len(_texts(waiting)) >= SCALE_EXAMPLES:
                         self._learn_all(waiting, bar)
                 self._learn_all(waiting, bar)
         except BadLine as error:
@@ -108,12 +115,12 @@ class _Learner:
         finally:
             self._save()
         if not self.args.quiet:
-            print(self.stream.summary())
+            print(self.reached.stream.summary())
 
     def _new(self, lines: TextIO) -> Iterator[Line]:
         """What was not learned or skipped yet; blank lines are left out."""
         for number, line in enumerate(lines, 1):
-            if number <= self.stream.lines or not line.strip():
+            if number <= self.reached.stream.lines or not line.strip():
                 continue
             try:
                 found = Line(number, *self._parsed(number, line))
@@ -147,40 +154,46 @@ class _Learner:
     def _learn_all(self, waiting: list[Line], bar: Any) -> None:
         """Learn what waits, and forget it."""
         texts = _texts(waiting)[:SCALE_EXAMPLES]
-        if self.state is None and texts:
-            self.state = self.kf.init(self._tokens(texts))
+        if self.reached.state is None and texts:
+            self.reached = Reached(self.reached.stream, self.kf.init(self._tokens(texts)))
         while waiting:
             line = waiting.pop(0)
             if line.text is None:
-                self.stream.lines, self.stream.bad = line.number, self.stream.bad + 1
+                stream = self.reached.stream
+                self.reached = Reached(replace(stream, lines=line.number, bad=stream.bad + 1), self.reached.state)
                 continue
             self._learn(line.number, line.text, line.label)
             bar.update()
-            bar.set_postfix_str(self.stream.summary(), refresh=False)
-            if self.stream.lines - self._saved >= self.args.checkpoint_every:
+            bar.set_postfix_str(self.reached.stream.summary(), refresh=False)
+            if self.reached.stream.lines - self._saved >= self.args.checkpoint_every:
                 self._save()
 
     def _learn(self, number: int, text: str, label: int) -> None:
         """Predict, look, learn."""
-        assert self.state is not None  # the prior, at least
+        stream, state = self.reached
+        assert state is not None  # the prior, at least
         inputs, targets = self._tokens([text]), torch.tensor([label])
-        posterior = Posterior(self.kf, self.state)
-        log_prob = posterior.predict(inputs, targets=targets).log_prob
+        log_prob = Posterior(self.kf, state).predict(inputs, targets=targets).log_prob
         assert log_prob is not None  # targets were given
-        prob = min(1.0, float(log_prob.exp()))
         try:
-            self.state, info = self.kf.update(self.state, inputs, targets)
+            state, info = self.kf.update(state, inputs, targets)
         except DivergenceError as error:
             raise ValueError(
                 f"`--data` must hold nothing that breaks the filter, got line {number}: {error}."
             ) from error
         assert info.correct is not None  # a classifier
-        stream = self.stream
-        stream.lines, stream.examples = number, stream.examples + 1
-        stream.correct += int(info.correct.sum())
-        stream.log_loss -= float(log_prob)
-        if self.detector.update(prob, self.labels.num_outputs):
-            stream.alarms.append(number)
+        alarm = self.detector.update(min(1.0, float(log_prob.exp())), self.labels.num_outputs)
+        stream = replace(
+            stream,
+            lines=number,
+            examples=stream.examples + 1,
+            correct=stream.correct + int(info.correct.sum()),
+            log_loss=stream.log_loss - float(log_prob),
+            alarms=stream.alarms + [number] * alarm,
+            detector=self.detector.current,
+        )
+        self.reached = Reached(stream, state)
+        if alarm:
             tqdm.write(f"drift alarm at line {number}: labels have become unlikelier than predicted", file=sys.stdout)
             sys.stdout.flush()
 
@@ -191,13 +204,13 @@ class _Learner:
 
     def _save(self) -> None:
         """A checkpoint, where anything was learned since the last one."""
-        if self.state is None or self.stream.lines == self._saved:
+        stream, state = self.reached
+        if state is None or stream.lines == self._saved:
             return
-        self.stream.detector = self.detector.current
-        content = json.dumps(asdict(self.stream), indent=2) + "\n"
-        posterior = Posterior(self.kf, self.state)
+        content = json.dumps(asdict(stream), indent=2) + "\n"
+        posterior = Posterior(self.kf, state)
         save_posterior(posterior, self.args.output, self.labels, self.base.new_head, {STREAM_FILE: content})
-        self._saved = self.stream.lines
+        self._saved = stream.lines
 
 
 def _texts(lines: Sequence[Line]) -> list[str]:
