@@ -101,7 +101,8 @@ class _Learner:
     def run(self, lines: TextIO) -> None:
         """To the end of the lines; whatever happens before, what was learned is saved."""
         waiting: list[Line] = []  # until there are enough to measure the prior's scale on
-        bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=self.args.quiet or not sys.stderr.isatty())
+        quiet = self.args.quiet or not sys.stderr.isatty()
+        bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=quiet)
         try:
             with bar:
                 for line in self._new(lines):
