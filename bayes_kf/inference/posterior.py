@@ -131,7 +131,7 @@ class Posterior:
             inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
             method: "linearized": η ~ N(f(x, μ), J P Jᵀ), drawn in output space (exact moments for a Gaussian
                 likelihood); the posterior is one of the linearized model, so this is its own predictive. Where there
-                are more outputs than draws, a pair of draws takes two forward passes (``models.draws``), and so where
+                are more outputs than draws, a pair of draws takes one forward pass (``models.draws``), and so where
                 there are more than 500, whatever the number of draws. "probit":
                 MacKay's closed form of the same moments. "sampled": adapters drawn from N(μ, P), a forward pass each;
                 with a warning where, on the first 16 examples, the two methods differ by more than Monte Carlo error
