@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 from bayes_kf.data.labels import LabelledData, make_loader
 
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of Pillow's numbers
+_CROPPED_BELOW = 384  # pixels, of ConvNeXt's images
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ImageFormat:
         sd: divides each channel, C numbers.
         shortest_edge: resize this side first, keeping proportions, and crop the centre; None goes straight to `size`.
         resample: nearest, lanczos, bilinear or bicubic.
+        resize: height and width to resize to, whatever the proportions, before the centre is cropped.
 
     Raises:
         ValueError: a field is out of range.
@@ -47,6 +49,7 @@ class ImageFormat:
     sd: tuple[float, ...] = (0.229, 0.224, 0.225)
     shortest_edge: int | None = None
     resample: str = "bilinear"
+    resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
@@ -78,9 +81,10 @@ class ImageFormat:
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """A function from a PIL image to an input (C, H, W)."""
         mode = transforms.InterpolationMode(self.resample)
-        resize: list[Any] = [transforms.Resize(self.size, mode)]
-        if self.shortest_edge is not None:
-            resize = [transforms.Resize(self.shortest_edge, mode), transforms.CenterCrop(self.size)]
+        first = self.shortest_edge if self.resize is None else self.resize
+        resize: list[Any] = [transforms.Resize(self.size if first is None else first, mode)]
+        if first is not None:
+            resize.append(transforms.CenterCrop(self.size))
         steps = [transforms.Grayscale(self.channels)] if self.channels == 1 else []
         return transforms.Compose([*steps, *resize, transforms.ToTensor(), transforms.Normalize(self.mean, self.sd)])
 
@@ -117,20 +121,26 @@ def _fields(config: dict[str, Any], channels: int | None) -> dict[str, Any]:
     sd = tuple(config.get("image_std", ImageFormat.sd))
     if not config.get("do_normalize", True):
         mean, sd = (0.0,) * len(mean), (1.0,) * len(sd)
-    size, shortest = _sizes(config)
     resample = _RESAMPLE[config.get("resample", 2)]
-    return dict(size=size, channels=channels or len(mean), mean=mean, sd=sd, shortest_edge=shortest, resample=resample)
+    return dict(channels=channels or len(mean), mean=mean, sd=sd, resample=resample) | _sizes(config)
 
 
-def _sizes(config: dict[str, Any]) -> tuple[tuple[int, int], int | None]:
-    """Input height and width, and the shortest edge to resize to first, of a preprocessor configuration."""
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are lengths, of a preprocessor configuration."""
     size = config.get("size", 224)
-    size = {"height": size, "width": size} if isinstance(size, int) else size
-    shortest = size.get("shortest_edge")
-    target = config.get("crop_size") if config.get("do_center_crop") else None
-    target = target or (size if shortest is None else shortest)
-    target = {"height": target, "width": target} if isinstance(target, int) else target
-    return (target["height"], target["width"]), shortest
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
+    if shortest is not None and "crop_pct" in config:  # ConvNeXt's: large images are not cropped
+        whole = shortest >= _CROPPED_BELOW
+        return dict(size=(shortest, shortest), shortest_edge=None if whole else int(shortest / config["crop_pct"]))
+    crop = config.get("crop_size") if config.get("do_center_crop") else None
+    if crop is None:
+        return dict(size=_pair(size if shortest is None else shortest), shortest_edge=shortest)
+    return dict(size=_pair(crop), shortest_edge=shortest, resize=_pair(size) if shortest is None else None)
+
+
+def _pair(size: int | dict[str, int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
 
 
 def read_image(path: str) -> Image.Image:

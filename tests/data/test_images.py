@@ -62,6 +62,35 @@ def test_pixels_in_either_channel_order(shape):
     torch.testing.assert_close(inputs, torch.tensor(last / 255).permute(0, 3, 1, 2).float())
 
 
+PROCESSORS = {  # as transformers writes them, and with sizes of their own
+    "ViTImageProcessor": {"size": 24},
+    "DeiTImageProcessor": {"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 24}},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 28}, "crop_pct": 0.875},
+    "ConvNextImageProcessor, large": {"size": {"shortest_edge": 384}},
+    "MobileNetV2ImageProcessor": {},
+    "BeitImageProcessor": {},
+}
+
+
+@pytest.mark.parametrize("shape", [(40, 57), (63, 41)], ids=["wide", "tall"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_what_transformers_own_processors_make_of_them(name, shape, tmp_path):
+    """The folders that they write, on a photograph-like image; within two grey levels, as they round in between."""
+    import transformers
+
+    processor = getattr(transformers, name.split(",")[0])(**PROCESSORS[name])
+    processor.save_pretrained(tmp_path)
+    waves = np.add.outer(np.arange(shape[0]) ** 1.5, 3.0 * np.arange(shape[1]))[..., None] + np.array([0.0, 40.0, 80.0])
+    image = Image.fromarray((127 + 120 * np.sin(waves / 25)).astype(np.uint8))
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+    found = ImageFormat.from_pretrained(tmp_path)
+    ours = found.transform()(image)
+    assert ours.shape == theirs.shape
+    levels = (ours - theirs).abs() * torch.tensor(found.sd)[:, None, None] * 255
+    assert levels.max() < 2.01
+
+
 @pytest.mark.parametrize(
     ("config", "size", "shortest"),
     [
