@@ -215,5 +215,5 @@ def _sheet(title: str, drawings: Mapping[str, FigureSpec]) -> Figure:
     for part, spec in zip(parts, specs, strict=False):
         ax = part.subplots()
         spec.draw(ax)
-        ax.set_xlabel(f"{ax.get_xlabel()}\n{spec.title}")
+        ax.set_xlabel(ax.get_xlabel() + "\n" + spec.title.replace("$", r"\$"))
     return figure

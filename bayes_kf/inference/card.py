@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
@@ -79,9 +79,9 @@ def _base(posterior: Posterior) -> str | None:
     """The base model's name on the Hub; None where it has none, or is a folder of somebody's machine."""
     config: Any = getattr(posterior.adapter.model, "peft_config", {})
     name = next((c.base_model_name_or_path for c in config.values()), None) if isinstance(config, dict) else None
-    if not isinstance(name, str) or not name or PurePath(name).is_absolute() or name.count("/") > 1:
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or name.count("/") > 1:
         return None
-    return None if name.startswith((".", "~")) or "\\" in name else name
+    return None if name.startswith((".", "~")) or "\\" in name or Path(name).exists() else name
 
 
 def _table(scores: Mapping[str, float]) -> list[str]:

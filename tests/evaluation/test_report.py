@@ -185,6 +185,8 @@ def test_dollars_in_titles_are_no_mathematics(tmp_path):
     ood = {"a $5 bill": probs, "_x": probs}
     report = ev.evaluate_predictions(probs, targets, ood=ood, title=r"costs $\bad$", num_simulations=39)
     assert report.save(tmp_path / "report.html").exists()
+    compared = ev.report_comparison({"$a^$": probs, "costs $": probs}, targets, num_simulations=39)
+    assert compared.save(tmp_path / "compared.html").exists()
 
 
 def test_figures_are_drawn_once_and_not_before_they_are_asked_for():

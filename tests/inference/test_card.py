@@ -65,9 +65,12 @@ def test_a_module_has_a_card_with_its_scores_and_their_bands(tmp_path):
         ("/home/someone/models/bert", None),
         ("./bert", None),
         ("C:\\bert", None),
+        ("models/bert", None),
     ],
 )
-def test_an_adapters_card_names_its_base_but_nobodys_folder(name, expected, tmp_path):
+def test_an_adapters_card_names_its_base_but_nobodys_folder(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "bert").mkdir(parents=True)
     inputs = {"input_ids": torch.randint(30, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.int64)}
     posterior = fitted(lora(name), inputs)
     posterior.save_pretrained(tmp_path / "adapter")
