@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -60,7 +60,8 @@ class AdapterModel:
         model: the user's module; base weights frozen, adapter tensors trainable.
 
     Raises:
-        ValueError: when no tensor is trainable, or trainable tensors are offloaded or on several devices.
+        ValueError: when no tensor is trainable, trainable tensors are offloaded or on several devices, or adapters are
+            merged into the base, which leaves them without a say.
 
     Example:
         >>> adapter = AdapterModel(nn.Linear(3, 2))
@@ -78,6 +79,9 @@ class AdapterModel:
         if len(devices) > 1 or "meta" in devices:
             places = ", ".join(f"{device} ({name})" for device, name in devices.items())
             raise ValueError(f"`model` must have its trainable tensors in the memory of one device, got {places}.")
+        merged = next((name for name, module in model.named_modules() if getattr(module, "merged", None) is True), None)
+        if merged is not None:
+            raise ValueError(f"`model` must have its adapters apart from the base, got one merged into {merged!r}.")
         self.model = model
         self.names: tuple[str, ...] = tuple(trainable)
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())
@@ -246,10 +250,18 @@ class AdapterModel:
 
     def run(self, inputs: Inputs) -> Tensor:
         """Raw outputs η of the model as it stands, (B, m); see :meth:`call`."""
-        inputs, kind = to_device(inputs, self.device), self.device.type
-        dtype = self._autocast
-        with torch.autocast(kind, dtype=dtype) if dtype else nullcontext():
+        inputs = to_device(inputs, self.device)
+        with self.autocast():
             return _as_matrix(self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The caller's autocast, for a forward pass inside :meth:`full_precision`.
+
+        Casts are not kept for the next pass: inside the caller's own context they would be until that is left.
+        """
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +111,10 @@ class OptionTexts(AdapterModel):
             )
         flat = {name: values.to(self.device).flatten(0, 1) for name, values in given.items()}
         scored = flat.pop("scored").bool()
+        follows = flat.get("attention_mask", torch.ones_like(scored)).bool().roll(1, 1)
+        follows[:, 0] = False
+        if bool((scored & ~follows).any()):
+            raise ValueError("`inputs` must have a token before every one that is `scored`, got one that begins.")
         log_prob = _logits(self, flat)[:, :-1].log_softmax(-1).gather(-1, flat["input_ids"][:, 1:, None]).squeeze(-1)
         own = scored[:, 1:]
         total = (log_prob * own).sum(-1)
@@ -169,7 +172,7 @@ def option_examples(tokenizer: Any, prompts: Sequence[str], options: Sequence[Se
         options: of each the m texts that may follow, with their leading space where they have one.
 
     Raises:
-        ValueError: where prompts and options do not fit, or an option has no token.
+        ValueError: where prompts and options do not fit, or one of either has no token.
     """
     counts = {len(some) for some in options}
     if len(prompts) != len(options) or len(counts) != 1:
@@ -180,6 +183,8 @@ def option_examples(tokenizer: Any, prompts: Sequence[str], options: Sequence[Se
     rows, starts = [], []
     for prompt, some in zip(prompts, options, strict=True):
         before = tokenizer(prompt)["input_ids"]
+        if not before:
+            raise ValueError(f"`prompts` must hold texts with tokens, got {prompt!r}.")
         for text in some:
             own = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not own:
@@ -211,8 +216,7 @@ def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
     if "position_ids" not in own and "attention_mask" in own and _counts_padding(adapter.model, own["attention_mask"]):
         own["position_ids"] = (own["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
     moved = {name: value.to(adapter.device) for name, value in own.items()}
-    kind, dtype = adapter.device.type, adapter._autocast
-    with torch.autocast(kind, dtype=dtype) if dtype is not None else nullcontext():
+    with adapter.autocast():
         found = adapter.model(**moved)
     logits = found["logits"] if isinstance(found, Mapping) else getattr(found, "logits", found)
     if not isinstance(logits, Tensor) or logits.ndim != 3:

@@ -92,6 +92,23 @@ def test_half_precision_is_not_precise():
             assert not adapter.is_precise
 
 
+def test_casts_are_not_kept_inside_the_caller_s_autocast():
+    """Or every update's cast weights would be, until the caller leaves it."""
+
+    class Looking(nn.Linear):
+        def forward(self, x):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+            return super().forward(x)
+
+    seen: list[tuple[bool, bool]] = []
+    adapter = AdapterModel(Looking(3, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with adapter.full_precision():
+            adapter.outputs(adapter.vector(), torch.ones(1, 3))
+        adapter.model(torch.ones(1, 3))
+    assert seen == [(True, False), (True, True)]
+
+
 def test_a_model_that_cannot_be_batched_is_run_one_by_one():
     class Branching(nn.Module):
         def __init__(self):

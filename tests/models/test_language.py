@@ -156,6 +156,17 @@ def test_next_tokens_are_learned_with_a_whole_vocabulary():
         ),
         (lambda: option_examples(lm.Letters(), ["a"], [["b"], ["c"]]), r"`options` must hold the same number of texts"),
         (lambda: option_examples(lm.Letters(), ["a"], [["b", ""]]), r"`options` must hold texts with tokens, got ''"),
+        (lambda: option_examples(lm.Letters(), [""], [["b"]]), r"`prompts` must hold texts with tokens, got ''"),
+        (
+            lambda: OptionTexts(lm.llama()).run(
+                {
+                    "input_ids": torch.ones(1, 2, 3, dtype=torch.int64),
+                    "scored": torch.tensor([[[False, True, True], [False, False, True]]]),
+                    "attention_mask": torch.tensor([[[0, 1, 1], [1, 1, 1]]]),
+                }
+            ),
+            r"`inputs` must have a token before every one that is `scored`",
+        ),
         (
             lambda: next(next_token_examples(torch.ones(1, 3), torch.ones(1, 2))),
             r"`input_ids` and `labels` must be of one shape \(sequences, tokens\), got \(1, 3\) and \(1, 2\)",

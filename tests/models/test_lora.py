@@ -54,3 +54,13 @@ def test_the_default_prior_is_bounded_behind_a_head_that_sees_little(spread, bou
     name, most = next(iter(largest_variances(kf.adapter).items()))
     if spread != "constant":
         assert (float(prior[name].max()) <= most * (1 + 1e-6)) is bounded
+
+
+def test_adapters_merged_into_the_base_are_refused():
+    """They have no say in the outputs: a filter would learn nothing, without a word."""
+    network = model(init=False)
+    network.merge_adapter()
+    with pytest.raises(ValueError, match=r"`model` must have its adapters apart from the base, got one merged into"):
+        AdapterModel(network)
+    network.unmerge_adapter()
+    assert AdapterModel(network).num_parameters > 0
