@@ -424,12 +424,13 @@ class Posterior:
 
     def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, seed: int) -> Tensor:
         """Log loss of each of a batch's linearized predictions at every temperature, (K, B)."""
-        if self.kf.linearize.num_outputs > MANY and self._by_differences(inputs, tempering.NUM_DRAWS):
+        if self._by_differences(inputs, tempering.NUM_RESPONSES):
             generator = torch.Generator(device=self.adapter.device).manual_seed(seed)
             outputs = self.adapter.outputs(self.mean_vector, inputs)
             known = family.check(outputs, targets)
-            changes = self._responses(inputs, tempering.NUM_DRAWS // 2, generator)
-            return tempering.drawn_log_loss(family, outputs, torch.cat([changes, -changes]), known)
+            responses = self._responses(inputs, tempering.NUM_RESPONSES, generator)
+            spread = tempering.mixed(responses, tempering.held_out_draws(outputs), generator)
+            return tempering.drawn_log_loss(family, outputs, spread, known)
         losses = []
         for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)

@@ -19,6 +19,7 @@ GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 NUM_DRAWS = 32
 MOST_DRAWS = 512  # for held-out data, as far as all of them together are ...
 HELD_OUT_NUMBERS = 2**22  # ... below this
+NUM_RESPONSES = 64  # of the outputs to drawn parameters, in the place of a covariance of more outputs
 WITHIN = 0.5  # standard errors by which held-out data must prefer another temperature to one nearer to 1
 FEWEST_DRAWS = 4  # with very many outputs, where all of them together are ...
 DRAWN_NUMBERS = 2**17  # ... kept below this
@@ -61,6 +62,17 @@ def held_out_draws(outputs: Tensor) -> int:
     The logarithm of a mean of few draws is too low, and the more so the hotter, which 32 of them decided by.
     """
     return max(NUM_DRAWS, min(MOST_DRAWS, HELD_OUT_NUMBERS // outputs.numel()))
+
+
+def mixed(responses: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
+    """S draws from N(0, Σ r rᵀ/K) for K responses r of a batch's outputs to drawn parameters, (K, B, m) to (S, B, m).
+
+    Far more draws than responses, which cost a forward pass each: the covariance is noisy then, but the logarithm of a
+    mean over draws is not too low for want of them.
+    """
+    number = len(responses)
+    weights = torch.randn((num_draws, number), generator=generator, dtype=responses.dtype, device=responses.device)
+    return ((weights / number**0.5) @ responses.flatten(1)).unflatten(1, responses.shape[1:])
 
 
 def isotropic_log_losses(family: Likelihood, outputs: Tensor, variance: Tensor, targets: Tensor, seed: int) -> Tensor:
