@@ -18,8 +18,8 @@ import bayes_kf as bkf
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", [100, 101])
 def test_a_damaged_folder_is_refused_or_was_not_damaged(seed, tmp_path):
-    found = faults.damage(120, tmp_path, seed=seed, progress=False)
-    assert found.total() == 120
+    found = faults.damage(80, tmp_path, seed=seed, progress=False)
+    assert found.total() == 80
     assert {outcome for _, outcome in found} == set(faults.OUTCOMES)
     assert len({fault for fault, _ in found}) == len(faults.FAULTS)
 
@@ -59,8 +59,8 @@ def test_a_disk_that_is_full_or_read_only(mounted):
 
 @pytest.mark.parametrize("covariance", soak.EXACT)
 def test_innovations_of_an_exact_filter_stay_in_their_band(covariance):
-    """Three thousand updates; a million are in ``benchmarks/soak.py``."""
-    found = soak.run(covariance, 3_000, seed=7, progress=False)
+    """Two thousand updates; a million are in ``benchmarks/soak.py``."""
+    found = soak.run(covariance, 2_000, seed=7, progress=False)
     assert found["band_low"] < found["innovations"] < found["band_high"]
     assert found["windows_outside"] == 0
     assert found["asymmetry"] < 1e-10

@@ -602,7 +602,7 @@ def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
     family = likelihood(posterior.config, posterior.state.noise)
 
     def losses():
-        return torch.stack([posterior._log_losses(family, x[:20], y[:20], seed).mean(1) for seed in range(40)]).mean(0)
+        return torch.stack([posterior._log_losses(family, x[:20], y[:20], seed).mean(1) for seed in range(15)]).mean(0)
 
     with monkeypatch.context() as patched:
         patched.setattr(bkf.Posterior, "_by_differences", lambda *_: False)
