@@ -79,9 +79,9 @@ class AdapterModel:
         if len(devices) > 1 or "meta" in devices:
             places = ", ".join(f"{device} ({name})" for device, name in devices.items())
             raise ValueError(f"`model` must have its trainable tensors in the memory of one device, got {places}.")
-        merged = next((name for name, module in model.named_modules() if getattr(module, "merged", None) is True), None)
-        if merged is not None:
-            raise ValueError(f"`model` must have its adapters apart from the base, got one merged into {merged!r}.")
+        merged = [name for name, module in model.named_modules() if getattr(module, "merged_adapters", None)]
+        if merged:
+            raise ValueError(f"`model` must have its adapters apart from the base, got one merged into {merged[0]!r}.")
         self.model = model
         self.names: tuple[str, ...] = tuple(trainable)
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())
