@@ -129,9 +129,10 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     """The fields that are lengths, of a preprocessor configuration."""
     size = config.get("size", 224)
     shortest = size.get("shortest_edge") if isinstance(size, dict) else None
-    if shortest is not None and "crop_pct" in config:  # ConvNeXt's: large images are not cropped
+    share = config.get("crop_pct")
+    if shortest is not None and share is not None:  # ConvNeXt's: large images are not cropped
         whole = shortest >= _CROPPED_BELOW
-        return dict(size=(shortest, shortest), shortest_edge=None if whole else int(shortest / config["crop_pct"]))
+        return dict(size=(shortest, shortest), shortest_edge=None if whole else int(shortest / share))
     crop = config.get("crop_size") if config.get("do_center_crop") else None
     if crop is None:
         return dict(size=_pair(size if shortest is None else shortest), shortest_edge=shortest)

@@ -228,8 +228,9 @@ class Posterior:
         """The same belief at the temperature under which held-out data have the least log loss.
 
         For an adapter that was trained elsewhere (``fit(start="trained")``), or where a part of the data can be spared:
-        one linearized prediction of each batch. Of temperatures whose losses are within half a standard error of the
-        least, paired by example, it is the one nearest to 1 (``tempering``).
+        one linearized prediction of each batch, with more than 64 outputs from as many drawn adapters. Of temperatures
+        whose losses are within half a standard error of the least, paired by example, it is the one nearest to 1
+        (``tempering``).
 
         Args:
             loader: batches with targets that the belief has not learned from.

@@ -42,9 +42,9 @@ def linear_responses(
 
     Whatever the number of outputs, where J itself takes a backward pass for each. The differences are taken at two
     thousandths of each step, which float32 allows and bfloat16 does not (``adapter.is_precise``): good to about one per
-    cent of the largest change where a step crosses no kinks on its way. On LeNet-5 as drawn, with its max pooling, the
-    kinks within that share change it by up to a tenth. DoRA's backward passes leave out what a step does to the norm of
-    a weight; this does not.
+    cent of the largest change where a step crosses no kinks on its way, three where changes are tiny. On LeNet-5 as
+    drawn, with its max pooling, the kinks within that share change it by up to a tenth. DoRA's backward passes leave
+    out what a step does to the norm of a weight; this does not.
 
     Args:
         adapter: the model.
