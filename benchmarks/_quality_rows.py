@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -208,11 +209,17 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
     return Learned(predict)
 
 
-def kalman(make: Callable[[int], bkf.KalmanConfig]) -> Learn:
-    """This package: one pass from the prior, in order."""
+def curvature(setting: Setting) -> str:
+    """Which directions of the outputs a single pass sees: those that ``fit`` chooses without settings."""
+    return "sampled" if setting.classes > select.MANY else "exact"
+
+
+def kalman(make: Callable[..., bkf.KalmanConfig], sampling: bool = True) -> Learn:
+    """This package: one pass from the prior, in order; ``sampling`` where the setting can do with sampled curvature."""
 
     def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-        posterior = bkf.fit(setting.model(seed, 0.0), stream.batches(BATCH), make(seed), progress=False)
+        config = make(seed=seed, curvature=curvature(setting) if sampling else "exact")
+        posterior = bkf.fit(setting.model(seed, 0.0), stream.batches(BATCH), config, progress=False)
         online = posterior.history["correct"].bool(), posterior.history["log_loss"].double()
         return Learned(predictive(posterior), online, {"temperature": posterior.temperature})
 
@@ -236,7 +243,7 @@ def post_hoc(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lea
     """This package on the adapter that AdamW trained: the mean stays, one pass gives the covariance."""
     model = setting.model(seed, 0.0)
     descend(model, stream, seed, choice["lr"])
-    config = bkf.KalmanConfig(seed=seed)
+    config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting))
     posterior = bkf.fit(model, stream.batches(BATCH), config, start="trained", progress=False)
     return Learned(predictive(posterior), facts={"temperature": posterior.temperature})
 
@@ -245,7 +252,7 @@ def post_hoc_on(setting: Setting, stream: Stream, seed: int, choice: Choice) -> 
     """The same, and the mean goes on for a pass toward the mode under that covariance."""
     model = setting.model(seed, 0.0)
     descend(model, stream, seed, choice["lr"])
-    config = bkf.KalmanConfig(seed=seed, mean_passes=1)
+    config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting), mean_passes=1)
     posterior = bkf.fit(model, stream.batches(TOGETHER), config, start="trained", progress=False)
     return Learned(predictive(posterior), facts={"temperature": posterior.temperature})
 
@@ -271,9 +278,9 @@ ROWS: dict[str, tuple[str, Learn, str | None]] = {  # title, what learns, whose 
     "laplace-kron": ("Laplace, Kronecker (laplace-torch)", laplace("kron"), "adamw"),
     "ivon": ("IVON", ivon, "ivon"),
     "svi": ("Pyro SVI, AutoNormal", svi, "svi"),
-    "loko": ("LoKO", kalman(lambda seed: bkf.KalmanConfig.loko(seed=seed)), None),
-    "diagonal": ("ours, diagonal", kalman(lambda seed: bkf.KalmanConfig(covariance="diagonal", seed=seed)), None),
-    "online": ("ours, one pass online", kalman(lambda seed: bkf.KalmanConfig(seed=seed)), None),
+    "loko": ("LoKO", kalman(bkf.KalmanConfig.loko, sampling=False), None),
+    "diagonal": ("ours, diagonal", kalman(partial(bkf.KalmanConfig, covariance="diagonal")), None),
+    "online": ("ours, one pass online", kalman(bkf.KalmanConfig), None),
     "default": ("**ours, default**", default, None),
     "sampled": ("ours, default with sampled curvature", sampled, None),
     "post-hoc": ("**ours, post hoc on AdamW**", post_hoc, "adamw"),

@@ -3,7 +3,8 @@
 Three problems of ``posterior_quality.py``, one pass each, four examples at a time. Every cell of a grid (scale of the
 prior, forgetting) learns the stream and predicts the held-out part, which picks the best cell by its log loss, after
 the fact. ``tune`` sees no held-out data: its candidates learn the first examples side by side, and the one whose
-predictions of those had the least log loss goes on. Data and weights are read as ``posterior_quality.py`` reads them.
+predictions of the later half of those, or of all, had the least log loss goes on. Data and weights are read as
+``posterior_quality.py`` reads them.
 
     python benchmarks/tuning.py            # everything; a stopped run goes on
     python benchmarks/tuning.py --table    # print what is there
@@ -30,7 +31,10 @@ from bayes_kf.evaluation import accuracy, expected_calibration_error, negative_l
 DATA = ("usps", "kmnist", "notmnist")
 GRID: dict[str, tuple[float, ...]] = {"initial_logit_sd": (0.3, 1.0, 3.0, 10.0), "forgetting": (1.0, 0.999)}
 CELLS = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
-EXAMPLES = (200, 500)  # that the candidates learn side by side
+TUNED: dict[str, dict[str, Any]] = {  # by what a stream chooses: the examples whose log loss counts
+    "later half of 500": {"tune": GRID},
+    "500": {"tune": GRID, "tune_burn_in": 0.0},
+}
 BATCH, AHEAD = 4, 64
 POINTS, SHARE = 0.005, 0.02  # of accuracy, and of the log loss, that the choice may lose
 
@@ -56,11 +60,9 @@ def measure(data: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-def key_of(data: str, options: Mapping[str, Any], seed: int) -> str:
-    """Where the file has a run."""
-    if "tune" in options:
-        return f"{data}/tune {options['tune_examples']}/{seed}"
-    return f"{data}/{_words(options)}/{seed}"
+def settings() -> dict[str, dict[str, Any]]:
+    """All that learn, and what the file calls them."""
+    return {_words(cell): cell for cell in CELLS} | {f"tune {name}": options for name, options in TUNED.items()}
 
 
 def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -69,20 +71,20 @@ def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "Held-out accuracy and log loss. Best: the cell of the grid with the least held-out log loss, found after the "
         f"fact. Within: no more than {100 * POINTS:g} points of accuracy and {100 * SHARE:g} % of log loss behind it.",
     ]
-    header = ["data", "seed", "best cell", "accuracy", "NLL", "examples", "chosen", "accuracy", "NLL", "within"]
+    header = ["data", "seed", "best cell", "accuracy", "NLL", "chosen by", "chosen", "accuracy", "NLL", "within"]
     rows, within = [], []
     for data, seed in itertools.product(DATA, range(3)):
-        grid = [cells.get(key_of(data, cell, seed)) for cell in CELLS]
+        grid = [cells.get(f"{data}/{_words(cell)}/{seed}") for cell in CELLS]
         if not all(grid):
             continue
         best = min((cell for cell in grid if cell), key=lambda cell: cell["nll"])
-        for number in EXAMPLES:
-            found = cells.get(key_of(data, {"tune": GRID, "tune_examples": number}, seed))
+        for name in TUNED:
+            found = cells.get(f"{data}/tune {name}/{seed}")
             if found is None:
                 continue
             near = found["accuracy"] >= best["accuracy"] - POINTS and found["nll"] <= best["nll"] * (1 + SHARE)
-            within.append((number, near))
-            shown = [_words(best["chosen"]), f"{best['accuracy']:.3f}", f"{best['nll']:.3f}", str(number)]
+            within.append((name, near))
+            shown = [_words(best["chosen"]), f"{best['accuracy']:.3f}", f"{best['nll']:.3f}", name]
             shown += [
                 _words(found["chosen"]),
                 f"{found['accuracy']:.3f}",
@@ -91,9 +93,9 @@ def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
             ]
             rows.append([data, str(seed), *shown])
     lines += ["", *markdown_table(header, rows), ""]
-    for number in EXAMPLES:
-        seen = [near for count, near in within if count == number]
-        lines.append(f"- {number} examples: within in {sum(seen)} of {len(seen)}.")
+    for name in TUNED:
+        seen = [near for other, near in within if other == name]
+        lines.append(f"- {name}: within in {sum(seen)} of {len(seen)}.")
     return lines
 
 
@@ -112,10 +114,9 @@ def main() -> None:
     file = ResultFile("tuning")
     if not args.table:
         file.begin()
-        tuned = [{"tune": GRID, "tune_examples": number} for number in EXAMPLES]
-        places = list(itertools.product(args.seeds, args.data, [*CELLS, *tuned]))
-        for seed, data, options in tqdm(places, unit="pass", disable=not sys.stderr.isatty()):
-            key = key_of(data, options, seed)
+        places = list(itertools.product(args.seeds, args.data, settings().items()))
+        for seed, data, (name, options) in tqdm(places, unit="pass", disable=not sys.stderr.isatty()):
+            key = f"{data}/{name}/{seed}"
             if args.redo or key not in file.cells:
                 file.put(key, measure(data, options, seed))
                 cell = file.cells[key]

@@ -113,37 +113,45 @@ class Bank:
             after, info = self._update(state, inputs, targets)
         return after, info._replace(seconds=time.perf_counter() - begun)
 
-    def evidence(self, state: BankState) -> Tensor:
+    def evidence(self, state: BankState, since: BankState | None = None) -> Tensor:
         """−Σ log loss of every candidate at its best temperature, (G,), in nats; −inf for one that diverged.
 
         At a temperature that stayed finite; 0 before the first update. One that gave some target no probability at any
-        temperature has the least number that there is.
+        temperature has the least number that there is. With an earlier state ``since``, of what came after it.
         """
-        found = [
-            -math.inf if s is None else max(-float(s.scores.total.min()), -sys.float_info.max) for s in state.states
-        ]
-        return torch.tensor(found, dtype=torch.float64)
+        found = torch.full((len(state.states),), -math.inf, dtype=torch.float64)
+        for number, now in enumerate(state.states):
+            if now is None:
+                continue
+            total = now.scores.total
+            if since is not None:
+                before = since.states[number]
+                assert before is not None  # what diverged stays so
+                total = (total - before.scores.total).nan_to_num(math.inf)  # of two infinite ones
+            found[number] = max(-float(total.min()), -sys.float_info.max)
+        return found
 
     def weights(self, state: BankState) -> Tensor:
         """Posterior probability of every candidate under equal prior ones, (G,): softmax of the evidence."""
         return self.evidence(state).softmax(0)
 
-    def best(self, state: BankState) -> int:
-        """The candidate with the largest evidence; the first among equals.
+    def best(self, state: BankState, since: BankState | None = None) -> int:
+        """The candidate with the largest evidence (of what came ``since``); the first among equals.
 
         With a ``margin``, of those that fall short of it by no more than so many standard errors of the difference
         (paired by update), the one with the narrowest prior: on the first examples of a stream the evidence hardly
         tells widths apart, and too wide a prior learns noise where too narrow a one learns slowly. Ours.
         """
-        evidence = self.evidence(state)
+        evidence = self.evidence(state, since)
         top = int(evidence.argmax())
         if self.margin == 0.0 or not math.isfinite(float(evidence[top])):
             return top
         short = evidence[top] - evidence
         error = torch.full_like(short, math.inf)
-        if state.step > 1:
-            squares = state.differences[top] - short.square() / state.step
-            error = (squares.clamp_min(0.0) * state.step / (state.step - 1)).sqrt()
+        steps = state.step - (since.step if since else 0)
+        if steps > 1:
+            squares = state.differences[top] - (since.differences[top] if since else 0.0) - short.square() / steps
+            error = (squares.clamp_min(0.0) * steps / (steps - 1)).sqrt()
         near = [top, *(i for i in torch.isfinite(short).nonzero()[:, 0].tolist() if short[i] <= self.margin * error[i])]
         return min(near, key=lambda i: (_width(state.states[i]), -float(evidence[i]), i))
 

@@ -89,9 +89,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 WHOLE = ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples")  # numbers, at least 1
 STREAM_SPREADS = (3.0, 1.0, 0.3)  # prior sds of the outputs that a stream chooses among, in logits
 STREAM_BIAS = 1.0  # prior sd of the classes' log odds there
+STREAM_EXAMPLES = 200  # that it chooses by
 STREAM_MARGIN = 1.0  # standard errors by which the first examples must prefer a wider one
 BUDGETS = ("bytes_budget", "outputs_per_pass")
-TUNING = ("tune", "tune_examples", "tune_margin")
+TUNING = ("tune", "tune_examples", "tune_burn_in", "tune_margin")
 FIXED = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", "temperature")  # what a stream cannot choose
 CONFIG_FILE = "kalman_config.json"
 
@@ -153,6 +154,8 @@ class KalmanConfig:
             with every combination learn the first examples side by side (:class:`~bayes_kf.Bank`), and the one whose
             predictions of them had the least log loss goes on. :func:`~bayes_kf.fit` does so.
         tune_examples: how many examples that takes.
+        tune_burn_in: share of them that are learned before their log loss counts, in [0, 1): what ends best is often
+            not what begins best. 0: all of it counts, as evidence does.
         tune_margin: standard errors by which their log loss must prefer a combination to one with a narrower prior; 0:
             the least log loss wins.
         passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
@@ -203,7 +206,8 @@ class KalmanConfig:
     outputs_per_pass: int | None = None
     bytes_budget: int | None = None
     tune: Mapping[str, Sequence[Any]] | None = None
-    tune_examples: int = 200
+    tune_examples: int = 500
+    tune_burn_in: float = 0.5
     tune_margin: float = 0.0
     passes: int = 1
     mean_passes: int = 0
@@ -234,6 +238,8 @@ class KalmanConfig:
         _between("curvature_epsilon", self.curvature_epsilon)
         for name in WHOLE:
             _whole(name, getattr(self, name))
+        if not (_is_number(self.tune_burn_in) and 0 <= self.tune_burn_in < 1):
+            raise ValueError(f"`tune_burn_in` must lie in [0, 1), got {self.tune_burn_in!r}.")
         check_not_negative("tune_margin", self.tune_margin)
         if not isinstance(self.mean_passes, int) or isinstance(self.mean_passes, bool) or self.mean_passes < 0:
             raise ValueError(f"`mean_passes` must be a whole number >= 0, got {self.mean_passes!r}.")
@@ -315,6 +321,8 @@ class KalmanConfig:
         """
         setting: dict[str, Any] = {
             "tune": {"initial_logit_sd": STREAM_SPREADS},
+            "tune_examples": STREAM_EXAMPLES,
+            "tune_burn_in": 0.0,
             "tune_margin": STREAM_MARGIN,
             "initial_bias_sd": STREAM_BIAS,
         }

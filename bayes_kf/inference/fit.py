@@ -43,8 +43,8 @@ def fit(
             which temperature, and that one goes on to learn the rest (``select``). None: ``KalmanConfig.dataset`` under
             a careful and a wide prior, and a narrow one where the careful one did better (``select.default``), where
             the loader can be split (a DataLoader over a data set, or a list of at least eight batches), else
-            ``KalmanConfig.stream()``, a single pass; with a ``checkpoint``, ``KalmanConfig()``. Without settings, the
-            curvature of a data set with more than 32 outputs is "sampled".
+            ``KalmanConfig.stream()``, a single pass; with ``start`` "trained" or a ``checkpoint``, ``KalmanConfig()``.
+            Without settings and ``checkpoint``, the curvature of more than 32 outputs is "sampled".
         start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
             are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
             of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says
@@ -88,7 +88,7 @@ def fit(
     if config is None:
         if parts is None:
             once = KalmanConfig() if start == "trained" else KalmanConfig.stream()
-            return fit_one(model, loader, once, start, progress)
+            return fit_one(model, loader, once, start, progress, given=False)
         return _fit_default(model, parts, progress)
     configs = select.check(config)
     if parts is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import noise, post_hoc, refine
+from bayes_kf.inference import noise, post_hoc, refine, select
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.config import KalmanConfig
@@ -19,7 +19,7 @@ from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.progress import Bar, Record
 from bayes_kf.inference.state import DivergenceError, FilterState
-from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
 
 MAX_HALVINGS = 10
 ROUNDING = 1e-9  # relative change of the objective that is not yet called a rise
@@ -32,8 +32,12 @@ def fit_one(
     start: str,
     progress: bool,
     label: str = "",
+    given: bool = True,
 ) -> Posterior:
-    """The posterior under one setting; arguments and errors are those of :func:`bayes_kf.fit`."""
+    """The posterior under one setting; arguments and errors are those of :func:`bayes_kf.fit`.
+
+    A setting that was not ``given`` by the user gets the curvature that the number of outputs asks for.
+    """
     if start == "trained" and config.temperature == "prequential" and config.tune is None:
         config = dataclasses.replace(config, temperature=post_hoc.TEMPERATURE)
     kf = KalmanFilter(model, config)
@@ -51,6 +55,11 @@ def fit_one(
     few = first(batches, SCALE_EXAMPLES)
     if not few:
         raise ValueError("`loader` must yield at least one batch, got none.")
+    if not given:
+        inputs, _ = complete(few[0], 0)
+        check_inputs(inputs)
+        curvature = select.curvature_for(kf.adapter, inputs)
+        kf = KalmanFilter(kf.adapter, dataclasses.replace(kf.config, curvature=curvature))
     batches, record = itertools.chain(few, batches), Record(kf.config.likelihood)
     history: dict[str, Tensor] = {}
     with Bar(length(loader), f"{label}fit", progress) as bar:
@@ -125,11 +134,16 @@ def _check_same(first: int, later: int) -> None:
 def _tuned(
     kf: KalmanFilter, batches: Iterator[Any], inputs: Inputs, record: Record, bar: Bar
 ) -> tuple[KalmanFilter, FilterState, Tensor]:
-    """The filter of the grid that predicted the first examples best, its state after them, and all evidence, (G,)."""
+    """The filter of the grid that predicted the first examples best, its state after them, and what says so, (G,).
+
+    Those of the burn-in are not counted, unless no other come.
+    """
     assert kf.config.tune is not None
     bank = Bank(kf.adapter, candidates(kf.config, kf.config.tune), kf.config.tune_margin)
-    state, seen = bank.init(inputs), 0
+    state, burnt_in, seen = bank.init(inputs), None, 0
     for batch in batches:
+        if burnt_in is None and seen >= kf.config.tune_burn_in * kf.config.tune_examples:
+            burnt_in = state
         given, targets = complete(batch, bar.done)
         try:
             with located(bar.done):
@@ -142,10 +156,10 @@ def _tuned(
         seen += len(targets)
         if seen >= kf.config.tune_examples:
             break
-    best = bank.best(state)
+    best = bank.best(state, burnt_in)
     chosen = state.states[best]
     assert chosen is not None  # what diverged has no evidence
-    return bank.filters[best], chosen, bank.evidence(state)
+    return bank.filters[best], chosen, bank.evidence(state, burnt_in)
 
 
 def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], bar: Bar) -> tuple[FilterState, float]:

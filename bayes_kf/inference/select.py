@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.models.adapter import AdapterModel, check_inputs, split_batch, to_device
+from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
@@ -53,18 +53,20 @@ def check(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
 
 
 def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[KalmanConfig]:
-    """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one.
-
-    Their curvature is sampled for more than ``MANY`` outputs, as those of the first batch say.
-    """
+    """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one."""
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
     inputs, _ = split_batch(next(iter(loader)))
     check_inputs(inputs)
-    outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
-    curvature = "sampled" if outputs > MANY else "exact"
+    curvature = curvature_for(adapter, inputs)
     wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE}
     settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW, "mean_passes": 0})
     return [KalmanConfig.dataset(curvature=curvature, **setting) for setting in settings]
+
+
+def curvature_for(adapter: AdapterModel, inputs: Inputs) -> str:
+    """The curvature of a fit without settings: "sampled" for more than ``MANY`` outputs, else "exact"."""
+    outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device))
+    return "sampled" if outputs.shape[1] > MANY else "exact"
 
 
 def split(loader: Iterable[Any]) -> Parts | None:

@@ -148,24 +148,34 @@ def test_an_update_reports_the_average_of_what_candidates_predicted(likelihood, 
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5, 1.0, 3.0])
-def test_within_the_margin_the_narrowest_prior_is_ahead(margin):
-    """Against the paired standard errors of what the candidates gained, computed anew at every step."""
+@pytest.mark.parametrize("skipped", [0, 10])
+def test_within_the_margin_the_narrowest_prior_is_ahead(margin, skipped, monkeypatch):
+    """Against the paired standard errors of what the candidates gained, computed anew at every step.
+
+    Where some steps are skipped, at one temperature, so that what was gained after them is a difference.
+    """
+    if skipped:
+        monkeypatch.setattr(tempering, "GRID", (1.0,))
     sds = (3.0, 1.0, 0.3)
     bank = Bank(model_of(), candidates(KalmanConfig(), {"initial_logit_sd": sds}), margin)
     g = torch.Generator().manual_seed(5)
     state, seen, picked = bank.init(torch.randn(8, 4, generator=g).double()), [torch.zeros(3).double()], []
-    for _ in range(25):
+    for step in range(25 + skipped):
         x = torch.randn(2, 4, generator=g).double()
+        if step == skipped:
+            since = state
         state, _ = bank.update(state, x, (x[:, 0] + 0.5 * torch.randn(2, generator=g).double() > 0).long())
-        seen.append(bank.evidence(state))
+        if step < skipped:
+            continue
+        seen.append(bank.evidence(state, since))
         gained, top = torch.stack(seen).diff(dim=0), int(seen[-1].argmax())
         short = gained[:, [top]] - gained
         error = short.std(0) * len(gained) ** 0.5 if len(gained) > 1 else torch.full((3,), torch.inf).double()
         near = [
             i for i in range(3) if i == top or (margin > 0 and float(short[:, i].sum()) <= margin * float(error[i]))
         ]
-        assert bank.best(state) == max(near)  # the later, the narrower
-        picked.append((bank.best(state), top))
+        assert bank.best(state, since) == max(near)  # the later, the narrower
+        picked.append((bank.best(state, since), top))
     assert bool(margin) == any(best != top for best, top in picked)
 
 
@@ -187,6 +197,14 @@ def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
     posterior = fit(model_of(), data, config, progress=False)
     evidence, chosen = posterior.history["evidence"], posterior.kf.config
     assert evidence.shape == (4,)
+    bank = Bank(model_of(), candidates(config, grid))
+    state = burnt_in = bank.init(torch.cat([x for x, _ in data[:16]]))
+    for number, (x, y) in enumerate(data[:15]):
+        burnt_in = state if number == 8 else burnt_in  # fifteen of thirty examples end in the eighth batch
+        state, _ = bank.update(state, x, y)
+    assert torch.equal(evidence, bank.evidence(state, burnt_in))
+    losses = [-(s.scores.total - b.scores.total).min() for s, b in zip(state.states, burnt_in.states, strict=True)]
+    torch.testing.assert_close(evidence, torch.stack(losses), rtol=0.0, atol=0.0)
     assert chosen == candidates(config, grid)[int(evidence.argmax())]
     assert chosen.initial_logit_sd == 2.0  # the other one hardly moves
     assert chosen.tune is None
@@ -195,6 +213,27 @@ def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
     alone = fit(model_of(), data, chosen, progress=False)
     assert torch.equal(posterior.mean_vector, alone.mean_vector)
     assert torch.equal(posterior.history["log_loss"][60:], alone.history["log_loss"][60:])
+
+
+def test_what_ends_best_is_chosen_though_it_begins_worst():
+    """Coins at first, from which a wide prior learns nonsense, then a rule, which a narrow one hardly learns."""
+    g = torch.Generator().manual_seed(9)
+    model = nn.Linear(4, 2).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    x, coins = torch.randn(40, 4, generator=g).double(), torch.randint(2, (40,), generator=g)
+    labels = torch.where(torch.arange(40) < 20, coins, (x[:, 0] > 0).long())
+    data = list(zip(x.split(2), labels.split(2), strict=True))
+    for burn_in, expected in ((0.0, 0.1), (0.5, 10.0)):
+        config = KalmanConfig(tune={"initial_logit_sd": (0.1, 10.0)}, tune_examples=40, tune_burn_in=burn_in)
+        assert fit(model, data, config, progress=False).config.initial_logit_sd == expected
+
+
+def test_a_stream_that_ends_with_the_burn_in_is_counted():
+    config = KalmanConfig(tune={"initial_logit_sd": (0.01, 2.0)}, tune_examples=200)
+    posterior = fit(model_of(), stream(count=50), config, progress=False)
+    assert posterior.config.initial_logit_sd == 2.0
+    assert posterior.history["evidence"][1] < 0.0
 
 
 def test_a_tuned_posterior_is_saved_and_loaded(tmp_path):
@@ -261,6 +300,8 @@ def test_closeness_is_in_units_of_the_noise():
         ({"tune": {"beta": (0.9, 1.0)}}, r"`beta` must lie strictly between 0 and 1, got 1\.0\."),
         ({"tune": {"rank": (3,)}, "temperature": 1.0}, r"`tune` needs `temperature` 'prequential', got 1\.0\."),
         ({"tune_examples": 0}, r"`tune_examples` must be a whole number >= 1, got 0\."),
+        ({"tune_burn_in": 1.0}, r"`tune_burn_in` must lie in \[0, 1\), got 1\.0\."),
+        ({"tune_burn_in": "half"}, r"`tune_burn_in` must lie in \[0, 1\), got 'half'\."),
         ({"tune_margin": -1.0}, r"`tune_margin` must be >= 0 and finite, got -1\.0\."),
         (
             {"tune": {"tune_margin": (0.0, 1.0)}},

@@ -188,6 +188,17 @@ def test_many_outputs_are_seen_by_sampled_directions():
     assert [c.curvature for c in select.default(nn.Linear(3, 4).double(), batches())] == ["exact"] * 3
 
 
+@pytest.mark.parametrize(("outputs", "expected"), [(40, "sampled"), (4, "exact")])
+def test_so_are_those_of_a_stream_and_of_a_trained_adapter_without_settings(outputs, expected):
+    torch.manual_seed(0)
+    model, data = nn.Linear(3, outputs).double(), list(zip(X.split(5), (torch.arange(90) % 4).split(5), strict=True))
+    stream, trained = bkf.fit(model, iter(data), progress=False), bkf.fit(model, data, start="trained", progress=False)
+    assert (stream.config.curvature, trained.config.curvature) == (expected, expected)
+    assert stream.state.examples == trained.state.examples == 90  # none is lost to looking
+    asked = bkf.fit(model, data, bkf.KalmanConfig(), start="trained", progress=False)
+    assert asked.config.curvature == "exact"
+
+
 def test_a_candidate_that_diverges_is_left_out(monkeypatch):
     module = sys.modules["bayes_kf.inference.fit"]  # the package has the function under that name
     real = module.fit_one
