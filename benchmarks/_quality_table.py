@@ -25,7 +25,8 @@ LEGEND = (
     " of learning over those of a pass of AdamW, from steps timed in the same process before and after;"
     " predicting: seconds for the held-out part. MiB: peak while learning. Rates of AdamW, IVON and SVI were chosen on"
     " the last eighth of seed 0's stream, which is not counted as cost (3.5 passes for AdamW's four). The row"
-    " with sampled curvature was measured as a default. People: cross-entropy against the shares of CIFAR-10H's"
+    " with sampled curvature was measured as a default. On CLINC150 the rows of a single pass and post hoc have sampled"
+    " curvature, as `fit` takes it above 32 outputs. People: cross-entropy against the shares of CIFAR-10H's"
     " answers."
 )
 
@@ -81,7 +82,8 @@ def _notes(cells: Cells, data: str) -> list[str]:
         for cell in _seeds(cells, data, row).values()
         if "skipped" in cell
     }
-    return ["", f"Chosen rates: {'; '.join(sorted(lines))}." if lines else "", *sorted(missing)]
+    notes = [("Chosen rates", lines), ("Without a result", missing)]
+    return [text for what, found in notes if found for text in ("", f"{what}: {'; '.join(sorted(found))}.")]
 
 
 def _summary(cells: Cells) -> list[str]:
