@@ -154,8 +154,8 @@ class KalmanConfig:
             with every combination learn the first examples side by side (:class:`~bayes_kf.Bank`), and the one whose
             predictions of them had the least log loss goes on. :func:`~bayes_kf.fit` does so.
         tune_examples: how many examples that takes.
-        tune_burn_in: share of them that are learned before their log loss counts, in [0, 1): what ends best is often
-            not what begins best. 0: all of it counts, as evidence does.
+        tune_burn_in: share of them, the first, whose log loss does not count, in [0, 1): what begins best is often not
+            what ends best. 0: all counts, as evidence does.
         tune_margin: standard errors by which their log loss must prefer a combination to one with a narrower prior; 0:
             the least log loss wins.
         passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at

@@ -136,7 +136,7 @@ def _tuned(
 ) -> tuple[KalmanFilter, FilterState, Tensor]:
     """The filter of the grid that predicted the first examples best, its state after them, and what says so, (G,).
 
-    Those of the burn-in are not counted, unless no other come.
+    Those of the burn-in are not counted, unless no others come.
     """
     assert kf.config.tune is not None
     bank = Bank(kf.adapter, candidates(kf.config, kf.config.tune), kf.config.tune_margin)
