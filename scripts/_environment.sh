@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONDONTWRITEBYTECODE # each of many processes would compile torch, transformers and peft anew: 20 s
 
 fail() {
     echo "$(basename "$0"): $*" >&2

@@ -6,8 +6,10 @@ from torch import Tensor
 
 GRID = 4096  # points of the kernel's grid on [0, 1]
 GRID_OF_MANY = 1024  # for the errors of many simulated data sets
-HALVINGS = 14  # of the range of widths, on a logarithmic scale, before a line is drawn between its ends
 WIDEST, NARROWEST = 1.0, 1e-4
+FIRST = 0.05  # the width that is tried first
+AGREED = 1e-6  # how near, relatively, the ends that the width lies between come
+MOST_STEPS = 100  # 3 to 8 are usual
 
 
 def smooth_error(confidence: Tensor, residual: Tensor) -> Tensor:
@@ -27,15 +29,21 @@ def smooth_error(confidence: Tensor, residual: Tensor) -> Tensor:
     num_points = GRID if residual.ndim == 1 else GRID_OF_MANY
     spectrum = torch.from_numpy(dct(_on_grid(confidence, residual, num_points).numpy(), type=2, norm="ortho"))
     frequency = torch.pi * torch.arange(num_points, dtype=torch.float64)
-    low = torch.full(residual.shape[:-1], NARROWEST, dtype=torch.float64)
-    high = torch.full_like(low, WIDEST)
-    for _ in range(HALVINGS):
-        width = (low * high).sqrt()
-        too_narrow = _at_width(spectrum, frequency, width) > width
-        low, high = torch.where(too_narrow, width, low), torch.where(too_narrow, high, width)
-    below, above = (_at_width(spectrum, frequency, width) - width for width in (low, high))
-    share = (below / (below - above)).clamp(0, 1)  # where the line between both ends crosses zero
-    return _at_width(spectrum, frequency, low + share * (high - low))
+    width = torch.full(residual.shape[:-1], FIRST, dtype=torch.float64)
+    low, high = torch.full_like(width, NARROWEST), torch.full_like(width, WIDEST)
+    place, value = low.log(), high.log()  # of the step before; at first, as if the narrowest kernel erred most
+    for _ in range(MOST_STEPS):
+        error = _at_width(spectrum, frequency, width)
+        # A wider kernel never has a larger error, so what is sought lies between any width and the error there.
+        reached = error.clamp(NARROWEST, WIDEST)
+        low, high = low.maximum(width.minimum(reached)), high.minimum(width.maximum(reached))
+        if bool((high <= (1 + AGREED) * low).all()):
+            break
+        before, place = place, width.log()
+        rise, value = reached.log() - value, reached.log()
+        slope = (rise / (place - before)).nan_to_num(0.0).clamp(max=0.0)
+        width = (place + (value - place) / (1 - slope)).exp().clamp(low, high)
+    return error
 
 
 def _at_width(spectrum: Tensor, frequency: Tensor, width: Tensor) -> Tensor:

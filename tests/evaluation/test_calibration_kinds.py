@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dct, idct
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import binomtest
@@ -15,6 +16,7 @@ from bayes_kf.evaluation.binning import class_cells, observed_hits
 from bayes_kf.evaluation.calibration import class_statistic, profile_statistic
 from bayes_kf.evaluation.profile import MAX_CELLS, exact_profile, groups_of, narrow_profile
 from bayes_kf.evaluation.score_table import score_table
+from bayes_kf.evaluation.smooth import smooth_error
 
 CASES = [(1, 2), (2, 2), (40, 3), (500, 4), (500, 12)]
 
@@ -109,6 +111,23 @@ def test_smooth_error_of_one_confidence_is_the_gap():
     assert ev.smooth_calibration_error(probs, targets) == pytest.approx(0.3, abs=1e-6)
     one, _ = quad(lambda t: math.exp(-0.5 * ((t - 0.8) / 0.3) ** 2) / (0.3 * math.sqrt(2 * math.pi)), -5, 5)
     assert one == pytest.approx(1)
+
+
+def test_each_of_many_smooth_errors_is_where_the_width_is_the_error():
+    """By brentq on what the kernel leaves, for residuals that fall off slowly, at once, not at all, and none."""
+    confidence = (torch.arange(1024, dtype=torch.float64) + 0.5) / 1024  # on the points of the grid
+    by_turns = 1.0 - 2.0 * (torch.arange(1024) // 3 % 2)
+    noise = torch.randn(1024, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    residual = torch.stack([noise, 0.02 * noise, noise + 0.3, by_turns, 1e-3 * by_turns, 0.4 + 0 * noise, 0 * noise])
+    found = smooth_error(confidence, residual / 1024)
+    for row, error in zip(residual / 1024, found.tolist(), strict=True):
+        spectrum, frequency = dct(row.numpy(), norm="ortho"), np.pi * np.arange(1024)
+
+        def excess(width, spectrum=spectrum, frequency=frequency):
+            return np.abs(idct(spectrum * np.exp(-0.5 * (frequency * width) ** 2), norm="ortho")).sum() - width
+
+        expected = brentq(excess, 1e-4, 1, rtol=1e-12) if excess(1e-4) > 0 else excess(1e-4) + 1e-4
+        assert error == pytest.approx(expected, rel=3e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
