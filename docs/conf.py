@@ -7,7 +7,7 @@ version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
 include_patterns = ["docs/**", "tutorials/*", "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-exclude_patterns = ["docs/conf.py"]
+exclude_patterns = ["docs/conf.py", ".venv", ".git"]
 html_theme, html_title = "furo", f"bayes_kf {version}"
 nb_execution_mode = "off"  # the notebooks are stored executed; the tests run them
 myst_enable_extensions = ["dollarmath"]
