@@ -8,6 +8,7 @@ GRID = 4096  # points of the kernel's grid on [0, 1]
 GRID_OF_MANY = 1024  # for the errors of many simulated data sets
 WIDEST, NARROWEST = 1.0, 1e-4
 FIRST = 0.05  # the width that is tried first
+FADED = 9.0  # frequency times width at which exp(-x²/2) leaves 3e-18 of a residual
 AGREED = 1e-6  # how near, relatively, the ends that the width lies between come
 MOST_STEPS = 100  # 3 to 8 are usual
 
@@ -48,8 +49,9 @@ def smooth_error(confidence: Tensor, residual: Tensor) -> Tensor:
 
 def _at_width(spectrum: Tensor, frequency: Tensor, width: Tensor) -> Tensor:
     """∫ |smeared residuals| for kernels of these widths (...)."""
-    damped = spectrum * torch.exp(-0.5 * (frequency * width[..., None]).square())
-    return torch.from_numpy(idct(damped.numpy(), type=2, norm="ortho")).abs().sum(dim=-1)
+    kept = frequency[frequency * width.min() < FADED]
+    damped = spectrum[..., : len(kept)] * torch.exp(-0.5 * (kept * width[..., None]).square())
+    return torch.from_numpy(idct(damped.numpy(), type=2, n=len(frequency), norm="ortho")).abs().sum(dim=-1)
 
 
 def _on_grid(confidence: Tensor, residual: Tensor, num_points: int) -> Tensor:
