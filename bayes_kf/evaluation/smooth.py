@@ -10,7 +10,7 @@ WIDEST, NARROWEST = 1.0, 1e-4
 FIRST = 0.05  # the width that is tried first
 FADED = 9.0  # frequency times width at which exp(-x²/2) leaves 3e-18 of a residual
 AGREED = 1e-6  # how near, relatively, the ends that the width lies between come
-MOST_STEPS = 100  # 3 to 8 are usual
+MOST_STEPS = 100  # 3 to 10 are usual
 
 
 def smooth_error(confidence: Tensor, residual: Tensor) -> Tensor:
