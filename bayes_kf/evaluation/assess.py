@@ -38,9 +38,10 @@ def evaluate(
 ) -> Report:
     """Report on a posterior's predictions for a loader.
 
-    Bernoulli outputs count as two-class problems, N·m of them. A posterior without class probabilities (Gaussian,
-    Poisson) gets a regression report. Where the posterior says which tensors its outputs' variance comes from
-    (`output_variance`), the first batch is asked for.
+    Bernoulli outputs count as two-class problems, N·m of them, which intervals and bands take as independent: where the
+    m outputs of an example err together, those are up to √m too narrow. A posterior without class probabilities
+    (Gaussian, Poisson) gets a regression report. Where the posterior says which tensors its outputs' variance comes
+    from (`output_variance`), the first batch is asked for.
 
     Args:
         posterior: Anything with `predict_loader`, `config` and `history`, see `PosteriorLike`.

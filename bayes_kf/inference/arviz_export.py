@@ -51,6 +51,7 @@ def predictive_groups(posterior: Posterior, draws: Tensor, loader: Iterable[Any]
         check_inputs(inputs)
         inputs = to_device(inputs, adapter.device)
         outputs = outputs_of_draws(adapter, draws, inputs, posterior._draws_at_once(inputs))  # (S, B, m)
+        outputs = posterior.scaled_logits(outputs)
         if index == 0:
             posterior._compare(inputs, prediction.mixture(family, outputs, None))
         known = family.check(outputs[0], targets.to(adapter.device))

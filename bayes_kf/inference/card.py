@@ -53,6 +53,8 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
         library_name="peft" if of_peft else "bayes_kf", base_model=base, tags=TAGS + (["lora"] if of_peft else [])
     )
     learned = f"{state.examples:,} examples in {state.step:,} updates"
+    divisor = posterior.softmax_temperature
+    divided = "" if divisor == 1.0 else f" Logits are divided by {divisor:g} in predictions."
     shown = {name: getattr(posterior.config, name) for name in SETTINGS}
     lines = [
         "---",
@@ -62,7 +64,7 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
         f"# A posterior over {adapter.num_parameters:,} adapter parameters",
         "",
         f"A Gaussian belief over the trainable tensors of {f'`{base}`' if base else 'a model'}, fitted with bayes_kf "
-        f"on {learned}. Its covariance is used at temperature {posterior.temperature:g}.",
+        f"on {learned}. Its covariance is used at temperature {posterior.temperature:g}.{divided}",
         "",
         "| setting | value |",
         "| --- | --- |",

@@ -93,7 +93,8 @@ STREAM_EXAMPLES = 200  # that it chooses by
 STREAM_MARGIN = 1.0  # standard errors by which the first examples must prefer a wider one
 BUDGETS = ("bytes_budget", "outputs_per_pass")
 TUNING = ("tune", "tune_examples", "tune_burn_in", "tune_margin")
-FIXED = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", "temperature")  # what a stream cannot choose
+TEMPERATURES = ("temperature", "softmax_temperature")
+FIXED = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", *TEMPERATURES)  # what a stream cannot choose
 CONFIG_FILE = "kalman_config.json"
 
 
@@ -166,6 +167,9 @@ class KalmanConfig:
             forgotten, gated or penalized. With ``start`` "trained" they go on from the adapter's own mean.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
             stream's own log loss) or a number > 0.
+        softmax_temperature: what logits are divided by in predictions of classes, > 0 (below 1: surer; Guo et al.
+            2017); learning does not see it. "held_out": 1 until held-out data say less, which
+            :func:`~bayes_kf.fit` asks where it holds data out, and ``Posterior.calibrate_softmax``.
         seed: of the uniform prior rule, the probes and the draws.
 
     Raises:
@@ -212,6 +216,7 @@ class KalmanConfig:
     passes: int = 1
     mean_passes: int = 0
     temperature: float | str = "prequential"
+    softmax_temperature: float | str = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -235,6 +240,13 @@ class KalmanConfig:
         check_not_negative("gradient_penalty", self.gradient_penalty)
         if self.temperature != "prequential":
             _positive("temperature", self.temperature)
+        if self.softmax_temperature != "held_out":
+            _positive("softmax_temperature", self.softmax_temperature)
+        if self.softmax_temperature != 1.0 and self.likelihood != "categorical":
+            raise ValueError(
+                f"`softmax_temperature` must be 1 for `likelihood` {self.likelihood!r}, which has no softmax, "
+                f"got {self.softmax_temperature!r}."
+            )
         _between("curvature_epsilon", self.curvature_epsilon)
         for name in WHOLE:
             _whole(name, getattr(self, name))

@@ -44,7 +44,8 @@ def fit(
             a careful and a wide prior, and a narrow one where the careful one did better (``select.default``), where
             the loader can be split (a DataLoader over a data set, or a list of at least eight batches), else
             ``KalmanConfig.stream()``, a single pass; with ``start`` "trained" or a ``checkpoint``, ``KalmanConfig()``.
-            Without settings and ``checkpoint``, the curvature of more than 32 outputs is "sampled".
+            Without settings and ``checkpoint``, the curvature of more than 32 outputs is "sampled", and the part that
+            is held out also says what their logits are divided by (``softmax_temperature``).
         start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
             are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
             of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says

@@ -109,7 +109,7 @@ def generate(
                 with adapter.substituted(tensors):
                     out = _ahead(adapter, ids, mask, caches[number])
                 caches[number] = _kept(out)
-                spoken.append(out.logits[:, -1].double().log_softmax(-1))
+                spoken.append(posterior.scaled_logits(out.logits[:, -1].double()).log_softmax(-1))
             token, step = _next(torch.stack(spoken), sample, generator)
             for name, values in (("written", ~done), *((k, v.where(~done, 0.0)) for k, v in step.items())):
                 found[name].append(values)

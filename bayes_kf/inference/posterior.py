@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from bayes_kf.models.adapter import (
     to_device,
 )
 from bayes_kf.models.draws import linear_responses, outputs_of_draws
-from bayes_kf.models.likelihood import Gaussian, Likelihood
+from bayes_kf.models.likelihood import Categorical, Gaussian, Likelihood
 
 if TYPE_CHECKING:
     from bayes_kf.inference.generation import Generated
@@ -75,6 +75,12 @@ class Posterior:
         return self.kf.temperature(self.state)
 
     @property
+    def softmax_temperature(self) -> float:
+        """What logits are divided by in predictions; 1 unless given or chosen on held-out data."""
+        setting = self.config.softmax_temperature
+        return 1.0 if isinstance(setting, str) else setting
+
+    @property
     def mean_vector(self) -> Tensor:
         """μ, (n,)."""
         return self.state.belief.mean
@@ -98,6 +104,10 @@ class Posterior:
     def prior_variance(self) -> dict[str, Tensor]:
         """Prior variances, tensor name -> tensor."""
         return self.adapter.unflatten(self.state.prior.variance)
+
+    def scaled_logits(self, logits: Tensor) -> Tensor:
+        """Logits as predictions take them, or what adds to them: divided by :attr:`softmax_temperature`."""
+        return logits if self.softmax_temperature == 1.0 else logits / self.softmax_temperature
 
     def covariance_matrix(self) -> Tensor:
         """P, (n, n), without the temperature.
@@ -239,6 +249,39 @@ class Posterior:
             ValueError: when the loader yields nothing, or a batch without targets or one that does not fit.
         """
         family, losses = noise.likelihood(self.config, self.state.noise), list[Tensor]()
+        for index, (inputs, targets) in enumerate(self._held_out(loader)):
+            with self.adapter.full_precision():
+                losses.append(self._log_losses(family, inputs, targets, self.config.seed + index))
+        return self._with(temperature=tempering.choose_held_out(torch.cat(losses, 1)))
+
+    def calibrate_softmax(self, loader: Iterable[Any]) -> Posterior:
+        """The same belief with logits divided by the number of at most 1 that held-out data ask for.
+
+        A covariance can only add doubt. Where the mean alone is less sure than held-out data bear out, as with many
+        classes of a few examples each, this takes doubt away; the data are predicted once, by the mean. The number
+        has most posterior probability under a prior that keeps it near 1 (``tempering``): a handful of examples, all
+        predicted right, would else make a belief certain. Call it before :meth:`calibrate`.
+
+        Args:
+            loader: batches with targets that the belief has not learned from.
+
+        Raises:
+            ValueError: for a likelihood that has no softmax; when the loader yields nothing, or a batch without targets
+                or one that does not fit.
+        """
+        family = noise.likelihood(self.config, self.state.noise)
+        if not isinstance(family, Categorical):
+            raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {family.name!r}.")
+        losses = tempering.SOFTMAX_PRIOR
+        for inputs, targets in self._held_out(loader):
+            with self.adapter.full_precision():
+                outputs = self.adapter.outputs(self.mean_vector, inputs)
+            losses = losses + tempering.softmax_log_losses(family, outputs, family.check(outputs, targets))
+        return self._with(softmax_temperature=tempering.choose_softmax(losses))
+
+    def _held_out(self, loader: Iterable[Any]) -> Iterator[tuple[Inputs, Tensor]]:
+        """Every batch, which must have targets, on the model's device."""
+        index = -1
         for index, batch in enumerate(loader):
             inputs, targets = split_batch(batch)
             if targets is None:
@@ -246,12 +289,13 @@ class Posterior:
             if not isinstance(targets, Tensor):
                 raise ValueError(f"`loader` must yield targets as tensors, got {type(targets).__name__}.")
             check_inputs(inputs)
-            inputs, targets = to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
-            with self.adapter.full_precision():
-                losses.append(self._log_losses(family, inputs, targets, self.config.seed + index))
-        if not losses:
+            yield to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
+        if index < 0:
             raise ValueError("`loader` must yield at least one batch, got none.")
-        config = replace(self.config, temperature=tempering.choose_held_out(torch.cat(losses, 1)), tune=None)
+
+    def _with(self, **settings: Any) -> Posterior:
+        """The same belief under other settings of its predictions."""
+        config = replace(self.config, tune=None, **settings)
         return Posterior(KalmanFilter(self.adapter, config), self.state, self.history)
 
     def output_variance(self, batch: Any) -> dict[str, float]:
@@ -388,13 +432,13 @@ class Posterior:
     ) -> Prediction:
         family = noise.likelihood(self.config, self.state.noise)
         if method == "mean":
-            outputs = self.adapter.outputs(self.mean_vector, inputs)
+            outputs = self.scaled_logits(self.adapter.outputs(self.mean_vector, inputs))
             return prediction.point(family, outputs, _checked(family, outputs, targets))
         batch = self.kf.linearize(self.mean_vector, inputs)
-        outputs = batch.outputs
+        outputs = self.scaled_logits(batch.outputs)
         targets = _checked(family, outputs, targets)
         covariance = self.config.structure.output_covariance(self.state.belief, batch.pull())
-        output_cov = self.temperature * covariance
+        output_cov = self.temperature / self.softmax_temperature**2 * covariance
         if method == "probit" and family.name != "gaussian":
             return prediction.probit(family, outputs, output_cov.to(outputs.dtype), targets)
         draws = (
@@ -420,7 +464,7 @@ class Posterior:
         family = noise.likelihood(self.config, self.state.noise)
         outputs = self.adapter.outputs(self.mean_vector, inputs)
         changes = self._responses(inputs, -(-num_samples // 2), generator, self.temperature)
-        draws = outputs + torch.cat([changes, -changes])[:num_samples]
+        draws = self.scaled_logits(outputs + torch.cat([changes, -changes])[:num_samples])
         return prediction.mixture(family, draws, _checked(family, outputs, targets))
 
     def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, seed: int) -> Tensor:
@@ -431,12 +475,14 @@ class Posterior:
             known = family.check(outputs, targets)
             responses = self._responses(inputs, tempering.NUM_RESPONSES, generator)
             spread = tempering.mixed(responses, tempering.held_out_draws(outputs), generator)
-            return tempering.drawn_log_loss(family, outputs, spread, known)
+            return tempering.drawn_log_loss(family, self.scaled_logits(outputs), self.scaled_logits(spread), known)
         losses = []
         for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)
-            outputs, known = linearized.outputs, family.check(linearized.outputs, targets[where])
-            output_cov = self.config.structure.output_covariance(self.state.belief, linearized.pull()).to(outputs)
+            outputs = self.scaled_logits(linearized.outputs)
+            known = family.check(outputs, targets[where])
+            covariance = self.config.structure.output_covariance(self.state.belief, linearized.pull())
+            output_cov = covariance.to(outputs) / self.softmax_temperature**2
             draws = tempering.held_out_draws(outputs)
             losses.append(tempering.each_log_loss(family, outputs, output_cov, known, seed, draws))
         return torch.cat(losses, 1)
@@ -489,6 +535,7 @@ class Posterior:
         family = noise.likelihood(self.config, self.state.noise)
         draws = self.sample(num_samples, generator)
         outputs = outputs_of_draws(self.adapter, draws, inputs, self._draws_at_once(inputs))
+        outputs = self.scaled_logits(outputs)
         return prediction.mixture(family, outputs, _checked(family, outputs[0], targets))
 
 

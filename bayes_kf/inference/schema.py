@@ -15,7 +15,8 @@ from bayes_kf.inference.config import CHOICES, WHOLE, KalmanConfig
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 KINDS = {"str": "string", "float": "number", "int": "integer", "bool": "boolean", "None": "null"}
-WORDS = {"noise_variance": "estimated", "temperature": "prequential"}  # numbers that may be this word
+# numbers that may be this word
+WORDS = {"noise_variance": "estimated", "temperature": "prequential", "softmax_temperature": "held_out"}
 
 
 def config_schema() -> dict[str, Any]:

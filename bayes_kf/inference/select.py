@@ -5,7 +5,8 @@ belief is still wide: on a data set that is passed over again, the setting that 
 example in ``SHARE`` is set aside, prices every candidate at every temperature, and is learned last.
 
 Without settings the candidates are a careful prior and a wide one, both with passes of the mean, and, where the careful
-one did better, a narrow one for networks that know the task already. Ours.
+one did better, a narrow one for networks that know the task already. Above 32 outputs the held-out part also
+says what to divide the logits by. Ours.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[
     inputs, _ = split_batch(next(iter(loader)))
     check_inputs(inputs)
     curvature = curvature_for(adapter, inputs)
+    softmax = "held_out" if curvature == "sampled" else 1.0
     wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE}
     settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW, "mean_passes": 0})
-    return [KalmanConfig.dataset(curvature=curvature, **setting) for setting in settings]
+    return [KalmanConfig.dataset(curvature=curvature, softmax_temperature=softmax, **setting) for setting in settings]
 
 
 def curvature_for(adapter: AdapterModel, inputs: Inputs) -> str:
@@ -97,8 +99,11 @@ def split(loader: Iterable[Any]) -> Parts | None:
 def score(posterior: Posterior, held_out: Iterable[Any]) -> tuple[Posterior, float]:
     """The posterior at the temperature that predicts the held-out part best, and its log loss there, per example.
 
-    A temperature that was given as a number stays.
+    And with the logits divided by the number that it asks for, where the settings say so. What was given as a number
+    stays.
     """
+    if posterior.config.softmax_temperature == "held_out":
+        posterior = posterior.calibrate_softmax(held_out)
     if posterior.config.temperature == "prequential":
         posterior = posterior.calibrate(held_out)
     found = posterior.predict_loader(held_out)

@@ -2,6 +2,11 @@
 
 Before each update the filter's own linearized prediction is scored at every temperature of a grid. The posterior's is
 the one whose prequential log loss is lowest. No validation set, no extra pass through the network. Ours.
+
+A factor on P can only take away doubt that P adds. Where the mean by itself is less sure than held-out data bear out,
+logits are divided by a number below 1 (temperature scaling, Guo et al. 2017), which has most posterior probability
+under a prior of a tenth around 1 on its logarithm. Above 1 it would do P's work, and where labels are often wrong it
+would ask for doubt that P has already given. Prior and bound are ours.
 """
 
 from __future__ import annotations
@@ -21,6 +26,9 @@ MOST_DRAWS = 512  # for held-out data, as far as all of them together are ...
 HELD_OUT_NUMBERS = 2**22  # ... below this
 NUM_RESPONSES = 64  # of the outputs to drawn parameters, in the place of a covariance of more outputs
 WITHIN = 0.5  # standard errors by which held-out data must prefer another temperature to one nearer to 1
+SOFTMAX_GRID = tuple(round(1.0 - 0.05 * k, 2) for k in range(16))  # 1 to 0.25: softmax is made surer, never less sure
+SOFTMAX_SD = 0.1  # of the logarithm, around 1, under the prior of what logits are divided by
+SOFTMAX_PRIOR = 0.5 * (torch.tensor(SOFTMAX_GRID, dtype=torch.float64).log() / SOFTMAX_SD).square()  # −log density
 FEWEST_DRAWS = 4  # with very many outputs, where all of them together are ...
 DRAWN_NUMBERS = 2**17  # ... kept below this
 
@@ -138,6 +146,17 @@ def choose_held_out(losses: Tensor) -> float:
     near = excess.mean(1) <= WITHIN * error  # false for what is infinite
     near[best] = True
     return min((t for t, is_near in zip(GRID, near.tolist(), strict=True) if is_near), key=lambda t: abs(math.log(t)))
+
+
+def softmax_log_losses(family: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Summed −log p(y) of a batch with its logits divided by every number of ``SOFTMAX_GRID``, (G,) on the CPU."""
+    logits = outputs.double()
+    return -torch.stack([family.log_prob(logits / divisor, targets).sum() for divisor in SOFTMAX_GRID]).cpu()
+
+
+def choose_softmax(losses: Tensor) -> float:
+    """The number of ``SOFTMAX_GRID`` of the least sum of log losses and ``SOFTMAX_PRIOR``, (G,), 1 among equals."""
+    return SOFTMAX_GRID[int(losses.nan_to_num(torch.inf).argmin())] if bool(torch.isfinite(losses[0])) else 1.0
 
 
 def temperature(setting: float | str, state: State) -> float:

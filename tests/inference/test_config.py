@@ -28,6 +28,11 @@ BAD = [
     ({"drift_variance": -0.1}, r"`drift_variance` must be >= 0 and finite, got -0\.1\."),
     ({"temperature": 0}, r"`temperature` must be positive and finite, got 0\."),
     ({"temperature": "auto"}, r"`temperature` must be positive and finite, got 'auto'\."),
+    ({"softmax_temperature": 0}, r"`softmax_temperature` must be positive and finite, got 0\."),
+    (
+        {"softmax_temperature": 0.5, "likelihood": "gaussian"},
+        r"`softmax_temperature` must be 1 for `likelihood` .gaussian., which has no softmax, got 0\.5\.",
+    ),
     ({"rank": 0}, r"`rank` must be a whole number >= 1, got 0\."),
     ({"damping": 1}, r"`damping` must be True or False, got 1\."),
     ({"seed": 1.5}, r"`seed` must be an integer, got 1\.5\."),

@@ -1,5 +1,6 @@
 """Text by the posterior predictive."""
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -65,6 +66,19 @@ def test_uncertainty_is_that_of_the_drawn_adapters_read_one_by_one():
     torch.testing.assert_close(found.sequence_log_prob, found.log_prob.sum(1))
     torch.testing.assert_close(found.sequence_entropy, found.entropy.mean(1))
     torch.testing.assert_close(found.sequence_mutual_information, found.mutual_information.mean(1))
+
+
+def test_a_softmax_temperature_divides_the_tokens_logits():
+    model = lm.llama()
+    posterior, ids = posterior_of(model, 0.02), prompt(model)
+    kf = bkf.KalmanFilter(posterior.adapter, dataclasses.replace(posterior.config, softmax_temperature=0.5))
+    found = bkf.Posterior(kf, posterior.state).generate({"input_ids": ids}, 5, num_samples=3)
+    handle = model.register_forward_hook(lambda _module, _args, out: setattr(out, "logits", out.logits / 0.5))
+    expected = posterior.generate({"input_ids": ids}, 5, num_samples=3)
+    handle.remove()
+    assert torch.equal(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.entropy, expected.entropy)
+    assert float((found.entropy - posterior.generate({"input_ids": ids}, 5, num_samples=3).entropy).abs().max()) > 0.01
 
 
 def test_a_text_ends_and_nothing_is_counted_after_it():
