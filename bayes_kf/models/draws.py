@@ -12,8 +12,10 @@ from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
 DIFFERENCES = {torch.float32: 2e-3, torch.float64: 1e-7}  # of a step: short of kinks, above rounding
 
 
-def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None = None) -> Tensor:
-    """Raw outputs under S adapters, (S, B, m), without gradients.
+def outputs_of_draws(
+    adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None = None, gradients: bool = False
+) -> Tensor:
+    """Raw outputs under S adapters, (S, B, m), without gradients unless asked for.
 
     One forward pass over all of them (``torch.func.vmap`` over the adapter's tensors), so what no adapter has touched
     yet is computed once. A model that cannot be batched this way (it branches on its values, say) or for which memory
@@ -24,15 +26,19 @@ def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_on
         draws: θ of every adapter, (S, n).
         inputs: a batch of B examples.
         at_once: adapters in a pass; all by default.
+        gradients: whether the outputs can be differentiated by ``draws``.
     """
     inputs = to_device(inputs, adapter.device)
-    try:
-        return _batched(adapter, draws, inputs, at_once)
-    except RuntimeError as error:  # vmap has no class of its own for what it cannot batch
-        outputs = torch.stack([adapter.outputs(draw, inputs) for draw in draws])  # bad inputs raise here, as themselves
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
-        return outputs
+    with torch.set_grad_enabled(gradients):
+        if len(draws) == 1:
+            return _one(adapter, draws[0], inputs).unsqueeze(0)
+        try:
+            return _batched(adapter, draws, inputs, at_once)
+        except RuntimeError as error:  # vmap has no class of its own for what it cannot batch
+            outputs = torch.stack([_one(adapter, draw, inputs) for draw in draws])  # bad inputs raise here
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
+            return outputs
 
 
 def linear_responses(
@@ -58,8 +64,14 @@ def linear_responses(
     return (outputs[1:] - outputs[0]) / share
 
 
+def _one(adapter: AdapterModel, draw: Tensor, inputs: Inputs) -> Tensor:
+    """Raw outputs under one adapter, (B, m)."""
+    with adapter.evaluating():
+        return adapter.call(adapter.tensors(draw), inputs).to(adapter.dtype)
+
+
 def _batched(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None) -> Tensor:
-    with adapter.evaluating(), torch.no_grad(), warnings.catch_warnings():
+    with adapter.evaluating(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")  # one kernel loops, the rest does not
         one = torch.func.vmap(lambda draw: adapter.call(adapter.tensors(draw), inputs), chunk_size=at_once)
         return one(draws).to(adapter.dtype)
