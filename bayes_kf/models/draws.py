@@ -16,8 +16,9 @@ def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_on
     """Raw outputs under S adapters, (S, B, m), without gradients.
 
     One forward pass over all of them (``torch.func.vmap`` over the adapter's tensors), so what no adapter has touched
-    yet is computed once. A model that cannot be batched this way (it branches on its values, say) or for which memory
-    runs out is run S times, with a warning that says why; the numbers agree to rounding.
+    yet is computed once. A model that cannot be batched this way (it branches on its values, say, or has PEFT's LoRA on
+    ``nn.MultiheadAttention``) or for which memory runs out is run S times, with a warning that says why; the numbers
+    agree to rounding.
 
     Args:
         adapter: the model.
@@ -28,7 +29,7 @@ def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_on
     inputs = to_device(inputs, adapter.device)
     try:
         return _batched(adapter, draws, inputs, at_once)
-    except RuntimeError as error:  # vmap has no class of its own for what it cannot batch
+    except Exception as error:  # vmap has no class of its own for what it cannot batch, nor have layers inside it
         outputs = torch.stack([adapter.outputs(draw, inputs) for draw in draws])  # bad inputs raise here, as themselves
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
