@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bayes_kf.models.fast_path import has_fused, layer_by_layer
 from bayes_kf.models.quantized import check_unpacked, four_bit_on_cpu
+from bayes_kf.models.restoring import restored
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -147,9 +148,10 @@ class AdapterModel:
     def substituted(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """The model with ``tensors`` in the place of its own trainable ones, tied ones in all their places.
 
-        Backward passes through checkpointed layers run them again, so they belong inside too.
+        Backward passes through checkpointed layers run them again, so they belong inside too. Whatever a forward pass
+        inside replaces in the model's modules is put back, also after an error (``restoring``).
         """
-        with self.exclusive():
+        with self.exclusive(), restored(self._modules):
             own = {name: self._present(name) for name in tensors}
             try:
                 self._place(tensors)

@@ -18,8 +18,9 @@ def outputs_of_draws(
     """Raw outputs under S adapters, (S, B, m), without gradients unless asked for.
 
     One forward pass over all of them (``torch.func.vmap`` over the adapter's tensors), so what no adapter has touched
-    yet is computed once. A model that cannot be batched this way (it branches on its values, say) or for which memory
-    runs out is run S times, with a warning that says why; the numbers agree to rounding.
+    yet is computed once. A model that cannot be batched this way (it branches on its values, say, or has PEFT's LoRA on
+    ``nn.MultiheadAttention``) or for which memory runs out is run S times, with a warning that says why; the numbers
+    agree to rounding.
 
     Args:
         adapter: the model.
@@ -34,7 +35,7 @@ def outputs_of_draws(
             return _one(adapter, draws[0], inputs).unsqueeze(0)
         try:
             return _batched(adapter, draws, inputs, at_once)
-        except RuntimeError as error:  # vmap has no class of its own for what it cannot batch
+        except Exception as error:  # neither vmap nor layers inside it have a class of their own for what they cannot batch
             outputs = torch.stack([_one(adapter, draw, inputs) for draw in draws])  # bad inputs raise here
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
