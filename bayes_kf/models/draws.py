@@ -35,7 +35,7 @@ def outputs_of_draws(
             return _one(adapter, draws[0], inputs).unsqueeze(0)
         try:
             return _batched(adapter, draws, inputs, at_once)
-        except Exception as error:  # neither vmap nor layers inside it have a class of their own for what they cannot batch
+        except Exception as error:  # vmap and layers inside it have no class of their own for what fails
             outputs = torch.stack([_one(adapter, draw, inputs) for draw in draws])  # bad inputs raise here
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
