@@ -7,20 +7,19 @@ their mean and covariance, advanced one batch at a time by the extended Kalman f
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bayes_kf.inference import (
-    Bank,
-    DivergenceError,
-    KalmanConfig,
-    KalmanFilter,
-    Posterior,
-    Prediction,
-    fit,
-    merge,
-)
-from bayes_kf.models import AdapterModel
-
 if TYPE_CHECKING:
     from bayes_kf.evaluation import Report, compare, evaluate
+    from bayes_kf.inference import (
+        Bank,
+        DivergenceError,
+        KalmanConfig,
+        KalmanFilter,
+        Posterior,
+        Prediction,
+        fit,
+        merge,
+    )
+    from bayes_kf.models import AdapterModel
 
 __version__ = "0.1.0"
 
@@ -40,14 +39,33 @@ __all__ = [
     "merge",
 ]
 
+# Imported on first use, so that `bayes-kf --help` does not wait for PyTorch.
+_NAMES = {
+    "evaluation": ("Report", "compare", "evaluate"),
+    "inference": (
+        "Bank",
+        "DivergenceError",
+        "KalmanConfig",
+        "KalmanFilter",
+        "Posterior",
+        "Prediction",
+        "fit",
+        "merge",
+    ),
+    "models": ("AdapterModel",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """What evaluates, imported when it is first asked for: its libraries take as long as PyTorch itself."""
-    if name in ("Report", "compare", "evaluate", "evaluation"):
-        evaluation = importlib.import_module("bayes_kf.evaluation")
-        return evaluation if name == "evaluation" else getattr(evaluation, name)
+    """Imports a subpackage, or a public name from its subpackage, on first use."""
+    if name in _NAMES:
+        return importlib.import_module(f"{__name__}.{name}")
+    for subpackage, names in _NAMES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{subpackage}"), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NAMES})

@@ -11,12 +11,13 @@ import shtab
 
 from bayes_kf import __version__
 from bayes_kf.cli.settings import add_setting_flags
-from bayes_kf.evaluation.recalibration import RECALIBRATIONS
-from bayes_kf.inference.fit import STARTS
-from bayes_kf.inference.prediction import METHODS
 
 MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
 PREDICTIONS_HELP = "a .csv or .npz of predictions with their targets"
+# The words that the library takes, written out so that --help need not import PyTorch; a test compares them.
+STARTS = ("prior", "trained")
+METHODS = ("linearized", "probit", "sampled", "mean")
+RECALIBRATIONS = ("temperature", "vector", "isotonic")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DATA_HELP = "image folder (PATH/CLASS/IMAGE), .npz with x and y, or .csv, .tsv, .jsonl with text and label"
 
@@ -148,7 +149,7 @@ def _evaluate(parser: Parser) -> None:
     group.add_argument(
         "--calibration", type=Path, metavar="PATH", help="labelled examples to fit on, not those of --data"
     )
-    group.add_argument("--recalibrate", choices=tuple(RECALIBRATIONS), help="report what this would change")
+    group.add_argument("--recalibrate", choices=RECALIBRATIONS, help="report what this would change")
     group.add_argument("--conformal", type=float, metavar="LEVEL", help="report on sets that cover this share")
 
 

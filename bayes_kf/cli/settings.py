@@ -1,4 +1,7 @@
-"""A `KalmanConfig` from a file and from flags: every field has one, with the field's own documentation."""
+"""A `KalmanConfig` from a file and from flags: every field has one, with the field's own documentation.
+
+The flags come from the JSON schema in the package, so that ``--help`` need not import PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,17 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from bayes_kf.inference.config import CHOICES, KalmanConfig
-from bayes_kf.inference.schema import described_fields
+if TYPE_CHECKING:
+    from bayes_kf.inference.config import KalmanConfig
 
 FLAGS = {"rank": "covariance-rank"}  # --rank is the adapter's
 ELSEWHERE = ("seed",)  # a flag of every command
 PREFIX = "setting_"
-NAMED = {"loko": KalmanConfig.loko, "dataset": KalmanConfig.dataset, "stream": KalmanConfig.stream}
+NAMED = ("loko", "dataset", "stream")  # class methods of KalmanConfig
 YAML = (".yaml", ".yml")
 
 
@@ -30,19 +32,25 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="settings: a YAML or JSON file, a folder with kalman_config.json, or the word loko, dataset or stream",
     )
-    described = described_fields()
-    for field in dataclasses.fields(KalmanConfig):
-        if field.name in ELSEWHERE:
+    for name, setting in _described_settings().items():
+        if name in ELSEWHERE:
             continue
-        flag = "--" + FLAGS.get(field.name, field.name).replace("_", "-")
+        flag = "--" + FLAGS.get(name, name).replace("_", "-")
         kind: dict[str, Any] = {"type": _value, "metavar": "VALUE"}
-        if isinstance(field.default, bool):
+        if setting.get("type") == "boolean":
             kind = {"action": argparse.BooleanOptionalAction}
-        if field.name in CHOICES:
-            kind = {"choices": CHOICES[field.name]}
-        default = "" if field.default is None else f" (default: {field.default})"
-        text = f"{described.get(field.name, '')}{default}".replace("%", "%%")
-        group.add_argument(flag, dest=PREFIX + field.name, default=argparse.SUPPRESS, help=text, **kind)
+        if "enum" in setting:
+            kind = {"choices": setting["enum"]}
+        default = "" if setting["default"] is None else f" (default: {setting['default']})"
+        text = f"{setting['description']}{default}".replace("%", "%%")
+        group.add_argument(flag, dest=PREFIX + name, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def _described_settings() -> dict[str, dict[str, Any]]:
+    """Type, default and description of every setting, by name."""
+    text = (resources.files("bayes_kf") / "inference" / "kalman_config.schema.json").read_text(encoding="utf-8")
+    settings: dict[str, dict[str, Any]] = json.loads(text)["properties"]
+    return settings
 
 
 def read_settings(args: argparse.Namespace) -> KalmanConfig:
@@ -51,13 +59,15 @@ def read_settings(args: argparse.Namespace) -> KalmanConfig:
     Raises:
         ValueError: if the file is unreadable, holds unknown fields, or a value will not do.
     """
+    from bayes_kf.inference.config import KalmanConfig
+
     given = {name.removeprefix(PREFIX): value for name, value in vars(args).items() if name.startswith(PREFIX)}
     if args.seed is not None:
         given["seed"] = args.seed
     if args.config is None:
         return KalmanConfig(**given)
     if args.config in NAMED:
-        return NAMED[args.config](**given)
+        return getattr(KalmanConfig, args.config)(**given)
     path = Path(args.config)
     if path.suffix.lower() in YAML and not path.is_dir():
         return _from_yaml(path, given)
@@ -66,6 +76,8 @@ def read_settings(args: argparse.Namespace) -> KalmanConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     """The fields in a file."""
+    from bayes_kf.inference.config import KalmanConfig
+
     if path.is_dir():
         return dataclasses.asdict(KalmanConfig.from_pretrained(path))
     try:
@@ -87,6 +99,10 @@ def _from_yaml(path: Path, given: dict[str, Any]) -> KalmanConfig:
     Raises:
         ValueError: for an unreadable file, an unknown or repeated field, or a value that will not do.
     """
+    import yaml
+
+    from bayes_kf.inference.config import KalmanConfig
+
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
-from scipy.sparse import csr_array
-from scipy.stats import norm
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_targets, as_vector, check_choice
@@ -148,7 +147,7 @@ def classwise_interval(
     residual[torch.arange(num_examples), labels] -= 1
     columns = np.repeat(np.arange(num_examples), num_classes)
     where = (cells.index.flatten().numpy(), columns)
-    spread = csr_array((residual.flatten().numpy(), where), shape=(cells.num_cells, num_examples))
+    spread = scipy.sparse.csr_array((residual.flatten().numpy(), where), shape=(cells.num_cells, num_examples))
     value = class_statistic("ece", cells, observed_hits(cells, labels)).item()
     drawn = []
     for index in resampled_indices(num_examples, num_resamples, seed):
@@ -162,7 +161,7 @@ def classwise_interval(
 def column_intervals(values: Tensor, level: float, num_resamples: int, seed: int) -> list[Interval]:
     """Intervals of the means of several scores of the same examples (N, k), one for each column."""
     if len(values) > LARGE:
-        spread = norm.ppf((1 + level) / 2) * values.std(dim=0) / len(values) ** 0.5
+        spread = scipy.stats.norm.ppf((1 + level) / 2) * values.std(dim=0) / len(values) ** 0.5
         mean = values.mean(dim=0)
         return [_normal(m.item(), s.item()) for m, s in zip(mean, spread, strict=True)]
     means = torch.cat([values[index].mean(dim=1) for index in resampled_indices(len(values), num_resamples, seed)])

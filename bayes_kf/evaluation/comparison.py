@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
+import scipy
 import torch
-from scipy.stats import norm, t
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_fraction, check_positive_int
@@ -196,7 +196,7 @@ def _joint_half_widths(drawn: Tensor, level: float, num_examples: int) -> tuple[
     varies = spread > SAME * drawn.abs().amax(dim=0)
     deviation = torch.where(varies, (drawn - mean).abs() / spread, 0.0)
     share, degrees = (1 + level) / 2, num_examples - 1
-    few = (num_examples / degrees) ** 0.5 * float(t.ppf(share, degrees) / norm.ppf(share))
+    few = (num_examples / degrees) ** 0.5 * float(scipy.stats.t.ppf(share, degrees) / scipy.stats.norm.ppf(share))
     return mean, torch.where(varies, spread, 0.0) * deviation.amax(dim=1).quantile(level) * few
 
 

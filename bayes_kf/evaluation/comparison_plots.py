@@ -1,15 +1,19 @@
 """Figures of several models side by side. Each draws on `ax` (or a new one) and returns it."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from bayes_kf.evaluation._inputs import Array
 from bayes_kf.evaluation.comparison import Difference
 from bayes_kf.evaluation.online import moving_average, running_accuracy
 from bayes_kf.evaluation.plots import COLOURS, LINES, VERMILLION, _axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SERIES = {"correct": "running accuracy", "log_loss": "log loss, mean of {window} (nats)"}
 

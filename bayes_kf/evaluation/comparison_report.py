@@ -1,12 +1,13 @@
 """The page that puts several posteriors, or several sets of predictions, side by side."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_positive_int
@@ -22,6 +23,9 @@ from bayes_kf.evaluation.protocols import PosteriorLike
 from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
 from bayes_kf.evaluation.stream_sections import even_steps
 from bayes_kf.evaluation.verdicts import comparison_verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST_DIAGRAMS = 6
 WINDOW = 100

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import betabinom
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import (
@@ -170,7 +170,7 @@ def conformal_coverage_null(
     rank = _rank(level, num_fitted)
     if rank > num_fitted:
         return 1.0, 1.0
-    chance, tail = betabinom(num_examples, rank, num_fitted + 1 - rank), (1 - probability) / 2
+    chance, tail = scipy.stats.betabinom(num_examples, rank, num_fitted + 1 - rank), (1 - probability) / 2
     low, high = chance.ppf(tail), chance.ppf(1 - tail)
     low += chance.cdf(low) - chance.pmf(low) / 2 < tail
     high -= chance.sf(high) + chance.pmf(high) / 2 < tail

@@ -1,18 +1,22 @@
 """The examples that a report shows: those it is least sure of, and those it is most wrong about."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_positive_int
 from bayes_kf.evaluation.page import data_uri
 from bayes_kf.evaluation.report import Example, Gallery, Picture, Sections
 from bayes_kf.evaluation.uncertainty import entropy
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LONGEST_TEXT = 300  # characters
 LARGEST_SIDE = 160  # pixels; larger images are shrunk to it
@@ -89,6 +93,8 @@ def example_section(
 
 def _checked(examples: Any, num_examples: int) -> Any:
     """The examples, if there can be one for each prediction."""
+    from PIL import Image
+
     is_sequence = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")
     if isinstance(examples, str | bytes | Mapping | Image.Image) or not is_sequence:
         raise ValueError(f"`examples` must be a sequence of texts or images, got {type(examples).__name__}.")
@@ -132,6 +138,8 @@ def _shown(items: Any, indices: list[int]) -> dict[int, tuple[str, Picture | Non
 
 def _read(example: Any, index: int) -> str | np.ndarray | Image.Image:
     """A text, cut; pixels (H, W) or (H, W, channels), uint8 or not yet scaled; or a PIL image."""
+    from PIL import Image
+
     if isinstance(example, tuple | list) and example and all(isinstance(part, str) for part in example):
         example = "\n".join(example)
     if isinstance(example, str):
@@ -166,6 +174,8 @@ def _pixels(values: np.ndarray, index: int) -> np.ndarray:
 
 def _image(pixels: np.ndarray, is_unit: bool) -> Image.Image:
     """Pixels as an image; those that are neither uint8 nor floats within 0..1 are rescaled."""
+    from PIL import Image
+
     if pixels.dtype == np.uint8:
         return Image.fromarray(np.ascontiguousarray(pixels))
     if pixels.dtype.kind == "i" or not is_unit:
@@ -176,6 +186,8 @@ def _image(pixels: np.ndarray, is_unit: bool) -> Image.Image:
 
 def _picture(image: Image.Image) -> Picture:
     """The image at the size it is shown in, without its metadata."""
+    from PIL import Image, ImageOps
+
     plain = ImageOps.exif_transpose(image)
     plain = plain.convert(PLAIN_MODES.get(plain.mode, "RGB"))
     plain.info.clear()

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import chi2, rankdata
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_vector, check_fraction, check_positive_int
@@ -49,7 +49,7 @@ def innovation_health(nis: Array, dof: Array | int, window: int = 100, level: fl
     window_dof = degrees.unfold(0, window, 1).sum(dim=1)
     ratio = innovations.unfold(0, window, 1).sum(dim=1) / window_dof
     tail = (1 - level) / 2
-    low, high = (torch.as_tensor(chi2.ppf(q, window_dof.numpy())) / window_dof for q in (tail, 1 - tail))
+    low, high = (torch.as_tensor(scipy.stats.chi2.ppf(q, window_dof.numpy())) / window_dof for q in (tail, 1 - tail))
     return InnovationHealth(torch.arange(window, len(innovations) + 1), ratio, low, high)
 
 
@@ -98,7 +98,7 @@ def innovation_whiteness(nis: Array, dof: Array | int = 1, lags: int = 10) -> Wh
     found = torch.stack([(ranks[lag:] * ranks[:-lag]).sum() for lag in range(1, lags + 1)]) / total
     left = length - torch.arange(1, lags + 1, dtype=torch.float64)
     statistic = length * (length + 2) * (found.square() / left).sum().item()
-    return Whiteness(found, statistic, float(chi2.sf(statistic, lags)))
+    return Whiteness(found, statistic, float(scipy.stats.chi2.sf(statistic, lags)))
 
 
 def _ranks(nis: np.ndarray, dof: np.ndarray) -> np.ndarray:
@@ -108,14 +108,14 @@ def _ranks(nis: np.ndarray, dof: np.ndarray) -> np.ndarray:
     they follow Wilson and Hilferty's normal approximation.
     """
     if dof.min() == dof.max():
-        return np.asarray(rankdata(nis))
-    below, above = chi2.cdf(nis, dof), chi2.sf(nis, dof)
+        return np.asarray(scipy.stats.rankdata(nis))
+    below, above = scipy.stats.chi2.cdf(nis, dof), scipy.stats.chi2.sf(nis, dof)
     with np.errstate(divide="ignore"):
         exact = np.where(below < above, np.log(below), -np.log(above))
     normal = (np.cbrt(nis / dof) - (1 - 2 / (9 * dof))) / np.sqrt(2 / (9 * dof))
     far = np.where(np.isfinite(exact), 0.0, normal)
     order = np.unique(np.stack([exact, far], axis=1), axis=0, return_inverse=True)[1]
-    return np.asarray(rankdata(order.ravel()))
+    return np.asarray(scipy.stats.rankdata(order.ravel()))
 
 
 def _checked(nis: Array, dof: Array | int) -> tuple[Tensor, Tensor]:

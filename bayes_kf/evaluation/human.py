@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import scipy
 import torch
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs
@@ -97,7 +97,7 @@ def entropy_correlations(first: Tensor, second: Tensor) -> tuple[float, float]:
     if _is_constant(first) or _is_constant(second):
         return math.nan, math.nan
     pair = first.numpy(), second.numpy()
-    return float(spearmanr(*pair).statistic), float(pearsonr(*pair).statistic)
+    return float(scipy.stats.spearmanr(*pair).statistic), float(scipy.stats.pearsonr(*pair).statistic)
 
 
 def _correlation_intervals(

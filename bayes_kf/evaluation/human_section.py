@@ -1,7 +1,10 @@
 """The part of a report on agreement with people."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from matplotlib.axes import Axes
 
 from bayes_kf.evaluation._inputs import Array
 from bayes_kf.evaluation.calibration_scores import LEVEL
@@ -11,6 +14,9 @@ from bayes_kf.evaluation.plots import _axes
 from bayes_kf.evaluation.report import FigureSpec, Sections, Table
 from bayes_kf.evaluation.uncertainty import entropy
 from bayes_kf.evaluation.verdicts import doubt_verdict, human_verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GRID = 24  # hexagons across
 GROUPS = 10

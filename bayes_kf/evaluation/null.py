@@ -8,8 +8,8 @@ only where it lies outside these.
 import math
 from typing import NamedTuple
 
+import scipy
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import (
@@ -303,7 +303,7 @@ def spiegelhalter_from(excess: float, variance: float) -> CalibrationTest:
     """The test from the sums of both parts."""
     if variance > 0:
         z = excess / math.sqrt(variance)
-        return CalibrationTest(z, 2 * float(norm.sf(abs(z))))
+        return CalibrationTest(z, 2 * float(scipy.stats.norm.sf(abs(z))))
     fits = abs(excess) < FITS
     return CalibrationTest(0.0 if fits else math.copysign(math.inf, excess), 1.0 if fits else 0.0)
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_vector
@@ -55,6 +54,8 @@ def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
         >>> ood_scores(torch.tensor([0.1, 0.2]), torch.tensor([0.8, 0.9]))
         OODScores(auroc=1.0, aupr=1.0, fpr95=0.0)
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
     known = as_vector(uncertainty_id, "uncertainty_id").numpy()
     foreign = as_vector(uncertainty_ood, "uncertainty_ood").numpy()
     is_foreign = np.concatenate([np.zeros(len(known)), np.ones(len(foreign))])

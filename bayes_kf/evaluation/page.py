@@ -1,5 +1,7 @@
 """The page of a report: numbers made readable, figures embedded, everything escaped."""
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import io
@@ -7,15 +9,15 @@ import math
 import platform
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from bayes_kf.evaluation._inputs import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LABELS = {
     "accuracy": ("Accuracy", "share of right predictions"),
@@ -90,6 +92,8 @@ PIXELS_PER_INCH = 200
 
 def render_page(**content: Any) -> str:
     """The page as HTML; every text is escaped by the template engine, and no script runs but the page's own."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("bayes_kf.evaluation", "templates"),
         autoescape=True,
@@ -104,6 +108,8 @@ def render_page(**content: Any) -> str:
 
 def figure_uri(figure: Figure) -> str:
     """The figure as a data URI of an SVG image, sharp at any size, or of a PNG image where the SVG would be large."""
+    from matplotlib import rc_context
+
     with rc_context({"svg.hashsalt": "bayes_kf"}):  # the same report gives the same bytes
         image = _saved(figure, format="svg", metadata={"Date": None})
     if len(image) <= LARGEST_SVG:

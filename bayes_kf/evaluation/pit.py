@@ -10,8 +10,8 @@ Tests and bands take values as independent; outputs of one example that err toge
 from typing import Literal
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import chisquare, kstest, kstwo
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_float, check_choice, check_positive_int
@@ -98,7 +98,7 @@ def pit_test(pit: Array, method: PITMethod = "ks", num_bins: int = NUM_BINS) -> 
     values = as_pit(pit)
     check_choice(method, "method", PIT_METHODS)
     if method == "ks":
-        found = kstest(values.numpy(), "uniform")
+        found = scipy.stats.kstest(values.numpy(), "uniform")
         return CalibrationTest(float(found.statistic), float(found.pvalue))
     check_positive_int(num_bins, "num_bins")
     if num_bins < 2 or len(values) < FEWEST_IN_BIN * num_bins:
@@ -106,7 +106,7 @@ def pit_test(pit: Array, method: PITMethod = "ks", num_bins: int = NUM_BINS) -> 
         raise ValueError(
             f"`num_bins` must be 2 to {most}, so that 5 of {len(values)} values fall in each, got {num_bins}."
         )
-    chi2 = chisquare(pit_counts(values, num_bins).numpy())
+    chi2 = scipy.stats.chisquare(pit_counts(values, num_bins).numpy())
     return CalibrationTest(float(chi2.statistic), float(chi2.pvalue))
 
 
@@ -126,7 +126,9 @@ def ks_null(num_values: int, level: float = 0.95) -> tuple[float, float]:
         (0.047, 0.146)
     """
     check_positive_int(num_values, "num_values")
-    return float(kstwo.ppf((1 - level) / 2, num_values)), float(kstwo.ppf((1 + level) / 2, num_values))
+    return float(scipy.stats.kstwo.ppf((1 - level) / 2, num_values)), float(
+        scipy.stats.kstwo.ppf((1 + level) / 2, num_values)
+    )
 
 
 def pit_counts(pit: Array, num_bins: int = NUM_BINS) -> Tensor:

@@ -3,19 +3,21 @@
 Colours are those of Okabe and Ito; what a colour tells is also told by a hatch, a line style or a place.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-import matplotlib.pyplot as plt
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from bayes_kf.evaluation._inputs import Array, as_vector, check_positive_int
 from bayes_kf.evaluation.binning import Binning
 from bayes_kf.evaluation.calibration import ReliabilityBins, reliability_bins
 from bayes_kf.evaluation.null import Calibrated, calibration_test, reliability_band
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#595959"
@@ -129,7 +131,11 @@ def entropy_histogram(
 
 def _axes(ax: Axes | None) -> Axes:
     """The axes given, or those of a new figure."""
-    return plt.subplots(layout="constrained")[1] if ax is None else ax
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(layout="constrained")[1]
 
 
 def _bar_places(low: torch.Tensor, high: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +146,8 @@ def _bar_places(low: torch.Tensor, high: torch.Tensor) -> tuple[np.ndarray, np.n
 
 def _count_strip(ax: Axes, bins: ReliabilityBins, left: np.ndarray, width: np.ndarray) -> None:
     """A small histogram of the counts above the diagram, with numbers where there is room."""
+    from matplotlib.ticker import MaxNLocator
+
     strip = ax.inset_axes((0, 1.03, 1, 0.16), sharex=ax)
     counts = bins.counts[bins.counts > 0].numpy()
     strip.bar(left, counts, width, align="edge", color=GREY, edgecolor="black", linewidth=0.5)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import brentq
-from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets
@@ -96,7 +95,7 @@ class TemperatureScaling:
         elif slope(high) <= 0:
             inverse = high
         else:
-            inverse = float(brentq(slope, low, high, xtol=1e-14, rtol=1e-14))
+            inverse = float(scipy.optimize.brentq(slope, low, high, xtol=1e-14, rtol=1e-14))
         if mean_log_loss(inverse * logs, labels) > mean_log_loss(logs, labels):  # by rounding only
             inverse = 1.0
         return cls(1 / inverse, split, len(labels))
@@ -153,6 +152,8 @@ class IsotonicCalibration:
             >>> IsotonicCalibration.fit(probs, targets)(probs[:1])
             tensor([[0.7500, 0.2500]], dtype=torch.float64)
         """
+        from sklearn.isotonic import IsotonicRegression
+
         checked = as_probs(probs)
         labels = as_targets(targets, checked)
         curves = []

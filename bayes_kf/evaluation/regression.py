@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import scipy
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_float, as_vector, check_fraction, check_positive_int
@@ -151,7 +151,7 @@ def coverage_null(levels: Array, num_targets: int, level: float = 0.95) -> tuple
     shares = as_vector(levels, "levels")
     if shares.min() < 0 or shares.max() > 1:
         raise ValueError(f"`levels` must lie in 0..1, got values in {shares.min():.3g}..{shares.max():.3g}.")
-    chance, tail = binom(num_targets, shares.numpy()), (1 - level) / 2
+    chance, tail = scipy.stats.binom(num_targets, shares.numpy()), (1 - level) / 2
     low, high = (torch.as_tensor(chance.ppf(q)) for q in (tail, 1 - tail))
     low += torch.as_tensor(chance.cdf(low) - chance.pmf(low) / 2 < tail).double()
     high -= torch.as_tensor(chance.sf(high) + chance.pmf(high) / 2 < tail).double()

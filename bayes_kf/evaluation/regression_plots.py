@@ -1,13 +1,19 @@
 """Figures of predicted real values: intervals, PIT, quantiles. Each draws on `ax` (or a new one) and returns it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.axes import Axes
 
 from bayes_kf.evaluation._inputs import Array
 from bayes_kf.evaluation.pit import NUM_BINS, as_pit, pit_counts
 from bayes_kf.evaluation.plots import BLUE, SKY, VERMILLION, _axes
 from bayes_kf.evaluation.quantiles import QuantileCoverage
 from bayes_kf.evaluation.regression import Coverage, coverage_null
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def coverage_plot(coverage: Coverage, num_targets: int, *, ax: Axes | None = None) -> Axes:

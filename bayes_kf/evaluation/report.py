@@ -1,22 +1,25 @@
 """A report: scores, verdicts, figures, examples and tables, and the files it is saved to."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from bayes_kf.evaluation.page import figure_uri, render_page, versions
 from bayes_kf.evaluation.page_tables import TableView, table_view
 from bayes_kf.evaluation.score_table import score_table
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 WIDTH = 5.4
-Drawing = Callable[[Axes], Axes]
+Drawing = Callable[["Axes"], "Axes"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Sections:
     tables: list[Table] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
 
-    def __add__(self, other: "Sections") -> "Sections":
+    def __add__(self, other: Sections) -> Sections:
         """Both, in this order."""
         return Sections(
             self.scores | other.scores,
@@ -200,6 +203,8 @@ def _view(table: Table | None) -> TableView | None:
 
 def _draw(spec: FigureSpec) -> Figure:
     """The figure alone; made without pyplot, so that no window or global list holds it."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, spec.height), layout="constrained")
     spec.draw(figure.subplots())
     return figure
@@ -207,6 +212,8 @@ def _draw(spec: FigureSpec) -> Figure:
 
 def _sheet(title: str, drawings: Mapping[str, FigureSpec]) -> Figure:
     """All figures on one sheet, two in a row, each laid out by itself: long labels of one narrow no other."""
+    from matplotlib.figure import Figure
+
     columns, specs = min(2, len(drawings)), list(drawings.values())
     heights = [max(s.height for s in specs[first : first + columns]) for first in range(0, len(specs), columns)]
     figure = Figure(figsize=(WIDTH * columns, sum(heights) + 0.4), layout="constrained")

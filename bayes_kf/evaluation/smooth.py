@@ -1,7 +1,7 @@
 """The smooth calibration error: no bins, and a bandwidth that the data choose."""
 
+import scipy
 import torch
-from scipy.fft import dct, idct
 from torch import Tensor
 
 GRID = 4096  # points of the kernel's grid on [0, 1]
@@ -28,7 +28,7 @@ def smooth_error(confidence: Tensor, residual: Tensor) -> Tensor:
         The errors, (...).
     """
     num_points = GRID if residual.ndim == 1 else GRID_OF_MANY
-    spectrum = torch.from_numpy(dct(_on_grid(confidence, residual, num_points).numpy(), type=2, norm="ortho"))
+    spectrum = torch.from_numpy(scipy.fft.dct(_on_grid(confidence, residual, num_points).numpy(), type=2, norm="ortho"))
     frequency = torch.pi * torch.arange(num_points, dtype=torch.float64)
     width = torch.full(residual.shape[:-1], FIRST, dtype=torch.float64)
     low, high = torch.full_like(width, NARROWEST), torch.full_like(width, WIDEST)
@@ -51,7 +51,7 @@ def _at_width(spectrum: Tensor, frequency: Tensor, width: Tensor) -> Tensor:
     """∫ |smeared residuals| for kernels of these widths (...)."""
     kept = frequency[frequency * width.min() < FADED]
     damped = spectrum[..., : len(kept)] * torch.exp(-0.5 * (kept * width[..., None]).square())
-    return torch.from_numpy(idct(damped.numpy(), type=2, n=len(frequency), norm="ortho")).abs().sum(dim=-1)
+    return torch.from_numpy(scipy.fft.idct(damped.numpy(), type=2, n=len(frequency), norm="ortho")).abs().sum(dim=-1)
 
 
 def _on_grid(confidence: Tensor, residual: Tensor, num_points: int) -> Tensor:

@@ -1,15 +1,20 @@
 """Figures of a stream and of the belief behind it. Each draws on `ax` (or a new one) and returns it."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from bayes_kf.evaluation._inputs import Array, as_float
 from bayes_kf.evaluation.health import innovation_health
 from bayes_kf.evaluation.online import moving_average, running_accuracy
 from bayes_kf.evaluation.plots import BLUE, SKY, VERMILLION, _axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PEFT_PARTS = re.compile(
     r"(?:(\.lora_\w+)\.\w+(?:\.weight)?$|\.modules_to_save\.\w+(?=\.))"

@@ -4,8 +4,8 @@ import hashlib
 import math
 from collections.abc import Mapping
 
+import scipy
 import torch
-from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_positive_int
@@ -201,7 +201,7 @@ class StreamingScores:
         number = self.state["examples"]
         mean = self.state["sums"] / number
         variance = (self.state["squares"] / number - mean.square()).clamp(min=0)
-        spread = norm.ppf((1 + LEVEL) / 2) * (variance / number).sqrt()
+        spread = scipy.stats.norm.ppf((1 + LEVEL) / 2) * (variance / number).sqrt()
         scores: dict[str, float] = {}
         for name, value, half in zip(MEANS, mean.tolist(), spread.tolist(), strict=True):
             if name != "rps" or self.ordered:
@@ -209,7 +209,7 @@ class StreamingScores:
                 most = 1.0 if name == "confidence" else math.inf
                 low, high = max(value - half, 0.0), min(value + half, most)
                 if name == "accuracy":
-                    found = binomtest(round(self.state["sums"][0].item()), self.num_examples)
+                    found = scipy.stats.binomtest(round(self.state["sums"][0].item()), self.num_examples)
                     low, high = found.proportion_ci(LEVEL, method="wilson")
                 scores |= {name: value, f"{name}_low": low, f"{name}_high": high}
         return scores

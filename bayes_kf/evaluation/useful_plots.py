@@ -1,15 +1,19 @@
 """Figures of what uncertainty is good for. Each draws on `ax` (or a new one) and returns it."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from bayes_kf.evaluation._inputs import Array
 from bayes_kf.evaluation.plots import BLUE, COLOURS, GREY, LINES, VERMILLION, _axes
 from bayes_kf.evaluation.selective import RiskCoverage, aurc, best_risk_coverage, risk_coverage
 from bayes_kf.evaluation.shift import ShiftScores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST_POINTS = 500  # of a curve; more cannot be seen
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets
@@ -57,7 +57,7 @@ class VectorScaling:
         logs, labels = logs_and_labels(probs, targets)
         objective = _Objective(logs, labels, penalty)
         identity = np.repeat([1.0, 0.0], logs.shape[1])
-        found = minimize(
+        found = scipy.optimize.minimize(
             objective.value,
             identity,
             jac=objective.gradient,

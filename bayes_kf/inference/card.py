@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
-
 from bayes_kf.models.adapter import is_peft
 
 if TYPE_CHECKING:
@@ -47,6 +45,8 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
         folder: its name, for the code.
         scores: of an evaluation, as ``Report.scores``, with their bands where they have them.
     """
+    from huggingface_hub import ModelCardData
+
     adapter, state, base = posterior.adapter, posterior.state, _base(posterior)
     of_peft = is_peft(adapter.model)
     data = ModelCardData(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from scipy.special import gammaincinv
 from torch import Tensor
 
 from bayes_kf.inference import diagonal, noise, sharding, tempering
@@ -104,6 +103,8 @@ def _condition(
     """
     structure, damping = config.structure, 1.0
     if config.gate_quantile is not None:
+        from scipy.special import gammaincinv
+
         bound = 2.0 * float(gammaincinv(0.5 * evidence.mean.degrees_of_freedom, config.gate_quantile))  # of χ²
         damping = min(1.0, bound / max(evidence.mean.innovation, bound))
     after = evidence.condition(structure, belief, damping)

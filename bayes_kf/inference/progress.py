@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bayes_kf.inference.state import UpdateInfo
 
@@ -15,6 +14,8 @@ class Bar:
     """Progress over batches; ``done`` of them."""
 
     def __init__(self, total: int | None, label: str, shown: bool) -> None:
+        from tqdm.auto import tqdm
+
         self.done, self._bar = 0, tqdm(total=total, disable=not shown, desc=label, unit="batch")
 
     def advance(self, text: str) -> None:

@@ -1,6 +1,7 @@
 """The JSON Schema of a :class:`KalmanConfig`'s settings, for editors and checkers of YAML and JSON files.
 
-``python -m bayes_kf.inference.schema`` prints it; ``docs/kalman_config.schema.json`` is what it printed.
+``python -m bayes_kf.inference.schema`` prints it; ``kalman_config.schema.json`` beside this file is its
+output, which the command line reads.
 """
 
 from __future__ import annotations

@@ -8,10 +8,13 @@ variance V = ∂π/∂η the gradient of log p(y | η) is the residual e = y −
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pyro.distributions as dist
 
 LOG_FLOOR = -60.0  # log-probabilities below this are raised to it inside `whiten` alone: V changes by < 1e-26
 
@@ -68,6 +71,8 @@ class Categorical:
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
         """p(y | η) with batch shape (B,)."""
+        import pyro.distributions as dist
+
         return dist.Categorical(logits=outputs)
 
     def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
@@ -116,6 +121,8 @@ class Bernoulli:
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
         """p(y | η) with batch shape (B,) and event shape (m,)."""
+        import pyro.distributions as dist
+
         return dist.Bernoulli(logits=outputs).to_event(1)
 
     def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
@@ -166,6 +173,8 @@ class Gaussian:
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
         """p(y | η) with batch shape (B,) and event shape (m,)."""
+        import pyro.distributions as dist
+
         return dist.Normal(outputs, self.noise_variance.to(outputs).sqrt()).to_event(1)
 
     def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
@@ -213,6 +222,8 @@ class Poisson:
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
         """p(y | η) with batch shape (B,) and event shape (m,)."""
+        import pyro.distributions as dist
+
         return dist.Poisson(outputs.exp()).to_event(1)
 
     def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:

@@ -149,7 +149,8 @@ def test_vector_scaling_finds_what_was_put_in():
 
 def test_a_fit_that_came_out_worse_than_nothing_is_nothing(monkeypatch):
     probs, targets = random_case(50, 3)
-    monkeypatch.setattr(vector_scaling, "minimize", lambda *_, **__: type("R", (), {"x": np.repeat([-5.0, 9.0], 3)}))
+    worse = type("R", (), {"x": np.repeat([-5.0, 9.0], 3)})
+    monkeypatch.setattr(vector_scaling.scipy.optimize, "minimize", lambda *_, **__: worse)
     found = ev.VectorScaling.fit(probs, targets)
     assert found.scale.tolist() == [1.0] * 3
     assert found.bias.tolist() == [0.0] * 3
