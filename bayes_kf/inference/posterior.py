@@ -164,7 +164,13 @@ class Posterior:
         generator: torch.Generator | None,
         targets: Tensor | None,
         compare: bool,
+        begun: Tensor | None = None,
     ) -> Prediction:
+        """As :meth:`predict`; of a later batch of a loader, ``begun`` is the generator's state before the first.
+
+        Adapters are drawn from there, so that all batches are predicted by the same ones. Noise in output space is
+        each example's own and goes on from the batch before.
+        """
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
         if method == "probit" and self.config.likelihood == "poisson":
@@ -178,6 +184,9 @@ class Posterior:
         inputs = to_device(inputs, self.adapter.device)
         targets = None if targets is None else targets.to(self.adapter.device)
         with self.adapter.full_precision():
+            by_adapters = method == "sampled" or (method == "linearized" and self._by_differences(inputs, num_samples))
+            if by_adapters and begun is not None:
+                generator.set_state(begun)
             if method == "sampled":
                 found = self._sampled(inputs, num_samples, generator, targets)
                 if compare:
@@ -185,12 +194,12 @@ class Posterior:
                 return found
             if method == "mean":
                 return self._piece(inputs, method, num_samples, generator, targets)
-            if method == "linearized" and self._by_differences(inputs, num_samples):
+            if by_adapters:
                 return self._differenced(inputs, num_samples, generator, targets)
-            begun = generator.get_state()
+            before = generator.get_state()
 
             def in_pieces() -> Prediction:
-                generator.set_state(begun)  # as it was, where memory ran out before
+                generator.set_state(before)  # as it was, where memory ran out before
                 parts = [
                     self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
                     for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
@@ -209,6 +218,10 @@ class Posterior:
     ) -> LoaderPrediction:
         """Predictions for every batch of a loader, joined on the CPU, with the targets that it carries.
 
+        They do not depend on how the examples are divided into batches, but for rounding: "sampled" draws S adapters
+        once and predicts every batch with them, and so does "linearized" where it draws adapters; elsewhere each
+        example has noise of its own.
+
         Args:
             loader: batches as ``fit`` takes them; targets may be missing.
             method: as for :meth:`predict`.
@@ -220,10 +233,10 @@ class Posterior:
             ValueError: when the loader yields nothing, or a batch does not fit.
         """
         generator = self._generator(generator)
-        parts: list[LoaderPrediction] = []
+        begun, parts = generator.get_state(), list[LoaderPrediction]()
         for batch in loader:
             inputs, targets = split_batch(batch)
-            part = self._predict(inputs, method, num_samples, generator, targets, compare=not parts)
+            part = self._predict(inputs, method, num_samples, generator, targets, compare=not parts, begun=begun)
             kept: dict[str, Any] = {
                 name: _cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples
             }
@@ -441,9 +454,10 @@ class Posterior:
         output_cov = self.temperature / self.softmax_temperature**2 * covariance
         if method == "probit" and family.name != "gaussian":
             return prediction.probit(family, outputs, output_cov.to(outputs.dtype), targets)
-        draws = (
-            prediction.gaussian_draws(outputs, output_cov, num_samples, generator) if method == "linearized" else None
-        )
+        draws = None
+        if method == "linearized":
+            unit = prediction.noise_by_example(num_samples, outputs.shape, generator)
+            draws = prediction.gaussian_draws(outputs, output_cov, num_samples, generator, unit)
         if isinstance(family, Gaussian):
             return prediction.gaussian_moments(family, outputs, output_cov, draws, targets)
         assert draws is not None

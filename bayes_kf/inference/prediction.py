@@ -131,17 +131,32 @@ def _semidefinite(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
 
 
-def gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+def noise_by_example(num_samples: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard normal noise (S, B, m) for outputs of ``shape`` (B, m), drawn for one example after the other.
+
+    So an example's noise depends on how many stand before it, not on how they are divided into batches or pieces.
+    """
+    size, num_outputs = shape
+    one = {"size": (num_samples, num_outputs), "dtype": torch.float64, "device": generator.device}
+    return torch.stack([torch.randn(generator=generator, **one) for _ in range(size)], 1)
+
+
+def gaussian_draws(
+    mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator, noise: Tensor | None = None
+) -> Tensor:
     """Draws from N(mean, covariance) per example, (S, B, m); (B, m) and (B, m, m), singular ones are fine.
 
     By the symmetric root, which no choice of an eigenvector's sign can change: draws depend on rounding by rounding.
+    Standard normal ``noise`` (S, B, m), where given, takes the place of the generator's.
     """
     scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).double().clamp_min(1e-300)[..., None, None]
     values, vectors = torch.linalg.eigh(covariance.double() / scale)
     values = values.clamp_min(0.0)  # negative only by rounding
     root = scale.sqrt() * (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
-    shape = (num_samples, *mean.shape)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(mean.device)
+    if noise is None:
+        shape = (num_samples, *mean.shape)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    noise = noise.to(mean.device)
     moved = (root @ noise.permute(1, 2, 0)).permute(2, 0, 1)  # so that the root is not repeated for every draw
     return (mean.double() + moved).to(mean.dtype)
 

@@ -90,6 +90,8 @@ class KalmanTrainer(Trainer):
         self._belief: FilterState | None = None
         self._learned: object = None  # the data set
         self._draws: torch.Generator | None = None
+        self._draws_begun: Tensor | None = None  # the generator's state before an evaluation's first batch
+        self._compare_draws = False  # with the linearized model's; of an evaluation's first batch alone
         self._window, self._counter = Window(), Epochs()
         self.add_callback(self._counter)
         self._own_metrics = self.compute_metrics
@@ -214,9 +216,13 @@ class KalmanTrainer(Trainer):
     # ---- evaluation ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, its draws from one generator: an evaluation repeated has the same numbers."""
+        """Trainer's, its draws from one generator: an evaluation repeated has the same numbers, at any batch size.
+
+        They are those of :func:`bayes_kf.evaluate` with the settings' ``seed``.
+        """
         if self._filter is not None:
-            self._draws = torch.Generator(self._filter.adapter.device).manual_seed(self._filter.config.seed)
+            self._draws = torch.Generator().manual_seed(self._filter.config.seed)
+            self._draws_begun, self._compare_draws = self._draws.get_state(), True
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
@@ -230,7 +236,10 @@ class KalmanTrainer(Trainer):
         if self._belief is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         given, targets = self._split(self._prepare_inputs(inputs))
-        found = self.posterior.predict(given, self.method, self.num_samples, self._draws, targets)
+        compare, self._compare_draws = self._compare_draws, False
+        found = self.posterior._predict(
+            given, self.method, self.num_samples, self._draws, targets, compare, self._draws_begun
+        )
         loss = None if found.log_prob is None else -found.log_prob.mean()
         if prediction_loss_only:
             return loss, None, None

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import bayes_kf as bkf
+from bayes_kf import evaluation
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference import prediction, tempering
 from bayes_kf.inference.linearized import Linearized
@@ -749,3 +750,68 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "kalman_config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def in_batches(size, held_out, number=30):
+    return DataLoader(TensorDataset(held_out.images[:number], held_out.labels[:number]), batch_size=size)
+
+
+@pytest.mark.filterwarnings("ignore:`method` 'sampled' and 'linearized' disagree")
+@pytest.mark.parametrize("settings", [{}, {"method": "sampled", "num_samples": 12}])
+def test_predictions_of_a_loader_do_not_depend_on_its_batches(fitted, digits, settings):
+    whole, *divided = [
+        fitted.predict_loader(in_batches(size, digits[1]), keep_samples=True, **settings) for size in (30, 1, 7)
+    ]
+    for found in divided:
+        torch.testing.assert_close(found.samples, whole.samples, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.probs, whole.probs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.log_prob, whole.log_prob, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.epistemic, whole.epistemic, rtol=1e-3, atol=1e-5)
+    noise = whole.samples.var(0).mean()
+    assert noise > 1e-4  # there are draws to differ by
+
+
+@pytest.mark.parametrize("method", ["linearized", "sampled"])
+def test_predictions_by_drawn_adapters_do_not_depend_on_batches_either(method):
+    """More outputs than draws: linearized predictions are by differences; in float64 these are exact to rounding."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 5).double(), torch.randint(12, (20,))
+    config = bkf.KalmanConfig(covariance="full", temperature=1.0)
+    posterior = bkf.fit(nn.Sequential(nn.Linear(5, 12)).double(), [(x, y)], config, progress=False)
+    found = [
+        posterior.predict_loader(list(zip(x.split(size), y.split(size), strict=True)), method, 8, keep_samples=True)
+        for size in (20, 1, 7)
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other.samples, found[0].samples, rtol=1e-6, atol=1e-6)
+    expected = posterior.predict(x, method, 8)
+    torch.testing.assert_close(found[0].samples, expected.samples, rtol=1e-6, atol=1e-6)
+
+
+def test_predictions_do_not_depend_on_the_pieces_that_memory_asks_for(fitted, digits):
+    images = digits[1].images[:20]
+    small = dataclasses.replace(fitted.config, bytes_budget=1)
+    pieces = bkf.Posterior(bkf.KalmanFilter(fitted.adapter, small), fitted.state)
+    assert len(list(pieces.kf.linearize.pieces(pieces.mean_vector, images))) == 20
+    found, expected = pieces.predict(images), fitted.predict(images)
+    torch.testing.assert_close(found.samples, expected.samples, rtol=1e-3, atol=1e-4)
+
+
+def test_examples_have_noise_of_their_own(fitted, digits):
+    """Draws of one image, repeated, are independent: averages over examples have the error of independent draws."""
+    images = digits[1].images[:1].expand(40, -1, -1, -1)
+    samples = fitted.predict(images, num_samples=200).samples.double().log()
+    correlation = torch.corrcoef((samples[..., 0] - samples[..., 1]).T)  # log odds, which are Gaussian
+    off = correlation[~torch.eye(40, dtype=torch.bool)]
+    assert off.abs().max() < 6 / 200**0.5
+    assert abs(off.mean()) < 5 / (200 * 780) ** 0.5
+
+
+def test_scores_of_a_report_do_not_depend_on_the_batch_size(fitted, digits):
+    found = [
+        evaluation.evaluate(fitted, in_batches(size, digits[1], 60), num_simulations=50, num_samples=32).scores
+        for size in (60, 1, 7)
+    ]
+    for name in ("accuracy", "nll", "brier", "ece", "entropy", "aleatoric", "epistemic"):
+        values = [scores[name] for scores in found]
+        assert values == pytest.approx([values[0]] * 3, abs=2e-5), name

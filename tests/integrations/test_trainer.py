@@ -213,6 +213,21 @@ def test_evaluation_is_the_posterior_s(tmp_path):
     assert not np.allclose(np.exp(output.predictions), mean.probs.numpy(), atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`method` 'sampled' and 'linearized' disagree")
+@pytest.mark.parametrize("method", ["linearized", "sampled"])
+def test_evaluation_is_that_of_evaluate_whatever_the_batches(tmp_path, method):
+    found, _ = trained(tmp_path)
+    found.method = method
+    data = sentences(30, seed=1)
+    one = [default_data_collator(data)]
+    scores = bkf.evaluate(found.posterior, one, method=method, num_simulations=50).scores
+    for size in (1, 7, 100):
+        found.args.per_device_eval_batch_size = size
+        metrics = found.evaluate()
+        for name, own in (("accuracy", "accuracy"), ("log_loss", "nll"), ("brier", "brier"), ("ece", "ece")):
+            assert metrics[f"eval_{name}"] == pytest.approx(scores[own], abs=2e-5), (size, name)
+
+
 def test_before_training_evaluation_is_the_model_s(tmp_path):
     model = classifier()
     options = {"eval_dataset": sentences(30, seed=1), "data_collator": default_data_collator}
