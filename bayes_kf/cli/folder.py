@@ -7,7 +7,6 @@ Beside what `Posterior.save_pretrained` writes lie ``labels.json`` (class names 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bayes_kf.inference.config import CONFIG_FILE
-from bayes_kf.inference.folders import replace_folder
+from bayes_kf.inference import persistence
+from bayes_kf.inference.folders import read_whole
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.sums import check_sums, write_sums
-
-LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
+from bayes_kf.inference.saved_files import HEAD_FILE, HISTORY_FILE, STREAM_FILE
+from bayes_kf.inference.saved_files import LABELS_FILE as LABELS_FILE
+from bayes_kf.inference.sums import check_sums, is_listed
 
 
 class Labels(NamedTuple):
@@ -33,13 +32,15 @@ class Labels(NamedTuple):
 
 
 def check_output(folder: Path) -> None:
-    """Refuses to replace anything but an earlier posterior.
+    """Raise ValueError where a posterior could not be saved into ``folder``: files in the way that are not ours.
 
-    Raises:
-        ValueError: if something else is there.
+    What a save that was killed left there is completed, or cleared away, first.
     """
-    if folder.exists() and not (folder / CONFIG_FILE).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"`--output` must be a new folder or a posterior to replace, got {folder}, which is neither.")
+    names = (LABELS_FILE, HEAD_FILE, HISTORY_FILE, STREAM_FILE)
+    try:
+        persistence.check_folder(folder, of_peft=True, names=names)
+    except ValueError as error:
+        raise ValueError(f"`--output` cannot hold the posterior: {error}") from error
 
 
 def save_posterior(
@@ -49,23 +50,18 @@ def save_posterior(
     new_head: Mapping[str, Tensor],
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes everything into a folder beside, then puts it in ``folder``'s place; ``texts`` are further files."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        fresh = Path(scratch) / "new"
-        posterior.save_pretrained(fresh)
+    """Writes everything as one; ``texts`` are further files."""
+
+    def write(fresh: Path) -> None:
         (fresh / LABELS_FILE).write_text(json.dumps(labels._asdict(), indent=2) + "\n", encoding="utf-8")
         series: dict[str, Any] = {name: tensor.numpy() for name, tensor in posterior.history.items()}
         np.savez_compressed(fresh / HISTORY_FILE, **series)
         for name, text in (texts or {}).items():
             (fresh / name).write_text(text, encoding="utf-8")
         if new_head:
-            try:
-                save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
-            except SafetensorError as error:  # what it makes of a full disk
-                raise OSError(f"{folder} could not be written: {error}") from error
-        write_sums(fresh)
-        replace_folder(fresh, folder)
+            save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
+
+    persistence.save(posterior, folder, extra=write)
 
 
 def read_labels(folder: Path) -> Labels | None:
@@ -74,8 +70,12 @@ def read_labels(folder: Path) -> Labels | None:
     Raises:
         ValueError: if it, or another file of the folder, is damaged.
     """
+    return read_whole(folder, _read_labels)
+
+
+def _read_labels(folder: Path) -> Labels | None:
     path = folder / LABELS_FILE
-    if not path.is_file():
+    if not is_listed(folder, LABELS_FILE):  # somebody else's, if any
         return None
     check_sums(folder)
     try:
@@ -92,8 +92,12 @@ def read_labels(folder: Path) -> Labels | None:
 
 def read_new_head(folder: Path) -> dict[str, Tensor]:
     """The tensors that a new head started from; none where the base model had its own."""
+    return read_whole(folder, _read_new_head)
+
+
+def _read_new_head(folder: Path) -> dict[str, Tensor]:
     path = folder / HEAD_FILE
-    if not path.is_file():
+    if not is_listed(folder, HEAD_FILE):
         return {}
     try:
         return load_file(path)

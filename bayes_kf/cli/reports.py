@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from bayes_kf.evaluation import (
 )
 from bayes_kf.evaluation.assess import class_predictions
 from bayes_kf.evaluation.recalibration import RECALIBRATIONS
+from bayes_kf.evaluation.report_files import check_page
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import Inputs, split_batch
@@ -226,8 +225,8 @@ def _is_predictions(path: Path) -> bool:
 
 
 def _check_page(args: argparse.Namespace) -> None:
-    if args.output.suffix != ".html":
-        raise ValueError(f"`--output` must end in .html, got {args.output}.")
+    """Now, not after the work."""
+    check_page(args.output, "--output")
 
 
 def _check_model_and_data(args: argparse.Namespace, *, needed: bool, what: Path) -> None:
@@ -250,12 +249,7 @@ def _inputs(loader: Iterable[Any]) -> Iterator[Inputs]:
 
 
 def _save(report: Report, args: argparse.Namespace) -> None:
-    """Page, numbers and sheet, each put in its place only when all are written."""
-    path = args.output
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as scratch:
-        report.save(Path(scratch) / path.name)
-        for file in Path(scratch).iterdir():
-            os.replace(file, path.parent / file.name)
+    """Page, numbers and sheet."""
+    report.save(args.output)
     if not args.quiet:
-        print("\n".join([*report.sections.verdict, f"The whole report: {path}"]))
+        print("\n".join([*report.sections.verdict, f"The whole report: {args.output}"]))

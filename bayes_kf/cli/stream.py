@@ -14,8 +14,10 @@ from typing import TextIO
 
 from bayes_kf.cli.folder import check_output, read_labels
 from bayes_kf.evaluation import DriftDetector
+from bayes_kf.inference.saved_files import STATE_FILE
+from bayes_kf.inference.saved_files import STREAM_FILE as STREAM_FILE
+from bayes_kf.inference.sums import is_listed
 
-STREAM_FILE = "stream.json"
 STDIN = Path("-")
 
 
@@ -54,10 +56,10 @@ class Stream:
 def where(args: argparse.Namespace) -> Stream | None:
     """Where an earlier run in the output folder was; None where there is none."""
     check_output(args.output)
-    if not args.output.exists() or not any(args.output.iterdir()):
+    if not (args.output / STATE_FILE).is_file():
         return None
     path = args.output / STREAM_FILE
-    if not path.is_file():
+    if not is_listed(args.output, STREAM_FILE):
         raise ValueError(
             f"`--output` must be new or a stream's, got a posterior without {STREAM_FILE} in {args.output}."
         )

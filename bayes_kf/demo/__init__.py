@@ -6,6 +6,7 @@ saved beside a report on it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,19 @@ from bayes_kf.demo.data import FULL, QUICK, DemoData, Size, demo_data, save_arra
 from bayes_kf.demo.figures import save_online_curves, save_reliability
 from bayes_kf.demo.table import caption, markdown_table, save_table
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.folders import check_target, recover, write_files
+from bayes_kf.inference.ownership import Kind
+from bayes_kf.inference.persistence import check_folder
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.sums import SUMS_FILE, write_sums
 
 RANK = 4
+WRITTEN = (
+    *(f"report.{suffix}" for suffix in ("html", "json", "png")),
+    *("demo.md", "demo.json", "reliability.png", "online.png"),
+    *(f"{name}.npz" for name in ("stream", "heldout", "corrupted")),
+)
+KIND = Kind(SUMS_FILE, re.compile("|".join(re.escape(name) for name in WRITTEN)))
 OURS, ADAMW = "bayes_kf, one pass", "LoRA + AdamW"
 
 __all__ = ["ADAMW", "FULL", "OURS", "QUICK", "RATES", "Row", "Size", "caption", "markdown_table", "run_demo"]
@@ -30,16 +41,22 @@ def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: 
 
     Written are ``report.html`` with its ``.json`` and ``.png``, ``demo.md`` and ``demo.json`` (the table),
     ``reliability.png``, ``online.png``, the saved ``posterior/``, and the arrays that ``bayes-kf fit`` and ``evaluate``
-    read: ``stream.npz``, ``heldout.npz`` and ``corrupted.npz``.
+    read: ``stream.npz``, ``heldout.npz`` and ``corrupted.npz``. Those of an earlier run are replaced; ``SHA256SUMS``
+    lists what was written.
 
     Args:
         output: folder for the files; made if missing.
         size: how many images to learn from and to hold out.
         seed: of the split, the order of the stream, and the adapter's start.
         progress: whether to show bars.
+
+    Raises:
+        ValueError: where files of these names are there that no earlier run wrote, or that were changed since.
     """
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    check_target(folder, WRITTEN, KIND)
+    check_folder(folder / "posterior", of_peft=True)
     data = demo_data(size, seed)
     with one_thread():
         frozen = frozen_row("frozen model", data, progress)
@@ -64,10 +81,15 @@ def one_thread() -> Iterator[None]:
 
 def _save(folder: Path, rows: list[Row], posterior: Posterior, data: DemoData, seed: int) -> None:
     """Everything the demo leaves behind."""
-    posterior.save_pretrained(folder / "posterior")
-    save_arrays(data, folder)
-    save_table(rows, data.size, RANK, seed, folder)
     named = {row.name: row for row in rows}
-    save_reliability([named[OURS], named[ADAMW]], folder / "reliability.png")
-    save_online_curves(rows, folder / "online.png")
-    named[OURS].report.save(folder / "report.html")
+
+    def write(target: Path) -> None:
+        save_arrays(data, target)
+        save_table(rows, data.size, RANK, seed, target)
+        save_reliability([named[OURS], named[ADAMW]], target / "reliability.png")
+        save_online_curves(rows, target / "online.png")
+        named[OURS].report.save(target / "report.html")
+        write_sums(target)
+
+    posterior.save_pretrained(folder / "posterior")
+    write_files(folder, write, KIND)

@@ -17,8 +17,10 @@ from bayes_kf.distributed.sharded import ShardedFilter
 from bayes_kf.evaluation.streaming import StreamingScores
 from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.persistence import check_folder
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.progress import Bar, Record
+from bayes_kf.models.adapter import is_peft
 
 FORMS: dict[str, type[FilterOfMany]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}
 
@@ -47,7 +49,7 @@ def fit(
         form: "sharded" (:class:`ShardedFilter`) or "data_parallel" (:class:`DataParallelFilter`).
         group: of torch.distributed; by default that of ``init_process_group``.
         checkpoint: a folder that the first process keeps a whole posterior in, written anew every so many updates and
-            in the end; None: none.
+            in the end; other files in it stay as they are. None: none.
         every: updates between checkpoints.
         progress: whether the first process shows a bar.
 
@@ -70,6 +72,8 @@ def fit(
         batches = iter(loader)
         few = first(batches, SCALE_EXAMPLES)
         inputs = scaling(kf.kf, few) if few else None
+        if checkpoint is not None and kf.group.rank == 0:
+            check_folder(Path(checkpoint), of_peft=is_peft(kf.adapter.model))
     except Exception as error:  # whatever it is, the others must not wait for this process
         failed = error
     kf.shares.all_or_none(failed)

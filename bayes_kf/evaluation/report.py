@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayes_kf.evaluation.page import figure_uri, render_page, versions
 from bayes_kf.evaluation.page_tables import TableView, table_view
+from bayes_kf.evaluation.report_files import PAGE_MARK, SHEET_MARK, check_page, write_page
 from bayes_kf.evaluation.score_table import score_table
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class Report:
         """Writes the page, and beside it the same name with .json (scores) and .png (all figures on one sheet).
 
         The page holds its figures and asks for nothing over the network. In the JSON a number that is not finite is
-        null, and named under `not_finite`. Without figures there is no sheet.
+        null, and named under `not_finite`. Without figures there is no sheet. An earlier report of that name is
+        replaced, file by file, each of them whole or not at all.
 
         Args:
             path: Where the page goes; must end in .html. Missing folders are made.
@@ -137,16 +139,21 @@ class Report:
             The path of the page.
 
         Raises:
-            ValueError: If the path does not end in .html.
+            ValueError: If the path does not end in .html, or one of the three files is there and is not of a report;
+                nothing has changed then.
         """
+
+        def write(text: str) -> Callable[[Path], None]:
+            content = text.encode("utf-8", errors="backslashreplace")  # file names may hold lone surrogates
+            return lambda file: file.write_bytes(content) and None
+
         page = Path(path)
-        if page.suffix != ".html":
-            raise ValueError(f"`path` must end in .html, got {str(path)!r}.")
-        page.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in ((page, self.to_html()), (page.with_suffix(".json"), self.to_json())):
-            file.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold lone surrogates
+        check_page(page)
+        writers = {".html": write(self.to_html() + "\n" + PAGE_MARK), ".json": write(self.to_json())}
         if self.sections.drawings:
-            _sheet(self.title, self.sections.drawings).savefig(page.with_suffix(".png"), dpi=110)
+            sheet = _sheet(self.title, self.sections.drawings)
+            writers[".png"] = lambda file: sheet.savefig(file, dpi=110, metadata={"Software": SHEET_MARK})
+        write_page(page, writers)
         return page
 
     def to_html(self) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bayes_kf.inference import block_diagonal, diagonal, full, low_rank
+from bayes_kf.inference.sums import SUMS_FILE, is_listed
 from bayes_kf.models.likelihood import LIKELIHOODS
+from bayes_kf.staging import staging
 
 
 class Structure(NamedTuple):
@@ -346,10 +349,26 @@ class KalmanConfig:
         return STRUCTURES[self.covariance]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``kalman_config.json`` into ``folder``, which is made if missing."""
+        """Write ``kalman_config.json`` into ``folder``, which is made if missing; earlier settings are replaced.
+
+        Raises:
+            ValueError: where a file of that name holds no settings, or those of a posterior saved there.
+        """
+        path = Path(folder) / CONFIG_FILE
+        if os.path.lexists(path):
+            if path.is_symlink():
+                raise ValueError(f"`folder` must hold no link {CONFIG_FILE}, got one in {folder}.")
+            if self.from_pretrained(folder) == self:
+                return
+            if is_listed(Path(folder), CONFIG_FILE) and (Path(folder) / SUMS_FILE).is_file():
+                raise ValueError(f"`folder` must not be a posterior's, which has settings of its own, got {folder}.")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
-        (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        with staging(Path(folder)) as stage:
+            (stage / CONFIG_FILE).write_text(self._as_json(), encoding="utf-8")
+            os.replace(stage / CONFIG_FILE, path)
+
+    def _as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> KalmanConfig:

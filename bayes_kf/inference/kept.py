@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from bayes_kf.inference import persistence
 from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
-from bayes_kf.inference.persistence import STATE_FILE
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.progress import Bar, Record
+from bayes_kf.inference.saved_files import STATE_FILE
 from bayes_kf.inference.state import DivergenceError
-from bayes_kf.models.adapter import AdapterModel, batch_size
+from bayes_kf.models.adapter import AdapterModel, batch_size, is_peft
 
 ONE_PASS = {"tune": None, "passes": 1, "mean_passes": 0}
 
@@ -37,13 +38,14 @@ def fit_kept(
         model: as for ``fit``.
         loader: the same batches each time: those that the folder has learned are passed over.
         config: of one pass.
-        folder: new, empty, or holding what an earlier call with these settings left.
+        folder: new, or holding what an earlier call with these settings left; other files in it stay as they are.
         every: updates between checkpoints.
         progress: whether to show a bar.
 
     Raises:
-        ValueError: for a config of several passes, a loader that shuffles without a generator, a folder of something
-            else, other batches than before, or a batch that does not fit; what was learned before is in the folder.
+        ValueError: for a config of several passes, a loader that shuffles without a generator, a folder with
+            other files in the way, other batches than before, or a batch that does not fit; what was learned before is
+            in the folder.
     """
     folder = Path(folder)
     for name, plain in ONE_PASS.items():
@@ -101,12 +103,11 @@ def fit_kept(
 
 
 def _opened(folder: Path, model: nn.Module | AdapterModel, config: KalmanConfig) -> Posterior | None:
-    """What an earlier call left; None for a new or empty folder."""
-    if not (folder / STATE_FILE).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"`checkpoint` must be new, empty or hold a posterior, got {folder} with something else.")
-        return None
+    """What an earlier call left; None for a folder without a posterior."""
     base = model.model if isinstance(model, AdapterModel) else model
+    persistence.check_folder(folder, of_peft=is_peft(base))  # now, not after the first updates
+    if not (folder / STATE_FILE).is_file():
+        return None
     found = Posterior.from_pretrained(folder, base)
     changed = config.differences(found.config)
     if changed:

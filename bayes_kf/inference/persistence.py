@@ -2,19 +2,18 @@
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT writes them, or ``model.safetensors``
 with the trainable tensors of a module that is no PEFT model; ``kalman_config.json`` and ``kalman_state.safetensors``; a
-model card, ``README.md``; and checksums, ``SHA256SUMS``. It is written beside its final place and renamed, so a folder
-is whole or not there.
+model card, ``README.md``; and checksums, ``SHA256SUMS``. They are written as one: whenever the process is killed, the
+folder opens as the old or the new posterior. Files that the package did not write stay as they are
+(:mod:`bayes_kf.inference.folders`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,18 @@ from torch import Tensor, nn
 from bayes_kf.inference import card, diagonal, noise, tempering
 from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
-from bayes_kf.inference.folders import replace_folder
+from bayes_kf.inference.folders import check_target, read_whole, recover, write_files
+from bayes_kf.inference.saved_files import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    DRAWS,
+    MODEL_FILE,
+    PLAIN,
+    POSTERIOR,
+    STATE_FILE,
+)
 from bayes_kf.inference.state import FilterState
-from bayes_kf.inference.sums import SUMS_FILE, check_sums, write_sums
+from bayes_kf.inference.sums import EDITABLE, SUMS_FILE, check_sums, digest, write_lines, write_sums
 from bayes_kf.models.adapter import AdapterModel, is_peft
 
 if TYPE_CHECKING:
@@ -37,44 +45,74 @@ if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
 
 FORMAT = 1
-STATE_FILE = "kalman_state.safetensors"
-CARD_FILE = "README.md"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 NOTED = ("names", "shapes", "base_fingerprint", "adapter", "step", "examples", "scaled", "scored", "noise_step")
-PLAIN = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")  # change no output
 SAMPLED = 4096  # elements of a tensor that its fingerprint reads
 
 
-def save(posterior: Posterior, folder: Path, scores: Mapping[str, float] | None = None) -> None:
-    """Write a posterior into ``folder``, replacing one that is there; see the module's docstring."""
+def save(
+    posterior: Posterior,
+    folder: Path,
+    scores: Mapping[str, float] | None = None,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a posterior into ``folder``, in the place of one that is there; ``extra`` writes further files of it."""
 
     def write(target: Path) -> None:
+        name = folder.resolve().name
         _write_adapter(posterior.adapter, posterior.mean_vector, target)
-        posterior.config.save_pretrained(target)
-        save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior))
-        (target / CARD_FILE).write_text(card.text(posterior, folder.name, scores), encoding="utf-8")
+        (target / CONFIG_FILE).write_text(posterior.config._as_json(), encoding="utf-8")
+        (target / CARD_FILE).write_text(card.text(posterior, name, scores), encoding="utf-8")
+        save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior, target))
+        if extra is not None:
+            extra(target)
         write_sums(target)
 
-    _atomically(folder, write)
+    write_files(folder, write, POSTERIOR)
 
 
-def save_beside(posterior: Posterior, folder: Path) -> None:
-    """Write settings and belief into a folder that somebody else saved the adapter to, at the mean, each whole or not.
+def save_with(posterior: Posterior, folder: Path, write_others: Callable[[Path], None]) -> None:
+    """Write settings and belief together with what ``write_others`` does: the adapter, at the mean, and other files.
 
-    The belief comes last, so that a folder that was not finished has none.
+    Those are another library's, and replace files of their names whoever wrote them, as that library does; but a
+    ``README.md`` that somebody wrote stays.
     """
-    (folder / STATE_FILE).unlink(missing_ok=True)
-    (folder / SUMS_FILE).unlink(missing_ok=True)
-    posterior.config.save_pretrained(folder)
-    temporary = folder / f".{STATE_FILE}"
-    save_file(_tensors(posterior), temporary, metadata=_metadata(posterior))
-    temporary.chmod(0o644)
-    os.replace(temporary, folder / STATE_FILE)
-    write_sums(folder, (STATE_FILE, CONFIG_FILE))
+
+    def write(target: Path) -> None:
+        write_others(target)
+        (target / CONFIG_FILE).write_text(posterior.config._as_json(), encoding="utf-8")
+        save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior, target))
+        weights = [name for name in ADAPTER_FILES[1:] if (target / name).is_file()]
+        write_sums(target, (STATE_FILE, CONFIG_FILE, *weights))
+
+    own = (STATE_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE)
+    write_files(folder, write, replace(POSTERIOR, overwrites=lambda name: name not in own))
+
+
+def check_folder(folder: Path, *, of_peft: bool, names: Sequence[str] = ()) -> None:
+    """Raise ValueError where a posterior, with further files of these names, could not be saved into ``folder``.
+
+    What a save into it that was killed left is completed, or cleared away, first.
+    """
+    recover(folder)
+    weights = ADAPTER_FILES[1] if of_peft else MODEL_FILE
+    check_target(folder, (STATE_FILE, CONFIG_FILE, weights, *names), POSTERIOR)
 
 
 def load(folder: Path, base_model: nn.Module) -> Posterior:
     """Read a posterior; ``base_model`` is with or without its adapter. Everything is checked before it is touched."""
+    if not isinstance(base_model, nn.Module):
+        found = repr(base_model) if isinstance(base_model, str) else type(base_model).__name__
+        raise ValueError(f"`base_model` must be the model itself, a torch module that you loaded, got {found}.")
+    return read_whole(folder, lambda source: _load(source, base_model), lambda found: _detach(found, base_model))
+
+
+def _detach(found: Posterior, base_model: nn.Module) -> None:
+    """Take the adapter off again that loading added to the base."""
+    if found.adapter.model is not base_model and is_peft(found.adapter.model):
+        found.adapter.model.unload()
+
+
+def _load(folder: Path, base_model: nn.Module) -> Posterior:
     from bayes_kf.inference.posterior import Posterior
 
     config = KalmanConfig.from_pretrained(folder)
@@ -137,10 +175,13 @@ def export(posterior: Posterior, folder: Path, draws: Tensor) -> list[Path]:
         raise ValueError("`export_adapters` needs a posterior over a PEFT model, got another module.")
 
     def write(target: Path) -> None:
+        names = []
         for index, draw in enumerate(draws):
             _write_adapter(posterior.adapter, draw, target / f"draw_{index}")
+            names += [f"draw_{index}/{name}" for name in ADAPTER_FILES]
+        write_lines(target / DRAWS.sums, {name: digest(target / name) for name in names})
 
-    _atomically(folder, write)
+    write_files(folder, write, DRAWS)
     return [folder / f"draw_{index}" for index in range(len(draws))]
 
 
@@ -171,7 +212,8 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
 
 
-def _metadata(posterior: Posterior) -> dict[str, str]:
+def _metadata(posterior: Posterior, folder: Path) -> dict[str, str]:
+    """What the state's file says beside its tensors; of files in ``folder`` that people may edit, how they were."""
     state, adapter = posterior.state, posterior.adapter
     values = {
         "format": FORMAT,
@@ -185,6 +227,7 @@ def _metadata(posterior: Posterior) -> dict[str, str]:
         "scaled": state.scaled,
         "scored": state.scores.updates,
         "noise_step": state.noise.step,
+        "editable": {name: digest(folder / name) for name in EDITABLE if (folder / name).is_file()},
     }
     return {"bayes_kf": json.dumps(values)}
 
@@ -322,33 +365,4 @@ def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
             file.rename(folder / file.name)
         nested.rmdir() if nested.is_dir() else None
     else:
-        save_file(tensors, folder / "model.safetensors")
-
-
-def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new folder, then put it in ``folder``'s place; on any error the old one stays."""
-    folder = folder.resolve()  # a link to a folder stays one
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`folder` must be a folder or new, got the file {folder}.")
-    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
-        raise ValueError(f"`folder` must be new, empty or hold a posterior or draws, got {folder} with other files.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        try:
-            write(temporary)
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(f"{folder} could not be written: {error}") from error
-        for file in temporary.rglob("*.safetensors"):
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds a posterior, or nothing but exported draws."""
-    if (folder / STATE_FILE).is_file():
-        return True
-    return all(re.fullmatch(r"draw_\d+", f.name) and (f / ADAPTER_FILES[0]).is_file() for f in folder.iterdir())
+        save_file(tensors, folder / MODEL_FILE)

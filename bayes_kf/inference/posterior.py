@@ -379,11 +379,13 @@ class Posterior:
         """Write the adapter (plain PEFT), the settings, the belief and a model card; see ``persistence``.
 
         Args:
-            folder: new, empty, or holding a posterior, which is replaced in one step.
+            folder: made if missing. A posterior in it is replaced: if the process is killed, the folder opens as
+                the old or the new one. Other files in it stay as they are, an edited model card too.
             scores: for the card: ``Report.scores`` of an evaluation.
 
         Raises:
-            ValueError: for a folder with other files.
+            ValueError: where a file is in the way that bayes_kf did not write (an adapter of another origin, say), that
+                was changed since, or that is read-only; nothing is changed then.
             OSError: where it cannot be written; what was there stays.
         """
         persistence.save(self, Path(folder), scores)
@@ -394,7 +396,7 @@ class Posterior:
 
         Args:
             folder: where it was written.
-            base_model: the model without its adapter, which PEFT then adds to it, or one that has it already.
+            base_model: the model itself, not its name: without its adapter, which PEFT then adds to it, or with it.
 
         Raises:
             ValueError: when files are missing or damaged, or belong to another model; nothing is changed then.
@@ -404,7 +406,21 @@ class Posterior:
     def export_adapters(
         self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None
     ) -> list[Path]:
-        """Write draws from the posterior as ordinary PEFT adapters ``draw_0`` ... and return their folders."""
+        """Write draws from the posterior as ordinary PEFT adapters ``draw_0``, ``draw_1``, ...
+
+        Args:
+            folder: made if missing. Draws of an earlier call are replaced, all or none; other files, a posterior
+                among them, stay as they are. ``SHA256SUMS.draws`` lists what was written.
+            num_samples: number of draws.
+            generator: of the draws; by default one seeded with ``config.seed``.
+
+        Returns:
+            The folders of the draws.
+
+        Raises:
+            ValueError: for a model that is no PEFT model, and as :meth:`save_pretrained`.
+            OSError: where it cannot be written; what was there stays.
+        """
         return persistence.export(self, Path(folder), self.sample(num_samples, self._generator(generator)))
 
     def to_arviz(

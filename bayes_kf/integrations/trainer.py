@@ -268,10 +268,17 @@ class KalmanTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The posterior beside what Trainer saves; the adapter is its mean."""
-        super()._save(output_dir, state_dict)
-        if self._belief is not None:
-            persistence.save_beside(self.posterior, Path(output_dir or self.args.output_dir or "."))
+        """The posterior and what Trainer saves, as one; the adapter is its mean.
+
+        Raises:
+            ValueError: where files that bayes_kf did not write have the names of settings, belief or checksums.
+                Files that Trainer writes replace others of their names, as ever, but for a ``README.md``.
+        """
+        if self._belief is None:
+            super()._save(output_dir, state_dict)
+            return
+        others, save = Path(output_dir or self.args.output_dir or "."), super()._save
+        persistence.save_with(self.posterior, others, lambda folder: save(str(folder), state_dict))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A posterior, and the model at its mean; only where the checkpoint is complete and has the same settings."""

@@ -1,18 +1,27 @@
-"""Folders that take each other's place, whatever happens meanwhile."""
+"""Posteriors saved among files of other people, and whatever kills the process meanwhile."""
 
-import errno
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import bayes_kf as bkf
-from bayes_kf.inference import folders
+from bayes_kf import staging
+from bayes_kf.inference import folders, persistence
+from bayes_kf.inference.sums import digest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from _folders import killed_at, snapshot
 
 SAVING = """
 import sys
@@ -27,88 +36,361 @@ while True:
     bkf.Posterior(kf, state).save_pretrained(sys.argv[1])
     print(state.step, flush=True)
 """
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, SIGKILL or links")
 
 
-def folder(path, text):
-    path.mkdir()
-    (path / "file").write_text(text, encoding="utf-8")
-    return path
+def posterior(value):
+    model = torch.nn.Linear(3, 2)
+    kf = bkf.KalmanFilter(model, bkf.KalmanConfig(initial_variance=0.1, covariance="diagonal"))
+    state = kf.init()
+    belief = state.belief._replace(mean=torch.full_like(state.belief.mean, value))
+    return bkf.Posterior(kf, state._replace(belief=belief, step=int(value)))
 
 
-def content(path):
-    return (path / "file").read_text(encoding="utf-8")
+def value(folder):
+    """Which posterior a folder opens as; its files are all of one."""
+    found = bkf.Posterior.from_pretrained(folder, torch.nn.Linear(3, 2))
+    assert found.mean_vector.unique().tolist() == [found.state.step]
+    return found.state.step
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
-def test_the_new_takes_the_old_one_s_place(tmp_path, monkeypatch, exchange):
-    if not exchange:
-        monkeypatch.setattr(folders, "_renameat2", lambda: None)
-    folders.replace_folder(folder(tmp_path / "first", "1"), tmp_path / "there")
-    assert content(tmp_path / "there") == "1"
-    folders.replace_folder(folder(tmp_path / "second", "2"), tmp_path / "there")
-    assert content(tmp_path / "there") == "2"
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+def foreign(folder):
+    """Files of other people: beside, below, hidden, links; some of names that a posterior might have."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "my notes, übrigens.md").write_text("x")
+    (folder / "adapter_model.safetensors").write_text("of another adapter")  # the posterior's is model.safetensors
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "kalman_state.safetensors").write_bytes(b"\0" * 9)
+    (folder / ".bayes_kf-save-mynotes_").write_text("a file of that name")
+    (folder / ".bayes_kf-save-folder__").mkdir()
+    (folder / ".bayes_kf-save-folder__" / "own").write_text("and a folder")
+    (folder / "nowhere").symlink_to("gone")
+    (folder / "link").symlink_to("tokenizer.json")
+    return snapshot(folder)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has renameat2, one step for two folders")
-def test_linux_does_it_in_one_step(tmp_path, monkeypatch):
-    old, new = folder(tmp_path / "old", "old"), folder(tmp_path / "new", "new")
-    monkeypatch.setattr(os, "replace", None)
-    folders.replace_folder(new, old)
-    assert content(old) == "new"
+def theirs(folder, names):
+    return {name: what for name, what in snapshot(folder).items() if name in names}
 
 
-def test_a_file_system_that_cannot_exchange(tmp_path, monkeypatch):
-    def refuse(*_):
-        import ctypes
-
-        ctypes.set_errno(errno.EINVAL)
-        return -1
-
-    monkeypatch.setattr(folders, "_renameat2", lambda: refuse)
-    old = folder(tmp_path / "old", "old")
-    folders.replace_folder(folder(tmp_path / "new", "new"), old)
-    assert content(old) == "new"
+OURS = {"README.md", "SHA256SUMS", "kalman_config.json", "kalman_state.safetensors", "model.safetensors"}
 
 
-def test_other_errors_are_told_and_change_nothing(tmp_path, monkeypatch):
-    def refuse(*_):
-        import ctypes
-
-        ctypes.set_errno(errno.EACCES)
-        return -1
-
-    monkeypatch.setattr(folders, "_renameat2", lambda: refuse)
-    old, new = folder(tmp_path / "old", "old"), folder(tmp_path / "new", "new")
-    with pytest.raises(PermissionError, match="old"):
-        folders.replace_folder(new, old)
-    assert (content(old), content(new)) == ("old", "new")
+@POSIX
+def test_a_save_changes_no_file_that_it_did_not_write(tmp_path):
+    folder = tmp_path / "with ünicode and spaces"
+    before = foreign(folder)
+    for number in (1, 2):
+        posterior(number).save_pretrained(folder)
+        assert theirs(folder, before) == before
+        assert set(snapshot(folder)) == before.keys() | OURS
+        assert value(folder) == number
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_a_second_step_that_fails_is_undone(tmp_path, monkeypatch):
-    real, calls = os.replace, []
+@pytest.mark.parametrize("name", sorted(OURS - {"README.md"}))
+def test_a_file_in_the_way_is_refused_before_anything_changes(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=rf"`folder` must have no other files .* got {re.escape(name)} \(not written"):
+        posterior(1).save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
+    (tmp_path / name).unlink()
+    posterior(1).save_pretrained(tmp_path)
+    (tmp_path / name).write_text("edited")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=rf"got {name} \((changed since it was saved|not written by bayes_kf)\)"):
+        posterior(2).save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
 
-    def failing(source, target):
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "no space")
-        return real(source, target)
 
-    monkeypatch.setattr(folders, "_renameat2", lambda: None)
-    monkeypatch.setattr(os, "replace", failing)
-    old = folder(tmp_path / "old", "old")
-    with pytest.raises(OSError, match="no space"):
-        folders.replace_folder(folder(tmp_path / "new", "new"), old)
-    assert content(old) == "old"
+@POSIX
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.chmod(0o444), "read-only"),
+        (lambda path: (path.unlink(), path.symlink_to("nowhere")), "a link"),
+        (lambda path: (path.rename(path.with_name("big")), path.symlink_to("big")), "a link"),  # with the right content
+        (lambda path: (path.unlink(), path.mkdir()), "not a file"),
+    ],
+    ids=["read-only", "dangling", "moved", "folder"],
+)
+def test_what_is_no_plain_file_of_ours_is_refused(make, reason, tmp_path):
+    posterior(1).save_pretrained(tmp_path)
+    make(tmp_path / "model.safetensors")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=rf"got model\.safetensors \({reason}\)"):
+        posterior(2).save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes two steps, with a gap between them")
-def test_killed_while_saving_the_last_or_the_one_before_is_there(tmp_path):
+@pytest.mark.parametrize("first", [True, False], ids=["a README of one's own", "an edited card"])
+def test_a_readme_that_somebody_wrote_stays(first, tmp_path):
+    if not first:
+        posterior(1).save_pretrained(tmp_path)
+        posterior(2).save_pretrained(tmp_path)  # an untouched card is replaced
+        assert "in 2 updates" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text("mine")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"README\.md was edited, or bayes_kf did not write it, and stays"):
+            posterior(3).save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == "mine"
+        assert value(tmp_path) == 3
+
+
+def adapter(rank=1):
+    torch.manual_seed(0)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), LoraConfig(r=rank, target_modules=["0"]))
+    kf = bkf.KalmanFilter(model, bkf.KalmanConfig(initial_variance=0.1))
+    return bkf.Posterior(kf, kf.init())
+
+
+def test_an_edited_adapter_config_stays_while_it_says_the_same(tmp_path):
+    adapter().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    edited = json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "me/my-base", "revision": "v2"})
+    path.write_text(edited)
+    adapter().save_pretrained(tmp_path)
+    assert path.read_text() == edited
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"got adapter_config\.json \(changed since it was saved\)"):
+        adapter(rank=2).save_pretrained(tmp_path)  # of which it would say what is not so
+    assert snapshot(tmp_path) == before
+
+
+def test_another_posterior_s_files_go_and_nothing_else(tmp_path):
+    from bayes_kf.cli.folder import Labels, read_labels, save_posterior
+
+    save_posterior(posterior(1), tmp_path, Labels(("a", "b"), 2), {}, {"stream.json": "{}"})
+    (tmp_path / "notes").write_text("x")
+    adapter().save_pretrained(tmp_path)
+    assert set(snapshot(tmp_path)) == {
+        "adapter_config.json", "adapter_model.safetensors", "kalman_config.json", "kalman_state.safetensors",
+        "README.md", "SHA256SUMS", "notes",
+    }  # fmt: skip
+    (tmp_path / "labels.json").write_text('{"class_names": ["x", "y"], "num_outputs": 2}')  # of something else
+    assert read_labels(tmp_path) is None
+    lines = [line.split("  ") for line in (tmp_path / "SHA256SUMS").read_text().splitlines()]
+    assert {name: noted for noted, name in lines} == {
+        name: digest(tmp_path / name)
+        for name in ("adapter_model.safetensors", "kalman_config.json", "kalman_state.safetensors")
+    }
+
+
+def test_checksums_that_somebody_made_anew_make_no_file_ours(tmp_path):
+    posterior(1).save_pretrained(tmp_path)
+    (tmp_path / "notes.md").write_text("x")
+    names = [path.name for path in tmp_path.iterdir() if path.name != "SHA256SUMS"]
+    (tmp_path / "SHA256SUMS").write_text("".join(f"{digest(tmp_path / name)}  {name}\n" for name in names))
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="SHA256SUMS"):
+        posterior(2).save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_draws_lie_beside_a_posterior(tmp_path):
+    kept = adapter()
+    kept.save_pretrained(tmp_path)
+    (tmp_path / "notes").write_text("x")
+    before = snapshot(tmp_path)
+    kept.export_adapters(tmp_path, 3)
+    (tmp_path / "draw_2" / "mine").write_text("x")
+    kept.export_adapters(tmp_path, 2)
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert sorted(after.keys() - before.keys()) == [
+        "SHA256SUMS.draws",
+        *(f"draw_{k}/{name}" for k in (0, 1) for name in ("adapter_config.json", "adapter_model.safetensors")),
+        "draw_2/mine",
+    ]
+    kept.save_pretrained(tmp_path)
+    assert after.keys() == snapshot(tmp_path).keys()
+    again = bkf.Posterior.from_pretrained(tmp_path, adapter().adapter.model.unload().requires_grad_(False))
+    assert torch.equal(again.mean_vector, kept.mean_vector)
+
+
+@POSIX
+def test_draws_do_not_go_through_links(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "draws").mkdir()
+    (tmp_path / "draws" / "draw_0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="draw_0 is no folder"):
+        adapter().export_adapters(tmp_path / "draws", 1)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@POSIX
+def test_folders_behind_links(tmp_path):
+    (tmp_path / "new").symlink_to(tmp_path / "not" / "yet")
+    posterior(1).save_pretrained(tmp_path / "new")
+    assert (value(tmp_path / "not" / "yet"), (tmp_path / "new").is_symlink()) == (1, True)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("x")
+    for name in ("loop", "file"):
+        with pytest.raises(ValueError, match=r"^`folder` must be a folder or new, got"):
+            posterior(1).save_pretrained(tmp_path / name)
+
+
+def test_what_is_made_for_a_save_that_fails_goes_again(tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(persistence, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        posterior(1).save_pretrained(tmp_path / "new" / "folder")
+    assert not any(tmp_path.iterdir())
+
+
+# ---- kills ----
+
+
+@POSIX
+def test_killed_at_every_step_it_opens_as_the_old_or_the_new(tmp_path):
+    """A process that ends at its first, second, ... change to the file system, until it comes to the end."""
+    folder = tmp_path / "posterior"
+    before = foreign(folder)
+    posterior(1).save_pretrained(folder)
+    seen, step = [], 0
+    while True:
+        step += 1
+        done = not killed_at(step, lambda: posterior(2).save_pretrained(folder))
+        assert theirs(folder, before) == before
+        seen.append(value(folder))  # read where half of it is in its place
+        posterior(1).save_pretrained(folder)
+        assert set(snapshot(folder)) == before.keys() | OURS  # nothing of it is left
+        assert value(folder) == 1
+        if done:
+            break
+    assert sorted(seen) == seen  # the old one up to one step, the new one from there on
+    assert seen.count(1) > 5
+    assert seen.count(2) > 8
+
+
+@POSIX
+def test_killed_at_every_step_draws_are_all_old_or_all_new_after_the_next_start(tmp_path):
+    old, new = adapter(), adapter()
+    g = torch.Generator()
+    wanted = []
+    for which, number in ((old, 3), (new, 2)):
+        which.export_adapters(tmp_path / "wanted", number, g.manual_seed(number))
+        wanted.append(snapshot(tmp_path / "wanted"))
+    for step in range(1, 200):
+        old.export_adapters(tmp_path / "draws", 3, g.manual_seed(3))
+        done = not killed_at(step, lambda: new.export_adapters(tmp_path / "draws", 2, g.manual_seed(2)))
+        folders.recover(tmp_path / "draws")
+        assert snapshot(tmp_path / "draws") in wanted
+        if done:
+            break
+    assert done
+    assert snapshot(tmp_path / "draws") == wanted[1]
+
+
+@POSIX
+def half_moved(folder):
+    """A folder whose save of the second posterior was killed when some of its files had moved."""
+    posterior(1).save_pretrained(folder)
+    step = 1
+    while not (folder / folders.COMMIT).exists() or len(list((folder / folders.COMMIT / "files").iterdir())) > 3:
+        killed_at(step, lambda: posterior(2).save_pretrained(folder))
+        step += 1
+    return folder
+
+
+@POSIX
+def test_reading_changes_nothing_and_a_start_completes(tmp_path):
+    folder = half_moved(tmp_path / "posterior")
+    before = snapshot(folder)
+    assert value(folder) == 2
+    assert snapshot(folder) == before
+    folders.recover(folder)
+    assert set(snapshot(folder)) == OURS
+    assert value(folder) == 2
+
+
+@POSIX
+def test_a_pass_goes_on_from_a_save_that_was_not_complete(tmp_path):
+    folder = half_moved(tmp_path / "posterior")
+    with pytest.raises(ValueError, match="`loader` must yield the 2 batches"):  # so it was read as the second one
+        bkf.fit(torch.nn.Linear(3, 2), [], posterior(1).config, checkpoint=folder, progress=False)
+    assert set(snapshot(folder)) == OURS
+
+
+@POSIX
+def test_what_somebody_puts_in_the_way_after_a_kill_is_kept(tmp_path):
+    folder = half_moved(tmp_path / "posterior")
+    name = next(path.name for path in (folder / folders.COMMIT / "files").glob("kalman_state*"))
+    (folder / name).write_text("mine")
+    before = snapshot(folder)
+    with pytest.raises(ValueError, match=rf"got {name} \(changed since it was saved\)"):
+        posterior(3).save_pretrained(folder)
+    assert snapshot(folder) == before
+    assert value(folder) == 2  # and the save that counts can be read
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "{",
+        "[]",
+        '{"sums": "SHA256SUMS"}',
+        '{"sums": 3, "replaces": {}, "overwrites": [], "removes": {}}',
+        '{"sums": "SHA256SUMS", "replaces": {}, "overwrites": [], "removes": {"../outside": "DIGEST"}}',
+        '{"sums": "SHA256SUMS", "replaces": {"/outside": ""}, "overwrites": [], "removes": {}}',
+    ],
+)
+def test_a_plan_that_somebody_made_up_is_refused(plan, tmp_path):
+    (tmp_path / "outside").write_text("x")
+    folder = tmp_path / "folder"
+    posterior(1).save_pretrained(folder)
+    (folder / folders.COMMIT / "files").mkdir(parents=True)
+    (folder / folders.COMMIT / "plan.json").write_text(plan.replace("DIGEST", digest(tmp_path / "outside")))
+    before = snapshot(tmp_path)
+    for use in (lambda: value(folder), lambda: posterior(2).save_pretrained(folder), lambda: folders.recover(folder)):
+        with pytest.raises(ValueError, match=r"`folder` must hold a sound \.bayes_kf-commit/plan\.json"):
+            use()
+    assert snapshot(tmp_path) == before
+
+
+@POSIX
+def test_a_plan_does_not_reach_through_links(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "file").write_text("x")
+    folder = tmp_path / "folder"
+    (folder / folders.COMMIT / "files" / "to").mkdir(parents=True)
+    (folder / folders.COMMIT / "files" / "to" / "new").write_text("x")
+    (folder / "to").symlink_to(tmp_path / "home")
+    found = digest(tmp_path / "home" / "file")
+    plan = {"sums": "SHA256SUMS", "replaces": {}, "overwrites": [], "removes": {"to/file": found}}
+    (folder / folders.COMMIT / "plan.json").write_text(json.dumps(plan | {"replaces": {"to/new": ""}}))
+    with pytest.raises(ValueError, match="to/new \\(to is no folder\\)"):
+        folders.recover(folder)
+    (folder / folders.COMMIT / "plan.json").write_text(json.dumps(plan))
+    folders.recover(folder)
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["file"]
+
+
+def test_a_folder_of_that_name_is_not_taken_for_a_save(tmp_path):
+    (tmp_path / folders.COMMIT).mkdir()
+    (tmp_path / folders.COMMIT / "own").write_text("x")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"got \.bayes_kf-commit \(not written by bayes_kf\)"):
+        posterior(1).save_pretrained(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+@POSIX
+def test_stopped_or_killed_while_saving_the_last_or_the_one_before_is_there(tmp_path):
     """A process that does nothing but save, looked at in twenty of its moments and killed twice."""
     target = tmp_path / "posterior"
     command = [sys.executable, "-c", SAVING, str(target)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     g = torch.Generator().manual_seed(0)
+
+    def step():
+        return bkf.Posterior.from_pretrained(target, torch.nn.Linear(30, 3)).state.step
+
     for _ in range(2):
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
             assert process.stdout is not None
@@ -116,13 +398,106 @@ def test_killed_while_saving_the_last_or_the_one_before_is_there(tmp_path):
             for _ in range(10):  # stopped in its tracks, looked at, and let go on
                 time.sleep(0.02 + 0.05 * float(torch.rand(1, generator=g)))
                 process.send_signal(signal.SIGSTOP)
-                assert whole(target) >= 1
+                assert step() >= 1
                 process.send_signal(signal.SIGCONT)
             process.send_signal(signal.SIGKILL)
             last = [int(line) for line in process.stdout.read().split()]
-        assert not last or whole(target) in (last[-1], last[-1] + 1)
+        assert not last or step() in (last[-1], last[-1] + 1)
 
 
-def whole(target: Path) -> int:
-    """The step of a posterior that loads."""
-    return bkf.Posterior.from_pretrained(target, torch.nn.Linear(30, 3)).state.step
+def test_two_that_save_and_one_that_reads_at_the_same_time(tmp_path):
+    values, failed = (1, 2), []
+    posterior(1).save_pretrained(tmp_path)
+
+    def save(which):
+        try:
+            for _ in range(20):
+                posterior(which).save_pretrained(tmp_path)
+        except BaseException as error:  # whatever it is, the test must see it
+            failed.append(error)
+
+    threads = [threading.Thread(target=save, args=(which,)) for which in values]
+    for thread in threads:
+        thread.start()
+    seen = set()
+    while any(thread.is_alive() for thread in threads):
+        seen.add(value(tmp_path))
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert seen <= set(values)
+    assert set(snapshot(tmp_path)) == OURS
+
+
+# ---- staging folders ----
+
+
+@POSIX
+def test_what_a_living_process_stages_is_left_alone(tmp_path):
+    with staging.staging(tmp_path) as stage:
+        (stage / "file").write_text("x")
+        staging.clear_abandoned(tmp_path)
+        assert (stage / "file").is_file()
+        posterior(1).save_pretrained(tmp_path)
+        assert (stage / "file").is_file()
+    assert not stage.exists()
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_a_killed_process_staged_goes(marked, tmp_path, monkeypatch):
+    stage = tmp_path / f"{staging.PREFIX}abcdefgh"
+    stage.mkdir()
+    if marked:
+        (stage / staging.MARKER).touch()
+        (stage / "half").write_text("x")
+    staging.clear_abandoned(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_where_folders_cannot_be_locked_only_old_ones_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "_lock", lambda handle, wait=False: None)
+    stage = tmp_path / f"{staging.PREFIX}abcdefgh"
+    stage.mkdir()
+    (stage / staging.MARKER).touch()
+    staging.clear_abandoned(tmp_path)
+    assert stage.exists()
+    os.utime(stage, (0, 0))
+    staging.clear_abandoned(tmp_path)
+    assert not stage.exists()
+    posterior(1).save_pretrained(tmp_path / "p")  # and saves go on without locks
+    assert value(tmp_path / "p") == 1
+
+
+@POSIX
+def test_a_save_waits_for_another_and_then_says_so(tmp_path, monkeypatch):
+    posterior(1).save_pretrained(tmp_path)
+    monkeypatch.setattr(staging, "PATIENCE", 0.05)
+    with staging.locked(tmp_path), pytest.raises(OSError, match="another process has been saving into it"):
+        posterior(2).save_pretrained(tmp_path)
+    assert value(tmp_path) == 1
+    assert set(snapshot(tmp_path)) == OURS
+
+
+# ---- settings alone ----
+
+
+def test_settings_alone_do_not_spoil_a_posterior(tmp_path):
+    posterior(1).save_pretrained(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"`folder` must not be a posterior's, which has settings of its own, got .*p"):
+        bkf.KalmanConfig(rank=3).save_pretrained(tmp_path / "p")
+    posterior(1).config.save_pretrained(tmp_path / "p")  # the same
+    assert value(tmp_path / "p") == 1
+    for rank in (3, 4):
+        bkf.KalmanConfig(rank=rank).save_pretrained(tmp_path / "c")
+    assert bkf.KalmanConfig.from_pretrained(tmp_path / "c").rank == 4
+    (tmp_path / "c" / "kalman_config.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r"`folder` must hold a kalman_config\.json of this version's fields"):
+        bkf.KalmanConfig().save_pretrained(tmp_path / "c")
+    assert (tmp_path / "c" / "kalman_config.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("base", ["someone/some-model", None, Path("folder")])
+def test_a_base_model_is_a_model(base, tmp_path):
+    posterior(1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^`base_model` must be the model itself, a torch module"):
+        bkf.Posterior.from_pretrained(tmp_path, base)

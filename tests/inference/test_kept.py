@@ -108,9 +108,10 @@ def test_what_is_not_this_pass_is_told(tmp_path):
         bkf.fit(other, DATA, config, checkpoint=folder, progress=False)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match=r"`checkpoint` must be new, empty or hold a posterior, got .*mine with some"):
-        bkf.fit(network(), DATA, config, checkpoint=tmp_path / "mine", progress=False)
+    (tmp_path / "mine" / "model.safetensors").write_text("keep")
+    with pytest.raises(ValueError, match=r"got model\.safetensors \(not written by bayes_kf\) in .*mine"):  # at once
+        bkf.fit(network(), stopping(0), config, checkpoint=tmp_path / "mine", progress=False)
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["keep"]
     with pytest.raises(ValueError, match=r"`every` must be a whole number >= 1, got 0"):
         bkf.fit(network(), DATA, config, checkpoint=tmp_path / "new", every=0, progress=False)
     with pytest.raises(ValueError, match=r"`start` must be 'prior' with a `checkpoint`, got 'trained'"):

@@ -338,13 +338,11 @@ def test_damaged_or_foreign_folders_are_refused_and_nothing_changes(fitted, tmp_
         bkf.Posterior.from_pretrained(tmp_path / "nowhere", digits_vit())
 
 
-def test_a_folder_of_other_things_is_not_replaced(fitted, tmp_path):
+def test_files_of_other_people_stay_beside_a_posterior(fitted, tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
-    with pytest.raises(
-        ValueError, match=r"`folder` must be new, empty or hold a posterior or draws, got .* with other"
-    ):
+    for _ in range(2):
         fitted.save_pretrained(tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "all my work"
+        assert (tmp_path / "thesis.tex").read_text() == "all my work"
     (tmp_path / "empty").mkdir()
     fitted.save_pretrained(tmp_path / "empty")
     assert (tmp_path / "empty" / "adapter_model.safetensors").stat().st_mode & 0o077 == 0o044
@@ -728,16 +726,24 @@ def test_adapters_of_the_user_s_own_are_not_overwritten(tmp_path):
     model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(r=1, target_modules=["0"]))
     kf = bkf.KalmanFilter(model, bkf.KalmanConfig(initial_variance=0.1))
     posterior = bkf.Posterior(kf, kf.init())
-    for name in ("sst2_run", "mnli_run"):
+    for name in ("sst2_run", "draw_0"):
         model.save_pretrained(tmp_path / "mine" / name)
     kept = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
-    for write in (posterior.save_pretrained, lambda folder: posterior.export_adapters(folder, 2)):
-        with pytest.raises(ValueError, match="must be new, empty or hold a posterior or draws"):
-            write(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"got adapter_model\.safetensors \(not written by bayes_kf\) in .*sst2_run"):
+        posterior.save_pretrained(tmp_path / "mine" / "sst2_run")
+    with pytest.raises(
+        ValueError, match=r"got draw_0/adapter_config\.json \(not written by bayes_kf\), draw_0/adapter_"
+    ):
+        posterior.export_adapters(tmp_path / "mine", 2)
     assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == kept
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["draw_0", "sst2_run"]
+    posterior.save_pretrained(tmp_path / "mine")
+    assert (
+        kept.items() <= {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}.items()
+    )
     posterior.export_adapters(tmp_path / "draws", 3)
     assert len(posterior.export_adapters(tmp_path / "draws", 2)) == 2  # draws make way for draws
-    assert sorted(path.name for path in (tmp_path / "draws").iterdir()) == ["draw_0", "draw_1"]
+    assert sorted(path.name for path in (tmp_path / "draws").iterdir()) == ["SHA256SUMS.draws", "draw_0", "draw_1"]
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path):

@@ -1,0 +1,59 @@
+"""What is in a folder, and a process that is killed at a chosen change to the file system."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
+Tree = dict[str, Any]
+
+
+def snapshot(folder: Path) -> Tree:
+    """Name -> content and mode of a file, or where a link leads; of everything below ``folder``."""
+    found: Tree = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = str(path.readlink())
+        elif path.is_file():
+            found[name] = (path.stat().st_mode, path.read_bytes())
+    return found
+
+
+def killed_at(change: int, work: Callable[[], object]) -> bool:
+    """Whether a copy of this process that does ``work`` was ended at a change to the file system, the n-th."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of forks beside threads, of which none does anything here
+        child = os.fork()
+    if child == 0:
+        left = [change]
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if event in CHANGES or writes:
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            warnings.simplefilter("ignore")
+            sys.addaudithook(hook)
+            work()
+            status = 0
+        except (ValueError, OSError):
+            status = 0  # refused
+        finally:
+            os._exit(status)  # without what runs at a process's end
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status not in (0, 9):
+        raise AssertionError(f"the process ended with {status}")
+    return status == 9
