@@ -133,7 +133,7 @@ def test_a_failure_in_any_forward_call_leaves_the_model_as_it_was(name):
 @pytest.mark.filterwarnings("ignore:Already unmerged")
 @pytest.mark.parametrize("name", ["LORA MultiheadAttention", "LORA target_parameters"])
 def test_drawn_adapters_predict_what_the_model_with_their_weights_does(name):
-    model, inputs, posterior = fitted(name)
+    _, inputs, posterior = fitted(name)
     draws = posterior.sample(4, torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="one by one"):
         found = posterior.predict(inputs, "sampled", 4, torch.Generator().manual_seed(0)).samples
