@@ -61,7 +61,7 @@ class Rows:
         rows, root = self.rows.flatten(0, 1), variance[self.where].sqrt()
         total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
         for part in _pieces(self.width, len(rows)):
-            scaled = (rows[:, part] * root[part]).double()
+            scaled = rows[:, part].double() * root[part]
             total.addmm_(scaled, scaled.mT)
         return total
 
@@ -70,7 +70,7 @@ class Rows:
         root = variance[self.where].sqrt()
         total = self.rows.new_zeros(*self.rows.shape[:2], self.rows.shape[1], dtype=torch.float64)
         for part in _pieces(self.width, self.rows.shape[0] * self.rows.shape[1]):
-            scaled = (self.rows[..., part] * root[part]).double()
+            scaled = self.rows[..., part].double() * root[part]
             total.baddbmm_(scaled, scaled.mT)
         return total
 
@@ -133,7 +133,8 @@ class Outer:
     def gram(self, variance: Tensor) -> Tensor:
         """J diag(p) Jᵀ, (B·c, B·c), in float64: Σ_o g_bco g_b'c'o Q_obb', Q_o = Σ_i p_oi a_bi a_b'i."""
         size, c, _ = self.cotangent.shape
-        pairs = (self.taken.unsqueeze(0) * self.taken.unsqueeze(1)).double()  # (B, B, in)
+        taken = self.taken.double()
+        pairs = taken.unsqueeze(0) * taken.unsqueeze(1)  # (B, B, in)
         total = pairs.new_zeros(size, c, size, c)
         for part, some in self._parts(size * size + size * c):
             g, inner = some.double(), pairs @ self._table(variance[self.where], part).double().mT  # (B, B, o)
@@ -144,7 +145,7 @@ class Outer:
     def block_gram(self, variance: Tensor) -> Tensor:
         """J_b diag(p) J_bᵀ of every example, (B, c, c), in float64."""
         size, c, _ = self.cotangent.shape
-        squares, total = self.taken.square().double(), self.taken.new_zeros(size, c, c, dtype=torch.float64)
+        squares, total = self.taken.double().square(), self.taken.new_zeros(size, c, c, dtype=torch.float64)
         for part, some in self._parts(size * c):
             g, own = some.double(), squares @ self._table(variance[self.where], part).double().mT  # (B, o)
             total.baddbmm_(g * own.unsqueeze(1), g.mT)

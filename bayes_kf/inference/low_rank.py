@@ -53,26 +53,25 @@ def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> 
 
 
 def condition(state: State, observation: Observation, curvature: Observation | None = None) -> State:
-    """Λ + MᵀM and μ + Λ_new⁻¹Mᵀu, exact; then W cut back to L columns and the rest's diagonal folded into d."""
+    """Λ + MᵀM and μ + Λ_new⁻¹Mᵀu, exact; then W cut back to L columns, marginal variances kept by the diagonal.
+
+    With A = [Wᵀ; M], Λ_new = D + AᵀA and the step is D⁻¹Aᵀ(I + AD⁻¹Aᵀ)⁻¹[0; u]: one small system, in float64. The
+    difference D⁻¹Mᵀu − D⁻¹A(…)Mᵀu, which is the same, cancels in float32 where MD⁻¹Mᵀ is much larger than one.
+    """
     if curvature is not None:  # another M for the precision
         return condition(state, curvature)._replace(mean=condition(state, observation).mean)
-    rank, scaled = state.factor.shape[1], state.factor.double() / state.diagonal.double().unsqueeze(-1)  # D⁻¹W
-    cross = observation.matmul(scaled)  # MD⁻¹W (k, L)
-    gram = torch.cat([  # of [W Mᵀ] under D⁻¹
-        torch.cat([state.gram, cross.mT], 1),
-        torch.cat([cross, observation.gram(1.0 / state.diagonal)], 1),
-    ])  # fmt: skip
-    step = observation.rmatvec(observation.residual) / state.diagonal
-    found = torch.cat([sharding.total(state.factor.mT @ step), observation.matvec(step)]).double()
-    weights = torch.linalg.solve(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device), found).to(step)
-    joined = state.factor @ weights[:rank] + observation.rmatvec(weights[rank:])
-    _, vectors = torch.linalg.eigh(gram)  # ascending
-    rest, kept = vectors[:, :-rank].to(step), vectors[:, -rank:].to(step)
-    factor = state.factor @ kept[:rank] + observation.rmatmul(kept[rank:])
-    diagonal = state.diagonal.clone()
-    for some in rest.split(COLUMNS, 1):
-        diagonal += (state.factor @ some[:rank] + observation.rmatmul(some[rank:])).square().sum(1)
-    return _state(state.mean + step - joined / state.diagonal, diagonal, factor)
+    rank = state.factor.shape[1]
+    gram = _joined_gram(state, observation)
+    step = _step(state, observation, gram)
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    factor, diagonal = _cut(
+        state.diagonal,
+        values.clamp_min(0.0),  # negative only by rounding
+        vectors.to(step),
+        rank,
+        lambda some: state.factor @ some[:rank] + observation.rmatmul(some[rank:]),
+    )
+    return _state(state.mean + step, diagonal, factor)
 
 
 def add_precision(state: State, added: Tensor) -> State:
@@ -91,11 +90,10 @@ def merge(states: Sequence[State], prior: DiagonalState) -> State:
     steps = [s.mean - prior.mean for s in states]
     own = [s.diagonal * step + s.factor @ (s.factor.mT @ step) for s, step in zip(states, steps, strict=True)]
     mean = prior.mean + product(whole, torch.stack(own).sum(0))
-    _, vectors = torch.linalg.eigh(whole.gram)  # ascending
-    rest, kept = vectors[:, :-rank].to(mean), vectors[:, -rank:].to(mean)
-    for some in rest.split(COLUMNS, 1):
-        diagonal = diagonal + (whole.factor @ some).square().sum(1)
-    return _state(mean, diagonal, whole.factor @ kept)
+    values, vectors = torch.linalg.eigh(whole.gram)  # ascending
+    values = values.clamp_min(0.0)  # negative only by rounding
+    factor, diagonal = _cut(diagonal, values, vectors.to(mean), rank, lambda some: whole.factor @ some)
+    return _state(mean, diagonal, factor)
 
 
 def root(state: State) -> Callable[[Tensor], Tensor]:
@@ -116,10 +114,8 @@ def product(state: State, vector: Tensor) -> Tensor:
 
 def marginal_variance(state: State) -> Tensor:
     """diag(P), (n,)."""
-    scaled = state.factor / state.diagonal.unsqueeze(-1)
-    inner = _inner(state.gram)
-    half = torch.linalg.solve_triangular(inner, scaled.mT.double(), upper=False)
-    exact = 1.0 / state.diagonal - half.square().sum(0).to(state.mean.dtype)
+    half = torch.linalg.solve_triangular(_inner(state.gram), _scaled(state).mT, upper=False)
+    exact = (1.0 / state.diagonal.double() - half.square().sum(0)).to(state.mean)
     return torch.maximum(exact, 1.0 / (state.diagonal + state.factor.square().sum(1)))  # a bound, where rounding rules
 
 
@@ -131,16 +127,16 @@ def covariance_matrix(state: State) -> Tensor:
 
 def output_covariance(state: State, jacobian: Jacobian) -> Tensor:
     """J P Jᵀ of every example, (B, c, c), in float64."""
-    cross = jacobian.matmul(state.factor.double() / state.diagonal.double().unsqueeze(-1))  # JD⁻¹W (B, c, L)
+    cross = jacobian.matmul(_scaled(state))  # JD⁻¹W (B, c, L)
     half = torch.linalg.solve_triangular(_inner(state.gram), cross.mT, upper=False)
-    return jacobian.block_gram(1.0 / state.diagonal) - half.mT @ half
+    return jacobian.block_gram(1.0 / state.diagonal.double()) - half.mT @ half
 
 
 def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
     """J P Jᵀ over the whole batch, (B·c, B·c), in float64."""
-    cross = jacobian.matmul(state.factor.double() / state.diagonal.double().unsqueeze(-1)).flatten(0, 1)
+    cross = jacobian.matmul(_scaled(state)).flatten(0, 1)
     half = torch.linalg.solve_triangular(_inner(state.gram), cross.mT, upper=False)
-    return jacobian.gram(1.0 / state.diagonal) - half.mT @ half
+    return jacobian.gram(1.0 / state.diagonal.double()) - half.mT @ half
 
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
@@ -160,9 +156,75 @@ def scales(state: State) -> Tensor:
     return state.diagonal
 
 
+def _joined_gram(state: State, observation: Observation) -> Tensor:
+    """A D⁻¹ Aᵀ for A = [Wᵀ; M], (L + k, L + k)."""
+    cross = observation.matmul(_scaled(state))  # MD⁻¹W (k, L)
+    return torch.cat([
+        torch.cat([state.gram, cross.mT], 1),
+        torch.cat([cross, observation.gram(1.0 / state.diagonal.double())], 1),
+    ])  # fmt: skip
+
+
+def _step(state: State, observation: Observation, gram: Tensor) -> Tensor:
+    """D⁻¹Aᵀ(I + G)⁻¹[0; u], (n,), refined once.
+
+    Where M lies among the directions of W, the two parts of Aᵀw cancel, and what is left is rounding of the larger one.
+    AΔ = t − w shows how much of it lies where the belief is precise, and a second solution takes that away.
+    """
+    target = torch.cat([gram.new_zeros(state.factor.shape[1]), observation.residual.double()])
+    root = _inner(gram)
+    dual = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)  # w
+    step = _pulled(state, observation, dual)
+    seen = torch.cat([sharding.total(state.factor.mT @ step), observation.matvec(step)]).double()
+    missing = torch.cholesky_solve((target - dual - seen).unsqueeze(-1), root).squeeze(-1)
+    return step + _pulled(state, observation, missing)
+
+
+def _pulled(state: State, observation: Observation, dual: Tensor) -> Tensor:
+    """D⁻¹Aᵀw, (n,)."""
+    rank, weights = state.factor.shape[1], dual.to(state.mean)
+    return (state.factor @ weights[:rank] + observation.rmatvec(weights[rank:])) / state.diagonal
+
+
+def _cut(
+    diagonal: Tensor, values: Tensor, vectors: Tensor, rank: int, columns: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The L leading columns of F V, and a diagonal that keeps the marginal variances that the rest gave.
+
+    The columns of F V are orthogonal under D⁻¹. With e their squared lengths there, the kept ones leave parameter i
+    the variance v = 1/d − Σ (F V)² / (d²(1 + e)), the others lower it to v − q; d grows by 1/(v − q) − 1/v, as in the
+    diagonal gain form.
+
+    Args:
+        diagonal: d, (n,).
+        values: e, (K,), ascending.
+        vectors: V, (K, K).
+        rank: L.
+        columns: from V's columns (K, c) to F V's, (n, c).
+    """
+    rounding = len(values) * torch.finfo(diagonal.dtype).eps ** 2 * values[-1]  # squared length of a sum that cancels
+    vectors = vectors * (values > rounding).to(vectors)
+    factor, shrink = columns(vectors[:, -rank:]), (1.0 / (1.0 + values)).to(diagonal)
+    scaled = (factor / diagonal.unsqueeze(-1)).square()
+    least = diagonal + factor.square().sum(1)  # a bound of 1/v, where rounding rules
+    variance = torch.maximum(1.0 / diagonal - scaled @ shrink[-rank:], 1.0 / least)
+    lost, added = torch.zeros_like(diagonal), torch.zeros_like(diagonal)
+    for some, weights in zip(vectors[:, :-rank].split(COLUMNS, 1), shrink[:-rank].split(COLUMNS), strict=True):
+        squares = columns(some).square()
+        lost += squares @ weights
+        added += squares.sum(1)
+    left = torch.maximum(variance - lost / diagonal.square(), 1.0 / (least + added))
+    return factor, diagonal + (1.0 / left - 1.0 / variance).clamp_min(0.0)
+
+
+def _scaled(state: State) -> Tensor:
+    """D⁻¹W in float64, (n, L)."""
+    return state.factor.double() / state.diagonal.double().unsqueeze(-1)
+
+
 def _state(mean: Tensor, diagonal: Tensor, factor: Tensor) -> State:
     """With WᵀD⁻¹W, which every use of the belief needs."""
-    scaled = (factor / diagonal.sqrt().unsqueeze(-1)).double()
+    scaled = factor.double() / diagonal.double().sqrt().unsqueeze(-1)
     return State(mean, diagonal, factor, sharding.total(scaled.mT @ scaled))
 
 
@@ -172,9 +234,7 @@ def _inner(gram: Tensor) -> Tensor:
 
 
 def _solve(state: State, right: Tensor) -> Tensor:
-    """(D + WWᵀ)⁻¹ B by Woodbury, (n, c)."""
-    scaled = right / state.diagonal.unsqueeze(-1)
-    weights = torch.cholesky_solve(sharding.total(state.factor.mT @ scaled).double(), _inner(state.gram)).to(
-        right.dtype
-    )
-    return scaled - (state.factor @ weights) / state.diagonal.unsqueeze(-1)
+    """(D + WWᵀ)⁻¹ B by Woodbury, (n, c); in float64, as the difference cancels for B among the columns of W."""
+    scaled, factor = right.double() / state.diagonal.double().unsqueeze(-1), _scaled(state)
+    weights = torch.cholesky_solve(sharding.total(factor.mT @ right.double()), _inner(state.gram))
+    return (scaled - factor @ weights).to(right)

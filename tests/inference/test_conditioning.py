@@ -119,19 +119,79 @@ def test_diagonal_forms_coincide_with_one_parameter():
         torch.testing.assert_close(after.variance, covariance.diagonal(), rtol=1e-10, atol=1e-10)
 
 
-def test_low_rank_truncation_keeps_marginal_precisions_and_leading_directions():
+def test_low_rank_truncation_keeps_marginal_variances_and_leading_directions():
+    """Each diagonal entry is the one that, alone, gives its parameter the exact marginal variance after the cut."""
     mean, variance = prior(8)
     obs = observation(6, 8)
     after = low_rank.condition(low_rank.init(mean, variance, rank=2), obs)
     expected_mean, covariance = exact(mean, variance, obs)
     torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)  # the mean comes before the cut
-    precision = torch.diag(after.diagonal) + after.factor @ after.factor.T
-    torch.testing.assert_close(precision.diagonal(), torch.linalg.inv(covariance).diagonal(), rtol=1e-10, atol=1e-10)
+    kept_only = torch.diag(1.0 / variance) + after.factor @ after.factor.T
+    for index in range(8):
+        precision = kept_only.clone()
+        precision[index, index] += after.diagonal[index] - 1.0 / variance[index]
+        torch.testing.assert_close(
+            torch.linalg.inv(precision)[index, index], covariance[index, index], rtol=1e-10, atol=1e-10
+        )
     scaled = obs.dense().T * variance.sqrt().unsqueeze(-1)  # eigenvalues in units of the prior
     kept = torch.linalg.eigvalsh(
         (after.factor * variance.sqrt().unsqueeze(-1)).T @ (after.factor * variance.sqrt().unsqueeze(-1))
     )
     torch.testing.assert_close(kept, torch.linalg.eigvalsh(scaled.T @ scaled)[-2:], rtol=1e-9, atol=1e-9)
+
+
+def test_low_rank_is_calibrated_with_more_parameters_than_data():
+    """Directions beyond the rank must not make the belief sure of what no datum has told: errors fit their sds."""
+    squares, full_squares = [], []
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        x, inputs = torch.randn(60, 200, generator=g).double(), torch.randn(300, 200, generator=g).double()
+        weight = torch.randn(1, 200, generator=g).double() / 200**0.5
+        y = x @ weight.T + 0.1 * torch.randn(60, 1, generator=g).double()
+        model = nn.Linear(200, 1, bias=False).double()
+        nn.init.zeros_(model.weight)
+        found = {}
+        for covariance in ("low_rank", "full"):
+            setting = {"covariance": covariance, "noise_variance": 0.01, "initial_variance": 1 / 200, "rank": 20}
+            kf = KalmanFilter(model, KalmanConfig(likelihood="gaussian", **setting))
+            state = kf.init()
+            for some in torch.arange(60).split(2):
+                state, _ = kf.update(state, x[some], y[some])
+            spread = kf.config.structure.output_covariance(state.belief, Jacobian.of_rows(inputs.unsqueeze(1)))
+            found[covariance] = (inputs @ (state.belief.mean - weight[0])).square() / spread.flatten()
+        squares.append(found["low_rank"].mean())
+        full_squares.append(found["full"].mean())
+    assert float(torch.stack(full_squares).mean().sqrt()) == pytest.approx(1.0, abs=0.15)  # exact Bayes
+    assert float(torch.stack(squares).mean().sqrt()) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-2, 1e-4, 1e-6, 1e-8])
+def test_low_rank_in_float32_is_exact_however_small_the_noise(noise):
+    """Against dense float64; every row comes twice, so that half of the updates are about what is known already."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(30, 60, generator=g), torch.randn(1, 60, generator=g)
+    y = (x.double() @ weight.double().T + noise**0.5 * torch.randn(30, 1, generator=g).double()).float()
+    x, y, unseen = torch.cat([x, x]), torch.cat([y, y]), torch.randn(5, 60, generator=g)
+    model = nn.Linear(60, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    kf = KalmanFilter(
+        model, KalmanConfig(likelihood="gaussian", noise_variance=noise, initial_variance=1.0, rank=40, temperature=1.0)
+    )
+    state = kf.init()
+    for some in torch.arange(60).split(10):
+        state, _ = kf.update(state, x[some], y[some])
+    eye = torch.eye(60).double()
+    mean, covariance = linear_posterior(x.double(), y[:, 0].double(), torch.zeros(60).double(), eye, noise)
+    belief, rounding = state.belief, max(1e-6, 1e-12 / noise)  # W is stored in float32: (2^-24)² |x|²/σ², 60 columns
+    assert float((belief.mean - mean).norm() / mean.norm()) < rounding
+    variance = low_rank.marginal_variance(belief).double()
+    torch.testing.assert_close(variance, covariance.diagonal(), rtol=rounding, atol=0.0)
+    for rows, tolerance in ((unseen, rounding), (x, 4.0 * rounding)):
+        found = low_rank.output_covariance(belief, Jacobian.of_rows(rows.unsqueeze(1))).flatten()
+        expected = ((rows.double() @ covariance) * rows.double()).sum(1)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
+    draws = low_rank.root(belief)(torch.eye(60)).double()
+    assert float((draws.mT @ draws - covariance).norm() / covariance.norm()) < rounding
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
