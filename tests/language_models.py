@@ -90,3 +90,11 @@ class Letters:
 
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": ids(text).tolist()}
+
+
+def with_prompt(config):
+    """An untrained model whose adapter is of virtual tokens."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, eos_token_id=0, initializer_range=0.5))
+    return get_peft_model(base, config).eval()

@@ -21,13 +21,12 @@ from bayes_kf.inference.learn import (
     DAMPING_STEP,
     MAX_DAMPINGS,
     ROUNDING,
-    TRUSTED,
     check_finite,
-    is_small,
     scored,
     warn_untaken,
 )
 from bayes_kf.inference.state import FilterState, UpdateInfo
+from bayes_kf.inference.trust import TRUSTED, is_small
 
 WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
 
@@ -100,7 +99,8 @@ class DataParallelFilter(FilterOfMany):
                 shifted = before._replace(examples=before.examples + first)
                 batches = list(self.kf._observed(shifted, share.inputs, share.targets, before.belief.mean))
                 for batch in batches:
-                    tally.piece(batch, noise.likelihood(self.config, before.noise))
+                    tally.piece(batch.outputs, batch.targets, noise.likelihood(self.config, before.noise))
+                    tally.linearized(batch)
                     own = self._added(own, before, batch)
         except Exception as error:  # whatever it is, the others must not wait for this process
             failed = error

@@ -13,7 +13,8 @@ A process holds n/R of every vector and factor of the belief, and of the rows BÂ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -77,12 +78,31 @@ class ShardedFilter(FilterOfMany):
     def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
         with sharding.sharded(self.group.total):
             before = self.kf._predicted(state)
-        batch = self._observed(before, share)
+        start, size = before.belief.mean, sum(share.sizes)
+        targets = self.group.rows(share.targets, share.sizes)
+
+        def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
+            with sharding.whole():
+                batch = self._observed(now, self._some(share, where) if where != slice(0, size) else share)
+            yield batch
+
+        def outputs(where: slice) -> Tensor:
+            raise AssertionError("all of a global batch is linearized where it begins")
+
         with sharding.sharded(self.group.total):
-            return self.kf._learned(penalty.Sides(before), [batch])
+            return self.kf._learned(penalty.Sides(before), start, targets, observe, outputs)
+
+    def _some(self, share: Share, where: slice) -> Share:
+        """This process's part of some examples of a global batch."""
+        assert share.inputs is not None
+        counts, start = _overlaps(share.sizes, where), _before(share.sizes, where, self.group.rank)
+        count = counts[self.group.rank]
+        own = slice(start, start + count) if count else slice(0, 1)
+        inputs = some_examples(share.inputs, own, batch_size(share.inputs))
+        return Share(inputs, share.targets[start : start + count], counts)
 
     def _observed(self, state: FilterState, share: Share) -> Batch:
-        """The global batch over this process's columns."""
+        """The global batch over this process's columns, linearized at the state's mean."""
         kf, sizes = self.kf, share.sizes
         assert share.inputs is not None  # an example is always at hand
         mean, here = self._gathered(state.belief.mean), slice(0, sizes[self.group.rank])
@@ -112,26 +132,29 @@ class ShardedFilter(FilterOfMany):
 
     def _outputs_of(self, share: Share) -> Callable[[Tensor, slice], Tensor]:
         """From a shard of Î¸ and which examples of the global batch to their outputs."""
-        ends = [sum(share.sizes[: process + 1]) for process in range(self.group.size)]
-        assert share.inputs is not None
-        inputs, size = share.inputs, batch_size(share.inputs)
 
         def outputs_at(mean: Tensor, which: slice) -> Tensor:
-            whole = self._gathered(mean)
-            counts = [
-                max(0, min(which.stop, end) - max(which.start, end - count))
-                for end, count in zip(ends, share.sizes, strict=True)
-            ]
-            start = max(0, which.start - ends[self.group.rank] + share.sizes[self.group.rank])
-            count = counts[self.group.rank]
-            some = some_examples(inputs, slice(start, start + count) if count else slice(0, 1), size)
-            return self.group.rows(self.adapter.outputs(whole, some)[:count], counts)
+            whole, some = self._gathered(mean), self._some(share, which)
+            assert some.inputs is not None
+            found = self.adapter.outputs(whole, some.inputs)[: some.sizes[self.group.rank]]
+            return self.group.rows(found, some.sizes)
 
         return outputs_at
 
     def _gathered(self, shard: Tensor) -> Tensor:
         counts = self.columns.counts
         return self.columns.whole(list(self.group.rows(shard, counts).split(list(counts))))
+
+
+def _overlaps(sizes: list[int], where: slice) -> list[int]:
+    """How many of some examples of a global batch each process has."""
+    ends = list(itertools.accumulate(sizes))
+    return [max(0, min(where.stop, end) - max(where.start, end - size)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _before(sizes: list[int], where: slice, rank: int) -> int:
+    """How many examples of a process come before some examples of a global batch, at most all that it has."""
+    return min(sizes[rank], max(0, where.start - sum(sizes[:rank])))
 
 
 def _directions(directions: Directions | None, first: int, outputs: Tensor) -> Directions | None:

@@ -2,9 +2,9 @@
 
 Every candidate predicts a batch before it learns from it, so the sum of its log losses is its evidence, −log p(data);
 what the bank predicts is the average of them, weighted by evidence.
-The candidates share forward and backward passes: a batch is linearized once, at the mean of the one that is
-ahead, and learned from by all whose means lie so close that no output differs by ``CLOSE`` or more to first order. The
-others take passes of their own. Ours.
+The candidates share forward and backward passes: a batch is linearized at the mean of the one that is ahead (again,
+where its outputs leave that linearization), and learned from by all whose means lie so close that no output differs by
+``CLOSE`` or more to first order, and whose own outputs leave it no earlier. The others take passes of their own. Ours.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from bayes_kf.inference import noise, penalty, prediction
 from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_not_negative
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import KalmanFilter
-from bayes_kf.inference.learn import is_small
+from bayes_kf.inference.learn import Learned
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.prediction import Prediction
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+from bayes_kf.inference.trust import is_small
+from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
 
 CLOSE = 0.2  # logits, or sds of Gaussian noise; at 1 the evidence was wrong by as much as candidates differ
 NEGLIGIBLE = 1e-3  # weight, relative to the largest, below which a candidate's prediction is not asked for
@@ -110,7 +111,9 @@ class Bank:
         begun, device = time.perf_counter(), self.adapter.device
         inputs, targets = to_device(inputs, device), targets.to(device)
         with self.adapter.full_precision():
-            after, info = self._update(state, inputs, targets)
+            after, info = self.filters[0].linearize.in_memory(
+                lambda: self._update(state, inputs, targets), batch_size(inputs)
+            )
         return after, info._replace(seconds=time.perf_counter() - begun)
 
     def evidence(self, state: BankState, since: BankState | None = None) -> Tensor:
@@ -253,40 +256,39 @@ class Bank:
         self, begun: list[penalty.Sides | None], leader: int, inputs: Inputs, targets: Tensor
     ) -> tuple[list[FilterState | None], list[bool], UpdateInfo]:
         """All candidates after the batch, which of them took passes of their own, and what the leader saw."""
-        first = begun[leader]
+        first, ahead = begun[leader], self.filters[leader]
         assert first is not None
-        start, tally = first.plain.belief.mean, Tally()
         learning, apart = list(begun), [False] * len(begun)
-        after: list[FilterState | None] = [None] * len(begun)
-        for batch in self.filters[leader]._observed(first.plain, inputs, targets, start):
-            tally.piece(batch, noise.likelihood(self.filters[leader].config, first.plain.noise))
+
+        def learn(batch: Batch, sides: penalty.Sides, tally: Tally) -> tuple[penalty.Sides, Learned]:
+            moved, learned = penalty.learn(ahead.config, sides, batch, tally)
             for number, kf in enumerate(self.filters):
                 now = learning[number]
-                if now is None or apart[number]:
+                if number == leader or now is None or apart[number]:
                     continue
-                if number != leader and not _close(kf, now, batch):
-                    apart[number] = True
-                    continue
-                learning[number] = _attempt(kf, now, batch, tally if number == leader else Tally())
+                apart[number] = not _close(kf, now, batch)
+                if not apart[number]:
+                    learning[number], apart[number] = _attempt(kf, now, batch, learned.examples)
+            return moved, learned
+
+        led, info = ahead._through(first, first.plain.belief.mean, inputs, targets, learn)
+        after: list[FilterState | None] = [None] * len(begun)
         for number, kf in enumerate(self.filters):
             before, moved = begun[number], learning[number]
-            if apart[number] and before is not None:
+            if number == leader:
+                after[number] = led
+            elif apart[number] and before is not None:
                 after[number] = self._alone(kf, before, inputs, targets)
             elif moved is not None and before is not None:
                 after[number] = kf._ended(before.plain, moved)
-        led = after[leader]
-        length = 0.0 if led is None else float((led.belief.mean - start).norm())
-        return after, apart, tally.info(length, first.precision)
+        return after, apart, info
 
     def _alone(self, kf: KalmanFilter, begun: penalty.Sides, inputs: Inputs, targets: Tensor) -> FilterState | None:
         """A candidate after the batch by passes of its own; None where it diverged."""
-        sides = begun
         try:
-            for batch in kf._observed(begun.plain, inputs, targets, begun.plain.belief.mean):
-                sides = penalty.learn(kf.config, sides, batch, Tally())
+            return kf._through(begun, begun.plain.belief.mean, inputs, targets)[0]
         except DIVERGED:
             return None
-        return kf._ended(begun.plain, sides)
 
 
 def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[KalmanConfig]:
@@ -316,9 +318,13 @@ def _close(kf: KalmanFilter, sides: penalty.Sides, batch: Batch) -> bool:
     return True
 
 
-def _attempt(kf: KalmanFilter, sides: penalty.Sides, batch: Batch, tally: Tally) -> penalty.Sides | None:
-    """A candidate after a piece of a batch; None where it diverged."""
+def _attempt(kf: KalmanFilter, sides: penalty.Sides, batch: Batch, most: int) -> tuple[penalty.Sides | None, bool]:
+    """A candidate after the first ``most`` examples of a piece, and whether they were too far for it to learn them all.
+
+    None where it diverged.
+    """
     try:
-        return penalty.learn(kf.config, sides, batch, tally)
+        moved, learned = penalty.learn(kf.config, sides, batch, Tally(), most)
     except DIVERGED:
-        return None
+        return None, False
+    return moved, learned.examples < most

@@ -16,6 +16,7 @@ so its log-likelihood and its gradient are exact, whatever was lumped together:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class Seen(NamedTuple):
             classes too, a label's innovation without a belief's variance is 1/π − 1, whose mean over labels is m − 1.
         directions: of the outputs, for the Jacobian; None for all of them. The first c are those of ``outputs``.
         lumped: largest probability that an example's lumped classes have together ("truncated"); else 0.
+        project: from other outputs (b, m) of some of the examples to what is seen of them, (b, c).
         probes: what combines the other directions into probes; None where there are none.
     """
 
@@ -50,6 +52,7 @@ class Seen(NamedTuple):
     degrees: Tensor
     directions: Directions | None
     lumped: float
+    project: Callable[[Tensor, slice], Tensor]
     probes: Probes | None = None
 
 
@@ -131,7 +134,7 @@ def _signs(outputs: Tensor, num_draws: int, generator: torch.Generator) -> Tenso
 def _all(family: Likelihood, outputs: Tensor, targets: Tensor) -> Seen:
     """Every output; softmax does not see what all have in common."""
     degrees = torch.full((len(outputs),), outputs.shape[1] - (family.name == "categorical"), device=outputs.device)
-    return Seen(family, outputs, targets, degrees, None, 0.0)
+    return Seen(family, outputs, targets, degrees, None, 0.0, lambda others, which: others)
 
 
 def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: float, most: int) -> Seen:
@@ -151,10 +154,13 @@ def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: fl
     needed = needed + unlikely
     valid = torch.arange(count, device=outputs.device) < needed.unsqueeze(-1)  # (B, count)
     taken = torch.zeros_like(outputs, dtype=torch.int8).scatter_add_(1, kept, valid.to(torch.int8))
-    rest = outputs.masked_fill(taken > 0, float("-inf"))
-    single = outputs.gather(-1, kept).masked_fill(~valid, ABSENT)
-    coarse = torch.cat([rest.logsumexp(-1, keepdim=True), single], -1)
-    shares = rest.softmax(-1)
+
+    def project(others: Tensor, which: slice) -> Tensor:
+        rest = others.masked_fill(taken[which] > 0, float("-inf")).logsumexp(-1, keepdim=True)
+        return torch.cat([rest, others.gather(-1, kept[which]).masked_fill(~valid[which], ABSENT)], -1)
+
+    coarse = project(outputs, slice(None))
+    shares = outputs.masked_fill(taken > 0, float("-inf")).softmax(-1)
 
     def seeds(example: Tensor, which: Tensor) -> Tensor:
         before = (which - 1).clamp_min(0)
@@ -165,15 +171,18 @@ def _truncated(family: Likelihood, outputs: Tensor, targets: Tensor, epsilon: fl
     where = torch.where(found.any(-1), found.to(torch.int8).argmax(-1) + 1, 0)
     several = valid.sum(-1) < num_outputs - 1  # one class by itself is not lumped
     lumped = float((coarse.softmax(-1)[:, 0] * several).max())
-    return Seen(family, coarse, where, needed, Directions(count + 1, seeds, needed + 1), lumped)
+    return Seen(family, coarse, where, needed, Directions(count + 1, seeds, needed + 1), lumped, project)
 
 
 def _log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int) -> Seen:
     """ζ = η_y − logsumexp of the others, whose Jacobian is that of η along onehot(y) − s, and the probes."""
     label = targets.unsqueeze(-1)
-    rest = _without(outputs, label)
-    log_odds = outputs.gather(-1, label) - rest.logsumexp(-1, keepdim=True)
-    shares = rest.softmax(-1)  # s, 0 at the label
+
+    def project(others: Tensor, which: slice) -> Tensor:
+        return others.gather(-1, label[which]) - _without(others, label[which]).logsumexp(-1, keepdim=True)
+
+    log_odds = project(outputs, slice(None))
+    shares = _without(outputs, label).softmax(-1)  # s, 0 at the label
     drawn = _signs(outputs, num_draws, torch.Generator(device=outputs.device).manual_seed(seed))
     at_label = drawn.gather(-1, label.unsqueeze(1).expand(-1, num_draws, 1)).squeeze(-1)
     along = drawn.mul_(shares.sqrt().unsqueeze(1))
@@ -189,7 +198,8 @@ def _log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int) -> Se
 
     directions = Directions(1 + num_draws, seeds)
     degrees = torch.full_like(targets, outputs.shape[1] - 1)
-    return Seen(Bernoulli(), log_odds, torch.ones_like(log_odds), degrees, directions, 0.0, Probes(at_label, others))
+    ones, probes = torch.ones_like(log_odds), Probes(at_label, others)
+    return Seen(Bernoulli(), log_odds, ones, degrees, directions, 0.0, project, probes)
 
 
 def odds_length(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -49,13 +49,14 @@ class Part(NamedTuple):
 
     Attributes:
         family: the likelihood of what is seen.
-        outputs: that at the present mean, to first order about where the batch was linearized, (B, c).
+        outputs: that at the present mean, (B, c).
         start: that where the batch was linearized, (B, c).
         targets: in terms of it.
         degrees: of freedom of the innovation.
         jacobian: of it.
         pulled: the Jacobian of all directions, whose combinations by ``probes`` the covariance learns from.
         probes: None where it learns from ``jacobian``.
+        exact: whether ``outputs`` are those of a forward pass at the present mean, not to first order about ``start``.
     """
 
     family: Likelihood
@@ -66,6 +67,7 @@ class Part(NamedTuple):
     jacobian: Jacobian
     pulled: Jacobian
     probes: Probes | None
+    exact: bool = True
 
     @classmethod
     def of(cls, seen: Seen, pulled: Jacobian, where: slice, width: int) -> Part:
@@ -80,8 +82,8 @@ class Part(NamedTuple):
         return cls(seen.family, outputs, outputs, seen.targets[where], degrees, own, jacobian, probes)
 
     def moved(self, step: Tensor) -> Part:
-        """The same after a step of the parameters, (n,), to first order."""
-        return self._replace(outputs=self.outputs + self.jacobian.matvec(step))
+        """The same after a step of the parameters, (n,), from where the batch was linearized, to first order."""
+        return self._replace(outputs=self.start + self.jacobian.matvec(step), exact=False)
 
 
 class Evidence(NamedTuple):
@@ -109,13 +111,27 @@ class Tally:
         self._log_losses: list[Tensor] = []
         self._correct: list[Tensor | None] = []
         self._innovation, self._dof, self._damping, self._jitter, self._lumped = 0.0, 0, 1.0, 0.0, 0.0
+        self._linearized, self._checked = 0, 0
 
-    def piece(self, batch: Batch, family: Likelihood) -> None:
-        """Take in a piece as it was before the update."""
-        self._outputs.append(batch.outputs)
-        self._log_losses.append(-family.log_prob(batch.outputs, batch.targets))
-        self._correct.append(family.correct(batch.outputs, batch.targets))
+    @property
+    def examples(self) -> int:
+        """How many examples' outputs before the update are known."""
+        return sum(map(len, self._outputs))
+
+    def piece(self, outputs: Tensor, targets: Tensor, family: Likelihood) -> None:
+        """Take in examples as they were before the update."""
+        self._outputs.append(outputs)
+        self._log_losses.append(-family.log_prob(outputs, targets))
+        self._correct.append(family.correct(outputs, targets))
+
+    def linearized(self, batch: Batch) -> None:
+        """Take in a piece that was linearized, there or elsewhere."""
+        self._linearized += len(batch.targets)
         self._lumped = max(self._lumped, batch.seen.lumped)
+
+    def checked(self, examples: int) -> None:
+        """Take in a forward pass that linearizing would not have taken."""
+        self._checked += examples
 
     def part(self, observation: Observation, damping: float, jitter: float) -> None:
         """Take in a part that was conditioned on."""
@@ -124,10 +140,11 @@ class Tally:
         self._damping, self._jitter = min(self._damping, damping), max(self._jitter, jitter)
 
     def also(self, other: Tally) -> None:
-        """Take in how another update from the same pieces was damped, and the jitter that it took."""
+        """Take in how another update from the same pieces was damped, the jitter that it took, and its checks."""
         self._damping, self._jitter = min(self._damping, other._damping), max(self._jitter, other._jitter)
+        self._checked += other._checked
 
-    def info(self, step_norm: float, penalty: float = 0.0) -> UpdateInfo:
+    def info(self, step_norm: float, penalty: float = 0.0, relinearized: int = 0) -> UpdateInfo:
         """The report, but for its time."""
         correct = [c for c in self._correct if c is not None]
         return UpdateInfo(
@@ -142,4 +159,7 @@ class Tally:
             step_norm=step_norm,
             penalty=penalty,
             seconds=0.0,
+            relinearized=relinearized,
+            linearized_again=max(0, self._linearized - self.examples),
+            checked=self._checked,
         )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import block_diagonal, diagonal, noise, penalty, prior, sharding, tempering
+from bayes_kf.inference import block_diagonal, diagonal, noise, penalty, prior, relinearize, sharding, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import num_directions, num_rows, see, warn_of_many
-from bayes_kf.inference.evidence import Batch, Tally
+from bayes_kf.inference.evidence import Batch
 from bayes_kf.inference.learn import check_finite, parts
 from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
@@ -122,17 +122,46 @@ class KalmanFilter:
     ) -> tuple[FilterState, UpdateInfo]:
         sides = self._begun(state, inputs, targets)
         start, known = (sides.plain.belief.mean, hold_mean) if at is None else (at, True)
-        batches = self._observed(sides.plain, inputs, targets, start)
-        return self._learned(sides, (batch._replace(known=known, hold_mean=hold_mean) for batch in batches))
+        return self._through(sides, start, inputs, targets, known=known, hold_mean=hold_mean)
 
-    def _learned(self, sides: penalty.Sides, batches: Iterable[Batch]) -> tuple[FilterState, UpdateInfo]:
-        """The state after the pieces of a batch, and the report."""
-        tally, before = Tally(), sides.plain
-        for batch in batches:
-            tally.piece(batch, noise.likelihood(self.config, sides.plain.noise))
-            sides = penalty.learn(self.config, sides, batch, tally)
+    def _through(
+        self,
+        sides: penalty.Sides,
+        start: Tensor,
+        inputs: Inputs,
+        targets: Tensor,
+        learn: relinearize.Learn | None = None,
+        *,
+        known: bool = False,
+        hold_mean: bool = False,
+    ) -> tuple[FilterState, UpdateInfo]:
+        """The state after a batch that is linearized at ``start`` first, and the report; ``learn`` as there."""
+        size = batch_size(inputs)
+
+        def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
+            for batch in self._observed(now, some_examples(inputs, where, size), targets[where], mean):
+                yield batch._replace(known=known, hold_mean=hold_mean)
+
+        def outputs(where: slice) -> Tensor:
+            return self._outputs(start, some_examples(inputs, where, size))
+
+        self._checked(sides.plain, inputs, targets)  # all of them, before any is learned
+        return self._learned(sides, start, targets, observe, outputs, learn)
+
+    def _learned(
+        self,
+        sides: penalty.Sides,
+        start: Tensor,
+        targets: Tensor,
+        observe: relinearize.Observe,
+        outputs: Callable[[slice], Tensor],
+        learn: relinearize.Learn | None = None,
+    ) -> tuple[FilterState, UpdateInfo]:
+        """The state after a batch, and the report; arguments as for :func:`relinearize.learn_batch`."""
+        before = sides.plain
+        sides, tally, again = relinearize.learn_batch(self.config, sides, start, targets, observe, outputs, learn)
         after = self._ended(before, sides)
-        return after, tally.info(sharding.norm(after.belief.mean - before.belief.mean), sides.precision)
+        return after, tally.info(sharding.norm(after.belief.mean - before.belief.mean), sides.precision, again)
 
     def _begun(self, state: FilterState, inputs: Inputs, targets: Tensor) -> penalty.Sides:
         """The state with the scale of its prior settled and its belief moved on by the dynamics, ready to learn."""
@@ -178,6 +207,12 @@ class KalmanFilter:
         size = batch_size(inputs)
         return lambda mean, which: self.adapter.outputs(mean, some_examples(inputs, which, size))
 
+    def _outputs(self, mean: Tensor, inputs: Inputs) -> Tensor:
+        """Outputs at θ, (B, m), as many examples at once as fit the memory."""
+        step, size = self.linearize.examples_at_once(mean, inputs), batch_size(inputs)
+        pieces = [some_examples(inputs, slice(first, first + step), size) for first in range(0, size, step)]
+        return torch.cat([self.adapter.outputs(mean, piece) for piece in pieces])
+
     def _needed(
         self, state: FilterState, start: Tensor, inputs: Inputs, targets: Tensor, num_outputs: int
     ) -> tuple[list[int], list[int]]:
@@ -186,9 +221,7 @@ class KalmanFilter:
         alike = [count] * size, [num_rows(self.config, num_outputs)] * size
         if self.config.curvature != "truncated" or self.linearize.in_one_pass(start, inputs, count):
             return alike
-        step = self.linearize.examples_at_once(start, inputs)
-        parts = [some_examples(inputs, slice(first, first + step), size) for first in range(0, size, step)]
-        outputs = torch.cat([self.adapter.outputs(start, part) for part in parts])
+        outputs = self._outputs(start, inputs)
         directions = see(self.config, noise.likelihood(self.config, state.noise), outputs, targets).directions
         if directions is None or directions.needed is None:
             return alike

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.language import learns_prompt
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
@@ -87,9 +88,14 @@ def generate(
         generator: of adapters and tokens; by default a new one seeded with ``config.seed``.
 
     Raises:
-        ValueError: for a bad argument, or a model that keeps no cache.
+        ValueError: for a bad argument, a model that keeps no cache, or an adapter of virtual tokens.
     """
     given, adapter = _checked(inputs, max_new_tokens, num_samples), posterior.adapter
+    if learns_prompt(adapter.model):  # its forward pass puts them in front of every piece, and drops the cache
+        raise ValueError(
+            "`posterior` must be over weights to generate text, got an adapter of virtual tokens (prompt, prefix or"
+            " p-tuning)."
+        )
     generator = posterior._generator(generator)
     draws = [adapter.tensors(draw) for draw in posterior.sample(num_samples, generator)]
     ends = _ends(adapter.model) if eos_token_id is None else _numbers(eos_token_id)

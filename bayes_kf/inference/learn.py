@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,31 +18,72 @@ from bayes_kf.inference.jacobian import blocks, both_sides
 from bayes_kf.inference.mode import expand_at_mode
 from bayes_kf.inference.observation import Observation, whitened
 from bayes_kf.inference.state import FilterState
-from bayes_kf.models.likelihood import Gaussian, Likelihood
+from bayes_kf.inference.trust import TRUSTED, at_mean, holds, is_small
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
 PART_ROWS = 192  # rows that are solved for together; with more, parts of a batch follow each other
-TRUSTED = 1.0  # change of an output (a logit, or the sd of a Gaussian's noise) up to which a step is not checked
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
 
-def learn(config: KalmanConfig, state: FilterState, batch: Batch, tally: Tally) -> FilterState:
-    """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows."""
+class Learned(NamedTuple):
+    """What came of a piece of a batch.
+
+    Attributes:
+        states: after it.
+        examples: how many of its examples were learned; fewer than it has where its linearization did not hold so far.
+        holds: whether its linearization held to the end.
+    """
+
+    states: list[FilterState]
+    examples: int
+    holds: bool
+
+
+def learn(
+    config: KalmanConfig, states: Sequence[FilterState], batch: Batch, tallies: Sequence[Tally], most: int | None = None
+) -> Learned:
+    """Condition on a piece of a batch, in parts of at most ``PART_ROWS`` rows, while its linearization holds.
+
+    Args:
+        config: the settings.
+        states: one or more that learn from the same piece, part by part.
+        batch: the piece. Where the first state's mean is that of its linearization, at least one part is learned.
+        tallies: of each state.
+        most: examples to learn at most; a part that would go beyond is left.
+    """
+    states = [_begun(config, state, batch) for state in states]
+    families = [batch.seen.family] * len(states)
+    if batch.seen.directions is None:  # what noise it has may have become known just now
+        families = [noise.likelihood(config, state.noise) for state in states]
+    learned, holding = 0, True
+    for where, width in parts(batch.widths):
+        if not holding or (most is not None and where.stop > most):
+            break
+        part = Part.of(batch.seen, batch.jacobian, where, width)
+        found = [
+            at_mean(batch, where, part._replace(family=family), state.belief.mean, tally)
+            for state, family, tally in zip(states, families, tallies, strict=True)
+        ]
+        holding = all(held for _, held in found)
+        if not holding and states[0].belief.mean is not batch.start:
+            break
+        pairs = [
+            _learn_part(config, state, batch, where, moved, tally)
+            for state, tally, (moved, _) in zip(states, tallies, found, strict=True)
+        ]
+        states, learned = [state for state, _ in pairs], where.stop
+        holding = all(held for _, held in pairs)
+    return Learned([s._replace(examples=s.examples + learned) for s in states], learned, holding)
+
+
+def _begun(config: KalmanConfig, state: FilterState, batch: Batch) -> FilterState:
+    """The state with the noise that it begins a batch with."""
 
     def output_variance() -> Tensor:
         return config.structure.output_covariance(state.belief, batch.jacobian).diagonal(dim1=1, dim2=2).mean(0)
 
-    begun = noise.begin(config, state.noise, batch.outputs, batch.targets, output_variance)
-    state = state._replace(noise=begun)
-    if batch.seen.directions is None:  # what noise it has may have become known just now
-        batch = batch._replace(seen=batch.seen._replace(family=noise.likelihood(config, state.noise)))
-    for where, width in parts(batch.widths):
-        part = Part.of(batch.seen, batch.jacobian, where, width)
-        if state.belief.mean is not batch.start:
-            part = part.moved(state.belief.mean - batch.start)
-        state = _learn_part(config, state, batch, where, part, tally)
-    return state._replace(examples=state.examples + len(batch.targets))
+    return state._replace(noise=noise.begin(config, state.noise, batch.outputs, batch.targets, output_variance))
 
 
 def _learn_part(
@@ -51,18 +93,20 @@ def _learn_part(
     where: slice,
     part: Part,
     tally: Tally,
-) -> FilterState:
+) -> tuple[FilterState, bool]:
+    """The state after a part, and whether the linearization holds where it led to, as far as is known."""
     belief = state.belief
     joint = config.structure.joint_output_covariance(belief, part.jacobian)
     check_finite("the output covariance", joint)
     output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
     scores = state.scores if batch.known else scored(config, state, batch, where, part, output_cov)
     evidence, noise_state, jitter = _evidence(config, state, part, joint, output_cov, batch.known)
-    accepts = None
+    accepts, passes = None, _Passes(batch, where)
     if config.damping and not batch.known:
-        accepts = _objective(config, state, part, lambda mean: batch.outputs_at(mean, where), batch.targets[where])
+        accepts = _objective(config, state, part, passes, batch.targets[where])
     after, damping = _condition(config, belief, evidence, accepts)
     after = after._replace(mean=belief.mean) if batch.hold_mean else after
+    outputs = passes.known(after.mean)
     if noise_state.variance is not None and (not batch.known or batch.hold_mean):
         residual = batch.targets[where] - part.outputs
         noise_state = noise.absorb(
@@ -70,7 +114,25 @@ def _learn_part(
         )
     tally.part(evidence.mean, damping, jitter)
     noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not parts
-    return state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
+    state = state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
+    return state, outputs is None or holds(batch, where, part, after.mean, outputs)
+
+
+class _Passes:
+    """Forward passes of a part; the last one is kept."""
+
+    def __init__(self, batch: Batch, where: slice) -> None:
+        self._batch, self._where = batch, where
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, mean: Tensor) -> Tensor:
+        """Its outputs at a mean, (b, m)."""
+        self._last = mean, self._batch.outputs_at(mean, self._where)
+        return self._last[1]
+
+    def known(self, mean: Tensor) -> Tensor | None:
+        """The same where the last pass was there."""
+        return self._last[1] if self._last is not None and self._last[0] is mean else None
 
 
 def _evidence(
@@ -136,7 +198,12 @@ def _objective(
     A step that moves no output by more than ``TRUSTED`` is taken without the forward pass that this needs.
     """
     belief, family = state.belief, noise.likelihood(config, state.noise)
-    before = -part.family.log_prob(part.outputs, part.targets).sum()
+
+    @functools.cache
+    def before() -> Tensor:
+        if part.exact:
+            return -part.family.log_prob(part.outputs, part.targets).sum()
+        return -family.log_prob(outputs_at(belief.mean), targets).sum()
 
     def accepts(after: Any) -> bool:
         if not sharding.agreed(bool(torch.isfinite(after.mean).all())):
@@ -146,11 +213,13 @@ def _objective(
             return True
         penalty = 0.5 * config.structure.quadratic(belief, step)
         del step
+        allowed = before()
+        allowed = allowed + ROUNDING * (1.0 + allowed.abs())
         moved = outputs_at(after.mean)
         if not bool(torch.isfinite(moved).all()):
             return False
         loss = -family.log_prob(moved, targets).sum()
-        return bool(loss + penalty <= before + ROUNDING * (1.0 + before.abs()))
+        return bool(loss + penalty <= allowed)
 
     return accepts
 
@@ -198,12 +267,6 @@ def parts(widths: list[int]) -> Iterator[tuple[slice, int]]:
             first, width = number, 0
         width = max(width, rows)
     yield slice(first, len(widths)), width
-
-
-def is_small(change: Tensor, family: Likelihood, most: float) -> bool:
-    """Whether no output changes by ``most`` or more, in logits or in sds of Gaussian noise."""
-    unit = family.noise_variance.sqrt().to(change) if isinstance(family, Gaussian) else 1.0
-    return bool((change / unit).abs().max() < most)
 
 
 def check_finite(what: str, tensor: Tensor) -> None:

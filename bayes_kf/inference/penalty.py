@@ -69,15 +69,20 @@ def begin(config: KalmanConfig, linearize: Linearizer, state: FilterState, input
     return Sides(state, state._replace(belief=tight), precision)
 
 
-def learn(config: KalmanConfig, sides: Sides, batch: Batch, tally: Tally) -> Sides:
-    """Both sides after a piece of the batch; the report is that of the plain one, and how either was damped."""
-    plain = learning.learn(config, sides.plain, batch, tally)
+def learn(
+    config: KalmanConfig, sides: Sides, batch: Batch, tally: Tally, most: int | None = None
+) -> tuple[Sides, learning.Learned]:
+    """Both sides after a piece of the batch; the report is that of the plain one, and how either was damped.
+
+    Both learn the same examples: where the linearization does not hold for one of them, neither goes on.
+    """
     if sides.tight is None:
-        return Sides(plain)
+        learned = learning.learn(config, [sides.plain], batch, [tally], most)
+        return Sides(learned.states[0]), learned
     own = Tally()
-    tight = learning.learn(config, sides.tight, batch, own)
+    learned = learning.learn(config, [sides.plain, sides.tight], batch, [tally, own], most)
     tally.also(own)
-    return Sides(plain, tight, sides.precision)
+    return Sides(*learned.states, sides.precision), learned
 
 
 def end(config: KalmanConfig, sides: Sides) -> FilterState:

@@ -27,6 +27,16 @@ def sharded(over_processes: Callable[[Tensor], Tensor]) -> Iterator[None]:
         _sum.reset(token)
 
 
+@contextmanager
+def whole() -> Iterator[None]:
+    """Inside, vectors of parameters are whole again, also within :func:`sharded`."""
+    token = _sum.set(None)
+    try:
+        yield
+    finally:
+        _sum.reset(token)
+
+
 def active() -> bool:
     """Whether vectors of parameters are shards here."""
     return _sum.get() is not None

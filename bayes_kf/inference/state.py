@@ -55,6 +55,11 @@ class UpdateInfo(NamedTuple):
         step_norm: Euclidean length of the step of the mean.
         penalty: ρ‖g‖², the precision that a ``gradient_penalty`` added to every parameter's for this update; else 0.
         seconds: wall time.
+        relinearized: how often the rest of the batch was linearized again at the mean that its earlier examples had led
+            to, since the outputs there were not those of the linearization any more; 0 as a rule, and for linear
+            models.
+        linearized_again: what that cost: examples that went forward and backward once more.
+        checked: examples that went forward once more, without a graph, to find out.
     """
 
     outputs: Tensor
@@ -68,6 +73,9 @@ class UpdateInfo(NamedTuple):
     step_norm: float
     penalty: float
     seconds: float
+    relinearized: int = 0
+    linearized_again: int = 0
+    checked: int = 0
 
 
 class DivergenceError(FloatingPointError):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.adapter import AdapterModel, Inputs
+from bayes_kf.models.adapter import AdapterModel, Inputs, is_peft
 
 IGNORED = -100  # label of a token that is not learned, as transformers marks it
 
@@ -213,7 +213,13 @@ def _mapping(inputs: Inputs, *names: str) -> dict[str, Tensor]:
 def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
     """Logits of the language model at all places, (B, T, V)."""
     own = {name: given[name] for name in ("input_ids", "attention_mask", "position_ids") if name in given}
-    if "position_ids" not in own and "attention_mask" in own and _counts_padding(adapter.model, own["attention_mask"]):
+    source: Tensor | None = None
+    if learns_prompt(adapter.model):  # PEFT leaves `position_ids` out there, with a warning
+        own.pop("position_ids", None)
+        source = _source_columns(own.get("attention_mask"))
+        if source is not None:
+            own = {name: value.gather(1, source.to(value.device)) for name, value in own.items()}
+    elif "position_ids" not in own and _counts_padding(adapter.model, own.get("attention_mask")):
         own["position_ids"] = (own["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
     moved = {name: value.to(adapter.device) for name, value in own.items()}
     with adapter.autocast():
@@ -221,12 +227,38 @@ def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
     logits = found["logits"] if isinstance(found, Mapping) else getattr(found, "logits", found)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise ValueError("`model` must return logits of shape (sequences, tokens, vocabulary).")
-    return logits
+    virtual = logits.shape[1] - own["input_ids"].shape[1]  # learned prompts stand in front of the tokens
+    if virtual < 0:
+        raise ValueError(
+            f"`model` must return logits of all {own['input_ids'].shape[1]} tokens, got those of {logits.shape[1]}."
+        )
+    logits = logits[:, virtual:]
+    if source is None:
+        return logits
+    back = source.argsort(1).to(logits.device).unsqueeze(-1)
+    return logits.gather(1, back.expand_as(logits))
 
 
-def _counts_padding(model: nn.Module, mask: Tensor) -> bool:
+def learns_prompt(model: nn.Module) -> bool:
+    """Whether the active adapter of a model is of virtual tokens (prompt tuning, p-tuning, prefix tuning, CPT)."""
+    return is_peft(model) and bool(getattr(model.active_peft_config, "is_prompt_learning", False))
+
+
+def _source_columns(mask: Tensor | None) -> Tensor | None:
+    """Which column of each sequence comes where, (B, T), so that padding on the left follows the tokens.
+
+    Virtual tokens then stand directly in front of a text however it was padded. None where nothing has to move.
+    """
+    if mask is None or bool(mask[:, 0].all()):
+        return None
+    padding = mask.bool().to(torch.int8).argmax(1, keepdim=True)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return (places + padding) % mask.shape[1]
+
+
+def _counts_padding(model: nn.Module, mask: Tensor | None) -> bool:
     """Whether a text begins with padding, whose places a model that is not told better counts."""
-    if bool(mask[:, 0].all()):
+    if mask is None or bool(mask[:, 0].all()):
         return False
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return "position_ids" in inspect.signature(base.forward).parameters

@@ -8,6 +8,7 @@ import types
 import language_models as lm
 import pytest
 import torch
+from peft import PromptTuningConfig
 from transformers import GPT2LMHeadModel
 
 import bayes_kf as bkf
@@ -211,3 +212,12 @@ def test_any_of_several_tokens_ends_a_text():
             assert int(written.sum()) == min(length, written.numel())
     with pytest.raises(ValueError, match="`eos_token_id` must be a token's number or several, got 'end'"):
         posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id="end")
+
+
+def test_virtual_tokens_are_refused():
+    """With a cache, PEFT would put them in front of every new token, or drop the cache: other text, and no word of it."""
+    posterior = posterior_of(lm.with_prompt(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)), 1e-12)
+    with pytest.raises(
+        ValueError, match="`posterior` must be over weights to generate text, got an adapter of virtual"
+    ):
+        posterior.generate({"input_ids": torch.tensor([[3, 4]])}, 2)

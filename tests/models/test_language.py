@@ -5,6 +5,7 @@ import math
 import language_models as lm
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
 import bayes_kf as bkf
@@ -72,6 +73,49 @@ def test_next_tokens_are_those_of_the_sequence():
         seen += len(places)
     assert seen == 15 + 7 + 15
     assert not list(next_token_examples(tokens, torch.full_like(tokens, -100)))
+
+
+VIRTUAL = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefix tuning
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_in_front_are_no_places_of_the_text(kind):
+    """Each text by itself, without padding, through PEFT's own forward pass; the last logits are those of its end."""
+    model = lm.with_prompt(VIRTUAL[kind])
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 0, 0], [0, 0, 4, 2, 7]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    with torch.no_grad():
+        alone = [model(input_ids=row[own.bool()][None]).logits[0] for row, own in zip(tokens, mask, strict=True)]
+    given = {"input_ids": tokens, "attention_mask": mask}
+    read, close = OptionTokens(model, [3, 7, 11]), {"rtol": 1e-4, "atol": 1e-4}
+    expected = torch.stack([logits[-1, [3, 7, 11]] for logits in alone])
+    assert expected.std() > 0.5
+    torch.testing.assert_close(read.outputs(read.vector(), given), expected, **close)
+    read, place = NextToken(model), torch.tensor([2, 1, 3])
+    expected = torch.stack([alone[0][2 - 5], alone[1][1 - 3], alone[2][1 - 3]])  # from the end of each text
+    torch.testing.assert_close(read.outputs(read.vector(), given | {"place": place}), expected, **close)
+    texts = {name: values.unsqueeze(0) for name, values in given.items()}  # three options of one example
+    scored = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]])
+    own = [logits[-len(ids) :].log_softmax(-1) for logits, ids in zip(alone, (tokens[0], *[[0] * 3] * 2), strict=True)]
+    total = [own[0][2, 8] + own[0][3, 9], own[1][0, 3] + own[1][1, 4], own[2][1, 7]]
+    read = OptionTexts(model)
+    found = read.outputs(read.vector(), texts | {"scored": scored.unsqueeze(0)})
+    torch.testing.assert_close(found[0], torch.stack(total), **close)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefix tuning
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_jacobians_of_virtual_tokens_are_those_of_autograd(kind):
+    read, tokens = OptionTokens(lm.with_prompt(VIRTUAL[kind]), [3, 7, 11]), torch.tensor([[0, 6, 7], [9, 3, 4]])
+    inputs, vector = {"input_ids": tokens, "attention_mask": (tokens > 0).long()}, read.vector()
+    found = Linearizer(read)(vector, inputs).pull().dense()
+    exact = torch.autograd.functional.jacobian(lambda v: read.call(read.unflatten(v), inputs), vector)
+    torch.testing.assert_close(found, exact.flatten(2), rtol=1e-3, atol=1e-4)
 
 
 def inputs_of(kind):
