@@ -28,7 +28,7 @@ def outputs_of_draws(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_on
     inputs = to_device(inputs, adapter.device)
     try:
         return _batched(adapter, draws, inputs, at_once)
-    except RuntimeError as error:  # vmap has no class of its own for what it cannot batch
+    except (RuntimeError, MemoryError) as error:  # vmap has no class of its own for what it cannot batch
         outputs = torch.stack([adapter.outputs(draw, inputs) for draw in draws])  # bad inputs raise here, as themselves
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
