@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from bayes_kf.inference.learn import check_finite, parts
 from bayes_kf.inference.linearize import Linearizer
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, some_examples, to_device
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.posterior import Posterior
 
 
 class KalmanFilter:
@@ -112,6 +115,12 @@ class KalmanFilter:
     def marginal_variance(self, state: FilterState) -> Tensor:
         """Variance of every parameter, (n,)."""
         return self.config.structure.marginal_variance(state.belief)
+
+    def posterior(self, state: FilterState) -> Posterior:
+        """The posterior of a state, to predict with and to save."""
+        from bayes_kf.inference.posterior import Posterior  # which is built on filters
+
+        return Posterior(self, state)
 
     def temperature(self, state: FilterState) -> float:
         """Factor on the covariance in predictions: as configured, or chosen by the prequential score."""

@@ -22,6 +22,7 @@ from bayes_kf.inference.trust import TRUSTED, at_mean, holds, is_small
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
+LEAST_PART = 16  # examples, to which parts are halved where they are too many for one step
 PART_ROWS = 192  # rows that are solved for together; with more, parts of a batch follow each other
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
@@ -51,15 +52,17 @@ def learn(
         batch: the piece. Where the first state's mean is that of its linearization, at least one part is learned.
         tallies: of each state.
         most: examples to learn at most; a part that would go beyond is left.
+
+    A part of 32 examples or more whose step is refused by the guard, or leads to where the linearization does not hold,
+    is not taken: its first half is learned instead.
     """
     states = [_begun(config, state, batch) for state in states]
     families = [batch.seen.family] * len(states)
     if batch.seen.directions is None:  # what noise it has may have become known just now
         families = [noise.likelihood(config, state.noise) for state in states]
-    learned, holding = 0, True
-    for where, width in parts(batch.widths):
-        if not holding or (most is not None and where.stop > most):
-            break
+    learned, holding, size = 0, True, len(batch.widths) if most is None else most
+    where, width = next(parts(batch.widths))
+    while holding and learned < size and where.stop <= size:
         part = Part.of(batch.seen, batch.jacobian, where, width)
         found = [
             at_mean(batch, where, part._replace(family=family), state.belief.mean, tally)
@@ -68,12 +71,21 @@ def learn(
         holding = all(held for _, held in found)
         if not holding and states[0].belief.mean is not batch.start:
             break
-        pairs = [
+        tried = [
             _learn_part(config, state, batch, where, moved, tally)
             for state, tally, (moved, _) in zip(states, tallies, found, strict=True)
         ]
-        states, learned = [state for state, _ in pairs], where.stop
-        holding = all(held for _, held in pairs)
+        count = len(part.targets)
+        if count >= 2 * LEAST_PART and not all(one.holds for one in tried):  # too far for all of them together
+            where = slice(where.start, where.start + count // 2)
+            continue
+        holding = all(one.holds or one.damping == 0.0 for one in tried)  # 0: nothing has moved
+        for one, tally in zip(tried, tallies, strict=True):
+            tally.part(one.observation, one.damping, one.jitter)
+        states, learned = [one.state for one in tried], where.stop
+        if learned < size:
+            where, width = next(parts(batch.widths[learned:]))
+            where = slice(where.start + learned, where.stop + learned)
     return Learned([s._replace(examples=s.examples + learned) for s in states], learned, holding)
 
 
@@ -93,29 +105,40 @@ def _learn_part(
     where: slice,
     part: Part,
     tally: Tally,
-) -> tuple[FilterState, bool]:
-    """The state after a part, and whether the linearization holds where it led to, as far as is known."""
+) -> _Tried:
+    """What learning a part comes to; the state given is not changed."""
     belief = state.belief
     joint = config.structure.joint_output_covariance(belief, part.jacobian)
     check_finite("the output covariance", joint)
     output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
     scores = state.scores if batch.known else scored(config, state, batch, where, part, output_cov)
     evidence, noise_state, jitter = _evidence(config, state, part, joint, output_cov, batch.known)
-    accepts, passes = None, _Passes(batch, where)
+    passes, accepts = _Passes(batch, where), None
     if config.damping and not batch.known:
         accepts = _objective(config, state, part, passes, batch.targets[where])
-    after, damping = _condition(config, belief, evidence, accepts)
+    dampings = MAX_DAMPINGS if len(part.targets) < 2 * LEAST_PART else 0  # rather fewer examples than less precise ones
+    after, damping, refused = _condition(config, belief, evidence, accepts, dampings)
     after = after._replace(mean=belief.mean) if batch.hold_mean else after
     outputs = passes.known(after.mean)
+    held = not refused and (outputs is None or holds(batch, where, part, after.mean, outputs))
     if noise_state.variance is not None and (not batch.known or batch.hold_mean):
         residual = batch.targets[where] - part.outputs
         noise_state = noise.absorb(
             noise_state, residual, tempering.temperature(config.temperature, state.scores) * output_cov
         )
-    tally.part(evidence.mean, damping, jitter)
     noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not parts
     state = state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
-    return state, outputs is None or holds(batch, where, part, after.mean, outputs)
+    return _Tried(state, evidence.mean, damping, jitter, held)
+
+
+class _Tried(NamedTuple):
+    """What learning a part comes to: the state, the report's numbers, and whether the linearization held."""
+
+    state: FilterState
+    observation: Observation
+    damping: float
+    jitter: float
+    holds: bool
 
 
 class _Passes:
@@ -157,11 +180,12 @@ def _evidence(
 
 
 def _condition(
-    config: KalmanConfig, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None
-) -> tuple[Any, float]:
-    """Condition, with the gate before and the guard after; the belief and the precision factor.
+    config: KalmanConfig, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None, dampings: int
+) -> tuple[Any, float, bool]:
+    """Condition, with the gate before and the guard after; the belief, the precision factor, and if any was refused.
 
-    Where no precision was small enough for the guard, the belief is as it was, and the factor 0.
+    Where no precision was small enough for the guard, of at most ``dampings`` smaller ones, the belief is as it was,
+    and the factor 0.
     """
     structure, damping = config.structure, 1.0
     if config.gate_quantile is not None:
@@ -172,10 +196,11 @@ def _condition(
     after = evidence.condition(structure, belief, damping)
     attempts = 0
     while accepts is not None and not accepts(after):
-        if attempts == MAX_DAMPINGS:
-            check_finite("the mean", after.mean)
-            warn_untaken()
-            return belief, 0.0
+        if attempts == dampings:
+            if dampings:
+                check_finite("the mean", after.mean)
+                warn_untaken()
+            return belief, 0.0, True
         attempts, damping = attempts + 1, damping * DAMPING_STEP
         after = evidence.condition(structure, belief, damping)
     check_finite("the mean", after.mean)
@@ -183,7 +208,7 @@ def _condition(
     check_finite("the variance", scales)
     if not sharding.agreed(bool((scales > 0).all())):
         raise FloatingPointError(f"{int((scales <= 0).sum())} variances would not be positive")
-    return after, damping
+    return after, damping, attempts > 0
 
 
 def _objective(

@@ -52,6 +52,7 @@ class Linearizer:
     ) -> None:
         self.adapter, self.outputs_per_pass, self.bytes_budget = adapter, outputs_per_pass, bytes_budget
         self._plan: Plan | None = None
+        self._refused: set[str] = set()  # tensors whose hooks gave wrong rows once
         self._most: int | None = None  # bytes, after memory ran out
 
     def __call__(self, vector: Tensor, inputs: Inputs, *, needed: int | Sequence[int] | None = None) -> Linearized:
@@ -63,11 +64,10 @@ class Linearizer:
             needed: how many directions will be pulled, of all examples or of each; all outputs by default. Only
                 speed depends on it.
         """
-        tried: list[Plan] = []
 
-        def graph() -> Graph:
-            plan = self._planned(vector, inputs, refuse=tried)
-            tried.append(plan)
+        def graph(wrong: Sequence[str] = ()) -> Graph:
+            self._refuse(wrong)
+            plan = self._planned(vector, inputs)
             size = batch_size(inputs)
             layout = self._layout(plan, _each(needed, size, plan))
             repeated = inputs if len(layout.example) == size else some_examples(inputs, layout.example, size)
@@ -172,12 +172,23 @@ class Linearizer:
             total += self.adapter.flatten({k: torch.zeros_like(t) if g is None else g for (k, t), g in known})
         return total
 
-    def _planned(self, vector: Tensor, inputs: Inputs, refuse: list[Plan] | None = None) -> Plan:
-        """The plan, made on the first batch and where it does not serve; another one than those to ``refuse``."""
-        if self._plan is None or refuse or not self._plan.serves(batch_size(inputs)):
+    def _planned(self, vector: Tensor, inputs: Inputs) -> Plan:
+        """The plan, made on the first batch and where it does not serve."""
+        if self._plan is None or not self._plan.serves(batch_size(inputs)):
             with self.adapter.full_precision(), self.adapter.evaluating(), torch.enable_grad():
                 self._plan = choose(self.adapter, vector, inputs)
+            self._refuse(())
+        assert self._plan is not None
         return self._plan
+
+    def _refuse(self, names: Sequence[str]) -> None:
+        """Take some tensors' rows by the general path from now on."""
+        self._refused.update(names)
+        if self._plan is None or self._refused.isdisjoint(self._plan.hooked):
+            return
+        general = self._refused.intersection(self._plan.hooked)
+        self._plan = self._plan.without(general)
+        self.adapter.paths |= dict.fromkeys(general, "general")
 
     def _repeats(self, plan: Plan) -> bool:
         """Whether examples may be repeated in a batch."""

@@ -21,6 +21,7 @@ from bayes_kf.inference.jacobian import Jacobian, Part
 from bayes_kf.inference.layers import Call
 from bayes_kf.inference.layout import Layout
 from bayes_kf.inference.plan import Plan
+from bayes_kf.inference.row_check import may_move_rows, wrong_tensors
 from bayes_kf.inference.store import Directions, RowsError, Store
 from bayes_kf.inference.tape import Tape
 from bayes_kf.models.adapter import AdapterModel
@@ -41,8 +42,8 @@ class Linearized:
         outputs: η, (B, m), in the latent dtype, detached.
     """
 
-    def __init__(self, adapter: AdapterModel, again: Callable[[], Graph]) -> None:
-        self._adapter, self._again = adapter, again
+    def __init__(self, adapter: AdapterModel, again: Callable[..., Graph]) -> None:
+        self._adapter, self._again = adapter, again  # takes names of tensors that hooks gave wrong rows of
         self._plan, self._tape, self._layout = again()
         self.outputs = self._of_examples(self._tape.outputs)
 
@@ -53,11 +54,38 @@ class Linearized:
             directions: None for the outputs themselves.
         """
         with self._adapter.full_precision(), self._adapter.evaluating(), torch.enable_grad():
-            try:
-                return self._pull(directions)
-            except RowsError:  # a module now sees something else first than examples: check again, once
-                self._plan, self._tape, self._layout = self._again()
-                return self._pull(directions)
+            while True:  # each time with fewer tensors that have hooks
+                try:
+                    checks = self._checks(directions)
+                    jacobian = self._pull(directions)
+                    wrong = checks(jacobian)
+                except RowsError as error:  # a module now sees something else first than examples
+                    wrong = error.names
+                if not wrong:
+                    return jacobian
+                self._plan, self._tape, self._layout = self._again(wrong)
+
+    def _checks(self, directions: Directions | None) -> Callable[[Jacobian], list[str]]:
+        """Which tensors have wrong rows in the Jacobian to come; asked of the graph before it is used up."""
+        names, size = list(self._plan.hooked), len(self.outputs)
+        if not names or len(self._tape.outputs) == 1 or not may_move_rows(self._tape.outputs):
+            return lambda jacobian: []
+        number = self.outputs.shape[1] if directions is None else directions.number
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(size, number, generator=generator).to(self.outputs)
+        if directions is not None and directions.needed is not None:
+            weights *= torch.arange(number, device=weights.device) < directions.needed.unsqueeze(-1)
+        seed = weights if directions is None else torch.zeros_like(self.outputs)
+        if directions is not None:
+            examples = torch.arange(size, device=weights.device)
+            for which in range(number):
+                found = directions.seeds(examples, torch.full_like(examples, which))
+                seed += weights[:, which : which + 1] * found
+        first = self._layout.first.to(self._tape.outputs.device)
+        whole = torch.zeros_like(self._tape.outputs).index_copy_(0, first, seed.to(self._tape.outputs.dtype))
+        gradients = zip(names, self._tape.gradients(whole, names, keep=True), strict=True)
+        exact = {name: gradient for name, gradient in gradients if gradient is not None}
+        return lambda jacobian: wrong_tensors(self._adapter, jacobian, weights, exact)
 
     def pull_differences(self) -> Jacobian:
         """As :meth:`pull`, but for a row that all outputs of an example share: for softmax, which does not see it.

@@ -46,6 +46,10 @@ class Plan(NamedTuple):
     bytes_each: int
     plain: bool
 
+    def without(self, names: set[str]) -> Plan:
+        """The same with no rows from hooks for some tensors."""
+        return self._replace(hooked={name: place for name, place in self.hooked.items() if name not in names})
+
     def serves(self, size: int) -> bool:
         """Whether the check holds for batches of ``size``; without repetition it is known for its own size only."""
         return self.repeatable or size == self.size
@@ -66,7 +70,7 @@ def choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
     if size > FEW:
         try:
             plan = _choose(adapter, vector, some_examples(inputs, slice(FEW), size))
-        except (RuntimeError, ValueError, TypeError, IndexError):  # a model that takes only what it was given
+        except (RuntimeError, MemoryError, ValueError, TypeError, IndexError):  # a model that takes what it was given
             plan = None
         if plan is not None and plan.repeatable:
             return plan
@@ -94,7 +98,7 @@ def _choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
     try:
         tape = Tape(adapter, leaves, batch, modules, plain)
         repeatable = len(tape.outputs) == times * size and _same(tape.outputs[:size], single)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # a model that takes only what it was given
+    except (RuntimeError, MemoryError, ValueError, TypeError, IndexError):  # a model that takes what it was given
         repeatable = False
     if not repeatable:
         tape = Tape(adapter, leaves, inputs, modules, plain)
@@ -191,14 +195,15 @@ def _checked_batch(inputs: Inputs, size: int) -> tuple[Inputs, int]:
 
 
 def _same(outputs: Tensor, single: Tensor) -> bool:
-    return bool((outputs - single).abs().max() <= _tolerance(single.dtype) * (1e-3 + single.abs().max()))
+    return bool((outputs - single).abs().max() <= tolerance(single.dtype) * (1e-3 + single.abs().max()))
 
 
 def _agrees(rows: Tensor, exact: Tensor) -> bool:
     """Whether the last row is ``exact`` and the others vanish beside it."""
-    allowed = _tolerance(exact.dtype) * exact.norm()
+    allowed = tolerance(exact.dtype) * exact.norm()
     return bool((rows[-1] - exact).norm() <= allowed and rows[:-1].norm() <= allowed)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """How far rows may lie from autograd's, relative to its gradient's length."""
     return min(64 * torch.finfo(dtype).eps ** 0.75, LARGEST_TOLERANCE)

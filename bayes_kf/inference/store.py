@@ -30,7 +30,15 @@ class Directions(NamedTuple):
 
 
 class RowsError(RuntimeError):
-    """A hooked module was fed another number of rows than the batch has."""
+    """Hooked modules were fed other numbers of rows than the batch has.
+
+    Attributes:
+        names: of their tensors.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(f"the modules of {', '.join(names)} see other rows than one for each example")
+        self.names = names
 
 
 class Store:
@@ -49,6 +57,15 @@ class Store:
         """Take in what arrived with one pass."""
         found = by_module([(call, g.to(self._adapter.dtype)) for call, g in arrived])
         rows: dict[str, tuple[Tensor | None, Tensor]] = {}
+        number = len(self._layout.example)
+        calls = {module: [(len(call.taken), len(g)) for call, g in some] for module, some in found.items()}
+        unfit = [
+            name
+            for name, (module, _) in self._plan.hooked.items()
+            if any(lengths != (number, number) for lengths in calls.get(module, []))
+        ]
+        if unfit:
+            raise RowsError(unfit)
         for name, (module, attribute) in self._plan.hooked.items():
             at_module = found.get(module, [])
             if at_module and is_outer(at_module):
@@ -62,8 +79,8 @@ class Store:
             self._allocate(new)
         place = turn.example * self._count + turn.which
         for name, (_, values) in rows.items():
-            if len(values) != len(self._layout.example):
-                raise RowsError
+            if len(values) != number:
+                raise RowsError([name])
             values = values.view(len(values), -1)
             block = self._found[name]
             target = block.rows if isinstance(block, Rows) else block.cotangent

@@ -252,9 +252,31 @@ class AdapterModel:
 
     def run(self, inputs: Inputs) -> Tensor:
         """Raw outputs η of the model as it stands, (B, m); see :meth:`call`."""
-        inputs = to_device(inputs, self.device)
+        inputs = self.cast(to_device(inputs, self.device))
         with self.autocast():
             return _as_matrix(self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs))
+
+    def cast(self, inputs: Inputs) -> Inputs:
+        """Inputs in the model's own floating-point dtype, where it has one and nothing else casts them.
+
+        float64 inputs (NumPy's arrays, say) of a model without float64 tensors become its widest dtype; others only
+        where all of its tensors are of one dtype and autocast is off. Torch would raise for most of them.
+        """
+        given = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+        if all(not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype in self.dtypes for t in given):
+            return inputs  # without a walk through the model
+        kinds = {t.dtype for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()}
+        widest = max(kinds, key=lambda kind: torch.finfo(kind).bits)
+        single = len(kinds) == 1 and self._autocast is None and not torch.is_autocast_enabled(self.device.type)
+
+        def fitting(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype in kinds:
+                return value
+            return value.to(widest) if single or value.dtype == torch.float64 else value
+
+        if isinstance(inputs, Mapping):
+            return {name: fitting(value) for name, value in inputs.items()}
+        return fitting(inputs)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The caller's autocast, for a forward pass inside :meth:`full_precision`.

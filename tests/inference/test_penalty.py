@@ -215,7 +215,7 @@ def recursion(kf, state, x, y):
     kf.linearize.prepare(state.belief.mean, x)
     state = before = kf._predicted(state)
     for batch in kf._observed(state, x, y, state.belief.mean):
-        state = learn.learn(kf.config, state, batch, Tally())
+        state = learn.learn(kf.config, [state], batch, [Tally()]).states[0]
     return state._replace(noise=state.noise._replace(step=before.noise.step + 1), step=before.step + 1)
 
 

@@ -1,0 +1,173 @@
+"""Large batches: linearized again where the true outputs have left the linearized ones."""
+
+import pytest
+import torch
+from torch import nn
+
+import bayes_kf as bkf
+from bayes_kf.inference import diagonal, learn
+from bayes_kf.inference.evidence import Part
+from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.trust import divergence
+from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian
+
+FEATURES, CLASSES, LEARNED = 16, 10, 1024
+
+
+def problem(seed, count=LEARNED):
+    """Three clusters a class, of which a small network learns all in one pass."""
+    g = torch.Generator().manual_seed(seed)
+    centres = 1.2 * torch.randn(3 * CLASSES, FEATURES, generator=g)
+    which = torch.randint(3 * CLASSES, (count + 1000,), generator=g)
+    return centres[which] + 0.6 * torch.randn(count + 1000, FEATURES, generator=g), which % CLASSES
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(FEATURES, 24), nn.Tanh(), nn.Linear(24, CLASSES))
+
+
+def one_pass(size, seed, **settings):
+    """Held-out log loss and accuracy of the mean after one pass, and how often batches were linearized again."""
+    x, y = problem(seed)
+    kf = bkf.KalmanFilter(network(seed), bkf.KalmanConfig(temperature=1.0, **settings))
+    state, again = kf.init(x[:32]), 0
+    for first in range(0, LEARNED, size):
+        state, info = kf.update(state, x[first : first + size], y[first : first + size])
+        again += info.relinearized
+    found = bkf.Posterior(kf, state).predict(x[LEARNED:], "mean", targets=y[LEARNED:])
+    right = (found.probs.argmax(1) == y[LEARNED:]).double().mean()
+    return torch.tensor([-float(found.log_prob.double().mean()), float(right)]), again
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"covariance": "diagonal"},
+        {"covariance": "low_rank"},
+        {"covariance": "low_rank", "curvature": "sampled"},
+        {"covariance": "diagonal", "curvature": "truncated", "curvature_epsilon": 0.05},
+    ],
+    ids=lambda s: "-".join(s.values()) if len(s) < 3 else "truncated",
+)
+def test_no_batch_size_learns_worse_than_small_ones(settings):
+    """Linearized once, a batch of 1,024 ends at an accuracy of 0.3 to 0.8 and a log loss of 0.5 to 2.2."""
+    seeds = (0, 1)
+    small = torch.stack([one_pass(16, seed, **settings)[0] for seed in seeds]).mean(0)
+    found = [one_pass(LEARNED, seed, **settings) for seed in seeds]
+    large = torch.stack([scores for scores, _ in found]).mean(0)
+    assert large[0] <= 1.07 * small[0]
+    assert large[1] >= small[1] - 0.01
+    assert min(again for _, again in found) > 0
+
+
+def test_a_model_that_is_linear_is_linearized_once():
+    x, y = problem(0)
+    kf = bkf.KalmanFilter(nn.Linear(FEATURES, CLASSES), bkf.KalmanConfig(initial_logit_sd=10.0))
+    state, info = kf.update(kf.init(x[:32]), x, y)
+    assert (info.relinearized, info.linearized_again) == (0, 0)
+    assert info.step_norm > 1.0
+
+
+def test_what_an_update_reports_of_it_is_what_it_did(monkeypatch):
+    """Examples are counted as they are linearized; a small budget cuts the batch into pieces, and changes nothing."""
+    x, y = problem(0)
+    reports, beliefs = [], []
+    for budget in (None, 80_000):
+        kf = bkf.KalmanFilter(network(0), bkf.KalmanConfig(covariance="diagonal", bytes_budget=budget))
+        state, counts = kf.init(x[:32]), []
+        plain = Linearizer.__call__
+
+        def counted(self, vector, inputs, *, needed=None, counts=counts, plain=plain):
+            counts.append(len(inputs))
+            return plain(self, vector, inputs, needed=needed)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Linearizer, "__call__", counted)
+            after, info = kf.update(state, x[:600], y[:600])
+        torch.testing.assert_close(info.outputs, kf.adapter.outputs(state.belief.mean, x[:600]), rtol=1e-4, atol=1e-5)
+        assert len(info.log_loss) == len(info.correct) == 600
+        assert after.examples == 600
+        assert sum(counts) == 600 + info.linearized_again - (0 if budget is None else missing(info, counts))
+        reports.append(info)
+        beliefs.append(after.belief)
+    assert reports[0].relinearized == reports[1].relinearized > 0
+    assert 0 < reports[0].linearized_again <= 2 * 600
+    assert reports[0].checked > 0
+    torch.testing.assert_close(beliefs[0].mean, beliefs[1].mean, rtol=1e-3, atol=1e-4)
+
+
+def missing(info, counts):
+    """Examples that were never linearized where the batch began are no cost."""
+    return info.linearized_again - max(0, sum(counts) - 600)
+
+
+def test_an_update_elsewhere_is_not_linearized_again():
+    """At a mean that has seen the data, or that is held, the expansion is what is asked for."""
+    x, y = problem(0)
+    kf = bkf.KalmanFilter(network(0), bkf.KalmanConfig(covariance="diagonal"))
+    state = kf.init(x[:32])
+    for kwargs in ({"hold_mean": True}, {"at": state.belief.mean + 0.1}):
+        info = kf.update(state, x[:600], y[:600], **kwargs)[1]
+        assert (info.relinearized, info.linearized_again, info.checked) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_penalty": 1e-30}])
+def test_a_bank_of_one_and_a_vanishing_penalty_do_the_same(settings):
+    x, y = problem(1)
+    config = bkf.KalmanConfig(covariance="diagonal")
+    kf = bkf.KalmanFilter(network(1), config)
+    expected, info = kf.update(kf.init(x[:32]), x[:500], y[:500])
+    other = bkf.KalmanConfig(covariance="diagonal", **settings)
+    bank = bkf.Bank(network(1), [other])
+    state, report = bank.update(bank.init(x[:32]), x[:500], y[:500])
+    torch.testing.assert_close(state.states[0].belief.mean, expected.belief.mean)
+    assert report.relinearized == info.relinearized > 0
+
+
+def test_the_guard_compares_true_outputs_with_true_outputs():
+    """A step accepted or not as by brute force, whatever the first-order outputs before it claim."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3), torch.randint(0, 4, (20,))
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+    kf = bkf.KalmanFilter(model, bkf.KalmanConfig(covariance="diagonal"))
+    state = kf.init(x)
+    start = state.belief.mean
+    state = state._replace(belief=state.belief._replace(mean=start + 0.5 * torch.randn_like(start)))
+    (batch,) = kf._observed(state, x, y, start)
+    part = Part.of(batch.seen, batch.jacobian, slice(0, 20), 4).moved(state.belief.mean - start)
+
+    def loss(mean):
+        return -kf.adapter.outputs(mean, x).log_softmax(1).gather(1, y[:, None]).sum()
+
+    before, verdicts = loss(state.belief.mean), set()
+    wide = diagonal.init(state.belief.mean, torch.full_like(start, 1e6))
+    state = state._replace(belief=wide)
+    gradient = torch.autograd.functional.jacobian(
+        lambda v: nn.functional.cross_entropy(kf.adapter.call(kf.adapter.unflatten(v), x), y), wide.mean
+    )
+    for scale in (1.0, -1.0, 3.0, -3.0):
+        after = wide._replace(mean=wide.mean - scale * gradient / gradient.norm())
+        for claimed in (0.0, -100.0, 100.0):  # added to the label's logit in the first-order outputs
+            told = part.outputs.scatter_add(1, y[:, None], torch.full((20, 1), claimed))
+            accepts = learn._objective(
+                kf.config, state, part._replace(outputs=told), lambda mean: kf.adapter.outputs(mean, x), y
+            )
+            verdicts.add(accepts(after))
+            assert accepts(after) == bool(loss(after.mean) <= before * (1 + learn.ROUNDING))
+    assert verdicts == {True, False}
+
+
+@pytest.mark.parametrize("name", [*LIKELIHOODS])
+def test_the_divergence_is_that_of_the_predictions(name):
+    """Both Kullback-Leibler divergences of Pyro's distributions added."""
+    torch.manual_seed(0)
+    family = Gaussian(torch.tensor([0.5, 2.0, 1.0])) if name == "gaussian" else LIKELIHOODS[name]()
+    one, two = torch.randn(2, 7, 3).double()
+    p, q = (family.distribution(outputs) for outputs in (one, two))
+    if name == "categorical":
+        expected = torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)
+    else:
+        p, q = p.base_dist, q.base_dist
+        expected = (torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).sum(-1)
+    assert divergence(family, one, two) == pytest.approx(float(expected.mean()), rel=1e-6)
