@@ -121,11 +121,17 @@ def test_labels_of_a_few_classes_keep_their_place(folder, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["sizes"] == {"examples": 2, "classes": 3}
 
 
-def test_trained_adapter_keeps_its_mean(folder, tmp_path):
-    run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--rank", 1, "--batch-size", 8,
-        "--output", tmp_path / "first")  # fmt: skip
-    run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--batch-size", 8, "--start", "trained",
-        "--adapter", tmp_path / "first", "--output", tmp_path / "second")  # fmt: skip
+def test_trained_adapter_keeps_its_mean(folder, tmp_path, capsys):
+    common = ["fit", "--model", "digits-vit", "--data", str(folder / "digits.npz"), "--batch-size", "8"]
+    assert main([*common, "--rank", "1", "--output", str(tmp_path / "first")]) == 0
+    assert "an example before its update" in capsys.readouterr().out
+    further = ["--start", "trained", "--adapter", str(tmp_path / "first"), "--output", str(tmp_path / "second")]
+    assert main([*common, *further]) == 0
+    told = capsys.readouterr().out
+    assert "training log loss" in told
+    assert "of examples that the adapter was trained on" in told
+    assert "before its update" not in told
+    assert "innovation" not in told
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -80,16 +80,29 @@ def _open_to_learn(
     return data, Labels(names, targets.shape[1] if targets is not None and targets.ndim == 2 else 1)
 
 
+def _scores(posterior: Posterior) -> list[str]:
+    """What the pass said about predictions: of new examples, or of those that a trained adapter knew."""
+    history, temperature = posterior.history, f"temperature {posterior.temperature:g}"
+    if "log_loss" not in history:
+        correct = history.get("training_correct")
+        accuracy = "" if correct is None else f", accuracy {correct.mean():.3f}"
+        loss = f"training log loss {history['training_log_loss'].mean():.3f} nats an example"
+        return [f"{loss}{accuracy}: of examples that the adapter was trained on", temperature]
+    return [
+        f"log loss {history['log_loss'].mean():.3f} nats an example before its update"
+        + (f", accuracy {history['correct'].mean():.3f}" if "correct" in history else ""),
+        f"innovation² / degrees of freedom {history['innovation'].sum() / history['dof'].sum():.2f}"
+        f" (1: consistent), {temperature}",
+    ]
+
+
 def _summary(posterior: Posterior, labels: Labels, new_modules: list[str], args: argparse.Namespace) -> str:
     """What a pass did, in a few lines."""
     history = posterior.history
     lines = [
         f"{posterior.state.examples:,} examples, {posterior.adapter.num_parameters:,} trainable numbers"
         f" -> {args.output}, in {history['seconds'].sum():.1f} s",
-        f"log loss {history['log_loss'].mean():.3f} nats an example before its update"
-        + (f", accuracy {history['correct'].mean():.3f}" if "correct" in history else ""),
-        f"innovation² / degrees of freedom {history['innovation'].sum() / history['dof'].sum():.2f}"
-        f" (1: consistent), temperature {posterior.temperature:g}",
+        *_scores(posterior),
     ]
     if labels.class_names:
         shown = ", ".join(labels.class_names[:8]) + (", ..." if len(labels.class_names) > 8 else "")

@@ -54,7 +54,7 @@ def evaluate_predictions(
         ood: Name to class probabilities of foreign inputs, (M, C); predictive entropy is the detector.
         history: Series of the stream: "log_loss", "correct" for each example, "innovation", "dof" for each update.
         parameter_variance: Name to posterior variances of each tensor.
-        output_variance: Name to the variance of the outputs that each tensor alone accounts for.
+        output_variance: Name to what each tensor contributes to the variance of the outputs.
         examples: The N examples themselves, texts or images (see `example_section`): the most uncertain and the most
             wrong are shown.
         human: Shares of people who gave each label, (N, C).

@@ -21,14 +21,13 @@ from bayes_kf.evaluation.online import prequential_log_loss, running_accuracy
 from bayes_kf.evaluation.page import fingerprint, label_of, number, table_text
 from bayes_kf.evaluation.protocols import PosteriorLike
 from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
-from bayes_kf.evaluation.stream_sections import even_steps
+from bayes_kf.evaluation.stream_sections import even_steps, window_of
 from bayes_kf.evaluation.verdicts import comparison_verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_DIAGRAMS = 6
-WINDOW = 100
 SUFFIXES = ("", "_low", "_high", "_null_mean", "_null_low", "_null_high", "_p_value")
 SHOWN = ("accuracy", "nll", "brier", "ece", "ece_debiased", "confidence_gap")
 
@@ -227,7 +226,7 @@ def _courses(histories: Mapping[str, Mapping[str, Array]]) -> Sections:
 
 def _course(runs: Mapping[str, Mapping[str, Array]], series: str, title: str) -> FigureSpec:
     """One series of several runs."""
-    window = min([WINDOW, *(len(history[series]) for history in runs.values())])
+    window = window_of(min(len(history[series]) for history in runs.values()))
     final = running_accuracy if series == "correct" else prequential_log_loss
     ends = ", ".join(f"{final(history[series])[-1]:.3f} for {name}" for name, history in runs.items())
     return FigureSpec(

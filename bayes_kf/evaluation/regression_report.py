@@ -54,7 +54,7 @@ def evaluate_regression(
             Without it the log loss is that of N(mean, variance), where there are variances.
         history: Series of the stream: "log_loss" for each example, "innovation", "dof" for each update.
         parameter_variance: Name to posterior variances of each tensor.
-        output_variance: Name to the variance of the outputs that each tensor alone accounts for.
+        output_variance: Name to what each tensor contributes to the variance of the outputs.
         config: Settings to print.
         title: Title of the page.
         num_simulations: Number of simulated data sets behind the bands that are simulated, at least 39.

@@ -46,14 +46,17 @@ def online_curves(history: Mapping[str, Array], *, window: int = 100, ax: Axes |
     ax = _axes(ax)
     if "correct" in history:
         accuracy = running_accuracy(history["correct"])
-        ax.plot(np.arange(1, len(accuracy) + 1), accuracy.numpy(), color=BLUE, label="running accuracy")
+        alone = "." if len(accuracy) == 1 else None
+        ax.plot(np.arange(1, len(accuracy) + 1), accuracy.numpy(), color=BLUE, marker=alone, label="running accuracy")
         ax.set(ylim=(0, 1.02))
         ax.set_ylabel("running accuracy (solid)", color=BLUE)
     if "log_loss" in history:
         right = ax.twinx() if "correct" in history else ax
         loss = moving_average(history["log_loss"], window)
         steps = np.arange(window, window + len(loss))
-        right.plot(steps, loss.numpy(), color=VERMILLION, linestyle="--", label=f"log loss, mean of {window}")
+        alone = "." if len(loss) == 1 else None  # a line of one point is not seen
+        label = f"log loss, mean of {window}"
+        right.plot(steps, loss.numpy(), color=VERMILLION, linestyle="--", marker=alone, label=label)
         right.set_ylabel(f"log loss, mean of {window} (dashed, nats)", color=VERMILLION)
         if loss.min() >= 0:  # of densities it may be negative
             right.set_ylim(bottom=0)
@@ -88,9 +91,13 @@ def innovation_plot(
     health = innovation_health(nis, dof, window, level)
     steps = health.step.numpy()
     ax = _axes(ax)
-    ax.plot(steps, health.ratio.numpy(), color=BLUE, label=f"mean of {window} updates")
     label = f"consistent filter: {level:.0%} of chance"
-    ax.fill_between(steps, health.low.numpy(), health.high.numpy(), color=SKY, alpha=0.35, label=label)
+    if len(steps) == 1:  # a line and a band of one point are not seen
+        ax.plot(steps, health.ratio.numpy(), "o", color=BLUE, label=f"mean of {window} updates")
+        ax.vlines(steps, health.low.numpy(), health.high.numpy(), color=SKY, linewidth=6, alpha=0.6, label=label)
+    else:
+        ax.plot(steps, health.ratio.numpy(), color=BLUE, label=f"mean of {window} updates")
+        ax.fill_between(steps, health.low.numpy(), health.high.numpy(), color=SKY, alpha=0.35, label=label)
     ax.axhline(1, color="black", linestyle="--", linewidth=1)
     ax.set(xlabel="updates", ylabel="innovation² / degrees of freedom")
     ax.set_ylim(bottom=0)
@@ -156,15 +163,16 @@ def variance_by_tensor(
 def output_variance_plot(
     output_variance: Mapping[str, float], *, max_tensors: int = 40, ax: Axes | None = None
 ) -> Axes:
-    """How much variance of the outputs each tensor alone accounts for: a bar for each, or for the largest.
+    """What each tensor contributes to the variance of the outputs: a bar for each, or for the largest.
 
     Args:
-        output_variance: Name of a tensor to that variance, as `Posterior.output_variance` gives it.
+        output_variance: Name of a tensor to its contribution, as `Posterior.output_variance` gives it. A negative one
+            takes away, by its covariances, from what others contribute.
         max_tensors: Tensors to draw, in their order; the number left out is written below.
         ax: Where to draw.
 
     Raises:
-        ValueError: If the mapping is empty or a variance is negative or not finite.
+        ValueError: If the mapping is empty or a contribution is not finite.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -175,9 +183,9 @@ def output_variance_plot(
     if not output_variance:
         raise ValueError("`output_variance` must hold at least one tensor, got an empty mapping.")
     for name, value in output_variance.items():
-        if not 0 <= value < np.inf:
-            raise ValueError(f"`output_variance` must not be negative, and finite, got {value} for {name}.")
-    kept = set(sorted(output_variance, key=lambda name: -output_variance[name])[:max_tensors])
+        if not np.isfinite(value):
+            raise ValueError(f"`output_variance` must be finite, got {value} for {name}.")
+    kept = set(sorted(output_variance, key=lambda name: -abs(output_variance[name]))[:max_tensors])
     names = [name for name in output_variance if name in kept]
     ax = _axes(ax)
     ax.barh(range(len(names)), [output_variance[name] for name in names], color=SKY, edgecolor="black", linewidth=0.6)
@@ -185,7 +193,8 @@ def output_variance_plot(
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.4)
     left_out = len(output_variance) - len(names)
-    ax.set_xlabel("variance of the outputs" + (f" ({left_out} smaller ones not drawn)" if left_out else ""))
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("contribution to the variance" + (f" ({left_out} smaller ones not drawn)" if left_out else ""))
     return ax
 
 

@@ -12,7 +12,8 @@ from bayes_kf.evaluation.report import FigureSpec, Sections, Table
 from bayes_kf.evaluation.stream_plots import innovation_plot, online_curves, output_variance_plot, variance_by_tensor
 from bayes_kf.evaluation.verdicts import innovation_verdict, whiteness_verdict
 
-WINDOW = 100
+WINDOW = 100  # of a long stream
+WINDOWS = 5  # at least so many windows in a stream: with one of all its values there is no course to draw
 LAGS = 10
 MAX_TENSORS = 40
 TABLE_ROWS = 20
@@ -42,18 +43,29 @@ def stream_sections(
             ),
         )
     if output_variance:
-        total = sum(output_variance.values()) or 1.0
-        largest = max(output_variance, key=lambda name: output_variance[name])
-        share = output_variance[largest] / total
-        sections.drawings["output_variance"] = FigureSpec(
-            title="Variance of the outputs by tensor",
-            alt=f"Bars: what each of {len(output_variance)} tensors alone adds to the outputs' variance. The largest "
-            f"is {largest} with {share:.0%} of the sum.",
-            draw=lambda ax: output_variance_plot(output_variance, max_tensors=MAX_TENSORS, ax=ax),
-            height=max(2.4, 1.4 + 0.24 * min(len(output_variance), MAX_TENSORS)),
-            table=_tensor_table("Variance of the outputs", output_variance),
-        )
+        _add_output_variance(sections, output_variance)
     return sections
+
+
+def _add_output_variance(sections: Sections, contributions: Mapping[str, float]) -> None:
+    """What each tensor contributes to the variance of the outputs."""
+    total = sum(contributions.values())
+    largest = max(contributions, key=lambda name: contributions[name])
+    share = f" with {contributions[largest] / total:.0%}" if total > 0 else ""
+    table = _tensor_table("Contribution to the variance of the outputs", {**contributions, "all tensors": total})
+    sections.drawings["output_variance"] = FigureSpec(
+        title="Variance of the outputs by tensor",
+        alt=f"Bars: what each of {len(contributions)} tensors contributes to the outputs' variance, {total:.3g} in "
+        f"all. The largest is {largest}{share}.",
+        draw=lambda ax: output_variance_plot(contributions, max_tensors=MAX_TENSORS, ax=ax),
+        height=max(2.4, 1.4 + 0.24 * min(len(contributions), MAX_TENSORS)),
+        table=table,
+    )
+
+
+def window_of(length: int) -> int:
+    """Values in a moving mean over a series of ``length``."""
+    return max(1, min(WINDOW, length // WINDOWS))
 
 
 def _add_online(sections: Sections, history: Mapping[str, Array]) -> None:
@@ -71,7 +83,7 @@ def _add_online(sections: Sections, history: Mapping[str, Array]) -> None:
         sections.drawings["online"] = FigureSpec(
             title="Learning online",
             alt=f"Curves over {length:,} examples: {', '.join(words)}.",
-            draw=lambda ax: online_curves(series, window=min(WINDOW, length), ax=ax),
+            draw=lambda ax: online_curves(series, window=window_of(length), ax=ax),
             table=_online_table(series, length),
         )
 
@@ -89,8 +101,8 @@ def _add_innovations(sections: Sections, nis: Array, dof: Array) -> None:
     sections.drawings["innovation"] = FigureSpec(
         title="Innovation health",
         alt="Curve: " + innovation_verdict(sections.scores),
-        draw=lambda ax: innovation_plot(nis, dof, window=min(WINDOW, length), ax=ax),
-        table=_innovation_table(nis, dof, min(WINDOW, length)),
+        draw=lambda ax: innovation_plot(nis, dof, window=window_of(length), ax=ax),
+        table=_innovation_table(nis, dof, window_of(length)),
     )
 
 
@@ -106,7 +118,7 @@ def _online_table(series: Mapping[str, Array], length: int) -> Table:
     if "correct" in series:
         columns["Running accuracy"] = running_accuracy(series["correct"])
     if "log_loss" in series:
-        window = min(WINDOW, length)
+        window = window_of(length)
         full = moving_average(series["log_loss"], window)
         columns[f"Log loss, mean of {window}"] = torch.cat([full.new_full((window - 1,), torch.nan), full])
     rows = [table_text((k + 1, *(column[k].item() for column in columns.values()))) for k in even_steps(length)]

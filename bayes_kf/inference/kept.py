@@ -78,7 +78,8 @@ def fit_kept(
         if not record.per_update["dof"]:
             return Posterior(kf, state, history)
         later = record.history()
-        return Posterior(kf, state, {k: torch.cat([history[k], v]) if k in history else v for k, v in later.items()})
+        added = {k: torch.cat([history[k], v]) if k in history else v for k, v in later.items()}
+        return Posterior(kf, state, history | added)
 
     saved = state.step
     with Bar(length(loader), "fit", progress) as bar:

@@ -1,13 +1,11 @@
-"""Where the uncertainty of predictions sits: the variance of the outputs that each tensor alone accounts for."""
+"""Where the uncertainty of predictions sits: what each tensor contributes to the variance of the outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.linearized import Linearized
 from bayes_kf.inference.store import Directions
 from bayes_kf.models.adapter import AdapterModel
@@ -18,7 +16,10 @@ MAX_DIRECTIONS = 16  # outputs looked at; of more, evenly spaced ones
 def output_variance(
     adapter: AdapterModel, structure: Any, belief: Any, batch: Linearized, centred: bool
 ) -> dict[str, float]:
-    """Mean over examples and outputs of J_t P_tt J_tᵀ for each tensor t, without the covariances between tensors.
+    """Mean over examples and outputs of J_t (P Jᵀ)_t for each tensor t; they add up to the mean of J P Jᵀ.
+
+    The covariance of two tensors counts once for each of them, so a contribution may be negative. Without covariances
+    (J_t P_tt J_tᵀ) the numbers can add up to many times the variance, where tensors make up for each other.
 
     Args:
         adapter: the model.
@@ -33,10 +34,7 @@ def output_variance(
     if centred and num_outputs > 1:
         seeds = seeds - 1.0 / num_outputs
     rows = batch.pull(Directions(len(seeds), lambda _, which: seeds[which])).dense()  # (B, c, n)
-    found: dict[str, float] = {}
-    for name, where in adapter.slices().items():
-        alone = torch.zeros_like(rows)
-        alone[..., where] = rows[..., where]
-        covariance: Tensor = structure.output_covariance(belief, Jacobian.of_rows(alone))
-        found[name] = covariance.diagonal(dim1=-2, dim2=-1).mean().item()
-    return found
+    flat = rows.flatten(0, 1)
+    both = flat.double() * torch.stack([structure.product(belief, row) for row in flat]).double()
+    each = both.sum(0) / len(flat)  # (n,), what every number contributes
+    return {name: each[where].sum().item() for name, where in adapter.slices().items()}

@@ -60,7 +60,7 @@ def fit_one(
         check_inputs(inputs)
         curvature = select.curvature_for(kf.adapter, inputs)
         kf = KalmanFilter(kf.adapter, dataclasses.replace(kf.config, curvature=curvature))
-    batches, record = itertools.chain(few, batches), Record(kf.config.likelihood)
+    batches, record = itertools.chain(few, batches), Record(kf.config.likelihood, seen=start == "trained")
     history: dict[str, Tensor] = {}
     with Bar(length(loader), f"{label}fit", progress) as bar:
         if grid is None:
@@ -168,7 +168,7 @@ def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], 
     The step from that mean is halved until −log p(y, θ) is no larger than there, by forward passes.
     """
     at = before.belief.mean
-    state = one_pass(kf, kf.restart(before), loader, Record(kf.config.likelihood), bar, at=at)
+    state = one_pass(kf, kf.restart(before), loader, Record(kf.config.likelihood, seen=True), bar, at=at)
     _check_same(before.examples, state.examples)
     found, start = state.belief.mean, _objective(kf, state, at, loader)
     for halvings in range(MAX_HALVINGS):

@@ -26,6 +26,7 @@ from bayes_kf.inference import card, diagonal, noise, tempering
 from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.folders import check_target, read_whole, recover, write_files
+from bayes_kf.inference.progress import of_seen_data
 from bayes_kf.inference.saved_files import (
     ADAPTER_FILES,
     CARD_FILE,
@@ -130,6 +131,8 @@ def _load(folder: Path, base_model: nn.Module) -> Posterior:
         raise ValueError(
             f"`folder` must hold a belief that fits its settings, got {folder / STATE_FILE}: {error}."
         ) from error
+    if state.examples and torch.equal(state.belief.mean, state.prior.mean):  # a trained adapter's mean, held
+        history = of_seen_data(history)  # an earlier version wrote these series under a stream's names
     return Posterior(kf, state, history)
 
 

@@ -52,7 +52,9 @@ class Posterior:
             example's update; per update ``innovation``, ``dof`` (its degrees of freedom), ``damping`` and ``seconds``.
             Of several passes, those of the first, and ``objective``, −log p(y, θ) after each later one; with
             ``mean_passes`` also ``fitted_log_loss``, that of each such pass; with ``tune`` the candidates'
-            ``evidence``, with several settings their ``held_out_log_loss``.
+            ``evidence``, with several settings their ``held_out_log_loss``. After ``start="trained"`` the adapter
+            had learned the data before, so no score is prequential: the series are then ``training_log_loss``,
+            ``training_correct``, ``training_innovation`` and ``training_dof``.
     """
 
     kf: KalmanFilter
@@ -312,12 +314,12 @@ class Posterior:
         return Posterior(KalmanFilter(self.adapter, config), self.state, self.history)
 
     def output_variance(self, batch: Any) -> dict[str, float]:
-        """Variance of the outputs that each tensor alone accounts for: where the uncertainty of predictions sits.
+        """What each tensor contributes to the variance of the outputs: where the uncertainty of predictions sits.
 
-        The mean over examples and outputs of J_t P_tt J_tᵀ times the temperature, in squared units of the outputs;
-        those of a classifier less their mean over the classes, which softmax does not see. Covariances between
-        tensors are left out, so the numbers need not add up to the whole variance. Of more than 16 outputs 16 are
-        looked at.
+        The mean over examples and outputs of J_t (P Jᵀ)_t times the temperature, in squared units of the outputs;
+        those of a classifier less their mean over the classes, which softmax does not see. The numbers add up to the
+        variance of the outputs. A covariance of two tensors counts for each of them, so a number may be negative. Of
+        more than 16 outputs 16 are looked at.
 
         Args:
             batch: inputs, or a batch as ``fit`` takes them; its first 8 examples are looked at.

@@ -8,6 +8,8 @@ from torch import Tensor
 from bayes_kf.inference.state import UpdateInfo
 
 WINDOW = 100  # updates behind the numbers in the progress bar
+SEEN = "training_"  # before the names of series about data that the adapter had learned before the pass
+OF_PREDICTIONS = ("log_loss", "correct", "innovation", "dof")  # prequential, where the data were new
 
 
 class Bar:
@@ -38,10 +40,16 @@ class Bar:
 
 
 class Record:
-    """What the updates of a pass reported, and its running summary."""
+    """What the updates of a pass reported, and its running summary.
 
-    def __init__(self, likelihood: str) -> None:
-        self.likelihood = likelihood
+    Args:
+        likelihood: of the targets.
+        seen: whether the adapter had learned these data before. Then no score here is of a prediction that came before
+            the example was learned, and the series have names of their own; see :func:`of_seen_data`.
+    """
+
+    def __init__(self, likelihood: str, seen: bool = False) -> None:
+        self.likelihood, self.seen = likelihood, seen
         self.per_example: dict[str, list[Tensor]] = {"log_loss": [], "correct": []}
         self.per_update: dict[str, list[float]] = {name: [] for name in ("innovation", "dof", "damping", "seconds")}
         self._correct = self._seen = 0.0
@@ -58,8 +66,11 @@ class Record:
             values.append(float(update[name]))
 
     def summary(self) -> str:
-        """Accuracy so far; log loss and innovation of late."""
+        """Accuracy so far; log loss and, of data that were new, innovation of late."""
         recent = torch.cat(self.per_example["log_loss"][-WINDOW:])
+        if self.seen:
+            accuracy = f"training accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
+            return f"{accuracy}training log loss {recent.mean():.3f}"
         dof = sum(self.per_update["dof"][-WINDOW:])  # 0 where the only update's candidate diverged in it
         ratio = sum(self.per_update["innovation"][-WINDOW:]) / max(dof, 1.0)
         accuracy = f"accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
@@ -70,4 +81,13 @@ class Record:
         joined = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in self.per_example.items()}
         if self.likelihood in ("gaussian", "poisson"):
             del joined["correct"]
-        return joined | {name: torch.tensor(values) for name, values in self.per_update.items()}
+        joined |= {name: torch.tensor(values) for name, values in self.per_update.items()}
+        return of_seen_data(joined) if self.seen else joined
+
+
+def of_seen_data(history: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The series under the names for data that the adapter had learned before: ``training_log_loss`` and so on.
+
+    Whatever reads prequential scores (reports, comparisons, the command line) then finds none, also in what is saved.
+    """
+    return {SEEN + name if name in OF_PREDICTIONS else name: values for name, values in history.items()}

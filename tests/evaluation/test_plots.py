@@ -1,5 +1,7 @@
 """What is drawn: heights, places and lines, not pixels."""
 
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -135,10 +137,12 @@ def test_output_variance_plot_draws_a_bar_for_each_tensor_or_the_largest(ax):
     drawn = ev.output_variance_plot(found, ax=ax)
     assert [bar.get_width() for bar in drawn.patches] == [0.5, 0.0, 2.0]
     assert [text.get_text() for text in drawn.get_yticklabels()] == ["a", "b", "c"]
+    signed = ev.output_variance_plot({"a": -3.0, "b": 1.0, "c": 4.0}, max_tensors=2, ax=Figure().subplots())
+    assert [bar.get_width() for bar in signed.patches] == [-3.0, 4.0]
     few = ev.output_variance_plot(found, max_tensors=2, ax=Figure().subplots())
     assert [bar.get_width() for bar in few.patches] == [0.5, 2.0]
-    assert few.get_xlabel() == "variance of the outputs (1 smaller ones not drawn)"
-    for bad, message in (({}, r"^`output_variance` must hold at least one"), ({"a": -1.0}, r"got -1\.0 for a\.$")):
+    assert few.get_xlabel() == "contribution to the variance (1 smaller ones not drawn)"
+    for bad, message in (({}, r"^`output_variance` must hold at least one"), ({"a": math.nan}, r"got nan for a\.$")):
         with pytest.raises(ValueError, match=message):
             ev.output_variance_plot(bad)
 

@@ -376,3 +376,27 @@ def test_more_log_probabilities_than_labels_are_refused():
 def test_the_p_value_decides_whether_targets_fall_evenly(p_value, statistic, start):
     scores = {"pit_ks": statistic, "pit_ks_null_low": 0.0, "pit_ks_null_high": 0.1, "pit_ks_p_value": p_value}
     assert pit_verdict(scores, 0.0, 0.0).startswith(start)
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 60, 400])
+def test_curves_of_a_short_stream_are_seen(length):
+    """A curve of one point, or a window as long as the stream, would leave the figures blank."""
+    probs, targets = random_case()
+    generator = torch.Generator().manual_seed(0)
+    recorded = {
+        "log_loss": torch.rand(length, generator=generator),
+        "correct": torch.ones(length),
+        "innovation": torch.rand(length, generator=generator) + 0.5,
+        "dof": torch.ones(length),
+    }
+    report = ev.evaluate_predictions(probs, targets, history=recorded, num_simulations=50)
+    line = report.figures["innovation"].axes[0].get_lines()[0]
+    assert np.isfinite(line.get_ydata()).all()
+    if length == 1:
+        assert line.get_marker() == "o"
+    else:
+        assert len(line.get_xdata()) >= max(2, 0.8 * length)
+    for axes in report.figures["online"].axes:
+        curve = axes.get_lines()[0]
+        assert len(curve.get_xdata()) >= max(2, 0.8 * length) or curve.get_marker() == "."
+    assert len(report.sections.drawings["innovation"].table.rows) == min(20, len(line.get_xdata()))

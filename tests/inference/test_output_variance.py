@@ -1,4 +1,4 @@
-"""The variance of the outputs that each tensor alone accounts for, against dense blocks of J and P."""
+"""What each tensor contributes to the variance of the outputs, against dense J and P."""
 
 import dataclasses
 
@@ -26,18 +26,21 @@ def by_hand(posterior: bkf.Posterior, model: nn.Module, x: torch.Tensor, centred
     covariance = posterior.temperature * posterior.covariance_matrix()
     found = {}
     for name, where in posterior.adapter.slices().items():
-        part = rows[..., where] @ covariance[where, where] @ rows[..., where].mT
+        part = rows[..., where] @ covariance[where] @ rows.mT
         found[name] = part.diagonal(dim1=1, dim2=2).mean().item()
     return found
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal_mixed", "low_rank", "block_diagonal"])
-def test_each_tensors_part_is_that_of_its_own_block(covariance):
+def test_each_tensor_s_part_is_its_share_of_the_whole_variance(covariance):
     config = bkf.KalmanConfig(covariance=covariance)
     posterior = bkf.fit(network(), DataLoader(TensorDataset(X, Y), batch_size=4), config, progress=False)
     found = posterior.output_variance(X[:8])
     assert found == pytest.approx(by_hand(posterior, network(), X[:8], centred=True), rel=1e-6)
     assert set(found) == set(posterior.variance)
+    outputs = posterior.predict(X[:8], "linearized", num_samples=20_000).samples.log()  # but for a shift of all classes
+    drawn = (outputs - outputs.mean(2, keepdim=True)).var(0).mean().item()
+    assert sum(found.values()) == pytest.approx(drawn, rel=0.03)
     assert posterior.output_variance((X, Y)) == found  # a batch with targets, of which eight are looked at
 
 
@@ -62,3 +65,26 @@ def test_many_outputs_are_sampled_evenly():
     whole = by_hand(posterior, network(outputs=40), X[:8], centred=True)
     for name, value in posterior.output_variance(X[:8]).items():
         assert value == pytest.approx(whole[name], rel=0.6)
+
+
+def test_tensors_that_make_up_for_each_other_add_up_to_the_variance():
+    """Two weights on the same input, whose sum alone is known: each by itself has a hundred times the variance."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Linear(1, 1, bias=False).double() for _ in range(2))
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    x = torch.ones(50, 1).double()
+    config = bkf.KalmanConfig(
+        likelihood="gaussian", covariance="full", initial_variance=1.0, noise_variance=1.0, temperature=1.0
+    )
+    posterior = bkf.fit(Twice(), [(x, torch.zeros(50, 1).double())], config, progress=False)
+    found = posterior.output_variance(x[:2])
+    whole = 1.0 / (1.0 / 2.0 + 50.0)  # of the sum, whose prior variance is 2
+    assert found == pytest.approx({"first.weight": whole / 2, "second.weight": whole / 2}, rel=1e-9)
+    alone = sum(variance.item() for variance in posterior.variance.values())
+    assert alone > 40 * whole

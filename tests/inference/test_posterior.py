@@ -91,6 +91,63 @@ def test_progress_bar_shows_accuracy_loss_and_health(capsys):
     assert all(word in shown for word in ("accuracy 0.", "log loss", "innovation", "10/10"))
 
 
+ONLINE = {"log_loss", "correct", "innovation", "dof"}  # what reports read as a stream's own scores
+
+
+@pytest.fixture(scope="module")
+def of_trained(digits):
+    """A posterior over an adapter that had learned the same examples before."""
+    model = lora_digits_vit(rank=1)
+    data = in_batches(8, digits[0], 48)
+    with torch.no_grad():
+        bkf.fit(model, data, bkf.KalmanConfig(), progress=False).apply_to(model)
+    return bkf.fit(model, data, start="trained", progress=False)
+
+
+def test_scores_of_data_that_the_adapter_had_seen_are_not_prequential(of_trained, digits, tmp_path):
+    losses = of_trained.history["training_log_loss"]
+    images, labels = digits[0].images[:48], digits[0].labels[:48]
+    logits = of_trained.adapter.outputs(of_trained.mean_vector, images)
+    expected = nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    of_trained.save_pretrained(tmp_path / "saved")
+    read = bkf.Posterior.from_pretrained(tmp_path / "saved", digits_vit())
+    calibrated = of_trained.calibrate(in_batches(10, digits[1]))
+    for posterior in (of_trained, read, calibrated):
+        assert set(posterior.history) == {f"training_{name}" for name in ONLINE} | {"damping", "seconds", "evidence"}
+        report = evaluation.evaluate(posterior, in_batches(30, digits[1]), num_simulations=50)
+        assert not {"online_accuracy", "prequential_log_loss", "innovation_ratio"} & set(report.scores)
+        assert not {"online", "innovation"} & set(report.sections.drawings)
+        page = report.to_html()
+        for title in ("Innovation", "The filter was", "Online accuracy", "Prequential", "Learning online"):
+            assert title not in page
+
+
+def test_a_trained_adapter_s_scores_that_an_earlier_version_saved_are_recognized(of_trained, tmp_path):
+    named = {name.removeprefix("training_"): values for name, values in of_trained.history.items()}
+    old = dataclasses.replace(of_trained, history=named)
+    old.save_pretrained(tmp_path / "saved")
+    read = bkf.Posterior.from_pretrained(tmp_path / "saved", digits_vit())
+    assert set(read.history) == set(of_trained.history)
+
+
+def test_first_pass_of_several_is_prequential_and_stays_so(digits, tmp_path, capsys):
+    data = list(in_batches(8, digits[0], 48))
+    plain = bkf.fit(lora_digits_vit(rank=1), data, bkf.KalmanConfig(), progress=False)
+    several = [bkf.KalmanConfig(passes=2), bkf.KalmanConfig.dataset(initial_logit_sd=4.0, mean_passes=1)]
+    for config in several:
+        found = bkf.fit(lora_digits_vit(rank=1), data, config)
+        assert set(found.history) >= ONLINE
+        assert not any(name.startswith("training_") for name in found.history)
+        found.save_pretrained(tmp_path / "saved")
+        read = bkf.Posterior.from_pretrained(tmp_path / "saved", digits_vit())
+        assert torch.equal(read.history["log_loss"], found.history["log_loss"])
+    assert torch.equal(bkf.fit(lora_digits_vit(rank=1), data, several[0], progress=False).history["log_loss"],
+                       plain.history["log_loss"])  # fmt: skip
+    bar = capsys.readouterr().err
+    assert "training log loss" in bar[bar.index("pass 2 of 2") :]
+
+
 BAD_FITS = [
     ([], {}, r"^`loader` must yield at least one batch, got none\.$"),
     ([(X, Y)], {"start": "warm"}, r"`start` must be one of prior, trained, got 'warm'"),
