@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from bayes_kf.inference.state import UpdateInfo
 
 WINDOW = 100  # updates behind the numbers in the progress bar
+
+
+def shows_bars(progress: bool | None) -> bool:
+    """Whether to show progress bars.
+
+    Args:
+        progress: True or False; None: only where standard error is a terminal, or in a notebook.
+    """
+    if progress is not None:
+        return progress
+    if sys.stderr is None:
+        return False
+    from tqdm.auto import tqdm
+
+    return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
 class Bar:
