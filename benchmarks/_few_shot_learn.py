@@ -65,11 +65,19 @@ Learn = Callable[[Setting, Choice], Learned]
 
 
 class Row(NamedTuple):
-    """A way to learn: its name in tables, what it does, and the settings that are tried."""
+    """A way to learn.
+
+    Attributes:
+        title: its name in tables.
+        learn: what it does.
+        grid: the settings that are tried.
+        tests_all: whether every setting is tested, not only the one that was chosen; for a table by setting.
+    """
 
     title: str
     learn: Learn
     grid: tuple[Choice, ...]
+    tests_all: bool = False
 
 
 class FrozenFeatures(nn.Module):

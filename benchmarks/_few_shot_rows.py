@@ -167,7 +167,9 @@ def _bayesian(posterior: bkf.Posterior, model: ClipClassifier, setting: Setting,
 
 
 ONE_PASS = {"mean_passes": 0}
-ROBUST = {"noise": "ema_taylor", "beta": 0.8, "gate_quantile": 0.99}  # R starts from I; 20 updates must be enough
+ADAPTIVE = {"noise": "ema_taylor", "beta": 0.8}  # R starts from I; 20 updates must be enough
+GATED = {"gate_quantile": 0.99}
+ROBUST = ADAPTIVE | GATED
 WIDE_LORA = {"rank": 8, "projections": MATRICES}  # where Sparse Optimization moves weights
 PAIRED = {"initial_spread": "modules", "rank": 60}
 
@@ -175,7 +177,8 @@ TIP = tuple({"lr": 1e-3, "share": share, "sharpness": 5.5} for share in (1.0, 3.
 SPARSE = ({"lr": 1e-2, "density": 5e-4}, {"lr": 2e-3, "density": 2e-2}, {"lr": 1e-2, "density": 2e-2})
 WIDE = tuple({"initial_spread": "constant", "initial_logit_sd": sd} for sd in (3.0, 10.0))
 BY_MODULES = ({"initial_spread": "modules", "initial_logit_sd": 10.0},)
-NARROW = tuple({"initial_logit_sd": sd} for sd in (0.3, 1.0))
+SPREADS = tuple({"initial_logit_sd": sd} for sd in (0.3, 1.0, 3.0))  # 3: an adaptive R is some 280 here, so that
+# a narrower prior cannot move
 
 ROWS: dict[str, Row] = {
     "zero-shot": Row("zero-shot", zero_shot, ({},)),
@@ -190,6 +193,12 @@ ROWS: dict[str, Row] = {
     ),
     "kalman-lora": Row("**ours**: LoRA, class prompts", kalman(True), BY_MODULES),
     "kalman-wide": Row("**ours**: LoRA on all matrices, class prompts", kalman(True, WIDE_LORA), BY_MODULES),
-    "pairs-lora": Row("ours: LoRA, matched pairs", pairs(True, **PAIRED), NARROW),
-    "robust-pairs-lora": Row("ours: LoRA, matched pairs, robust", pairs(True, **PAIRED | ROBUST), NARROW),
+    "pairs-lora": Row("ours: LoRA, matched pairs", pairs(True, **PAIRED), SPREADS, True),
+    "adaptive-pairs-lora": Row(
+        "ours: LoRA, matched pairs, adaptive noise", pairs(True, **PAIRED | ADAPTIVE), SPREADS, True
+    ),
+    "gated-pairs-lora": Row("ours: LoRA, matched pairs, gated", pairs(True, **PAIRED | GATED), SPREADS, True),
+    "robust-pairs-lora": Row(
+        "ours: LoRA, matched pairs, robust (adaptive and gated)", pairs(True, **PAIRED | ROBUST), SPREADS, True
+    ),
 }

@@ -101,6 +101,9 @@ def render(cells: Cells, rows: Mapping[str, Row], wrong: float = 0.0) -> list[st
         body += _by_shots(cells, shown, SCORES["accuracy ID"], task, shots)
         body += ["", "Accuracy OOD by shots:", "", *_by_shots(cells, shown, SCORES["OOD"], task, shots)]
         body += ["", "ECE ID by shots:", "", *_by_shots(cells, shown, SCORES["ECE ID"], task, shots)]
+    for name, row in rows.items():
+        if row.tests_all and any("test" in tried for tried in _tried(cells, name)):
+            body += ["", f"## {row.title}: every setting", "", *_by_setting(cells, name, row, tasks)]
     return [*body, "", "## Grids", "", *_grids(rows)]
 
 
@@ -129,6 +132,32 @@ def _by_shots(
         everything = list(values(cells, line, score, task, None).values())
         table.append([line.title, *numbers, mean_sd(everything)])
     return markdown_table(["", *map(str, shots), "mean"], table)
+
+
+def _tried(cells: Cells, name: str, task: str | None = None, shots: int | None = None) -> list[Mapping[str, Any]]:
+    """What a row tried in its cells."""
+    places = {key: key.split("/") for key in cells}
+    kept = [key for key, (of, row, number, _) in places.items() if row == name and task in (None, of)]
+    return [tried for key in kept if shots in (None, int(places[key][2])) for tried in cells[key]["tried"]]
+
+
+def _by_setting(cells: Cells, name: str, row: Row, tasks: list[str]) -> list[str]:
+    """Accuracy on test images and under shift of every setting, by task, at most and at all shots."""
+    most = max(int(key.split("/")[2]) for key in cells)
+    table = []
+    for choice in row.grid:
+        numbers = []
+        for task, shots in [*((task, most) for task in tasks), *((task, None) for task in tasks)]:
+            tested = [tried["test"] for tried in _tried(cells, name, task, shots) if choice.items() <= tried.items()]
+            numbers.append(f"{_mean(map(accuracy, tested))} / {_mean(map(shifted('accuracy'), tested))}")
+        table.append([", ".join(f"{field} {_text(value)}" for field, value in choice.items()), *numbers])
+    header = [f"{task}, {shots}" for shots in (f"{most} shots", "all shots") for task in tasks]
+    return ["Accuracy ID / OOD.", "", *markdown_table(["", *header], table)]
+
+
+def _mean(numbers: Iterable[float]) -> str:
+    found = list(numbers)
+    return f"{sum(found) / len(found):.3f}" if found else "–"
 
 
 def _grids(rows: Mapping[str, Row]) -> list[str]:

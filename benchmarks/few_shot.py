@@ -56,6 +56,9 @@ def measure(row: Row, task: Task, clip: CLIPModel, shots: int, seed: int, wrong:
         seconds = time.process_time() - start
         found = _sums(learned.predict(setting.validation.images)[""], setting.validation.labels)
         tried.append(dict(choice) | {"nll": found["nll"], "accuracy": found["accuracy"], "seconds": round(seconds, 2)})
+        if row.tests_all:
+            tested = scores(learned, task)[""]
+            tried[-1]["test"] = {"id": tested["id"], "shifts": tested["shifts"]}
         rank = (-found["accuracy"], found["nll"])
         if best is None or rank < best[0]:
             best = (rank, choice, learned)

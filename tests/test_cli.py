@@ -12,13 +12,16 @@ import torch
 from cli_inputs import REVIEWS, run, write_inputs
 from safetensors.torch import load_file
 
-from bayes_kf import KalmanConfig, Posterior
+from bayes_kf import KalmanConfig, Posterior, fit
 from bayes_kf.cli import commands, main
+from bayes_kf.cli.adapters import add_adapter
 from bayes_kf.cli.base_model import load_base, restore_head
 from bayes_kf.cli.folder import read_labels, read_new_head
-from bayes_kf.cli.parser import EXAMPLES
+from bayes_kf.cli.opening import open_data
+from bayes_kf.cli.parser import EXAMPLES, build_parser
 from bayes_kf.demo import Size
 from bayes_kf.evaluation import evaluate_predictions
+from bayes_kf.inference.fit import fit_default
 from bayes_kf.models.zoo import quiet_transformers
 
 
@@ -34,7 +37,7 @@ def test_fit_and_evaluate_arrays(folder, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "24 examples, 2,698 trainable numbers" in printed.out
     assert "classes: 0, 1, 2" in printed.out
-    assert "24/24" in printed.err  # the bar
+    assert "24/24" not in printed.err  # no bar where standard error is no terminal
     assert {p.name for p in posterior.iterdir()} >= {"labels.json", "history.npz", "adapter_model.safetensors"}
     assert not (posterior / "new_head.safetensors").exists()
     assert len(np.load(posterior / "history.npz")["log_loss"]) == 24
@@ -48,6 +51,25 @@ def test_fit_and_evaluate_arrays(folder, tmp_path, capsys):
     assert found["config"]["method"] == "probit"
     assert 0 <= found["scores"]["ood_strange_auroc"] <= 1
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json", "report.png"]
+
+
+@pytest.mark.parametrize("start", ["prior", "trained"])
+def test_without_settings_it_is_the_librarys_fit(folder, tmp_path, start):
+    """To the bit, with the same settings chosen; a seed alone is no setting."""
+    words = ["fit", "--model", "digits-vit", "--data", str(folder / "digits.npz"), "--rank", "1", "--batch-size", "2",
+             "--seed", "3", "--in-order", "--start", start, "--output", str(tmp_path / "p"), "--quiet"]  # fmt: skip
+    assert main(words) == 0
+    args = build_parser().parse_args(words)
+    model_folder = commands.model_folder("digits-vit")
+    model = add_adapter(load_base(model_folder, "image", 10, 3), args, 3)
+    loader = open_data(args, args.data, model_folder, KalmanConfig(), None).loader
+    expected = fit_default(model, loader, start, False, seed=3)
+    found = Posterior.from_pretrained(tmp_path / "p", add_adapter(load_base(model_folder, "image", 10, 3), args, 3))
+    assert found.config == expected.config
+    assert torch.equal(found.mean_vector, expected.mean_vector)
+    plain = fit(model, loader, start=start, progress=False)  # the library's, whose seed is 0
+    assert not plain.config.differences(found.config) or plain.config.differences(found.config) == ["seed"]
+    assert found.config.mean_passes == (0 if start == "trained" else plain.config.mean_passes)
 
 
 def test_evaluate_says_what_the_library_says(folder, tmp_path):

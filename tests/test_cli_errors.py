@@ -20,7 +20,10 @@ def folder(tmp_path_factory) -> Path:
 
 BAD = {
     "no model there": ("--model nowhere --data digits.npz", "`--model` must be digits-vit or a folder"),
-    "no data there": ("--model digits-vit --data nowhere.npz", "`path` must be an existing file or folder"),
+    "no data there": (
+        "--model digits-vit --data nowhere.npz",
+        "`--data` must be an existing file or folder, got nowhere.npz.",
+    ),
     "image model, text": ("--model digits-vit --data reviews.csv", "able to classify text data, got a vit"),
     "text model, images": ("--model bert --data digits.npz", "able to classify image data, got a bert"),
     "bad setting": (
@@ -29,15 +32,30 @@ BAD = {
     ),
     "bad rank": ("--model digits-vit --data digits.npz --rank 0", "`--rank` must be at least 1, got 0."),
     "bad device": ("--model digits-vit --data digits.npz --device toaster", "`--device` must be a torch device"),
-    "no such module": ("--model digits-vit --data digits.npz --target-modules nose", "`--rank` must fit the model"),
+    "no such module": (
+        "--model digits-vit --data digits.npz --target-modules nose",
+        "`--target-modules` must name modules of the model, got 'nose'; whose linear layers are",
+    ),
+    "misspelt module": (
+        "--model digits-vit --data digits.npz --target-modules q_proj v_prj",
+        "got 'v_prj'; did you mean 'v_proj'?",
+    ),
+    "misspelt preset": (
+        "--model digits-vit --data digits.npz --config steam",
+        "`--config` must be a file, a folder, or one of loko, dataset, stream, got 'steam'; did you mean 'stream'?",
+    ),
+    "other columns": ("--model bert --data reviews.csv --text-column sentence", "`--text-column` must"),
     "no adapter there": ("--model digits-vit --data digits.npz --adapter images", "with adapter_config.json, got none"),
     "bad LoRA": ("--model bert --data reviews.csv --lora reviews.csv", "`--lora` must be a PEFT config"),
-    "bad config": ("--model bert --data reviews.csv --config lora.json", "must hold fields among likelihood,"),
+    "bad config": (
+        "--model bert --data reviews.csv --config lora.json",
+        "`--config` must hold settings of KalmanConfig, got 'r' in lora.json; the settings",
+    ),
     "numbers, not classes": ("--model digits-vit --data floats.npz", "categorical needs labels, got numbers"),
     "wrong input size": ("--model digits-vit --data small.npz", "`--model` must take the inputs of"),
     "NaN in inputs": ("--model digits-vit --data nan.npz", "must hold finite inputs"),
     "three yes or no": ("--model bert --data reviews.csv --likelihood bernoulli", "bernoulli needs two classes, got 3"),
-    "batch of none": ("--model digits-vit --data digits.npz --batch-size 0", "`batch_size` must be at least 1"),
+    "batch of none": ("--model digits-vit --data digits.npz --batch-size 0", "`--batch-size` must be at least 1"),
     "two adapters": ("--model bert --data reviews.csv --lora lora.json --target-modules query", "must be left out"),
 }
 
@@ -72,6 +90,37 @@ def test_a_bad_command_line_is_one_line(capsys):
         printed = capsys.readouterr().err
         assert printed.startswith("bayes-kf: error: ")
         assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["fit", "--model", "m", "--data", "d", "--output", "o", "--forgeting", "0.9"], "--forgetting"),
+        (["fit", "--model", "m", "--data", "d", "--output", "o", "--covariance", "low-rank"], "low_rank"),
+        (["evalute", "p"], "evaluate"),
+    ],
+)
+def test_a_misspelt_word_has_a_suggestion(words, nearest, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert f"; did you mean '{nearest}'? See bayes-kf" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named_as_it_was_given(folder, tmp_path, capsys):
+    page, digits = ("--output", tmp_path / "r.html"), folder / "digits.npz"
+    predictions = tmp_path / "a.csv"
+    predictions.write_text("target,cat,dog\ncat,0.9,0.1\ndog,0.4,0.6\n")
+    cases = {
+        "`POSTERIOR` must hold a readable kalman_config.json": (
+            *("evaluate", tmp_path / "none", "--model", "digits-vit", "--data", digits),
+        ),
+        "`POSTERIOR` must be an existing file of predictions": ("evaluate", tmp_path / "none.csv"),
+        "`NAME=PATH` must be an existing file of predictions": ("compare", f"a={predictions}", "b=none.csv"),
+        "`--ood` must be an existing file of predictions": ("evaluate", predictions, "--ood", "x=none.csv"),
+    }
+    for message, words in cases.items():
+        assert run(*words, *page) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_bad_input_to_evaluate(folder, tmp_path, capsys):
@@ -119,7 +168,7 @@ def test_bad_input_to_evaluate_and_compare_predictions(folder, tmp_path, capsys)
         (("evaluate", file, "--conformal", "0.9"), "`--calibration` must name examples to fit --conformal"),
         (("evaluate", real, "--ood", f"x={file}"), "`--ood` and `--calibration` must be left out"),
         (("evaluate", file, "--ood", f"x={real}"), "`PATH` must hold class probabilities, got real values"),
-        (("evaluate", tmp_path / "none.csv"), "`path` must be an existing file of predictions"),
+        (("evaluate", tmp_path / "none.csv"), "`POSTERIOR` must be an existing file of predictions"),
         (("compare", f"a={file}"), "`NAME=PATH` must be given at least twice, with different names, got a."),
         (("compare", f"a={file}", f"a={other}"), "with different names, got a, a."),
         (("compare", f"a={file}", f"b={other}"), "must hold the same targets in the same order, got others for b."),

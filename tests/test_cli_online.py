@@ -261,7 +261,6 @@ def test_a_bad_line(model, tmp_path, monkeypatch, capsys, bad, message):
         (("--alarm", 1), "`--alarm` must be above one, got 1.0"),
         (("--batch-size", 2), "`--online` learns one by one, got --batch-size 2"),
         (("--config", "dataset"), "`--online` learns in one pass, with `mean_passes` 0, got 3"),
-        (("--config", "stream"), "`--online` learns in one pass, with `tune` None, got {'initial_logit_sd'"),
         (("--start", "trained"), "`--online` learns one by one, got .*--start trained"),
         (("--classes", "pos"), "`--classes` must name two different classes at least, got"),
         (("--classes", "pos", "pos"), "`--classes` must name two different classes at least, got"),
@@ -316,3 +315,42 @@ def test_what_was_learned_is_evaluated_like_any_posterior(model, whole, tmp_path
     assert run("evaluate", whole, "--model", model, "--data", data, "--output", page, "--quiet") == 0
     assert page.stat().st_size > 50_000
     capsys.readouterr()
+
+
+def test_settings_that_the_first_lines_choose(model, tmp_path, monkeypatch):
+    """The choice is that of ``fit``; the stream is one of the chosen setting from its first line on, also resumed."""
+    from transformers import AutoTokenizer
+
+    tune = ("--config", "stream", "--tune-examples", 40)
+    assert fed(lines(70), monkeypatch, model, tmp_path / "whole", *tune) == 0
+    chosen = opened(model, tmp_path / "whole").config
+    assert chosen.tune is None
+
+    settings = bkf.KalmanConfig.stream(tune_examples=40, covariance="diagonal")
+    tokenizer, rows = AutoTokenizer.from_pretrained(model), [review(index) for index in range(70)]
+    batches = [
+        (dict(tokenizer([row["text"]], return_tensors="pt")), torch.tensor([int(row["label"] == "pos")]))
+        for row in rows
+    ]
+    fresh = opened(model, tmp_path / "whole")
+    fresh.adapter.assign(fresh.state.prior.mean)
+    assert bkf.fit(fresh.adapter.model, batches, settings, progress=False).config == chosen
+
+    plain = ("--initial-logit-sd", chosen.initial_logit_sd, "--initial-bias-sd", 1.0, "--tune-examples", 40)
+    plain = (*plain, "--tune-burn-in", 0.0, "--tune-margin", 1.0)
+    assert fed(lines(70), monkeypatch, model, tmp_path / "plain", *plain) == 0
+    assert equal(tmp_path / "whole", tmp_path / "plain")
+    assert stream(tmp_path / "whole") == stream(tmp_path / "plain")
+
+    assert fed(lines(55), monkeypatch, model, tmp_path / "twice", *tune) == 0
+    assert fed(lines(70), monkeypatch, model, tmp_path / "twice", *tune) == 0
+    assert equal(tmp_path / "whole", tmp_path / "twice")
+
+
+def test_tuned_settings_of_another_stream(model, tmp_path, monkeypatch, capsys):
+    assert fed(lines(40), monkeypatch, model, tmp_path / "out", "--config", "stream", "--tune-examples", 40) == 0
+    other = ("--config", "stream", "--tune-examples", 40, "--forgetting", 0.9)
+    assert fed(lines(41), monkeypatch, model, tmp_path / "out", *other) == 2
+    assert "`--output` must hold a stream of the same settings, got another forgetting." in capsys.readouterr().err
+    assert fed(lines(40), monkeypatch, model, tmp_path / "new", "--passes", 2) == 2
+    assert "`--online` learns in one pass, with `passes` 1, got 2." in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_words_name_settings():
     [
         (
             "covariance: diagonal\nforgeting: 0.9\n",
-            r"must hold fields among likelihood, .*got 'forgeting' in .*, line 2\.$",
+            r"`--config` must hold settings of .*, got 'forgeting' in .*, line 2; did you mean 'forgetting'\?$",
         ),
         ("rank: 3\n\nrank: 4\n", r"must hold a field once, got 'rank' again in .*, line 3\.$"),
         ("rank: 3\nforgetting: 1.5\n", r"`forgetting` must lie in \(0, 1\], got 1\.5 \(.*filter\.yaml, line 2\)\.$"),

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bayes_kf.cli.base_model import BaseModel
+from bayes_kf.spelling import did_you_mean
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUERIES_AND_VALUES = (["query", "value"], ["q_proj", "v_proj"], ["q_lin", "v_lin"])
@@ -35,7 +36,7 @@ def add_adapter(base: BaseModel, args: argparse.Namespace, seed: int) -> PeftMod
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *base.new_modules})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        option = "--rank" if args.lora is None else "--lora"
+        option = "--target-modules" if args.lora is None else "--lora"  # the rank was checked before
         return _placed(option, lambda: get_peft_model(base.model, config))
 
 
@@ -45,8 +46,20 @@ def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
         raise ValueError(f"`--rank` must be at least 1, got {rank}.")
     names = {name.rpartition(".")[2] for name, _ in base.model.named_modules()}
     known = next((pair for pair in QUERIES_AND_VALUES if names.issuperset(pair)), None)
+    if not (targets or known):
+        raise ValueError(f"`--target-modules` must be given for this model, {_linear_layers(base.model)}, got none.")
+    for target in targets or ():
+        if not any(name == target or name.endswith(f".{target}") for name, _ in base.model.named_modules()):
+            nearest = did_you_mean(target, names) or f"; {_linear_layers(base.model)}."
+            raise ValueError(f"`--target-modules` must name modules of the model, got {target!r}{nearest}")
     heads = base.head_modules or None
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets or known, modules_to_save=heads)
+
+
+def _linear_layers(model: nn.Module) -> str:
+    """The names of a model's linear layers, in words."""
+    named = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return f"whose linear layers are {', '.join(sorted(named))}"
 
 
 def _read_config(path: Path) -> LoraConfig:

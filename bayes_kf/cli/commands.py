@@ -13,18 +13,19 @@ from bayes_kf.cli.folder import Labels, check_output, save_posterior
 from bayes_kf.cli.online import run_online
 from bayes_kf.cli.opening import check_takes, first_batch, move, open_data, read_device
 from bayes_kf.cli.reports import run_compare, run_evaluate
-from bayes_kf.cli.settings import read_settings
+from bayes_kf.cli.settings import gives_settings, read_settings
 from bayes_kf.data import LabelledData
 from bayes_kf.demo import FULL, QUICK, RANK, caption, markdown_table, run_demo
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.fit import fit
+from bayes_kf.inference.fit import fit, fit_default
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.progress import shows_bars
 
 
 def run_demo_command(args: argparse.Namespace) -> None:
     """``bayes-kf demo``."""
     size, seed = QUICK if args.quick else FULL, args.seed or 0
-    rows = run_demo(args.output, size, seed=seed, progress=not args.quiet)
+    rows = run_demo(args.output, size, seed=seed, progress=False if args.quiet else None)
     if not args.quiet:
         print(f"\n{markdown_table(rows)}\n\n{caption(rows, size, RANK, seed)}\n")
         print(f"Report on the last row: {args.output / 'report.html'}; pictures beside it: online.png, reliability.png")
@@ -45,7 +46,11 @@ def run_fit(args: argparse.Namespace) -> None:
     base = load_base(folder, kind, labels.num_outputs, settings.seed, args.dtype)
     model = move(add_adapter(base, args, settings.seed), device)
     check_takes(model, data.loader, args.data)
-    posterior = fit(model, data.loader, settings, start=args.start, progress=not args.quiet)
+    progress = False if args.quiet else None
+    if gives_settings(args):
+        posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
+    else:  # as the library without settings
+        posterior = fit_default(model, data.loader, args.start, shows_bars(progress), settings.seed)
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:
         print(_summary(posterior, labels, base.new_modules, args))

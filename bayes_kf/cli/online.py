@@ -4,6 +4,10 @@ The output folder is replaced at every checkpoint by one that is complete: the p
 many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their beginning,
 it skips those that it has learned: none is lost, none counts twice, and the result has the bits of one never stopped.
 (Only where the lines ended before there were ``SCALE_EXAMPLES`` of them, the prior stays that of the few.)
+
+Settings with ``tune``, as ``--config stream`` has, need their first ``tune_examples`` lines twice: the candidates learn
+them side by side, and the one that predicted them best learns the stream from its first line on. Nothing is learned or
+saved before that many lines are there, or the last. The scores of these lines are of the setting that they chose.
 """
 
 from __future__ import annotations
@@ -28,10 +32,12 @@ from bayes_kf.cli.stream import STDIN, STREAM_FILE, Stream, opened, terminated_a
 from bayes_kf.data import encode_labels
 from bayes_kf.data.text import text_tokenizer
 from bayes_kf.evaluation import DriftDetector
+from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.batches import SCALE_EXAMPLES
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.kept import ONE_PASS
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.progress import shows_bars
 from bayes_kf.inference.state import DivergenceError, FilterState
 from bayes_kf.models.adapter import Inputs
 
@@ -53,7 +59,7 @@ def run_online(args: argparse.Namespace) -> None:
     _check(args)
     settings, labels = read_settings(args), Labels(tuple(args.classes), len(args.classes))
     for name, plain in ONE_PASS.items():
-        if getattr(settings, name) != plain:
+        if name != "tune" and getattr(settings, name) != plain:
             raise ValueError(f"`--online` learns in one pass, with `{name}` {plain}, got {getattr(settings, name)!r}.")
     folder, device = model_folder(args.model), read_device(args.device)
     stream = where(args)
@@ -64,7 +70,8 @@ def run_online(args: argparse.Namespace) -> None:
     tokenizer, kf, posterior = text_tokenizer(folder), KalmanFilter(model, settings), None
     if stream is not None:
         posterior = Posterior.from_pretrained(args.output, model)
-        changed = settings.differences(posterior.config)
+        possible = [settings] if settings.tune is None else candidates(settings, settings.tune)
+        changed = min((config.differences(posterior.config) for config in possible), key=len)
         if changed:
             raise ValueError(f"`--output` must hold a stream of the same settings, got another {', '.join(changed)}.")
     learner = _Learner(args, base, labels, tokenizer, kf, posterior, stream or Stream(run_length=args.alarm))
@@ -96,18 +103,20 @@ class _Learner:
         self.kf = kf if posterior is None else posterior.kf
         self.reached = Reached(stream, None if posterior is None else posterior.state)
         self.detector = DriftDetector(stream.run_length, stream.detector)
+        tuning = kf.config.tune_examples if kf.config.tune is not None else 0
+        self._needed = max(SCALE_EXAMPLES, tuning)  # lines before the first is learned
         self._saved = stream.lines
 
     def run(self, lines: TextIO) -> None:
         """To the end of the lines; whatever happens before, what was learned is saved."""
-        waiting: list[Line] = []  # until there are enough to measure the prior's scale on
-        quiet = self.args.quiet or not sys.stderr.isatty()
-        bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=quiet)
+        waiting: list[Line] = []  # until there are enough to choose settings and measure the prior's scale on
+        shown = shows_bars(False if self.args.quiet else None)
+        bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=not shown)
         try:
             with bar:
                 for line in self._new(lines):
                     waiting.append(line)
-                    if self.reached.state is not None or len(_texts(waiting)) >= SCALE_EXAMPLES:
+                    if self.reached.state is not None or len(_texts(waiting)) >= self._needed:
                         self._learn_all(waiting, bar)
                 self._learn_all(waiting, bar)
         except BadLine as error:
@@ -156,6 +165,8 @@ class _Learner:
         """Learn what waits, and forget it."""
         texts = _texts(waiting)[:SCALE_EXAMPLES]
         if self.reached.state is None and texts:
+            if self.kf.config.tune is not None:
+                self.kf = self._chosen(waiting, self._tokens(texts))
             self.reached = Reached(self.reached.stream, self.kf.init(self._tokens(texts)))
         while waiting:
             line = waiting.pop(0)
@@ -169,6 +180,23 @@ class _Learner:
             if self.reached.stream.lines - self._saved >= self.args.checkpoint_every:
                 self._save()
 
+    def _chosen(self, lines: Sequence[Line], scaling: Inputs) -> KalmanFilter:
+        """The filter of the candidate that predicts the first lines best, as ``fit`` chooses."""
+        config = self.kf.config
+        assert config.tune is not None
+        bank = Bank(self.kf.adapter, candidates(config, config.tune), config.tune_margin)
+        state, burnt_in = bank.init(scaling), None
+        labelled = [line for line in lines if line.text is not None][: config.tune_examples]
+        for seen, line in enumerate(labelled):
+            if burnt_in is None and seen >= config.tune_burn_in * config.tune_examples:
+                burnt_in = state
+            assert line.text is not None
+            try:
+                state, _ = bank.update(state, self._tokens([line.text]), torch.tensor([line.label]))
+            except DivergenceError as error:
+                raise ValueError(_breaks(line.number, error)) from error
+        return bank.filters[bank.best(state, burnt_in)]
+
     def _learn(self, number: int, text: str, label: int) -> None:
         """Predict, look, learn."""
         stream, state = self.reached
@@ -179,9 +207,7 @@ class _Learner:
         try:
             state, info = self.kf.update(state, inputs, targets)
         except DivergenceError as error:
-            raise ValueError(
-                f"`--data` must hold nothing that breaks the filter, got line {number}: {error}."
-            ) from error
+            raise ValueError(_breaks(number, error)) from error
         assert info.correct is not None  # a classifier
         alarm = self.detector.update(min(1.0, float(log_prob.exp())), self.labels.num_outputs)
         stream = replace(
@@ -212,6 +238,10 @@ class _Learner:
         posterior = Posterior(self.kf, state)
         save_posterior(posterior, self.args.output, self.labels, self.base.new_head, {STREAM_FILE: content})
         self._saved = stream.lines
+
+
+def _breaks(number: int, error: DivergenceError) -> str:
+    return f"`--data` must hold nothing that breaks the filter, got line {number}: {error}."
 
 
 def _texts(lines: Sequence[Line]) -> list[str]:

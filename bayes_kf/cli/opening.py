@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from bayes_kf.data import LabelledData, open_dataset
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.models.adapter import AdapterModel, Inputs, split_batch
 
+OPTIONS = {
+    "batch_size": "--batch-size",
+    "text_column": "--text-column",
+    "label_column": "--label-column",
+    "max_length": "--max-length",
+    "model": "--model",
+    "base_model": "--model",
+}
+"""Arguments of the library by the option that gives them."""
 NUMERIC = ("gaussian", "poisson")  # likelihoods whose targets are no classes
 
 
@@ -25,17 +36,39 @@ def open_data(
     settings: KalmanConfig,
     names: tuple[str, ...] | None,
     *,
+    option: str = "--data",
     foreign: bool = False,
     shuffle: bool = False,
     seed: int = 0,
 ) -> LabelledData:
-    """A data set with the command's options; the labels of a foreign one are not looked at."""
+    """A data set with the command's options; the labels of a foreign one are not looked at.
+
+    Errors name ``option``, which gave the path.
+    """
     options: dict[str, Any] = {}
     if kind_of(path) == "text":
         options = {"text_column": args.text_column, "label_column": args.label_column, "max_length": args.max_length}
         options["numeric"] = settings.likelihood in NUMERIC and not foreign
     common: dict[str, Any] = {"class_names": names, "batch_size": args.batch_size, "shuffle": shuffle, "seed": seed}
-    return open_dataset(path, model=folder, **common, **options)
+    with naming_options(path=option):
+        return open_dataset(path, model=folder, **common, **options)
+
+
+@contextlib.contextmanager
+def naming_options(**options: str) -> Iterator[None]:
+    """Errors of the library inside name the option of the command line in the place of the library's argument.
+
+    Args:
+        **options: argument -> option, besides ``OPTIONS``.
+    """
+    names = OPTIONS | options
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = re.sub(r"`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", str(error))
+        if text == str(error):
+            raise
+        raise ValueError(text) from error
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:

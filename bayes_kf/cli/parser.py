@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +12,7 @@ import shtab
 
 from bayes_kf import __version__
 from bayes_kf.cli.settings import add_setting_flags
+from bayes_kf.spelling import did_you_mean
 
 MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
 PREDICTIONS_HELP = "a .csv or .npz of predictions with their targets"
@@ -49,8 +51,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
-        print(f"bayes-kf: error: {message}; see {self.prog} --help", file=sys.stderr)
+        nearest = self._nearest(message)
+        print(
+            f"bayes-kf: error: {message}{nearest}{' See' if nearest else '; see'} {self.prog} --help", file=sys.stderr
+        )
         raise SystemExit(2)
+
+    def _nearest(self, message: str) -> str:
+        """What a misspelt option or choice may stand for; empty if nothing is near."""
+        unknown = re.match(r"unrecognized arguments: (?:.*? )?(--[^ =]+)", message)
+        if unknown:  # reported by the parser of all commands
+            nested = (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+            parsers = [self, *(parser for choices in nested for parser in choices.values())]
+            return did_you_mean(unknown[1], [option for parser in parsers for option in parser._option_string_actions])
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        return did_you_mean(choice[1], re.split(r"[', ]+", choice[2].strip("'"))) if choice else ""
 
 
 def build_parser() -> Parser:

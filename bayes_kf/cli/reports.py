@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from bayes_kf.cli.base_model import kind_of, load_base, model_folder, own_names, read_config, restore_head
 from bayes_kf.cli.folder import read_labels, read_new_head
-from bayes_kf.cli.opening import NUMERIC, check_takes, move, open_data, read_device
+from bayes_kf.cli.opening import NUMERIC, check_takes, move, naming_options, open_data, read_device
 from bayes_kf.data import SavedPredictions, read_predictions
 from bayes_kf.data.predictions import PREDICTION_SUFFIXES
 from bayes_kf.evaluation import (
@@ -32,6 +32,7 @@ from bayes_kf.evaluation.recalibration import RECALIBRATIONS
 from bayes_kf.evaluation.report_files import check_page
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.progress import shows_bars
 from bayes_kf.models.adapter import Inputs, split_batch
 
 
@@ -96,10 +97,10 @@ def _of_posterior(args: argparse.Namespace) -> Report:
     """The report on a saved posterior."""
     opened = _open_posterior(args, args.posterior)
     data = _loader(args, opened, args.data)
-    foreign = {name: _loader(args, opened, path, foreign=True) for name, path in args.ood}
+    foreign = {name: _loader(args, opened, path, option="--ood") for name, path in args.ood}
     recalibration, conformal = None, None
     if args.calibration:
-        split = _loader(args, opened, args.calibration)
+        split = _loader(args, opened, args.calibration, option="--calibration")
         known = opened.posterior.predict_loader(
             _watched(split, args.calibration.name, args.quiet), method=args.method, num_samples=args.num_samples
         )
@@ -123,7 +124,7 @@ def _of_posterior(args: argparse.Namespace) -> Report:
 
 def _of_predictions(args: argparse.Namespace) -> Report:
     """The report on a file of predictions."""
-    found = read_predictions(args.posterior)
+    found = _predictions(args.posterior, "POSTERIOR")
     title = args.title or args.posterior.name
     if found.probs is None:
         if args.ood or args.calibration:
@@ -133,10 +134,10 @@ def _of_predictions(args: argparse.Namespace) -> Report:
         return evaluate_regression(
             found.mean, found.targets, variance=found.variance, samples=found.samples, title=title, seed=args.seed or 0
         )
-    foreign = {name: _probs(read_predictions(path, need_targets=False), path) for name, path in args.ood}
+    foreign = {name: _probs(_predictions(path, "--ood", need_targets=False), path) for name, path in args.ood}
     recalibration, conformal = None, None
     if args.calibration:
-        known = read_predictions(args.calibration)
+        known = _predictions(args.calibration, "--calibration")
         recalibration, conformal = _fitted(args, _probs(known, args.calibration), known.targets)
     assert found.targets is not None
     return evaluate_predictions(
@@ -166,7 +167,7 @@ def _fitted(args: argparse.Namespace, probs: Any, targets: Any) -> tuple[Recalib
 def _read_model(args: argparse.Namespace, name: str, path: Path) -> _Model:
     """Class probabilities, targets and history of one of several models."""
     if _is_predictions(path):
-        saved = read_predictions(path)
+        saved = _predictions(path, "NAME=PATH")
         probs = _probs(saved, path)
         assert saved.targets is not None
         return _Model(probs, torch.as_tensor(saved.targets).long(), None)
@@ -181,22 +182,31 @@ def _read_model(args: argparse.Namespace, name: str, path: Path) -> _Model:
 
 def _open_posterior(args: argparse.Namespace, path: Path) -> _Opened:
     """A posterior on its model."""
-    settings = KalmanConfig.from_pretrained(path)
+    with naming_options(folder="POSTERIOR"):
+        settings = KalmanConfig.from_pretrained(path)
     device, folder, kind = read_device(args.device), model_folder(args.model), kind_of(args.data)
     labels = read_labels(path)
     names = own_names(read_config(folder, kind)) if labels is None else labels.class_names
     base = load_base(folder, kind, None if labels is None else labels.num_outputs, settings.seed, args.dtype)
     restore_head(base, read_new_head(path), path)
-    posterior = Posterior.from_pretrained(path, move(base.model, device))
+    with naming_options(folder="POSTERIOR"):
+        posterior = Posterior.from_pretrained(path, move(base.model, device))
     return _Opened(posterior, settings, () if settings.likelihood in NUMERIC else names, folder)
 
 
-def _loader(args: argparse.Namespace, opened: _Opened, path: Path, *, foreign: bool = False) -> Any:
+def _loader(args: argparse.Namespace, opened: _Opened, path: Path, *, option: str = "--data") -> Any:
     """Batches of a data set that the model takes."""
+    foreign = option == "--ood"
     names = None if foreign else opened.class_names or None
-    data = open_data(args, path, opened.folder, opened.settings, names, foreign=foreign)
+    data = open_data(args, path, opened.folder, opened.settings, names, option=option, foreign=foreign)
     check_takes(opened.posterior.adapter.model, data.loader, path)
     return data.loader
+
+
+def _predictions(path: Path, option: str, *, need_targets: bool = True) -> SavedPredictions:
+    """Saved predictions; errors name the option that gave the path."""
+    with naming_options(path=option):
+        return read_predictions(path, need_targets=need_targets)
 
 
 class _Examples(Sequence[Any]):
@@ -240,7 +250,7 @@ def _check_model_and_data(args: argparse.Namespace, *, needed: bool, what: Path)
 
 def _watched(loader: Iterable[Any], name: str, quiet: bool) -> Iterator[Any]:
     """Batches behind a bar that appears with the first of them."""
-    yield from tqdm(loader, desc=name, unit="batch", disable=quiet)
+    yield from tqdm(loader, desc=name, unit="batch", disable=not shows_bars(False if quiet else None))
 
 
 def _inputs(loader: Iterable[Any]) -> Iterator[Inputs]:

@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayes_kf.spelling import did_you_mean
+
 if TYPE_CHECKING:
     from bayes_kf.inference.config import KalmanConfig
 
@@ -53,6 +55,11 @@ def _described_settings() -> dict[str, dict[str, Any]]:
     return settings
 
 
+def gives_settings(args: argparse.Namespace) -> bool:
+    """Whether the command names any setting, by ``--config`` or by a flag; a ``--seed`` alone is none."""
+    return args.config is not None or any(name.startswith(PREFIX) for name in vars(args))
+
+
 def read_settings(args: argparse.Namespace) -> KalmanConfig:
     """The settings of ``--config``, with those given by flags in their place.
 
@@ -69,6 +76,9 @@ def read_settings(args: argparse.Namespace) -> KalmanConfig:
     if args.config in NAMED:
         return getattr(KalmanConfig, args.config)(**given)
     path = Path(args.config)
+    if not path.exists() and not path.suffix and path.name == args.config:
+        words, nearest = ", ".join(NAMED), did_you_mean(args.config, NAMED) or "."
+        raise ValueError(f"`--config` must be a file, a folder, or one of {words}, got {args.config!r}{nearest}")
     if path.suffix.lower() in YAML and not path.is_dir():
         return _from_yaml(path, given)
     return KalmanConfig(**(_read(path) | given))
@@ -76,20 +86,21 @@ def read_settings(args: argparse.Namespace) -> KalmanConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     """The fields in a file."""
-    from bayes_kf.inference.config import KalmanConfig
+    from bayes_kf.inference.config import KalmanConfig, check_setting
 
     if path.is_dir():
-        return dataclasses.asdict(KalmanConfig.from_pretrained(path))
+        try:
+            return dataclasses.asdict(KalmanConfig.from_pretrained(path))
+        except ValueError as error:
+            raise ValueError(str(error).replace("`folder`", "`--config`")) from error
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`--config` must be a readable JSON file, got {path}: {error}.") from error
-    known = [field.name for field in dataclasses.fields(KalmanConfig)]
     if not isinstance(fields, dict):
         raise ValueError(f"`--config` must hold a JSON object, got {type(fields).__name__} in {path}.")
     for name in fields:
-        if name not in known:
-            raise ValueError(f"`--config` must hold fields among {', '.join(known)}, got {name!r} in {path}.")
+        check_setting(name, "`--config` must hold settings of KalmanConfig", f" in {path}")
     return fields
 
 
@@ -101,7 +112,7 @@ def _from_yaml(path: Path, given: dict[str, Any]) -> KalmanConfig:
     """
     import yaml
 
-    from bayes_kf.inference.config import KalmanConfig
+    from bayes_kf.inference.config import KalmanConfig, check_setting
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -116,13 +127,10 @@ def _from_yaml(path: Path, given: dict[str, Any]) -> KalmanConfig:
         raise ValueError(f"`--config` must be YAML, got {path}: {error}.") from error
     if not isinstance(root, yaml.MappingNode) or not isinstance(fields, dict):
         raise ValueError(f"`--config` must hold a mapping from settings to values, got {path}.")
-    known, lines = [field.name for field in dataclasses.fields(KalmanConfig)], {}
+    lines: dict[str, int] = {}
     for key, _ in root.value:
         name, line = key.value, key.start_mark.line + 1
-        if name not in known:
-            raise ValueError(
-                f"`--config` must hold fields among {', '.join(known)}, got {name!r} in {path}, line {line}."
-            )
+        check_setting(name, "`--config` must hold settings of KalmanConfig", f" in {path}, line {line}")
         if name in lines:
             raise ValueError(f"`--config` must hold a field once, got {name!r} again in {path}, line {line}.")
         lines[name] = line

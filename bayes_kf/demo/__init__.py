@@ -22,6 +22,7 @@ from bayes_kf.inference.folders import check_target, recover, write_files
 from bayes_kf.inference.ownership import Kind
 from bayes_kf.inference.persistence import check_folder
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.progress import shows_bars
 from bayes_kf.inference.sums import SUMS_FILE, write_sums
 
 RANK = 4
@@ -36,7 +37,7 @@ OURS, ADAMW = "bayes_kf, one pass", "LoRA + AdamW"
 __all__ = ["ADAMW", "FULL", "OURS", "QUICK", "RATES", "Row", "Size", "caption", "markdown_table", "run_demo"]
 
 
-def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: bool = True) -> list[Row]:
+def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: bool | None = None) -> list[Row]:
     """The rows of the demo's table; the files are in ``output`` then.
 
     Written are ``report.html`` with its ``.json`` and ``.png``, ``demo.md`` and ``demo.json`` (the table),
@@ -48,7 +49,7 @@ def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: 
         output: folder for the files; made if missing.
         size: how many images to learn from and to hold out.
         seed: of the split, the order of the stream, and the adapter's start.
-        progress: whether to show bars.
+        progress: whether to show bars; None: only where standard error is a terminal, or in a notebook.
 
     Raises:
         ValueError: where files of these names are there that no earlier run wrote, or that were changed since.
@@ -57,12 +58,12 @@ def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: 
     recover(folder)
     check_target(folder, WRITTEN, KIND)
     check_folder(folder / "posterior", of_peft=True)
-    data = demo_data(size, seed)
+    data, shown = demo_data(size, seed), shows_bars(progress)
     with one_thread():
-        frozen = frozen_row("frozen model", data, progress)
-        adamw = best_adamw_row(ADAMW, data, RANK, seed, progress)
-        loko, _ = kalman_row("LoRA + LoKO", KalmanConfig.loko(seed=seed), data, RANK, progress)
-        ours, posterior = kalman_row(OURS, KalmanConfig(seed=seed), data, RANK, progress)
+        frozen = frozen_row("frozen model", data, shown)
+        adamw = best_adamw_row(ADAMW, data, RANK, seed, shown)
+        loko, _ = kalman_row("LoRA + LoKO", KalmanConfig.loko(seed=seed), data, RANK, shown)
+        ours, posterior = kalman_row(OURS, KalmanConfig(seed=seed), data, RANK, shown)
     rows = [frozen, adamw, loko, ours]
     _save(folder, rows, posterior, data, seed)
     return rows

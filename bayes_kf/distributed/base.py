@@ -13,7 +13,7 @@ from torch import nn
 from bayes_kf.distributed.group import Group
 from bayes_kf.distributed.shares import Share, Shares
 from bayes_kf.inference import diagonal
-from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
@@ -26,7 +26,8 @@ class FilterOfMany(ABC):
     NEEDS_AN_EXAMPLE = True
 
     def __init__(self, model: nn.Module | AdapterModel, config: KalmanConfig | None = None, group: Any = None) -> None:
-        self.group, self.config = Group(group), config or KalmanConfig()
+        self.group, self.config = Group(group), KalmanConfig() if config is None else config
+        check_config(self.config)
         for name, plain in (("tune", None), ("passes", 1), ("mean_passes", 0), ("gradient_penalty", 0.0)):
             if getattr(self.config, name) != plain:
                 raise ValueError(f"`{name}` must be {plain} on several processes, got {getattr(self.config, name)!r}.")

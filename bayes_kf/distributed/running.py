@@ -19,7 +19,7 @@ from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.persistence import check_folder
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.progress import Bar, Record
+from bayes_kf.inference.progress import Bar, Record, shows_bars
 from bayes_kf.models.adapter import is_peft
 
 FORMS: dict[str, type[FilterOfMany]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}
@@ -34,7 +34,7 @@ def fit(
     group: Any = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Posterior:
     """The posterior after one pass over what the processes of a group were given, whole on every one of them.
 
@@ -51,7 +51,8 @@ def fit(
         checkpoint: a folder that the first process keeps a whole posterior in, written anew every so many updates and
             in the end; other files in it stay as they are. None: none.
         every: updates between checkpoints.
-        progress: whether the first process shows a bar.
+        progress: whether the first process shows a bar; None: only where standard error is a terminal, or in a
+            notebook.
 
     Raises:
         ValueError: for a bad argument, or a batch that does not fit, with its index.
@@ -81,7 +82,7 @@ def fit(
         failed = ValueError("`loader` must yield at least one batch on the first process, got none.")
     kf.shares.all_or_none(failed)
     state, record = kf.init(inputs), Record(config.likelihood)
-    shown = progress and kf.group.rank == 0
+    shown = shows_bars(progress) and kf.group.rank == 0
     with Bar(length(loader) if shown else None, f"fit on {kf.group.size} processes", shown) as bar:
         for share in _together(kf, itertools.chain(few, batches)):
             with located(bar.done):

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayes_kf.spelling import did_you_mean
+
 Array: TypeAlias = Tensor | np.ndarray
 
 SUM_TOLERANCE = 1e-3
@@ -86,4 +88,5 @@ def check_fraction(value: float, name: str) -> None:
 def check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
     """Refuses anything but one of the choices."""
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        nearest = did_you_mean(value, choices) or "."
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}{nearest}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference import noise, penalty, prediction
-from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_not_negative
+from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config, check_not_negative
 from bayes_kf.inference.evidence import Batch, Tally
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.learn import Learned
@@ -76,6 +76,8 @@ class Bank:
         check_not_negative("margin", margin)
         if not configs:
             raise ValueError("`configs` must hold at least one KalmanConfig, got none.")
+        for config in configs:
+            check_config(config, "configs")
         for name in OBSERVED:
             values = {getattr(config, name) for config in configs}
             if len(values) > 1:

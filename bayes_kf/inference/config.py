@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from bayes_kf.inference import block_diagonal, diagonal, full, low_rank
 from bayes_kf.inference.sums import SUMS_FILE, is_listed
 from bayes_kf.models.likelihood import LIKELIHOODS
+from bayes_kf.spelling import did_you_mean
 from bayes_kf.staging import staging
 
 
@@ -283,10 +284,12 @@ class KalmanConfig:
             object.__setattr__(self, "tune", {name: list(values) for name, values in self.tune.items()})
         changing = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0, "gate_quantile": None}
         changing |= {"gradient_penalty": 0.0}
-        many = "`passes` above 1" if self.passes > 1 else "`mean_passes`"
-        if (self.passes > 1 or self.mean_passes) and any(getattr(self, k) != v for k, v in changing.items()):
-            found = ", ".join(f"{name} {getattr(self, name)}" for name in changing)
-            raise ValueError(f"{many} take all data as equally good and nothing as moving, got {found}.")
+        many = "`passes` above 1" if self.passes > 1 else "`mean_passes` above 0"
+        wrong = [name for name, plain in changing.items() if getattr(self, name) != plain]
+        if (self.passes > 1 or self.mean_passes) and wrong:
+            needed = " and ".join(f"`{name}` {changing[name]}" for name in wrong)
+            found = " and ".join(str(getattr(self, name)) for name in wrong)
+            raise ValueError(f"{many} needs {needed}, since it gives every example the same weight, got {found}.")
         if self.mean_passes and self.noise != "exponential_family":
             raise ValueError(
                 f"`mean_passes` descend the likelihood of `noise` 'exponential_family', got {self.noise!r}."
@@ -382,11 +385,37 @@ class KalmanConfig:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"`folder` must hold a readable {CONFIG_FILE}, got {path}: {error}.") from error
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or not set(fields) <= known:
-            unknown = sorted(set(fields) - known) if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"`folder` must hold a {CONFIG_FILE} of this version's fields, got {unknown}.")
+        if not isinstance(fields, dict):
+            raise ValueError(f"`folder` must hold a {CONFIG_FILE} with a JSON object, got {type(fields).__name__}.")
+        for name in fields:
+            check_setting(name, f"`folder` must hold a {CONFIG_FILE} of this version's settings", f" in {path}")
         return cls(**fields)
+
+
+def check_setting(name: str, rule: str, where: str) -> None:
+    """Raise ValueError for a name that is no setting, with the name that it may stand for.
+
+    Args:
+        name: of a setting, as a file has it.
+        rule: the beginning of the message.
+        where: the file, and the line if known.
+    """
+    known = [field.name for field in dataclasses.fields(KalmanConfig)]
+    if name not in known:
+        nearest = did_you_mean(name, known) or f"; the settings are {', '.join(known)}."
+        raise ValueError(f"{rule}, got {name!r}{where}{nearest}")
+
+
+def check_config(config: object, argument: str = "config") -> None:
+    """Raise ValueError for what is no :class:`KalmanConfig`.
+
+    Args:
+        config: what was given.
+        argument: its name, for the message.
+    """
+    if not isinstance(config, KalmanConfig):
+        hint = "; `KalmanConfig(**settings)` makes one" if isinstance(config, Mapping) else ""
+        raise ValueError(f"`{argument}` must be a KalmanConfig, got {type(config).__name__}{hint}.")
 
 
 def _check_grid(config: KalmanConfig, grid: object) -> None:
@@ -396,7 +425,8 @@ def _check_grid(config: KalmanConfig, grid: object) -> None:
     known = {field.name for field in dataclasses.fields(config)} - set(FIXED)
     for name, values in grid.items():
         if name not in known:
-            raise ValueError(f"`tune` must name settings that a stream can choose, got {name!r}.")
+            nearest = did_you_mean(name, known) or "."
+            raise ValueError(f"`tune` must name settings that a stream can choose, got {name!r}{nearest}")
         if not isinstance(values, list | tuple) or not values:
             raise ValueError(f"`tune` must hold a list or tuple of values for {name!r}, got {values!r}.")
         for value in values:
@@ -407,7 +437,9 @@ def _check_grid(config: KalmanConfig, grid: object) -> None:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed) or '.'}"
+        )
 
 
 def _is_number(value: object) -> bool:

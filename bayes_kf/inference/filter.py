@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference import block_diagonal, diagonal, noise, penalty, prior, relinearize, sharding, tempering
-from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.curvature import num_directions, num_rows, see, warn_of_many
 from bayes_kf.inference.evidence import Batch
 from bayes_kf.inference.learn import check_finite, parts
@@ -40,7 +40,8 @@ class KalmanFilter:
 
     def __init__(self, model: nn.Module | AdapterModel, config: KalmanConfig | None = None) -> None:
         self.adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-        self.config = config or KalmanConfig()
+        self.config = KalmanConfig() if config is None else config
+        check_config(self.config)
         self.linearize = Linearizer(self.adapter, self.config.outputs_per_pass, self.config.bytes_budget)
 
     def init(self, inputs: Inputs | None = None) -> FilterState:

@@ -16,9 +16,10 @@ from bayes_kf.inference.batches import length
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.passes import fit_one, mean_pass, one_pass
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.progress import Bar, Record
+from bayes_kf.inference.progress import Bar, Record, shows_bars
 from bayes_kf.inference.state import DivergenceError
 from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.spelling import did_you_mean
 
 STARTS = ("prior", "trained")
 
@@ -31,7 +32,7 @@ def fit(
     start: str = "prior",
     checkpoint: str | Path | None = None,
     every: int = 100,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Posterior:
     """The posterior over a model's trainable tensors after one pass over a loader, or as many as configured.
 
@@ -57,7 +58,8 @@ def fit(
             folder, it goes on after the batches that it has learned, to the bit as if never stopped. None: none.
         every: updates between checkpoints.
         progress: whether to show a bar with online accuracy, log loss and innovation health (its mean over its
-            degrees of freedom: 1 for a consistent filter).
+            degrees of freedom: 1 for a consistent filter). None: only where standard error is a terminal, or in a
+            notebook.
 
     Raises:
         ValueError: for a bad ``start``, an empty loader, one that is used up by the first of several passes, one that
@@ -72,32 +74,33 @@ def fit(
         (torch.Size([1, 3]), 20)
     """
     if start not in STARTS:
-        raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
+        raise ValueError(
+            f"`start` must be one of {', '.join(STARTS)}, got {start!r}{did_you_mean(start, STARTS) or '.'}"
+        )
+    if config is not None and not isinstance(config, KalmanConfig):
+        config = select.check(config)
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
+    shown = shows_bars(progress)
     if checkpoint is not None:
         if start != "prior":
             raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")
         if config is not None and not isinstance(config, KalmanConfig):
             raise ValueError("`config` must be one with a `checkpoint`, got several.")
-        return kept.fit_kept(model, loader, config or KalmanConfig(), checkpoint, every, progress)
+        return kept.fit_kept(model, loader, config or KalmanConfig(), checkpoint, every, shown)
     if isinstance(config, KalmanConfig):
-        return fit_one(model, loader, config, start, progress)
+        return fit_one(model, loader, config, start, shown)
     if config is not None and start == "trained":
         raise ValueError("`config` must be one with `start` 'trained', whose mean stays, got several.")
-    parts = None if start == "trained" else select.split(loader)
     if config is None:
-        if parts is None:
-            once = KalmanConfig() if start == "trained" else KalmanConfig.stream()
-            return fit_one(model, loader, once, start, progress, given=False)
-        return _fit_default(model, parts, progress)
-    configs = select.check(config)
+        return fit_default(model, loader, start, shown)
+    parts = select.split(loader)
     if parts is None:
         raise ValueError(
             "`loader` must be a DataLoader over a data set or a list of at least 8 batches for several `config`, "
             f"got {type(loader).__name__}."
         )
-    return _fit_best(model, parts, configs, progress)
+    return _fit_best(model, parts, config, shown)
 
 
 class _Candidate(NamedTuple):
@@ -118,9 +121,18 @@ def _fit_best(
     return _finished(_best(tried), parts, [candidate.loss for candidate in tried], progress)
 
 
-def _fit_default(model: nn.Module | AdapterModel, parts: select.Parts, progress: bool) -> Posterior:
-    """The best of the default's priors; the narrow one is tried where the careful one did better than the wide one."""
-    careful, wide, narrow = select.default(model, parts.fitted)
+def fit_default(
+    model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
+) -> Posterior:
+    """What :func:`fit` does without a ``config``; ``seed`` is that of the settings that it chooses.
+
+    Of the default's priors the best is taken; the narrow one is tried where the careful one did better than the wide.
+    """
+    parts = None if start == "trained" else select.split(loader)
+    if parts is None:
+        once = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
+        return fit_one(model, loader, once, start, progress, given=False)
+    careful, wide, narrow = select.default(model, parts.fitted, seed)
     tried = _tried(model, parts, [careful, wide], progress)
     if tried[0].loss <= tried[1].loss:
         tried += _tried(model, parts, [narrow], progress, len(tried))

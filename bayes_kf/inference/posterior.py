@@ -28,6 +28,7 @@ from bayes_kf.models.adapter import (
 )
 from bayes_kf.models.draws import linear_responses, outputs_of_draws
 from bayes_kf.models.likelihood import Categorical, Gaussian, Likelihood
+from bayes_kf.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from bayes_kf.inference.generation import Generated
@@ -174,7 +175,8 @@ class Posterior:
         each example's own and goes on from the batch before.
         """
         if method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+            nearest = did_you_mean(method, METHODS) or "."
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}{nearest}")
         if method == "probit" and self.config.likelihood == "poisson":
             raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
         if not isinstance(num_samples, int) or num_samples < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,21 @@ from bayes_kf.inference.state import UpdateInfo
 WINDOW = 100  # updates behind the numbers in the progress bar
 SEEN = "training_"  # before the names of series about data that the adapter had learned before the pass
 OF_PREDICTIONS = ("log_loss", "correct", "innovation", "dof")  # prequential, where the data were new
+
+
+def shows_bars(progress: bool | None) -> bool:
+    """Whether to show progress bars.
+
+    Args:
+        progress: True or False; None: only where standard error is a terminal, or in a notebook.
+    """
+    if progress is not None:
+        return progress
+    if sys.stderr is None:
+        return False
+    from tqdm.auto import tqdm
+
+    return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
 class Bar:

@@ -12,14 +12,14 @@ says what to divide the logits by. Ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
 
 if TYPE_CHECKING:
@@ -43,17 +43,20 @@ def check(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
     Raises:
         ValueError: otherwise.
     """
-    found = list(configs) if isinstance(configs, Iterable) else [configs]
-    wrong = [type(config).__name__ for config in found if not isinstance(config, KalmanConfig)]
-    if not found or wrong:
-        raise ValueError(f"`config` must be a KalmanConfig or several, got {wrong[0] if wrong else 'none'}.")
+    if isinstance(configs, str | Mapping) or not isinstance(configs, Iterable):
+        check_config(configs)
+    found = list(configs)
+    if not found:
+        raise ValueError("`config` must be a KalmanConfig or several, got none.")
+    for config in found:
+        check_config(config)
     kinds = sorted({config.likelihood for config in found})
     if len(kinds) > 1:
         raise ValueError(f"`config` must have one `likelihood` in all candidates, got {', '.join(kinds)}.")
     return found
 
 
-def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[KalmanConfig]:
+def default(model: nn.Module | AdapterModel, loader: Iterable[Any], seed: int = 0) -> Sequence[KalmanConfig]:
     """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one."""
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
     inputs, _ = split_batch(next(iter(loader)))
@@ -62,7 +65,8 @@ def default(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Sequence[
     softmax = "held_out" if curvature == "sampled" else 1.0
     wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE}
     settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW, "mean_passes": 0})
-    return [KalmanConfig.dataset(curvature=curvature, softmax_temperature=softmax, **setting) for setting in settings]
+    common: dict[str, Any] = {"curvature": curvature, "softmax_temperature": softmax, "seed": seed}
+    return [KalmanConfig.dataset(**common, **setting) for setting in settings]
 
 
 def curvature_for(adapter: AdapterModel, inputs: Inputs) -> str:

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bayes_kf.inference import persistence, refine
-from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.prediction import METHODS
 from bayes_kf.inference.state import DivergenceError, FilterState
 from bayes_kf.integrations.metrics import calibration_metrics
-from bayes_kf.integrations.trainer_parts import Epochs, NoOptimizer, Window, check_arguments, check_passes
+from bayes_kf.integrations.trainer_parts import Epochs, NoOptimizer, Window, check_arguments, check_model, check_passes
 from bayes_kf.models.adapter import Inputs, split_batch
+from bayes_kf.spelling import did_you_mean
 
 SCALE_EXAMPLES = 32  # inputs that the prior's scale is measured on
 OPTIMIZERS = ("grad_norm", "learning_rate")  # what Trainer logs about an optimizer, which there is not
@@ -49,8 +50,10 @@ class KalmanTrainer(Trainer):
         **kwargs: Trainer's.
 
     Raises:
-        ValueError: for an unknown ``method``, and for arguments that have no meaning here: several processes, DeepSpeed
-            or FSDP, label smoothing, an ``optimizer`` or a loss of the user's own.
+        ValueError: for an unknown ``method``, a ``kalman`` that is no KalmanConfig, a reading of a language model
+            (``models.language``) as ``model``, which :func:`~bayes_kf.fit` takes, and for arguments that have no
+            meaning here: several processes, DeepSpeed or FSDP, label smoothing, an ``optimizer`` or a loss of the
+            user's own.
 
     Example:
         >>> import tempfile
@@ -81,7 +84,11 @@ class KalmanTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+            nearest = did_you_mean(method, METHODS) or "."
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}{nearest}")
+        if kalman is not None:
+            check_config(kalman, "kalman")
+        check_model(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         check_arguments(self)
         self.kalman = kalman

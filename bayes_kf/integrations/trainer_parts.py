@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.state import UpdateInfo
+from bayes_kf.models.adapter import AdapterModel
 
 
 class NoOptimizer(torch.optim.Optimizer):
@@ -63,6 +64,15 @@ class Window:
             return {}
         found = {"online_accuracy": self._correct / self._examples} if self._classes else {}
         return found | ({"innovation": self._innovation / self._degrees} if self._degrees else {})
+
+
+def check_model(model: object) -> None:
+    """Raise ValueError for a reading of a language model, which Trainer cannot call."""
+    if isinstance(model, AdapterModel):
+        raise ValueError(
+            f"`model` must be a torch module for KalmanTrainer, got {type(model).__name__}, a reading of one; "
+            "`bayes_kf.fit` takes it."
+        )
 
 
 def check_arguments(trainer: Trainer) -> None:

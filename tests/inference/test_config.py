@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from bayes_kf.inference import KalmanConfig, config
+from bayes_kf.inference import Bank, KalmanConfig, KalmanFilter, config
 
 BAD = [
     (
@@ -53,7 +54,14 @@ def test_round_trip(config, tmp_path):
 
 def test_unknown_fields_are_named(tmp_path):
     (tmp_path / "kalman_config.json").write_text(json.dumps({"colour": "red"}))
-    with pytest.raises(ValueError, match=r"of this version's fields, got \['colour'\]"):
+    message = r"of this version's settings, got 'colour' in .*; the settings are likelihood, .*seed\.$"
+    with pytest.raises(ValueError, match=message):
+        KalmanConfig.from_pretrained(tmp_path)
+    (tmp_path / "kalman_config.json").write_text(json.dumps({"rank": 3, "forgeting": 0.9}))
+    with pytest.raises(ValueError, match=r"got 'forgeting' in .*; did you mean 'forgetting'\?$"):
+        KalmanConfig.from_pretrained(tmp_path)
+    (tmp_path / "kalman_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"with a JSON object, got list\."):
         KalmanConfig.from_pretrained(tmp_path)
     (tmp_path / "kalman_config.json").write_text(json.dumps({"beta": 2}))
     with pytest.raises(ValueError, match=r"`beta` must lie strictly"):
@@ -71,3 +79,26 @@ def test_a_structure_can_be_registered(monkeypatch):
         config.register_structure("mine", config.STRUCTURES["full"])
     with pytest.raises(ValueError, match="`structure` must be a Structure, got dict"):
         config.register_structure("other", {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "nearest"),
+    [
+        ({"covariance": "low-rank"}, "low_rank"),
+        ({"likelihood": "categorial"}, "categorical"),
+        ({"tune": {"initial_logit_sds": [1.0]}}, "initial_logit_sd"),
+    ],
+)
+def test_misspelt_words_have_a_suggestion(fields, nearest):
+    with pytest.raises(ValueError, match=rf"; did you mean '{nearest}'\?$"):
+        KalmanConfig(**fields)
+
+
+def test_a_mapping_is_no_config():
+    model, wrong = torch.nn.Linear(2, 2), {"covariance": "full"}
+    with pytest.raises(ValueError, match=r"`config` must be a KalmanConfig, got dict; `KalmanConfig\(\*\*settings\)`"):
+        KalmanFilter(model, wrong)
+    with pytest.raises(ValueError, match=r"`config` must be a KalmanConfig, got dict; `KalmanConfig\(\*\*settings\)`"):
+        KalmanFilter(model, {})
+    with pytest.raises(ValueError, match=r"`configs` must be a KalmanConfig, got dict"):
+        Bank(model, [wrong])

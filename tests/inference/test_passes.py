@@ -184,8 +184,10 @@ def test_a_pass_that_diverges_leaves_the_one_before(monkeypatch):
     "setting", [{"forgetting": 0.99}, {"drift_variance": 0.1}, {"prior_pull": 0.1}, {"gate_quantile": 0.9}]
 )
 def test_passes_do_not_go_with_what_moves_or_is_gated(setting):
-    with pytest.raises(ValueError, match=r"`passes` above 1 take all data as equally good and nothing as moving, got"):
-        bkf.KalmanConfig(passes=2, **setting)
+    (name, value), plain = setting.popitem(), bkf.KalmanConfig()
+    message = rf"`passes` above 1 needs `{name}` {getattr(plain, name)}, since [^`]*, got {value}\.$"
+    with pytest.raises(ValueError, match=message):
+        bkf.KalmanConfig(passes=2, **{name: value})
 
 
 @pytest.mark.parametrize("covariance", ["full", "low_rank", "block_diagonal", "diagonal"])
@@ -252,8 +254,11 @@ def test_what_does_not_go_with_mean_passes():
     for bad in (-1, 1.0, True):
         with pytest.raises(ValueError, match=r"`mean_passes` must be a whole number >= 0, got "):
             bkf.KalmanConfig(mean_passes=bad)
-    with pytest.raises(ValueError, match=r"`mean_passes` take all data as equally good and nothing as moving, got "):
-        bkf.KalmanConfig(mean_passes=1, forgetting=0.9)
+    needed = (
+        r"`mean_passes` above 0 needs `forgetting` 1\.0 and `gate_quantile` None, since [^`]*, got 0\.9 and 0\.5\.$"
+    )
+    with pytest.raises(ValueError, match=needed):
+        bkf.KalmanConfig(mean_passes=1, forgetting=0.9, gate_quantile=0.5)
     with pytest.raises(ValueError, match=r"`mean_passes` descend the likelihood of `noise` 'exponential_family', got"):
         bkf.KalmanConfig.loko(mean_passes=1)
 

@@ -406,8 +406,8 @@ def test_saved_and_loaded_it_goes_on_as_it_would_have(form, tmp_path):
         ({"gradient_penalty": float("nan")}, "`gradient_penalty` must be >= 0 and finite, got nan"),
         ({"gradient_penalty": True}, "`gradient_penalty` must be >= 0 and finite, got True"),
         ({"gradient_penalty_form": "none"}, "`gradient_penalty_form` must be one of transient, permanent, got 'none'"),
-        ({"gradient_penalty": 1.0, "passes": 2}, "`passes` above 1 take all data as equally good"),
-        ({"gradient_penalty": 1.0, "mean_passes": 1}, "`mean_passes` take all data as equally good"),
+        ({"gradient_penalty": 1.0, "passes": 2}, "`passes` above 1 needs `gradient_penalty` 0.0, "),
+        ({"gradient_penalty": 1.0, "mean_passes": 1}, "`mean_passes` above 0 needs `gradient_penalty` 0.0, "),
     ],
 )
 def test_bad_settings(fields, message):

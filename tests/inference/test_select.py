@@ -222,8 +222,15 @@ def test_a_candidate_that_diverges_is_left_out(monkeypatch):
     ("configs", "start", "message"),
     [
         ([], "prior", r"`config` must be a KalmanConfig or several, got none\."),
-        ([3], "prior", r"`config` must be a KalmanConfig or several, got int\."),
-        (7, "prior", r"`config` must be a KalmanConfig or several, got int\."),
+        ([3], "prior", r"`config` must be a KalmanConfig, got int\."),
+        (7, "prior", r"`config` must be a KalmanConfig, got int\."),
+        (
+            {"covariance": "full"},
+            "prior",
+            r"`config` must be a KalmanConfig, got dict; `KalmanConfig\(\*\*settings\)` makes one\.",
+        ),
+        ({"covariance": "full"}, "trained", r"`config` must be a KalmanConfig, got dict"),
+        ("stream", "prior", r"`config` must be a KalmanConfig, got str\."),
         (
             [bkf.KalmanConfig()],
             "trained",

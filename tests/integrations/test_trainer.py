@@ -24,6 +24,7 @@ from bayes_kf.inference import refine
 from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
 from bayes_kf.models.adapter import split_batch
+from bayes_kf.models.language import NextToken
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 
@@ -274,6 +275,28 @@ def test_regression(tmp_path):
     expected = found.posterior.predict_loader(batches)
     assert metrics["eval_loss"] == pytest.approx(-float(expected.log_prob.mean()), rel=1e-5)
     assert before > 0.5
+
+
+def test_readings_of_language_models_and_mappings_are_refused(tmp_path):
+    class Language(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(5, 5)
+
+        def forward(self, input_ids, attention_mask=None):
+            return {"logits": self.table(input_ids)}
+
+    message = (
+        r"`model` must be a torch module for KalmanTrainer, got NextToken, a reading of one; `bayes_kf\.fit` takes"
+    )
+    with pytest.raises(ValueError, match=message):
+        KalmanTrainer(NextToken(Language()))
+    with pytest.raises(ValueError, match=message):
+        KalmanTrainer(model=NextToken(Language()))
+    with pytest.raises(ValueError, match=r"`kalman` must be a KalmanConfig, got dict; `KalmanConfig\(\*\*settings\)`"):
+        KalmanTrainer(Language(), kalman={"covariance": "full"})
+    with pytest.raises(ValueError, match=r"got 'linearised'; did you mean 'linearized'\?"):
+        KalmanTrainer(Language(), method="linearised")
 
 
 def test_metrics_of_a_tuple_and_of_bad_shapes():
