@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
-
 from bayes_kf.staging import clear_abandoned, staging
 
 PAGE_MARK = "<!-- written by bayes_kf -->\n"  # at the end of a page
@@ -55,6 +53,8 @@ def write_page(page: Path, writers: dict[str, Callable[[Path], None]]) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a report wrote a file."""
+    from PIL import Image  # takes a while to import
+
     if path.is_symlink() or not path.is_file():
         return False
     try:
