@@ -175,7 +175,8 @@ def no_room(folder: Path, tries: int, seed: int = 0) -> int:
     """Saves that ended for want of room, over a posterior that must stay what it is; how many did."""
     kind, rng, ended = kinds()["command"], random.Random(seed), 0  # noqa: S311 (no secrets)
     kind.save(kind.posteriors[0], folder / "kept")
-    sound = loaded(kind, folder / "kept")
+    (folder / "kept" / "notes").write_text("of somebody else")
+    sound, names = loaded(kind, folder / "kept"), sorted(path.name for path in (folder / "kept").iterdir())
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an OSError then, as from a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for _ in range(tries):
@@ -190,6 +191,7 @@ def no_room(folder: Path, tries: int, seed: int = 0) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert same(loaded(kind, folder / "kept"), sound), "what was saved before is lost"
         assert [path.name for path in folder.iterdir()] == ["kept"], "something was left behind"
+        assert sorted(path.name for path in (folder / "kept").iterdir()) == names, "something was left behind"
     return ended
 
 

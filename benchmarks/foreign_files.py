@@ -134,8 +134,7 @@ class Sequence:
         elif roll < 0.35:
             self._edit(folder.resolve())
         elif roll < 0.40:
-            recover(folder) if folder.is_dir() and not self._made_up(folder) else None
-            self.counts["start"] += 1
+            self._start(folder)
         elif roll < 0.45:
             self._report(folder)
         else:
@@ -156,8 +155,7 @@ class Sequence:
                 self.holds[real] = self.holds.get(real, {""}) | {name}  # the old one or the new one
                 self._settle(real)
             else:
-                self.holds[real] = {name}
-                self.spoiled.discard(real)
+                self._now_holds(real, name)
             return
         try:
             work()
@@ -175,7 +173,13 @@ class Sequence:
         hidden = [path.name for path in real.glob(".bayes_kf-*") if path.name != NAMES[6]]
         assert not hidden, f"{hidden} was left"
         if name:
-            self.holds[real], _ = {name}, self.spoiled.discard(real)
+            self._now_holds(real, name)
+
+    def _now_holds(self, folder: Path, name: str) -> None:
+        """A posterior was saved; a merged one of as many batches passes for a pass that is done."""
+        same = self.holds.get(folder, set()) & {"merged"} if name == "pass" else set()
+        self.holds[folder] = {name} | same
+        self.spoiled.discard(folder)
 
     def _writer(self, way: str, folder: Path) -> tuple[str, Callable[[], object]]:
         """The posterior that is there afterwards, "" for none, and what writes it."""
@@ -204,6 +208,16 @@ class Sequence:
             raise ValueError("`folder` has files that Trainer overwrites")
         _trainer().save_model(str(folder))
 
+    def _start(self, folder: Path) -> None:
+        """What a pass does before it goes on; refused where somebody put a file in the way of a save after a kill."""
+        before = snapshot(self.root)
+        try:
+            recover(folder)
+            self.counts["start"] += 1
+        except ValueError:
+            self.counts["start, refused"] += 1
+            assert snapshot(self.root) == before
+
     def _report(self, folder: Path) -> None:
         page = folder.resolve() / "report.html"
         try:
@@ -230,7 +244,6 @@ class Sequence:
             path.write_bytes(self.rng.randbytes(20))
             path.chmod(0o444 if kind == "read-only" else 0o644)
             self.theirs[self._key(path)] = (path.stat().st_mode, path.read_bytes())
-        self.spoiled.add(path.parent)  # it may stand for a file of a half-moved save, or for checksums
 
     def _edit(self, folder: Path) -> None:
         """A file of ours becomes somebody else's: edited, cut in half, or another posterior's."""
@@ -274,10 +287,6 @@ class Sequence:
             return False
         alike = zip(found.state.belief, posterior.state.belief, strict=False)
         return found.state.step == posterior.state.step and all(torch.equal(a, b) for a, b in alike)
-
-    def _made_up(self, folder: Path) -> bool:
-        """Whether a start would be told of files in the way of a save that a kill left."""
-        return folder.resolve() in self.spoiled
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -76,11 +76,20 @@ def test_bad_input_to_fit(folder, tmp_path, monkeypatch, capsys, case):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_folders_are_not_replaced(folder, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_files_in_the_way_are_refused_before_the_work(folder, tmp_path, capsys):
+    (tmp_path / "labels.json").write_text("years of work")
     assert run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--output", tmp_path) == 2
-    assert "`--output` must be a new folder or a posterior to replace" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").exists()
+    message = (
+        "`--output` cannot hold the posterior: `folder` must have no other files where this would write, got labels"
+    )
+    assert message in capsys.readouterr().err
+    (tmp_path / "r.json").write_text("mine")
+    assert run("evaluate", tmp_path, "--model", "m", "--data", "d", "--output", tmp_path / "r.html") == 2
+    assert "`--output` must be a new name or that of an earlier report, got" in capsys.readouterr().err
+    (tmp_path / "demo.md").write_text("mine")
+    assert run("demo", "--quick", "--output", tmp_path) == 2
+    assert "got demo.md (not written by bayes_kf)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.md", "labels.json", "r.json"]
 
 
 def test_a_bad_command_line_is_one_line(capsys):

@@ -6,8 +6,9 @@ Beside what `Posterior.save_pretrained` writes lie ``labels.json`` (class names 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayes_kf.inference import persistence
-from bayes_kf.inference.folders import read_whole
+from bayes_kf.inference.folders import read_whole, recover
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saved_files import HEAD_FILE, HISTORY_FILE, STREAM_FILE
 from bayes_kf.inference.saved_files import LABELS_FILE as LABELS_FILE
@@ -37,8 +38,21 @@ def check_output(folder: Path) -> None:
     What a save that was killed left there is completed, or cleared away, first.
     """
     names = (LABELS_FILE, HEAD_FILE, HISTORY_FILE, STREAM_FILE)
-    try:
+    with _of_output():
         persistence.check_folder(folder, of_peft=True, names=names)
+
+
+def recover_output(folder: Path) -> None:
+    """Complete what a save that was killed left in ``folder``, or clear it away."""
+    with _of_output():
+        recover(folder)
+
+
+@contextlib.contextmanager
+def _of_output() -> Iterator[None]:
+    """Errors about a folder name the option."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"`--output` cannot hold the posterior: {error}") from error
 

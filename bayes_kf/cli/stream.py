@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from bayes_kf.cli.folder import check_output, read_labels
+from bayes_kf.cli.folder import check_output, read_labels, recover_output
 from bayes_kf.evaluation import DriftDetector
 from bayes_kf.inference.saved_files import STATE_FILE
 from bayes_kf.inference.saved_files import STREAM_FILE as STREAM_FILE
@@ -55,8 +55,9 @@ class Stream:
 
 def where(args: argparse.Namespace) -> Stream | None:
     """Where an earlier run in the output folder was; None where there is none."""
-    check_output(args.output)
+    recover_output(args.output)
     if not (args.output / STATE_FILE).is_file():
+        check_output(args.output)
         return None
     path = args.output / STREAM_FILE
     if not is_listed(args.output, STREAM_FILE):
@@ -81,6 +82,7 @@ def where(args: argparse.Namespace) -> Stream | None:
         )
     if found.run_length != args.alarm:
         raise ValueError(f"`--alarm` must be that of {args.output}, {found.run_length:g}, got {args.alarm:g}.")
+    check_output(args.output)
     return found
 
 

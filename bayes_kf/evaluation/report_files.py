@@ -53,7 +53,7 @@ def write_page(page: Path, writers: dict[str, Callable[[Path], None]]) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a report wrote a file."""
-    from PIL import Image
+    from PIL import Image  # takes a while to import
 
     if path.is_symlink() or not path.is_file():
         return False

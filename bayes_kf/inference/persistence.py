@@ -285,7 +285,10 @@ def _attached(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> 
     _check_settings(_as_json(_peft_config(folder)), f"`folder` must hold an {ADAPTER_FILES[0]}", metadata)
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(base_model, str(folder), metadata["adapter"], is_trainable=True)
+    try:
+        model = PeftModel.from_pretrained(base_model, str(folder), metadata["adapter"], is_trainable=True)
+    except ValueError as error:  # it finds no module of the names that the adapter is for
+        raise ValueError(f"`base_model` must take the adapter in {folder}, got: {error}") from error
     adapter = AdapterModel(model)
     if list(adapter.names) != metadata["names"] or [list(shape) for shape in adapter.shapes] != metadata["shapes"]:
         model.unload()

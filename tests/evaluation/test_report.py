@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import history, random_case
+from matplotlib.figure import Figure
 from PIL import Image
 
 import bayes_kf
@@ -113,6 +114,41 @@ def test_saved_files(report, tmp_path):
     assert content["config"]["likelihood"] == "categorical"
     with pytest.raises(ValueError, match=r"^`path` must end in \.html, got 'report\.pdf'\.$"):
         report.save("report.pdf")
+
+
+@pytest.mark.parametrize("suffix", [".html", ".json", ".png"])
+def test_an_earlier_report_is_replaced_and_nothing_else(suffix, report, tmp_path):
+    page, plain = tmp_path / "r.html", Report("Nothing", {}, Sections())
+    (tmp_path / "notes").write_text("x")
+    report.save(page)
+    plain.save(page)  # without figures: the sheet of the other goes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "r.html", "r.json"]
+    report.save(page)
+    mine = page.with_suffix(suffix)
+    content = {".html": b"<html></html>", ".json": b'{"scores": {}, "title": "mine"}', ".png": None}[suffix]
+    if content is None:
+        Image.new("L", (3, 3)).save(mine)
+    else:
+        mine.write_bytes(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for found in (report, plain):
+        with pytest.raises(ValueError, match=rf"`path` must be a new name .*, where r\{suffix} is not of a report"):
+            found.save(page)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def test_a_report_that_cannot_be_drawn_leaves_the_earlier_one(report, tmp_path, monkeypatch):
+    Report("Nothing", {}, Sections()).save(tmp_path / "r.html")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        report.save(tmp_path / "r.html")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_page_asks_for_nothing_and_can_be_read_without_seeing(report):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,10 @@ from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
 from bayes_kf.models.adapter import split_batch
 from bayes_kf.models.language import NextToken
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from _folders import killed_at, snapshot
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 
@@ -391,6 +397,83 @@ def test_a_checkpoint_is_a_posterior_and_a_plain_adapter(tmp_path):
         torch.testing.assert_close(plain.eval()(**inputs).logits, found.model.eval()(**inputs).logits)
     found.save_model(str(tmp_path / "end"))
     assert same(bkf.Posterior.from_pretrained(tmp_path / "end", classifier()).state, found.posterior.state)
+
+
+class Words:
+    """A tokenizer, as far as saving goes."""
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text('{"words": 20}')
+
+
+def test_a_saved_model_lies_among_other_files(tmp_path):
+    """The tokenizer and what else Trainer writes stay when the posterior is saved over it, and so do all others."""
+    found, _ = trained(tmp_path / "run", save_strategy="no")
+    found.processing_class = Words()
+    folder = tmp_path / "end"
+    (folder / "checkpoint-500").mkdir(parents=True)
+    (folder / "checkpoint-500" / "optimizer.pt").write_text("x")
+    (folder / "README.md").write_text("mine")
+    (folder / "training_args.bin").write_text("of an earlier run")  # Trainer replaces its own names
+    with pytest.warns(UserWarning, match=r"README\.md was edited, or bayes_kf did not write it, and stays"):
+        found.save_model(str(folder))
+    assert (folder / "training_args.bin").stat().st_size > 1000
+    kept = {name: what for name, what in snapshot(folder).items() if "kalman" not in name and name != "SHA256SUMS"}
+    with pytest.warns(UserWarning, match=r"README\.md was edited"):
+        found.posterior.save_pretrained(folder)
+    after = snapshot(folder)
+    assert kept.keys() | {"SHA256SUMS", "kalman_config.json", "kalman_state.safetensors"} == after.keys()
+    assert {name: after[name] for name in kept} == kept
+    assert same(bkf.Posterior.from_pretrained(folder, classifier()).state, found.posterior.state)
+    with pytest.warns(UserWarning, match=r"README\.md was edited"):
+        found.save_model(str(folder))
+    assert snapshot(folder).keys() == after.keys()
+
+
+def test_files_in_the_way_of_a_checkpoint_are_refused_before_trainer_writes(tmp_path):
+    found, _ = trained(tmp_path / "run", save_strategy="no")
+    (tmp_path / "end").mkdir()
+    for name in ("kalman_config.json", "adapter_config.json"):
+        (tmp_path / "end" / name).write_text("mine")
+    before = snapshot(tmp_path / "end")
+    with pytest.raises(ValueError, match=r"got kalman_config\.json \(not written by bayes_kf\) in .*end"):
+        found.save_model(str(tmp_path / "end"))
+    assert snapshot(tmp_path / "end") == before
+
+
+def test_the_trained_part_of_a_model_does_not_replace_a_whole_one(tmp_path):
+    """Both are called model.safetensors, and Trainer's holds the frozen layers too."""
+    model = classifier(lora=False)
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_("classifier" in name)
+    found = KalmanTrainer(model, arguments(tmp_path), train_dataset=sentences(8))
+    found.train()
+    found.save_model(str(tmp_path / "end"))
+    before = snapshot(tmp_path / "end")
+    with pytest.raises(ValueError, match=r"got model\.safetensors \(not written by bayes_kf\)"):
+        found.posterior.save_pretrained(tmp_path / "end")
+    assert snapshot(tmp_path / "end") == before
+    found.save_model(str(tmp_path / "end"))
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "end")
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_killed_while_saving_over_a_checkpoint_it_opens_as_one_of_both(tmp_path):
+    first, _ = trained(tmp_path / "run", save_strategy="no")
+    second, _ = trained(tmp_path / "run", bkf.KalmanConfig(covariance="diagonal"), save_strategy="no")
+    folder, kinds = tmp_path / "end", []
+    for step in range(1, 60, 4):
+        first.save_model(str(folder))
+        done = not killed_at(step, lambda: second.save_model(str(folder)))
+        opened = bkf.Posterior.from_pretrained(folder, classifier())
+        kinds.append(opened.config.covariance)
+        assert same(opened.state, (second if kinds[-1] == "diagonal" else first).posterior.state)
+    assert done
+    assert sorted(kinds, key="diagonal".__eq__) == kinds  # the old one, then the new one
+    assert len(set(kinds)) == 2
 
 
 def test_early_stopping_and_the_best_belief(tmp_path):

@@ -1,0 +1,19 @@
+"""Random sequences of what users do to folders; 500 are in ``benchmarks/foreign_files.py``."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import foreign_files
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and links")
+def test_what_the_package_did_not_write_stays_as_it_is():
+    found = foreign_files.run(12, seed=1000, progress=False)
+    assert found["opened"] > 50
+    assert found["files of other people"] > 20
+    assert sum(number for name, number in found.items() if name.endswith("killed")) >= 5
+    assert sum(number for name, number in found.items() if name.endswith("refused")) >= 5
