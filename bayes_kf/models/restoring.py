@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,6 +43,17 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise
     for one in before:
         _restore_parameters(one)
+
+
+def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What puts modules back as they are now: classes, attributes, tensors and hooks."""
+    before = [_seen(module) for module in modules]
+
+    def restore() -> None:
+        for one in before:
+            _restore(one)
+
+    return restore
 
 
 def _seen(module: nn.Module) -> _Before:
