@@ -318,7 +318,7 @@ def _with_adapter(folder: Path, base_model: nn.Module, config: Any, name: str, a
 
     if config.is_prompt_learning:
         config.inference_mode = False
-        model: PeftModel = get_peft_model(base_model, config, name)  # type: ignore[assignment]  # never a mixed one
+        model: PeftModel = get_peft_model(base_model, config, name)
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
         return model
     given = getattr(config, "init_lora_weights", None)
@@ -326,7 +326,7 @@ def _with_adapter(folder: Path, base_model: nn.Module, config: Any, name: str, a
         config.init_lora_weights = True
     model = PeftModel.from_pretrained(base_model, str(folder), name, is_trainable=True, config=config)
     if given is not None:
-        model.peft_config[name].init_lora_weights = given
+        setattr(model.peft_config[name], "init_lora_weights", given)  # noqa: B010 (not of every type)
     return model
 
 

@@ -135,7 +135,13 @@ class AdapterModel:
         Backward passes through checkpointed layers run them again, so they belong inside too. Whatever a forward pass
         inside replaces in the model's modules is put back, also after an error (``restoring``).
         """
-        with self.exclusive(), restored(self._modules):
+        with self.exclusive(), restored(self._modules), self.placed(tensors):
+            yield
+
+    @contextmanager
+    def placed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """As :meth:`substituted`, to look at modules and not to run them."""
+        with self.exclusive():
             own = {name: self._present(name) for name in tensors}
             try:
                 self._place(tensors)

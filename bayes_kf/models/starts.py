@@ -105,8 +105,8 @@ def _constants(config: Any, base: nn.Module, name: str) -> dict[str, float]:
             setattr(config, switch, type(config).__dataclass_fields__[switch].default)
     if getattr(config, "feedforward_modules", None):
         config.feedforward_modules = []
-    holder = nn.ModuleDict({"layer": copy.deepcopy(base)})
     try:
+        holder = nn.ModuleDict({"layer": copy.deepcopy(base)})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layer = inject_adapter_in_model(config, holder, name).get_submodule("layer")
