@@ -173,9 +173,9 @@ class _Run:
         """The model, or how its language model is read."""
         return NextToken(model) if self.reads else model
 
-    def _reference(self, vector: Tensor) -> nn.Module:
-        """The user's model made anew, with a parameter vector in it."""
-        model = self.case.wrap(self.case.base()).eval()
+    def _reference(self, vector: Tensor, made: nn.Module | None = None) -> nn.Module:
+        """The user's model made anew, or the one that was ``made`` so before, with a parameter vector in it."""
+        model = self.case.wrap(self.case.base()).eval() if made is None else made
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for name, tensor in self.posterior.adapter.unflatten(vector).items():
@@ -246,7 +246,9 @@ class _Run:
         """The mean over models that hold the draws."""
         found = self.posterior.predict(self.inputs, "sampled", DRAWS, torch.Generator().manual_seed(0)).probs
         with torch.no_grad():
-            expected = torch.stack([self._outputs(self._reference(draw)).softmax(-1) for draw in self.draws]).mean(0)
+            made = self._reference(self.draws[0])
+            drawn = [self._outputs(self._reference(draw, made)).softmax(-1) for draw in self.draws]
+            expected = torch.stack(drawn).mean(0)
         _near(found, expected)
 
     def save(self) -> None:
