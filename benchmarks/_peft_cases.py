@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -203,6 +205,31 @@ def _lora(name: str, base: Callable[[], nn.Module] = mlp, inputs: Callable[[], A
     )
 
 
+def uncached() -> nn.Module:
+    """:func:`causal` without a cache of keys and values."""
+    model = causal()
+    model.config.use_cache = False
+    return model
+
+
+@functools.cache
+def _experts() -> tempfile.TemporaryDirectory[str]:
+    """A folder with two LoRA adapters of :func:`causal`, for the life of the process."""
+    folder = tempfile.TemporaryDirectory()
+    for number in range(2):
+        torch.manual_seed(number)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(causal(), config).save_pretrained(f"{folder.name}/{number}")
+    return folder
+
+
+def _xlora(base: nn.Module) -> nn.Module:
+    torch.manual_seed(2)
+    adapters = {str(number): f"{_experts().name}/{number}" for number in range(2)}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1, adapters=adapters)
+    return peft.get_peft_model(base, config)
+
+
 def _two(active: list[str]) -> Callable[[nn.Module], nn.Module]:
     def wrap(base: nn.Module) -> nn.Module:
         torch.manual_seed(2)
@@ -214,15 +241,11 @@ def _two(active: list[str]) -> Callable[[nn.Module], nn.Module]:
     return wrap
 
 
-def _after(config: Callable[[], peft.PeftConfig], then: Callable[[nn.Module], Any]) -> Callable[[nn.Module], nn.Module]:
-    """An adapter that something is done to before it is fitted."""
-
-    def wrap(base: nn.Module) -> nn.Module:
-        model = _plain(config)(base)
-        then(model)
-        return model
-
-    return wrap
+def _loftq(base: nn.Module) -> nn.Module:
+    """As if LoftQ had begun it, for which PEFT needs a GPU."""
+    model = _plain(lambda: peft.LoraConfig(r=2, target_modules=["2"]))(base)
+    model.peft_config["default"].init_lora_weights = "loftq"
+    return model
 
 
 def _corda(base: nn.Module) -> nn.Module:
@@ -296,7 +319,7 @@ LORA = [
     _lora("init pissa", init_lora_weights="pissa"),
     _lora("init pissa_niter_4", init_lora_weights="pissa_niter_4"),
     _lora("init olora", init_lora_weights="olora"),
-    _lora("init loftq", init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4)),
+    Case("LORA init loftq", "LORA", mlp, _loftq, numbers),
     Case("LORA init eva", "LORA", mlp, _eva, numbers),
     Case("LORA init corda", "LORA", mlp, _corda, numbers),
     Case("LORA init lora_ga", "LORA", mlp, _lora_ga, numbers),
@@ -335,11 +358,16 @@ OTHERS = [
     ),
     _case("IA3", lambda: peft.IA3Config(feedforward_modules=[], **LINEAR)),
     _case("BEFT", lambda: peft.BeftConfig(**LINEAR)),
-    _case("LILY", lambda: peft.LilyConfig(r=2, target_modules=["0", "2"], stride_A=1, num_B=2)),
+    _case("LILY", lambda: peft.LilyConfig(r=2, target_modules=["query"], stride_A=1, num_B=2), bert, text),
     _case("LOHA", lambda: peft.LoHaConfig(r=2, **LINEAR)),
     _case("LOKR", lambda: peft.LoKrConfig(r=2, **LINEAR)),
     _case("OFT", lambda: peft.OFTConfig(oft_block_size=2, **LINEAR)),
-    _case("POLY", lambda: peft.PolyConfig(r=2, n_tasks=2, n_skills=2, **LINEAR)),
+    _case(
+        "POLY",
+        lambda: peft.PolyConfig(task_type="SEQ_CLS", r=2, n_tasks=2, n_skills=2, target_modules=["query"]),
+        bert,
+        lambda: text() | {"task_ids": torch.zeros(EXAMPLES, dtype=torch.long)},
+    ),
     _case("LN_TUNING", lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]), bert, text),
     _case("VERA", lambda: peft.VeraConfig(r=4, **LINEAR)),
     _case("VERA save_projection=False", lambda: peft.VeraConfig(r=4, save_projection=False, **LINEAR)),
@@ -347,7 +375,7 @@ OTHERS = [
     _case("PVERA", lambda: peft.PveraConfig(r=4, **LINEAR)),
     _case("FOURIERFT", lambda: peft.FourierFTConfig(n_frequency=6, **LINEAR)),
     _case("GLORA", lambda: peft.GloraConfig(r=2, **LINEAR)),
-    _case("XLORA", lambda: peft.XLoraConfig(hidden_size=16, adapters={}), causal, places),
+    Case("XLORA", "XLORA", uncached, _xlora, places),
     _case("HRA", lambda: peft.HRAConfig(r=2, **LINEAR)),
     _case("VBLORA", lambda: peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, **LINEAR)),
     _case("UNILORA", lambda: peft.UniLoraConfig(r=2, theta_d_length=8, **LINEAR)),

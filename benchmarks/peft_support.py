@@ -48,6 +48,24 @@ STEPS = (
 CLOSE = 2e-5  # of probabilities and relative errors of rows: float32
 DRAWS = 8
 
+HEAD = """Made by `benchmarks/peft_support.py` with PEFT {version}: every type that it has, and variants of LoRA, on
+small models.
+
+Each case is fitted, predicts by all methods, is saved, loaded and exported; every answer is compared with that of the
+user's own model holding the same weights, autograd's rows one by one, and PEFT's own loader. A case that cannot do all
+of that is refused by `fit`, before anything changes; the table has the sentence.
+
+The prior's bound on what an adapter may change holds for LoRA exactly and for other types to first order
+(`bayes_kf.models.lora.largest_variances`); prompts, `modules_to_save`, biases and norms have none.
+
+LoRA with `init_lora_weights` "pissa" or "olora" can be loaded onto the base as it was before the initialization, which
+PEFT then repeats, and onto the one that it left. Others that change the base (CorDA, LoftQ, LoRA-GA, `pissa_niter_...`)
+depend on data or chance and are refused.
+
+Rows of the Jacobian are derivatives of the outputs. What PEFT does to gradients in training beside that (OSF projects
+them, AdaLoRA adds a penalty and prunes ranks) is no part of it.
+"""
+
 
 @dataclass
 class Outcome:
@@ -155,9 +173,9 @@ class _Run:
         """The model, or how its language model is read."""
         return NextToken(model) if self.reads else model
 
-    def _reference(self, vector: Tensor) -> nn.Module:
-        """A copy of the user's model that holds a parameter vector."""
-        model = copy.deepcopy(self.model).eval()
+    def _reference(self, vector: Tensor, made: nn.Module | None = None) -> nn.Module:
+        """The user's model made anew, or the one that was ``made`` so before, with a parameter vector in it."""
+        model = self.case.wrap(self.case.base()).eval() if made is None else made
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for name, tensor in self.posterior.adapter.unflatten(vector).items():
@@ -185,7 +203,8 @@ class _Run:
 
     def linearized(self) -> None:
         """Rows are autograd's, one by one."""
-        model, mean = self._reference(self.posterior.mean_vector), self.posterior.mean_vector
+        mean = self.posterior.mean_vector
+        model = copy.deepcopy(self._reference(mean))  # without the hooks by which OSF changes gradients
         own = [p for p in model.parameters() if p.requires_grad]
         rows = []
         for b in range(EXAMPLES):
@@ -206,18 +225,30 @@ class _Run:
             raise AssertionError("not finite")
 
     def probit(self) -> None:
-        """Close to the drawn prediction of the same moments."""
-        one = self.posterior.predict(self.inputs, "probit").probs
-        two = self.posterior.predict(self.inputs, "linearized", num_samples=2000).probs
+        """Close to draws of the same moments where these are narrow."""
+        belief, jacobian = (
+            self.posterior.state.belief,
+            self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).pull(),
+        )
+        widest = float(
+            self.posterior.config.structure.output_covariance(belief, jacobian).diagonal(dim1=1, dim2=2).max()
+        )
+        posterior = self.posterior._with(temperature=min(0.01, 0.1 / widest))
+        one = posterior.predict(self.inputs, "probit").probs
+        two = posterior.predict(self.inputs, "linearized", num_samples=2000).probs
+        assert one is not None
+        assert two is not None
         apart = float((one - two).abs().sum(-1).max()) / 2
-        if not apart < 0.1:
+        if not apart < 0.03:
             raise AssertionError(f"total variation {apart:.2g}")
 
     def sampled(self) -> None:
         """The mean over models that hold the draws."""
         found = self.posterior.predict(self.inputs, "sampled", DRAWS, torch.Generator().manual_seed(0)).probs
         with torch.no_grad():
-            expected = torch.stack([self._outputs(self._reference(draw)).softmax(-1) for draw in self.draws]).mean(0)
+            made = self._reference(self.draws[0])
+            drawn = [self._outputs(self._reference(draw, made)).softmax(-1) for draw in self.draws]
+            expected = torch.stack(drawn).mean(0)
         _near(found, expected)
 
     def save(self) -> None:
@@ -283,15 +314,43 @@ def _near(found: Tensor | None, expected: Tensor) -> None:
         raise AssertionError(f"a probability is off by {apart:.2g}")
 
 
+def page(outcomes: list[Outcome]) -> str:
+    """The documentation's page."""
+    lines = ["# PEFT types", "", HEAD.format(version=peft.__version__)]
+    heads = ["adapter", *(step if step != "model" else "model unchanged" for step in STEPS)]
+    lines += ["| " + " | ".join(heads) + " |", "| --- |" + " :-: |" * len(STEPS)]
+    works = [found for found in outcomes if not found.refusal and not found.broken]
+    lines += [f"| {found.name} | " + " | ".join(_cell(found.steps.get(s, "")) for s in STEPS) + " |" for found in works]
+    lines += ["", "## Refused", "", "| adapter | what `fit` says |", "| --- | --- |"]
+    lines += [f"| {found.name} | {found.refusal} |" for found in outcomes if found.refusal]
+    lines += ["", "## What PEFT itself does not run here", "", "| adapter | what PEFT says |", "| --- | --- |"]
+    lines += [f"| {found.name} | {found.broken} |" for found in outcomes if found.broken]
+    faults = [
+        f"- {found.name}: {step}: {found.steps[step]}"
+        for found in works
+        for step in found.steps
+        if found.steps[step] != "yes"
+    ]
+    if faults:
+        lines += ["", "## Known faults", "", *faults]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return {"yes": "yes", "": "-"}.get(text, "no")
+
+
 def main() -> None:
     """Print outcomes; write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="parts of names")
     arguments = parser.parse_args()
+    outcomes = []
     for case in CASES:
         if arguments.only and not any(part in case.name for part in arguments.only):
             continue
         found = run(case)
+        outcomes.append(found)
         bad = {step: text for step, text in found.steps.items() if text != "yes"}
         print(
             found.name,
@@ -304,6 +363,8 @@ def main() -> None:
             flush=True,
         )
     print("without a case:", missing())
+    if not arguments.only:
+        PAGE.write_text(page(outcomes), encoding="utf-8")
 
 
 if __name__ == "__main__":

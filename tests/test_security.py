@@ -105,7 +105,7 @@ def test_an_adapters_name_is_no_path(name, folder):
         metadata = json.loads(file.metadata()["bayes_kf"])
     save_file(load_file(path), path, metadata={"bayes_kf": json.dumps(metadata | {"adapter": name})})
     (folder / "SHA256SUMS").unlink()
-    with pytest.raises(ValueError, match="`folder` must hold an adapter with a plain name, got"):
+    with pytest.raises(ValueError, match="`folder` must hold an adapter whose name can be a folder's, got"):
         bkf.Posterior.from_pretrained(folder, digits_vit())
 
 

@@ -131,7 +131,7 @@ class Linearized:
         features = self._of_examples(head.taken)
         size, width = features.shape
         own = {name: place for name, place in self._plan.hooked.items() if place[0] is head.module}
-        with self._adapter.substituted(self._tape.leaves):
+        with self._adapter.placed(self._tape.leaves):
             weight: Tensor = head.module.weight  # type: ignore[assignment]
         left = weight.detach().to(features).expand(size, -1, -1)
         below = self._blocks(identity(features), head.taken, keep=False)
@@ -155,7 +155,7 @@ class Linearized:
             found = directions.seeds(turn.example, turn.which).to(end.dtype)
             seed = found if turn.rows is None else torch.zeros_like(end).index_copy_(0, turn.rows, found)
             arrived = self._tape.cotangents(seed, at, keep=keep or turn is not turns[-1])
-            with self._adapter.substituted(self._tape.leaves):
+            with self._adapter.placed(self._tape.leaves):
                 store.add(arrived, turn)
         return store.blocks()
 

@@ -9,9 +9,8 @@ folder opens as the old or the new posterior. Files that the package did not wri
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayes_kf.inference import card, diagonal, noise, tempering
+from bayes_kf.inference import card, diagonal, fingerprints, noise, tempering
 from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
 from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.fingerprints import fingerprint as fingerprint
 from bayes_kf.inference.folders import check_target, read_whole, recover, write_files
 from bayes_kf.inference.progress import of_seen_data
 from bayes_kf.inference.saved_files import (
@@ -39,15 +39,15 @@ from bayes_kf.inference.saved_files import (
 from bayes_kf.inference.state import FilterState
 from bayes_kf.inference.sums import EDITABLE, SUMS_FILE, check_sums, digest, write_lines, write_sums
 from bayes_kf.models.adapter import AdapterModel, is_peft
+from bayes_kf.models.peft_parts import CHANGING, active_adapter, check_name
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
     from bayes_kf.inference.posterior import Posterior
 
 FORMAT = 1
 NOTED = ("names", "shapes", "base_fingerprint", "adapter", "step", "examples", "scaled", "scored", "noise_step")
-SAMPLED = 4096  # elements of a tensor that its fingerprint reads
 
 
 def save(
@@ -104,22 +104,25 @@ def load(folder: Path, base_model: nn.Module) -> Posterior:
     if not isinstance(base_model, nn.Module):
         found = repr(base_model) if isinstance(base_model, str) else type(base_model).__name__
         raise ValueError(f"`base_model` must be the model itself, a torch module that you loaded, got {found}.")
-    return read_whole(folder, lambda source: _load(source, base_model), lambda found: _detach(found, base_model))
+    before = fingerprints.Before(base_model)
+
+    def read(source: Path) -> Posterior:
+        try:
+            return _load(source, base_model, before)
+        except BaseException:
+            before.restore()
+            raise
+
+    return read_whole(folder, read, lambda found: before.restore())
 
 
-def _detach(found: Posterior, base_model: nn.Module) -> None:
-    """Take the adapter off again that loading added to the base."""
-    if found.adapter.model is not base_model and is_peft(found.adapter.model):
-        found.adapter.model.unload()
-
-
-def _load(folder: Path, base_model: nn.Module) -> Posterior:
+def _load(folder: Path, base_model: nn.Module, before: fingerprints.Before) -> Posterior:
     from bayes_kf.inference.posterior import Posterior
 
     config = KalmanConfig.from_pretrained(folder)
     tensors, metadata = _read(folder / STATE_FILE)
     check_sums(folder)
-    adapter = _adapter(folder, base_model, metadata)
+    adapter = _adapter(folder, base_model, metadata, tensors, before)
     if list(adapter.names) != metadata["names"] or [list(s) for s in adapter.shapes] != metadata["shapes"]:
         raise ValueError(f"`base_model` must have the trainable tensors of {folder}, got others.")
     tensors = {name: t.to(adapter.device) if not name.startswith("history.") else t for name, t in tensors.items()}
@@ -188,22 +191,6 @@ def export(posterior: Posterior, folder: Path, draws: Tensor) -> list[Path]:
     return [folder / f"draw_{index}" for index in range(len(draws))]
 
 
-def fingerprint(model: nn.Module, skip: set[str]) -> str:
-    """SHA-256 over shapes and up to 4,096 evenly spaced elements of every tensor but those in ``skip``.
-
-    Names are left out: PEFT renames the base's tensors when it adds an adapter to it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if name in skip:
-            continue
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, -(-len(flat) // SAMPLED))].cpu().contiguous()
-        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(picked.view(torch.uint8).numpy().tobytes() if len(picked) else b"")
-    return digest.hexdigest()
-
-
 def _tensors(posterior: Posterior) -> dict[str, Tensor]:
     """Every tensor of the state and the history under dotted names."""
     state = posterior.state
@@ -212,6 +199,7 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
     parts |= {f"noise.{k}": v for k, v in state.noise._asdict().items()}
     parts |= {f"scores.{k}": v for k, v in state.scores._asdict().items()}
     parts |= {f"history.{k}": v for k, v in posterior.history.items()}
+    parts |= fingerprints.samples(posterior.adapter)
     return {k: v.detach().cpu().clone().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
 
 
@@ -222,8 +210,8 @@ def _metadata(posterior: Posterior, folder: Path) -> dict[str, str]:
         "format": FORMAT,
         "names": list(adapter.names),
         "shapes": [list(shape) for shape in adapter.shapes],
-        "base_fingerprint": fingerprint(adapter.model, set(adapter.names)),
-        "adapter": _adapter_name(adapter.model),
+        **fingerprints.noted(adapter),
+        "adapter": active_adapter(adapter.model),
         "adapter_settings": _adapter_settings(adapter.model),
         "step": state.step,
         "examples": state.examples,
@@ -257,43 +245,92 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _adapter(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> AdapterModel:
-    """The model to attach to, after its frozen tensors have been recognized; the base is as it was after an error."""
-    names, expected = metadata["names"], metadata["base_fingerprint"]
-    complete = {name for name, p in base_model.named_parameters() if p.requires_grad} == set(names)
-    skip = set(names) if complete else {_base_name(name) for name in names}
-    if fingerprint(base_model, skip) != expected:
+def _adapter(
+    folder: Path,
+    base_model: nn.Module,
+    metadata: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    before: fingerprints.Before,
+) -> AdapterModel:
+    """The model to attach to, after its frozen tensors have been recognized."""
+    complete = {name for name, p in base_model.named_parameters() if p.requires_grad} == set(metadata["names"])
+    known = fingerprints.recognized(base_model, metadata, complete)
+    if known is False:
         raise ValueError(
             f"`base_model` must be the model that {folder} was fitted on, got one with other frozen weights."
         )
     if complete:
         _check_settings(_adapter_settings(base_model), "`base_model` must have an adapter", metadata)
-        return AdapterModel(base_model)
+        adapter = AdapterModel(base_model)
+        fingerprints.check(base_model, metadata, tensors)
+        return adapter
     if is_peft(base_model):
         raise ValueError("`base_model` must be without adapters or have the posterior's own trainable, got others.")
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
         raise ValueError(f"`folder` must hold {' and '.join(ADAPTER_FILES)} to add the adapter, got {folder} without.")
-    name = metadata["adapter"]
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"`folder` must hold an adapter with a plain name, got {name!r} in {folder}.")
+    check_name(metadata["adapter"], "`folder` must hold an adapter")
     _check_adapter_file(folder / ADAPTER_FILES[1])
-    return _attached(folder, base_model, metadata)
+    if known is None:
+        before.hold(metadata["initialized"])
+    return _attached(folder, base_model, metadata, tensors, initialized=known is True)
 
 
-def _attached(folder: Path, base_model: nn.Module, metadata: dict[str, Any]) -> AdapterModel:
-    """The base with the adapter that PEFT adds to it, taken off again if it is not the posterior's."""
-    _check_settings(_as_json(_peft_config(folder)), f"`folder` must hold an {ADAPTER_FILES[0]}", metadata)
-    from peft import PeftModel
+def _attached(
+    folder: Path, base_model: nn.Module, metadata: dict[str, Any], tensors: Mapping[str, Tensor], initialized: bool
+) -> AdapterModel:
+    """The base with the adapter that PEFT adds to it.
 
+    Args:
+        folder: holds both.
+        base_model: without adapters.
+        metadata: of the belief.
+        tensors: of the belief.
+        initialized: whether LoRA's initialization has changed the base already, where it does so.
+    """
+    config, name = _peft_config(folder), metadata["adapter"]
+    _check_settings(_as_json(config), f"`folder` must hold an {ADAPTER_FILES[0]}", metadata)
     try:
-        model = PeftModel.from_pretrained(base_model, str(folder), metadata["adapter"], is_trainable=True)
-    except ValueError as error:  # it finds no module of the names that the adapter is for
+        model = _with_adapter(folder, base_model, config, name, again=not initialized)
+    except ValueError as error:  # PEFT finds no module of the names that the adapter is for
         raise ValueError(f"`base_model` must take the adapter in {folder}, got: {error}") from error
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(path in metadata["names"])
     adapter = AdapterModel(model)
     if list(adapter.names) != metadata["names"] or [list(shape) for shape in adapter.shapes] != metadata["shapes"]:
-        model.unload()
         raise ValueError(f"`folder` must hold the adapter that its belief is about, got another in {folder}.")
+    fingerprints.check(model, metadata, tensors)
+    mean = tensors["belief.mean"]
+    if mean.shape == (adapter.num_parameters,):  # else the belief is refused with its reason
+        adapter.assign(mean.to(adapter.device))
     return adapter
+
+
+def _with_adapter(folder: Path, base_model: nn.Module, config: Any, name: str, again: bool) -> PeftModel:
+    """The base with an adapter of these settings and the folder's values.
+
+    Of a prompt PEFT saves what its encoder says, not the encoder, whose values are in the belief alone.
+
+    Args:
+        folder: holds the values.
+        base_model: without adapters.
+        config: the settings.
+        name: of the adapter.
+        again: whether LoRA's initialization may change the base.
+    """
+    from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    if config.is_prompt_learning:
+        config.inference_mode = False
+        model: PeftModel = get_peft_model(base_model, config, name)
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
+        return model
+    given = getattr(config, "init_lora_weights", None)
+    if given is not None and not again and str(given).lower().startswith(CHANGING):
+        config.init_lora_weights = True
+    model = PeftModel.from_pretrained(base_model, str(folder), name, is_trainable=True, config=config)
+    if given is not None:
+        setattr(model.peft_config[name], "init_lora_weights", given)  # noqa: B010 (not of every type)
+    return model
 
 
 def _check_adapter_file(path: Path) -> None:
@@ -305,18 +342,9 @@ def _check_adapter_file(path: Path) -> None:
         raise ValueError(f"`folder` must hold a readable {path.name}, got {path}: {error}.") from error
 
 
-def _base_name(name: str) -> str:
-    """A tensor's name in the model before PEFT wrapped it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def _adapter_name(model: nn.Module) -> str:
-    return model.active_adapters[0] if is_peft(model) else ""
-
-
 def _adapter_settings(model: nn.Module) -> dict[str, Any]:
     """What an adapter's tensors mean, beside their names and shapes: PEFT's settings, as JSON."""
-    return _as_json(model.peft_config[_adapter_name(model)]) if is_peft(model) else {}
+    return _as_json(model.peft_config[active_adapter(model)]) if is_peft(model) else {}
 
 
 def _as_json(config: PeftConfig) -> dict[str, Any]:
@@ -353,22 +381,22 @@ def _fields(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _write_adapter(adapter: AdapterModel, vector: Tensor, folder: Path) -> None:
     """The adapter with its tensors replaced by ``vector``, as PEFT saves it; the model itself is not changed."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtypes = dict(zip(adapter.names, adapter.dtypes, strict=True))
-    tensors = {k: v.detach().to(dtypes[k]).cpu().clone() for k, v in adapter.unflatten(vector).items()}
+    tensors = {name: t.detach().clone() for name, t in adapter.tensors(vector).items()}
     if is_peft(adapter.model):
-        state_dict = adapter.model.state_dict() | tensors
-        name = _adapter_name(adapter.model)
-        adapter.model.save_pretrained(
-            str(folder),
-            selected_adapters=[name],
-            state_dict=state_dict,
-            safe_serialization=True,
-            save_embedding_layers=False,
-        )
+        name = active_adapter(adapter.model)
+        with adapter.substituted(tensors):  # what PEFT saves of a prompt it computes from the model itself
+            adapter.model.save_pretrained(
+                str(folder),
+                selected_adapters=[name],
+                state_dict=adapter.model.state_dict(),
+                safe_serialization=True,
+                save_embedding_layers=False,
+            )
         (folder / CARD_FILE).unlink(missing_ok=True)  # PEFT's empty model card
         nested = folder / name  # where PEFT puts an adapter that is not called "default"
-        for file in nested.glob("*") if nested.is_dir() else ():
+        for file in list(nested.glob("*")) if nested.is_dir() else ():
             file.rename(folder / file.name)
-        nested.rmdir() if nested.is_dir() else None
+        if nested.is_dir():
+            shutil.rmtree(folder / name.split("/")[0])
     else:
-        save_file(tensors, folder / MODEL_FILE)
+        save_file({k: t.cpu() for k, t in tensors.items()}, folder / MODEL_FILE)

@@ -162,6 +162,8 @@ def _saved_bytes(parameters: set[int]) -> Iterator[Callable[[], int]]:
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:  # a sparse mask or projection of an adapter
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             seen[storage.data_ptr()] = storage.nbytes()

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.state import FilterState
-from bayes_kf.models.adapter import AdapterModel, peft_in_use
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.starts import known_starts
 
 TEMPERATURE = 0.1
 WIDTHS = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s, relative to the function-space prior
@@ -58,35 +59,19 @@ def recentred(adapter: AdapterModel, state: FilterState) -> FilterState:
 
 
 def departure(adapter: AdapterModel, mean: Tensor) -> Tensor:
-    """How far training has moved each number from where PEFT starts it, (n,).
+    """How far training has moved each number from where PEFT starts it (``models.starts``), (n,).
 
-    LoRA's B starts at zero (of an embedding, A), a layer of ``modules_to_save`` where its original still is. Where the
-    other factor started is not known: it is taken not to have moved, and so is every other tensor of a PEFT model. A
-    model without PEFT layers is taken to have started from zero, as priors of weights usually are.
+    A tensor whose start is drawn, as LoRA's A, is taken not to have moved. A model without PEFT layers is taken to have
+    started from zero, as priors of weights usually are.
     """
-    if not peft_in_use():
+    starts = known_starts(adapter)
+    if starts is None:
         return mean
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
     tensors = adapter.unflatten(mean)
-    names = {place: name for name, places in adapter.owners.items() for place in places}
-    moved: dict[str, Tensor] = {}
-    known = False
-    for layer in adapter.model.modules():
-        if isinstance(layer, LoraLayer):
-            known = True
-            places = [(factor, "weight") for factor in layer.lora_B.values()]
-            places += [(layer.lora_embedding_A, key) for key in layer.lora_embedding_A]
-            moved |= {names[place]: tensors[names[place]] for place in places if place in names}
-        elif isinstance(layer, ModulesToSaveWrapper):
-            known = True
-            for copy in layer.modules_to_save.values():
-                for path, original in layer.original_module.named_parameters():
-                    inside, _, attribute = path.rpartition(".")
-                    name = names.get((copy.get_submodule(inside), attribute))
-                    if name is not None:
-                        moved[name] = tensors[name] - original.detach().to(tensors[name])
-    if not known:
-        return mean
-    return adapter.flatten({name: moved.get(name, torch.zeros_like(t)) for name, t in tensors.items()})
+    moved = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    moved |= {name: tensors[name] - _as(start, tensors[name]) for name, start in starts.items()}
+    return adapter.flatten(moved)
+
+
+def _as(start: Tensor | float, tensor: Tensor) -> Tensor | float:
+    return start.to(tensor) if isinstance(start, Tensor) else start

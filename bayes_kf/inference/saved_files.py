@@ -18,7 +18,10 @@ CARD_FILE, MODEL_FILE = "README.md", "model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
 STREAM_FILE = "stream.json"
-PLAIN = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")  # change no output
+PLAIN = (  # settings of an adapter that change no output, or that PEFT reads off the base
+    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
+    *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
+)
 
 
 def _as_saved(folder: Path) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Tape:
         head = found[0]
         if sum(call.module is head.module for call in self._calls) > 1:
             return None
-        with torch.no_grad(), self.adapter.substituted(self.leaves):  # nothing, a hook say, has changed it since
+        with torch.no_grad(), self.adapter.placed(self.leaves):  # nothing, a hook say, has changed it since
             weight, bias = (None if t is None else t.double() for t in (head.module.weight, head.module.bias))
             linear = torch.nn.functional.linear(head.taken.double(), weight, bias)  # type: ignore[arg-type]
             outputs = self.outputs.double()

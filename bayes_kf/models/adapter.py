@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from bayes_kf.models import peft_parts
 from bayes_kf.models.fast_path import has_fused, layer_by_layer
+from bayes_kf.models.peft_use import is_peft as is_peft
+from bayes_kf.models.peft_use import peft_in_use as peft_in_use
 from bayes_kf.models.quantized import check_unpacked, four_bit_on_cpu
 from bayes_kf.models.restoring import restored
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Inputs = Tensor | Mapping[str, Any]
 
@@ -30,23 +29,6 @@ UNKNOWN = "not yet known"  # how a tensor is linearized, before the first batch
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of models that are in use
 _making = threading.Lock()
 LARGE = 20_000_000  # trainable numbers above which full fine-tuning by accident is more likely than intent
-
-
-def peft_in_use() -> bool:
-    """Whether this process has imported PEFT. Else no model is of it, and nothing here imports it to ask.
-
-    That would take longer than importing everything else together.
-    """
-    return "peft" in sys.modules
-
-
-def is_peft(model: nn.Module) -> TypeGuard[PeftModel]:
-    """Whether a model is PEFT's own."""
-    if not peft_in_use():
-        return False
-    from peft import PeftModel  # waits, where another thread is still importing it
-
-    return isinstance(model, PeftModel)
 
 
 class AdapterModel:
@@ -61,8 +43,9 @@ class AdapterModel:
         model: the user's module; base weights frozen, adapter tensors trainable.
 
     Raises:
-        ValueError: when no tensor is trainable, trainable tensors are offloaded or on several devices, or adapters are
-            merged into the base, which leaves them without a say.
+        ValueError: when no tensor is trainable, trainable tensors are offloaded or on several devices, adapters are
+            merged into the base, which leaves them without a say, or PEFT has several active adapters or one that
+            cannot be saved and read again (``peft_parts``).
 
     Example:
         >>> adapter = AdapterModel(nn.Linear(3, 2))
@@ -83,6 +66,7 @@ class AdapterModel:
         merged = [name for name, module in model.named_modules() if getattr(module, "merged_adapters", None)]
         if merged:
             raise ValueError(f"`model` must have its adapters apart from the base, got one merged into {merged[0]!r}.")
+        peft_parts.check(model)
         self.model = model
         self.names: tuple[str, ...] = tuple(trainable)
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())
@@ -151,7 +135,13 @@ class AdapterModel:
         Backward passes through checkpointed layers run them again, so they belong inside too. Whatever a forward pass
         inside replaces in the model's modules is put back, also after an error (``restoring``).
         """
-        with self.exclusive(), restored(self._modules):
+        with self.exclusive(), restored(self._modules), self.placed(tensors):
+            yield
+
+    @contextmanager
+    def placed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """As :meth:`substituted`, to look at modules and not to run them."""
+        with self.exclusive():
             own = {name: self._present(name) for name in tensors}
             try:
                 self._place(tensors)

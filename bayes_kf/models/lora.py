@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel, peft_in_use
+from bayes_kf.models.responses import responses
 
 LARGEST_CHANGE = 2.0  # of a weight by its adapter, prior sd over root mean square; of 0.1 to 4, tried on four streams
 PROBES = 256  # random inputs that a quantized layer's size is measured with: to 1 % where it has 100 outputs
@@ -16,9 +20,15 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
 
     An element of ΔW has variance s² r v a² for variance v in one factor and mean square a² in the other; here that is
     ``LARGEST_CHANGE``² times the mean square of W's elements. Far beyond it a prior says that pre-training is
-    forgotten; behind a new classifier, which hardly sees the adapter yet, the outputs alone would allow that. Only
-    tensors of PEFT's LoRA layers, and not those whose other factor is zero, which cannot change anything yet. A
-    quantized or offloaded W is measured by what it does to random inputs. Ours.
+    forgotten; behind a new classifier, which hardly sees the adapter yet, the outputs alone would allow that. Not for
+    factors whose other one is zero, which cannot change anything yet. A quantized or offloaded W is measured by what it
+    does to random inputs. Ours.
+
+    For LoRA on Linear, convolution, embedding, ``nn.MultiheadAttention`` and parameters (``target_parameters``) this is
+    exact. In layers of other PEFT types (AdaLoRA, LoHa, LoKr, VeRA, IA3, OFT, ...) on Linear, convolution and embedding
+    each tensor alone may change the layer's outputs for random inputs by twice their size, to first order
+    (``responses``). Not bounded: prompts, ``modules_to_save``, biases and norms of the base, and layers that cannot be
+    called alone.
 
     Example:
         >>> import torch
@@ -30,32 +40,50 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
     if not peft_in_use():
         return {}
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names = {id(module): (name, attribute) for name, places in adapter.owners.items() for module, attribute in places}
+    names = {place: name for name, places in adapter.owners.items() for place in places}
     found: dict[str, float] = {}
     for layer in adapter.model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        base = layer.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if not isinstance(weight, Tensor):
-            continue
-        size: float | None
-        if weight.is_floating_point() and not weight.is_meta:
-            size = _mean_square(weight)
+        if isinstance(layer, LoraLayer) and type(layer.lora_A) is nn.ModuleDict:
+            bounds = _of_factors(adapter, layer, names)
+        elif isinstance(layer, BaseTunerLayer):
+            bounds = {name: LARGEST_CHANGE**2 / share for name, share in responses(adapter, layer).items()}
         else:
-            with adapter.evaluating():
-                size = _acting(base, adapter.device)
-        if size is None:
             continue
-        for key in set(layer.lora_A) & set(layer.lora_B):
-            factors = (layer.lora_A[key], layer.lora_B[key])
-            for own, other in (factors, factors[::-1]):
-                square = _mean_square(other.get_parameter("weight"))
-                name, attribute = names.get(id(own), ("", ""))
-                if attribute == "weight" and square > 0.0:
-                    found[name] = LARGEST_CHANGE**2 * size / (layer.scaling[key] ** 2 * layer.r[key] * square)
+        found |= {name: min(bound, found.get(name, bound)) for name, bound in bounds.items()}
     return found
+
+
+def _of_factors(adapter: AdapterModel, layer: Any, names: Mapping[Any, str]) -> dict[str, float]:
+    """Of one LoRA layer, in closed form."""
+    size = _size(adapter, layer)
+    if size is None:
+        return {}
+    pairs = [(key, (layer.lora_A[key], "weight"), (layer.lora_B[key], "weight")) for key in layer.lora_A]
+    pairs += [(key, (layer.lora_embedding_A, key), (layer.lora_embedding_B, key)) for key in layer.lora_embedding_A]
+    found: dict[str, float] = {}
+    for key, *factors in pairs:
+        for own, (module, attribute) in (factors, factors[::-1]):
+            square = _mean_square(module._parameters[attribute])
+            if own in names and square > 0.0:
+                found[names[own]] = LARGEST_CHANGE**2 * size / (layer.scaling[key] ** 2 * layer.r[key] * square)
+    return found
+
+
+def _size(adapter: AdapterModel, layer: Any) -> float | None:
+    """The mean square of the elements of the weight that a LoRA layer changes; None where it is not known."""
+    base = layer.get_base_layer()
+    if hasattr(layer, "get_param"):  # target_parameters
+        weight = layer.get_param()
+    else:
+        weight = getattr(base, "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if weight.is_floating_point() and not weight.is_meta:
+        return _mean_square(weight)
+    with adapter.evaluating():
+        return _acting(base, adapter.device)
 
 
 def _mean_square(tensor: Tensor) -> float:

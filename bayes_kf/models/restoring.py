@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
     hold what vmap left; after one that did not, PEFT has put copies in their place that are off by rounding. Values
     that a forward pass changed in place are not restored.
     """
-    before = [_seen(module) for module in modules]
+    before = _all_seen(modules)
     try:
         yield
     except BaseException:
@@ -43,6 +43,21 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise
     for one in before:
         _restore_parameters(one)
+
+
+def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What puts modules back as they are now: classes, attributes, tensors and hooks."""
+    before = _all_seen(modules)
+
+    def restore() -> None:
+        for one in before:
+            _restore(one)
+
+    return restore
+
+
+def _all_seen(modules: Iterable[nn.Module]) -> list[_Before]:
+    return [_seen(module) for module in modules if "_parameters" in vars(module)]  # scripted ones have none
 
 
 def _seen(module: nn.Module) -> _Before:

@@ -1,8 +1,10 @@
 """The prior of an adapter trained elsewhere, against dense float64 formulas."""
 
+import copy
 import dataclasses
 import math
 
+import peft
 import pytest
 import torch
 from oracles import dense_jacobian, linear_posterior, log_evidence
@@ -118,6 +120,48 @@ def test_departure_is_known_for_lora_b_and_saved_modules_only():
         torch.testing.assert_close(part, torch.full_like(part, 0.0 if "lora_A" in name else 1.0))
     plain = AdapterModel(nn.Linear(2, 2))
     assert torch.equal(post_hoc.departure(plain, plain.vector()), plain.vector())
+
+
+UNTOUCHED = [
+    peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+    peft.LoHaConfig(r=2, target_modules=["0"]),
+    peft.LoKrConfig(r=2, target_modules=["0"]),
+    peft.OFTConfig(oft_block_size=2, target_modules=["0"]),
+    peft.VeraConfig(r=2, target_modules=["0"]),
+    peft.RoadConfig(group_size=4, target_modules=["0"]),
+    LoraConfig(r=2, target_modules=["0"], lora_bias=True, bias="all", modules_to_save=["2"]),
+    LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"),
+    LoraConfig(r=2, target_modules=["0"], init_lora_weights="orthogonal"),
+    peft.AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["0"]),
+]
+
+
+@pytest.mark.parametrize("config", UNTOUCHED, ids=lambda config: config.peft_type.value)
+def test_an_untouched_adapter_has_not_moved(config):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    adapter = AdapterModel(get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), config))
+    torch.set_rng_state(before)
+    assert float(post_hoc.departure(adapter, adapter.vector()).abs().max()) == 0.0
+    assert torch.equal(torch.get_rng_state(), before)  # looking draws no numbers from the caller's generator
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT, of a LayerNorm
+def test_departure_of_other_tensors_with_a_known_start():
+    """LoRA's own biases start at zero, IA3 at ones, one factor of LoHa at zero, tuned norms where the base's are."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    nn.init.normal_(base[1].weight)
+    cases = {
+        "lora_B.default.bias": LoraConfig(r=2, target_modules=["0"], lora_bias=True),
+        "ia3_l": peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+        "hada_w2_b": peft.LoHaConfig(r=2, target_modules=["0"]),
+        "ln_tuning_layers.default.weight": peft.LNTuningConfig(target_modules=["1"]),
+    }
+    for part, config in cases.items():
+        adapter = AdapterModel(get_peft_model(copy.deepcopy(base), config))
+        found = adapter.unflatten(post_hoc.departure(adapter, adapter.vector() + 0.5))
+        (moved,) = [tensor for name, tensor in found.items() if part in name]
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.5), msg=part)
 
 
 def test_a_far_trained_adapter_gets_a_wider_prior_than_one_that_hardly_moved():
