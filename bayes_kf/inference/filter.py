@@ -60,9 +60,10 @@ class KalmanFilter:
             return self.linearize.in_memory(lambda: self._scale(state, given), batch_size(given))
 
     def restart(self, state: FilterState) -> FilterState:
-        """The prior again, for another pass over the same data; scores and estimated noise stay those of the first."""
+        """The prior again, for another pass over the same data, with nothing scored; estimated noise stays."""
         again = noise.State(variance=state.noise.variance, information=state.noise.information)
-        return FilterState(self._belief(state.prior), state.prior, again, state.scores, state.scaled, 0, 0)
+        scores = tempering.init(state.belief.mean.device)
+        return FilterState(self._belief(state.prior), state.prior, again, scores, state.scaled, 0, 0)
 
     def update(
         self,

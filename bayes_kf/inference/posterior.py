@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import arviz_export, noise, persistence, prediction, tempering
+from bayes_kf.inference import arviz_export, noise, persistence, prediction, predictive_density, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import MANY
 from bayes_kf.inference.filter import FilterState, KalmanFilter
@@ -504,17 +504,17 @@ class Posterior:
             outputs = self.adapter.outputs(self.mean_vector, inputs)
             known = family.check(outputs, targets)
             responses = self._responses(inputs, tempering.NUM_RESPONSES, generator)
-            spread = tempering.mixed(responses, tempering.held_out_draws(outputs), generator)
-            return tempering.drawn_log_loss(family, self.scaled_logits(outputs), self.scaled_logits(spread), known)
+            root = self.scaled_logits(responses / tempering.NUM_RESPONSES**0.5).transpose(0, 1)  # (B, S, m)
+            outputs = self.scaled_logits(outputs)
+            return predictive_density.root_log_loss(family, outputs, root, known, tempering.GRID)
         losses = []
         for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)
             outputs = self.scaled_logits(linearized.outputs)
             known = family.check(outputs, targets[where])
             covariance = self.config.structure.output_covariance(self.state.belief, linearized.pull())
-            output_cov = covariance.to(outputs) / self.softmax_temperature**2
-            draws = tempering.held_out_draws(outputs)
-            losses.append(tempering.each_log_loss(family, outputs, output_cov, known, seed, draws))
+            output_cov = covariance / self.softmax_temperature**2
+            losses.append(predictive_density.log_loss(family, outputs, output_cov, known, tempering.GRID))
         return torch.cat(losses, 1)
 
     def _responses(
