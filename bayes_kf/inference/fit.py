@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bayes_kf.inference import kept, select
+from bayes_kf.inference import kept, select, tempering
 from bayes_kf.inference.batches import length
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.passes import fit_one, mean_pass, one_pass
@@ -75,6 +75,23 @@ def fit(
         raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {start!r}.")
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
+    posterior = _fit(model, loader, config, start, checkpoint, every, progress)
+    given = [config] if isinstance(config, KalmanConfig) else config or []
+    if posterior.temperature not in [setting.temperature for setting in given]:
+        tempering.warn_of_mean_alone(posterior.temperature)
+    return posterior
+
+
+def _fit(
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    config: KalmanConfig | Sequence[KalmanConfig] | None,
+    start: str,
+    checkpoint: str | Path | None,
+    every: int,
+    progress: bool,
+) -> Posterior:
+    """By the way that the settings and the loader ask for."""
     if checkpoint is not None:
         if start != "prior":
             raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")

@@ -41,7 +41,7 @@ NOTICEABLE = 0.05  # of total variation, or of standard deviations
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """Belief over a model's trainable tensors with everything needed to use it.
 
@@ -73,6 +73,21 @@ class Posterior:
     def temperature(self) -> float:
         """Factor on the covariance in predictions and draws, as configured or chosen by the prequential score."""
         return self.kf.temperature(self.state)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever uses its predictions must know, as sentences; on the model card and on report pages."""
+        if not tempering.is_mean_alone(self.temperature):
+            return ()
+        return (f"The temperature is {self.temperature:g}: {tempering.MEAN_ALONE_NOTE}",)
+
+    def __repr__(self) -> str:
+        settings, parameters = self.config, self.adapter.num_parameters
+        text = (
+            f"Posterior({settings.likelihood}, {parameters:,} parameters, covariance={settings.covariance!r}, "
+            f"temperature={self.temperature:g}, {self.state.examples:,} examples in {self.state.step:,} updates)"
+        )
+        return "\n".join([text, *self.notes])
 
     @property
     def softmax_temperature(self) -> float:
@@ -253,7 +268,7 @@ class Posterior:
         For an adapter that was trained elsewhere (``fit(start="trained")``), or where a part of the data can be spared:
         one linearized prediction of each batch, with more than 64 outputs from as many drawn adapters. Of temperatures
         whose losses are within half a standard error of the least, paired by example, it is the one nearest to 1
-        (``tempering``).
+        (``tempering``). There is a warning where that is 0.01 or less: predictions are then those of the mean alone.
 
         Args:
             loader: batches with targets that the belief has not learned from.
@@ -261,6 +276,12 @@ class Posterior:
         Raises:
             ValueError: when the loader yields nothing, or a batch without targets or one that does not fit.
         """
+        found = self._calibrated(loader)
+        tempering.warn_of_mean_alone(found.temperature)
+        return found
+
+    def _calibrated(self, loader: Iterable[Any]) -> Posterior:
+        """As :meth:`calibrate`, without its warning."""
         family, losses = noise.likelihood(self.config, self.state.noise), list[Tensor]()
         for index, (inputs, targets) in enumerate(self._held_out(loader)):
             with self.adapter.full_precision():
