@@ -101,7 +101,8 @@ class DataParallelFilter(FilterOfMany):
                 batches = list(self.kf._observed(shifted, share.inputs, share.targets, before.belief.mean))
                 for batch in batches:
                     tally.piece(batch, noise.likelihood(self.config, before.noise))
-                    own = self._added(own, before, batch)
+                    numbered = shifted._replace(examples=shifted.examples + own.examples)
+                    own = self._added(own, numbered, batch)
         except Exception as error:  # whatever it is, the others must not wait for this process
             failed = error
         self.shares.all_or_none(failed)

@@ -174,13 +174,14 @@ def scored(
     """
     if not isinstance(config.temperature, str):
         return state.scores
+    first = state.examples + where.start  # `where` counts from the first of this piece of the batch
     if config.curvature == "sampled":
         family, targets = noise.likelihood(config, state.noise), batch.targets[where]
         outputs = _outputs_now(state, batch, where)
         variance = output_cov.flatten() / odds_length(batch.outputs[where], targets)
-        losses = predictive_density.isotropic_log_loss(family, outputs, variance, targets, tempering.GRID)
+        losses = predictive_density.isotropic_log_loss(family, outputs, variance, targets, tempering.GRID, first)
     else:
-        losses = predictive_density.log_loss(part.family, part.outputs, output_cov, part.targets, tempering.GRID)
+        losses = predictive_density.log_loss(part.family, part.outputs, output_cov, part.targets, tempering.GRID, first)
     return tempering.add(state.scores, losses)
 
 

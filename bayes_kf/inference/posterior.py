@@ -283,9 +283,11 @@ class Posterior:
     def _calibrated(self, loader: Iterable[Any]) -> Posterior:
         """As :meth:`calibrate`, without its warning."""
         family, losses = noise.likelihood(self.config, self.state.noise), list[Tensor]()
-        for index, (inputs, targets) in enumerate(self._held_out(loader)):
+        seen = 0
+        for inputs, targets in self._held_out(loader):
             with self.adapter.full_precision():
-                losses.append(self._log_losses(family, inputs, targets, self.config.seed + index))
+                losses.append(self._log_losses(family, inputs, targets, seen))
+            seen += len(targets)
         return self._with(temperature=tempering.choose_held_out(torch.cat(losses, 1)))
 
     def calibrate_softmax(self, loader: Iterable[Any]) -> Posterior:
@@ -518,24 +520,25 @@ class Posterior:
         draws = self.scaled_logits(outputs + torch.cat([changes, -changes])[:num_samples])
         return prediction.mixture(family, draws, _checked(family, outputs, targets))
 
-    def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, seed: int) -> Tensor:
-        """Log loss of each of a batch's linearized predictions at every temperature, (K, B)."""
+    def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, first: int) -> Tensor:
+        """Log loss of each of a batch's linearized predictions at every temperature, (K, B); it begins with ``first``."""
         if self._by_differences(inputs, tempering.NUM_RESPONSES):
-            generator = torch.Generator(device=self.adapter.device).manual_seed(seed)
+            generator = torch.Generator(device=self.adapter.device).manual_seed(self.config.seed)
             outputs = self.adapter.outputs(self.mean_vector, inputs)
             known = family.check(outputs, targets)
             responses = self._responses(inputs, tempering.NUM_RESPONSES, generator)
             root = self.scaled_logits(responses / tempering.NUM_RESPONSES**0.5).transpose(0, 1)  # (B, S, m)
             outputs = self.scaled_logits(outputs)
-            return predictive_density.root_log_loss(family, outputs, root, known, tempering.GRID)
-        losses = []
+            return predictive_density.root_log_loss(family, outputs, root, known, tempering.GRID, first)
+        losses = list[Tensor]()
         for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)
             outputs = self.scaled_logits(linearized.outputs)
             known = family.check(outputs, targets[where])
             covariance = self.config.structure.output_covariance(self.state.belief, linearized.pull())
             output_cov = covariance / self.softmax_temperature**2
-            losses.append(predictive_density.log_loss(family, outputs, output_cov, known, tempering.GRID))
+            number = first + sum(part.shape[1] for part in losses)
+            losses.append(predictive_density.log_loss(family, outputs, output_cov, known, tempering.GRID, number))
         return torch.cat(losses, 1)
 
     def _responses(

@@ -24,8 +24,7 @@ from bayes_kf.models.likelihood import Likelihood
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 NUM_RESPONSES = 64  # of the outputs to drawn parameters, in the place of a covariance of more outputs
-STREAM_WITHIN = 1.0  # standard errors by which a stream must prefer another temperature to one nearer to 1
-WITHIN = 0.5  # that of held-out data
+WITHIN = 0.5  # standard errors by which a stream or held-out data must prefer another temperature to one nearer to 1
 MEAN_ALONE = 0.01  # temperature up to which a belief's spread is a tenth of its own, and nothing of it is left to see
 MEAN_ALONE_NOTE = (
     "predictions are those of the mean alone, and epistemic uncertainty is close to zero. The scored data prefer the "
@@ -67,7 +66,7 @@ def add(state: State, losses: Tensor) -> State:
 def choose(state: State) -> float:
     """The temperature nearest to 1 of those that the scores do not clearly speak against; 1 before anything was scored.
 
-    Its log loss lies above the least by at most ``STREAM_WITHIN`` standard errors of the difference, paired by example.
+    Its log loss lies above the least by at most ``WITHIN`` standard errors of the difference, paired by example.
     """
     if state.updates == 0:
         return 1.0
@@ -76,7 +75,7 @@ def choose(state: State) -> float:
         return GRID[0]
     best = int((state.total == least).nonzero().max())  # the largest among equals
     excess = state.total - least
-    return _nearest_to_one(excess <= STREAM_WITHIN * state.differences[best].sqrt(), excess, best)
+    return _nearest_to_one(excess <= WITHIN * state.differences[best].sqrt(), excess, best)
 
 
 def choose_held_out(losses: Tensor) -> float:
