@@ -82,8 +82,8 @@ class KalmanFilter:
             targets: (B,) class labels, or (B, m) numbers for the other likelihoods.
             hold_mean: whether only the covariance learns, linearized at a mean that stays (post hoc).
             at: θ to linearize and expand at, (n,), instead of the belief's mean: the mean that an earlier pass over the
-                same data ended with, see :meth:`restart`. Such an update is neither guarded nor scored, and leaves an
-                estimated noise variance as it is.
+                same data ended with, see :meth:`restart`. Such an update is not guarded, and leaves an estimated noise
+                variance as it is. The temperature is scored by what the belief predicts before it.
 
         Raises:
             ValueError: for inputs or targets that do not fit, before anything is computed from them; for ``hold_mean``

@@ -521,7 +521,7 @@ class Posterior:
         return prediction.mixture(family, draws, _checked(family, outputs, targets))
 
     def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, first: int) -> Tensor:
-        """Log loss of each of a batch's linearized predictions at every temperature, (K, B); it begins with ``first``."""
+        """Log losses (K, B) of a batch's linearized predictions by temperature; ``first`` numbers its examples."""
         if self._by_differences(inputs, tempering.NUM_RESPONSES):
             generator = torch.Generator(device=self.adapter.device).manual_seed(self.config.seed)
             outputs = self.adapter.outputs(self.mean_vector, inputs)

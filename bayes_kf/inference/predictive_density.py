@@ -158,7 +158,7 @@ def _one_output(
 ) -> Tensor:
     """Log losses (K, ..., B) of one output, by quadrature: outputs (..., B), sd (B,) at temperature 1, targets (B,).
 
-    The integrand exp(g(ε)), g = log p(y | f + sε) − ε²/2, has one maximum. Nodes are ε̂ + c sinh u with u equally spaced:
+    The integrand exp(g(ε)), g = log p(y | f + sε) − ε²/2, has one maximum. Nodes are ε̂ + c sinh u, u equally spaced:
     dense at its place ε̂, where the likelihood may be much narrower than the belief, and out to ``REACH``.
     """
     heat = torch.tensor(temperatures, dtype=torch.float64, device=outputs.device)

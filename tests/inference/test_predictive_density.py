@@ -1,5 +1,6 @@
 """log E p(y | η) against adaptive quadrature, closed forms and many independent draws."""
 
+import itertools
 import math
 
 import numpy as np
@@ -24,7 +25,7 @@ def by_quadrature(log_prob, mean, variance):
     ends = np.unique(ends.clip(mode - 12.0, mode + 12.0))
     total = sum(
         integrate.quad(lambda e: math.exp(log_prob(mean + sd * e) - 0.5 * e * e - top), a, b, limit=200)[0]
-        for a, b in zip(ends, ends[1:], strict=False)
+        for a, b in itertools.pairwise(ends)
     )
     return 0.5 * math.log(2 * math.pi) - top - math.log(total)
 

@@ -117,7 +117,7 @@ def test_a_bank_of_sampled_curvature_prices_each_candidate_at_its_own_outputs(mo
 
 
 def test_later_passes_are_priced_by_their_own_belief():
-    """Two classes: a dense Gauss-Newton recursion in NumPy's terms, expanded at the first pass's mean, and quadrature."""
+    """Two classes: a dense Gauss-Newton recursion, expanded at the first pass's mean, and quadrature."""
     model, x, y, settings = own_data(4, inputs=3, classes=2, size=40)
     config = bkf.KalmanConfig(**settings, damping=False)
     x, model = x.double(), model.double()
@@ -202,9 +202,9 @@ def test_a_temperature_at_the_cold_end_is_said(contradicted, tmp_path):
 def test_fit_warns_once_at_the_cold_end(contradicted):
     posterior, x, y = contradicted
     settings = {"covariance": "diagonal", "initial_variance": 400.0, "bound_prior": False}
+    model, few = posterior.adapter.model, batches(x[:80], y[:80], 40)
     with pytest.warns(UserWarning, match="those of the mean alone") as caught:
-        model = posterior.adapter.model
-        bkf.fit(model, batches(x[:80], y[:80], 40), bkf.KalmanConfig(**settings, curvature="exact"), progress=False)
+        bkf.fit(model, few, bkf.KalmanConfig(**settings), progress=False)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
