@@ -16,6 +16,7 @@ from bayes_kf.cli.reports import run_compare, run_evaluate
 from bayes_kf.cli.settings import gives_settings, read_settings
 from bayes_kf.data import LabelledData
 from bayes_kf.demo import FULL, QUICK, RANK, caption, markdown_table, run_demo
+from bayes_kf.inference import tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fit import fit, fit_default
 from bayes_kf.inference.posterior import Posterior
@@ -51,6 +52,7 @@ def run_fit(args: argparse.Namespace) -> None:
         posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
     else:  # as the library without settings
         posterior = fit_default(model, data.loader, args.start, shows_bars(progress), settings.seed)
+        tempering.warn_of_mean_alone(posterior.temperature)
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:
         print(_summary(posterior, labels, base.new_modules, args))

@@ -38,14 +38,14 @@ class Sums(NamedTuple):
         precision: diag(JᵀVJ), (n,).
         gradient: Jᵀ(y − π), (n,).
         log_prob: Σ log p(y | μ).
-        losses: by temperature, (K,).
+        scores: log losses by temperature and their squared differences.
         examples: how many.
     """
 
     precision: Tensor
     gradient: Tensor
     log_prob: Tensor
-    losses: Tensor
+    scores: tempering.State
     examples: int
 
 
@@ -101,7 +101,8 @@ class DataParallelFilter(FilterOfMany):
                 for batch in batches:
                     tally.piece(batch.outputs, batch.targets, noise.likelihood(self.config, before.noise))
                     tally.linearized(batch)
-                    own = self._added(own, before, batch)
+                    numbered = shifted._replace(examples=shifted.examples + own.examples)
+                    own = self._added(own, numbered, batch)
         except Exception as error:  # whatever it is, the others must not wait for this process
             failed = error
         self.shares.all_or_none(failed)
@@ -109,9 +110,10 @@ class DataParallelFilter(FilterOfMany):
         check_finite("the precision", sums.precision)
         check_finite("the gradient", sums.gradient)
         belief, damping = self._condition(before, batches, sums)
-        scores = tempering.State(before.scores.updates + 1, before.scores.total + sums.losses)
-        if not isinstance(self.config.temperature, str):
-            scores = before.scores
+        scores = before.scores
+        if isinstance(self.config.temperature, str):
+            total, differences = scores.total + sums.scores.total, scores.differences + sums.scores.differences
+            scores = tempering.State(scores.updates + 1, total, differences)
         after = before._replace(
             belief=belief,
             scores=scores,
@@ -122,17 +124,16 @@ class DataParallelFilter(FilterOfMany):
         info = tally.info(float((belief.mean - before.belief.mean).norm()))
         return after, info._replace(damping=damping)
 
-    def _nothing(self) -> tuple[Tensor, Tensor]:
-        nothing = torch.zeros(1 + len(tempering.GRID), dtype=torch.float64, device=self.adapter.device)
-        return nothing[0], nothing[1:]
+    def _nothing(self) -> tuple[Tensor, tempering.State]:
+        device = self.adapter.device
+        return torch.zeros((), dtype=torch.float64, device=device), tempering.init(device)
 
     def _added(self, sums: Sums, state: FilterState, batch: Batch) -> Sums:
         """The sums with a piece of this process's examples."""
         everything = slice(0, len(batch.targets))
         part = Part.of(batch.seen, batch.jacobian, everything, max(batch.widths))
         output_cov = part.jacobian.block_gram(state.belief.variance).to(part.outputs.dtype)
-        before = tempering.init(self.adapter.device)
-        scores = scored(self.config, state._replace(scores=before), batch, everything, part, output_cov)
+        scores = scored(self.config, state._replace(scores=sums.scores), batch, everything, part, output_cov)
         factor, residual = part.family.whiten(part.outputs.double(), part.targets)
         seen = part.jacobian.multiplied(factor)
         curved = seen if part.probes is None else part.pulled.multiplied(part.probes.factor(part.outputs))
@@ -140,13 +141,16 @@ class DataParallelFilter(FilterOfMany):
             sums.precision + curved.column_squares(),
             sums.gradient + seen.rmatvec(residual.to(seen.like)),
             sums.log_prob + part.family.log_prob(part.outputs, part.targets).double().sum(),
-            sums.losses + scores.total - before.total,
+            scores,
             sums.examples + len(batch.targets),
         )
 
     def _summed(self, own: Sums, examples: int) -> Sums:
-        small = self.group.total(torch.cat([own.log_prob.view(1), own.losses]))
-        return Sums(self.group.total(own.precision), self.group.total(own.gradient), small[0], small[1:], examples)
+        size = len(tempering.GRID)
+        numbers = [own.log_prob.view(1), own.scores.total, own.scores.differences.flatten()]
+        log_prob, total, differences = self.group.total(torch.cat(numbers)).split([1, size, size**2])
+        scores = tempering.State(0, total, differences.view(size, size))
+        return Sums(self.group.total(own.precision), self.group.total(own.gradient), log_prob[0], scores, examples)
 
     def _condition(self, state: FilterState, batches: list[Batch], sums: Sums) -> tuple[diagonal.State, float]:
         """The belief after the batch, its precision damped until the objective falls; as it was where it never does."""

@@ -1,7 +1,7 @@
 """The report on a posterior: predict a loader, then look at the predictions."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -91,11 +91,11 @@ def evaluate(
                 raise ValueError(
                     f"`{name}` is for class probabilities, which this posterior has none of, got {unused!r}."
                 )
-        return _regression(prediction, shared | {"num_simulations": num_simulations})
+        return _noted(_regression(prediction, shared | {"num_simulations": num_simulations}), posterior)
     bernoulli = getattr(posterior.config, "likelihood", None) == "bernoulli"
     foreign = {name: posterior.predict_loader(other, **how) for name, other in (ood or {}).items()}
     probs, targets = class_predictions(posterior, prediction, "posterior")
-    return evaluate_predictions(
+    report = evaluate_predictions(
         probs,
         targets,
         uncertainty=_parts(prediction, bernoulli),
@@ -111,6 +111,13 @@ def evaluate(
         num_simulations=num_simulations,
         **shared,
     )
+    return _noted(report, posterior)
+
+
+def _noted(report: Report, posterior: PosteriorLike) -> Report:
+    """The report with what the posterior says of itself (`notes`, sentences) among its verdicts."""
+    notes = list(getattr(posterior, "notes", ()))
+    return replace(report, sections=replace(report.sections, verdict=report.sections.verdict + notes))
 
 
 def _remembering(loader: Any, first: list[Any]) -> Any:

@@ -49,7 +49,10 @@ class LoaderPrediction(Protocol):
 
 
 class PosteriorLike(Protocol):
-    """A belief that predicts a loader. May also have `variance`, tensor name to posterior variances."""
+    """A belief that predicts a loader.
+
+    May also have `variance`, tensor name to posterior variances, and `notes`, sentences for the page.
+    """
 
     @property
     def config(self) -> Any:

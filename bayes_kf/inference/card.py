@@ -55,6 +55,7 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
     learned = f"{state.examples:,} examples in {state.step:,} updates"
     divisor = posterior.softmax_temperature
     divided = "" if divisor == 1.0 else f" Logits are divided by {divisor:g} in predictions."
+    noted = "".join(f" {note}" for note in posterior.notes)
     shown = {name: getattr(posterior.config, name) for name in SETTINGS}
     lines = [
         "---",
@@ -64,7 +65,7 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
         f"# A posterior over {adapter.num_parameters:,} adapter parameters",
         "",
         f"A Gaussian belief over the trainable tensors of {f'`{base}`' if base else 'a model'}, fitted with bayes_kf "
-        f"on {learned}. Its covariance is used at temperature {posterior.temperature:g}.{divided}",
+        f"on {learned}. Its covariance is used at temperature {posterior.temperature:g}.{divided}{noted}",
         "",
         "| setting | value |",
         "| --- | --- |",

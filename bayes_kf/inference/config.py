@@ -170,7 +170,10 @@ class KalmanConfig:
             gradient steps that each cost what one of gradient descent does (``refine``). Nothing may drift, be
             forgotten, gated or penalized. With ``start`` "trained" they go on from the adapter's own mean.
         temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
-            stream's own log loss) or a number > 0.
+            stream's own log loss: the one nearest to 1 that the scores do not clearly speak against) or a number > 0.
+            With several ``passes`` those of the last one count, each example predicted by the examples before it. With
+            ``mean_passes`` it stays that of the belief before them, unless :func:`~bayes_kf.fit` holds data out;
+            ``Posterior.calibrate`` chooses one for the belief that is kept.
         softmax_temperature: what logits are divided by in predictions of classes, > 0 (below 1: surer; Guo et al.
             2017); learning does not see it. "held_out": 1 until held-out data say less, which
             :func:`~bayes_kf.fit` asks where it holds data out, and ``Posterior.calibrate_softmax``.

@@ -29,8 +29,8 @@ class Batch(NamedTuple):
         seen: what the curvature sees of the outputs.
         jacobian: of what is seen, with all directions.
         widths: the most rows that each of its examples has.
-        known: whether ``start`` has seen the targets: the likelihood is then expanded there, and nothing is scored.
-        hold_mean: whether only the covariance learns.
+        known: whether ``start`` has seen the targets: the likelihood is then expanded there.
+        hold_mean: whether only the covariance learns; nothing is scored then.
     """
 
     outputs_at: Callable[[Tensor, slice], Tensor]

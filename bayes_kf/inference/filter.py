@@ -64,9 +64,10 @@ class KalmanFilter:
             return self.linearize.in_memory(lambda: self._scale(state, given), batch_size(given))
 
     def restart(self, state: FilterState) -> FilterState:
-        """The prior again, for another pass over the same data; scores and estimated noise stay those of the first."""
+        """The prior again, for another pass over the same data, with nothing scored; estimated noise stays."""
         again = noise.State(variance=state.noise.variance, information=state.noise.information)
-        return FilterState(self._belief(state.prior), state.prior, again, state.scores, state.scaled, 0, 0)
+        scores = tempering.init(state.belief.mean.device)
+        return FilterState(self._belief(state.prior), state.prior, again, scores, state.scaled, 0, 0)
 
     def update(
         self,
@@ -85,8 +86,8 @@ class KalmanFilter:
             targets: (B,) class labels, or (B, m) numbers for the other likelihoods.
             hold_mean: whether only the covariance learns, linearized at a mean that stays (post hoc).
             at: θ to linearize and expand at, (n,), instead of the belief's mean: the mean that an earlier pass over the
-                same data ended with, see :meth:`restart`. Such an update is neither guarded nor scored, and leaves an
-                estimated noise variance as it is.
+                same data ended with, see :meth:`restart`. Such an update is not guarded, and leaves an estimated noise
+                variance as it is. The temperature is scored by what the belief predicts before it.
 
         Raises:
             ValueError: for inputs or targets that do not fit, before anything is computed from them; for ``hold_mean``

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bayes_kf.inference import kept, select
+from bayes_kf.inference import kept, select, tempering
 from bayes_kf.inference.batches import length
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.passes import fit_one, mean_pass, one_pass
@@ -81,26 +81,42 @@ def fit(
         config = select.check(config)
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
-    shown = shows_bars(progress)
+    posterior = _fit(model, loader, config, start, checkpoint, every, shows_bars(progress))
+    given = [config] if isinstance(config, KalmanConfig) else config or []
+    if posterior.temperature not in [setting.temperature for setting in given]:
+        tempering.warn_of_mean_alone(posterior.temperature)
+    return posterior
+
+
+def _fit(
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    config: KalmanConfig | Sequence[KalmanConfig] | None,
+    start: str,
+    checkpoint: str | Path | None,
+    every: int,
+    progress: bool,
+) -> Posterior:
+    """By the way that the settings and the loader ask for."""
     if checkpoint is not None:
         if start != "prior":
             raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")
         if config is not None and not isinstance(config, KalmanConfig):
             raise ValueError("`config` must be one with a `checkpoint`, got several.")
-        return kept.fit_kept(model, loader, config or KalmanConfig(), checkpoint, every, shown)
+        return kept.fit_kept(model, loader, config or KalmanConfig(), checkpoint, every, progress)
     if isinstance(config, KalmanConfig):
-        return fit_one(model, loader, config, start, shown)
+        return fit_one(model, loader, config, start, progress)
     if config is not None and start == "trained":
         raise ValueError("`config` must be one with `start` 'trained', whose mean stays, got several.")
     if config is None:
-        return fit_default(model, loader, start, shown)
+        return fit_default(model, loader, start, progress)
     parts = select.split(loader)
     if parts is None:
         raise ValueError(
             "`loader` must be a DataLoader over a data set or a list of at least 8 batches for several `config`, "
             f"got {type(loader).__name__}."
         )
-    return _fit_best(model, parts, config, shown)
+    return _fit_best(model, parts, config, progress)
 
 
 class _Candidate(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference import diagonal, noise, sharding, tempering
+from bayes_kf.inference import diagonal, noise, predictive_density, sharding, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import odds_length
 from bayes_kf.inference.evidence import Batch, Evidence, Part, Tally
@@ -111,7 +111,7 @@ def _learn_part(
     joint = config.structure.joint_output_covariance(belief, part.jacobian)
     check_finite("the output covariance", joint)
     output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
-    scores = state.scores if batch.known else scored(config, state, batch, where, part, output_cov)
+    scores = state.scores if batch.hold_mean else scored(config, state, batch, where, part, output_cov)
     evidence, noise_state, jitter = _evidence(config, state, part, joint, output_cov, batch.known)
     passes, accepts = _Passes(batch, where), None
     if config.damping and not batch.known:
@@ -268,15 +268,28 @@ def scored(
     """
     if not isinstance(config.temperature, str):
         return state.scores
-    seed = config.seed + state.step
+    first = state.examples + where.start  # `where` counts from the first of this piece of the batch
     if config.curvature == "sampled":
-        outputs, targets = batch.outputs[where], batch.targets[where]
-        variance = output_cov.flatten() / odds_length(outputs, targets)
-        family = noise.likelihood(config, state.noise)
-        losses = tempering.isotropic_log_losses(family, outputs, variance, targets, seed)
+        family, targets = noise.likelihood(config, state.noise), batch.targets[where]
+        outputs = _outputs_now(state, batch, where)
+        variance = output_cov.flatten() / odds_length(batch.outputs[where], targets)
+        losses = predictive_density.isotropic_log_loss(family, outputs, variance, targets, tempering.GRID, first)
     else:
-        losses = tempering.log_losses(part.family, part.outputs, output_cov, part.targets, seed)
+        losses = predictive_density.log_loss(part.family, part.outputs, output_cov, part.targets, tempering.GRID, first)
     return tempering.add(state.scores, losses)
+
+
+def _outputs_now(state: FilterState, batch: Batch, where: slice) -> Tensor:
+    """All outputs of a part at the present mean, where its Jacobian is that of the label's log odds alone, (B, m).
+
+    By a forward pass where the belief has moved since the batch was linearized: log odds are concave in the outputs, so
+    that their first order promises every label too much.
+    """
+    if state.belief.mean is batch.start:
+        return batch.outputs[where]
+    outputs = batch.outputs_at(state.belief.mean, where)
+    check_finite("the outputs", outputs)
+    return outputs
 
 
 def parts(widths: list[int]) -> Iterator[tuple[slice, int]]:

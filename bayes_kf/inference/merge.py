@@ -58,7 +58,9 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
         belief=first.config.structure.merge(beliefs, first.state.prior),
         noise=noise.State(step=sum(s.noise.step for s in states)),
         scores=tempering.State(
-            sum(s.scores.updates for s in states), torch.stack([s.scores.total.to(device) for s in states]).sum(0)
+            sum(s.scores.updates for s in states),
+            torch.stack([s.scores.total.to(device) for s in states]).sum(0),
+            torch.stack([s.scores.differences.to(device) for s in states]).sum(0),
         ),
         step=sum(s.step for s in states),
         examples=sum(s.examples for s in states),

@@ -145,7 +145,7 @@ def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any
         belief=kf.config.structure.State(**_fields(tensors, "belief.")),
         prior=diagonal.State(**_fields(tensors, "prior.")),
         noise=noise.State(step=metadata["noise_step"], **_fields(tensors, "noise.")),
-        scores=tempering.State(metadata["scored"], **_fields(tensors, "scores.")),
+        scores=_scores(metadata["scored"], _fields(tensors, "scores.")),
         scaled=metadata["scaled"],
         step=metadata["step"],
         examples=metadata["examples"],
@@ -173,6 +173,12 @@ def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any
     if not bool((kf.config.structure.scales(state.belief) > 0).all()) or not bool((state.prior.variance > 0).all()):
         raise ValueError("its variances are not positive")
     return state
+
+
+def _scores(updates: int, fields: dict[str, Tensor]) -> tempering.State:
+    """The scores; folders that know nothing of differences keep the temperature that they were saved with."""
+    unknown = tempering.init(next(iter(fields.values())).device if fields else torch.device("cpu"))
+    return tempering.State(updates, **{"differences": unknown.differences} | fields)
 
 
 def export(posterior: Posterior, folder: Path, draws: Tensor) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import arviz_export, noise, persistence, prediction, tempering
+from bayes_kf.inference import arviz_export, noise, persistence, prediction, predictive_density, tempering
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import MANY
 from bayes_kf.inference.filter import FilterState, KalmanFilter
@@ -42,7 +42,7 @@ NOTICEABLE = 0.05  # of total variation, or of standard deviations
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """Belief over a model's trainable tensors with everything needed to use it.
 
@@ -76,6 +76,21 @@ class Posterior:
     def temperature(self) -> float:
         """Factor on the covariance in predictions and draws, as configured or chosen by the prequential score."""
         return self.kf.temperature(self.state)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever uses its predictions must know, as sentences; on the model card and on report pages."""
+        if not tempering.is_mean_alone(self.temperature):
+            return ()
+        return (f"The temperature is {self.temperature:g}: {tempering.MEAN_ALONE_NOTE}",)
+
+    def __repr__(self) -> str:
+        settings, parameters = self.config, self.adapter.num_parameters
+        text = (
+            f"Posterior({settings.likelihood}, {parameters:,} parameters, covariance={settings.covariance!r}, "
+            f"temperature={self.temperature:g}, {self.state.examples:,} examples in {self.state.step:,} updates)"
+        )
+        return "\n".join([text, *self.notes])
 
     @property
     def softmax_temperature(self) -> float:
@@ -257,7 +272,7 @@ class Posterior:
         For an adapter that was trained elsewhere (``fit(start="trained")``), or where a part of the data can be spared:
         one linearized prediction of each batch, with more than 64 outputs from as many drawn adapters. Of temperatures
         whose losses are within half a standard error of the least, paired by example, it is the one nearest to 1
-        (``tempering``).
+        (``tempering``). There is a warning where that is 0.01 or less: predictions are then those of the mean alone.
 
         Args:
             loader: batches with targets that the belief has not learned from.
@@ -265,10 +280,18 @@ class Posterior:
         Raises:
             ValueError: when the loader yields nothing, or a batch without targets or one that does not fit.
         """
+        found = self._calibrated(loader)
+        tempering.warn_of_mean_alone(found.temperature)
+        return found
+
+    def _calibrated(self, loader: Iterable[Any]) -> Posterior:
+        """As :meth:`calibrate`, without its warning."""
         family, losses = noise.likelihood(self.config, self.state.noise), list[Tensor]()
-        for index, (inputs, targets) in enumerate(self._held_out(loader)):
+        seen = 0
+        for inputs, targets in self._held_out(loader):
             with self.adapter.full_precision():
-                losses.append(self._log_losses(family, inputs, targets, self.config.seed + index))
+                losses.append(self._log_losses(family, inputs, targets, seen))
+            seen += len(targets)
         return self._with(temperature=tempering.choose_held_out(torch.cat(losses, 1)))
 
     def calibrate_softmax(self, loader: Iterable[Any]) -> Posterior:
@@ -501,24 +524,25 @@ class Posterior:
         draws = self.scaled_logits(outputs + torch.cat([changes, -changes])[:num_samples])
         return prediction.mixture(family, draws, _checked(family, outputs, targets))
 
-    def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, seed: int) -> Tensor:
-        """Log loss of each of a batch's linearized predictions at every temperature, (K, B)."""
+    def _log_losses(self, family: Likelihood, inputs: Inputs, targets: Tensor, first: int) -> Tensor:
+        """Log losses (K, B) of a batch's linearized predictions by temperature; ``first`` numbers its examples."""
         if self._by_differences(inputs, tempering.NUM_RESPONSES):
-            generator = torch.Generator(device=self.adapter.device).manual_seed(seed)
+            generator = torch.Generator(device=self.adapter.device).manual_seed(self.config.seed)
             outputs = self.adapter.outputs(self.mean_vector, inputs)
             known = family.check(outputs, targets)
             responses = self._responses(inputs, tempering.NUM_RESPONSES, generator)
-            spread = tempering.mixed(responses, tempering.held_out_draws(outputs), generator)
-            return tempering.drawn_log_loss(family, self.scaled_logits(outputs), self.scaled_logits(spread), known)
-        losses = []
+            root = self.scaled_logits(responses / tempering.NUM_RESPONSES**0.5).transpose(0, 1)  # (B, S, m)
+            outputs = self.scaled_logits(outputs)
+            return predictive_density.root_log_loss(family, outputs, root, known, tempering.GRID, first)
+        losses = list[Tensor]()
         for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)
             outputs = self.scaled_logits(linearized.outputs)
             known = family.check(outputs, targets[where])
             covariance = self.config.structure.output_covariance(self.state.belief, linearized.pull())
-            output_cov = covariance.to(outputs) / self.softmax_temperature**2
-            draws = tempering.held_out_draws(outputs)
-            losses.append(tempering.each_log_loss(family, outputs, output_cov, known, seed, draws))
+            output_cov = covariance / self.softmax_temperature**2
+            number = first + sum(part.shape[1] for part in losses)
+            losses.append(predictive_density.log_loss(family, outputs, output_cov, known, tempering.GRID, number))
         return torch.cat(losses, 1)
 
     def _responses(

@@ -15,7 +15,7 @@ from bayes_kf.models.likelihood import Gaussian, Likelihood
 METHODS = ("linearized", "probit", "sampled", "mean")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """Predictions for B examples of m outputs.
 
@@ -43,8 +43,13 @@ class Prediction:
     epistemic: Tensor | None = None
     log_prob: Tensor | None = None
 
+    def __repr__(self) -> str:
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = ", ".join(f"{name} {tuple(value.shape)}" for name, value in known.items() if value is not None)
+        return f"{type(self).__name__}({shown})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class LoaderPrediction(Prediction):
     """Predictions for a whole loader, on the CPU, with the targets met on the way (None where there were none)."""
 

@@ -109,7 +109,7 @@ def score(posterior: Posterior, held_out: Iterable[Any]) -> tuple[Posterior, flo
     if posterior.config.softmax_temperature == "held_out":
         posterior = posterior.calibrate_softmax(held_out)
     if posterior.config.temperature == "prequential":
-        posterior = posterior.calibrate(held_out)
+        posterior = posterior._calibrated(held_out)
     found = posterior.predict_loader(held_out)
     if found.log_prob is None:
         raise ValueError("`loader` must yield targets with every batch, got none in one that is held out.")

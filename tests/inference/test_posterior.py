@@ -277,21 +277,6 @@ def test_bernoulli_and_poisson_end_to_end():
         posterior.predict(x, "probit")
 
 
-def test_temperature_is_that_of_the_least_log_loss():
-    state, grid = tempering.init(torch.device("cpu")), torch.tensor(tempering.GRID)
-    assert tempering.choose(state) == 1.0
-    losses = torch.rand(50, len(grid), generator=torch.Generator().manual_seed(0)).double()
-    losses[:, 3] -= 0.5
-    for row in losses:
-        state = tempering.add(state, row)
-    assert tempering.choose(state) == tempering.GRID[3]
-    torch.testing.assert_close(state.total, losses.sum(0))
-    impossible = torch.full_like(state.total, torch.inf)
-    assert tempering.choose(tempering.add(state, impossible)) == tempering.GRID[0]
-    impossible[:6] = 0.0
-    assert tempering.choose(tempering.add(tempering.init(torch.device("cpu")), impossible)) == tempering.GRID[5]
-
-
 def test_held_out_data_take_the_temperature_nearest_to_1_that_they_do_not_clearly_speak_against():
     """Differences of ±1 about their mean have standard error 1/√(N − 1)."""
     size = len(tempering.GRID)

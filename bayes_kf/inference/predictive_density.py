@@ -1,0 +1,210 @@
+"""log p(y) = log E p(y | η) under η ~ N(f, t·C), at several temperatures t.
+
+Temperatures are compared by these numbers, so they must be without bias: the logarithm of a mean of S independent draws
+is too low by about Var(p) / (2 S p̄²), the more so the hotter. What is used instead:
+
+- Gaussian: the closed form.
+- One output (Bernoulli, Poisson), and two classes, whose log odds are one number: quadrature in one dimension.
+- Otherwise: quasi-random draws (scrambled Sobol points and their mirror images) whose first coordinate, the most even
+  one, lies along the gradient of log p(y | η). Examples take different sets in turn, by their number: errors of a
+  single set would add up.
+
+An example's result depends on nothing but its own f, C, y and number, so not on how a batch was cut.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_kf.models.likelihood import Bernoulli, Gaussian, Likelihood
+
+NODES = 97  # of the quadrature in one dimension
+REACH = 9.0  # standard deviations from the integrand's mode that it covers
+MODE_STEPS = 40  # of Newton's method toward that mode, at most ...
+MODE_PRECISION = 1e-3  # ... and the change that ends them: the mode need not be exact
+POINTS = 512  # quasi-random draws ...
+FEWEST_POINTS = 32  # ... and with so many outputs that those would be more than ...
+MOST_NUMBERS = 2**20  # ... these numbers an example; as many are held at once
+SETS, FEWEST_SETS = 64, 2  # of points, that examples take in turn; fewer where those would be more than ...
+SET_NUMBERS = 2**21  # ... these numbers
+
+
+def log_loss(
+    family: Likelihood,
+    outputs: Tensor,
+    output_cov: Tensor,
+    targets: Tensor,
+    temperatures: Sequence[float],
+    first: int = 0,
+) -> Tensor:
+    """−log p(y) of each example under η ~ N(outputs, t·output_cov), (K, B) in nats, float64.
+
+    Args:
+        family: the likelihood.
+        outputs: f, (B, m).
+        output_cov: C, (B, m, m).
+        targets: as the likelihood's ``check`` returned them.
+        temperatures: t, K of them.
+        first: the number of the first example; the others follow.
+    """
+    covariance = output_cov.double()
+    if isinstance(family, Gaussian):
+        return _gaussian(family, outputs.double(), covariance, targets.double(), temperatures)
+    if outputs.shape[1] == 1:
+        sd = covariance[:, 0, 0].clamp_min(0.0).sqrt()
+        return _one_output(family, outputs[:, 0].double(), sd, targets[:, 0].double(), temperatures)
+    if family.name == "categorical" and outputs.shape[1] == 2:
+        odds = (outputs[:, 1] - outputs[:, 0]).double()
+        variance = covariance[:, 0, 0] - 2.0 * covariance[:, 0, 1] + covariance[:, 1, 1]
+        return _one_output(Bernoulli(), odds, variance.clamp_min(0.0).sqrt(), targets.double(), temperatures)
+    scale = covariance.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)[:, None, None]
+    values, vectors = torch.linalg.eigh(covariance / scale)
+    root = (
+        scale.sqrt() * (vectors * values.clamp_min(0.0).sqrt().unsqueeze(1)) @ vectors.mT
+    )  # negative by rounding only
+    return root_log_loss(family, outputs, root.to(outputs), targets, temperatures, first)
+
+
+def isotropic_log_loss(
+    family: Likelihood,
+    outputs: Tensor,
+    variance: Tensor,
+    targets: Tensor,
+    temperatures: Sequence[float],
+    first: int = 0,
+) -> Tensor:
+    """As :func:`log_loss` for C = variance·I, variance (B,)."""
+    sd = variance.to(outputs).clamp_min(0.0).sqrt().view(-1, 1, 1)
+    return root_log_loss(family, outputs, sd, targets, temperatures, first)
+
+
+def root_log_loss(
+    family: Likelihood,
+    outputs: Tensor,
+    root: Tensor,
+    targets: Tensor,
+    temperatures: Sequence[float],
+    first: int = 0,
+) -> Tensor:
+    """As :func:`log_loss` by quasi-random draws, for C = rootᵀ root with root (B, r, m), or (B, 1, 1) times I."""
+    rank = outputs.shape[1] if root.shape[1:] == (1, 1) else root.shape[1]
+    width = max(rank, outputs.shape[1])
+    count = POINTS if POINTS * width <= MOST_NUMBERS else max(FEWEST_POINTS, MOST_NUMBERS // width)
+    sets = _point_sets(count // 2, rank)
+    number = torch.arange(first, first + len(outputs)) % len(sets)
+    at_once = max(1, MOST_NUMBERS // (count * width))  # examples
+    pieces = zip(*(part.split(at_once) for part in (outputs, root, targets, number)), strict=True)
+    return torch.cat([_drawn(family, *part, sets[which].to(part[1]), temperatures) for *part, which in pieces], 1)
+
+
+def _drawn(
+    family: Likelihood,
+    outputs: Tensor,
+    root: Tensor,
+    targets: Tensor,
+    points: Tensor,
+    temperatures: Sequence[float],
+) -> Tensor:
+    """Log losses (K, B) from standard normal points (B, r, S) and their mirror images.
+
+    A reflection takes the first axis to the direction in which log p(y | η) changes most. Outputs come first in memory,
+    draws last, where sums over few outputs are fast.
+    """
+    gradient = family.residual(outputs, targets)
+    scaled = root.shape[1:] == (1, 1)
+    along = F.normalize(gradient if scaled else (root @ gradient.unsqueeze(-1)).squeeze(-1), dim=-1)  # (B, r)
+    normal = along.clone()
+    normal[:, 0] -= 1.0
+    normal = F.normalize(normal, dim=-1).unsqueeze(-1)  # of the mirror, (B, r, 1)
+    turned = points - 2.0 * normal * (normal.mT @ points)
+    spread = (turned * root if scaled else root.mT @ turned).transpose(0, 1)  # (m, B, S)
+    spread = torch.cat([spread, -spread], -1)
+    centre = outputs.T.unsqueeze(-1)
+    losses = [-_log_prob(family, centre + heat**0.5 * spread, targets).double().logsumexp(1) for heat in temperatures]
+    return math.log(spread.shape[-1]) + torch.stack(losses)
+
+
+def _log_prob(family: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Log p(y | η) of outputs (m, B, S), (B, S)."""
+    if family.name != "categorical":
+        return family.log_prob(outputs.permute(2, 1, 0), targets).T
+    label = outputs.gather(0, targets.view(1, -1, 1).expand(1, -1, outputs.shape[-1])).squeeze(0)
+    return label - outputs.logsumexp(0)
+
+
+@functools.lru_cache(maxsize=8)
+def _point_sets(count: int, dimension: int) -> Tensor:
+    """Scrambled Sobol points as standard normal numbers, (sets, dimension, count), the same at every call."""
+    sets = max(FEWEST_SETS, min(SETS, SET_NUMBERS // (count * dimension)))
+    if dimension > torch.quasirandom.SobolEngine.MAXDIM:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn((sets, dimension, count), generator=generator)
+    found = torch.empty(sets, dimension, count)
+    for number in range(sets):
+        engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=number)
+        uniform = engine.draw(count, dtype=torch.float64).clamp(1e-12, 1.0 - 1e-12)
+        found[number] = torch.special.ndtri(uniform).T
+    return found
+
+
+def _one_output(
+    family: Likelihood, outputs: Tensor, sd: Tensor, targets: Tensor, temperatures: Sequence[float]
+) -> Tensor:
+    """Log losses (K, ..., B) of one output, by quadrature: outputs (..., B), sd (B,) at temperature 1, targets (B,).
+
+    The integrand exp(g(ε)), g = log p(y | f + sε) − ε²/2, has one maximum. Nodes are ε̂ + c sinh u, u equally spaced:
+    dense at its place ε̂, where the likelihood may be much narrower than the belief, and out to ``REACH``.
+    """
+    heat = torch.tensor(temperatures, dtype=torch.float64, device=outputs.device)
+    sd = heat.sqrt().view(-1, *[1] * outputs.dim()) * sd  # (K, ..., B)
+    mode = _mode(family, outputs, sd, targets)
+    width = 1.0 / (1.0 + sd)
+    last = torch.asinh(REACH / width)
+    step = 2.0 * last / (NODES - 1)
+    place = (
+        torch.linspace(-1.0, 1.0, NODES, dtype=torch.float64, device=outputs.device).view(-1, *[1] * sd.dim()) * last
+    )
+    node = mode + width * place.sinh()
+    log_prob = family.log_prob((outputs + sd * node).unsqueeze(-1), targets.unsqueeze(-1))
+    terms = log_prob - 0.5 * node.square() + (step * width * place.cosh()).log()
+    return 0.5 * math.log(2.0 * math.pi) - terms.logsumexp(0)
+
+
+def _mode(family: Likelihood, outputs: Tensor, sd: Tensor, targets: Tensor) -> Tensor:
+    """Where log p(y | f + sε) − ε²/2 is largest, by Newton's method kept in a bracket; (K, ..., B)."""
+    tiny = torch.finfo(sd.dtype).tiny
+    bound = sd * family.residual(outputs.unsqueeze(-1), targets.unsqueeze(-1)).squeeze(-1)
+    low, high = bound.clamp_max(0.0), bound.clamp_min(0.0)  # the slope at 0 is s·e, and falls by at least 1 a unit
+    if family.name == "poisson":  # the likelihood's own maximum is at log y
+        peak = (targets.clamp_min(tiny).log() - outputs) / sd.clamp_min(tiny)
+        low, high = torch.maximum(low, peak.clamp_max(0.0)), torch.minimum(high, peak.clamp_min(0.0))
+    mode = torch.zeros_like(bound)
+    for _ in range(MODE_STEPS):
+        point = (outputs + sd * mode).unsqueeze(-1)
+        slope = sd * family.residual(point, targets.unsqueeze(-1)).squeeze(-1) - mode
+        curvature = 1.0 + sd.square() * family.variance(point)[..., 0, 0]
+        low, high = torch.where(slope > 0, mode, low), torch.where(slope > 0, high, mode)
+        moved = mode + slope / curvature
+        moved = torch.where((moved > low) & (moved < high), moved, 0.5 * (low + high))
+        change, mode = (moved - mode).abs().max(), moved
+        if float(change) < MODE_PRECISION:
+            break
+    return mode
+
+
+def _gaussian(
+    family: Gaussian, outputs: Tensor, output_cov: Tensor, targets: Tensor, temperatures: Sequence[float]
+) -> Tensor:
+    """In closed form, all temperatures at once."""
+    heat = torch.tensor(temperatures, dtype=torch.float64, device=outputs.device).view(-1, 1, 1, 1)
+    noise_var = family.noise_variance.to(heat).expand_as(outputs)
+    normal = torch.distributions.MultivariateNormal(
+        outputs, heat * output_cov + torch.diag_embed(noise_var), validate_args=False
+    )
+    return -normal.log_prob(targets)
