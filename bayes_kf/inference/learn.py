@@ -23,6 +23,7 @@ from bayes_kf.models.likelihood import Gaussian, Likelihood
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
 MAX_DAMPINGS = 8
 PART_ROWS = 192  # rows that are solved for together; with more, parts of a batch follow each other
+STARTLING = 16.0  # innovation over its degrees of freedom, beyond which an estimated σ² is not taken at its word
 TRUSTED = 1.0  # change of an output (a logit, or the sd of a Gaussian's noise) up to which a step is not checked
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
@@ -33,7 +34,8 @@ def learn(config: KalmanConfig, state: FilterState, batch: Batch, tally: Tally) 
     def output_variance() -> Tensor:
         return config.structure.output_covariance(state.belief, batch.jacobian).diagonal(dim1=1, dim2=2).mean(0)
 
-    begun = noise.begin(config, state.noise, batch.outputs, batch.targets, output_variance)
+    explained = None if batch.known else output_variance  # a mean that knows the targets has residuals of noise
+    begun = noise.begin(config, state.noise, batch.outputs, batch.targets, explained)
     state = state._replace(noise=begun)
     if batch.seen.directions is None:  # what noise it has may have become known just now
         batch = batch._replace(seen=batch.seen._replace(family=noise.likelihood(config, state.noise)))
@@ -62,13 +64,11 @@ def _learn_part(
     accepts = None
     if config.damping and not batch.known:
         accepts = _objective(config, state, part, lambda mean: batch.outputs_at(mean, where), batch.targets[where])
-    after, damping = _condition(config, belief, evidence, accepts)
+    after, damping = _condition(config, belief, evidence, accepts, batch.hold_mean)
     after = after._replace(mean=belief.mean) if batch.hold_mean else after
-    if noise_state.variance is not None and (not batch.known or batch.hold_mean):
+    if noise_state.variance is not None and not batch.known:
         residual = batch.targets[where] - part.outputs
-        noise_state = noise.absorb(
-            noise_state, residual, tempering.temperature(config.temperature, state.scores) * output_cov
-        )
+        noise_state = noise.absorb(noise_state, residual, output_cov)
     tally.part(evidence.mean, damping, jitter)
     noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not parts
     return state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
@@ -96,15 +96,24 @@ def _evidence(
 
 
 def _condition(
-    config: KalmanConfig, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None
+    config: KalmanConfig,
+    belief: Any,
+    evidence: Evidence,
+    accepts: Callable[[Any], bool] | None,
+    hold_mean: bool,
 ) -> tuple[Any, float]:
     """Condition, with the gate before and the guard after; the belief and the precision factor.
 
     Where no precision was small enough for the guard, the belief is as it was, and the factor 0.
     """
     structure, damping = config.structure, 1.0
+    if hold_mean and structure.accumulate is not None:  # the prior may be chosen afterwards
+        structure = structure._replace(condition=structure.accumulate)
     if config.gate_quantile is not None:
         bound = 2.0 * float(gammaincinv(0.5 * evidence.mean.degrees_of_freedom, config.gate_quantile))  # of χ²
+        damping = min(1.0, bound / max(evidence.mean.innovation, bound))
+    elif config.noise_variance == "estimated":
+        bound = STARTLING * evidence.mean.degrees_of_freedom
         damping = min(1.0, bound / max(evidence.mean.innovation, bound))
     after = evidence.condition(structure, belief, damping)
     attempts = 0
