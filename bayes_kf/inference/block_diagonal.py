@@ -89,6 +89,23 @@ def condition(state: State, observation: Observation, curvature: Observation | N
     return after
 
 
+def accumulate(state: State, observation: Observation, curvature: Observation | None = None) -> State:
+    """The mean of :func:`condition`, and P_b⁻¹ + M_bᵀM_b, so that what data add does not depend on the prior.
+
+    For passes after which the prior's width or σ² is chosen.
+    """
+    rows, after = (curvature or observation).dense(), condition(state, observation)
+    for (where, old), (_, new) in zip(_blocks(state), _blocks(after), strict=True):
+        own = rows[:, where]
+        cross = old @ own.mT
+        factor = innovation(own.double() @ cross.double(), own.new_zeros(len(own)))[0]
+        gain = torch.cholesky_solve(cross.mT.double(), factor).mT.to(cross)
+        left = old - gain @ cross.mT
+        joseph = left - (left @ own.mT) @ gain.mT + gain @ gain.mT
+        new.copy_(0.5 * (joseph + joseph.mT))
+    return after
+
+
 def add_precision(state: State, added: Tensor) -> State:
     """The belief with precision Λ + diag(added), its mean as it was; added (n,) may be negative."""
     after = state._replace(covariance=torch.empty_like(state.covariance))

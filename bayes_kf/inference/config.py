@@ -18,7 +18,11 @@ from bayes_kf.staging import staging
 
 
 class Structure(NamedTuple):
-    """The functions of one covariance structure; each documented in its own file."""
+    """The functions of one covariance structure; each documented in its own file.
+
+    ``accumulate`` takes the place of ``condition`` where the mean is held: what it adds to the precision does not
+    depend on the prior, whose width may be chosen afterwards. None where that is so of ``condition`` itself.
+    """
 
     State: type[Any]
     init: Callable[..., Any]
@@ -35,19 +39,21 @@ class Structure(NamedTuple):
     quadratic: Callable[..., Any]
     log_determinant: Callable[..., Any]
     scales: Callable[..., Any]
+    accumulate: Callable[..., Any] | None = None
 
 
-def _structure(module: Any, condition: Callable[..., Any]) -> Structure:
-    names = [name for name in Structure._fields if name != "condition"]
-    return Structure(condition=condition, **{name: getattr(module, name) for name in names})
+def _structure(module: Any, condition: Callable[..., Any], accumulate: Callable[..., Any] | None = None) -> Structure:
+    names = [name for name in Structure._fields if name not in ("condition", "accumulate")]
+    found = {name: getattr(module, name) for name in names}
+    return Structure(condition=condition, accumulate=accumulate, **found)
 
 
 STRUCTURES: dict[str, Structure] = {
-    "diagonal": _structure(diagonal, diagonal.gain_condition),
+    "diagonal": _structure(diagonal, diagonal.gain_condition, diagonal.mixed_condition),
     "diagonal_information": _structure(diagonal, diagonal.information_condition),
     "diagonal_mixed": _structure(diagonal, diagonal.mixed_condition),
-    "low_rank": _structure(low_rank, low_rank.condition),
-    "block_diagonal": _structure(block_diagonal, block_diagonal.condition),
+    "low_rank": _structure(low_rank, low_rank.condition, low_rank.accumulate),
+    "block_diagonal": _structure(block_diagonal, block_diagonal.condition, block_diagonal.accumulate),
     "full": _structure(full, full.condition),
 }
 

@@ -24,6 +24,7 @@ DAMPING_STEP = 0.25  # an update that fails its check is solved again with this 
 MAX_DAMPINGS = 8
 LEAST_PART = 16  # examples, to which parts are halved where they are too many for one step
 PART_ROWS = 192  # rows that are solved for together; with more, parts of a batch follow each other
+STARTLING = 16.0  # innovation over its degrees of freedom, beyond which an estimated σ² is not taken at its word
 ROUNDING = 1e-4  # relative change of the objective below which a step is never called worse
 
 
@@ -95,7 +96,8 @@ def _begun(config: KalmanConfig, state: FilterState, batch: Batch) -> FilterStat
     def output_variance() -> Tensor:
         return config.structure.output_covariance(state.belief, batch.jacobian).diagonal(dim1=1, dim2=2).mean(0)
 
-    return state._replace(noise=noise.begin(config, state.noise, batch.outputs, batch.targets, output_variance))
+    explained = None if batch.known else output_variance  # a mean that knows the targets has residuals of noise
+    return state._replace(noise=noise.begin(config, state.noise, batch.outputs, batch.targets, explained))
 
 
 def _learn_part(
@@ -117,15 +119,13 @@ def _learn_part(
     if config.damping and not batch.known:
         accepts = _objective(config, state, part, passes, batch.targets[where])
     dampings = MAX_DAMPINGS if len(part.targets) < 2 * LEAST_PART else 0  # rather fewer examples than less precise ones
-    after, damping, refused = _condition(config, belief, evidence, accepts, dampings)
+    after, damping, refused = _condition(config, belief, evidence, accepts, dampings, batch.hold_mean)
     after = after._replace(mean=belief.mean) if batch.hold_mean else after
     outputs = passes.known(after.mean)
     held = not refused and (outputs is None or holds(batch, where, part, after.mean, outputs))
-    if noise_state.variance is not None and (not batch.known or batch.hold_mean):
+    if noise_state.variance is not None and not batch.known:
         residual = batch.targets[where] - part.outputs
-        noise_state = noise.absorb(
-            noise_state, residual, tempering.temperature(config.temperature, state.scores) * output_cov
-        )
+        noise_state = noise.absorb(noise_state, residual, output_cov)
     noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not parts
     state = state._replace(belief=after, noise=noise_state, scores=scores, scaled=True)
     return _Tried(state, evidence.mean, damping, jitter, held)
@@ -180,7 +180,12 @@ def _evidence(
 
 
 def _condition(
-    config: KalmanConfig, belief: Any, evidence: Evidence, accepts: Callable[[Any], bool] | None, dampings: int
+    config: KalmanConfig,
+    belief: Any,
+    evidence: Evidence,
+    accepts: Callable[[Any], bool] | None,
+    dampings: int,
+    hold_mean: bool,
 ) -> tuple[Any, float, bool]:
     """Condition, with the gate before and the guard after; the belief, the precision factor, and if any was refused.
 
@@ -188,10 +193,15 @@ def _condition(
     and the factor 0.
     """
     structure, damping = config.structure, 1.0
+    if hold_mean and structure.accumulate is not None:  # the prior may be chosen afterwards
+        structure = structure._replace(condition=structure.accumulate)
     if config.gate_quantile is not None:
         from scipy.special import gammaincinv
 
         bound = 2.0 * float(gammaincinv(0.5 * evidence.mean.degrees_of_freedom, config.gate_quantile))  # of χ²
+        damping = min(1.0, bound / max(evidence.mean.innovation, bound))
+    elif config.noise_variance == "estimated":
+        bound = STARTLING * evidence.mean.degrees_of_freedom
         damping = min(1.0, bound / max(evidence.mean.innovation, bound))
     after = evidence.condition(structure, belief, damping)
     attempts = 0

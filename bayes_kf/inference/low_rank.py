@@ -1,8 +1,9 @@
 """Beliefs whose precision is a diagonal plus a low-rank part: Λ = diag(d) + W Wᵀ, W (n, L).
 
-An update appends the L + k columns [W, Mᵀ], which is exact; then the L leading directions, in units of the diagonal,
-are kept, and the diagonal of the rest is folded into d. Cost n (L + k)² per update. The scheme is that of the low-rank
-filter of Chang et al. (2023, arXiv:2305.19535), truncated here relative to the diagonal.
+An update appends the k columns Mᵀ to W, which is exact; then the L leading directions, in units of the diagonal, are
+kept, and d grows so that each parameter's marginal variance stays (ours). Cost n (L + k)² per update. The scheme is
+that of the low-rank filter of Chang et al. (2023, arXiv:2305.19535), truncated here relative to the diagonal. Theirs
+adds the diagonal of what is cut to d, which is over-confident with more parameters than data.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bayes_kf.inference.jacobian import Jacobian
 from bayes_kf.inference.observation import Observation
 
 COLUMNS = 16  # of the cut-off part, made at once
+Cut = Callable[[Tensor, Tensor, Tensor, int, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
 
 
 class State(NamedTuple):
@@ -58,13 +60,26 @@ def condition(state: State, observation: Observation, curvature: Observation | N
     With A = [Wᵀ; M], Λ_new = D + AᵀA and the step is D⁻¹Aᵀ(I + AD⁻¹Aᵀ)⁻¹[0; u]: one small system, in float64. The
     difference D⁻¹Mᵀu − D⁻¹A(…)Mᵀu, which is the same, cancels in float32 where MD⁻¹Mᵀ is much larger than one.
     """
+    return _conditioned(state, observation, curvature, _cut)
+
+
+def accumulate(state: State, observation: Observation, curvature: Observation | None = None) -> State:
+    """As :func:`condition`, but the diagonal keeps that of Λ + MᵀM, so that what data add does not depend on the prior.
+
+    For passes after which the prior's width or σ² is chosen. With more parameters than data it is over-confident.
+    """
+    return _conditioned(state, observation, curvature, _cut_precision)
+
+
+def _conditioned(state: State, observation: Observation, curvature: Observation | None, cut: Cut) -> State:
     if curvature is not None:  # another M for the precision
-        return condition(state, curvature)._replace(mean=condition(state, observation).mean)
+        mean = state.mean + _step(state, observation, _joined_gram(state, observation))
+        return _conditioned(state, curvature, None, cut)._replace(mean=mean)
     rank = state.factor.shape[1]
     gram = _joined_gram(state, observation)
     step = _step(state, observation, gram)
     values, vectors = torch.linalg.eigh(gram)  # ascending
-    factor, diagonal = _cut(
+    factor, diagonal = cut(
         state.diagonal,
         values.clamp_min(0.0),  # negative only by rounding
         vectors.to(step),
@@ -215,6 +230,16 @@ def _cut(
         added += squares.sum(1)
     left = torch.maximum(variance - lost / diagonal.square(), 1.0 / (least + added))
     return factor, diagonal + (1.0 / left - 1.0 / variance).clamp_min(0.0)
+
+
+def _cut_precision(
+    diagonal: Tensor, values: Tensor, vectors: Tensor, rank: int, columns: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_cut`, but with the diagonal of what is cut added to d."""
+    added = diagonal.clone()
+    for some in vectors[:, :-rank].split(COLUMNS, 1):
+        added += columns(some).square().sum(1)
+    return columns(vectors[:, -rank:]), added
 
 
 def _scaled(state: State) -> Tensor:

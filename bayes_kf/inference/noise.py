@@ -21,6 +21,7 @@ from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian, Likelihood
 SMALLEST_PIVOT = 1e-13  # of a noise covariance, relative to its mean variance; smaller ones are rounding
 PRIOR_COUNT = 1.0  # weight, in observations, of the first batch's guess of an estimated noise variance
 LEAST_SHARE = 0.1  # of J P Jᵀ in that guess: one lucky prediction under a wide belief does not rule noise out
+TRUSTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # factors on J P Jᵀ under which σ² is estimated, side by side
 
 
 class State(NamedTuple):
@@ -31,12 +32,20 @@ class State(NamedTuple):
         covariance: R of the EMA models, (m, m); the identity until the first update.
         variance: estimated σ² of a Gaussian likelihood per output, (m,).
         information: behind it per output, (m,), in observations whose mean is known.
+        candidate_variance: σ² if errors of the mean have the variance t·J P Jᵀ, for t in ``TRUSTS``, (K, m).
+        candidate_information: behind each, (K, m).
+        candidate_loss: −log density of the residuals under each, later ones counting more, (K,).
+        seen: examples in it, ().
     """
 
     step: int = 0
     covariance: Tensor | None = None
     variance: Tensor | None = None
     information: Tensor | None = None
+    candidate_variance: Tensor | None = None
+    candidate_information: Tensor | None = None
+    candidate_loss: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class Whitened(NamedTuple):
@@ -73,17 +82,16 @@ def begin(
         state: before the batch.
         outputs: η, (B, m).
         targets: y, (B, m).
-        output_variance: gives the mean of J P⁻ Jᵀ over the batch, (m,), of which the guess is at least a tenth.
+        output_variance: gives the mean of J P⁻ Jᵀ over the batch, (m,). The guess is what the squared residuals are
+            above it, at least a tenth of it. None where the mean has learned the targets already.
     """
     num_outputs = outputs.shape[1]
     if config.noise in ("ema_taylor", "ema_residual") and state.covariance is None:
         return state._replace(covariance=torch.eye(num_outputs, dtype=torch.float64, device=outputs.device))
     if config.noise_variance == "estimated" and state.variance is None:
         squares = (targets - outputs).double().square().mean(0)
-        guess = squares.clamp_min(torch.finfo(outputs.dtype).tiny ** 0.5)  # a batch fitted exactly still has noise
-        if output_variance is not None:
-            guess = torch.maximum(guess, LEAST_SHARE * output_variance().to(guess))
-        return state._replace(variance=guess, information=torch.full_like(squares, PRIOR_COUNT))
+        uncertain = torch.zeros_like(squares) if output_variance is None else output_variance().to(squares)
+        return _guessed(state, squares, uncertain, torch.finfo(outputs.dtype).tiny ** 0.5)
     return state
 
 
@@ -115,23 +123,69 @@ def whiten(
 
 
 def absorb(state: State, residual: Tensor, output_cov: Tensor) -> State:
-    """Estimated σ² after a batch: a natural-gradient step on log σ² for e ~ N(0, J P⁻ Jᵀ + σ²), outputs apart (ours).
+    """Estimated σ² after a batch: scoring steps on log σ² for e ~ N(0, s), s = t·J P⁻ Jᵀ + σ², outputs apart (ours).
 
-    An observation whose mean is still uncertain says little about σ² and weighs (σ²/s)², s = JP⁻Jᵀ + σ².
+    An observation whose mean is still uncertain says little about σ² and weighs w = (σ²/s)². The estimate is a mean in
+    which the k-th observation counts in proportion to k (Shamir and Zhang 2013), by steps of size 2w / (w + Σw): the
+    first ones were weighed and learned under a poor guess of σ². That of all N is worth 3N/4 independent observations.
+
+    t = 1 is right for a linear model and a belief that is exact. Where a network is linearized or P is a diagonal, P
+    may overstate the errors, and σ² would vanish. So there is an estimate for each t of ``TRUSTS``, and the one that
+    has predicted the residuals best holds: t and σ² are judged together, never one under a poor value of the other.
 
     Args:
         state: the noise state before, of a filter whose ``noise_variance`` is "estimated".
         residual: e = y − η at the mean before the update, (B, m).
-        output_cov: J P⁻ Jᵀ as predictions use it, times the temperature, (B, m, m): errors that an overstated
-            covariance would explain must not be taken from the noise.
+        output_cov: J P⁻ Jᵀ of the belief itself, without the temperature of predictions, (B, m, m).
     """
+    variance, information, loss, seen = _candidates(state)
+    trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=variance.device).view(-1, 1, 1)
+    total = trusts * output_cov.double().diagonal(dim1=1, dim2=2) + variance.unsqueeze(1)  # s (K, B, m)
+    ratio, share = residual.double().square() / total, variance.unsqueeze(1) / total
+    seen = seen + len(residual)
+    loss = loss + seen * 0.5 * (total.log() + ratio).sum((1, 2))
+    weight = share.square().sum(1)
+    information = information + weight
+    step = 2.0 * ((ratio - 1.0) * share).sum(1) / (information + weight)
+    variance = variance * step.clamp(-1.0, 1.0).exp()
+    best = int(loss.argmin())
+    return state._replace(
+        variance=variance[best],
+        information=information[best],
+        candidate_variance=variance,
+        candidate_information=information,
+        candidate_loss=loss,
+        seen=seen,
+    )
+
+
+def settled(state: State, variance: Tensor, information: Tensor) -> State:
+    """The state with σ² known from elsewhere, (m,) each."""
+    return State(state.step, state.covariance, variance, information)
+
+
+def _guessed(state: State, squares: Tensor, uncertain: Tensor, least: float) -> State:
+    """With the first guess under each candidate: squared residuals less t·J P Jᵀ, at least a tenth of J P Jᵀ."""
+    trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=squares.device).unsqueeze(1)
+    guess = torch.maximum(squares - trusts * uncertain, LEAST_SHARE * uncertain)
+    guess = guess.clamp_min(least)  # a batch fitted exactly still has noise
+    information = torch.full_like(guess, PRIOR_COUNT)
+    nothing = squares.new_zeros(len(TRUSTS))
+    return State(state.step, state.covariance, guess[0], information[0], guess, information, nothing, nothing[0])
+
+
+def _candidates(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """σ² and its information under each candidate, (K, m), their losses (K,) and the examples in them."""
+    if state.candidate_variance is not None:
+        assert state.candidate_information is not None
+        assert state.candidate_loss is not None
+        assert state.seen is not None
+        return state.candidate_variance, state.candidate_information, state.candidate_loss, state.seen
     assert state.variance is not None
     assert state.information is not None
-    total = output_cov.double().diagonal(dim1=1, dim2=2) + state.variance  # s (B, m)
-    share = state.variance / total
-    information = state.information + share.square().sum(0)
-    step = ((residual.double().square() / total - 1.0) * share).sum(0) / information
-    return state._replace(variance=state.variance * step.clamp(-1.0, 1.0).exp(), information=information)
+    nothing = state.variance.new_zeros(len(TRUSTS))
+    many = (len(TRUSTS), 1)
+    return state.variance.repeat(many), state.information.repeat(many), nothing, nothing[0]
 
 
 def _as_targets(targets: Tensor) -> Tensor:

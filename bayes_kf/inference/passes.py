@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import noise, post_hoc, refine, select
+from bayes_kf.inference import noise, noise_refit, post_hoc, refine, select
 from bayes_kf.inference.bank import Bank, candidates
 from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.config import KalmanConfig
@@ -22,6 +22,7 @@ from bayes_kf.inference.state import DivergenceError, FilterState
 from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
 
 MAX_HALVINGS = 10
+MAX_ROUNDS = 20  # in which the width of a prior and σ² are found in turn
 ROUNDING = 1e-9  # relative change of the objective that is not yet called a rise
 
 
@@ -67,34 +68,67 @@ def fit_one(
             state = kf.init(scaling(kf, few))
         else:
             kf, state, history["evidence"] = _tuned(kf, batches, scaling(kf, few), record, bar)
-        state = one_pass(kf, state, batches, record, bar, hold_mean=start == "trained")
-    if start == "trained" and kf.config.initial_variance is None:
-        state, history["evidence"] = post_hoc.by_evidence(kf.config, kf.adapter, state)
+        squares = noise_refit.Squares()
+        state = one_pass(kf, state, batches, record, bar, hold_mean=start == "trained", squares=squares)
+    if start == "trained":
+        state, found = _around_trained(kf, state, squares, complete(few[0], 0)[0])
+        history |= found
     if start == "trained" and kf.config.mean_passes:
         state = post_hoc.recentred(kf.adapter, state)
     history, objective = record.history() | history, []
     for number in range(2, passes + 1):
         with Bar(length(loader), f"{label}pass {number} of {passes}", progress) as bar:
             try:
-                state, lowest = _gauss_newton(kf, state, loader, bar)
+                state, lowest = _gauss_newton(kf, noise_refit.over(kf, state, loader), loader, bar)
             except DivergenceError as error:
                 error.posterior = Posterior(kf, state, history)
                 raise
         objective.append(lowest)
     if objective:
+        state = _settled(kf, state, loader)
         history["objective"] = torch.tensor(objective, dtype=torch.float64)
     losses = []
     for number in range(kf.config.mean_passes):
         with Bar(length(loader), f"{label}mean pass {number + 1} of {kf.config.mean_passes}", progress) as bar:
             try:
+                state = noise_refit.over(kf, state, loader)
                 state, loss = mean_pass(kf, state, loader, number, kf.config.mean_passes, bar)
             except DivergenceError as error:
                 error.posterior = Posterior(kf, error.state, history)
                 raise
         losses.append(loss)
     if losses:
+        state = noise_refit.over(kf, state, loader)
         history["fitted_log_loss"] = torch.tensor(losses, dtype=torch.float64)
     return Posterior(kf, state, history)
+
+
+def _around_trained(
+    kf: KalmanFilter, state: FilterState, squares: noise_refit.Squares, inputs: Inputs
+) -> tuple[FilterState, dict[str, Tensor]]:
+    """The state with the prior's width and σ² settled where they are to be found, and the evidence of the widths.
+
+    Each depends on the other, so they are found in turn, from σ² = SSE/N on.
+    """
+    config, widths = kf.config, kf.config.initial_variance is None
+    if not noise_refit.applies(config) or squares.total is None:
+        if not widths:
+            return state, {}
+        state, evidence = post_hoc.by_evidence(config, kf.adapter, state)
+        return state, {"evidence": evidence}
+    leverage = noise_refit.leverages(kf, state, inputs)
+    found, history = state, dict[str, Tensor]()
+    variance = squares.total / squares.count
+    for _ in range(MAX_ROUNDS):
+        found = noise_refit.at(config, state, variance, leverage)
+        if widths:
+            found, history["evidence"] = post_hoc.by_evidence(config, kf.adapter, found)
+        found = noise_refit.refitted(config, found, squares.total, squares.count, leverage)
+        last, variance = variance, found.noise.variance
+        assert variance is not None
+        if not widths or noise_refit.same(last, variance):
+            break
+    return found, history
 
 
 def _check_static(config: KalmanConfig) -> None:
@@ -170,7 +204,22 @@ def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], 
     at = before.belief.mean
     state = one_pass(kf, kf.restart(before), loader, Record(kf.config.likelihood, seen=True), bar, at=at)
     _check_same(before.examples, state.examples)
-    found, start = state.belief.mean, _objective(kf, state, at, loader)
+    return _lowered(kf, state, at, state.belief.mean, loader)
+
+
+def _settled(kf: KalmanFilter, before: FilterState, loader: Iterable[Any]) -> FilterState:
+    """The state after the last pass with σ² of its own residuals, and the belief under that σ²."""
+    state = noise_refit.over(kf, before, loader)
+    if state is before:
+        return state
+    return _lowered(kf, state, state.belief.mean, noise_refit.toward_mode(kf, before, state), loader)[0]
+
+
+def _lowered(
+    kf: KalmanFilter, state: FilterState, at: Tensor, found: Tensor, loader: Iterable[Any]
+) -> tuple[FilterState, float]:
+    """The state with its mean as far from ``at`` toward ``found`` as lowers −log p(y, θ), halved until it does."""
+    start = _objective(kf, state, at, loader)
     for halvings in range(MAX_HALVINGS):
         mean = torch.lerp(at, found, 0.5**halvings)
         reached = _objective(kf, state, mean, loader)
@@ -178,7 +227,7 @@ def _gauss_newton(kf: KalmanFilter, before: FilterState, loader: Iterable[Any], 
             return state._replace(belief=state.belief._replace(mean=mean)), reached
     warnings.warn(
         f"no part of a pass's step lowered −log p(y, θ) = {start:.6g}; the mean stays where the pass was linearized",
-        stacklevel=3,
+        stacklevel=4,
     )
     return state._replace(belief=state.belief._replace(mean=at)), start
 
@@ -202,8 +251,9 @@ def one_pass(
     bar: Bar,
     hold_mean: bool = False,
     at: Tensor | None = None,
+    squares: noise_refit.Squares | None = None,
 ) -> FilterState:
-    """The state after an update with every batch."""
+    """The state after an update with every batch; ``squares`` takes in residuals of regression, before each update."""
     for batch in batches:
         inputs, targets = complete(batch, bar.done)
         try:
@@ -212,6 +262,8 @@ def one_pass(
         except DivergenceError as error:
             error.posterior = Posterior(kf, state, record.history())
             raise
+        if squares is not None and kf.config.likelihood == "gaussian":
+            squares.add(info.outputs, targets.to(info.outputs.device))
         record.add(info)
         bar.advance(record.summary())
     return state

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import arviz_export, noise, persistence, prediction, predictive_density, tempering
+from bayes_kf.inference import (
+    arviz_export,
+    noise,
+    noise_refit,
+    persistence,
+    prediction,
+    predictive_density,
+    tempering,
+)
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.curvature import MANY
 from bayes_kf.inference.filter import FilterState, KalmanFilter
@@ -272,7 +280,10 @@ class Posterior:
         For an adapter that was trained elsewhere (``fit(start="trained")``), or where a part of the data can be spared:
         one linearized prediction of each batch, with more than 64 outputs from as many drawn adapters. Of temperatures
         whose losses are within half a standard error of the least, paired by example, it is the one nearest to 1
-        (``tempering``). There is a warning where that is 0.01 or less: predictions are then those of the mean alone.
+        (``tempering``). An estimated σ² is estimated again with it, for each temperature: that of most posterior
+        density given the held-out residuals, the present one counting as 20 observations (``noise_refit``).
+
+        There is a warning where the temperature is 0.01 or less: predictions are then those of the mean alone.
 
         Args:
             loader: batches with targets that the belief has not learned from.
@@ -286,6 +297,8 @@ class Posterior:
 
     def _calibrated(self, loader: Iterable[Any]) -> Posterior:
         """As :meth:`calibrate`, without its warning."""
+        if self.config.noise_variance == "estimated":
+            return self._calibrate_noise(loader)
         family, losses = noise.likelihood(self.config, self.state.noise), list[Tensor]()
         seen = 0
         for inputs, targets in self._held_out(loader):
@@ -293,6 +306,32 @@ class Posterior:
                 losses.append(self._log_losses(family, inputs, targets, seen))
             seen += len(targets)
         return self._with(temperature=tempering.choose_held_out(torch.cat(losses, 1)))
+
+    def _calibrate_noise(self, loader: Iterable[Any]) -> Posterior:
+        """:meth:`calibrate` of a Gaussian likelihood whose σ² is estimated."""
+        family, residuals, covariances = noise.likelihood(self.config, self.state.noise), list[Tensor](), list[Tensor]()
+        for inputs, targets in self._held_out(loader):
+            with self.adapter.full_precision():
+                for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
+                    linearized = self.kf.linearize(self.mean_vector, piece)
+                    known = family.check(linearized.outputs, targets[where])
+                    residuals.append((known - linearized.outputs).double())
+                    covariances.append(self.config.structure.output_covariance(self.state.belief, linearized.pull()))
+        residual, covariance = torch.cat(residuals), prediction.semidefinite(torch.cat(covariances))
+        present = self.state.noise.variance
+        if present is None:  # nothing was learned
+            present = torch.ones_like(residual[0])
+        variances, losses = [], []
+        for temperature in tempering.GRID:
+            spread = temperature * covariance
+            variance = noise_refit.held_out_variance(present, residual, spread.diagonal(dim1=1, dim2=2))
+            variances.append(variance)
+            losses.append(noise_refit.log_losses(variance, residual, spread))
+        chosen = tempering.choose_held_out(torch.stack(losses))
+        variance = variances[tempering.GRID.index(chosen)]
+        count = torch.full_like(variance, noise_refit.HELD_OUT_COUNT + len(residual))
+        state = self.state._replace(noise=noise.settled(self.state.noise, variance, count))
+        return replace(self._with(temperature=chosen), state=state)
 
     def calibrate_softmax(self, loader: Iterable[Any]) -> Posterior:
         """The same belief with logits divided by the number of at most 1 that held-out data ask for.

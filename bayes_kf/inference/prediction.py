@@ -71,10 +71,11 @@ def gaussian_moments(
 ) -> Prediction:
     """Exact prediction of a Gaussian likelihood from η ~ N(outputs, output_cov); (B, m) and (B, m, m)."""
     noise_var = _noise_variance(family, outputs)
-    total = _semidefinite(output_cov.double()) + torch.diag_embed(noise_var.double())
+    total = semidefinite(output_cov.double()) + torch.diag_embed(noise_var.double())
     normal = torch.distributions.MultivariateNormal(outputs.double(), total, validate_args=False)
     log_prob = None if targets is None else normal.log_prob(targets.double()).to(outputs.dtype)
-    found = _regression(family, outputs, noise_var, output_cov.diagonal(dim1=1, dim2=2), samples, log_prob)
+    spread = output_cov.diagonal(dim1=1, dim2=2).to(outputs.dtype)
+    found = _regression(family, outputs, noise_var, spread, samples, log_prob)
     return replace(found, entropy=normal.entropy().to(outputs.dtype))
 
 
@@ -128,7 +129,7 @@ def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Pred
     return _regression(family, mean, noise_var, samples.var(0, correction=0), samples, log_prob)
 
 
-def _semidefinite(covariance: Tensor) -> Tensor:
+def semidefinite(covariance: Tensor) -> Tensor:
     """Covariances (B, m, m) without the negative eigenvalues that rounding gave them."""
     if covariance.shape[1] == 1:
         return covariance.clamp_min(0.0)

@@ -77,7 +77,7 @@ def test_the_product_of_any_structure(covariance):
 
 
 def test_low_rank_without_room_keeps_mean_and_variances_in_bounds():
-    """The mean is exact before the cut; what is cut from P⁻¹ narrows each parameter as much as it did, by the diagonal."""
+    """The mean is exact before the cut; the diagonal keeps the marginal variances that the cut would lose."""
     x, y = linear_data()
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance="low_rank", rank=3, **PLAIN)
     parts = [fitted(linear(), a, b, config) for a, b in zip(x.split(20), y.split(20), strict=True)]

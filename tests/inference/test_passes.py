@@ -130,8 +130,8 @@ def test_what_does_not_go_with_passes():
 
 
 @pytest.mark.parametrize("passes", [2, 4])
-def test_estimated_noise_stays_that_of_the_first_pass(passes):
-    """The data of a later pass are already fitted: their residuals would say that there is no noise."""
+def test_estimated_noise_of_several_passes_goes_with_the_belief(passes):
+    """The data of a later pass are already fitted: their residuals say σ² once what they determine is counted."""
     torch.manual_seed(1)
     model, x = nn.Linear(5, 1, bias=False).double(), torch.randn(60, 5).double()
     y = x @ torch.randn(5, 1).double() + 0.5 * torch.randn(60, 1).double()

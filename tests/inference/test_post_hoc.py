@@ -83,6 +83,24 @@ def test_a_widened_prior_is_a_pass_under_that_prior(covariance, width):
     assert "evidence" not in before.history  # the prior was given
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "diagonal_information", "diagonal_mixed", "block_diagonal"])
+@pytest.mark.parametrize("width", [0.1, 30.0])
+def test_a_widened_prior_is_a_pass_under_that_prior_for_beliefs_that_leave_something_out(covariance, width):
+    """Several blocks, or a diagonal: what the data add must not depend on the prior whose width is chosen later."""
+    model, batches = network(), data()
+    narrow = bkf.KalmanConfig(covariance=covariance, initial_variance=0.5, bound_prior=False)
+    wide = dataclasses.replace(narrow, initial_variance=0.5 * width)
+    before, after = (bkf.fit(model, batches, c, start="trained", progress=False) for c in (narrow, wide))
+    widened = post_hoc.widened(narrow, before.state, width)
+    found = narrow.structure.covariance_matrix(widened.belief)
+    torch.testing.assert_close(found, after.covariance_matrix(), rtol=1e-8, atol=1e-12)
+    h = curvature(model, batches)
+    if covariance == "block_diagonal":
+        return
+    expected = 1.0 / (h.diagonal() + 1.0 / (0.5 * width))  # of the generalized Gauss-Newton matrix
+    torch.testing.assert_close(found.diagonal(), expected, rtol=1e-8, atol=1e-12)
+
+
 def test_evidence_of_linear_regression_is_exact():
     """With the mean at the posterior mode, Laplace's evidence is the evidence: their differences agree."""
     g = torch.Generator().manual_seed(2)
