@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 Binning = Literal["equal_width", "equal_mass"]
-Kind = Literal["top_label", "classwise"]
+Kind = Literal["confidence", "classwise", "top_label"]
 BINNINGS = ("equal_width", "equal_mass")
-KINDS = ("top_label", "classwise")
+KINDS = ("confidence", "classwise")
+FORMER_KIND = "top_label"  # of "confidence"; elsewhere it means calibration within each predicted class
 
 EDGE_TOLERANCE = 1e-7  # so that 0.7 lies on the edge 0.7 whether it came as float32 or float64
 ROW_BLOCK = 2**20  # numbers held at a time while labels are drawn: it bounds memory, and it is part of the seed

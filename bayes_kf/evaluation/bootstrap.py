@@ -109,7 +109,7 @@ def calibration_interval(
         True
     """
     check_choice(statistic, "statistic", STATISTICS)
-    checked = check_binned(probs, num_bins, binning, "top_label", top_k)
+    checked = check_binned(probs, num_bins, binning, "confidence", top_k)
     check_simulation(num_resamples, level, "num_resamples")
     profile = exact_profile(*top_confidence(checked, as_targets(targets, checked), top_k))
     return profile_intervals(profile, ((statistic, binning),), num_bins, level, num_resamples, seed)[0]

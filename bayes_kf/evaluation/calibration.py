@@ -19,6 +19,7 @@ from torch import Tensor
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_choice, check_positive_int
 from bayes_kf.evaluation.binning import (
     BINNINGS,
+    FORMER_KIND,
     KINDS,
     Binning,
     ClassCells,
@@ -62,7 +63,7 @@ def reliability_bins(
         >>> bins.counts.tolist(), bins.accuracy.tolist()
         ([0, 2], [nan, 0.5])
     """
-    checked = check_binned(probs, num_bins, binning, "top_label", 1)
+    checked = check_binned(probs, num_bins, binning, "confidence", 1)
     profile = exact_profile(*top_confidence(checked, as_targets(targets, checked), 1))
     groups = groups_of(profile, num_bins, binning)
     counts, confidence, hits = (groups.sums(values) for values in profile[1:])
@@ -74,7 +75,7 @@ def expected_calibration_error(
     targets: Array,
     num_bins: int = 15,
     binning: Binning = "equal_width",
-    kind: Kind = "top_label",
+    kind: Kind = "confidence",
     *,
     top_k: int = 1,
 ) -> float:
@@ -88,7 +89,7 @@ def expected_calibration_error(
         targets: Class indices, (N,).
         num_bins: Number of bins.
         binning: "equal_width" or "equal_mass", see the module's text.
-        kind: "top_label" or "classwise".
+        kind: "confidence", of the predicted class alone ("top_label" is accepted too), or "classwise".
         top_k: How many of the most probable classes count together, at most C; top label only.
 
     Raises:
@@ -110,7 +111,7 @@ def maximum_calibration_error(
     targets: Array,
     num_bins: int = 15,
     binning: Binning = "equal_width",
-    kind: Kind = "top_label",
+    kind: Kind = "confidence",
     *,
     top_k: int = 1,
 ) -> float:
@@ -121,7 +122,7 @@ def maximum_calibration_error(
         targets: Class indices, (N,).
         num_bins: Number of bins.
         binning: "equal_width" or "equal_mass", see the module's text.
-        kind: "top_label" or "classwise" (the largest over all classes).
+        kind: "confidence" or "classwise" (the largest over all classes).
         top_k: How many of the most probable classes count together, at most C; top label only.
 
     Raises:
@@ -236,7 +237,7 @@ def calibration_statistic(
     targets: Array,
     num_bins: int = 15,
     binning: Binning = "equal_width",
-    kind: Kind = "top_label",
+    kind: Kind = "confidence",
     top_k: int = 1,
 ) -> float:
     """The statistic of this name from the labels that came."""
@@ -253,7 +254,8 @@ def check_binned(probs: Array, num_bins: int, binning: Binning, kind: Kind, top_
     """Checked probabilities, and settings that fit them."""
     check_positive_int(num_bins, "num_bins")
     check_choice(binning, "binning", BINNINGS)
-    check_choice(kind, "kind", KINDS)
+    if kind != FORMER_KIND:
+        check_choice(kind, "kind", KINDS)
     checked = as_probs(probs)
     check_positive_int(top_k, "top_k")
     if top_k > checked.shape[1]:

@@ -27,7 +27,13 @@ from bayes_kf.evaluation.profile import exact_profile, top_confidence
 from bayes_kf.evaluation.report import FigureSpec, Sections, Table
 from bayes_kf.evaluation.scores import brier_decomposition, brier_scores, log_losses, ranked_probability_scores
 from bayes_kf.evaluation.uncertainty import EntropyParts, entropy, margin
-from bayes_kf.evaluation.verdicts import calibration_verdict, confidence_verdict, detection_verdict, loss_verdict
+from bayes_kf.evaluation.verdicts import (
+    calibration_verdict,
+    confidence_verdict,
+    detection_verdict,
+    loss_verdict,
+    quoted,
+)
 
 MOST_CLASSES = 1_000  # rows of the table of classes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -87,7 +93,7 @@ def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str,
         intervals = detection_intervals(known, foreign[name], **settings)
         scores |= interval_scores(f"ood_{name}", measures, intervals)
     means = {"known": known, **foreign}
-    words = ", ".join(f"{values.mean():.3f} for {name} inputs" for name, values in means.items())
+    words = ", ".join(f"{values.mean():.3f} for {quoted(name)} inputs" for name, values in means.items())
     histogram = FigureSpec(
         title="Predictive entropy",
         alt=f"Histograms of predictive entropy; the means are {words}, in nats.",

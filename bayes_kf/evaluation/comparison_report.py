@@ -22,7 +22,7 @@ from bayes_kf.evaluation.page import fingerprint, label_of, number, table_text
 from bayes_kf.evaluation.protocols import PosteriorLike
 from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
 from bayes_kf.evaluation.stream_sections import even_steps, window_of
-from bayes_kf.evaluation.verdicts import comparison_verdict
+from bayes_kf.evaluation.verdicts import comparison_verdict, quoted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,7 +210,9 @@ def _diagrams(single: Mapping[str, Sections]) -> Sections:
     drawings = {}
     for name, section in list(single.items())[:MOST_DIAGRAMS]:
         spec = section.drawings["reliability"]
-        drawings[f"reliability_{name}"] = replace(spec, title=f"Reliability of {name}", alt=f"{name}: {spec.alt}")
+        drawings[f"reliability_{name}"] = replace(
+            spec, title=f"Reliability of {quoted(name)}", alt=f"{quoted(name)}: {spec.alt}"
+        )
     return Sections(drawings=drawings)
 
 
@@ -228,7 +230,7 @@ def _course(runs: Mapping[str, Mapping[str, Array]], series: str, title: str) ->
     """One series of several runs."""
     window = window_of(min(len(history[series]) for history in runs.values()))
     final = running_accuracy if series == "correct" else prequential_log_loss
-    ends = ", ".join(f"{final(history[series])[-1]:.3f} for {name}" for name, history in runs.items())
+    ends = ", ".join(f"{final(history[series])[-1]:.3f} for {quoted(name)}" for name, history in runs.items())
     return FigureSpec(
         title=title,
         alt=f"Curves of {len(runs)} runs; their means over the whole stream are {ends}.",

@@ -80,7 +80,7 @@ def calibration_null(
     *,
     num_bins: int = 15,
     binning: Binning = "equal_width",
-    kind: Kind = "top_label",
+    kind: Kind = "confidence",
     top_k: int = 1,
     num_simulations: int = 1000,
     level: float = 0.95,
@@ -97,7 +97,7 @@ def calibration_null(
             "ks".
         num_bins: Number of bins; "gap", "smooth" and "ks" have none.
         binning: "equal_width" or "equal_mass".
-        kind: "top_label" or "classwise".
+        kind: "confidence" or "classwise".
         top_k: How many of the most probable classes count together.
         num_simulations: Number of simulated data sets, at least 2/(1 − level) − 1.
         level: Probability inside the interval.
@@ -133,7 +133,7 @@ def calibration_test(
     *,
     num_bins: int = 15,
     binning: Binning = "equal_width",
-    kind: Kind = "top_label",
+    kind: Kind = "confidence",
     top_k: int = 1,
     num_simulations: int = 1000,
     level: float = 0.95,
@@ -148,7 +148,7 @@ def calibration_test(
             "ks".
         num_bins: Number of bins; "gap", "smooth" and "ks" have none.
         binning: "equal_width" or "equal_mass".
-        kind: "top_label" or "classwise".
+        kind: "confidence" or "classwise".
         top_k: How many of the most probable classes count together.
         num_simulations: Number of simulated data sets, at least 2/(1 − level) − 1; see `calibration_null`.
         level: Probability inside the interval.
@@ -229,7 +229,7 @@ def reliability_band(
         >>> 0.35 < low.item() < 0.45 and 0.55 < high.item() < 0.65
         True
     """
-    checked = check_binned(probs, num_bins, binning, "top_label", 1)
+    checked = check_binned(probs, num_bins, binning, "confidence", 1)
     check_simulation(num_simulations, level)
     exact = exact_profile(*top_confidence(checked, None, 1))
     groups = groups_of(exact, num_bins, binning)
@@ -343,7 +343,7 @@ def _checked(probs: Array, statistic: str, num_bins: int, binning: Binning, kind
     """Checked probabilities, for a statistic that exists for this kind."""
     check_choice(statistic, "statistic", STATISTICS)
     if kind == "classwise" and statistic not in CLASSWISE:
-        raise ValueError(f'`kind` must be "top_label" for the statistic "{statistic}", got "classwise".')
+        raise ValueError(f'`kind` must be "confidence" for the statistic "{statistic}", got "classwise".')
     return check_binned(probs, num_bins, binning, kind, top_k)
 
 

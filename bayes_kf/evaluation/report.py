@@ -101,7 +101,10 @@ class Sections:
         )
 
 
-@dataclass(frozen=True)
+HEADLINES = ("accuracy", "rmse", "mae", "nll", "crps", "ece")  # scores that a report's repr shows
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """What an evaluation found. Made by `evaluate`, `compare` and their siblings that take plain predictions.
 
@@ -114,6 +117,19 @@ class Report:
     config: dict[str, str]
     sections: Sections
     fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Title, sizes and main scores.
+
+        Example:
+            >>> Report("Mine", {}, Sections(scores={"nll": 0.25, "mine": 1.0}, sizes={"examples": 1200}))
+            Report('Mine', examples: 1,200, nll: 0.25, 1 more score)
+        """
+        sizes = [f"{name}: {size:,}" for name, size in list(self.sections.sizes.items())[:2]]
+        shown = [name for name in HEADLINES if name in self.scores]
+        rest = len(self.scores) - len(shown)
+        more = [f"{rest:,} more score{'s' if rest != 1 else ''}"] if rest else []
+        return f"Report({', '.join([repr(self.title), *sizes, *(f'{n}: {self.scores[n]:.4g}' for n in shown), *more])})"
 
     @property
     def scores(self) -> dict[str, float]:

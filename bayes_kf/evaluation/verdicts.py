@@ -1,12 +1,16 @@
 """Scores in plain sentences."""
 
 import math
+import re
 from collections.abc import Mapping
 
 from bayes_kf.evaluation.comparison import ScoreComparison
 from bayes_kf.evaluation.null import side
 
 Scores = Mapping[str, float]
+
+PLAIN_NAME = re.compile(r"[\w./+-]*\w")
+UNNOTICED = 0.6  # an AUROC known to be below is of no use, where one half is chance
 
 
 def confidence_verdict(scores: Scores) -> str:
@@ -142,6 +146,16 @@ def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
+def quoted(name: str) -> str:
+    """A model's name as it stands in a sentence: in quotation marks unless it is one word.
+
+    Example:
+        >>> quoted("low-rank_20"), quoted("ours, T = 1")
+        ('low-rank_20', '“ours, T = 1”')
+    """
+    return name if PLAIN_NAME.fullmatch(name) else f"“{name}”"
+
+
 def comparison_verdict(comparison: ScoreComparison) -> str:
     """Who is best in one score, who is tied with it, and by how much the others are worse."""
     names = {"nll": "negative log-likelihood", "brier": "Brier score", "ece": "ECE", "accuracy": "accuracy"}
@@ -151,7 +165,7 @@ def comparison_verdict(comparison: ScoreComparison) -> str:
     if len(comparison.best) == len(comparison.ranking):
         return f"In {name} all are tied: no difference is clear with this many examples."
     tied = [rank.name for rank in rest if rank.place == 1]
-    shared = f", tied with {' and '.join(tied)}" if tied else ""
+    shared = f", tied with {' and '.join(map(quoted, tied))}" if tied else ""
     behind = []
     for rank in rest:
         if rank.place > 1:
@@ -159,10 +173,10 @@ def comparison_verdict(comparison: ScoreComparison) -> str:
             low, high = sorted((abs(d.low), abs(d.high)))
             span = f" ({low:.3f} to {high:.3f})" if d.is_clear and math.isfinite(d.value) else ""
             if d.is_clear and d.value * (d.low + d.high) < 0:  # an ECE, whose interval leaves out what chance adds
-                behind.append(f"{rank.name} is behind by {low:.3f} to {high:.3f}, without what chance adds")
+                behind.append(f"{quoted(rank.name)} is behind by {low:.3f} to {high:.3f}, without what chance adds")
                 continue
-            behind.append(f"{rank.name} is behind by {abs(d.value):.3f}{span}")
-    return f"Best in {name}: {best.name} ({best.value:.3f}){shared}; {', '.join(behind)}."
+            behind.append(f"{quoted(rank.name)} is behind by {abs(d.value):.3f}{span}")
+    return f"Best in {name}: {quoted(best.name)} ({best.value:.3f}){shared}; {', '.join(behind)}."
 
 
 def selective_verdict(scores: Scores, accuracy: float) -> str:
@@ -196,9 +210,15 @@ def error_verdict(scores: Scores, num_errors: int, num_right: int) -> str:
 
 
 def detection_verdict(name: str, auroc: float, low: float, high: float) -> str:
-    """How well entropy tells a foreign set, and how exactly that is known."""
-    share = f"{_percent(auroc)} ({_percent(low)} to {_percent(high)})"
-    return f"Foreign inputs “{name}” have the higher entropy in {share} of pairs with a known input (50 % is chance)."
+    """Does entropy notice a foreign set, and how exactly is that known?"""
+    share = f"{_percent(auroc)} ({_percent(low)} to {_percent(high)}) of pairs with a known input (50 % is chance)"
+    if low > 0.5:
+        return f"Foreign inputs “{name}” have the higher entropy in {share}."
+    if high < 0.5:
+        return f"The model is surer of foreign inputs “{name}” than of known ones: their entropy is higher in {share}."
+    if high < UNNOTICED:
+        return f"The model does not notice foreign inputs “{name}”: their entropy is higher in {share}."
+    return f"Whether the model notices foreign inputs “{name}” cannot be seen: their entropy is higher in {share}."
 
 
 def recalibration_verdict(description: str, scores: Scores, ece_before: float) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Groups = dict[str, dict[str, np.ndarray]]
 MANY_COUNTS = 1e6  # rate above which a Poisson is drawn as a Gaussian; far above, torch's own draws are not counts
+FEWEST_DRAWS = 4  # of a chain, below which ArviZ has no R̂
 TARGET = "target"  # the variable that observed_data, posterior_predictive and log_likelihood share
 
 
@@ -31,10 +32,28 @@ def inference_data(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
     return arviz.from_dict(**groups)  # type: ignore[arg-type]
 
 
+def num_chains(num_samples: int) -> int:
+    """How many chains independent draws are given as: ArviZ takes R̂ from at least two, of four draws or more.
+
+    The least divisor of the number of draws that allows for that, two for even ones; 1 where there is none.
+
+    Example:
+        >>> num_chains(500), num_chains(9), num_chains(15), num_chains(7)
+        (2, 1, 3, 1)
+    """
+    return next((count for count in range(2, num_samples // FEWEST_DRAWS + 1) if num_samples % count == 0), 1)
+
+
+def in_chains(values: np.ndarray) -> np.ndarray:
+    """Draws (S, ...) as (chains, S / chains, ...)."""
+    chains = num_chains(len(values))
+    return values.reshape(chains, len(values) // chains, *values.shape[1:])
+
+
 def named_draws(adapter: AdapterModel, draws: Tensor) -> dict[str, np.ndarray]:
-    """Draws (S, n) as one chain of every tensor, name -> (1, S, *shape)."""
+    """Draws (S, n) as chains of every tensor, name -> (chains, draws, *shape)."""
     return {
-        name: draws[:, where].reshape(1, len(draws), *shape).cpu().numpy()
+        name: in_chains(draws[:, where].reshape(len(draws), *shape).cpu().numpy())
         for (name, where), shape in zip(adapter.slices().items(), adapter.shapes, strict=True)
     }
 
@@ -65,8 +84,9 @@ def predictive_groups(posterior: Posterior, draws: Tensor, loader: Iterable[Any]
     observed, predicted, log_probs = zip(*parts, strict=True)
     return {
         "observed_data": {TARGET: torch.cat(observed).numpy()},  # (N,) or (N, m)
-        "posterior_predictive": {TARGET: torch.cat(predicted, dim=1)[None].numpy()},  # (1, S, N) or (1, S, N, m)
-        "log_likelihood": {TARGET: torch.cat(log_probs, dim=1)[None].numpy()},  # (1, S, N)
+        # (chains, draws, N) or (chains, draws, N, m)
+        "posterior_predictive": {TARGET: in_chains(torch.cat(predicted, dim=1).numpy())},
+        "log_likelihood": {TARGET: in_chains(torch.cat(log_probs, dim=1).numpy())},  # (chains, draws, N)
     }
 
 

@@ -82,7 +82,7 @@ def _base(posterior: Posterior) -> str | None:
     """The base model's name on the Hub; None where it has none, or is a folder of somebody's machine."""
     config: Any = getattr(posterior.adapter.model, "peft_config", {})
     name = next((c.base_model_name_or_path for c in config.values()), None) if isinstance(config, dict) else None
-    if not isinstance(name, str) or not name or Path(name).is_absolute() or name.count("/") > 1:
+    if not isinstance(name, str) or name in ("", "None") or Path(name).is_absolute() or name.count("/") > 1:
         return None
     return None if name.startswith((".", "~")) or "\\" in name or Path(name).exists() else name
 

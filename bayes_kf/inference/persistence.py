@@ -80,6 +80,8 @@ def save_with(posterior: Posterior, folder: Path, write_others: Callable[[Path],
 
     def write(target: Path) -> None:
         write_others(target)
+        text = card.text(posterior, folder.resolve().name)  # in the place of PEFT's, a form that nobody filled in
+        (target / CARD_FILE).write_text(text, encoding="utf-8")
         (target / CONFIG_FILE).write_text(posterior.config._as_json(), encoding="utf-8")
         save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior, target))
         weights = [name for name in ADAPTER_FILES[1:] if (target / name).is_file()]

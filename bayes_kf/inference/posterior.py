@@ -495,13 +495,14 @@ class Posterior:
         generator: torch.Generator | None = None,
         loader: Iterable[Any] | None = None,
     ) -> Any:
-        """Draws from the belief as ArviZ data (group ``posterior``: one chain, a variable per tensor).
+        """Draws from the belief as ArviZ data (group ``posterior``, a variable per tensor).
 
         With a loader also what these adapters say about its N examples, each under the variable ``target``:
         ``observed_data`` (N,), ``posterior_predictive`` (chain, draw, N), a target drawn from every adapter's
         likelihood, and ``log_likelihood`` (chain, draw, N). Targets of several outputs have them as their last axis;
-        their log-likelihood is the joint one. The draws are independent, so one chain is enough. Forward passes are
-        those of ``predict`` with "sampled", with its warning where the belief's linearized model says otherwise.
+        their log-likelihood is the joint one. The draws are independent. They come as two chains (more for an odd
+        number of draws, one where no number divides them), so that ArviZ can tell R̂. Forward passes are those of
+        ``predict`` with "sampled", with its warning where the belief's linearized model says otherwise.
 
         Args:
             num_samples: S, draws.

@@ -110,11 +110,11 @@ def test_a_calibrated_four_class_model_shows_a_large_error_at_100_examples():
 
 
 VARIANTS = [
-    ("ece", "equal_width", "top_label"),
-    ("ece", "equal_mass", "top_label"),
+    ("ece", "equal_width", "confidence"),
+    ("ece", "equal_mass", "confidence"),
     ("ece", "equal_width", "classwise"),
-    ("mce", "equal_mass", "top_label"),
-    ("gap", "equal_width", "top_label"),
+    ("mce", "equal_mass", "confidence"),
+    ("gap", "equal_width", "confidence"),
 ]
 
 
@@ -195,12 +195,15 @@ BAD_SETTINGS = [
     ({"num_bins": 0}, "`num_bins` must be a positive integer, got 0."),
     ({"num_bins": 2.5}, "`num_bins` must be a positive integer, got 2.5."),
     ({"binning": "equal"}, "`binning` must be one of equal_width, equal_mass, got 'equal'."),
-    ({"kind": "all"}, "`kind` must be one of top_label, classwise, got 'all'."),
+    ({"kind": "all"}, "`kind` must be one of confidence, classwise, got 'all'."),
     ({"statistic": "auc"}, "`statistic` must be one of ece, mce, gap, debiased, smooth, ks, got 'auc'."),
-    ({"statistic": "gap", "kind": "classwise"}, '`kind` must be "top_label" for the statistic "gap", got "classwise".'),
+    (
+        {"statistic": "gap", "kind": "classwise"},
+        '`kind` must be "confidence" for the statistic "gap", got "classwise".',
+    ),
     ({"top_k": 3}, "`top_k` must be at most the number of classes, 2, got 3."),
     ({"top_k": 2, "kind": "classwise"}, '`top_k` must be 1 for the kind "classwise", got 2.'),
-    ({"statistic": "ks", "kind": "classwise"}, '`kind` must be "top_label" for the statistic "ks", got "classwise".'),
+    ({"statistic": "ks", "kind": "classwise"}, '`kind` must be "confidence" for the statistic "ks", got "classwise".'),
     ({"num_simulations": 0}, "`num_simulations` must be a positive integer, got 0."),
     ({"num_simulations": 38}, "`num_simulations` must be at least 39 for level 0.95, got 38."),
     ({"level": 1.0}, "`level` must lie strictly between 0 and 1, got 1.0."),
@@ -212,3 +215,11 @@ def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=r"^`") as error:
         ev.calibration_null(torch.full((2, 2), 0.5), **settings)
     assert str(error.value) == message
+
+
+def test_the_former_name_of_a_kind_is_accepted():
+    probs, targets = random_case(200, 4, 0)
+    for measure in (ev.expected_calibration_error, ev.maximum_calibration_error):
+        assert measure(probs, targets, kind="top_label") == measure(probs, targets, kind="confidence")
+    first, second = (ev.calibration_test(probs, targets, "ece", kind=kind) for kind in ("top_label", "confidence"))
+    assert first == second

@@ -186,3 +186,16 @@ def test_the_verdict_names_a_model_that_no_other_beats():
         "Best in ECE: good (0.011); low is behind by 0.002 to 0.006, without what chance adds, bad is behind by 0.189 "
         "(0.100 to 0.200)."
     )
+
+
+def test_names_of_several_words_are_quoted_in_sentences():
+    names = {"ours, T = 1": 0.9, "rank 4, T = 2": 0.5}
+    g = torch.Generator().manual_seed(0)
+    targets = torch.randint(2, (400,), generator=g)
+    right = torch.nn.functional.one_hot(targets, 2).double()
+    probs = {name: share * right + (1 - share) * 0.5 for name, share in names.items()}
+    found = ev.report_comparison(probs, targets, num_simulations=50)
+    sentence = next(text for text in found.sections.verdict if text.startswith("Best in negative log-likelihood"))
+    assert "likelihood: “ours, T = 1” (" in sentence
+    assert "; “rank 4, T = 2” is behind by" in sentence
+    assert "“ours, T = 1”: " in found.sections.drawings["reliability_ours, T = 1"].alt

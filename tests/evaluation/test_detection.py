@@ -167,3 +167,26 @@ def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=r"^`") as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("shift", "number", "words"),
+    [
+        (2.0, 300, "Foreign inputs “far” have the higher entropy in"),
+        (-2.0, 300, "The model is surer of foreign inputs “far” than of known ones"),
+        (0.0, 2000, "The model does not notice foreign inputs “far”"),
+        (0.0, 12, "Whether the model notices foreign inputs “far” cannot be seen"),
+    ],
+)
+def test_the_verdict_on_foreign_inputs_says_whether_they_are_noticed(shift, number, words):
+    def confident(size, more, seed):
+        logits = 1.0 + more + torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
+        right = logits.abs().sigmoid()
+        return torch.stack([right, 1 - right], 1)
+
+    known = confident(number, 1.5, 0)
+    probs = ev.evaluate_predictions(
+        known, torch.zeros(number).long(), ood={"far": confident(number, 1.5 - shift, 1)}, num_simulations=50
+    )
+    sentence = next(text for text in probs.sections.verdict if "“far”" in text)
+    assert sentence.startswith(words)

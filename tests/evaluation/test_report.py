@@ -86,11 +86,11 @@ def test_scores_of_the_stream_are_those_of_all_of_it(report):
 @pytest.mark.parametrize(
     ("name", "statistic", "binning", "kind"),
     [
-        ("ece", "ece", "equal_width", "top_label"),
-        ("ece_equal_mass", "ece", "equal_mass", "top_label"),
+        ("ece", "ece", "equal_width", "confidence"),
+        ("ece_equal_mass", "ece", "equal_mass", "confidence"),
         ("ece_classwise", "ece", "equal_width", "classwise"),
-        ("mce", "mce", "equal_width", "top_label"),
-        ("confidence_gap", "gap", "equal_width", "top_label"),
+        ("mce", "mce", "equal_width", "confidence"),
+        ("confidence_gap", "gap", "equal_width", "confidence"),
     ],
 )
 def test_every_calibration_score_has_its_band(report, name, statistic, binning, kind):
@@ -436,3 +436,14 @@ def test_curves_of_a_short_stream_are_seen(length):
         curve = axes.get_lines()[0]
         assert len(curve.get_xdata()) >= max(2, 0.8 * length) or curve.get_marker() == "."
     assert len(report.sections.drawings["innovation"].table.rows) == min(20, len(line.get_xdata()))
+
+
+def test_repr_is_short():
+    probs, targets = random_case()
+    report = ev.evaluate_predictions(probs, targets, history=history(), num_simulations=50, title="Ours, again")
+    text = repr(report)
+    assert len(text) < 200
+    assert "\n" not in text
+    assert text.startswith("Report('Ours, again', examples: 200, ")
+    assert f"accuracy: {report.scores['accuracy']:.4g}" in text
+    assert f"nll: {report.scores['nll']:.4g}" in text

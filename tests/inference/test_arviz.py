@@ -63,19 +63,24 @@ def values(data, group: str, name: str = "target") -> np.ndarray:
     return data[group][name].values
 
 
+def joined(data, group: str, name: str = "target") -> np.ndarray:
+    """The draws of all chains, (S, ...)."""
+    return np.concatenate(values(data, group, name))
+
+
 def test_shapes(exported):
     kind, outputs, _, _, data = exported
     last = () if kind == "categorical" or outputs == 1 else (outputs,)
     assert values(data, "observed_data").shape == (60, *last)
-    assert values(data, "posterior_predictive").shape == (1, DRAWS, 60, *last)
-    assert values(data, "log_likelihood").shape == (1, DRAWS, 60)
-    assert values(data, "posterior", "weight").shape == (1, DRAWS, outputs, 3)
+    assert values(data, "posterior_predictive").shape == (2, DRAWS // 2, 60, *last)
+    assert values(data, "log_likelihood").shape == (2, DRAWS // 2, 60)
+    assert values(data, "posterior", "weight").shape == (2, DRAWS // 2, outputs, 3)
 
 
 def test_log_likelihood_is_that_of_every_draw(exported):
     """Each density written out in NumPy from the draws in the posterior group."""
     kind, _, _, _, data = exported
-    weight, bias = (values(data, "posterior", name)[0] for name in ("weight", "bias"))
+    weight, bias = (joined(data, "posterior", name) for name in ("weight", "bias"))
     eta = np.einsum("nd,smd->snm", X.numpy(), weight) + bias[:, None]  # (S, N, m)
     y = values(data, "observed_data").reshape(60, -1)
     if kind == "gaussian":
@@ -86,7 +91,7 @@ def test_log_likelihood_is_that_of_every_draw(exported):
         each = y * eta - np.exp(eta) - np.array([np.log(np.arange(1, int(k) + 1)).sum() for k in y[:, 0]])[:, None]
     else:
         each = np.take_along_axis(eta, y.astype(int)[None], 2) - np.log(np.exp(eta).sum(2, keepdims=True))
-    np.testing.assert_allclose(values(data, "log_likelihood")[0], each.sum(2), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(joined(data, "log_likelihood"), each.sum(2), rtol=0, atol=1e-9)
 
 
 def test_observed_data_are_the_targets_in_order(exported):
@@ -106,7 +111,7 @@ def test_draws_have_the_mean_and_variance_of_the_belief(exported):
     """Within five standard errors, of a mean and of a variance of 300 normal draws."""
     *_, posterior, _, data = exported
     for name, mean in posterior.mean.items():
-        draws, variance = values(data, "posterior", name)[0], posterior.variance[name].numpy()
+        draws, variance = joined(data, "posterior", name), posterior.variance[name].numpy()
         assert (np.abs(draws.mean(0) - mean.numpy()) < 5 * np.sqrt(variance / DRAWS)).all()
         assert (np.abs(draws.var(0) / variance - 1) < 5 * np.sqrt(2 / DRAWS)).all()
 
@@ -115,7 +120,7 @@ def test_predictive_draws_come_from_every_draws_likelihood(exported):
     """Their sum over draws and examples lies within five standard errors of the sum of the means."""
     kind, outputs, _, _, data = exported
     drawn = values(data, "posterior_predictive").reshape(DRAWS, 60, -1)
-    weight, bias = (torch.as_tensor(values(data, "posterior", name)[0]) for name in ("weight", "bias"))
+    weight, bias = (torch.as_tensor(joined(data, "posterior", name)) for name in ("weight", "bias"))
     eta = torch.einsum("nd,smd->snm", X, weight) + bias[:, None]
     if kind == "categorical":
         drawn = drawn == np.arange(outputs)  # each class by itself
@@ -226,3 +231,13 @@ def test_counts_at_rates_beyond_those_that_torch_can_draw():
     rate = outputs[0, :, 0].double().exp()
     assert (drawn >= 0).all()
     assert ((drawn.mean(0) - rate).abs() < 5 * (rate / 2000).sqrt() + 1e-6 * rate).all()
+
+
+def test_summaries_have_an_r_hat_and_no_warning():
+    """Independent draws: R̂ is 1 to its error; warnings are errors in these tests."""
+    posterior, _ = problem("gaussian", 2)
+    summary = arviz.summary(posterior.to_arviz(1000), round_to="none")
+    assert np.isfinite(summary["r_hat"].astype(float)).all()
+    assert (summary["r_hat"].astype(float) < 1.02).all()
+    odd = posterior.to_arviz(999)
+    assert values(odd, "posterior", "weight").shape[:2] == (3, 333)

@@ -430,7 +430,7 @@ def test_arviz_takes_the_draws(fitted):
 
     data = fitted.to_arviz(num_samples=20)
     name = next(iter(fitted.mean))
-    assert data["posterior"][name].shape == (1, 20, *fitted.mean[name].shape)
+    assert data["posterior"][name].shape == (2, 10, *fitted.mean[name].shape)
     summary = arviz.summary(data, var_names=[name], kind="stats")
     assert len(summary) == fitted.mean[name].numel()
 

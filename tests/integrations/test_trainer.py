@@ -476,6 +476,18 @@ def test_killed_while_saving_over_a_checkpoint_it_opens_as_one_of_both(tmp_path)
     assert len(set(kinds)) == 2
 
 
+def test_checkpoints_and_saved_models_have_the_posterior_s_card(tmp_path):
+    """PEFT's own is a form with an empty base model."""
+    found, _ = trained(tmp_path / "run", save_strategy="epoch")
+    found.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "run" / "checkpoint-10", tmp_path / "saved"):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert "40 examples in 10 updates" in text
+        assert "base_model:" not in text
+        assert "None" not in text
+        assert f'Posterior.from_pretrained("{folder.name}"' in text
+
+
 def test_early_stopping_and_the_best_belief(tmp_path):
     found = KalmanTrainer(
         classifier(),
