@@ -112,7 +112,7 @@ class State(NamedTuple):
 
 
 def init(device: torch.device) -> State:
-    """Nothing scored yet."""
+    """The state before the first update."""
     return State(0, torch.zeros(len(GRID), dtype=torch.float64, device=device))
 
 
