@@ -34,7 +34,7 @@ BAD = {
     "bad device": ("--model digits-vit --data digits.npz --device toaster", "`--device` must be a torch device"),
     "no such module": (
         "--model digits-vit --data digits.npz --target-modules nose",
-        "`--target-modules` must name modules of the model, got 'nose'; whose linear layers are",
+        "`--target-modules` must name modules of the model, got 'nose'; its linear layers are",
     ),
     "misspelt module": (
         "--model digits-vit --data digits.npz --target-modules q_proj v_prj",

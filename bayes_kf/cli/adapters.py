@@ -47,7 +47,7 @@ def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
     names = {name.rpartition(".")[2] for name, _ in base.model.named_modules()}
     known = next((pair for pair in QUERIES_AND_VALUES if names.issuperset(pair)), None)
     if not (targets or known):
-        raise ValueError(f"`--target-modules` must be given for this model, {_linear_layers(base.model)}, got none.")
+        raise ValueError(f"`--target-modules` must be given for this model, got none; {_linear_layers(base.model)}.")
     for target in targets or ():
         if not any(name == target or name.endswith(f".{target}") for name, _ in base.model.named_modules()):
             nearest = did_you_mean(target, names) or f"; {_linear_layers(base.model)}."
@@ -59,7 +59,7 @@ def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
 def _linear_layers(model: nn.Module) -> str:
     """The names of a model's linear layers, in words."""
     named = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return f"whose linear layers are {', '.join(sorted(named))}"
+    return f"its linear layers are {', '.join(sorted(named))}"
 
 
 def _read_config(path: Path) -> LoraConfig:

@@ -108,7 +108,7 @@ class _Learner:
         self._saved = stream.lines
 
     def run(self, lines: TextIO) -> None:
-        """To the end of the lines; whatever happens before, what was learned is saved."""
+        """Learns all lines; if an error ends it earlier, what was learned is saved."""
         waiting: list[Line] = []  # until there are enough to choose settings and measure the prior's scale on
         shown = shows_bars(False if self.args.quiet else None)
         bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=not shown)
@@ -198,7 +198,7 @@ class _Learner:
         return bank.filters[bank.best(state, burnt_in)]
 
     def _learn(self, number: int, text: str, label: int) -> None:
-        """Predict, look, learn."""
+        """Predicts a line, updates the drift detector, and learns the line."""
         stream, state = self.reached
         assert state is not None  # the prior, at least
         inputs, targets = self._tokens([text]), torch.tensor([label])

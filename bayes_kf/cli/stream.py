@@ -46,7 +46,7 @@ class Stream:
     detector: list[float] | None = None
 
     def summary(self) -> str:
-        """In words."""
+        """The counts and scores in one line of text."""
         seen = max(1, self.examples)
         scores = f"accuracy {self.correct / seen:.3f}, log loss {self.log_loss / seen:.3f} nats before learning"
         bad = f", {self.bad:,} bad lines skipped" if self.bad else ""

@@ -140,7 +140,7 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(size: int | dict[str, int]) -> tuple[int, int]:
-    """Height and width."""
+    """Height and width of an image processor's size."""
     return (size, size) if isinstance(size, int) else (size["height"], size["width"])
 
 

@@ -17,7 +17,7 @@ SEVERITY = 5
 
 
 class Size(NamedTuple):
-    """Number of images."""
+    """Numbers of images of the demo, to learn from and held out."""
 
     stream: int
     heldout: int
@@ -47,12 +47,12 @@ class DemoData(NamedTuple):
 
     @property
     def heldout_loader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches (images, labels)."""
+        """The held-out images in batches (images, labels)."""
         return DataLoader(TensorDataset(*self.heldout), EVALUATION_BATCH)
 
     @property
     def ood(self) -> dict[str, DataLoader[tuple[Tensor, ...]]]:
-        """Name to batches (images,)."""
+        """Loaders of out-of-distribution images, in batches (images,), by name."""
         sets = {"corrupted": self.corrupted, "photos": self.photos}
         return {name: DataLoader(TensorDataset(images), EVALUATION_BATCH) for name, images in sets.items()}
 

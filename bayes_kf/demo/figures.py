@@ -1,4 +1,4 @@
-"""The demo's pictures."""
+"""The figures of the demo."""
 
 from __future__ import annotations
 

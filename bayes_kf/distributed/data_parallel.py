@@ -32,7 +32,7 @@ WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "
 
 
 class Sums(NamedTuple):
-    """Of a process's examples, or of all.
+    """Sums over the examples of one process, or of all.
 
     Attributes:
         precision: diag(JᵀVJ), (n,).

@@ -128,7 +128,7 @@ def _remembering(loader: Any, first: list[Any]) -> Any:
 
 
 def _passing(loader: Iterable[Any], first: list[Any]) -> Iterator[Any]:
-    """Every batch."""
+    """Yields every batch; the first one is also put into ``first``."""
     for batch in loader:
         if not first:
             first.append(batch)

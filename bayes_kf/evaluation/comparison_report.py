@@ -192,7 +192,7 @@ def _overview(comparisons: Mapping[str, ScoreComparison], single: Mapping[str, S
 
 
 def _difference_table(label: str, comparison: ScoreComparison) -> Table:
-    """Every pair's difference."""
+    """The table of the differences of every pair of models."""
     rows = [
         (
             f"{d.first} − {d.second}",

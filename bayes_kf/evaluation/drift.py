@@ -55,7 +55,7 @@ class DriftDetector:
 
     @property
     def statistic(self) -> float:
-        """R."""
+        """The Shiryaev-Roberts statistic R, averaged over the alternatives."""
         return sum(self.current) / len(self.current)
 
     def update(self, prob: float, num_classes: int) -> bool:

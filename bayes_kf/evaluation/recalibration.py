@@ -36,7 +36,7 @@ class Recalibration(Protocol):
 
     @property
     def num_examples(self) -> int:
-        """Their number."""
+        """Number of the examples of the fit."""
 
     @classmethod
     def fit(cls, probs: Array, targets: Array, split: str = "calibration") -> "Recalibration":

@@ -133,7 +133,7 @@ class Report:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Name to number."""
+        """Every score by its name."""
         return self.sections.scores
 
     @cached_property

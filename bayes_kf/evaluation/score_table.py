@@ -126,12 +126,12 @@ def _rank(heading: tuple[str, str]) -> int:
 
 
 def _value(parts: Found) -> Cell:
-    """The score itself."""
+    """The value of a score."""
     return Cell(number(parts[""]), sort_value(parts[""]), is_outside=_side(parts) != "")
 
 
 def _interval(parts: Found) -> Cell:
-    """Its bootstrap interval."""
+    """The bootstrap interval of a score."""
     return _span(parts, "_low", "_high")
 
 
@@ -157,7 +157,7 @@ def _side(parts: Found) -> str:
 
 
 def _p_value(parts: Found) -> Cell:
-    """Its p-value."""
+    """The p-value of a score."""
     p = parts.get("_p_value")
     if p is None:
         return Cell("")

@@ -14,7 +14,7 @@ MOST_STEPS = 100  # 3 to 10 are usual
 
 
 def smooth_error(confidence: Tensor, residual: Tensor) -> Tensor:
-    """SmECE of residuals (confidence − hits, divided by the number of examples) at confidences.
+    """smECE of residuals (confidence − hits, divided by the number of examples) at confidences.
 
     The residuals are smeared out by a Gaussian kernel reflected at zero and one, which is what the heat equation does
     in a rod with insulated ends, and the absolute value of the result is integrated. The kernel's width σ is the one

@@ -96,13 +96,13 @@ class _Objective:
         self.penalty = penalty
 
     def value(self, theta: np.ndarray) -> float:
-        """The objective."""
+        """The objective at θ."""
         losses = sum(len(y) * mean_log_loss(_outputs(theta, z), y) for z, y in self.blocks)
         distance = self.penalty / 2 * np.square(theta - self.identity).sum()
         return float(losses + distance + theta[self.num_classes :].sum() ** 2 / 2) / self.num_examples
 
     def gradient(self, theta: np.ndarray) -> np.ndarray:
-        """Its gradient, (2C,)."""
+        """The gradient of the objective, (2C,)."""
         total = self.penalty * (theta - self.identity)
         total[self.num_classes :] += theta[self.num_classes :].sum()
         for z, y in self.blocks:

@@ -174,7 +174,7 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """Log det P, a scalar in float64."""
+    """log det P, a scalar in float64."""
     return torch.stack([torch.linalg.slogdet(block.double()).logabsdet for _, block in _blocks(state)]).sum()
 
 

@@ -26,12 +26,12 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """Columns, s."""
+        """s, the number of columns."""
         return self.rows.shape[-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The bytes that its tensors take."""
         return self.rows.untyped_storage().nbytes()
 
     def examples(self, which: slice) -> Rows:
@@ -102,12 +102,12 @@ class Outer:
 
     @property
     def width(self) -> int:
-        """Columns, s."""
+        """s, the number of columns."""
         return self.cotangent.shape[-1] * self.taken.shape[-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The bytes that its tensors take."""
         return self.cotangent.untyped_storage().nbytes() + self.taken.untyped_storage().nbytes()
 
     def examples(self, which: slice) -> Outer:

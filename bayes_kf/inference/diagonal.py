@@ -119,7 +119,7 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """Log det P, a scalar in float64: in float32 the sum over millions of numbers misses by several nats."""
+    """log det P, a scalar in float64: in float32 the sum over millions of numbers misses by several nats."""
     return sharding.total(torch.stack([p.double().log().sum() for p in state.variance.split(PIECE)]).sum())
 
 
@@ -146,7 +146,7 @@ def _gain_mean(state: State, observation: Observation, solved: tuple[Tensor, Ten
 
 
 def _gain_variance(state: State, observation: Observation, solved: tuple[Tensor, Tensor]) -> Tensor:
-    """P − p²∘diag(MᵀS⁻¹M)."""
+    """p − p²∘diag(MᵀS⁻¹M)."""
     factor = solved[0]
     if len(factor) < observation.num_rows:
         return state.variance * torch.cholesky_inverse(factor).diagonal().to(state.variance)

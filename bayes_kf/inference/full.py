@@ -132,7 +132,7 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """Log det P, a scalar in float64."""
+    """log det P, a scalar in float64."""
     return torch.linalg.slogdet(state.covariance.double()).logabsdet
 
 

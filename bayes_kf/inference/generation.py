@@ -44,7 +44,7 @@ class Generated(NamedTuple):
 
     @property
     def sequence_log_prob(self) -> Tensor:
-        """Log p̄ of each text given its prompt, (B,), token by token."""
+        """log p̄ of each text given its prompt, (B,), token by token."""
         return self.log_prob.sum(1)
 
     @property

@@ -65,7 +65,7 @@ def _conv_weight(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _conv_bias(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Σ over places."""
+    """Σ_t g_t over the places t."""
     return cotangent.flatten(2).sum(2)
 
 

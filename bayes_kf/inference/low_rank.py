@@ -161,7 +161,7 @@ def quadratic(state: State, vector: Tensor) -> Tensor:
 
 
 def log_determinant(state: State) -> Tensor:
-    """Log det P, a scalar in float64."""
+    """log det P, a scalar in float64."""
     root = _inner(state.gram)
     return -(sharding.total(state.diagonal.double().log().sum()) + 2.0 * root.diagonal().double().log().sum())
 
@@ -248,7 +248,7 @@ def _scaled(state: State) -> Tensor:
 
 
 def _state(mean: Tensor, diagonal: Tensor, factor: Tensor) -> State:
-    """With WᵀD⁻¹W, which every use of the belief needs."""
+    """The state with WᵀD⁻¹W computed, which every use of the belief needs."""
     scaled = factor.double() / diagonal.double().sqrt().unsqueeze(-1)
     return State(mean, diagonal, factor, sharding.total(scaled.mT @ scaled))
 

@@ -193,7 +193,7 @@ def _as_targets(targets: Tensor) -> Tensor:
 
 
 def _covariance(config: KalmanConfig, state: State, residual: Tensor, slope: Tensor, output_cov: Tensor) -> Tensor:
-    """R of the present update, (m, m)."""
+    """The noise covariance R of the present update, (m, m)."""
     if config.noise in ("identity", "decaying"):
         scale = math.exp(-state.step / 50) if config.noise == "decaying" else 1.0
         scale *= float(config.noise_variance) if config.likelihood == "gaussian" else 1.0

@@ -27,12 +27,12 @@ class Observation:
 
     @property
     def num_rows(self) -> int:
-        """K."""
+        """k, the number of rows of M."""
         return len(self.residual)
 
     @property
     def num_parameters(self) -> int:
-        """N."""
+        """n, the number of parameters."""
         return self.jacobian.num_parameters
 
     def matmul(self, matrix: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ def _entropy(family: Likelihood, probs: Tensor) -> Tensor:
 
 
 def _noise_variance(family: Likelihood, mean: Tensor) -> Tensor:
-    """Var(y | mean parameter) of a regression likelihood: σ², or the rate of a Poisson."""
+    """The variance of y given the mean parameter of a regression likelihood: σ², or the rate of a Poisson."""
     return family.noise_variance.to(mean).expand_as(mean) if isinstance(family, Gaussian) else mean
 
 

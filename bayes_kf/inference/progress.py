@@ -94,7 +94,7 @@ class Record:
         return f"{accuracy}log loss {recent.mean():.3f}, innovation {ratio:.2f}"
 
     def history(self) -> dict[str, Tensor]:
-        """Everything, as tensors."""
+        """Every recorded series as a tensor, by name."""
         joined = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in self.per_example.items()}
         if self.likelihood in ("gaussian", "poisson"):
             del joined["correct"]

@@ -87,7 +87,7 @@ class Store:
             target.flatten(0, 1).index_copy_(0, place, values if turn.rows is None else values[turn.rows])
 
     def blocks(self) -> list[Block]:
-        """All of them."""
+        """All blocks of stored rows."""
         return self._shared
 
     def _outer(self, name: str, attribute: str, call: Call) -> None:

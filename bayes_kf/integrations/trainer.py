@@ -123,7 +123,7 @@ class KalmanTrainer(Trainer):
     # ---- learning ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's.
+        """Trains as Trainer does.
 
         Raises:
             ValueError: for a data set that was learned already or in part (``resume_from_checkpoint`` goes on with
@@ -309,13 +309,13 @@ class KalmanTrainer(Trainer):
         found.adapter.assign(found.mean_vector)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Nothing: all state is the posterior's."""
+        """Saves nothing: all state is the posterior's."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Nothing."""
+        """Loads nothing: all state is the posterior's."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Something whose steps do nothing."""
+        """An optimizer whose steps do nothing."""
         if self.optimizer is None:
             self.optimizer = NoOptimizer([p for p in self._module.parameters() if p.requires_grad])
         return self.optimizer

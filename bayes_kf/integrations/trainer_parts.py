@@ -20,7 +20,7 @@ class NoOptimizer(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.0})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Nothing."""
+        """Does nothing."""
 
 
 class Epochs(TrainerCallback):
@@ -38,19 +38,19 @@ class Epochs(TrainerCallback):
         self.epoch = int(state.epoch or 0) - 1
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Another."""
+        """Counts the epoch that begins."""
         self.epoch += 1
 
 
 class Window:
-    """Sums over updates."""
+    """Sums of the scores of updates, for logging."""
 
     def __init__(self) -> None:
         self._examples = self._correct = self._innovation = self._degrees = 0.0
         self._classes = False
 
     def add(self, info: UpdateInfo) -> None:
-        """Count an update."""
+        """Adds the scores of an update."""
         self._examples += len(info.log_loss)
         self._innovation += info.innovation
         self._degrees += info.degrees_of_freedom

@@ -46,7 +46,7 @@ class Categorical:
         return outputs.softmax(-1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """E = onehot(y) − π, (B, m)."""
+        """e = onehot(y) − π, (B, m)."""
         onehot = torch.nn.functional.one_hot(targets, outputs.shape[-1])
         return onehot.to(outputs.dtype) - self.mean(outputs)
 
@@ -65,7 +65,7 @@ class Categorical:
         return factor, onehot / root - root
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log p(y | η) per example, (..., B) for outputs (..., B, m)."""
+        """log p(y | η) per example, (..., B) for outputs (..., B, m)."""
         log_probs = outputs.log_softmax(-1)
         return log_probs.gather(-1, targets.expand(log_probs.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
@@ -102,7 +102,7 @@ class Bernoulli:
         return outputs.sigmoid()
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """E = y − π, (B, m)."""
+        """e = y − π, (B, m)."""
         return targets - self.mean(outputs)
 
     def variance(self, outputs: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Bernoulli:
         return torch.diag_embed(root), self.residual(outputs, targets) / root
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log p(y | η) per example, summed over its m answers, (..., B)."""
+        """log p(y | η) per example, summed over its m answers, (..., B)."""
         return (targets * outputs - torch.nn.functional.softplus(outputs)).sum(-1)
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
@@ -151,11 +151,11 @@ class Gaussian:
         return _check_shape(outputs, targets)
 
     def mean(self, outputs: Tensor) -> Tensor:
-        """The outputs themselves."""
+        """The outputs η, which are the means, (..., m)."""
         return outputs
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """E = y − η, (B, m)."""
+        """e = y − η, (B, m)."""
         return targets - outputs
 
     def variance(self, outputs: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Gaussian:
         return self.variance(outputs) / noise_sd.unsqueeze(-1), self.residual(outputs, targets) / noise_sd
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log N(y; η, σ²) per example, summed over outputs, (..., B)."""
+        """log N(y; η, σ²) per example, summed over outputs, (..., B)."""
         return self.distribution(outputs).log_prob(targets)
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
@@ -204,7 +204,7 @@ class Poisson:
         return outputs.exp()
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """E = y − λ, (B, m)."""
+        """e = y − λ, (B, m)."""
         return targets - outputs.exp()
 
     def variance(self, outputs: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Poisson:
         return torch.diag_embed(root), self.residual(outputs, targets) / root
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log p(y | η) per example, summed over outputs, (..., B); −inf for a rate that overflows, never NaN."""
+        """log p(y | η) per example, summed over outputs, (..., B); −inf for a rate that overflows, never NaN."""
         return (targets * outputs - outputs.exp() - torch.lgamma(targets + 1.0)).sum(-1)
 
     def distribution(self, outputs: Tensor) -> dist.Distribution:
@@ -227,7 +227,7 @@ class Poisson:
         return dist.Poisson(outputs.exp()).to_event(1)
 
     def mixture(self, outputs: Tensor, log_weights: Tensor) -> Tensor:
-        """Log of the weighted mean of G predictions' rates, (B, m), from (G, B, m) and log weights (G,)."""
+        """The log of the weighted mean of G predictions' rates, (B, m), from (G, B, m) and log weights (G,)."""
         return (outputs + log_weights[:, None, None]).logsumexp(0)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:

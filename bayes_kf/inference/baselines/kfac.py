@@ -163,7 +163,7 @@ class KFAC(SeededOptimizer):
         return drawn_factors
 
     def _directions(self, damping: float) -> dict[Tensor, Tensor]:
-        """D of every parameter that has a gradient."""
+        """The preconditioned gradient D of every parameter that has a gradient."""
         found: dict[Tensor, Tensor] = {}
         for layer in self._layers:
             weight, bias = layer.weight, layer.bias
@@ -183,7 +183,10 @@ class KFAC(SeededOptimizer):
         return found
 
     def _solved(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
-        """D of a layer; inverses are computed anew every ``refresh`` updates, and where a correction is too coarse."""
+        """D, the preconditioned gradient, of a layer.
+
+        Inverses are computed anew every ``refresh`` updates, and where a correction is too coarse.
+        """
         state = self.state[layer.weight]
         if self._updates % self.refresh == 0 or "output_inverse" not in state:
             self._invert(state, damping)
@@ -223,7 +226,7 @@ class KFAC(SeededOptimizer):
         state["root_damping"], state["balance"] = root, balance
 
     def _clipped(self, directions: Mapping[Tensor, Tensor]) -> float:
-        """ν."""
+        """ν, by which the step is shortened to bound its KL divergence."""
         if self.kl_clip is None:
             return 1.0
         divergence = 0.0

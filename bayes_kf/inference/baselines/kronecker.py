@@ -93,7 +93,7 @@ class Layer:
 
 
 def precision(parameter: Tensor) -> torch.dtype:
-    """Of the statistics of a parameter: its own, but float32 at least."""
+    """The dtype of a parameter's statistics: its own, but float32 at least."""
     return torch.promote_types(parameter.dtype, torch.float32)
 
 

@@ -114,7 +114,7 @@ class SophiaG(SeededOptimizer):
                 parameter.sub_((group["lr"] * share).to(parameter.dtype))
 
     def _curvature(self, outputs: Tensor) -> dict[Tensor, Tensor]:
-        """B ĝ∘ĝ of every parameter."""
+        """The estimated diagonal of the curvature, B ĝ∘ĝ, of every parameter."""
         drawn = F.cross_entropy(outputs, self._drawn_labels(outputs))
         gradients = torch.autograd.grad(drawn, self._parameters(), retain_graph=True, allow_unused=True)
         return {

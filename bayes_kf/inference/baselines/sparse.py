@@ -77,7 +77,7 @@ class SparseOptimization(SeededOptimizer):
         self._watch()
 
     def kept(self, parameter: Tensor) -> int:
-        """M of a tensor."""
+        """The number of entries of a tensor that the mask keeps."""
         return max(1, int(self.param_groups[0]["density"] * parameter.numel()))
 
     def backward(self, loss: Tensor, outputs: Tensor | None = None) -> None:
