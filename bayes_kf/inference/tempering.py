@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 
 def init(device: torch.device) -> State:
-    """Nothing scored yet."""
+    """The state before the first update."""
     size = len(GRID)
     zeros = torch.zeros(size, size + 1, dtype=torch.float64, device=device)
     return State(0, zeros[:, 0].clone(), zeros[:, 1:].clone())
