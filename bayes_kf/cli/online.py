@@ -1,7 +1,7 @@
 """``bayes-kf fit --online``: labelled texts from a pipe or a file, a JSON object a line, learned as they come.
 
-The output folder is replaced at every checkpoint by one that is complete: the posterior, and in ``stream.json`` how
-many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their beginning,
+At every checkpoint the stream's files in the output folder are replaced as one: the posterior, and in ``stream.json``
+how many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their beginning,
 it skips those that it has learned: none is lost, none counts twice, and the result has the bits of one never stopped.
 (Only where the lines ended before there were ``SCALE_EXAMPLES`` of them, the prior stays that of the few.)
 
