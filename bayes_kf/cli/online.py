@@ -1,13 +1,9 @@
 """``bayes-kf fit --online``: labelled texts from a pipe or a file, a JSON object a line, learned as they come.
 
 At every checkpoint the stream's files in the output folder are replaced as one: the posterior, and in ``stream.json``
-how many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their beginning,
-it skips those that it has learned: none is lost, none counts twice, and the result has the bits of one never stopped.
-(Only where the lines ended before there were ``SCALE_EXAMPLES`` of them, the prior stays that of the few.)
-
-Settings with ``tune``, as ``--config stream`` has, need their first ``tune_examples`` lines twice: the candidates learn
-them side by side, and the one that predicted them best learns the stream from its first line on. Nothing is learned or
-saved before that many lines are there, or the last. The scores of these lines are of the setting that they chose.
+how many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their
+beginning, it skips those that it has learned: none is lost, none counts twice, and the result has the bits of one never
+stopped. (Only where the lines ended before there were ``SCALE_EXAMPLES`` of them, the prior stays that of the few.)
 """
 
 from __future__ import annotations
