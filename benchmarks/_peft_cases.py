@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 EXAMPLES = 6
 CLASSES = 3
+WORDS = 12
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def bert() -> nn.Module:
     """A BERT classifier of two layers."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=30,
+        vocab_size=WORDS,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -76,7 +77,7 @@ def causal() -> nn.Module:
 
 def _llama_config() -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
-        vocab_size=30,
+        vocab_size=WORDS,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
@@ -90,7 +91,7 @@ def _llama_config() -> transformers.LlamaConfig:
 
 def text() -> dict[str, Tensor]:
     """Tokens, without padding."""
-    ids = torch.randint(1, 30, (EXAMPLES, 5), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, WORDS, (EXAMPLES, 5), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
