@@ -15,6 +15,7 @@ from bayes_kf.distributed.data_parallel import DataParallelFilter
 from bayes_kf.distributed.group import Group
 from bayes_kf.distributed.sharded import ShardedFilter
 from bayes_kf.evaluation.streaming import StreamingScores
+from bayes_kf.inference import tempering
 from bayes_kf.inference.batches import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.persistence import check_folder
@@ -93,6 +94,8 @@ def fit(
             if checkpoint is not None and bar.done % every == 0:
                 kf.save_pretrained(state, checkpoint)
     posterior = Posterior(kf.kf, kf.gather(state), record.history() if record.per_update["dof"] else {})
+    if kf.group.rank == 0 and isinstance(config.temperature, str):
+        tempering.warn_of_mean_alone(posterior.temperature)
     if checkpoint is not None:
         kf.save_pretrained(state, checkpoint)
     return posterior

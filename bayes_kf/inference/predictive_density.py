@@ -99,8 +99,12 @@ def root_log_loss(
     sets = _point_sets(count // 2, rank)
     number = torch.arange(first, first + len(outputs)) % len(sets)
     at_once = max(1, MOST_NUMBERS // (count * width))  # examples
-    pieces = zip(*(part.split(at_once) for part in (outputs, root, targets, number)), strict=True)
-    return torch.cat([_drawn(family, *part, sets[which].to(part[1]), temperatures) for *part, which in pieces], 1)
+    losses = []
+    for start in range(0, len(outputs), at_once):
+        some = slice(start, start + at_once)
+        points = sets[number[some]].to(root)
+        losses.append(_drawn(family, outputs[some], root[some], targets[some], points, temperatures))
+    return torch.cat(losses, 1)
 
 
 def _drawn(

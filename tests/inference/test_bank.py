@@ -409,7 +409,7 @@ def test_candidates_that_gave_some_target_no_probability_are_level_and_ahead_of_
     bank = Bank(nn.Linear(3, 2), [KalmanConfig(initial_logit_sd=sd) for sd in (1.0, 2.0, 3.0)])
     state = bank.init(torch.randn(8, 3))
     total = torch.full((len(tempering.GRID),), math.inf, dtype=torch.float64)
-    states = [None, *(s._replace(scores=tempering.State(1, total)) for s in state.states[1:])]
+    states = [None, *(s._replace(scores=s.scores._replace(updates=1, total=total)) for s in state.states[1:])]
     state = state._replace(states=states)
     assert bank.weights(state).tolist() == [0.0, 0.5, 0.5]
     assert bank.best(state) == 1
