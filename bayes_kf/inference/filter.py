@@ -84,7 +84,8 @@ class KalmanFilter:
             state: from :meth:`init` or an earlier update.
             inputs: a tensor (B, ...) or a mapping of the model's keyword arguments.
             targets: (B,) class labels, or (B, m) numbers for the other likelihoods.
-            hold_mean: whether only the covariance learns, linearized at a mean that stays (post hoc).
+            hold_mean: whether only the covariance learns, linearized at a mean that stays (post hoc). An estimated
+                noise variance stays that of the first batch's residuals; ``fit`` estimates it again after the pass.
             at: θ to linearize and expand at, (n,), instead of the belief's mean: the mean that an earlier pass over the
                 same data ended with, see :meth:`restart`. Such an update is not guarded, and leaves an estimated noise
                 variance as it is. The temperature is scored by what the belief predicts before it.

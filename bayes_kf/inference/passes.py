@@ -124,8 +124,8 @@ def _around_trained(
         if widths:
             found, history["evidence"] = post_hoc.by_evidence(config, kf.adapter, found)
         found = noise_refit.refitted(config, found, squares.total, squares.count, leverage)
+        assert found.noise.variance is not None
         last, variance = variance, found.noise.variance
-        assert variance is not None
         if not widths or noise_refit.same(last, variance):
             break
     return found, history
