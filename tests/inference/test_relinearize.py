@@ -52,11 +52,11 @@ def one_pass(size, seed, **settings):
 )
 def test_no_batch_size_learns_worse_than_small_ones(settings):
     """Linearized once, a batch of 1,024 ends at an accuracy of 0.3 to 0.8 and a log loss of 0.5 to 2.2."""
-    seeds = (0, 1)
+    seeds = range(4)
     small = torch.stack([one_pass(16, seed, **settings)[0] for seed in seeds]).mean(0)
     found = [one_pass(LEARNED, seed, **settings) for seed in seeds]
     large = torch.stack([scores for scores, _ in found]).mean(0)
-    assert large[0] <= 1.07 * small[0]
+    assert large[0] <= 1.05 * small[0]
     assert large[1] >= small[1] - 0.01
     assert min(again for _, again in found) > 0
 
