@@ -64,7 +64,7 @@ def test_no_batch_size_learns_worse_than_small_ones(settings):
 def test_a_model_that_is_linear_is_linearized_once():
     x, y = problem(0)
     kf = bkf.KalmanFilter(nn.Linear(FEATURES, CLASSES), bkf.KalmanConfig(initial_logit_sd=10.0))
-    state, info = kf.update(kf.init(x[:32]), x, y)
+    info = kf.update(kf.init(x[:32]), x, y)[1]
     assert (info.relinearized, info.linearized_again) == (0, 0)
     assert info.step_norm > 1.0
 
