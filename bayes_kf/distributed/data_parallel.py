@@ -2,8 +2,9 @@
 
 The precision of a diagonal belief in information form grows by diag(JᵀVJ), its mean moves by P Jᵀ(y − π): both are sums
 over examples, whoever has them. Every process holds the whole belief. A batch is learned from at once, expanded at the
-mean before it, as the natural gradient does; innovations, which need rows of different processes beside each other, are
-not known.
+mean before it, as the natural gradient does, and is not linearized again where that is far (``relinearize``): large
+global batches learn less here than on one process, so choose them small while steps are large. Innovations, which need
+rows of different processes beside each other, are not known.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ the order in which sums are made:
    (B·c·n numbers in all, all-to-all);
 3. every process conditions its shard of the belief on all rows; Gram matrices (B·c)² and the like are summed.
 
+Where the rest of a batch is linearized again, 1 to 3 are done again for it.
+
 A process holds n/R of every vector and factor of the belief, and of the rows B·c·n/R. Ours.
 """
 

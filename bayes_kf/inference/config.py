@@ -135,7 +135,8 @@ class KalmanConfig:
         bound_prior: whether an ``initial_variance`` too wide for a classifier's linearization is narrowed, with a
             warning (``prior.bounded`` says how).
         initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
-        beta: forgetting factor of the EMA noise models, in (0, 1); applied once for every 192 rows of a batch.
+        beta: forgetting factor of the EMA noise models, in (0, 1); applied once for every part of a batch that is
+            solved together: 192 rows, or fewer where one step would be too far for them.
         forgetting: λ in (0, 1]; the variance is divided by it before every update.
         drift_variance: q ≥ 0, added to every variance before every update.
         prior_pull: a in [0, 1), by which the belief returns to the prior before every update: with α = 1 − a,

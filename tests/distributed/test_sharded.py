@@ -44,6 +44,7 @@ def together(rank, size, names):
             "innovation": [info.innovation for info in infos],
             "damping": [info.damping for info in infos],
             "step_norm": [info.step_norm for info in infos],
+            "again": [(info.relinearized, info.linearized_again, info.checked) for info in infos],
             "examples": whole.examples,
             "own": len(state.belief.mean),
             "same": all(torch.equal(a, b) for a, b in zip(back.belief, state.belief, strict=True)),
@@ -74,6 +75,9 @@ def test_several_processes_are_one(size, expected, tmp_path):
             assert here["innovation"] == pytest.approx([info.innovation for info in infos], rel=1e-6)
             assert here["damping"] == pytest.approx([info.damping for info in infos], rel=1e-9)
             assert here["step_norm"] == pytest.approx([info.step_norm for info in infos], rel=1e-6)
+            again = [(info.relinearized, info.linearized_again, info.checked) for info in infos]
+            assert here["again"] == again
+            assert (sum(count for count, *_ in again) > 0) == (name == "many rows")
             assert here["examples"] == state.examples
             assert here["same"]
         held = [process[name]["own"] for process in found]

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
 from torch import nn
 
+import bayes_kf as bkf
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter
 from bayes_kf.models import AdapterModel
 
@@ -433,3 +434,12 @@ def test_a_lucky_first_prediction_does_not_rule_out_noise(covariance, first):
     assert 0.06 < float(state.noise.variance) < 0.13  # 0.09 is true
     off = (state.belief.mean - weight[0]).abs() / kf.marginal_variance(state).sqrt()
     assert float(off.max()) < 4
+
+
+def test_a_filter_gives_the_posterior_of_a_state():
+    kf = KalmanFilter(nn.Linear(2, 3), KalmanConfig(covariance="diagonal"))
+    state = kf.init(torch.randn(4, 2))
+    found, x = kf.posterior(state), torch.randn(5, 2)
+    assert isinstance(found, bkf.Posterior)
+    assert torch.equal(found.mean_vector, state.belief.mean)
+    assert torch.equal(found.predict(x).probs, bkf.Posterior(kf, state).predict(x).probs)

@@ -215,7 +215,7 @@ def test_any_of_several_tokens_ends_a_text():
 
 
 def test_virtual_tokens_are_refused():
-    """With a cache, PEFT would put them in front of every new token, or drop the cache: other text, and no word of it."""
+    """With a cache, PEFT would put them in front of every new token, or drop the cache: other text, silently."""
     posterior = posterior_of(lm.with_prompt(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)), 1e-12)
     with pytest.raises(
         ValueError, match="`posterior` must be over weights to generate text, got an adapter of virtual"

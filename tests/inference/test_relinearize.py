@@ -6,9 +6,10 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference import diagonal, learn
+from bayes_kf.inference.blocks import PIECE
 from bayes_kf.inference.evidence import Part
-from bayes_kf.inference.linearize import Linearizer
-from bayes_kf.inference.trust import divergence
+from bayes_kf.inference.linearize import PASS_BYTES, Linearizer
+from bayes_kf.inference.trust import TRUSTED, divergence, is_small
 from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian
 
 FEATURES, CLASSES, LEARNED = 16, 10, 1024
@@ -52,11 +53,11 @@ def one_pass(size, seed, **settings):
 )
 def test_no_batch_size_learns_worse_than_small_ones(settings):
     """Linearized once, a batch of 1,024 ends at an accuracy of 0.3 to 0.8 and a log loss of 0.5 to 2.2."""
-    seeds = (0, 1)
+    seeds = range(4)
     small = torch.stack([one_pass(16, seed, **settings)[0] for seed in seeds]).mean(0)
     found = [one_pass(LEARNED, seed, **settings) for seed in seeds]
     large = torch.stack([scores for scores, _ in found]).mean(0)
-    assert large[0] <= 1.07 * small[0]
+    assert large[0] <= 1.05 * small[0]
     assert large[1] >= small[1] - 0.01
     assert min(again for _, again in found) > 0
 
@@ -64,7 +65,7 @@ def test_no_batch_size_learns_worse_than_small_ones(settings):
 def test_a_model_that_is_linear_is_linearized_once():
     x, y = problem(0)
     kf = bkf.KalmanFilter(nn.Linear(FEATURES, CLASSES), bkf.KalmanConfig(initial_logit_sd=10.0))
-    state, info = kf.update(kf.init(x[:32]), x, y)
+    info = kf.update(kf.init(x[:32]), x[:300], y[:300])[1]
     assert (info.relinearized, info.linearized_again) == (0, 0)
     assert info.step_norm > 1.0
 
@@ -73,7 +74,7 @@ def test_what_an_update_reports_of_it_is_what_it_did(monkeypatch):
     """Examples are counted as they are linearized; a small budget cuts the batch into pieces, and changes nothing."""
     x, y = problem(0)
     reports, beliefs = [], []
-    for budget in (None, 80_000):
+    for budget in (None, PASS_BYTES + 2 * 8 * PIECE + 10_000_000):
         kf = bkf.KalmanFilter(network(0), bkf.KalmanConfig(covariance="diagonal", bytes_budget=budget))
         state, counts = kf.init(x[:32]), []
         plain = Linearizer.__call__
@@ -88,18 +89,14 @@ def test_what_an_update_reports_of_it_is_what_it_did(monkeypatch):
         torch.testing.assert_close(info.outputs, kf.adapter.outputs(state.belief.mean, x[:600]), rtol=1e-4, atol=1e-5)
         assert len(info.log_loss) == len(info.correct) == 600
         assert after.examples == 600
-        assert sum(counts) == 600 + info.linearized_again - (0 if budget is None else missing(info, counts))
+        assert info.linearized_again == max(0, sum(counts) - 600)
+        assert len(list(kf.linearize.pieces(state.belief.mean, x[:600]))) == (1 if budget is None else 3)
         reports.append(info)
         beliefs.append(after.belief)
     assert reports[0].relinearized == reports[1].relinearized > 0
     assert 0 < reports[0].linearized_again <= 2 * 600
     assert reports[0].checked > 0
     torch.testing.assert_close(beliefs[0].mean, beliefs[1].mean, rtol=1e-3, atol=1e-4)
-
-
-def missing(info, counts):
-    """Examples that were never linearized where the batch began are no cost."""
-    return info.linearized_again - max(0, sum(counts) - 600)
 
 
 def test_an_update_elsewhere_is_not_linearized_again():
@@ -133,7 +130,7 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
     kf = bkf.KalmanFilter(model, bkf.KalmanConfig(covariance="diagonal"))
     state = kf.init(x)
     start = state.belief.mean
-    state = state._replace(belief=state.belief._replace(mean=start + 0.5 * torch.randn_like(start)))
+    state = state._replace(belief=state.belief._replace(mean=start + 0.2 * torch.randn_like(start)))
     (batch,) = kf._observed(state, x, y, start)
     part = Part.of(batch.seen, batch.jacobian, slice(0, 20), 4).moved(state.belief.mean - start)
 
@@ -146,8 +143,9 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
     gradient = torch.autograd.functional.jacobian(
         lambda v: nn.functional.cross_entropy(kf.adapter.call(kf.adapter.unflatten(v), x), y), wide.mean
     )
-    for scale in (1.0, -1.0, 3.0, -3.0):
+    for scale in (2.0, -2.0, 5.0, -5.0):
         after = wide._replace(mean=wide.mean - scale * gradient / gradient.norm())
+        assert not is_small(part.jacobian.matvec(after.mean - wide.mean), part.family, TRUSTED)  # else not looked at
         for claimed in (0.0, -100.0, 100.0):  # added to the label's logit in the first-order outputs
             told = part.outputs.scatter_add(1, y[:, None], torch.full((20, 1), claimed))
             accepts = learn._objective(

@@ -129,6 +129,20 @@ def test_a_model_that_cannot_be_batched_is_run_one_by_one():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError, torch.OutOfMemoryError])
+def test_draws_that_do_not_fit_the_memory_together_are_run_one_by_one(kind, monkeypatch):
+    adapter, x = AdapterModel(nn.Linear(3, 2)), torch.randn(4, 3)
+    draws = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([adapter.outputs(draw, x) for draw in draws])
+
+    def full(*_):
+        raise kind("out of memory")
+
+    monkeypatch.setattr(module, "_batched", full)
+    with pytest.warns(UserWarning, match="6 draws were run one by one, not at once: out of memory"):
+        assert torch.equal(outputs_of_draws(adapter, draws, x), expected)
+
+
 def test_an_error_that_is_not_about_batching_is_not_swallowed():
     class Broken(nn.Linear):
         def forward(self, x):
