@@ -5,7 +5,6 @@ as floats, series as float64 tensors on the CPU.
 """
 
 from bayes_kf.evaluation.assess import evaluate
-from bayes_kf.evaluation.bootstrap import Interval, calibration_interval, mean_interval
 from bayes_kf.evaluation.calibration import (
     ReliabilityBins,
     confidence_gap,
@@ -32,6 +31,7 @@ from bayes_kf.evaluation.drift import DriftAlarm, DriftDetector, drift_alarm
 from bayes_kf.evaluation.health import InnovationHealth, Whiteness, innovation_health, innovation_whiteness
 from bayes_kf.evaluation.human import Estimate, HumanAgreement, human_agreement
 from bayes_kf.evaluation.human_section import human_entropy_plot
+from bayes_kf.evaluation.intervals import Interval, calibration_interval, mean_interval
 from bayes_kf.evaluation.null import (
     Calibrated,
     CalibrationNull,

@@ -11,7 +11,8 @@ from bayes_kf.spelling import did_you_mean
 Array: TypeAlias = Tensor | np.ndarray
 
 SUM_TOLERANCE = 1e-3
-BFLOAT16_SUM_TOLERANCE = 1e-2  # eight bits of precision: honest bfloat16 probabilities miss one by several 1e-3
+HALF_SUM_TOLERANCE = 1e-2  # a softmax in bfloat16 (8 bits of precision) or float16 misses one by several 1e-3
+HALF_TYPES = (torch.bfloat16, torch.float16)
 SUM_ROUNDING = 1e-6  # rows that miss one by no more stay as they are
 
 
@@ -39,23 +40,39 @@ def as_vector(values: Array, name: str, *, allow_infinite: bool = False) -> Tens
 
 
 def as_probs(probs: Array, name: str = "probs") -> Tensor:
-    """Class probabilities as float64 (N, C); rows must be non-negative and sum to one, those of bfloat16 roughly.
+    """Class probabilities as float64 (N, C); rows must be non-negative and sum to one.
 
-    Rows whose sum misses one by more than rounding are divided by it.
+    Rows may miss one by 0.001, and by 0.01 if every value is a bfloat16 or a float16 number, whatever the dtype now: a
+    softmax in half precision stays that far off after a cast to float32. Rows that miss one by more than 1e-6 are
+    divided by their sum, so scores are those of the normalized rows.
     """
     tensor = as_float(probs, name)
     if tensor.ndim != 2 or tensor.shape[1] < 2:
         raise ValueError(f"`{name}` must have shape (N, C) with at least two classes, got {tuple(tensor.shape)}.")
     if tensor.min() < 0:
-        raise ValueError(f"`{name}` must not be negative, got {tensor.min().item():.3g}.")
-    source = probs.dtype if isinstance(probs, Tensor) else None
-    tolerance = BFLOAT16_SUM_TOLERANCE if source == torch.bfloat16 else SUM_TOLERANCE
+        raise ValueError(f"`{name}` must not be negative, got {tensor.min().item():.3g}{_cure(tensor, name)}.")
     sums = tensor.sum(dim=1)
     missed = (sums - 1).abs()
     worst = int(missed.argmax())
+    tolerance = HALF_SUM_TOLERANCE if _is_half(tensor) else SUM_TOLERANCE
     if missed[worst].item() > tolerance:
-        raise ValueError(f"`{name}` must sum to one in every row, got {sums[worst].item():.6g} in row {worst}.")
+        got = f"got {sums[worst].item():.6g} in row {worst}"
+        raise ValueError(f"`{name}` must sum to one in every row, {got}{_cure(tensor, name)}.")
     return torch.where(missed[:, None] > SUM_ROUNDING, tensor / sums[:, None], tensor)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    """Whether every value is exactly a bfloat16 number, or every value a float16 number."""
+    return any(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for dtype in HALF_TYPES)
+
+
+def _cure(tensor: Tensor, name: str) -> str:
+    """What rows that are no probabilities look like, and how to make probabilities of them."""
+    if tensor.max() <= SUM_TOLERANCE and ((tensor.exp().sum(dim=1) - 1).abs() < 0.1).all():
+        return f"; these look like log probabilities: pass `{name}.exp()`"
+    if tensor.min() < 0:
+        return "; if these are logits, pass their softmax, taken in float32"
+    return "; pass the softmax of the logits, taken in float32, or divide each row by its sum"
 
 
 def as_targets(targets: Array, probs: Tensor, name: str = "targets") -> Tensor:

@@ -56,10 +56,10 @@ def evaluate(
         method: How to predict, as the posterior names it.
         num_samples: Draws for each prediction.
         num_bins: Number of bins of all calibration errors.
-        num_simulations: Number of simulated and of resampled data sets, at least 39.
+        num_simulations: Number of simulated data sets behind each null band, at least 39.
         class_names: Names of the classes.
         title: Title of the page.
-        seed: Seed of the predictions' draws, of the simulated bands and of the resampling.
+        seed: Seed of the predictions' draws and of the simulated bands.
 
     Raises:
         ValueError: If the loader has no targets, what only classifiers have is given for a regression, or a prediction

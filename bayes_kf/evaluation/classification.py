@@ -67,9 +67,8 @@ def evaluate_predictions(
         class_names: C names.
         title: Title of the page.
         num_bins: Number of bins of all calibration errors.
-        num_simulations: Number of simulated data sets behind each band of chance, and of resampled ones behind each
-            interval, at least 39.
-        seed: Seed of the simulation and the resampling.
+        num_simulations: Number of simulated data sets behind each band of chance, at least 39.
+        seed: Seed of the simulation.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -88,16 +87,15 @@ def evaluate_predictions(
     names = _class_names(class_names, checked.shape[1])
     parts = entropy_parts(samples) if uncertainty is None and samples is not None else uncertainty
     chance = Chance(num_bins, num_simulations, seed)
-    draws: dict[str, int] = {"num_resamples": num_simulations, "seed": seed}
     sections = (
         score_section(checked, labels, log_prob, chance, ordered=ordered, top_k=_top_k(top_k, checked.shape[1]))
         + entropy_section(checked, parts, ood or {}, chance)
-        + usefulness_section(checked, labels, **draws)
+        + usefulness_section(checked, labels)
     )
     if recalibration is not None or conformal is not None:
         sections += recalibration_section(checked, labels, recalibration, conformal, chance)
     if human is not None:
-        sections += human_section(checked, human, **draws)
+        sections += human_section(checked, human)
     sections += stream_sections(history, parameter_variance, output_variance) + class_section(checked, labels, names)
     if examples is not None:
         sections += example_section(checked, labels, examples, names)

@@ -1,15 +1,13 @@
 """The parts of a report on a classifier."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_vector
-from bayes_kf.evaluation.binning import class_cells
-from bayes_kf.evaluation.bootstrap import Interval, classwise_interval, column_intervals
 from bayes_kf.evaluation.calibration import reliability_bins
 from bayes_kf.evaluation.calibration_scores import (
     LEVEL,
@@ -19,6 +17,7 @@ from bayes_kf.evaluation.calibration_scores import (
     tested,
     with_chance,
 )
+from bayes_kf.evaluation.intervals import Interval, bounded_interval, loss_interval, unseen_losses
 from bayes_kf.evaluation.null import Calibrated, classwise_test, reliability_band, spiegelhalter_test
 from bayes_kf.evaluation.ood import detection_intervals, interval_scores, ood_scores
 from bayes_kf.evaluation.page import table_text
@@ -59,7 +58,7 @@ def score_section(
 ) -> Sections:
     """Accuracy, likelihood and calibration, with the reliability diagram."""
     scores = _mean_scores(probs, labels, log_prob, chance, ordered) | _calibration_scores(probs, labels, chance, top_k)
-    verdict = [confidence_verdict(scores), calibration_verdict(scores, len(labels)), loss_verdict(scores)]
+    verdict = [calibration_verdict(scores, len(labels)), confidence_verdict(scores), loss_verdict(scores)]
     ece = Calibrated(*(scores[f"ece{suffix}"] for suffix in ("", "_null_mean", "_null_low", "_null_high", "_p_value")))
     diagram = FigureSpec(
         title="Reliability diagram",
@@ -86,12 +85,12 @@ def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str,
             columns[name] = as_vector(values, f"uncertainty.{name}")
     scores: dict[str, float] = {}
     for name, values in columns.items():
-        scores |= {name: values.mean().item()} | ends(name, _intervals(values[:, None], chance)[0])
+        most = 1.0 if name == "margin" else math.log(probs.shape[1])
+        scores |= {name: values.mean().item()} | ends(name, bounded(values, most))
     found = {name: ood_scores(known, values) for name, values in foreign.items()}
-    settings: dict[str, Any] = {"level": LEVEL, "num_resamples": chance.num_simulations, "seed": chance.seed}
+    level = 1 - (1 - LEVEL) / max(1, len(found))  # a sentence each: all intervals hold together
     for name, measures in found.items():
-        intervals = detection_intervals(known, foreign[name], **settings)
-        scores |= interval_scores(f"ood_{name}", measures, intervals)
+        scores |= interval_scores(f"ood_{name}", measures, detection_intervals(known, foreign[name], level=level))
     means = {"known": known, **foreign}
     words = ", ".join(f"{values.mean():.3f} for {quoted(name)} inputs" for name, values in means.items())
     histogram = FigureSpec(
@@ -119,28 +118,33 @@ def class_section(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> 
 def _mean_scores(
     probs: Tensor, labels: Tensor, log_prob: Array | None, chance: Chance, ordered: bool
 ) -> dict[str, float]:
-    """Means of per-example scores with their bootstrap intervals, and the parts of the Brier score."""
+    """Means of per-example scores with their intervals, and the parts of the Brier score."""
     confidence, hit = top_confidence(probs, labels, 1)
-    columns = {"accuracy": hit, "brier": brier_scores(probs, labels), "confidence": confidence}
+    columns = {"accuracy": (hit, 1.0), "brier": (brier_scores(probs, labels), 2.0), "confidence": (confidence, 1.0)}
     if ordered:
-        columns["rps"] = ranked_probability_scores(probs, labels)
+        columns["rps"] = (ranked_probability_scores(probs, labels), probs.shape[1] - 1.0)
     losses = log_losses(probs, labels) if log_prob is None else -as_vector(log_prob, "log_prob", allow_infinite=True)
     if len(losses) > len(labels):
         raise ValueError(f"`log_prob` must have at most {len(labels)} values, one a target, got {len(losses)}.")
     share = len(losses) / len(labels)  # log probabilities may be joint ones of several targets
-    scores: dict[str, dict[str, float]] = {}
-    values = torch.stack(list(columns.values()), dim=1)
-    for name, interval in zip(columns, _intervals(values, chance), strict=True):
-        scores[name] = {name: columns[name].mean().item()} | ends(name, interval)
-    low, high = _intervals(losses[:, None], chance)[0]
-    nll = {"nll": share * losses.mean().item()} | ends("nll", Interval(share * low, share * high))
+    scores = {name: {name: v.mean().item()} | ends(name, bounded(v, most)) for name, (v, most) in columns.items()}
+    nll = {"nll": share * losses.mean().item()} | ends("nll", of_losses(losses, probs, share))
     parts = brier_part_scores(brier_decomposition(probs, labels, chance.num_bins))
     return scores["accuracy"] | nll | scores["brier"] | parts | scores.get("rps", {}) | scores["confidence"]
 
 
-def _intervals(values: Tensor, chance: Chance) -> list[Interval]:
-    """Bootstrap intervals of the means of the columns."""
-    return column_intervals(values, LEVEL, chance.num_simulations, chance.seed)
+def bounded(values: Tensor, most: float) -> Interval:
+    """Interval of the mean of values between zero and `most`."""
+    return bounded_interval(values.sum().item(), values.square().sum().item(), len(values), 0.0, most, LEVEL)
+
+
+def of_losses(losses: Tensor, probs: Tensor, share: float = 1.0) -> Interval | None:
+    """Interval of `share` times the mean of log losses; None where there is none that covers."""
+    if losses.min() < 0:  # densities
+        return None
+    powers = (losses.pow(k).sum().item() for k in (1, 2, 3))
+    found = loss_interval(*powers, len(losses), unseen_losses(probs).mean().item(), LEVEL)
+    return None if found is None else Interval(share * found.low, share * found.high)
 
 
 def _calibration_scores(probs: Tensor, labels: Tensor, chance: Chance, top_k: Sequence[int]) -> dict[str, float]:
@@ -153,9 +157,6 @@ def _calibration_scores(probs: Tensor, labels: Tensor, chance: Chance, top_k: Se
         probs, labels, ("ece",), chance.num_bins, "equal_width", chance.num_simulations, chance.seed, LEVEL
     )
     scores |= with_chance("ece_classwise", classwise[0])
-    cells = class_cells(probs, chance.num_bins, "equal_width")
-    interval = classwise_interval(cells, probs, labels, LEVEL, chance.num_simulations, chance.seed)
-    scores |= {} if interval is None else ends("ece_classwise", interval)
     return scores | tested("spiegelhalter", spiegelhalter_test(probs, labels))
 
 

@@ -52,9 +52,9 @@ def compare(
         method: How to predict, as the posteriors name it.
         num_samples: Draws for each prediction.
         num_bins: Number of bins of all calibration errors.
-        num_simulations: Number of simulated and of resampled data sets, at least 39.
+        num_simulations: Number of simulated data sets behind each null band, at least 39.
         title: Title of the page.
-        seed: Seed of the predictions' draws, the simulations and the resampling.
+        seed: Seed of the predictions' draws and the simulations.
 
     Raises:
         ValueError: If there are fewer than two posteriors, the loader is an iterator or gives each of them other
@@ -112,10 +112,10 @@ def report_comparison(
         targets: Class indices, (N,).
         histories: Name to series of the stream that a model learned from, "log_loss" and "correct" for each example.
         num_bins: Number of bins of all calibration errors.
-        num_simulations: Number of simulated and of resampled data sets, at least 39.
+        num_simulations: Number of simulated data sets behind each null band, at least 39.
         config: Settings to print.
         title: Title of the page.
-        seed: Seed of the simulations and the resampling.
+        seed: Seed of the simulations.
 
     Returns:
         A report whose scores are named "model/score".
@@ -131,8 +131,7 @@ def report_comparison(
     """
     check_positive_int(num_bins, "num_bins")
     check_simulation(num_simulations, LEVEL)
-    shared: dict[str, Any] = {"num_bins": num_bins, "num_resamples": num_simulations, "seed": seed}
-    comparisons = compare_predictions(probs, targets, **shared)
+    comparisons = compare_predictions(probs, targets)
     checked = {str(name): as_probs(values, f"probs[{name!r}]") for name, values in probs.items()}
     chance = Chance(num_bins, num_simulations, seed)
     single = {name: score_section(p, as_targets(targets, p), None, chance) for name, p in checked.items()}
@@ -163,7 +162,9 @@ def _forest(comparison: ScoreComparison) -> FigureSpec:
     label, _ = label_of(comparison.score)
 
     def draw(ax: Axes) -> Axes:
-        return forest_plot(comparison.differences, label="difference\n(intervals hold together at 95 %)", ax=ax)
+        return forest_plot(
+            comparison.differences, label="difference\n(all intervals of the page hold together at 95 %)", ax=ax
+        )
 
     height = 1.6 + 0.32 * len(comparison.differences)
     table = _difference_table(label, comparison)
@@ -180,12 +181,14 @@ def _overview(comparisons: Mapping[str, ScoreComparison], single: Mapping[str, S
     header = ["Model"]
     for score in COMPARED:
         header += [label_of(score)[0], "place"]
+    header.append(label_of("ece")[0])
     places = {s: {rank.name: rank.place for rank in found.ranking} for s, found in comparisons.items()}
     rows = []
     for name in single:
         cells: list[float | int | str] = [name]
         for score in COMPARED:
             cells += [comparisons[score].values[name], places[score][name]]
+        cells.append(single[name].scores["ece"])
         rows.append(table_text(cells))
     caption = "Models side by side; place 1: no model is clearly better"
     return Table(caption, tuple(header), tuple(rows), is_open=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,14 +23,12 @@ GRID = 24  # hexagons across
 GROUPS = 10
 
 
-def human_section(probs: Array, human: Array, *, num_resamples: int = 1000, seed: int = 0) -> Sections:
-    """Scores against people's answers with bootstrap intervals, verdicts, and the figure of both entropies.
+def human_section(probs: Array, human: Array) -> Sections:
+    """Scores against people's answers with intervals, verdicts, and the figure of both entropies.
 
     Args:
         probs: Class probabilities, (N, C).
         human: Shares of people's answers, (N, C), rows sum to one.
-        num_resamples: Number of resampled data sets, at least 39.
-        seed: Seed of the resampling.
 
     Raises:
         ValueError: If an argument is malformed or the shapes differ.
@@ -41,11 +40,11 @@ def human_section(probs: Array, human: Array, *, num_resamples: int = 1000, seed
         (0.0, 1.0)
     """
     predicted, answers = checked_human(probs, human)
-    found = human_agreement(predicted, answers, level=LEVEL, num_resamples=num_resamples, seed=seed)
+    found = human_agreement(predicted, answers, level=LEVEL)
     scores = _with_ends("human_nll", found.nll) | {"human_entropy": entropy(answers).mean().item()}
     scores |= _with_ends("human_kl", found.kl) | _with_ends("human_tv", found.total_variation)
     scores |= _with_ends("human_entropy_spearman", found.entropy_spearman)
-    scores |= _with_ends("human_entropy_pearson", found.entropy_pearson)
+    scores["human_entropy_pearson"] = found.entropy_pearson
     sentence = doubt_verdict(scores)
     figure = FigureSpec(
         title="Doubt of people and of the model",
@@ -99,8 +98,9 @@ def human_entropy_plot(probs: Array, human: Array, *, ax: Axes | None = None) ->
 
 
 def _with_ends(name: str, found: Estimate) -> dict[str, float]:
-    """A score and the ends of its interval."""
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    """A score and the ends of its interval, if it has one."""
+    scores = {name: found.value}
+    return scores if math.isnan(found.low) else scores | {f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _doubt_table(probs: torch.Tensor, human: torch.Tensor) -> Table:

@@ -1,22 +1,19 @@
 """Does an uncertainty score tell foreign inputs from those the model knows, and errors from right predictions?
 
-Intervals are percentiles of the scores of resampled data sets. A score that keeps both groups apart without exception
-does so in every one of them: its interval is a point, however few examples there are. Of two Gaussians with a hundred
-examples each, 95 % intervals were seen to hold the true AUROC and FPR@95 as often as they say, the true AUPR in 91 %.
+Only the AUROC has an interval. Bootstrap intervals of AUPR and FPR@95 were seen to cover the true value in 79 and 23 %
+of data sets where they said 95 (30 examples with few errors).
 """
 
 import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from bayes_kf.evaluation._inputs import Array, as_vector
-from bayes_kf.evaluation.bootstrap import Interval
-from bayes_kf.evaluation.null import check_simulation
-from bayes_kf.evaluation.resampled_cells import cell_intervals
+from bayes_kf.evaluation._inputs import Array, as_vector, check_fraction
+from bayes_kf.evaluation.intervals import Interval, auroc_interval
 
+NO_INTERVAL = Interval(math.nan, math.nan)
 CAUGHT = 0.95  # share of the positives that are flagged where the false positives are counted
 
 
@@ -29,11 +26,9 @@ class OODScores(NamedTuple):
 
 
 class DetectionIntervals(NamedTuple):
-    """Bootstrap intervals of the same scores; NaN where a score is not defined."""
+    """Interval of the AUROC; NaN where it is not defined. The other scores have none."""
 
     auroc: Interval
-    aupr: Interval
-    fpr95: Interval
 
 
 def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
@@ -68,39 +63,29 @@ def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
     )
 
 
-def detection_intervals(
-    uncertainty_id: Array,
-    uncertainty_ood: Array,
-    *,
-    level: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> DetectionIntervals:
-    """Bootstrap intervals of `ood_scores`, known and foreign inputs resampled each among themselves.
+def detection_intervals(uncertainty_id: Array, uncertainty_ood: Array, *, level: float = 0.95) -> DetectionIntervals:
+    """Interval of the AUROC of `ood_scores`, also where the score keeps known and foreign inputs apart.
 
     Args:
         uncertainty_id: Score of each known input, (N,).
         uncertainty_ood: Score of each foreign input, (M,).
-        level: Probability inside each interval.
-        num_resamples: Number of resampled data sets, at least 2/(1 − level) − 1.
-        seed: Seed of the resampling.
+        level: Probability that the interval covers the AUROC of the population.
 
     Raises:
         ValueError: If an argument is malformed.
 
-    Reference: Efron 1979.
+    Reference: Newcombe, *Confidence intervals for an effect size measure based on the Mann-Whitney statistic*, 2006.
 
     Example:
+        >>> import torch
         >>> known, foreign = torch.arange(100.0), 50 + torch.arange(100.0)
         >>> low, high = detection_intervals(known, foreign).auroc
         >>> 0.8 < low < ood_scores(known, foreign).auroc < high < 0.95
         True
     """
     known, foreign = as_vector(uncertainty_id, "uncertainty_id"), as_vector(uncertainty_ood, "uncertainty_ood")
-    check_simulation(num_resamples, level, "num_resamples")
-    is_foreign = torch.arange(len(known) + len(foreign)) >= len(known)
-    settings = (detection_columns, level, num_resamples, seed)
-    return DetectionIntervals(*cell_intervals(torch.cat([known, foreign]), is_foreign, *settings, apart=True))
+    check_fraction(level, "level")
+    return DetectionIntervals(auroc_interval(known, foreign, level) or NO_INTERVAL)
 
 
 def error_detection(uncertainty: Array, correct: Array) -> OODScores:
@@ -118,6 +103,7 @@ def error_detection(uncertainty: Array, correct: Array) -> OODScores:
     Reference: Hendrycks, Gimpel 2017.
 
     Example:
+        >>> import torch
         >>> error_detection(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([1, 1, 0]))
         OODScores(auroc=1.0, aupr=1.0, fpr95=0.0)
     """
@@ -128,24 +114,19 @@ def error_detection(uncertainty: Array, correct: Array) -> OODScores:
     return ood_scores(scores[right], scores[~right])
 
 
-def error_detection_intervals(
-    uncertainty: Array, correct: Array, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
-) -> DetectionIntervals:
-    """Bootstrap intervals of `error_detection`, examples resampled all together: the number of errors varies too.
-
-    Data sets in which nothing is wrong or nothing right do not count; where too few are left, all ends are NaN.
+def error_detection_intervals(uncertainty: Array, correct: Array, *, level: float = 0.95) -> DetectionIntervals:
+    """Interval of the AUROC of `error_detection`; both ends are NaN where nothing is wrong or nothing right.
 
     Args:
         uncertainty: Score of each example, (N,).
         correct: One (or True) where the prediction is right, else zero, (N,).
-        level: Probability inside each interval.
-        num_resamples: Number of resampled data sets, at least 2/(1 − level) − 1.
-        seed: Seed of the resampling.
+        level: Probability that the interval covers the AUROC of the population.
 
     Raises:
         ValueError: If an argument is malformed.
 
     Example:
+        >>> import torch
         >>> doubt = torch.linspace(0, 1, 100)
         >>> low, high = error_detection_intervals(doubt, torch.arange(100) % 10 > 0).auroc
         >>> low < 0.5 < high
@@ -153,38 +134,15 @@ def error_detection_intervals(
     """
     scores = as_vector(uncertainty, "uncertainty")
     right = as_correct(correct, len(scores), "uncertainty")
-    check_simulation(num_resamples, level, "num_resamples")
-    return DetectionIntervals(
-        *cell_intervals(scores, ~right, detection_columns, level, num_resamples, seed, apart=False)
-    )
+    check_fraction(level, "level")
+    return DetectionIntervals(auroc_interval(scores[right], scores[~right], level) or NO_INTERVAL)
 
 
 def interval_scores(name: str, found: OODScores, intervals: DetectionIntervals) -> dict[str, float]:
-    """All scores and the ends of their intervals, named for a report: `name_auroc`, `name_auroc_low` and so on."""
-    scores: dict[str, float] = {}
-    for measure, value in found._asdict().items():
-        low, high = getattr(intervals, measure)
-        scores |= {f"{name}_{measure}": value, f"{name}_{measure}_low": low, f"{name}_{measure}_high": high}
-    return scores
-
-
-def detection_columns(negatives: Tensor, positives: Tensor) -> Tensor:
-    """AUROC, AUPR and FPR@95 of data sets given as counts in cells of ascending score, (r, K) each, as (r, 3).
-
-    NaN where a data set has no negatives or no positives.
-    """
-    total_negative, total_positive = negatives.sum(dim=1), positives.sum(dim=1)  # (r,)
-    false_alarms = negatives.flip(1).cumsum(dim=1).flip(1)  # (r, K): at or above each cell
-    caught = positives.flip(1).cumsum(dim=1).flip(1)
-    below = total_negative[:, None] - false_alarms + negatives / 2  # ties count half
-    auroc = (positives * below).sum(dim=1) / (total_negative * total_positive)
-    precision = caught / (caught + false_alarms).clamp(min=1)
-    aupr = (positives * precision).sum(dim=1) / total_positive
-    enough = caught / total_positive[:, None] >= CAUGHT  # from the lowest cell up to the threshold's
-    threshold = (enough.sum(dim=1) - 1).clamp(min=0)
-    fpr95 = false_alarms.gather(1, threshold[:, None])[:, 0] / total_negative
-    columns = torch.stack([auroc, aupr, fpr95], dim=1)
-    return torch.where(((total_negative > 0) & (total_positive > 0))[:, None], columns, math.nan)
+    """All scores and the ends of the AUROC's interval, for a report: `name_auroc`, `name_auroc_low` and so on."""
+    scores = {f"{name}_{measure}": value for measure, value in found._asdict().items()}
+    low, high = intervals.auroc
+    return scores if math.isnan(low) else scores | {f"{name}_auroc_low": low, f"{name}_auroc_high": high}
 
 
 def as_correct(correct: Array, length: int | None = None, beside: str = "") -> Tensor:

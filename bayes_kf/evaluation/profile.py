@@ -19,6 +19,7 @@ MAX_CELLS = 4096
 MASS_CELLS = 1024  # at least, of equal mass
 LINEAR_CELLS = 2048
 LOGIT_CELLS = 1600  # between −LOGIT_RANGE and LOGIT_RANGE
+STREAM_CELLS = 2**16  # of either kind, where sums of a stream are kept
 LOGIT_RANGE = 28.0
 
 
@@ -77,9 +78,19 @@ def exact_profile(confidence: Tensor, hit: Tensor) -> Profile:
 
 def narrow_edges(num_bins: int) -> Tensor:
     """Edges of narrow cells that never straddle a bin of equal width, (≤ MAX_CELLS,), from zero to one."""
-    logits = torch.linspace(-LOGIT_RANGE, LOGIT_RANGE, LOGIT_CELLS + 1, dtype=torch.float64)
+    return _edges(num_bins, LINEAR_CELLS, LOGIT_CELLS)
+
+
+def stream_edges(num_bins: int) -> Tensor:
+    """Edges of the cells of a stream, about 130,000 from zero to one, otherwise as `narrow_edges`."""
+    return _edges(num_bins, STREAM_CELLS, STREAM_CELLS)
+
+
+def _edges(num_bins: int, num_linear: int, num_logit: int) -> Tensor:
+    """Edges at even steps of the confidence, at even steps of its logit, and where bins of equal width begin."""
+    logits = torch.linspace(-LOGIT_RANGE, LOGIT_RANGE, num_logit + 1, dtype=torch.float64)
     bins = equal_width_edges(num_bins)[1:-1] - EDGE_TOLERANCE
-    linear = torch.linspace(0, 1, LINEAR_CELLS + 1, dtype=torch.float64)
+    linear = torch.linspace(0, 1, num_linear + 1, dtype=torch.float64)
     return torch.cat([linear, logits.sigmoid(), bins]).unique()
 
 
@@ -118,14 +129,3 @@ def simulated_profile_hits(profile: Profile, num_simulations: int, seed: int) ->
     rng = np.random.default_rng(seed)
     counts = profile.counts.long().numpy()
     return torch.from_numpy(rng.binomial(counts, shares.numpy(), (num_simulations, len(counts)))).double()
-
-
-def resampled_profiles(profile: Profile, num_resamples: int, seed: int) -> Profile:
-    """The profile of data sets drawn with replacement from this one; each field but `place` is (R, K)."""
-    both = torch.cat([profile.hits, profile.counts - profile.hits]).clamp(min=0)
-    rng = np.random.default_rng(seed)
-    size = round(profile.num_examples)
-    drawn = torch.from_numpy(rng.multinomial(size, (both / both.sum()).numpy(), num_resamples)).double()
-    hits, misses = drawn.chunk(2, dim=1)
-    counts = hits + misses
-    return Profile(profile.place, counts, counts * (profile.confidence_sum / profile.counts), hits)

@@ -72,7 +72,7 @@ def evaluate_regression(
     check_simulation(num_simulations, LEVEL)
     forecast, chance = _forecast(mean, targets, variance, samples), Simulation(num_simulations, seed)
     sections = (
-        error_section(forecast, log_prob, chance)
+        error_section(forecast, log_prob)
         + spread_section(forecast, chance)
         + coverage_section(forecast)
         + pit_section(forecast, chance)

@@ -108,7 +108,7 @@ HEADLINES = ("accuracy", "rmse", "mae", "nll", "crps", "ece")  # scores that a r
 class Report:
     """What an evaluation found. Made by `evaluate`, `compare` and their siblings that take plain predictions.
 
-    `scores` is flat: beside a score `x` stand, where they are known, its 95 % bootstrap interval `x_low`, `x_high`, and
+    `scores` is flat: beside a score `x` stand, where they are known, its 95 % interval `x_low`, `x_high`, and
     what chance alone would show, `x_null_mean`, `x_null_low`, `x_null_high` and `x_p_value`. `fingerprints` says of
     what data it was made, name to `fingerprint`.
     """

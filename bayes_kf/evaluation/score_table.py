@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from bayes_kf.evaluation.calibration_scores import PRIMARY
 from bayes_kf.evaluation.null import side
 from bayes_kf.evaluation.page import known_label, number
 from bayes_kf.evaluation.page_tables import Cell, Column, sort_value
@@ -12,6 +13,7 @@ Found = Mapping[str, float]  # suffix to number; the score itself has the empty 
 
 SUFFIXES = ("_null_mean", "_null_low", "_null_high", "_p_value", "_low", "_high")
 OTHERS = "Other scores"
+TESTED = (PRIMARY, "pit_ks", "conformal_coverage", "innovation_ratio")  # one test for each thing a report tests
 GROUPS = {  # title to the names of its scores, and to what names of its scores start with
     "Accuracy and likelihood": (("accuracy", "nll", "brier", "rps", "rmse", "crps"), ("brier_",)),
     "Calibration": (
@@ -47,15 +49,16 @@ class ScoreTable(NamedTuple):
 def score_table(scores: Mapping[str, float]) -> ScoreTable:
     """Every score with its interval, band of chance and p-value; only columns that some score has.
 
-    `x_low` and `x_high` are the bootstrap interval of a score `x`, `x_null_low` and `x_null_high` its band of chance,
-    `x_p_value` its p-value: where there is an `x`. A name without a label stands under "Other scores" as it is. Scores
-    named "model/score" stand under their score, a row for each model.
+    `x_low` and `x_high` are the interval of a score `x`, `x_null_low` and `x_null_high` its null band, `x_p_value` its
+    p-value: where there is an `x`. Of the scores with bands only those that a report tests are marked outside them. A
+    name without a label stands under "Other scores" as it is. Scores named "model/score" stand under their score, a row
+    for each model.
 
     Args:
         scores: Name to number.
 
     Example:
-        >>> table = score_table({"ece": 0.1, "ece_null_low": 0.0, "ece_null_high": 0.05, "mine": 2.0})
+        >>> table = score_table({"pit_ks": 0.1, "pit_ks_null_low": 0.0, "pit_ks_null_high": 0.05, "mine": 2.0})
         >>> [column.name for column in table.columns], [group.title for group in table.groups]
         (['Score', 'Value', 'Chance alone'], ['Calibration', 'Other scores'])
         >>> table.groups[0].rows[0][2].text, table.groups[0].rows[0][2].note
@@ -66,7 +69,8 @@ def score_table(scores: Mapping[str, float]) -> ScoreTable:
     groups: dict[tuple[str, str], list[tuple[Cell, ...]]] = {}
     for name, parts in found.items():
         heading, label = _place(name)
-        row = (label, _value(parts), *(column.cell(parts) for column in optional))
+        shown = parts | {"tested": float(name in TESTED)}
+        row = (label, _value(shown), *(column.cell(shown) for column in optional))
         groups.setdefault(heading, []).append(row)
     columns = (Column("Score", False), Column("Value", True), *(Column(column.title, True) for column in optional))
     return ScoreTable(
@@ -131,7 +135,7 @@ def _value(parts: Found) -> Cell:
 
 
 def _interval(parts: Found) -> Cell:
-    """The bootstrap interval of a score."""
+    """The interval of a score."""
     return _span(parts, "_low", "_high")
 
 
@@ -151,7 +155,9 @@ def _span(parts: Found, low: str, high: str) -> Cell:
 
 
 def _side(parts: Found) -> str:
-    """A word where the score lies outside the band of chance."""
+    """A word where a score that is tested lies outside its null band."""
+    if not parts["tested"]:
+        return ""
     where = side(parts[""], parts.get("_null_low", -math.inf), parts.get("_null_high", math.inf))
     return ("", "value above", "value below")[where]
 
@@ -174,14 +180,21 @@ class _Optional(NamedTuple):
 
 
 OPTIONAL = (
-    _Optional("95 % interval", "_low", _interval, "“95 % interval” is that of the score, by the bootstrap."),
+    _Optional(
+        "95 % interval",
+        "_low",
+        _interval,
+        "“95 % interval” covers the true score in at least 90 % of simulated data sets; of scores without one no such "
+        "interval is known.",
+    ),
     _Optional(
         "Chance alone",
         "_null_low",
         _band,
         "“Chance alone” is the range that holds 95 % of what a perfectly calibrated model of the same confidences (for "
-        "coverage: right intervals; for innovations: a consistent filter) would show at this sample size. Bold values "
-        "lie outside it.",
+        "coverage: right intervals; for innovations: a consistent filter) would show at this sample size. "
+        "Many scores leave their ranges by chance more often than one. A report tests one score for each question and "
+        "prints it bold where it lies outside its range.",
     ),
     _Optional("p-value", "_p_value", _p_value, ""),
 )

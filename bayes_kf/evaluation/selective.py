@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation._inputs import Array, as_vector
-from bayes_kf.evaluation.bootstrap import Interval
-from bayes_kf.evaluation.null import check_simulation
+from bayes_kf.evaluation._inputs import Array, as_vector, check_fraction
+from bayes_kf.evaluation.intervals import Interval, proportion_interval
 from bayes_kf.evaluation.ood import as_correct
-from bayes_kf.evaluation.resampled_cells import cell_intervals
 
 COVERAGES = (0.8, 0.9, 0.95)
 
@@ -27,10 +25,8 @@ class RiskCoverage(NamedTuple):
 
 
 class SelectiveIntervals(NamedTuple):
-    """Bootstrap intervals of the numbers of selective prediction."""
+    """Intervals of the accuracies of selective prediction. The areas under the curve have none."""
 
-    aurc: Interval
-    excess_aurc: Interval
     accuracy: tuple[Interval, ...]  # one for each coverage
 
 
@@ -142,25 +138,18 @@ def accuracy_at_coverage(confidence: Array, correct: Array, coverages: Sequence[
 
 
 def selective_intervals(
-    confidence: Array,
-    correct: Array,
-    coverages: Sequence[float] = COVERAGES,
-    *,
-    level: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    confidence: Array, correct: Array, coverages: Sequence[float] = COVERAGES, *, level: float = 0.95
 ) -> SelectiveIntervals:
-    """Bootstrap intervals of `aurc`, `excess_aurc` and `accuracy_at_coverage`: percentiles over resampled examples.
+    """Clopper and Pearson's intervals of `accuracy_at_coverage`.
 
-    With 50 examples 95 % intervals of the excess were seen to hold the true one in 90 %, with 300 as often as they say.
+    Bootstrap intervals of `aurc` and `excess_aurc` were seen to cover the true area in 71 to 76 % of data sets of 30
+    where they said 95; there are none of them.
 
     Args:
         confidence: Higher for predictions to keep, (N,).
         correct: One (or True) where the prediction is right, else zero, (N,).
         coverages: Shares to keep, above 0 and at most 1.
         level: Probability inside each interval.
-        num_resamples: Number of resampled data sets, at least 2/(1 − level) − 1.
-        seed: Seed of the resampling.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -171,37 +160,10 @@ def selective_intervals(
         >>> low < accuracy_at_coverage(sure, right)[0].item() < high
         True
     """
-    scores = as_vector(confidence, "confidence")
-    right = as_correct(correct, len(scores), "confidence")
-    check_simulation(num_resamples, level, "num_resamples")
-    kept = kept_at(coverages, len(scores))
-
-    def columns(right: Tensor, wrong: Tensor) -> Tensor:
-        return selective_columns(right, wrong, kept)
-
-    area, excess, *rest = cell_intervals(-scores, ~right, columns, level, num_resamples, seed, apart=False)
-    return SelectiveIntervals(area, excess, tuple(rest))
-
-
-def selective_columns(right: Tensor, wrong: Tensor, kept: Tensor) -> Tensor:
-    """AURC, excess AURC and accuracies of the `kept` (K,) most confident predictions, as (r, 2 + K).
-
-    Data sets are given as counts of right and wrong predictions in cells of descending confidence, each (r, cells). In
-    a cell of m predictions, w of them wrong, after s others with L errors, the j-th adds (L + j·w/m)/(s + j); the sum
-    over j needs harmonic numbers only.
-    """
-    size = right + wrong
-    total = round(size[0].sum().item())
-    harmonic = _harmonic(total)
-    end, errors_after = size.cumsum(dim=1), wrong.cumsum(dim=1)
-    start, errors_before, share = end - size, errors_after - wrong, wrong / size.clamp(min=1)
-    growth = harmonic[end.long()] - harmonic[start.long()]
-    area = (errors_before * growth + share * (size - start * growth)).sum(dim=1) / total
-    errors = errors_after[:, -1]
-    best = (errors - (total - errors) * (harmonic[total] - harmonic[(total - errors).long()])) / total
-    place = torch.searchsorted(end, kept.double().expand(len(end), -1).contiguous())  # the first cell that reaches k
-    held = errors_before.gather(1, place) + (kept - start.gather(1, place)) * share.gather(1, place)
-    return torch.cat([torch.stack([area, area - best], dim=1), 1 - held / kept], dim=1)
+    check_fraction(level, "level")
+    shares = accuracy_at_coverage(confidence, correct, coverages).tolist()
+    kept = kept_at(coverages, len(as_vector(confidence, "confidence"))).tolist()
+    return SelectiveIntervals(tuple(proportion_interval(a * k, k, level) for a, k in zip(shares, kept, strict=True)))
 
 
 def kept_at(coverages: Sequence[float], num_examples: int) -> Tensor:
@@ -211,12 +173,6 @@ def kept_at(coverages: Sequence[float], num_examples: int) -> Tensor:
         found = f"{shares.min():.3g}..{shares.max():.3g}"
         raise ValueError(f"`coverages` must be above 0 and at most 1, got values in {found}.")
     return (shares * num_examples - 1e-9).ceil().long().clamp(min=1)
-
-
-def _harmonic(largest: int) -> Tensor:
-    """1 + 1/2 + … + 1/k for k = 0 … `largest`."""
-    terms = torch.arange(1, largest + 1, dtype=torch.float64).reciprocal()
-    return torch.cat([terms.new_zeros(1), terms.cumsum(0)])
 
 
 def _losses(correct: Array | None, loss: Array | None, length: int | None) -> Tensor:

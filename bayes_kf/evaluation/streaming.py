@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 
-import scipy
 import torch
 from torch import Tensor
 
@@ -14,15 +13,18 @@ from bayes_kf.evaluation.calibration_scores import (
     LEVEL,
     brier_part_scores,
     calibration_scores,
+    ends,
     tested,
     with_chance,
 )
+from bayes_kf.evaluation.intervals import bounded_interval, loss_interval, unseen_losses
 from bayes_kf.evaluation.null import check_simulation, compare, spiegelhalter_from, spiegelhalter_parts
-from bayes_kf.evaluation.profile import Profile, narrow_edges, top_confidence
+from bayes_kf.evaluation.profile import Profile, stream_edges, top_confidence
 from bayes_kf.evaluation.scores import brier_parts, brier_scores, log_losses, ranked_probability_scores
 
 ROWS = 2**20  # probabilities looked at together
 MEANS = ("accuracy", "nll", "brier", "rps", "confidence", "entropy")
+SUMS = (*MEANS, "unseen")  # the last bounds what a wrong label would cost
 
 
 class StreamingScores:
@@ -30,12 +32,16 @@ class StreamingScores:
 
     Give it batches with `update`, read `scores()` whenever you like. All that it remembers are the float64 tensors of
     `state`, which are sums: two of them that saw different examples are put together by `merge`, and in several
-    processes by `torch.distributed.all_reduce` of each tensor. What comes out is what the functions of this package
-    give for all examples at once, but for this: bins of equal mass, the smooth and the KS error see confidences in
-    about 4,000 narrow cells. The classwise band comes from `num_label_draws` simulated sets of labels, drawn from a
-    seed that each batch's own numbers, labels and place in the stream are mixed into (so that processes need no seeds
-    of their own unless they see the very same examples). Intervals of means are normal ones, that of the accuracy
-    Wilson's, not the bootstrap's, and the classwise error has none.
+    processes by `torch.distributed.all_reduce` of each tensor. Scores and intervals are those that the functions of
+    this package give for all examples at once, but for the errors by bins of equal mass (also the debiased one), the
+    smooth and the KS error. They see confidences in about 130,000 cells, at most 1/65,536 wide and narrower towards
+    zero and one, each at the mean of its confidences. A cell of equal confidences changes nothing. Where confidences
+    differ in a cell, the KS error is off by at most the share of examples in one cell, and an ECE by bins of equal mass
+    by at most four times the share of those in the cells in which bins begin.
+
+    The band of the classwise error comes from `num_label_draws` simulated sets of labels, drawn from a seed that each
+    batch's own numbers, labels and place in the stream are mixed into (so that processes need no seeds of their own
+    unless they see the very same examples).
 
     Args:
         num_classes: C, at least two.
@@ -76,8 +82,9 @@ class StreamingScores:
             check_simulation(num_label_draws, LEVEL, "num_label_draws")
         self.num_classes, self.num_bins, self.top_k = num_classes, num_bins, tuple(top_k)
         self.ordered, self.num_label_draws, self.seed = ordered, num_label_draws, seed
-        self._edges = narrow_edges(num_bins)
-        sizes = {"examples": (), "sums": (len(MEANS),), "squares": (len(MEANS),), "spiegelhalter": (2,)}
+        self._edges = stream_edges(num_bins)
+        powers = {name: (len(SUMS),) for name in ("sums", "squares", "cubes")}
+        sizes = {"examples": (), **powers, "spiegelhalter": (2,)}
         shapes: dict[str, tuple[int, ...]] = {**sizes}
         shapes |= {f"profile_{k}": (3, len(self._edges) - 1) for k in (1, *self.top_k)}
         shapes["classes"] = (5, num_classes * num_bins)
@@ -135,10 +142,10 @@ class StreamingScores:
         self.state = {name: total.detach().to("cpu", torch.float64, copy=True) for name, total in state.items()}
 
     def scores(self, num_simulations: int = 1000) -> dict[str, float]:
-        """All scores by name, named as in `Report.scores`: beside each what chance alone would show, and its interval.
+        """All scores by name, named as in `Report.scores`: with null bands, and intervals where one is known.
 
         Args:
-            num_simulations: Number of simulated and of resampled data sets behind bands and intervals, at least 39.
+            num_simulations: Number of simulated data sets behind each band, at least 39.
 
         Raises:
             ValueError: If no example has been seen, or there are too few simulations.
@@ -159,11 +166,12 @@ class StreamingScores:
         confidence, hit = top_confidence(probs, labels, 1)
         ranked = ranked_probability_scores(probs, labels) if self.ordered else torch.zeros_like(hit)
         entropy = torch.special.entr(probs).sum(dim=1).clamp(min=0)
-        columns = (hit, log_losses(probs, labels), brier_scores(probs, labels), ranked, confidence, entropy)
-        values = torch.stack(columns)
+        losses, brier = log_losses(probs, labels), brier_scores(probs, labels)
+        values = torch.stack([hit, losses, brier, ranked, confidence, entropy, unseen_losses(probs)])
         state["examples"] += len(labels)
         state["sums"] += values.sum(dim=1)
         state["squares"] += values.square().sum(dim=1)
+        state["cubes"] += values.pow(3).sum(dim=1)
         state["spiegelhalter"] += torch.stack([part.sum() for part in spiegelhalter_parts(probs, labels)])
         self._add_profile(state["profile_1"], confidence, hit)
         for k in self.top_k:
@@ -197,29 +205,29 @@ class StreamingScores:
             state["class_draws"] += simulated_hits(cells, probs, self.num_label_draws, seed)
 
     def _mean_scores(self) -> dict[str, float]:
-        """Means with their normal intervals, inside the values that there are; of the accuracy Wilson's."""
-        number = self.state["examples"]
-        mean = self.state["sums"] / number
-        variance = (self.state["squares"] / number - mean.square()).clamp(min=0)
-        spread = scipy.stats.norm.ppf((1 + LEVEL) / 2) * (variance / number).sqrt()
+        """Means with their intervals."""
+        count = self.num_examples
+        most = {"brier": 2.0, "rps": self.num_classes - 1.0, "entropy": math.log(self.num_classes)}
+        powers = torch.stack([self.state[name] for name in ("sums", "squares", "cubes")], dim=1)
+        unseen = powers[-1, 0].item() / count
         scores: dict[str, float] = {}
-        for name, value, half in zip(MEANS, mean.tolist(), spread.tolist(), strict=True):
+        for name, (total, squares, cubes) in zip(MEANS, powers[:-1].tolist(), strict=True):
+            if name == "nll":
+                interval = loss_interval(total, squares, cubes, count, unseen, LEVEL)
+            else:
+                interval = bounded_interval(total, squares, count, 0.0, most.get(name, 1.0), LEVEL)
             if name != "rps" or self.ordered:
-                half = half if half == half else 0.0  # an infinite loss has no variance
-                most = 1.0 if name == "confidence" else math.inf
-                low, high = max(value - half, 0.0), min(value + half, most)
-                if name == "accuracy":
-                    found = scipy.stats.binomtest(round(self.state["sums"][0].item()), self.num_examples)
-                    low, high = found.proportion_ci(LEVEL, method="wilson")
-                scores |= {name: value, f"{name}_low": low, f"{name}_high": high}
+                scores |= {name: total / count} | ends(name, interval)
         return scores
 
     def _profile_scores(self, top_k: int, num_simulations: int) -> dict[str, float]:
         """Calibration errors of the top labels."""
         counts, confidence_sum, hits = self.state[f"profile_{top_k}"]
         used = counts > 0
-        middle = (self._edges[1:] + self._edges[:-1]) / 2
-        profile = Profile(middle[used], counts[used], confidence_sum[used], hits[used])
+        counts, confidence_sum, hits = counts[used], confidence_sum[used], hits[used]
+        low, high = self._edges[:-1][used], self._edges[1:][used]
+        mean = (confidence_sum / counts).maximum(low).minimum(high.nextafter(low))  # in its cell despite rounding
+        profile = Profile(mean, counts, confidence_sum, hits)
         return calibration_scores(profile, top_k, self.num_bins, num_simulations, self.seed)
 
     def _class_scores(self) -> dict[str, float]:

@@ -1,15 +1,16 @@
 """The parts of a report on what uncertainty is good for: withholding predictions, finding errors, recalibration."""
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from bayes_kf.evaluation._inputs import Array, as_probs, as_targets
-from bayes_kf.evaluation.bootstrap import Interval, mean_interval
 from bayes_kf.evaluation.calibration import expected_calibration_error
 from bayes_kf.evaluation.calibration_scores import LEVEL, ends, with_chance
-from bayes_kf.evaluation.classification_sections import Chance
+from bayes_kf.evaluation.classification_sections import Chance, bounded, of_losses
 from bayes_kf.evaluation.conformal import ConformalSets, conformal_coverage_null, set_columns
+from bayes_kf.evaluation.intervals import difference_interval
 from bayes_kf.evaluation.null import calibration_test
 from bayes_kf.evaluation.ood import error_detection, error_detection_intervals, interval_scores
 from bayes_kf.evaluation.page import table_text
@@ -33,7 +34,7 @@ from bayes_kf.evaluation.verdicts import conformal_verdict, error_verdict, recal
 TABLE_ROWS = 20
 
 
-def usefulness_section(probs: Array, targets: Array, *, num_resamples: int = 1000, seed: int = 0) -> Sections:
+def usefulness_section(probs: Array, targets: Array) -> Sections:
     """Selective prediction by confidence, and detection of errors by entropy and by confidence, with intervals.
 
     Of two classes entropy and confidence make the same order, and errors are detected by entropy alone.
@@ -41,8 +42,6 @@ def usefulness_section(probs: Array, targets: Array, *, num_resamples: int = 100
     Args:
         probs: Class probabilities, (N, C).
         targets: Class indices, (N,).
-        num_resamples: Number of resampled data sets, at least 39.
-        seed: Seed of the resampling.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -56,9 +55,7 @@ def usefulness_section(probs: Array, targets: Array, *, num_resamples: int = 100
     """
     checked = as_probs(probs)
     correct = checked.argmax(dim=1) == as_targets(targets, checked)
-    return _selective_section(checked, correct, num_resamples, seed) + _error_section(
-        checked, correct, num_resamples, seed
-    )
+    return _selective_section(checked, correct) + _error_section(checked, correct)
 
 
 def recalibration_section(
@@ -85,16 +82,15 @@ def recalibration_section(
     if recalibration is not None:
         sections += _recalibrated(checked, labels, recalibration, chance)
     if conformal is not None:
-        sections += _covered(checked, labels, conformal, chance)
+        sections += _covered(checked, labels, conformal)
     return sections
 
 
-def _selective_section(probs: Tensor, correct: Tensor, num_resamples: int, seed: int) -> Sections:
+def _selective_section(probs: Tensor, correct: Tensor) -> Sections:
     """Risk over coverage, by confidence."""
     confidence = max_probability(probs)
-    intervals = selective_intervals(confidence, correct, level=LEVEL, num_resamples=num_resamples, seed=seed)
-    scores = {"aurc": aurc(confidence, correct)} | ends("aurc", intervals.aurc)
-    scores |= {"aurc_excess": excess_aurc(confidence, correct)} | ends("aurc_excess", intervals.excess_aurc)
+    intervals = selective_intervals(confidence, correct, level=LEVEL)
+    scores = {"aurc": aurc(confidence, correct), "aurc_excess": excess_aurc(confidence, correct)}
     kept = accuracy_at_coverage(confidence, correct).tolist()
     for coverage, share, interval in zip(COVERAGES, kept, intervals.accuracy, strict=True):
         name = f"accuracy_at_{round(100 * coverage)}"
@@ -109,14 +105,14 @@ def _selective_section(probs: Tensor, correct: Tensor, num_resamples: int, seed:
     return Sections(scores=scores, verdict=[sentence], drawings={"risk_coverage": figure})
 
 
-def _error_section(probs: Tensor, correct: Tensor, num_resamples: int, seed: int) -> Sections:
+def _error_section(probs: Tensor, correct: Tensor) -> Sections:
     """Detection of errors."""
     detectors = {"entropy": entropy(probs)}
     if probs.shape[1] > 2:
         detectors["confidence"] = 1 - max_probability(probs)
     scores: dict[str, float] = {}
     for name, values in detectors.items():
-        intervals = error_detection_intervals(values, correct, level=LEVEL, num_resamples=num_resamples, seed=seed)
+        intervals = error_detection_intervals(values, correct, level=LEVEL)
         scores |= interval_scores(f"error_{name}", error_detection(values, correct), intervals)
     return Sections(scores=scores, verdict=[error_verdict(scores, int((~correct).sum()), int(correct.sum()))])
 
@@ -139,18 +135,20 @@ def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, c
     """Scores after the recalibration, and the paired change of the log loss."""
     after = recalibration(probs)
     losses, before = log_losses(after, labels), log_losses(probs, labels)
+    hits, brier = (after.argmax(dim=1) == labels).double(), brier_scores(after, labels)
     columns = {
-        "recalibrated_accuracy": (after.argmax(dim=1) == labels).double(),
-        "recalibrated_nll": losses,
-        "recalibrated_brier": brier_scores(after, labels),
+        "recalibrated_accuracy": (hits, bounded(hits, 1.0)),
+        "recalibrated_nll": (losses, of_losses(losses, after)),
+        "recalibrated_brier": (brier, bounded(brier, 2.0)),
     }
     scores: dict[str, float] = {}
-    for name, values in columns.items():
-        scores |= {name: values.mean().item()} | ends(name, _interval(values, chance))
+    for name, (values, interval) in columns.items():
+        scores |= {name: values.mean().item()} | ends(name, interval)
     if before.isfinite().all() and losses.isfinite().all():
         change = losses - before
         scores |= {"recalibrated_nll_change": change.mean().item()}
-        scores |= ends("recalibrated_nll_change", _interval(change, chance))
+        interval = difference_interval(change, after, probs, LEVEL)
+        scores |= ends("recalibrated_nll_change", interval if math.isfinite(interval.high) else None)
     settings: dict[str, Any] = {
         "num_bins": chance.num_bins,
         "num_simulations": chance.num_simulations,
@@ -165,21 +163,16 @@ def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, c
     )
 
 
-def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets, chance: Chance) -> Sections:
+def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets) -> Sections:
     """Coverage of conformal sets beside what chance alone would show, and their size."""
     covered, size = set_columns(conformal.sets(probs), labels)
     low, high = conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL)
     scores = {"conformal_coverage": covered.mean().item()}
     scores |= {"conformal_coverage_null_low": low, "conformal_coverage_null_high": high}
-    scores |= {"conformal_size": size.mean().item()} | ends("conformal_size", _interval(size, chance))
+    scores |= {"conformal_size": size.mean().item()} | ends("conformal_size", bounded(size, probs.shape[1]))
     scores |= {"conformal_empty": (size == 0).double().mean().item()}
     return Sections(
         scores=scores,
         verdict=[conformal_verdict(scores, conformal.level, conformal.split, conformal.num_examples)],
         sizes={f"examples of the conformal sets ({conformal.score}), “{conformal.split}”": conformal.num_examples},
     )
-
-
-def _interval(values: Tensor, chance: Chance) -> Interval:
-    """Bootstrap interval of the mean."""
-    return mean_interval(values, level=LEVEL, num_resamples=chance.num_simulations, seed=chance.seed)

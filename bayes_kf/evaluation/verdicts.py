@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from bayes_kf.evaluation.calibration_scores import PRIMARY
 from bayes_kf.evaluation.comparison import ScoreComparison
 from bayes_kf.evaluation.null import side
 
@@ -11,34 +12,76 @@ Scores = Mapping[str, float]
 
 PLAIN_NAME = re.compile(r"[\w./+-]*\w")
 UNNOTICED = 0.6  # an AUROC known to be below is of no use, where one half is chance
+TOLD_ERROR = 0.1  # fewer examples than show a calibration error of this size in 80 % of data sets are too few
+PIT_TOLD = 1.31  # 1 + 0.84·½/1.36: from the distance that chance shows in 5 % to what a test sees in 80 %
+TOLD_AUROC = 0.15  # above one half, for the detection of errors
+TOLD_RANK = 0.3  # for rank correlations
+FEWEST_TOLD = 16  # 0.9^16 < 0.2: one error among examples of confidence 1
 
 
 def confidence_verdict(scores: Scores) -> str:
-    """Is the model too sure, or not sure enough, on average?"""
+    """Mean confidence beside accuracy, with the null band of their difference; a number, not a verdict."""
     gap, low, high = (scores[f"confidence_gap{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    chance = high if gap > 0 else -low
-    levels = f"mean confidence {_percent(scores['confidence'])}, accuracy {_percent(scores['accuracy'])}"
-    if side(gap, low, high) == 0:
-        return (
-            f"Confidence and accuracy agree on average ({levels}): a difference of {_points(gap)} is within the "
-            f"{100 * chance:.1f} that chance alone would show."
-        )
-    direction = "Over-confident" if gap > 0 else "Under-confident"
-    return f"{direction} by {_points(gap)} on average ({levels}); chance alone would show up to {100 * chance:.1f}."
+    return (
+        f"Mean confidence is {_percent(scores['confidence'])}, accuracy {_percent(scores['accuracy'])}: a difference "
+        f"of {_signed_points(gap)} points, where chance alone shows {_signed_points(low)} to {_signed_points(high)}."
+    )
 
 
 def calibration_verdict(scores: Scores, num_targets: int) -> str:
-    """Is the calibration error more than chance?"""
-    ece, low, high = (scores[f"ece{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    chance, where = f"{low:.3f} to {high:.3f}", side(ece, low, high)
+    """Is the model calibrated, is it not, or are there too few examples to tell?
+
+    This is the one test of calibration of a report, by `PRIMARY`; of a calibrated model it says "miscalibrated" in at
+    most 5 % of data sets.
+    """
+    error, low, high = (scores[f"{PRIMARY}{suffix}"] for suffix in ("", "_null_low", "_null_high"))
+    chance, where = f"{low:.3f} to {high:.3f}", side(error, low, high)
+    found = f"the smooth calibration error is {error:.3f}"
+    targets = f"{num_targets:,} target{'s' if num_targets != 1 else ''}"
     if where > 0:
-        return f"Miscalibrated: ECE is {ece:.3f}, where chance alone would show {chance} with {num_targets:,} targets."
+        return f"Miscalibrated{_direction(scores)}: {found}, where chance alone would show {chance} with {targets}."
     if where < 0:
+        return f"{found.capitalize()}, lower than the {chance} of a calibrated model: are the targets independent?"
+    least = detectable_error(high, scores["confidence"], num_targets)
+    if least > TOLD_ERROR:
+        needed = _rounded_up(max(FEWEST_TOLD, num_targets * (least / TOLD_ERROR) ** 2))
         return (
-            f"ECE is {ece:.3f}, lower than the {chance} of a perfectly calibrated model: are the targets independent?"
+            f"Too few examples to tell whether the model is calibrated: {found}, and chance alone would show {chance} "
+            f"with {targets}. About {needed:,} would show an error of {TOLD_ERROR:g} in four of five data sets."
         )
-    size = f"{num_targets:,} targets"
-    return f"No miscalibration can be seen: ECE is {ece:.3f}, and chance alone would show {chance} with {size}."
+    return (
+        f"No miscalibration can be seen: {found}, and chance alone would show {chance}. With {targets} an error of "
+        f"{least:.2g} would be seen in four of five data sets."
+    )
+
+
+def detectable_error(null_high: float, confidence: float, num_targets: int) -> float:
+    """The smallest calibration error that a test shows in at least 80 % of data sets of this size, about.
+
+    The upper end of the null band and 0.84 standard deviations of the accuracy that a model off by `TOLD_ERROR` has;
+    and no less than the share of errors that leaves N examples without one in 20 % of data sets.
+    """
+    accuracy = min(max(confidence - TOLD_ERROR, 0.0), 1.0)
+    spread = math.sqrt(max(accuracy * (1 - accuracy), 0.0) / num_targets)
+    return max(null_high + 0.8416 * spread, 1 - 0.2 ** (1 / num_targets))
+
+
+def _direction(scores: Scores) -> str:
+    """On which side a miscalibrated model is on average, where that is more than chance too."""
+    gap, low, high = (scores[f"confidence_gap{suffix}"] for suffix in ("", "_null_low", "_null_high"))
+    return ("", ", over-confident on average", ", under-confident on average")[side(gap, low, high)]
+
+
+def _rounded_up(number: float) -> int:
+    """To two digits."""
+    unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit - 1e-9) * unit
+
+
+def _signed_points(share: float) -> str:
+    """A difference in points with its sign; what rounds to nothing has none."""
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def loss_verdict(scores: Scores) -> str | None:
@@ -49,11 +92,10 @@ def loss_verdict(scores: Scores) -> str | None:
 
 
 def coverage_verdict(scores: Scores, percent: int) -> str:
-    """Are intervals as wide as they should be?"""
+    """How many targets intervals hold, beside the null band; a number, not a verdict: that is the PIT's."""
     share, low, high = (scores[f"coverage_{percent}{suffix}"] for suffix in ("", "_null_low", "_null_high"))
     chance = f"right intervals would hold {_percent(low)} to {_percent(high)}"
-    word = ("as it should be", "too wide", "too narrow")[side(share, low, high)]
-    return f"Intervals of {percent} % hold {_percent(share)} of the targets; {chance}: {word}."
+    return f"Intervals of {percent} % hold {_percent(share)} of the targets; {chance}."
 
 
 def innovation_verdict(scores: Scores) -> str:
@@ -94,6 +136,13 @@ def pit_verdict(scores: Scores, mean_z: float, spread_z: float) -> str:
     p = scores["pit_ks_p_value"]
     size = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
     test = f"Kolmogorov-Smirnov {size}"
+    least = PIT_TOLD * scores["pit_ks_null_high"]
+    if p >= 0.05 and least > TOLD_ERROR:
+        needed = _rounded_up((PIT_TOLD * 1.36 / TOLD_ERROR) ** 2)  # 1.36/√N is what chance shows in 5 %
+        return (
+            f"Too few targets to tell whether they fall evenly over their forecasts ({test}). About {needed:,} would "
+            f"show a distance of {TOLD_ERROR:g} in four of five data sets."
+        )
     if p >= 0.05:
         return f"Targets fall evenly over their forecasts, as far as can be seen ({test})."
     if max(abs(mean_z), abs(spread_z)) < 2:
@@ -106,14 +155,13 @@ def pit_verdict(scores: Scores, mean_z: float, spread_z: float) -> str:
 
 
 def spread_verdict(scores: Scores) -> str | None:
-    """Do errors grow and shrink as predicted? None where no band of chance is known."""
+    """How far errors are from predicted spreads, beside the null band; None where none is known."""
     if "ence_null_high" not in scores:
         return None
     ence, high = scores["ence"], scores["ence_null_high"]
-    word = "more than chance" if side(ence, 0.0, high) > 0 else "no more than chance"
     return (
         f"Predicted spreads are {_percent(ence)} off the errors found, on average over bins from the surest to the "
-        f"least sure forecasts: {word}, which alone would show up to {_percent(high)}."
+        f"least sure forecasts, where chance alone would show up to {_percent(high)}."
     )
 
 
@@ -122,23 +170,29 @@ def human_verdict(scores: Scores) -> str:
     nll, entropy, divergence = (scores[f"human_{name}"] for name in ("nll", "entropy", "kl"))
     if not math.isfinite(nll):
         return "At least one answer that people gave has probability zero, so their log-likelihood is infinite."
-    low, high = scores["human_kl_low"], scores["human_kl_high"]
+    low, high = scores.get("human_kl_low"), scores.get("human_kl_high")
+    span = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
     return (
         f"People's answers cost {nll:.3f} nats each, of which {entropy:.3f} are their own disagreement and "
-        f"{divergence:.3f} ({low:.3f} to {high:.3f}) the model's difference from them."
+        f"{divergence:.3f}{span} the model's difference from them."
     )
 
 
 def doubt_verdict(scores: Scores) -> str:
     """Does the model doubt where people do?"""
-    rank, low, high = (scores[f"human_entropy_spearman{suffix}"] for suffix in ("", "_low", "_high"))
+    rank = scores["human_entropy_spearman"]
     if math.isnan(rank):
         return "Whether the model doubts where people do cannot be said: all entropies of one of them are equal."
+    if "human_entropy_spearman_low" not in scores:
+        return f"Too few examples to tell whether the model doubts where people do (rank correlation {_signed(rank)})."
+    low, high = scores["human_entropy_spearman_low"], scores["human_entropy_spearman_high"]
     size = f"rank correlation of the entropies {_signed(rank)}, {_signed(low)} to {_signed(high)}"
     if low > 0:
         return f"The model doubts where people do ({size})."
     if high < 0:
         return f"The model is surest where people doubt ({size})."
+    if (high - low) / 2 * 1.43 > TOLD_RANK:
+        return f"Too few examples to tell whether the model doubts where people do ({size})."
     return f"That the model doubts where people do cannot be seen ({size})."
 
 
@@ -158,7 +212,7 @@ def quoted(name: str) -> str:
 
 def comparison_verdict(comparison: ScoreComparison) -> str:
     """Who is best in one score, who is tied with it, and by how much the others are worse."""
-    names = {"nll": "negative log-likelihood", "brier": "Brier score", "ece": "ECE", "accuracy": "accuracy"}
+    names = {"nll": "negative log-likelihood", "brier": "Brier score", "accuracy": "accuracy"}
     name = names[comparison.score]
     best = next(rank for rank in comparison.ranking if rank.place == 1)  # by its value alone another may come first
     rest = [rank for rank in comparison.ranking if rank is not best]
@@ -172,9 +226,6 @@ def comparison_verdict(comparison: ScoreComparison) -> str:
             d = next(d for d in comparison.differences if {d.first, d.second} == {best.name, rank.name})
             low, high = sorted((abs(d.low), abs(d.high)))
             span = f" ({low:.3f} to {high:.3f})" if d.is_clear and math.isfinite(d.value) else ""
-            if d.is_clear and d.value * (d.low + d.high) < 0:  # an ECE, whose interval leaves out what chance adds
-                behind.append(f"{quoted(rank.name)} is behind by {low:.3f} to {high:.3f}, without what chance adds")
-                continue
             behind.append(f"{quoted(rank.name)} is behind by {abs(d.value):.3f}{span}")
     return f"Best in {name}: {quoted(best.name)} ({best.value:.3f}){shared}; {', '.join(behind)}."
 
@@ -190,15 +241,19 @@ def selective_verdict(scores: Scores, accuracy: float) -> str:
 
 
 def error_verdict(scores: Scores, num_errors: int, num_right: int) -> str:
-    """Is the model less sure where it is wrong?
-
-    With few errors the bootstrap's interval is too narrow: what chance alone would show has to be left as well.
-    """
-    auroc, low, high, fpr = (scores[f"error_entropy_{name}"] for name in ("auroc", "auroc_low", "auroc_high", "fpr95"))
+    """Is the model less sure where it is wrong?"""
+    auroc, fpr = scores["error_entropy_auroc"], scores["error_entropy_fpr95"]
     if math.isnan(auroc):
         return f"{'No' if num_errors == 0 else 'Every'} prediction is wrong: whether doubt finds errors cannot be seen."
-    span = "" if math.isnan(low) else f" ({_percent(low)} to {_percent(high)})"
+    low, high = scores["error_entropy_auroc_low"], scores["error_entropy_auroc_high"]
+    span = f" ({_percent(low)} to {_percent(high)})"
     chance = 1.96 * math.sqrt((num_errors + num_right + 1) / (12 * num_errors * num_right))  # of Mann and Whitney's U
+    if not (abs(auroc - 0.5) > chance and (low > 0.5 or high < 0.5)) and 1.43 * chance > TOLD_AUROC:
+        needed = _rounded_up((num_errors + num_right) * (1.43 * chance / TOLD_AUROC) ** 2)
+        return (
+            f"Too few examples to tell whether doubt finds errors: {num_errors:,} wrong and {num_right:,} right "
+            f"predictions, AUROC {_percent(auroc)}{span}. About {needed:,} examples with this share of errors would do."
+        )
     word = "That doubt finds errors cannot be seen"
     if abs(auroc - 0.5) > chance and (low > 0.5 or high < 0.5):
         word = "Doubt finds errors" if low > 0.5 else "Doubt is lower at errors"
@@ -230,6 +285,9 @@ def recalibration_verdict(description: str, scores: Scores, ece_before: float) -
     change = scores.get("recalibrated_nll_change")
     if change is None:
         return f"{description} The log loss here, infinite before, is {scores['recalibrated_nll']:.3f}; {moved}."
+    if "recalibrated_nll_change_low" not in scores:
+        size = f"{change:+.3f} nats".replace("-", "−")
+        return f"{description} Too few examples to tell whether the log loss changes ({size}); {moved}."
     first, last = scores["recalibrated_nll_change_low"], scores["recalibrated_nll_change_high"]
     if first <= 0 <= last:
         span = f"{change:+.3f} nats, {first:+.3f} to {last:+.3f}".replace("-", "−")

@@ -7,8 +7,6 @@ import torch
 from matplotlib.figure import Figure
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.comparison import _joint_half_widths
-from bayes_kf.evaluation.verdicts import comparison_verdict
 
 
 def models(num_examples: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -24,7 +22,6 @@ def test_values_are_the_scores_and_the_ranking_is_right():
     probs, targets = models(3000, 0)
     found = ev.compare_predictions(probs, targets)
     functions = {"nll": ev.negative_log_likelihood, "brier": ev.brier_score, "accuracy": ev.accuracy}
-    functions["ece"] = ev.expected_calibration_error
     for score, function in functions.items():
         assert found[score].values == pytest.approx({name: function(p, targets) for name, p in probs.items()})
         for difference in found[score].differences:
@@ -35,23 +32,40 @@ def test_values_are_the_scores_and_the_ranking_is_right():
     assert found["accuracy"].best == ("right", "sharp")  # sharpening changes no prediction
     assert found["accuracy"].ranking[0].tied_with == ("sharp",)
     assert found["accuracy"].ranking[2].place == 3
-    assert "sharp" not in found["ece"].best
 
 
-def test_joint_intervals_cover_all_true_differences_together():
-    """300 data sets of 400: all three differences of the Brier score are inside in 95 % of them, ± 3.8 %."""
-    probs, targets = models(120_000, 1)
-    truth = {
-        d.first + d.second: d.value
-        for d in ev.compare_predictions(probs, targets, scores=["brier"], num_resamples=39)["brier"].differences
-    }
+@pytest.mark.parametrize("size", [60, 400])
+def test_all_intervals_cover_all_true_differences_together(size):
+    """300 data sets: all nine differences are inside in at least 95 % of them, less 3.8 %."""
+    probs, targets = models(300 * size, 1)
+    truth = ev.compare_predictions(probs, targets)
     together = 0
-    for repetition in range(300):
-        rows = slice(400 * repetition, 400 * (repetition + 1))
-        part = {name: p[rows] for name, p in probs.items()}
-        found = ev.compare_predictions(part, targets[rows], scores=["brier"], num_resamples=300, seed=repetition)
-        together += all(d.low <= truth[d.first + d.second] <= d.high for d in found["brier"].differences)
-    assert 0.912 <= together / 300 <= 0.988
+    for rows in torch.arange(300 * size).view(300, size):
+        found = ev.compare_predictions({name: p[rows] for name, p in probs.items()}, targets[rows])
+        together += all(
+            d.low <= true.value <= d.high
+            for score in found
+            for d, true in zip(found[score].differences, truth[score].differences, strict=True)
+        )
+    assert together / 300 >= 0.912
+
+
+def test_models_that_are_equally_good_are_told_apart_no_more_often_than_stated():
+    """Four models with errors of their own: of 18 comparisons one is clear in at most 5 % of 300 data sets of 60."""
+    generator = torch.Generator().manual_seed(3)
+    alarms = 0
+    for _ in range(300):
+        logits = 3 * torch.randn(4, 60, 3, generator=generator, dtype=torch.float64)
+        targets = torch.randint(3, (60,), generator=generator)
+        found = ev.compare_predictions({str(k): p for k, p in enumerate(logits.softmax(2))}, targets)
+        alarms += any(d.is_clear for comparison in found.values() for d in comparison.differences)
+    assert alarms / 300 < 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+
+
+def test_calibration_errors_are_not_compared():
+    probs, targets = models(100, 0)
+    with pytest.raises(ValueError, match=r"^`scores` must be among nll, brier, accuracy, got ece\.$"):
+        ev.compare_predictions(probs, targets, scores=["ece"])
 
 
 def test_equal_models_are_tied():
@@ -87,8 +101,8 @@ def test_an_infinite_loss_is_worse_than_any_other_and_two_are_tied():
         ({"a": torch.full((3, 2), 0.5)}, {}, r"^`probs` must hold at least two models, got 1\.$"),
         ({"a": torch.full((3, 2), 0.5), "b": torch.full((4, 2), 0.5)}, {}, r"^`targets` must have shape \(4,\)"),
         ({"a": torch.full((3, 2), 0.5), "b": torch.full((3, 2), 0.6)}, {}, r"^`probs\['b'\]` must sum to one"),
-        (None, {"scores": ["nll", "auc"]}, r"^`scores` must be among nll, brier, ece, accuracy, got auc\.$"),
-        (None, {"num_resamples": 10}, r"^`num_resamples` must be at least 39 for level 0\.95, got 10\.$"),
+        (None, {"scores": ["nll", "auc"]}, r"^`scores` must be among nll, brier, accuracy, got auc\.$"),
+        (None, {"level": 1.0}, r"^`level` must lie strictly between 0 and 1, got 1\.0\.$"),
     ],
 )
 def test_bad_input_is_refused(probs, settings, message):
@@ -140,22 +154,12 @@ def test_constant_predictions_do_not_widen_the_intervals_of_others():
     assert alone.high - alone.low <= found.high - found.low < 2 * (alone.high - alone.low)
 
 
-def test_differences_that_vary_by_rounding_alone_do_not_widen_others():
-    drawn = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn[:, 1] = 0.1  # its mean over 1,000 is off by rounding
-    drawn[::2, 1] += 1e-17
-    mean, half = _joint_half_widths(drawn, 0.95, 1000)
-    assert half[0] == pytest.approx(1.96 * drawn[:, 0].std().item(), rel=0.1)
-    assert half[1] == 0
-    assert mean[1] == pytest.approx(0.1)
-
-
 def test_one_example_says_nothing():
     pair = {"a": torch.tensor([[0.9, 0.1]]), "b": torch.tensor([[0.6, 0.4]])}
     found = ev.compare_predictions(pair, torch.tensor([0]))
     for comparison in found.values():
         assert comparison.best == ("a", "b")
-        assert (comparison.differences[0].low, comparison.differences[0].high) == (-math.inf, math.inf)
+        assert comparison.differences[0].low < comparison.differences[0].value < comparison.differences[0].high
     ev.forest_plot(found["nll"].differences, ax=Figure().subplots()).figure.canvas.draw()
 
 
@@ -164,28 +168,13 @@ def test_equally_good_models_are_clearly_different_no_more_often_than_stated_on_
     """300 data sets on which two models err independently: 5 % of alarms, and four standard errors."""
     generator = torch.Generator().manual_seed(5)
     clear = 0
-    for seed in range(300):
+    for _ in range(300):
         logits = torch.randn(2, num_examples, 3, generator=generator)
         targets = torch.randint(3, (num_examples,), generator=generator)
         pair = {name: values.softmax(1) for name, values in zip("ab", logits, strict=True)}
-        found = ev.compare_predictions(pair, targets, scores=["nll"], num_resamples=99, seed=seed)["nll"]
+        found = ev.compare_predictions(pair, targets, scores=["brier"])["brier"]
         clear += found.differences[0].is_clear
     assert clear / 300 < 0.05 + 4 * (0.05 * 0.95 / 300) ** 0.5
-
-
-def test_the_verdict_names_a_model_that_no_other_beats():
-    """Chance adds to an ECE: the model with the lowest may still be clearly behind."""
-    ranking = (ev.Rank("low", 0.010, 2, ()), ev.Rank("good", 0.011, 1, ()), ev.Rank("bad", 0.2, 3, ()))
-    differences = (
-        ev.Difference("low", "good", -0.001, 0.002, 0.006),
-        ev.Difference("low", "bad", -0.19, -0.2, -0.1),
-        ev.Difference("good", "bad", -0.189, -0.2, -0.1),
-    )
-    values = {"low": 0.010, "good": 0.011, "bad": 0.2}
-    assert comparison_verdict(ev.ScoreComparison("ece", values, differences, ranking)) == (
-        "Best in ECE: good (0.011); low is behind by 0.002 to 0.006, without what chance adds, bad is behind by 0.189 "
-        "(0.100 to 0.200)."
-    )
 
 
 def test_names_of_several_words_are_quoted_in_sentences():

@@ -306,7 +306,7 @@ def test_report_holds_the_scores_of_the_functions(shape, by_samples):
     crps = ev.crps_samples(draws, targets) if by_samples else ev.crps_gaussian(mean, variance, targets)
     assert scores["crps"] == pytest.approx(crps)
     for name in ("rmse", "nll", "crps"):
-        assert scores[f"{name}_low"] < scores[name] < scores[f"{name}_high"]
+        assert f"{name}_low" not in scores  # no interval of theirs covers where errors have heavy tails
     pit = ev.pit_samples(draws, targets) if by_samples else ev.pit_gaussian(mean, variance, targets)
     assert (scores["pit_ks"], scores["pit_ks_p_value"]) == ev.pit_test(pit)
     quantiles = ev.quantile_calibration_test(pit, num_simulations=200)
@@ -331,9 +331,7 @@ def test_joint_log_probabilities_are_divided_among_the_outputs():
     joint = norm.logpdf(targets, mean, np.sqrt(variance)).sum(1)
     found = ev.evaluate_regression(mean, targets, variance=variance, log_prob=joint).scores
     plain = ev.evaluate_regression(mean, targets, variance=variance).scores
-    assert [found[f"nll{end}"] for end in ("", "_low", "_high")] == pytest.approx(
-        [plain[f"nll{end}"] for end in ("", "_low", "_high")]
-    )
+    assert found["nll"] == pytest.approx(plain["nll"])
 
 
 def test_a_report_of_samples_alone_has_no_log_loss_and_takes_draws_that_are_all_alike():

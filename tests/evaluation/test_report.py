@@ -264,10 +264,11 @@ def test_verdicts_tell_over_from_under_confidence_and_chance():
         ]
         for scale in (0.5, 1.0, 2.0)
     }
-    assert first[0.5].startswith("Under-confident by ")
-    assert first[1.0].startswith("Confidence and accuracy agree on average")
+    assert first[0.5].startswith("Miscalibrated, under-confident on average: the smooth calibration error is 0.")
+    assert first[1.0].startswith("No miscalibration can be seen: ")
     assert re.match(
-        r"Over-confident by \d+\.\d points on average .*; chance alone would show up to \d\.\d\.", first[2.0]
+        r"Miscalibrated, over-confident on average: .* 0\.\d+, where chance alone would show 0\.\d+ to 0\.\d+ with",
+        first[2.0],
     )
 
 
@@ -406,11 +407,16 @@ def test_more_log_probabilities_than_labels_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("p_value", "statistic", "start"),
-    [(0.06, 0.2, "Targets fall evenly"), (0.04, 0.05, "Targets do not fall evenly"), (0.03, 0.2, "Targets do not")],
+    ("p_value", "statistic", "high", "start"),
+    [
+        (0.06, 0.2, 0.05, "Targets fall evenly"),
+        (0.06, 0.2, 0.1, "Too few targets to tell whether they fall evenly over their forecasts (Kolmogorov-Smirnov p"),
+        (0.04, 0.05, 0.1, "Targets do not fall evenly"),
+        (0.03, 0.2, 0.1, "Targets do not"),
+    ],
 )
-def test_the_p_value_decides_whether_targets_fall_evenly(p_value, statistic, start):
-    scores = {"pit_ks": statistic, "pit_ks_null_low": 0.0, "pit_ks_null_high": 0.1, "pit_ks_p_value": p_value}
+def test_the_p_value_decides_whether_targets_fall_evenly(p_value, statistic, high, start):
+    scores = {"pit_ks": statistic, "pit_ks_null_low": 0.0, "pit_ks_null_high": high, "pit_ks_p_value": p_value}
     assert pit_verdict(scores, 0.0, 0.0).startswith(start)
 
 

@@ -151,9 +151,9 @@ def test_ood_scores_of_the_same_inputs_are_chance():
 
 
 BAD_PROBS = [
-    (torch.tensor([[0.5, 0.6]]), r"`probs` must sum to one in every row, got 1\.1 in row 0\."),
+    (torch.tensor([[0.5, 0.6]]), r"`probs` must sum to one in every row, got 1\.1 in row 0; pass the softmax .*"),
     (torch.tensor([[float("nan"), 0.5]]), r"`probs` must be finite, got 1 bad of 2 values\."),
-    (torch.tensor([[1.5, -0.5]]), r"`probs` must not be negative, got -0\.5\."),
+    (torch.tensor([[1.5, -0.5]]), r"`probs` must not be negative, got -0\.5; if these are logits, pass .*"),
     (torch.tensor([0.5, 0.5]), r"`probs` must have shape \(N, C\) with at least two classes, got \(2,\)\."),
     (torch.ones(3, 1), r"`probs` must have shape \(N, C\) with at least two classes, got \(3, 1\)\."),
     (torch.empty(0, 3), r"`probs` must not be empty, got shape \(0, 3\)\."),
@@ -193,13 +193,35 @@ def test_bad_samples_are_refused():
         ev.entropy_parts(torch.full((2, 2, 2), 0.6))
 
 
-def test_bfloat16_probabilities_are_accepted_and_bad_ones_refused():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", ["none", "float32", "float64", "numpy"])
+def test_softmax_in_half_precision_is_accepted_whatever_it_is_cast_to(dtype, cast):
+    """Scores are those of the rows divided by their sums."""
+    logits = 3 * torch.randn(500, 60, generator=torch.Generator().manual_seed(0))
+    half = logits.softmax(dim=1).to(dtype)
+    if dtype == torch.bfloat16:
+        assert (half.double().sum(1) - 1).abs().max() > 1e-3  # or the test would show nothing
+    probs = {"none": half, "float32": half.float(), "float64": half.double(), "numpy": half.float().numpy()}[cast]
+    exact = half.double() / half.double().sum(1, keepdim=True)
+    targets = torch.arange(500) % 60
+    assert ev.brier_score(probs, targets) == pytest.approx(ev.brier_score(exact, targets), abs=1e-6)  # rows may stay so
+
+
+def test_rows_that_are_no_probabilities_are_refused_with_the_cure():
     logits = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
-    probs = logits.softmax(dim=1).bfloat16()
-    assert (probs.double().sum(1) - 1).abs().max() > 1e-3  # or the test would show nothing
-    assert 0 < ev.brier_score(probs, torch.zeros(500, dtype=torch.int64)) < 2
-    with pytest.raises(ValueError, match=r"`probs` must sum to one"):
-        ev.brier_score(probs.float(), torch.zeros(500, dtype=torch.int64))
+    targets = torch.zeros(500, dtype=torch.int64)
+    off = logits.softmax(dim=1) * 1.003
+    with pytest.raises(
+        ValueError, match=r"sum to one in every row, got 1\.003 in row \d+; pass the softmax of the logits"
+    ):
+        ev.brier_score(off, targets)
+    with pytest.raises(ValueError, match=r"sum to one in every row, got 1\.03"):
+        ev.brier_score((logits.softmax(dim=1) * 1.03).bfloat16(), targets)
+    for log_probs in (logits.log_softmax(1), logits.bfloat16().log_softmax(1).float()):
+        with pytest.raises(ValueError, match=r"got -.*; these look like log probabilities: pass `probs\.exp\(\)`\.$"):
+            ev.brier_score(log_probs, targets)
+    with pytest.raises(ValueError, match=r"got -.*; if these are logits, pass their softmax, taken in float32\.$"):
+        ev.brier_score(logits, targets)
 
 
 def test_rows_that_miss_one_are_divided_by_their_sum_and_others_stay():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from evaluation_cases import random_case
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.useful_sections import usefulness_section
@@ -86,42 +87,30 @@ def test_all_right_and_all_wrong():
     assert ev.aurc(confidence, np.zeros(7)) == 1
     assert ev.excess_aurc(confidence, np.zeros(7)) == 0
     found = ev.selective_intervals(confidence, np.zeros(7))
-    assert found.aurc == pytest.approx((1, 1), abs=1e-12)
-    assert found.excess_aurc == pytest.approx((0, 0), abs=1e-12)
-    assert found.accuracy[0] == pytest.approx((0, 0), abs=1e-12)
+    assert found.accuracy[0] == pytest.approx((0, 1 - 0.025 ** (1 / 6)), abs=1e-12)  # six of seven are kept
 
 
-@pytest.mark.parametrize(("size", "levels"), [(1, 1), (2, 3), (30, 4), (60, 10**9)])
-def test_intervals_are_those_of_resamples_written_out(size, levels):
-    """199 resamples, each scored as a data set of its own; the 95 % ends are the fifth from either side."""
-    rng = np.random.default_rng(size)
-    confidence, correct = rng.integers(levels, size=size), rng.integers(2, size=size)
-    found = ev.selective_intervals(confidence, correct, (0.5, 0.9), num_resamples=199, seed=5)
-    drawn = np.random.default_rng([5]).integers(size, size=(199, size))
-    by_hand = []
-    for i in drawn:
-        pair = confidence[i], correct[i]
-        by_hand.append([ev.aurc(*pair), ev.excess_aurc(*pair), *ev.accuracy_at_coverage(*pair, (0.5, 0.9)).tolist()])
-    ordered = np.sort(np.array(by_hand), axis=0)
-    for k, interval in enumerate((found.aurc, found.excess_aurc, *found.accuracy)):
-        assert interval == pytest.approx((ordered[4, k], ordered[-5, k]), abs=1e-12)
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    """400 sets of 300; the truth is that of all 120,000. Four standard errors of 400 are 4.4 %."""
+def test_intervals_are_scipys_of_the_predictions_that_are_kept():
     rng = np.random.default_rng(0)
-    confidence = rng.random(120_000)
-    correct = (rng.random(120_000) < 0.5 + confidence / 2).astype(float)
-    area, accuracy = ev.aurc(confidence, correct), ev.accuracy_at_coverage(confidence, correct, (0.8,)).item()
-    inside = np.zeros(2)
-    for seed, part in enumerate(np.split(np.arange(120_000), 400)):
-        found = ev.selective_intervals(confidence[part], correct[part], (0.8,), num_resamples=199, seed=seed)
-        inside += [
-            found.aurc.low <= area <= found.aurc.high,
-            found.accuracy[0].low <= accuracy <= found.accuracy[0].high,
-        ]
-    assert inside.min() / 400 >= 0.906
-    assert inside.max() / 400 <= 0.994
+    confidence, correct = rng.random(60), rng.integers(2, size=60)
+    found = ev.selective_intervals(confidence, correct, (0.5, 0.9)).accuracy
+    for interval, kept in zip(found, (30, 54), strict=True):
+        hits = int(correct[np.argsort(-confidence)[:kept]].sum())
+        assert interval == pytest.approx(binomtest(hits, kept).proportion_ci(0.95, "exact"), abs=1e-12)
+
+
+@pytest.mark.parametrize(("size", "least"), [(30, 0.5), (300, 0.5), (30, 0.9)])
+def test_intervals_hold_the_truth_as_often_as_they_say(size, least):
+    """400 sets; the truth is that of 400,000. 90 % of them; the bootstrap had 76 % of 30 with few errors."""
+    rng = np.random.default_rng(0)
+    confidence = rng.random(400_000)
+    correct = (rng.random(400_000) < least + (1 - least) * confidence).astype(float)
+    accuracy = ev.accuracy_at_coverage(confidence, correct, (0.8,)).item()
+    inside = 0
+    for part in np.arange(400 * size).reshape(400, size):
+        low, high = ev.selective_intervals(confidence[part], correct[part], (0.8,)).accuracy[0]
+        inside += low <= accuracy <= high
+    assert inside / 400 >= 0.9
 
 
 def test_confidences_per_example():
@@ -183,10 +172,12 @@ def test_plot_of_many_predictions_is_thinned_to_its_ends():
 def test_section_holds_scores_verdicts_figure_and_table(num_classes):
     probs, targets = random_case(400, num_classes, seed=1)
     correct, confidence = probs.argmax(dim=1) == targets, ev.max_probability(probs)
-    section = usefulness_section(probs, targets, num_resamples=100)
-    intervals = ev.selective_intervals(confidence, correct, num_resamples=100)
+    section = usefulness_section(probs, targets)
+    intervals = ev.selective_intervals(confidence, correct)
     assert section.scores["aurc"] == ev.aurc(confidence, correct)
-    assert (section.scores["aurc_low"], section.scores["aurc_high"]) == intervals.aurc
+    assert not {"aurc_low", "aurc_excess_low", "error_entropy_aupr_low", "error_entropy_fpr95_low"} & set(
+        section.scores
+    )
     assert section.scores["aurc_excess"] == ev.excess_aurc(confidence, correct)
     kept = ev.accuracy_at_coverage(confidence, correct).tolist()
     assert [section.scores[f"accuracy_at_{share}"] for share in (80, 90, 95)] == kept
@@ -213,7 +204,7 @@ def test_section_holds_scores_verdicts_figure_and_table(num_classes):
 def test_section_where_nothing_is_wrong_says_so():
     section = usefulness_section(np.array([[0.9, 0.1]] * 3), np.array([0, 0, 0]))
     assert math.isnan(section.scores["error_entropy_auroc"])
-    assert math.isnan(section.scores["error_entropy_auroc_low"])
+    assert "error_entropy_auroc_low" not in section.scores
     assert section.verdict[1] == "No prediction is wrong: whether doubt finds errors cannot be seen."
     assert section.scores["aurc"] == 0
     assert len(section.drawings["risk_coverage"].table.rows) == 3
@@ -221,7 +212,7 @@ def test_section_where_nothing_is_wrong_says_so():
 
 def test_section_of_one_example():
     section = usefulness_section(np.array([[0.9, 0.1]]), np.array([1]))
-    assert section.scores["aurc"] == section.scores["aurc_high"] == 1
+    assert section.scores["aurc"] == 1
     assert section.verdict[1] == "Every prediction is wrong: whether doubt finds errors cannot be seen."
 
 
@@ -229,7 +220,8 @@ def test_section_of_one_example():
     ("probs", "targets", "word"),
     [
         ([[0.9, 0.1], [0.6, 0.4]] * 20, [1, 0] * 20, "Doubt is lower at errors"),
-        ([[0.9, 0.1], [0.9, 0.1]] * 20, [0, 1] * 20, "That doubt finds errors cannot be seen"),
+        ([[0.9, 0.1], [0.9, 0.1]] * 20, [0, 1] * 20, "Too few examples to tell whether doubt finds errors"),
+        ([[0.9, 0.1], [0.9, 0.1]] * 80, [0, 1] * 80, "That doubt finds errors cannot be seen"),
     ],
 )
 def test_doubt_that_finds_no_errors_is_said(probs, targets, word):
@@ -241,9 +233,12 @@ def test_doubt_is_not_said_to_find_errors_that_are_too_few():
     sure = np.linspace(0.99, 0.51, 200)
     probs = np.stack([sure, 1 - sure], axis=1)
     for wrong in (0, 40, 160, 199):
-        found = usefulness_section(probs, (np.arange(200) == wrong).astype(int), num_resamples=99).verdict[1]
-        assert found.startswith("That doubt finds errors cannot be seen: ")
-    found = usefulness_section(probs, (np.arange(200) >= 170).astype(int), num_resamples=99).verdict[1]
+        found = usefulness_section(probs, (np.arange(200) == wrong).astype(int)).verdict[1]
+        assert found.startswith(
+            "Too few examples to tell whether doubt finds errors: 1 wrong and 199 right predictions"
+        )
+        assert found.endswith("00 examples with this share of errors would do.")
+    found = usefulness_section(probs, (np.arange(200) >= 170).astype(int)).verdict[1]
     assert found.startswith("Doubt finds errors: ")
 
 
@@ -264,13 +259,17 @@ BAD = [
         "`coverages` must be above 0 and at most 1, got values in 0..1.",
     ),
     (
-        lambda: ev.selective_intervals(torch.ones(2), torch.ones(2), num_resamples=10),
-        "`num_resamples` must be at least 39 for level 0.95, got 10.",
+        lambda: ev.selective_intervals(torch.ones(2), torch.ones(2), level=1.0),
+        "`level` must lie strictly between 0 and 1, got 1.0.",
     ),
     (lambda: ev.risk_coverage_plot({}), "`selections` must hold at least one, got none."),
     (lambda: ev.energy(torch.ones(2)), "`logits` must have shape (N, C), got (2,)."),
     (lambda: ev.energy(torch.ones(2, 2), 0.0), "`temperature` must be positive and finite, got 0.0."),
-    (lambda: ev.margin(torch.ones(2, 2)), "`probs` must sum to one in every row, got 2 in row 0."),
+    (
+        lambda: ev.margin(torch.ones(2, 2)),
+        "`probs` must sum to one in every row, got 2 in row 0; pass the softmax of the logits, taken in float32, or "
+        "divide each row by its sum.",
+    ),
 ]
 
 

@@ -115,7 +115,7 @@ def test_bad_input_is_refused():
     for severity in ("mild", math.nan, True):
         with pytest.raises(ValueError, match=r"^`sets` must have finite numbers as severities, got "):
             ev.shift_curve({severity: (probs, targets)})
-    with pytest.raises(ValueError, match=r"^`sets\[2\]` must sum to one in every row, got 2 in row 0\.$"):
+    with pytest.raises(ValueError, match=r"^`sets\[2\]` must sum to one in every row, got 2 in row 0; "):
         ev.shift_curve({1: (probs, targets), 2: (torch.ones(10, 2), targets)})
     with pytest.raises(ValueError, match=r"^`targets` must have shape \(10,\) as `probs` has, got \(9,\)\.$"):
         ev.shift_curve({1: (probs, targets[1:])})
