@@ -161,7 +161,7 @@ class Report:
 
         def write(text: str) -> Callable[[Path], None]:
             content = text.encode("utf-8", errors="backslashreplace")  # file names may hold lone surrogates
-            return lambda file: file.write_bytes(content) and None
+            return lambda file: _write(file, content)
 
         page = Path(path)
         check_page(page)
@@ -217,6 +217,10 @@ class Report:
     def _origin(self) -> dict[str, str]:
         """Fingerprints of the data, and the versions of what computed the report."""
         return self.fingerprints | {name: text for name, text in versions().items() if name not in self.fingerprints}
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
 
 
 def _view(table: Table | None) -> TableView | None:
