@@ -13,6 +13,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.noise import LEAST_SHARE, TRUSTS
 from bayes_kf.models.clip import ClipClassifier, MatchedPairs
 from bayes_kf.models.clip_adapters import FeatureAdapter, clip_lora
 from bayes_kf.models.draws import outputs_of_draws
@@ -311,7 +312,7 @@ def test_the_gate_weighs_a_wrong_pair_down():
 
 
 def test_noise_of_pairs_may_be_estimated():
-    """From the mean square of the first batch, by a natural-gradient step on log σ² (noise.absorb's formula)."""
+    """From the mean square of the first batch, by a step on log σ² for the factor on J P Jᵀ that says it best."""
     classifier = moved(KINDS["lora"]())
     pairs, (batch, ones) = pairs_of(classifier), classifier.matched(images(), LABELS)
     config = bkf.KalmanConfig(
@@ -320,11 +321,15 @@ def test_noise_of_pairs_may_be_estimated():
     kf = bkf.KalmanFilter(pairs, config)
     state, _ = kf.update(kf.init(), batch, ones)
     outputs, jacobian = dense_jacobian(pairs, lambda m: m(**batch))
-    squares = (1.0 - outputs[:, 0]).square()
-    total = 1e-3 * jacobian[:, 0].square().sum(1) + squares.mean()
-    share = squares.mean() / total
-    step = ((squares / total - 1.0) * share).sum() / (1.0 + share.square().sum())
-    torch.testing.assert_close(state.noise.variance[0], squares.mean() * step.exp(), rtol=1e-9, atol=0)
+    squares, spread = (1.0 - outputs[:, 0]).square(), 1e-3 * jacobian[:, 0].square().sum(1)
+    found = []
+    for trust in TRUSTS:
+        guess = torch.maximum(squares.mean() - trust * spread.mean(), LEAST_SHARE * spread.mean())
+        total = trust * spread + guess
+        share = guess / total
+        step = 2.0 * ((squares / total - 1.0) * share).sum() / (1.0 + 2.0 * share.square().sum())
+        found.append((float((total.log() + squares / total).sum()), guess * step.clamp(-1.0, 1.0).exp()))
+    torch.testing.assert_close(state.noise.variance[0], min(found)[1], rtol=1e-9, atol=0)
 
 
 def test_a_belief_from_pairs_predicts_classes():
