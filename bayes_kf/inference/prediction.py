@@ -143,8 +143,13 @@ def noise_by_example(num_samples: int, shape: torch.Size, generator: torch.Gener
     So an example's noise depends on how many stand before it, not on how they are divided into batches or pieces.
     """
     size, num_outputs = shape
-    one = {"size": (num_samples, num_outputs), "dtype": torch.float64, "device": generator.device}
-    return torch.stack([torch.randn(generator=generator, **one) for _ in range(size)], 1)
+
+    def one() -> Tensor:
+        return torch.randn(
+            (num_samples, num_outputs), generator=generator, dtype=torch.float64, device=generator.device
+        )
+
+    return torch.stack([one() for _ in range(size)], 1)
 
 
 def gaussian_draws(
