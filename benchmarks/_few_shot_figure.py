@@ -26,7 +26,7 @@ STYLES: dict[tuple[str, str], dict[str, Any]] = {
     ("kalman-features", ""): {"color": BLUE, "linestyle": "-", "marker": "o", "linewidth": 2.4},
     ("kalman-lora", ""): {"color": VERMILLION, "linestyle": "--", "marker": "o", "linewidth": 2.0},
     ("kalman-wide", ""): {"color": VERMILLION, "linestyle": "-", "marker": "D", "linewidth": 2.4},
-    ("robust-pairs-lora", ""): {"color": SKY, "linestyle": (0, (1, 1)), "marker": "*"},
+    ("narrow-robust-pairs-lora", ""): {"color": SKY, "linestyle": (0, (1, 1)), "marker": "*"},
 }
 PANELS = (("accuracy ID", "OOD"), ("ECE ID", "ECE OOD"))
 LABELS = {

@@ -64,6 +64,13 @@ def lines(cells: Cells, rows: Mapping[str, Row]) -> list[Line]:
     return found
 
 
+def whole(cells: Cells, name: str) -> bool:
+    """Whether a row has all cells that any row has, so that its means over tasks and shots can be compared."""
+    places = {key: key.split("/") for key in cells}
+    own = {(task, shots, seed) for task, row, shots, seed in places.values() if row == name}
+    return own == {(task, shots, seed) for task, _, shots, seed in places.values()}
+
+
 def values(
     cells: Cells, line: Line, score: Callable[[Mapping[str, Any]], float], task: str | None, shots: int | None
 ) -> dict[int, float]:
@@ -95,7 +102,10 @@ def render(cells: Cells, rows: Mapping[str, Row], wrong: float = 0.0) -> list[st
     ]
     if wrong:
         body[0] += f" {wrong:.0%} of the training labels were replaced by those of other classes."
-    body += ["", "## All tasks and shots", "", *_overview(cells, rows, shown)]
+    part = [row.title for name, row in rows.items() if not whole(cells, name) and _tried(cells, name)]
+    if part:
+        body[0] += f" Not in the table of all tasks and shots, as they are not measured everywhere: {'; '.join(part)}."
+    body += ["", "## All tasks and shots", "", *_overview(cells, rows, [x for x in shown if whole(cells, x.row)])]
     for task in tasks:
         body += ["", f"## {task}", "", f"{_title(task)}. Accuracy ID by shots:", ""]
         body += _by_shots(cells, shown, SCORES["accuracy ID"], task, shots)
@@ -129,7 +139,7 @@ def _by_shots(
         if line.variant and score is accuracy and line.variant == "scaled":
             continue  # the same answers
         numbers = [mean_sd(list(values(cells, line, score, task, number).values())) for number in shots]
-        everything = list(values(cells, line, score, task, None).values())
+        everything = list(values(cells, line, score, task, None).values()) if "–" not in numbers else []
         table.append([line.title, *numbers, mean_sd(everything)])
     return markdown_table(["", *map(str, shots), "mean"], table)
 
@@ -148,7 +158,8 @@ def _by_setting(cells: Cells, name: str, row: Row, tasks: list[str]) -> list[str
     for choice in row.grid:
         numbers = []
         for task, shots in [*((task, most) for task in tasks), *((task, None) for task in tasks)]:
-            tested = [tried["test"] for tried in _tried(cells, name, task, shots) if choice.items() <= tried.items()]
+            found = _tried(cells, name, task, shots) if whole(cells, name) or shots else []
+            tested = [tried["test"] for tried in found if choice.items() <= tried.items()]
             numbers.append(f"{_mean(map(accuracy, tested))} / {_mean(map(shifted('accuracy'), tested))}")
         table.append([", ".join(f"{field} {_text(value)}" for field, value in choice.items()), *numbers])
     header = [f"{task}, {shots}" for shots in (f"{most} shots", "all shots") for task in tasks]

@@ -28,7 +28,7 @@ import torch
 from _few_shot_clip import WEIGHTS, LetterTokenizer, trained
 from _few_shot_figure import draw_figure
 from _few_shot_learn import Learned, Row, Setting
-from _few_shot_rows import ROWS
+from _few_shot_rows import MEASURED_BEFORE, ROWS
 from _few_shot_table import render
 from _few_shot_tasks import BENCH, SHOTS, TASKS, Task, draw, relabelled
 from _results import ResultFile
@@ -143,8 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clip = trained(args.weights).requires_grad_(False)
         rows = {name: ROWS[name] for name in args.rows}
         run(file, clip, rows, args.tasks, args.shots, args.seeds, args.wrong, args.redo)
-    print(file.write_markdown("Few-shot learning of a small CLIP", render(file.cells, ROWS, args.wrong)))
-    draw_figure(file.cells, ROWS, file.path.with_suffix(".png"))
+    shown = ROWS | MEASURED_BEFORE
+    print(file.write_markdown("Few-shot learning of a small CLIP", render(file.cells, shown, args.wrong)))
+    draw_figure(file.cells, shown, file.path.with_suffix(".png"))
 
 
 def parser() -> argparse.ArgumentParser:
