@@ -86,7 +86,7 @@ def test_history_is_per_example_and_per_update(fitted, digits):
 
 def test_progress_bar_shows_accuracy_loss_and_health(capsys):
     labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
-    bkf.fit(linear(3), loader(y=labels), bkf.KalmanConfig())
+    bkf.fit(linear(3), loader(y=labels), bkf.KalmanConfig(), progress=True)
     shown = capsys.readouterr().err
     assert all(word in shown for word in ("accuracy 0.", "log loss", "innovation", "10/10"))
 
@@ -136,7 +136,7 @@ def test_first_pass_of_several_is_prequential_and_stays_so(digits, tmp_path, cap
     plain = bkf.fit(lora_digits_vit(rank=1), data, bkf.KalmanConfig(), progress=False)
     several = [bkf.KalmanConfig(passes=2), bkf.KalmanConfig.dataset(initial_logit_sd=4.0, mean_passes=1)]
     for config in several:
-        found = bkf.fit(lora_digits_vit(rank=1), data, config)
+        found = bkf.fit(lora_digits_vit(rank=1), data, config, progress=True)
         assert set(found.history) >= ONLINE
         assert not any(name.startswith("training_") for name in found.history)
         found.save_pretrained(tmp_path / "saved")
