@@ -177,7 +177,7 @@ TIP = tuple({"lr": 1e-3, "share": share, "sharpness": 5.5} for share in (1.0, 3.
 SPARSE = ({"lr": 1e-2, "density": 5e-4}, {"lr": 2e-3, "density": 2e-2}, {"lr": 1e-2, "density": 2e-2})
 WIDE = tuple({"initial_spread": "constant", "initial_logit_sd": sd} for sd in (3.0, 10.0))
 BY_MODULES = ({"initial_spread": "modules", "initial_logit_sd": 10.0},)
-# An adaptive R is about 280 on letters, so that only a prior of 3 logits can move there.
+# The adaptive R is about 250 on letters under a prior of 1 logit, which then hardly moves; 3 logits can.
 SPREADS = tuple({"initial_logit_sd": sd} for sd in (0.3, 1.0, 3.0))
 
 MEASURED_BEFORE: dict[str, Row] = {  # cells that are shown, and measured no more
