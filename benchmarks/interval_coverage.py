@@ -173,11 +173,11 @@ def render(cells: dict[str, dict[str, float]]) -> list[str]:
         place = worst.split("/")
         where = f"{place[1]} examples, {place[2]} classes, {place[3]}, spread {place[4]}"
         lowest = f"{100 * pooled[low]:.1f} ({low[0]}, {low[1]})"
-        of_cell = f"{100 * held[worst][name]:.0f} of {held[worst]['repeats']:.0f} ({where})"
+        of_cell = f"{100 * held[worst][name]:.0f} % of {held[worst]['repeats']:.0f} data sets ({where})"
         rows.append([name, f"{100 * mean:.1f}", lowest, of_cell])
     without = sum(cell["without"] for cell in found.values())
     total = sum(cell["repeats"] for cell in found.values())
-    header = ["score", "mean, %", "lowest by size and kind, %", "lowest cell, %"]
+    header = ["score", "mean, %", "lowest by size and kind, %", "lowest cell"]
     body = [
         "## Coverage of 95 % intervals",
         "",

@@ -142,8 +142,8 @@ def of_losses(losses: Tensor, probs: Tensor, share: float = 1.0) -> Interval | N
     """Interval of `share` times the mean of log losses; None where there is none that covers."""
     if losses.min() < 0:  # densities
         return None
-    powers = (losses.pow(k).sum().item() for k in (1, 2, 3))
-    found = loss_interval(*powers, len(losses), unseen_losses(probs).mean().item(), LEVEL)
+    first, second, third = (losses.pow(k).sum().item() for k in (1, 2, 3))
+    found = loss_interval(first, second, third, len(losses), unseen_losses(probs).mean().item(), LEVEL)
     return None if found is None else Interval(share * found.low, share * found.high)
 
 

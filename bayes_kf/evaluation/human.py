@@ -64,9 +64,9 @@ def human_agreement(probs: Array, human: Array, *, level: float = 0.95) -> Human
     check_fraction(level, "level")
     losses = human_losses(predicted, answers)  # (N, 3)
     count, unseen = len(losses), unseen_losses(predicted).mean().item()
+    powers = [losses[:, :2].clamp(min=0).pow(k).sum(dim=0).tolist() for k in (1, 2, 3)]
     nll, kl = (
-        loss_interval(*(column.pow(k).sum().item() for k in (1, 2, 3)), count, unseen, level)
-        for column in losses[:, :2].clamp(min=0).unbind(dim=1)
+        loss_interval(first, second, third, count, unseen, level) for first, second, third in zip(*powers, strict=True)
     )
     distance = losses[:, 2]
     apart = bounded_interval(distance.sum().item(), distance.square().sum().item(), count, 0.0, 1.0, level)
