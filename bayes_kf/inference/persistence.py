@@ -85,7 +85,7 @@ def save_with(posterior: Posterior, folder: Path, write_others: Callable[[Path],
         (target / CONFIG_FILE).write_text(posterior.config._as_json(), encoding="utf-8")
         save_file(_tensors(posterior), target / STATE_FILE, metadata=_metadata(posterior, target))
         weights = [name for name in ADAPTER_FILES[1:] if (target / name).is_file()]
-        write_sums(target, (STATE_FILE, CONFIG_FILE, *weights))
+        write_sums(target, (CONFIG_FILE, *weights, STATE_FILE))
 
     own = (STATE_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE)
     write_files(folder, write, replace(POSTERIOR, overwrites=lambda name: name not in own))

@@ -13,13 +13,18 @@ from pathlib import Path
 
 SUMS_FILE = "SHA256SUMS"
 EDITABLE = ("README.md", "adapter_config.json")
+LAST = "kalman_state.safetensors"  # listed last: a list that was cut short lacks it
 LINE = re.compile(r"([0-9a-f]{64})  ([^\0]+)")
 
 
 def write_sums(folder: Path, names: Sequence[str] | None = None) -> None:
     """Note the checksums of some files in ``folder``, of all that nobody edits by default."""
     every = [path for path in folder.rglob("*") if path.is_file() and path.name not in (SUMS_FILE, *EDITABLE)]
-    files = sorted(every) if names is None else [folder / name for name in names]
+    files = (
+        sorted(every, key=lambda path: (path.name == LAST, path))
+        if names is None
+        else [folder / name for name in names]
+    )
     write_lines(folder / SUMS_FILE, {path.relative_to(folder).as_posix(): digest(path) for path in files})
 
 
@@ -66,7 +71,12 @@ def is_listed(folder: Path, name: str) -> bool:
     if not (folder / name).is_file():
         return False
     path = folder / SUMS_FILE
-    return not path.is_file() or name in read_sums(path)
+    if not path.is_file():
+        return True
+    listed = read_sums(path)
+    if LAST not in listed:
+        raise ValueError(f"`folder` must hold a sound {SUMS_FILE}, got one without {LAST} in {folder}.")
+    return name in listed
 
 
 def digest(path: Path) -> str:

@@ -491,7 +491,7 @@ def test_settings_alone_do_not_spoil_a_posterior(tmp_path):
         bkf.KalmanConfig(rank=rank).save_pretrained(tmp_path / "c")
     assert bkf.KalmanConfig.from_pretrained(tmp_path / "c").rank == 4
     (tmp_path / "c" / "kalman_config.json").write_text('{"mine": 1}')
-    with pytest.raises(ValueError, match=r"`folder` must hold a kalman_config\.json of this version's fields"):
+    with pytest.raises(ValueError, match=r"`folder` must hold a kalman_config\.json of this version's settings"):
         bkf.KalmanConfig().save_pretrained(tmp_path / "c")
     assert (tmp_path / "c" / "kalman_config.json").read_text() == '{"mine": 1}'
 
