@@ -79,7 +79,7 @@ def _data() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(2, 3, generator=generator), torch.tensor([0, 1])) for _ in range(3)]
 
 
-CONFIG = bkf.KalmanConfig(covariance="diagonal", initial_variance=0.1)
+CONFIG = bkf.KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False)
 
 
 @functools.cache

@@ -41,6 +41,8 @@ from bayes_kf.cli.settings import read_settings
 from bayes_kf.cli.stream import STREAM_FILE, where
 from bayes_kf.data import open_dataset, read_predictions
 from bayes_kf.data.text import text_data
+from bayes_kf.inference.saved_files import STATE_FILE
+from bayes_kf.inference.sums import write_sums
 
 SECONDS = 5.0  # of the processor: other work on the machine does not count
 EXPECTED = (ValueError, OSError)
@@ -153,6 +155,8 @@ def readers() -> list[Reader]:
 
     def streamed(folder: Path) -> Any:
         (folder / LABELS_FILE).write_bytes(labels)
+        (folder / STATE_FILE).write_bytes(b"")  # that there is one is all that is asked here
+        write_sums(folder)
         return where(Namespace(output=folder, classes=["a", "b"], alarm=50.0))
 
     return [

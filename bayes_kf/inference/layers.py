@@ -89,7 +89,7 @@ def _embedding_weight(call: Call, cotangent: Tensor, shape: torch.Size) -> Tenso
     if table.max_norm is not None or table.scale_grad_by_freq:
         raise RuntimeError("embedding option without a rule")
     tokens = call.taken.unique()
-    places = torch.searchsorted(tokens, call.taken.reshape(size, -1)).unsqueeze(-1)  # (R, T, 1)
+    places = torch.searchsorted(tokens, call.taken.reshape(size, -1).contiguous()).unsqueeze(-1)  # (R, T, 1)
     cotangent = cotangent.reshape(size, -1, width)
     if table.padding_idx is not None:
         cotangent = cotangent * (call.taken.reshape(size, -1, 1) != table.padding_idx)

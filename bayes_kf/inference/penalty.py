@@ -82,7 +82,8 @@ def learn(
     own = Tally()
     learned = learning.learn(config, [sides.plain, sides.tight], batch, [tally, own], most)
     tally.also(own)
-    return Sides(*learned.states, sides.precision), learned
+    plain, tight = learned.states
+    return Sides(plain, tight, sides.precision), learned
 
 
 def end(config: KalmanConfig, sides: Sides) -> FilterState:

@@ -22,6 +22,7 @@ from bayes_kf.models.adapter import AdapterModel
 
 MOVING = ("Index", "Gather", "Scatter", "Sort", "Topk", "Take", "Masked", "Pack", "Pad", "Embedding", "CopySlices")
 JOINING = ("Cat", "Stack", "Split", "Unbind")  # along the first dimension
+OF_LINEAR = ("MatMul4Bit", "MatMul8bitLt")  # bitsandbytes' own functions
 HARMLESS = ("MaskedFill", "ConstantPad", "ReplicationPad", "ReflectionPad", "MaskedSoftmax")
 
 
@@ -41,7 +42,7 @@ def may_move_rows(outputs: Tensor) -> bool:
 
 def _moves(node: Any) -> bool:
     if isinstance(node, BackwardCFunction):  # somebody's own function: not known
-        return True
+        return not node.name().startswith(OF_LINEAR)
     kind = node.name().rpartition("::")[2]
     if kind.startswith(HARMLESS):
         return False

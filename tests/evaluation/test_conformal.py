@@ -274,7 +274,7 @@ BAD = [
     ),
     (
         lambda: ev.ConformalSets.fit(torch.full((1, 2), 0.5), torch.tensor([0]), score="raps"),
-        "`score` must be one of lac, aps, got 'raps'.",
+        "`score` must be one of lac, aps, got 'raps'; did you mean 'aps'?",
     ),
     (lambda: good_sets().sets(torch.full((1, 2), 0.5)), "`probs` must have the 3 classes of the fit, got 2."),
     (
