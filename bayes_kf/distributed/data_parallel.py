@@ -1,10 +1,10 @@
 """The information form on several processes: two vectors of length n are summed, and nothing else of that size is sent.
 
 The precision of a diagonal belief in information form grows by diag(JᵀVJ), its mean moves by P Jᵀ(y − π): both are sums
-over examples, whoever has them. Every process holds the whole belief. A batch is learned from at once, expanded at the
-mean before it, as the natural gradient does, and is not linearized again where that is far (``relinearize``): large
-global batches learn less here than on one process, so choose them small while steps are large. Innovations, which need
-rows of different processes beside each other, are not known.
+over examples, whoever has them. Every process holds the whole belief. A global batch is learned from at once, expanded
+at the mean before it, as the natural gradient does. Where that is too far for one step (``trust``), its first half is
+learned instead, and then the second, linearized again. Innovations, which need rows of different processes beside each
+other, are not known.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bayes_kf.inference import diagonal, noise, tempering
 from bayes_kf.inference.evidence import Batch, Part, Tally
 from bayes_kf.inference.learn import (
     DAMPING_STEP,
+    LEAST_PART,
     MAX_DAMPINGS,
     ROUNDING,
     check_finite,
@@ -27,7 +28,7 @@ from bayes_kf.inference.learn import (
     warn_untaken,
 )
 from bayes_kf.inference.state import FilterState, UpdateInfo
-from bayes_kf.inference.trust import TRUSTED, is_small
+from bayes_kf.inference.trust import MOST_DIVERGENCE, TRUSTED, error, is_small
 
 WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
 
@@ -55,7 +56,8 @@ class DataParallelFilter(FilterOfMany):
 
     Sends 2n numbers a process and update, whatever the batch, where :class:`ShardedFilter` sends rows. The result is
     that of ``KalmanConfig(covariance="diagonal_information", expansion="mean")`` on one process that is given all
-    examples at once (there, batches of more than 192 rows are learned in parts, one after the other). Draws that price
+    examples at once (there, batches of more than 192 rows are learned in parts, one after the other; here, only those
+    that are too far for one step). Draws that price
     temperatures and probe curvature are others than there. ``info`` is about this process's examples, and knows no
     innovation.
 
@@ -89,50 +91,70 @@ class DataParallelFilter(FilterOfMany):
             raise ValueError("`gate_quantile` and `noise_variance` must be None and a number for sums over processes.")
 
     def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
-        before, size = self.kf._predicted(state), share.sizes[self.group.rank]
-        first = sum(share.sizes[: self.group.rank])  # so that no two processes draw the same probes
-        batches: list[Batch] = []
-        failed, tally = None, Tally()
+        before, tally = self.kf._predicted(state), Tally()
+        after, damping, steps = self._learned(before, share, tally, whole=True)
+        after = after._replace(noise=before.noise._replace(step=before.noise.step + 1), step=before.step + 1)
+        info = tally.info(float((after.belief.mean - before.belief.mean).norm()), relinearized=steps - 1)
+        return after, info._replace(damping=damping)
+
+    def _learned(self, state: FilterState, share: Share, tally: Tally, whole: bool) -> tuple[FilterState, float, int]:
+        """The state after a global batch, the least damping of its steps, and how often it was linearized.
+
+        At once, or where that is too far for one step, its halves one after the other.
+
+        Args:
+            state: before it.
+            share: of the batch.
+            tally: of the update.
+            whole: whether this is the update's batch and no part of it, so that ``tally`` takes in its outputs.
+        """
+        batches, sums = self._linearized(state, share, tally, whole)
+        size = sums.examples
+        belief, damping, held = self._condition(state, batches, sums, tally)
+        if held or size < 2 * LEAST_PART:
+            scores = _joined(state.scores, sums.scores) if isinstance(self.config.temperature, str) else state.scores
+            return state._replace(belief=belief, scores=scores, examples=state.examples + size), damping, 1
+        least, steps = 1.0, 1
+        for where in (slice(0, size // 2), slice(size // 2, size)):
+            state, damping, more = self._learned(state, share.some(where, self.group.rank), tally, whole=False)
+            least, steps = min(least, damping), steps + more
+        return state, least, steps
+
+    def _linearized(
+        self, before: FilterState, share: Share, tally: Tally, whole: bool
+    ) -> tuple[list[tuple[Batch, Part]], Sums]:
+        """This process's pieces of a global batch, and the sums over all processes."""
+        size, first = share.sizes[self.group.rank], sum(share.sizes[: self.group.rank])
+        pieces: list[tuple[Batch, Part]] = []
+        failed = None
         own = Sums(torch.zeros_like(before.belief.mean), torch.zeros_like(before.belief.mean), *self._nothing(), 0)
         try:
             if size and share.inputs is not None:
                 self.kf.linearize.prepare(before.belief.mean, share.inputs)
-                shifted = before._replace(examples=before.examples + first)
-                batches = list(self.kf._observed(shifted, share.inputs, share.targets, before.belief.mean))
-                for batch in batches:
-                    tally.piece(batch.outputs, batch.targets, noise.likelihood(self.config, before.noise))
+                shifted = before._replace(examples=before.examples + first)  # so that no two draw the same probes
+                for batch in list(self.kf._observed(shifted, share.inputs, share.targets, before.belief.mean)):
+                    if whole:
+                        tally.piece(batch.outputs, batch.targets, noise.likelihood(self.config, before.noise))
                     tally.linearized(batch)
                     numbered = shifted._replace(examples=shifted.examples + own.examples)
-                    own = self._added(own, numbered, batch)
-        except Exception as error:  # whatever it is, the others must not wait for this process
-            failed = error
+                    part = Part.of(batch.seen, batch.jacobian, slice(0, len(batch.targets)), max(batch.widths))
+                    pieces.append((batch, part))
+                    own = self._added(own, numbered, batch, part)
+        except Exception as raised:  # whatever it is, the others must not wait for this process
+            failed = raised
         self.shares.all_or_none(failed)
         sums = self._summed(own, sum(share.sizes))
         check_finite("the precision", sums.precision)
         check_finite("the gradient", sums.gradient)
-        belief, damping = self._condition(before, batches, sums)
-        scores = before.scores
-        if isinstance(self.config.temperature, str):
-            total, differences = scores.total + sums.scores.total, scores.differences + sums.scores.differences
-            scores = tempering.State(scores.updates + 1, total, differences)
-        after = before._replace(
-            belief=belief,
-            scores=scores,
-            noise=before.noise._replace(step=before.noise.step + 1),
-            step=before.step + 1,
-            examples=before.examples + sums.examples,
-        )
-        info = tally.info(float((belief.mean - before.belief.mean).norm()))
-        return after, info._replace(damping=damping)
+        return pieces, sums
 
     def _nothing(self) -> tuple[Tensor, tempering.State]:
         device = self.adapter.device
         return torch.zeros((), dtype=torch.float64, device=device), tempering.init(device)
 
-    def _added(self, sums: Sums, state: FilterState, batch: Batch) -> Sums:
+    def _added(self, sums: Sums, state: FilterState, batch: Batch, part: Part) -> Sums:
         """The sums with a piece of this process's examples."""
         everything = slice(0, len(batch.targets))
-        part = Part.of(batch.seen, batch.jacobian, everything, max(batch.widths))
         output_cov = part.jacobian.block_gram(state.belief.variance).to(part.outputs.dtype)
         scores = scored(self.config, state._replace(scores=sums.scores), batch, everything, part, output_cov)
         factor, residual = part.family.whiten(part.outputs.double(), part.targets)
@@ -153,34 +175,62 @@ class DataParallelFilter(FilterOfMany):
         scores = tempering.State(0, total, differences.view(size, size))
         return Sums(self.group.total(own.precision), self.group.total(own.gradient), log_prob[0], scores, examples)
 
-    def _condition(self, state: FilterState, batches: list[Batch], sums: Sums) -> tuple[diagonal.State, float]:
-        """The belief after the batch, its precision damped until the objective falls; as it was where it never does."""
+    def _condition(
+        self, state: FilterState, pieces: list[tuple[Batch, Part]], sums: Sums, tally: Tally
+    ) -> tuple[diagonal.State, float, bool]:
+        """The belief after the batch, its damping, and whether the linearization held, without a refused step.
+
+        A batch that can be halved is not damped. A smaller one is, until the objective falls; where it never does, the
+        belief stays as it was.
+        """
         damping, prior = 1.0, state.belief
-        for attempt in range(MAX_DAMPINGS + 1):
+        dampings = MAX_DAMPINGS if sums.examples < 2 * LEAST_PART else 0
+        for attempt in range(dampings + 1):
             variance = prior.variance / (1.0 + damping * sums.precision * prior.variance)
             found = diagonal.State(prior.mean + variance * damping * sums.gradient, variance)
-            if not self.config.damping or self._accepts(state, found, batches, sums):
+            accepted, held = self._judged(state, found, pieces, sums, tally) if self.config.damping else (True, True)
+            if accepted:
                 break
-            if attempt == MAX_DAMPINGS:
-                check_finite("the mean", found.mean)
-                warn_untaken()
-                return prior, 0.0
+            if attempt == dampings:
+                if dampings:
+                    check_finite("the mean", found.mean)
+                    warn_untaken()
+                return prior, 0.0, False
             damping *= DAMPING_STEP
         check_finite("the mean", found.mean)
         check_finite("the variance", found.variance)
-        return found, damping
+        return found, damping, held
 
-    def _accepts(self, state: FilterState, found: diagonal.State, batches: list[Batch], sums: Sums) -> bool:
-        """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ over all processes, or moves no output far."""
+    def _judged(
+        self,
+        state: FilterState,
+        found: diagonal.State,
+        pieces: list[tuple[Batch, Part]],
+        sums: Sums,
+        tally: Tally,
+    ) -> tuple[bool, bool]:
+        """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ over all processes, and the linearization holds after it.
+
+        Both without a look where it moves no output far.
+        """
         family, step = noise.likelihood(self.config, state.noise), found.mean - state.belief.mean
         finite = bool(torch.isfinite(found.mean).all())
-        small = finite and all(is_small(batch.jacobian.matvec(step), family, TRUSTED) for batch in batches)
+        small = finite and all(is_small(batch.jacobian.matvec(step), family, TRUSTED) for batch, _ in pieces)
         if sum(self.group.numbers(int(not small), self.adapter.device)) == 0:
-            return True
-        loss = torch.zeros((), dtype=torch.float64, device=self.adapter.device)
-        for batch in batches if finite else []:
-            moved = batch.outputs_at(found.mean, slice(0, len(batch.targets)))
-            loss = loss - family.log_prob(moved, batch.targets).double().sum()
-        loss = self.group.total(loss if finite else loss + torch.inf)
+            return True, True
+        sent = torch.zeros(2, dtype=torch.float64, device=self.adapter.device)  # log loss, and how far from linear
+        for batch, part in pieces if finite else []:
+            everything = slice(0, len(batch.targets))
+            moved = batch.outputs_at(found.mean, everything)
+            tally.checked(len(batch.targets))
+            sent[0] -= family.log_prob(moved, batch.targets).double().sum()
+            sent[1] += error(batch, everything, part, found.mean, moved) * len(batch.targets)
+        loss, apart = self.group.total(sent if finite else sent + torch.inf).tolist()
         penalty = 0.5 * float((step.square() / state.belief.variance).sum())
-        return float(loss) + penalty <= -float(sums.log_prob) + ROUNDING * (1.0 + abs(float(sums.log_prob)))
+        before = -float(sums.log_prob)
+        return loss + penalty <= before + ROUNDING * (1.0 + abs(before)), apart / sums.examples < MOST_DIVERGENCE
+
+
+def _joined(scores: tempering.State, new: tempering.State) -> tempering.State:
+    """The scores with those of one more batch."""
+    return tempering.State(scores.updates + 1, scores.total + new.total, scores.differences + new.differences)

@@ -15,7 +15,6 @@ A process holds n/R of every vector and factor of the belief, and of the rows BÂ
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -30,7 +29,6 @@ from bayes_kf.inference.evidence import Batch
 from bayes_kf.inference.learn import check_finite
 from bayes_kf.inference.state import FilterState, UpdateInfo
 from bayes_kf.inference.store import Directions
-from bayes_kf.models.adapter import batch_size, some_examples
 
 SHARDED = ("diagonal", "diagonal_information", "diagonal_mixed", "low_rank")
 
@@ -85,7 +83,7 @@ class ShardedFilter(FilterOfMany):
 
         def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
             with sharding.whole():
-                batch = self._observed(now, self._some(share, where) if where != slice(0, size) else share)
+                batch = self._observed(now, share.some(where, self.group.rank) if where != slice(0, size) else share)
             yield batch
 
         def outputs(where: slice) -> Tensor:
@@ -93,15 +91,6 @@ class ShardedFilter(FilterOfMany):
 
         with sharding.sharded(self.group.total):
             return self.kf._learned(penalty.Sides(before), start, targets, observe, outputs)
-
-    def _some(self, share: Share, where: slice) -> Share:
-        """This process's part of some examples of a global batch."""
-        assert share.inputs is not None
-        counts, start = _overlaps(share.sizes, where), _before(share.sizes, where, self.group.rank)
-        count = counts[self.group.rank]
-        own = slice(start, start + count) if count else slice(0, 1)
-        inputs = some_examples(share.inputs, own, batch_size(share.inputs))
-        return Share(inputs, share.targets[start : start + count], counts)
 
     def _observed(self, state: FilterState, share: Share) -> Batch:
         """The global batch over this process's columns, linearized at the state's mean."""
@@ -136,7 +125,7 @@ class ShardedFilter(FilterOfMany):
         """From a shard of Î¸ and which examples of the global batch to their outputs."""
 
         def outputs_at(mean: Tensor, which: slice) -> Tensor:
-            whole, some = self._gathered(mean), self._some(share, which)
+            whole, some = self._gathered(mean), share.some(which, self.group.rank)
             assert some.inputs is not None
             found = self.adapter.outputs(whole, some.inputs)[: some.sizes[self.group.rank]]
             return self.group.rows(found, some.sizes)
@@ -146,17 +135,6 @@ class ShardedFilter(FilterOfMany):
     def _gathered(self, shard: Tensor) -> Tensor:
         counts = self.columns.counts
         return self.columns.whole(list(self.group.rows(shard, counts).split(list(counts))))
-
-
-def _overlaps(sizes: list[int], where: slice) -> list[int]:
-    """How many of some examples of a global batch each process has."""
-    ends = list(itertools.accumulate(sizes))
-    return [max(0, min(where.stop, end) - max(where.start, end - size)) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _before(sizes: list[int], where: slice, rank: int) -> int:
-    """How many examples of a process come before some examples of a global batch, at most all that it has."""
-    return min(sizes[rank], max(0, where.start - sum(sizes[:rank])))
 
 
 def _directions(directions: Directions | None, first: int, outputs: Tensor) -> Directions | None:

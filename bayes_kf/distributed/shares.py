@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,19 @@ class Share(NamedTuple):
     inputs: Inputs | None
     targets: Tensor
     sizes: list[int]
+
+    def some(self, where: slice, rank: int) -> Share:
+        """What process ``rank``, whose share this is, has of some examples of the global batch.
+
+        Without any of them it keeps one example of its own at hand, if it has one.
+        """
+        counts = _overlaps(self.sizes, where)
+        start = min(self.sizes[rank], max(0, where.start - sum(self.sizes[:rank])))
+        stop = start + counts[rank]
+        inputs = self.inputs
+        if inputs is not None:
+            inputs = some_examples(inputs, slice(start, stop) if counts[rank] else slice(0, 1), batch_size(inputs))
+        return Share(inputs, self.targets[start:stop], counts)
 
 
 class Shares:
@@ -98,3 +112,9 @@ class Shares:
             raise failed
         if any(flags):
             raise OtherProcessError(f"process {flags.index(1)} could not go on; see its own error")
+
+
+def _overlaps(sizes: list[int], where: slice) -> list[int]:
+    """How many of some examples of a global batch each process has."""
+    ends = list(itertools.accumulate(sizes))
+    return [max(0, min(where.stop, end) - max(where.start, end - size)) for end, size in zip(ends, sizes, strict=True)]

@@ -40,11 +40,16 @@ def divergence(family: Likelihood, outputs: Tensor, others: Tensor) -> float:
     return float(change.sum(-1).mean())
 
 
-def holds(batch: Batch, where: slice, part: Part, mean: Tensor, outputs: Tensor) -> bool:
-    """Whether the linearization of a part's batch gives about the true ``outputs`` (b, m) at ``mean`` (n,)."""
+def error(batch: Batch, where: slice, part: Part, mean: Tensor, outputs: Tensor) -> float:
+    """:func:`divergence` of a part's true ``outputs`` (b, m) at ``mean`` (n,) from those of its linearization there."""
     linear = part.start + part.jacobian.matvec(mean - batch.start)
     true = batch.seen.project(outputs, where)[:, : linear.shape[1]]
-    return divergence(part.family, true, linear) < MOST_DIVERGENCE  # False for NaN
+    return divergence(part.family, true, linear)
+
+
+def holds(batch: Batch, where: slice, part: Part, mean: Tensor, outputs: Tensor) -> bool:
+    """Whether the linearization of a part's batch gives about the true ``outputs`` (b, m) at ``mean`` (n,)."""
+    return error(batch, where, part, mean, outputs) < MOST_DIVERGENCE  # False for NaN
 
 
 def at_mean(batch: Batch, where: slice, part: Part, mean: Tensor, tally: Tally) -> tuple[Part, bool]:

@@ -72,6 +72,57 @@ def test_sums_over_processes_are_one_filter(size, tmp_path):
     assert damped  # so that the guard was seen
 
 
+LARGE = dataclasses.replace(SETTING, temperature=1.0)
+
+
+def clusters(size):
+    """Examples of four classes that a network can tell apart."""
+    generator = torch.Generator().manual_seed(5)
+    centres = 1.5 * torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(4, (size,), generator=generator)
+    return centres[y] + torch.randn(size, 5, generator=generator, dtype=torch.float64), y
+
+
+def log_loss(kf, state):
+    x, y = clusters(1200)
+    return float(torch.nn.functional.cross_entropy(kf.adapter.outputs(state.belief.mean, x[600:]), y[600:]))
+
+
+def one_large_batch(rank, size):
+    x, y = clusters(600)
+    kf = DataParallelFilter(cases.network(), LARGE)
+    state = kf.init(x[:32] if rank == 0 else None)
+    state, info = kf.update(state, *cases.share(x, y, rank, size))
+    again = (info.relinearized, info.linearized_again, info.checked)
+    return {"mean": state.belief.mean, "variance": state.belief.variance, "loss": log_loss(kf, state), "again": again}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_one_large_batch_learns_as_small_ones_do(size, tmp_path):
+    x, y = clusters(600)
+    kf = bkf.KalmanFilter(cases.network(), LARGE)
+    small = kf.init(x[:32])
+    for some in torch.arange(600).split(16):
+        small, _ = kf.update(small, x[some], y[some])
+    found = run(size, one_large_batch, tmp_path, size)
+    assert found[0]["loss"] <= 1.05 * log_loss(kf, small)
+    for here in found:
+        torch.testing.assert_close(here["mean"], found[0]["mean"], rtol=0.0, atol=0.0)
+        assert here["again"][0] == found[0]["again"][0] > 0
+    linearized, checked = (sum(process["again"][k] for process in found) for k in (1, 2))
+    assert linearized >= 600
+    assert checked >= 600
+
+
+def test_the_number_of_processes_does_not_matter_for_a_large_batch(tmp_path):
+    for name in ("one", "three"):
+        (tmp_path / name).mkdir()
+    (one,), several = run(1, one_large_batch, tmp_path / "one", 1), run(3, one_large_batch, tmp_path / "three", 3)
+    torch.testing.assert_close(several[0]["mean"], one["mean"], rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(several[0]["variance"], one["variance"], rtol=1e-7, atol=1e-10)
+    assert several[0]["again"][0] == one["again"][0]
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
