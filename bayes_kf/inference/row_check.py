@@ -42,7 +42,7 @@ def may_move_rows(outputs: Tensor) -> bool:
 
 def _moves(node: Any) -> bool:
     if isinstance(node, BackwardCFunction):  # somebody's own function: not known
-        return not node.name().startswith(OF_LINEAR)
+        return not type(node).__name__.startswith(OF_LINEAR)
     kind = node.name().rpartition("::")[2]
     if kind.startswith(HARMLESS):
         return False

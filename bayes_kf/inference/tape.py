@@ -36,6 +36,7 @@ class Tape:
         self.adapter, self.leaves, self.modules, self.plain = adapter, leaves, modules, plain
         self._calls: list[Call] = []
         self._arrived: Arrived = []
+        self._before = adapter.remembered()  # once for all passes, as it takes longer than placing tensors
         versions: list[int] = []
 
         def remember(call: Call) -> None:
@@ -115,7 +116,7 @@ class Tape:
         watched = self.modules if see is not None else ()
         handles = [module.register_forward_hook(remember, with_kwargs=True) for module in watched]
         try:
-            with _eager(), self.adapter.substituted(self.leaves):
+            with _eager(), self.adapter.substituted(self.leaves, self._before):
                 yield
         finally:
             for handle in handles:

@@ -6,7 +6,7 @@ import itertools
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from bayes_kf.models.fast_path import has_fused, layer_by_layer
 from bayes_kf.models.peft_use import is_peft as is_peft
 from bayes_kf.models.peft_use import peft_in_use as peft_in_use
 from bayes_kf.models.quantized import check_unpacked, four_bit_on_cpu
-from bayes_kf.models.restoring import restored
+from bayes_kf.models.restoring import Before, remembered, restored
 
 Inputs = Tensor | Mapping[str, Any]
 
@@ -129,14 +129,23 @@ class AdapterModel:
         return {name: t.to(dtype) for (name, t), dtype in zip(named.items(), self.dtypes, strict=True)}
 
     @contextmanager
-    def substituted(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    def substituted(self, tensors: Mapping[str, Tensor], before: Sequence[Before] | None = None) -> Iterator[None]:
         """The model with ``tensors`` in the place of its own trainable ones, tied ones in all their places.
 
         Backward passes through checkpointed layers run them again, so they belong inside too. Whatever a forward pass
         inside replaces in the model's modules is put back, also after an error (``restoring``).
+
+        Args:
+            tensors: name -> tensor.
+            before: the modules as they are, from :meth:`remembered`; they are looked at anew without it.
         """
-        with self.exclusive(), restored(self._modules), self.placed(tensors):
+        with self.exclusive(), restored(self.remembered() if before is None else before), self.placed(tensors):
             yield
+
+    def remembered(self) -> list[Before]:
+        """What the model's modules are like now, for :meth:`substituted`."""
+        with self.exclusive():
+            return remembered(self._modules)
 
     @contextmanager
     def placed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

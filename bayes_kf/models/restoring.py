@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ CONTAINERS = (dict, list, set)  # ordered dictionaries included
 LARGEST = 256  # entries; longer containers are a model's data, not its registrations
 
 
-class _Before(NamedTuple):
+class Before(NamedTuple):
     """A module's class, its attributes and parameters, and what its other containers (buffers, hooks, ...) held.
 
     Containers that were empty have no entry.
@@ -26,15 +26,17 @@ class _Before(NamedTuple):
 
 
 @contextmanager
-def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+def restored(before: Sequence[Before]) -> Iterator[None]:
     """Modules as they were afterwards: classes, attributes, tensors and hooks if an error left, parameters always.
 
     PEFT's LoRA layers of ``nn.MultiheadAttention`` and of parameters (``target_parameters``) take weights out of their
     modules for the length of a forward pass. After one that raised, as vmap may inside them, the weights are missing or
     hold what vmap left; after one that did not, PEFT has put copies in their place that are off by rounding. Values
     that a forward pass changed in place are not restored.
+
+    Args:
+        before: from :func:`remembered`.
     """
-    before = _all_seen(modules)
     try:
         yield
     except BaseException:
@@ -47,7 +49,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """What puts modules back as they are now: classes, attributes, tensors and hooks."""
-    before = _all_seen(modules)
+    before = remembered(modules)
 
     def restore() -> None:
         for one in before:
@@ -56,11 +58,12 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
-def _all_seen(modules: Iterable[nn.Module]) -> list[_Before]:
+def remembered(modules: Iterable[nn.Module]) -> list[Before]:
+    """What modules are like now."""
     return [_seen(module) for module in modules if "_parameters" in vars(module)]  # scripted ones have none
 
 
-def _seen(module: nn.Module) -> _Before:
+def _seen(module: nn.Module) -> Before:
     attributes = vars(module).copy()
     parameters = attributes["_parameters"].copy()
     contents = {
@@ -68,10 +71,10 @@ def _seen(module: nn.Module) -> _Before:
         for name, value in attributes.items()
         if isinstance(value, CONTAINERS) and value
     }
-    return _Before(module, type(module), attributes, parameters, contents)
+    return Before(module, type(module), attributes, parameters, contents)
 
 
-def _restore(before: _Before) -> None:
+def _restore(before: Before) -> None:
     before.module.__class__ = before.kind
     own = vars(before.module)
     own.clear()
@@ -87,7 +90,7 @@ def _restore(before: _Before) -> None:
             container.update(content)
 
 
-def _restore_parameters(before: _Before) -> None:
+def _restore_parameters(before: Before) -> None:
     """The module's own parameters, where a forward pass put others in their places."""
     now, held = before.module._parameters, before.parameters
     if len(now) != len(held) or any(now.get(name) is not value for name, value in held.items()):
