@@ -10,14 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from bayes_kf.inference import persistence, refine
+from bayes_kf.inference import noise_refit, persistence, refine, tempering
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.filter import KalmanFilter
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.prediction import METHODS
 from bayes_kf.inference.state import DivergenceError, FilterState
 from bayes_kf.integrations.metrics import calibration_metrics
-from bayes_kf.integrations.trainer_parts import Epochs, NoOptimizer, Window, check_arguments, check_model, check_passes
+from bayes_kf.integrations.trainer_parts import (
+    EpochEnd,
+    Epochs,
+    NoOptimizer,
+    Window,
+    check_arguments,
+    check_model,
+    check_passes,
+)
 from bayes_kf.models.adapter import Inputs, split_batch
 from bayes_kf.spelling import did_you_mean
 
@@ -35,6 +43,7 @@ class KalmanTrainer(Trainer):
       left the mean; rates, schedules, weight decay and clipping have no meaning.
     - The first epoch is the filter's. In later ones no example counts twice: the mean alone moves, toward the mode,
       by natural-gradient steps under the covariance that the first left (as ``mean_passes`` of :func:`~bayes_kf.fit`).
+      An estimated σ² is estimated again after every epoch.
     - Evaluation predicts with the posterior: "logits" are log predictive probabilities, the loss is their log loss, and
       metrics have :func:`calibration_metrics` besides those of ``compute_metrics``.
     - Checkpoints hold the posterior beside Trainer's own files, and training resumed from one ends with the bits of
@@ -101,6 +110,7 @@ class KalmanTrainer(Trainer):
         self._compare_draws = False  # with the linearized model's; of an evaluation's first batch alone
         self._window, self._counter = Window(), Epochs()
         self.add_callback(self._counter)
+        self.add_callback(EpochEnd(self._refit_noise))
         self._own_metrics = self.compute_metrics
         self.compute_metrics = self._metrics
 
@@ -140,7 +150,10 @@ class KalmanTrainer(Trainer):
                 f"`num_train_epochs` must be 1 for a second data set, got {self._epochs():g}: later epochs move the "
                 "mean toward the mode of that data set alone."
             )
-        return super().train(*args, **kwargs)
+        found = super().train(*args, **kwargs)
+        if self._filter is not None and isinstance(self._filter.config.temperature, str):
+            tempering.warn_of_mean_alone(self.posterior.temperature)
+        return found
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -171,6 +184,18 @@ class KalmanTrainer(Trainer):
             raise DivergenceError(belief.step, f"the mean in step {self.state.global_step}", belief)
         self._belief = after
         return loss / len(targets)
+
+    def _refit_noise(self) -> None:
+        """An estimated σ² again, at the mean that an epoch of several has left, as ``fit`` does."""
+        kf, belief, data = self._filter, self._belief, self.train_dataset
+        if kf is None or belief is None or not noise_refit.applies(kf.config):
+            return
+        if self._epochs() <= 1 or data is None or not hasattr(data, "__len__"):
+            return
+        with torch.random.fork_rng(devices=[]):  # a loader's iterator draws a number, and later epochs are shuffled
+            loader = self.get_eval_dataloader(data)  # in order
+            batches = (self._split(self._prepare_inputs(batch)) for batch in loader)
+            self._belief = noise_refit.over(kf, belief, batches)
 
     def _passes_done(self) -> float:
         """Epochs behind; of a stream without a length whole ones alone are known."""

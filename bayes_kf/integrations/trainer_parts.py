@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,21 @@ class Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the epoch that begins."""
         self.epoch += 1
+
+
+class EpochEnd(TrainerCallback):
+    """Calls a function after every epoch, before its checkpoint and evaluation.
+
+    Args:
+        function: to call.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call it."""
+        self._function()
 
 
 class Window:

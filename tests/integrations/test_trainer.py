@@ -22,7 +22,7 @@ from transformers import (
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import calibration_test
-from bayes_kf.inference import refine
+from bayes_kf.inference import refine, tempering
 from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
 from bayes_kf.models.adapter import split_batch
@@ -281,6 +281,28 @@ def test_regression(tmp_path):
     expected = found.posterior.predict_loader(batches)
     assert metrics["eval_loss"] == pytest.approx(-float(expected.log_prob.mean()), rel=1e-5)
     assert before > 0.5
+
+
+def test_an_estimated_noise_variance_is_that_of_the_mean_that_is_kept(tmp_path):
+    """σ² = SSE/(N − γ) with γ = Σ(1 − P_ii/p₀_i) after the last epoch, as of ``fit`` with passes of the mean."""
+    data = [one | {"labels": float(one["labels"])} for one in sentences(40)]
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", mean_passes=0)
+    found = KalmanTrainer(
+        classifier(labels=1), arguments(tmp_path, num_train_epochs=3), train_dataset=data, kalman=config
+    )
+    found.train()
+    posterior, batch = found.posterior, default_data_collator(data)
+    targets = batch.pop("labels").unsqueeze(1)
+    squares = (targets - posterior.adapter.outputs(posterior.mean_vector, batch)).double().square().sum()
+    gamma = (1.0 - posterior.variance_vector.double() / posterior.state.prior.variance.double()).sum()
+    assert float(posterior.state.noise.variance) == pytest.approx(float(squares / (40 - gamma)), rel=1e-3)
+    assert 0.5 < gamma < 39
+
+
+def test_a_temperature_at_the_cold_end_is_said_after_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempering, "MEAN_ALONE", 1e9)
+    with pytest.warns(UserWarning, match="predictions are those of the mean alone"):
+        trained(tmp_path)
 
 
 def test_readings_of_language_models_and_mappings_are_refused(tmp_path):
