@@ -54,7 +54,7 @@ def evaluate(
         ordered: Whether the classes have an order.
         top_k: How many of the most probable classes count together.
         method: How to predict, as the posterior names it.
-        num_samples: Draws for each prediction.
+        num_samples: Draws for each prediction. With few the log loss is too high, see `Posterior.predict`.
         num_bins: Number of bins of all calibration errors.
         num_simulations: Number of simulated data sets behind each null band, at least 39.
         class_names: Names of the classes.

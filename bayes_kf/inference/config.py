@@ -233,6 +233,14 @@ class KalmanConfig:
     softmax_temperature: float | str = 1.0
     seed: int = 0
 
+    def __new__(cls, *args: Any, **settings: Any) -> KalmanConfig:
+        """Raise TypeError for a setting that there is not, with the one that it may stand for."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"KalmanConfig has no setting {name!r}{did_you_mean(name, known) or '.'}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             _one_of(name, getattr(self, name), allowed)

@@ -1,6 +1,9 @@
 """Every field is checked when the settings are made, with one sentence; settings survive a round trip."""
 
+import copy
+import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -102,3 +105,12 @@ def test_a_mapping_is_no_config():
         KalmanFilter(model, {})
     with pytest.raises(ValueError, match=r"`configs` must be a KalmanConfig, got dict"):
         Bank(model, [wrong])
+
+
+def test_a_misspelt_setting_has_a_suggestion():
+    with pytest.raises(TypeError, match=r"KalmanConfig has no setting 'forgeting'; did you mean 'forgetting'\?"):
+        KalmanConfig(forgeting=0.9)
+    with pytest.raises(TypeError, match="KalmanConfig has no setting 'zzzz'"):
+        dataclasses.replace(KalmanConfig(), zzzz=1)
+    config = KalmanConfig(rank=3)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config)
