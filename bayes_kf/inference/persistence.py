@@ -263,6 +263,12 @@ def _adapter(
     """The model to attach to, after its frozen tensors have been recognized."""
     complete = {name for name, p in base_model.named_parameters() if p.requires_grad} == set(metadata["names"])
     known = fingerprints.recognized(base_model, metadata, complete)
+    missing = sorted(set(metadata["names"]) - {name for name, _ in base_model.named_parameters()})
+    if known is False and missing and not metadata["adapter"]:  # no adapter that PEFT could add
+        raise ValueError(
+            f"`base_model` must have the trainable tensors that {folder} was fitted on, got one without {missing[0]}; "
+            "adapters of a PeftMixedModel must be attached first."
+        )
     if known is False:
         raise ValueError(
             f"`base_model` must be the model that {folder} was fitted on, got one with other frozen weights."

@@ -162,3 +162,23 @@ def test_prompts_that_were_drawn_are_those_that_are_exported(tmp_path):
     torch.testing.assert_close(load_file(path / "adapter_model.safetensors")["prompt_embeddings"], draw[name])
     posterior.save_pretrained(tmp_path / "p")
     equal(bkf.Posterior.from_pretrained(tmp_path / "p", cases.bert()), posterior, cases.text())
+
+
+def test_a_mixed_model_is_read_with_its_adapters_attached_and_says_so(tmp_path):
+    """PEFT saves none, so there is no adapter to put on the bare base."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def mixed():
+        torch.manual_seed(1)
+        return peft.PeftMixedModel(base(), peft.LoraConfig(r=2, target_modules=["0"]), "first")
+
+    x, y = torch.randn(9, 6), torch.randint(3, (9,))
+    posterior = bkf.fit(mixed(), [(x, y)], bkf.KalmanConfig(), progress=False)
+    posterior.save_pretrained(tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"got one without .*lora_A\.first\.weight; adapters of a PeftMixedModel"):
+        bkf.Posterior.from_pretrained(tmp_path / "kept", base())
+    again = bkf.Posterior.from_pretrained(tmp_path / "kept", mixed())
+    torch.testing.assert_close(again.predict(x).probs, posterior.predict(x).probs, rtol=0.0, atol=0.0)
