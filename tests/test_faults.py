@@ -24,7 +24,9 @@ def test_a_damaged_folder_is_refused_or_was_not_damaged(seed, tmp_path):
     assert len({fault for fault, _ in found}) == len(faults.FAULTS)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no limit on the size of a file (RLIMIT_FSIZE) to run into"
+)
 @pytest.mark.filterwarnings("ignore")
 def test_without_room_the_older_posterior_stays(tmp_path):
     assert faults.no_room(tmp_path, 8, seed=5) == 8

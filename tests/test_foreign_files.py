@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import foreign_files
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and links")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="the processes to be killed are made by os.fork, which Windows lacks"
+)
 def test_what_the_package_did_not_write_stays_as_it_is():
     found = foreign_files.run(12, seed=1000, progress=False)
     assert found["opened"] > 50

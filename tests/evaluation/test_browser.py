@@ -106,7 +106,9 @@ def find_browser() -> str | None:
 def browser():
     path = find_browser()
     if path is None:
-        pytest.skip("needs Chromium on PATH, or its path in BAYES_KF_CHROMIUM")
+        pytest.skip(
+            "no Chromium to open the page in: neither on PATH nor at BAYES_KF_CHROMIUM; scripts/test installs it"
+        )
     with playwright.sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=path)
         yield running

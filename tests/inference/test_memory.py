@@ -86,7 +86,10 @@ def test_a_step_keeps_to_its_budget():
     assert whole > 1.5 * max(budgets)  # or it would say nothing that the budget is kept
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the address space can be limited on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="only Linux enforces a limit on the address space (RLIMIT_AS), which makes memory run out here",
+)
 def test_where_memory_runs_out_pieces_get_smaller_and_it_is_said_once():
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

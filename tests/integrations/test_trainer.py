@@ -482,7 +482,7 @@ def test_the_trained_part_of_a_model_does_not_replace_a_whole_one(tmp_path):
     )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.skipif(sys.platform == "win32", reason="the process to be killed is made by os.fork, which Windows lacks")
 def test_killed_while_saving_over_a_checkpoint_it_opens_as_one_of_both(tmp_path):
     first, _ = trained(tmp_path / "run", save_strategy="no")
     second, _ = trained(tmp_path / "run", bkf.KalmanConfig(covariance="diagonal"), save_strategy="no")

@@ -188,4 +188,4 @@ def test_kernels_are_given_back():
     RENG(model, penalty=0.0)
     model(x)
     assert seen == [(False, False, False), before, before, before]
-    assert True in before
+    assert any(before)  # a fast kernel was allowed before, so that putting it back says something
