@@ -6,7 +6,9 @@ is that of 200,000 examples. Calibrated predictions are drawn in all sizes and n
 classes, the others in some. Of every score with an interval in a report a cell holds the share of data sets in which
 the interval covers the true score; it also counts data sets in which an interval leaves out the value that it belongs
 to. Verdicts: how often a report says "Miscalibrated" (or that the error is too low), beside how often at least one of
-its seven calibration scores lies outside its band.
+its seven calibration scores lies outside its band. "page" and "alarms" do the same for the other scores and verdicts
+of a report (``_page_simulation.py``): entropies of drawn predictions, foreign inputs, people's answers, conformal sets;
+and what each verdict says where there is nothing to say.
 
     python benchmarks/interval_coverage.py                       # about 15 minutes of one core
     python benchmarks/interval_coverage.py --only verdicts
@@ -18,6 +20,7 @@ import argparse
 import math
 from collections.abc import Iterator
 
+import _page_simulation
 import numpy as np
 import torch
 from _results import ResultFile, markdown_table
@@ -193,7 +196,22 @@ def render(cells: dict[str, dict[str, float]]) -> list[str]:
             if part:
                 lines.append([kind, str(size), *(f"{100 * sum(c[n] for c in part) / len(part):.1f}" for n in shown)])
     body += [f"The test is that of `{PRIMARY}`. Per cent of data sets, over 2 and 10 classes and both spreads.", ""]
-    return [*body, *markdown_table(["predictions", "examples", *shown], lines), ""]
+    body += [*markdown_table(["predictions", "examples", *shown], lines), ""]
+    return [*body, *_of_pages(cells)]
+
+
+def _of_pages(cells: dict[str, dict[str, float]]) -> list[str]:
+    """Tables of the other scores and verdicts of a report."""
+    body: list[str] = []
+    for what, title in (("page", "Coverage of the other intervals of a page"), ("alarms", "False verdicts of a page")):
+        part = {key.removeprefix(f"{what}/"): cell for key, cell in cells.items() if key.startswith(f"{what}/")}
+        names = [n for n in dict.fromkeys(n for cell in part.values() for n in cell) if n not in ("repeats", "without")]
+        rows = [[n, *(f"{100 * cell[n]:.1f}" if n in cell else "" for cell in part.values())] for n in names]
+        columns = [f"{size} examples, {classes} classes" for size, classes in (key.split("/") for key in part)]
+        counts = " or ".join(sorted({f"{cell['repeats']:.0f}" for cell in part.values()}))
+        body += [f"## {title}", "", f"Per cent of {counts} data sets in each column.", ""]
+        body += [*markdown_table(["score" if what == "page" else "verdict", *columns], rows), ""]
+    return body
 
 
 def _has(cells: dict[str, dict[str, float]], size: int, kind: str) -> bool:
@@ -208,7 +226,7 @@ def _pooled(cells: dict[str, dict[str, float]], name: str, size: int, kind: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("intervals", "verdicts"))
+    parser.add_argument("--only", choices=("intervals", "verdicts", "page", "alarms"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = ResultFile("interval_coverage")
@@ -218,6 +236,11 @@ def main() -> None:
             key = f"{what}/" + "/".join(f"{part:g}" if isinstance(part, float) else str(part) for part in case)
             if key not in results.cells:
                 results.put(key, measure(*case))
+    for what, simulate in (("page", _page_simulation.coverage), ("alarms", _page_simulation.alarms)):
+        for size in _page_simulation.SIZES if args.only in (None, what) else ():
+            for classes in _page_simulation.CLASSES:
+                if f"{what}/{size}/{classes}" not in results.cells:
+                    results.put(f"{what}/{size}/{classes}", simulate(size, classes))
     print(results.write_markdown("How often intervals cover and verdicts are wrong", render(results.cells)))
 
 

@@ -16,6 +16,7 @@ TOLD_ERROR = 0.1  # fewer examples than show a calibration error of this size in
 PIT_TOLD = 1.31  # 1 + 0.84·½/1.36: from the distance that chance shows in 5 % to what a test sees in 80 %
 TOLD_AUROC = 0.15  # above one half, for the detection of errors
 TOLD_RANK = 0.3  # for rank correlations
+TOLD_RATIO = 1.5  # squared innovations over what was expected: a band that reaches further tells little
 FEWEST_TOLD = 16  # 0.9^16 < 0.2: one error among examples of confidence 1
 
 
@@ -101,7 +102,15 @@ def coverage_verdict(scores: Scores, percent: int) -> str:
 def innovation_verdict(scores: Scores) -> str:
     """Is the filter as sure as its errors allow?"""
     ratio, low, high = (scores[f"innovation_ratio{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    word = ("consistent", "surer than its errors allow", "less sure than it could be")[side(ratio, low, high)]
+    where = side(ratio, low, high)
+    if where == 0 and high > TOLD_RATIO:
+        needed = _rounded_up(2.0 * (1.96 / (TOLD_RATIO - 1.0)) ** 2)  # χ²/d has the variance 2/d
+        return (
+            f"Too few updates to tell whether the filter was consistent: squared innovations are {ratio:.2f} times what "
+            f"it expected, where a consistent filter would show {low:.2f} to {high:.2f}. About {needed:,} degrees of "
+            f"freedom would tell {TOLD_RATIO:g} from 1."
+        )
+    word = ("consistent", "surer than its errors allow", "less sure than it could be")[where]
     return (
         f"The filter was {word}: squared innovations are {ratio:.2f} times what it expected, "
         f"where a consistent filter would show {low:.2f} to {high:.2f}."

@@ -134,3 +134,13 @@ def test_several_foreign_sets_have_intervals_that_hold_together():
     assert two["ood_a_auroc_low"] < one["ood_a_auroc_low"]
     assert not any(name.endswith(("aupr_low", "fpr95_low")) for name in two)
     assert math.isfinite(two["ood_a_aupr"])
+
+
+def test_few_updates_are_no_proof_of_consistency():
+    """With d degrees of freedom χ²/d is up to 1 + 2.8/√d by chance: 31 of them let 1.5 be seen, and one does not."""
+    for number, beginning in ((1, "Too few updates to tell"), (10, "Too few updates to tell"), (200, "The filter was")):
+        history = {"innovation": torch.ones(number), "dof": torch.ones(number)}
+        probs, targets = torch.full((40, 2), 0.5), torch.arange(40) % 2
+        report = ev.evaluate_predictions(probs, targets, history=history, num_simulations=39)
+        found = [sentence for sentence in report.sections.verdict if "squared innovations" in sentence]
+        assert [sentence.startswith(beginning) for sentence in found] == [True], number
