@@ -107,8 +107,8 @@ def innovation_verdict(scores: Scores) -> str:
         needed = _rounded_up(2.0 * (1.96 / (TOLD_RATIO - 1.0)) ** 2)  # χ²/d has the variance 2/d
         return (
             f"Too few updates to tell whether the filter was consistent: squared innovations are {ratio:.2f} times "
-            f"what it expected, where a consistent filter would show {low:.2f} to {high:.2f}. About {needed:,} degrees of "
-            f"freedom would tell {TOLD_RATIO:g} from 1."
+            f"what it expected, where a consistent filter would show {low:.2f} to {high:.2f}. About {needed:,} "
+            f"degrees of freedom would tell {TOLD_RATIO:g} from 1."
         )
     word = ("consistent", "surer than its errors allow", "less sure than it could be")[where]
     return (
