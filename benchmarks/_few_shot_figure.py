@@ -11,7 +11,7 @@ import numpy as np
 from _few_shot_learn import Row
 from _few_shot_table import SCORES, Cells, Line, lines, values
 
-from bayes_kf.evaluation.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from bayes_kf.evaluation.plots.reliability import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,8 +14,7 @@ from _few_shot_moments import SOFTMAX
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from bayes_kf.models.clip import ClipClassifier
-from bayes_kf.models.clip_adapters import FeatureAdapter, clip_lora
+from bayes_kf.models.clip import ClipClassifier, FeatureAdapter, clip_lora
 
 BATCH = 32  # of gradient descent, as CLIP-LoRA's
 AHEAD = 100  # images that are predicted at once

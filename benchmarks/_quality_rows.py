@@ -22,7 +22,7 @@ from _quality_problems import Setting
 from torch import Tensor, nn
 
 import bayes_kf as bkf
-from bayes_kf.inference import select
+from bayes_kf.inference.fitting import holdout_selection
 
 BATCH = 1
 TOGETHER = 8
@@ -211,7 +211,7 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
 
 def curvature(setting: Setting) -> str:
     """Which directions of the outputs a single pass sees: those that ``fit`` chooses without settings."""
-    return "sampled" if setting.classes > select.MANY else "exact"
+    return "sampled" if setting.classes > holdout_selection.MANY else "exact"
 
 
 def kalman(make: Callable[..., bkf.KalmanConfig], sampling: bool = True) -> Learn:
@@ -235,7 +235,7 @@ def default(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lear
 
 def sampled(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
     """The default with two backward passes in place of one a class, for more than three."""
-    with mock.patch.object(select, "MANY", 3):
+    with mock.patch.object(holdout_selection, "MANY", 3):
         return default(setting, stream, seed, choice)
 
 

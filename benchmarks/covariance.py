@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
-from bayes_kf.inference import full
+from bayes_kf.inference.covariance import full
 
 STEPS = (0, 100, 1000, 3000, 10000)
 NOISES = {"ema_taylor": "LoKO's noise, equation 12", "exponential_family": "exponential family, at the mode"}

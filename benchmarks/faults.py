@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
-from bayes_kf.cli.folder import Labels, read_labels, read_new_head, save_posterior
+from bayes_kf.cli.posterior_folder import Labels, read_labels, read_new_head, save_posterior
 from bayes_kf.data import uci_digits_split
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 

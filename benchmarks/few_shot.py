@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel
 
 from bayes_kf.evaluation import accuracy, entropy, expected_calibration_error, ood_scores
-from bayes_kf.models.clip_adapters import prompt_tokens
+from bayes_kf.models.clip import prompt_tokens
 
 SEEDS = (1, 2, 3)  # settings were tried out under seed 0
 TINY = torch.finfo(torch.float64).tiny

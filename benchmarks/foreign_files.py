@@ -35,9 +35,9 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import bayes_kf as bkf
-from bayes_kf.cli.folder import Labels, save_posterior
-from bayes_kf.evaluation.report import Report, Sections
-from bayes_kf.inference.folders import COMMIT, recover
+from bayes_kf.cli.posterior_folder import Labels, save_posterior
+from bayes_kf.evaluation.report.report import Report, Sections
+from bayes_kf.inference.saving.atomic_folder import COMMIT, recover
 from bayes_kf.integrations import KalmanTrainer
 
 STEPS = 12  # of a sequence

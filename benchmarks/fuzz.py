@@ -35,14 +35,14 @@ from torch import nn
 from transformers import BertTokenizer
 
 import bayes_kf as bkf
-from bayes_kf.cli.adapters import _read_config
-from bayes_kf.cli.folder import LABELS_FILE, read_labels
-from bayes_kf.cli.settings import read_settings
-from bayes_kf.cli.stream import STREAM_FILE, where
+from bayes_kf.cli.config_flags import read_settings
+from bayes_kf.cli.lora_adapters import _read_config
+from bayes_kf.cli.posterior_folder import LABELS_FILE, read_labels
+from bayes_kf.cli.stream_files import STREAM_FILE, where
 from bayes_kf.data import open_dataset, read_predictions
 from bayes_kf.data.text import text_data
-from bayes_kf.inference.saved_files import STATE_FILE
-from bayes_kf.inference.sums import write_sums
+from bayes_kf.inference.saving.checksums import write_sums
+from bayes_kf.inference.saving.file_names import STATE_FILE
 
 SECONDS = 5.0  # of the processor: other work on the machine does not count
 EXPECTED = (ValueError, OSError)

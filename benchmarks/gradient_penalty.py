@@ -29,9 +29,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
-from bayes_kf.evaluation.plots import BLUE, GREY, VERMILLION
+from bayes_kf.evaluation.plots.reliability import BLUE, GREY, VERMILLION
 from bayes_kf.inference.config import PENALTIES
-from bayes_kf.inference.penalty import mean_gradient
+from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
 from bayes_kf.models.zoo import lenet5, lora_digits_vit
 
 DATA = {"usps": "LoRA on the digit transformer, MNIST to USPS", "mnist": "LeNet-5 on MNIST, from scratch"}

@@ -27,13 +27,13 @@ from _results import ResultFile, markdown_table
 from torch import Tensor
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.calibration_scores import PRIMARY, STATISTICS
-from bayes_kf.evaluation.classification_sections import Chance, _mean_scores
-from bayes_kf.evaluation.intervals import difference_interval
-from bayes_kf.evaluation.null import profile_tests, spiegelhalter_test
-from bayes_kf.evaluation.profile import exact_profile, top_confidence
-from bayes_kf.evaluation.scores import brier_scores, log_losses
-from bayes_kf.evaluation.verdicts import calibration_verdict
+from bayes_kf.evaluation.calibration.confidence_profile import exact_profile, top_confidence
+from bayes_kf.evaluation.calibration.intervals import difference_interval
+from bayes_kf.evaluation.calibration.null_distribution import profile_tests, spiegelhalter_test
+from bayes_kf.evaluation.classification.score_summary import PRIMARY, STATISTICS
+from bayes_kf.evaluation.classification.scores import brier_scores, log_losses
+from bayes_kf.evaluation.sections.classification import Chance, _mean_scores
+from bayes_kf.evaluation.sections.verdicts import calibration_verdict
 
 KINDS = ("calibrated", "over-confident", "under-confident", "one class", "label noise")
 SIZES = (30, 100, 300, 1000, 5000)

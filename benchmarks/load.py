@@ -28,7 +28,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 import bayes_kf as bkf
-from bayes_kf.cli.stream import STREAM_FILE
+from bayes_kf.cli.stream_files import STREAM_FILE
 
 GOOD, BAD = ("fine", "good", "superb", "warm", "bright"), ("dull", "bad", "awful", "cold", "grey")
 FILLING = ("a", "film", "so", "the", "very", "and", "story", "it", "was", "with")

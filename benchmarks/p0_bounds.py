@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
-from bayes_kf.evaluation.plots import BLUE, GREY, VERMILLION
+from bayes_kf.evaluation.plots.reliability import BLUE, GREY, VERMILLION
 
 PROBLEMS = ("mnist_lenet", "usps", "cifar10", "cifar10_resnet", "sst2")
 BOUNDS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

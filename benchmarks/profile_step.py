@@ -32,10 +32,10 @@ from _speed_table import TARGETS, number
 from tqdm.auto import tqdm
 
 from bayes_kf import KalmanFilter
-from bayes_kf.inference import learn
-from bayes_kf.inference.jacobian import Jacobian
-from bayes_kf.inference.store import Store
-from bayes_kf.inference.tape import Tape
+from bayes_kf.inference.filtering import measurement_update
+from bayes_kf.inference.linearization.jacobian import Jacobian
+from bayes_kf.inference.linearization.row_buffer import Store
+from bayes_kf.inference.linearization.tape import Tape
 from bayes_kf.models.adapter import AdapterModel
 
 CPU = torch.device("cpu")
@@ -47,9 +47,9 @@ PARTS: dict[str, list[tuple[Any, str]]] = {  # part of a step -> the functions t
     BACKWARD: [(Tape, "cotangents")],
     "rows": [(Store, "add")],
     "J P Jᵀ": [(Jacobian, "gram")],
-    "mode": [(learn, "expand_at_mode")],
-    "temperature": [(learn, "_scores")],
-    "conditioning": [(learn, "_condition")],
+    "mode": [(measurement_update, "expand_at_mode")],
+    "temperature": [(measurement_update, "_scores")],
+    "conditioning": [(measurement_update, "_condition")],
     REST: [(KalmanFilter, "update")],
 }
 FLOOR = (FORWARD, BACKWARD)

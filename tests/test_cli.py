@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from bayes_kf import KalmanConfig, Posterior, fit
 from bayes_kf.cli import commands, main
-from bayes_kf.cli.adapters import add_adapter
 from bayes_kf.cli.base_model import load_base, restore_head
-from bayes_kf.cli.folder import read_labels, read_new_head
-from bayes_kf.cli.opening import open_data
+from bayes_kf.cli.inputs import open_data
+from bayes_kf.cli.lora_adapters import add_adapter
 from bayes_kf.cli.parser import EXAMPLES, build_parser
+from bayes_kf.cli.posterior_folder import read_labels, read_new_head
 from bayes_kf.demo import Size
 from bayes_kf.evaluation import evaluate_predictions
-from bayes_kf.inference.fit import fit_default
+from bayes_kf.inference.fitting.fit import fit_default
 from bayes_kf.models.zoo import quiet_transformers
 
 

@@ -14,7 +14,7 @@ from cli_inputs import bert_config, own, run, write_bert
 from transformers import BertModel
 
 import bayes_kf as bkf
-from bayes_kf.cli.stream import Stream
+from bayes_kf.cli.stream_files import Stream
 from bayes_kf.evaluation import DriftDetector
 from bayes_kf.models.zoo import quiet_transformers
 
@@ -108,7 +108,7 @@ def test_lines_are_learned_one_by_one(model, whole):
 
 def opened(model, folder):
     from bayes_kf.cli.base_model import load_base, restore_head
-    from bayes_kf.cli.folder import read_new_head
+    from bayes_kf.cli.posterior_folder import read_new_head
 
     with quiet_transformers():
         base = load_base(model, "text", 2, 0)

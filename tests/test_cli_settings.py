@@ -14,8 +14,8 @@ from cli_inputs import run, write_inputs
 from bayes_kf import KalmanConfig, Posterior
 from bayes_kf.cli import main
 from bayes_kf.cli.base_model import load_base, model_folder
-from bayes_kf.cli.settings import add_setting_flags, read_settings
-from bayes_kf.inference.schema import config_schema
+from bayes_kf.cli.config_flags import add_setting_flags, read_settings
+from bayes_kf.inference.config_schema import config_schema
 
 PUBLISHED = Path(__file__).parents[1] / "bayes_kf" / "inference" / "kalman_config.schema.json"
 

@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call
 
 import bayes_kf as bkf
-from bayes_kf.models.clip_adapters import prompt_tokens
+from bayes_kf.models.clip import prompt_tokens
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -8,9 +8,9 @@ import pytest
 
 import bayes_kf as bkf
 from bayes_kf.cli import parser
-from bayes_kf.evaluation.recalibration import RECALIBRATIONS
-from bayes_kf.inference.fit import STARTS
-from bayes_kf.inference.prediction import METHODS
+from bayes_kf.evaluation.recalibration.scaling import RECALIBRATIONS
+from bayes_kf.inference.fitting.fit import STARTS
+from bayes_kf.inference.predictive.prediction import METHODS
 
 THIRD_PARTY = ("pyro", "peft", "transformers", "sklearn", "matplotlib", "arviz", "huggingface_hub", "jinja2")
 HEAVY = (*THIRD_PARTY, "scipy.stats", "scipy.special", "scipy.optimize", "torchvision", "pandas", "yaml", "PIL")

@@ -6,21 +6,21 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bayes_kf.cli.adapters import add_adapter
 from bayes_kf.cli.base_model import choose_names, kind_of, load_base, model_folder, read_config
+from bayes_kf.cli.config_flags import gives_settings, read_settings
 from bayes_kf.cli.doctor import run_doctor
-from bayes_kf.cli.folder import Labels, check_output, save_posterior
-from bayes_kf.cli.online import run_online
-from bayes_kf.cli.opening import check_takes, first_batch, move, open_data, read_device
-from bayes_kf.cli.reports import run_compare, run_evaluate
-from bayes_kf.cli.settings import gives_settings, read_settings
+from bayes_kf.cli.evaluate import run_compare, run_evaluate
+from bayes_kf.cli.fit_online import run_online
+from bayes_kf.cli.inputs import check_takes, first_batch, move, open_data, read_device
+from bayes_kf.cli.lora_adapters import add_adapter
+from bayes_kf.cli.posterior_folder import Labels, check_output, save_posterior
 from bayes_kf.data import LabelledData
 from bayes_kf.demo import FULL, QUICK, RANK, caption, markdown_table, run_demo
-from bayes_kf.inference import tempering
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.fit import fit, fit_default
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.fitting.fit import fit, fit_default
+from bayes_kf.inference.fitting.progress import shows_bars
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.progress import shows_bars
 
 
 def run_demo_command(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import torch
 from bayes_kf import __version__
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.fit import fit
+from bayes_kf.inference.fitting.fit import fit
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.zoo import lora_digits_vit
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 import shtab
 
 from bayes_kf import __version__
-from bayes_kf.cli.settings import add_setting_flags
+from bayes_kf.cli.config_flags import add_setting_flags
 from bayes_kf.spelling import did_you_mean
 
 MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"

@@ -3,9 +3,9 @@
 from bayes_kf.data.arrays import array_data
 from bayes_kf.data.corruption import CORRUPTIONS, corrupt
 from bayes_kf.data.digits import LabelledImages, foreign_images, uci_digits, uci_digits_split
-from bayes_kf.data.files import open_dataset
 from bayes_kf.data.images import ImageFormat, image_folder_data
 from bayes_kf.data.labels import LabelledData, encode_labels
+from bayes_kf.data.open_dataset import open_dataset
 from bayes_kf.data.predictions import SavedPredictions, read_predictions
 from bayes_kf.data.text import text_data
 

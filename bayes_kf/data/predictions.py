@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bayes_kf.data.arrays import open_arrays
-from bayes_kf.data.tables import read_csv
+from bayes_kf.data.csv_rows import read_csv
 
 PREDICTION_SUFFIXES = (".npz", ".csv")
 TARGET_NAMES = ("target", "targets", "label", "labels", "y")

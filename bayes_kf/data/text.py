@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from bayes_kf.data.csv_rows import read_csv
 from bayes_kf.data.labels import LabelledData, encode_labels, make_loader
-from bayes_kf.data.tables import read_csv
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl")
 

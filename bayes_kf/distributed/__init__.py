@@ -5,8 +5,8 @@ vectors; ``merge_scores`` evaluates together.
 """
 
 from bayes_kf.distributed.data_parallel import DataParallelFilter
-from bayes_kf.distributed.group import Group, OtherProcessError
-from bayes_kf.distributed.running import fit, merge_scores
+from bayes_kf.distributed.fitting import fit, merge_scores
+from bayes_kf.distributed.process_group import Group, OtherProcessError
 from bayes_kf.distributed.sharded import ShardedFilter
 
 __all__ = ["DataParallelFilter", "Group", "OtherProcessError", "ShardedFilter", "fit", "merge_scores"]

@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.distributed.base import FilterOfMany
-from bayes_kf.distributed.shares import Share
-from bayes_kf.inference import diagonal, noise, tempering
-from bayes_kf.inference.evidence import Batch, Part, Tally
-from bayes_kf.inference.learn import (
+from bayes_kf.distributed.batch_shards import Share
+from bayes_kf.distributed.distributed_filter import FilterOfMany
+from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering.linearization_check import MOST_DIVERGENCE, TRUSTED, error, is_small
+from bayes_kf.inference.filtering.measurement import Batch, Part, Tally
+from bayes_kf.inference.filtering.measurement_update import (
     DAMPING_STEP,
     LEAST_PART,
     MAX_DAMPINGS,
@@ -27,8 +29,8 @@ from bayes_kf.inference.learn import (
     scored,
     warn_untaken,
 )
-from bayes_kf.inference.state import FilterState, UpdateInfo
-from bayes_kf.inference.trust import MOST_DIVERGENCE, TRUSTED, error, is_small
+from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.measurement_model import noise
 
 WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
 

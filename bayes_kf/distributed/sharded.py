@@ -19,16 +19,19 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from bayes_kf.distributed.base import FilterOfMany
-from bayes_kf.distributed.columns import Columns
-from bayes_kf.distributed.rows import columns_for_rows
-from bayes_kf.distributed.shares import Share
-from bayes_kf.inference import diagonal, noise, penalty, sharding
-from bayes_kf.inference.curvature import num_rows, see
-from bayes_kf.inference.evidence import Batch
-from bayes_kf.inference.learn import check_finite
-from bayes_kf.inference.state import FilterState, UpdateInfo
-from bayes_kf.inference.store import Directions
+from bayes_kf.distributed.batch_shards import Share
+from bayes_kf.distributed.distributed_filter import FilterOfMany
+from bayes_kf.distributed.parameter_shards import Columns
+from bayes_kf.distributed.row_exchange import columns_for_rows
+from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.filtering import gradient_penalty
+from bayes_kf.inference.filtering.measurement import Batch
+from bayes_kf.inference.filtering.measurement_update import check_finite
+from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.linearization import parameter_sums
+from bayes_kf.inference.linearization.row_buffer import Directions
+from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model.output_directions import num_rows, see
 
 SHARDED = ("diagonal", "diagonal_information", "diagonal_mixed", "low_rank")
 
@@ -76,21 +79,21 @@ class ShardedFilter(FilterOfMany):
             raise ValueError(f"`covariance` must be one of {wanted} to be divided, got {self.config.covariance!r}.")
 
     def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
-        with sharding.sharded(self.group.total):
+        with parameter_sums.sharded(self.group.total):
             before = self.kf._predicted(state)
         start, size = before.belief.mean, sum(share.sizes)
         targets = self.group.rows(share.targets, share.sizes)
 
         def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
-            with sharding.whole():
+            with parameter_sums.whole():
                 batch = self._observed(now, share.some(where, self.group.rank) if where != slice(0, size) else share)
             yield batch
 
         def outputs(where: slice) -> Tensor:
             raise AssertionError("all of a global batch is linearized where it begins")
 
-        with sharding.sharded(self.group.total):
-            return self.kf._learned(penalty.Sides(before), start, targets, observe, outputs)
+        with parameter_sums.sharded(self.group.total):
+            return self.kf._learned(gradient_penalty.Sides(before), start, targets, observe, outputs)
 
     def _observed(self, state: FilterState, share: Share) -> Batch:
         """The global batch over this process's columns, linearized at the state's mean."""

@@ -4,8 +4,7 @@ Knows tensors (or NumPy arrays) of probabilities, samples and targets, nothing o
 as floats, series as float64 tensors on the CPU.
 """
 
-from bayes_kf.evaluation.assess import evaluate
-from bayes_kf.evaluation.calibration import (
+from bayes_kf.evaluation.calibration.errors import (
     ReliabilityBins,
     confidence_gap,
     debiased_calibration_error,
@@ -15,24 +14,8 @@ from bayes_kf.evaluation.calibration import (
     reliability_bins,
     smooth_calibration_error,
 )
-from bayes_kf.evaluation.classification import evaluate_predictions
-from bayes_kf.evaluation.comparison import Difference, Rank, ScoreComparison, compare_predictions
-from bayes_kf.evaluation.comparison_plots import forest_plot, online_comparison
-from bayes_kf.evaluation.comparison_report import compare, report_comparison
-from bayes_kf.evaluation.conformal import (
-    ConformalSets,
-    SetCoverage,
-    conformal_coverage_null,
-    coverage_and_size,
-)
-from bayes_kf.evaluation.conformal_intervals import Bounds, ConformalIntervals
-from bayes_kf.evaluation.crps import crps_gaussian, crps_samples
-from bayes_kf.evaluation.drift import DriftAlarm, DriftDetector, drift_alarm
-from bayes_kf.evaluation.health import InnovationHealth, Whiteness, innovation_health, innovation_whiteness
-from bayes_kf.evaluation.human import Estimate, HumanAgreement, human_agreement
-from bayes_kf.evaluation.human_section import human_entropy_plot
-from bayes_kf.evaluation.intervals import Interval, calibration_interval, mean_interval
-from bayes_kf.evaluation.null import (
+from bayes_kf.evaluation.calibration.intervals import Interval, calibration_interval, mean_interval
+from bayes_kf.evaluation.calibration.null_distribution import (
     Calibrated,
     CalibrationNull,
     CalibrationTest,
@@ -41,66 +24,9 @@ from bayes_kf.evaluation.null import (
     reliability_band,
     spiegelhalter_test,
 )
-from bayes_kf.evaluation.online import moving_average, prequential_log_loss, prequential_regret, running_accuracy
-from bayes_kf.evaluation.ood import (
-    DetectionIntervals,
-    OODScores,
-    detection_intervals,
-    error_detection,
-    error_detection_intervals,
-    ood_scores,
-)
-from bayes_kf.evaluation.pit import pit_gaussian, pit_samples, pit_test
-from bayes_kf.evaluation.plots import entropy_histogram, reliability_diagram
-from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
-from bayes_kf.evaluation.quantiles import (
-    QuantileCoverage,
-    quantile_calibration_error,
-    quantile_calibration_test,
-    quantile_coverage,
-)
-from bayes_kf.evaluation.recalibration import IsotonicCalibration, Recalibration, TemperatureScaling
-from bayes_kf.evaluation.regression import (
-    Coverage,
-    coverage_null,
-    gaussian_coverage,
-    gaussian_log_loss,
-    interval_coverage,
-    mean_log_loss,
-    rmse,
-)
-from bayes_kf.evaluation.regression_plots import coverage_plot, pit_histogram, quantile_coverage_plot
-from bayes_kf.evaluation.regression_report import evaluate_regression
-from bayes_kf.evaluation.report import Report
-from bayes_kf.evaluation.scores import (
-    BrierParts,
-    accuracy,
-    brier_decomposition,
-    brier_score,
-    negative_log_likelihood,
-    ranked_probability_score,
-)
-from bayes_kf.evaluation.selective import (
-    RiskCoverage,
-    SelectiveIntervals,
-    accuracy_at_coverage,
-    aurc,
-    best_risk_coverage,
-    excess_aurc,
-    risk_coverage,
-    selective_intervals,
-)
-from bayes_kf.evaluation.shift import ShiftScores, shift_curve
-from bayes_kf.evaluation.spread import (
-    SpreadBins,
-    ence_test,
-    expected_normalized_calibration_error,
-    sharpness,
-    spread_bins,
-)
-from bayes_kf.evaluation.stream_plots import innovation_plot, online_curves, output_variance_plot, variance_by_tensor
-from bayes_kf.evaluation.streaming import StreamingScores
-from bayes_kf.evaluation.uncertainty import (
+from bayes_kf.evaluation.classification.comparison import Difference, Rank, ScoreComparison, compare_predictions
+from bayes_kf.evaluation.classification.corruption_shift import ShiftScores, shift_curve
+from bayes_kf.evaluation.classification.entropy import (
     EntropyParts,
     aleatoric_entropy,
     energy,
@@ -111,8 +37,87 @@ from bayes_kf.evaluation.uncertainty import (
     max_probability,
     predictive_entropy,
 )
-from bayes_kf.evaluation.useful_plots import risk_coverage_plot, shift_plot
-from bayes_kf.evaluation.vector_scaling import VectorScaling
+from bayes_kf.evaluation.classification.human_agreement import Estimate, HumanAgreement, human_agreement
+from bayes_kf.evaluation.classification.ood_detection import (
+    DetectionIntervals,
+    OODScores,
+    detection_intervals,
+    error_detection,
+    error_detection_intervals,
+    ood_scores,
+)
+from bayes_kf.evaluation.classification.scores import (
+    BrierParts,
+    accuracy,
+    brier_decomposition,
+    brier_score,
+    negative_log_likelihood,
+    ranked_probability_score,
+)
+from bayes_kf.evaluation.classification.selective import (
+    RiskCoverage,
+    SelectiveIntervals,
+    accuracy_at_coverage,
+    aurc,
+    best_risk_coverage,
+    excess_aurc,
+    risk_coverage,
+    selective_intervals,
+)
+from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
+from bayes_kf.evaluation.classification_report import evaluate_predictions
+from bayes_kf.evaluation.comparison_report import compare, report_comparison
+from bayes_kf.evaluation.online.drift_detection import DriftAlarm, DriftDetector, drift_alarm
+from bayes_kf.evaluation.online.innovations import InnovationHealth, Whiteness, innovation_health, innovation_whiteness
+from bayes_kf.evaluation.online.prequential import (
+    moving_average,
+    prequential_log_loss,
+    prequential_regret,
+    running_accuracy,
+)
+from bayes_kf.evaluation.plots.comparison import forest_plot, online_comparison
+from bayes_kf.evaluation.plots.online import innovation_plot, online_curves, output_variance_plot, variance_by_tensor
+from bayes_kf.evaluation.plots.regression import coverage_plot, pit_histogram, quantile_coverage_plot
+from bayes_kf.evaluation.plots.reliability import entropy_histogram, reliability_diagram
+from bayes_kf.evaluation.plots.selective import risk_coverage_plot, shift_plot
+from bayes_kf.evaluation.posterior_report import evaluate
+from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
+from bayes_kf.evaluation.recalibration.conformal_intervals import Bounds, ConformalIntervals
+from bayes_kf.evaluation.recalibration.conformal_sets import (
+    ConformalSets,
+    SetCoverage,
+    conformal_coverage_null,
+    coverage_and_size,
+)
+from bayes_kf.evaluation.recalibration.scaling import IsotonicCalibration, Recalibration, TemperatureScaling
+from bayes_kf.evaluation.recalibration.vector_scaling import VectorScaling
+from bayes_kf.evaluation.regression.crps import crps_gaussian, crps_samples
+from bayes_kf.evaluation.regression.ence import (
+    SpreadBins,
+    ence_test,
+    expected_normalized_calibration_error,
+    sharpness,
+    spread_bins,
+)
+from bayes_kf.evaluation.regression.pit import pit_gaussian, pit_samples, pit_test
+from bayes_kf.evaluation.regression.quantile_calibration import (
+    QuantileCoverage,
+    quantile_calibration_error,
+    quantile_calibration_test,
+    quantile_coverage,
+)
+from bayes_kf.evaluation.regression.scores import (
+    Coverage,
+    coverage_null,
+    gaussian_coverage,
+    gaussian_log_loss,
+    interval_coverage,
+    mean_log_loss,
+    rmse,
+)
+from bayes_kf.evaluation.regression_report import evaluate_regression
+from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.sections.human_agreement import human_entropy_plot
 
 __all__ = [
     "Bounds",

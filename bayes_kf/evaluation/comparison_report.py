@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation._inputs import Array, as_probs, as_targets, check_positive_int
-from bayes_kf.evaluation.assess import class_predictions
-from bayes_kf.evaluation.calibration_scores import LEVEL
-from bayes_kf.evaluation.classification_sections import Chance, score_section
-from bayes_kf.evaluation.comparison import COMPARED, ScoreComparison, compare_predictions
-from bayes_kf.evaluation.comparison_plots import forest_plot, online_comparison
-from bayes_kf.evaluation.null import check_simulation
-from bayes_kf.evaluation.online import prequential_log_loss, running_accuracy
-from bayes_kf.evaluation.page import fingerprint, label_of, number, table_text
+from bayes_kf.evaluation.calibration.null_distribution import check_simulation
+from bayes_kf.evaluation.classification.comparison import COMPARED, ScoreComparison, compare_predictions
+from bayes_kf.evaluation.classification.score_summary import LEVEL
+from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
+from bayes_kf.evaluation.online.prequential import prequential_log_loss, running_accuracy
+from bayes_kf.evaluation.plots.comparison import forest_plot, online_comparison
+from bayes_kf.evaluation.posterior_report import class_predictions
 from bayes_kf.evaluation.protocols import PosteriorLike
-from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
-from bayes_kf.evaluation.stream_sections import even_steps, window_of
-from bayes_kf.evaluation.verdicts import comparison_verdict, quoted
+from bayes_kf.evaluation.report.html_page import fingerprint, label_of, number, table_text
+from bayes_kf.evaluation.report.report import FigureSpec, Report, Sections, Table
+from bayes_kf.evaluation.sections.classification import Chance, score_section
+from bayes_kf.evaluation.sections.online import even_steps, window_of
+from bayes_kf.evaluation.sections.verdicts import comparison_verdict, quoted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

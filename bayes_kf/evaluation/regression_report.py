@@ -5,11 +5,13 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from bayes_kf.evaluation._inputs import Array, as_float
-from bayes_kf.evaluation.null import check_simulation
-from bayes_kf.evaluation.page import fingerprint
-from bayes_kf.evaluation.regression import check_same_shape
-from bayes_kf.evaluation.regression_sections import (
+from bayes_kf.evaluation.calibration.null_distribution import check_simulation
+from bayes_kf.evaluation.inputs import Array, as_float
+from bayes_kf.evaluation.regression.scores import check_same_shape
+from bayes_kf.evaluation.report.html_page import fingerprint
+from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.sections.online import stream_sections
+from bayes_kf.evaluation.sections.regression import (
     Forecast,
     Simulation,
     coverage_section,
@@ -17,8 +19,6 @@ from bayes_kf.evaluation.regression_sections import (
     pit_section,
     spread_section,
 )
-from bayes_kf.evaluation.report import Report
-from bayes_kf.evaluation.stream_sections import stream_sections
 
 LEVEL = 0.95
 

@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference import (
-    arviz_export,
-    noise,
-    noise_refit,
-    persistence,
-    prediction,
-    predictive_density,
-    tempering,
-)
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.curvature import MANY
-from bayes_kf.inference.filter import FilterState, KalmanFilter
-from bayes_kf.inference.output_variance import output_variance
-from bayes_kf.inference.prediction import METHODS, LoaderPrediction, Prediction
+from bayes_kf.inference.filtering import predictive_density, tempering
+from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
+from bayes_kf.inference.fitting import noise_refit
+from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model.output_directions import MANY
+from bayes_kf.inference.predictive import arviz_export, prediction
+from bayes_kf.inference.predictive.output_variance import output_variance
+from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction
+from bayes_kf.inference.saving import pretrained
 from bayes_kf.models.adapter import (
     AdapterModel,
     Inputs,
@@ -34,13 +30,13 @@ from bayes_kf.models.adapter import (
     split_batch,
     to_device,
 )
-from bayes_kf.models.draws import linear_responses, outputs_of_draws
+from bayes_kf.models.batched_forward import linear_responses, outputs_of_draws
 from bayes_kf.models.likelihood import Categorical, Gaussian, Likelihood
 from bayes_kf.spelling import did_you_mean
 
 if TYPE_CHECKING:
-    from bayes_kf.inference.generation import Generated
-    from bayes_kf.inference.guide import KalmanGuide
+    from bayes_kf.inference.predictive.generation import Generated
+    from bayes_kf.inference.predictive.pyro_guide import KalmanGuide
 
 VARIANCE_EXAMPLES = 8
 COMPARED = 16  # examples on which sampled predictions are compared with linearized ones
@@ -415,7 +411,7 @@ class Posterior:
 
     def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
         """Text by the posterior predictive of a causal language model, and how sure it is; see ``generation``."""
-        from bayes_kf.inference.generation import generate
+        from bayes_kf.inference.predictive.generation import generate
 
         return generate(self, inputs, max_new_tokens, **settings)
 
@@ -432,14 +428,14 @@ class Posterior:
 
     def guide(self) -> KalmanGuide:
         """A Pyro guide that samples every adapter tensor, under its name, from the belief."""
-        from bayes_kf.inference.guide import KalmanGuide
+        from bayes_kf.inference.predictive.pyro_guide import KalmanGuide
 
         return KalmanGuide(self)
 
     @property
     def pyro_model(self) -> Callable[..., Tensor]:
         """The Pyro model: tensors from the prior, targets from the likelihood; called (inputs, targets=None)."""
-        from bayes_kf.inference.guide import KalmanModel
+        from bayes_kf.inference.predictive.pyro_guide import KalmanModel
 
         return KalmanModel(self)
 
@@ -456,7 +452,7 @@ class Posterior:
                 was changed since, or that is read-only; nothing is changed then.
             OSError: where it cannot be written; what was there stays.
         """
-        persistence.save(self, Path(folder), scores)
+        pretrained.save(self, Path(folder), scores)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Posterior:
@@ -469,7 +465,7 @@ class Posterior:
         Raises:
             ValueError: when files are missing or damaged, or belong to another model; nothing is changed then.
         """
-        return persistence.load(Path(folder), base_model)
+        return pretrained.load(Path(folder), base_model)
 
     def export_adapters(
         self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None
@@ -489,7 +485,7 @@ class Posterior:
             ValueError: for a model that is no PEFT model, and as :meth:`save_pretrained`.
             OSError: where it cannot be written; what was there stays.
         """
-        return persistence.export(self, Path(folder), self.sample(num_samples, self._generator(generator)))
+        return pretrained.export(self, Path(folder), self.sample(num_samples, self._generator(generator)))
 
     def to_arviz(
         self,

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from bayes_kf.inference import noise_refit, persistence, refine, tempering
 from bayes_kf.inference.config import KalmanConfig, check_config
-from bayes_kf.inference.filter import KalmanFilter
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.filtering.state import DivergenceError, FilterState
+from bayes_kf.inference.fitting import mean_step, noise_refit
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.prediction import METHODS
-from bayes_kf.inference.state import DivergenceError, FilterState
+from bayes_kf.inference.predictive.prediction import METHODS
+from bayes_kf.inference.saving import pretrained
 from bayes_kf.integrations.metrics import calibration_metrics
-from bayes_kf.integrations.trainer_parts import (
+from bayes_kf.integrations.trainer_callbacks import (
     EpochEnd,
     Epochs,
     NoOptimizer,
@@ -178,8 +180,8 @@ class KalmanTrainer(Trainer):
         check_passes(kf.config)
         done = self._passes_done()
         total = self.state.max_steps * done / self.state.global_step  # epochs in all
-        rate = refine.RATE * max(0.0, 1.0 - (done - 1.0) / max(total - 1.0, 1e-9))
-        after, loss = refine.step(kf.config, kf.adapter, belief, given, targets, rate)
+        rate = mean_step.RATE * max(0.0, 1.0 - (done - 1.0) / max(total - 1.0, 1e-9))
+        after, loss = mean_step.step(kf.config, kf.adapter, belief, given, targets, rate)
         if not bool(torch.isfinite(after.belief.mean).all()):
             raise DivergenceError(belief.step, f"the mean in step {self.state.global_step}", belief)
         self._belief = after
@@ -310,7 +312,7 @@ class KalmanTrainer(Trainer):
             super()._save(output_dir, state_dict)
             return
         others, save = Path(output_dir or self.args.output_dir or "."), super()._save
-        persistence.save_with(self.posterior, others, lambda folder: save(str(folder), state_dict))
+        pretrained.save_with(self.posterior, others, lambda folder: save(str(folder), state_dict))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A posterior, and the model at its mean; only where the checkpoint is complete and has the same settings."""
@@ -325,7 +327,7 @@ class KalmanTrainer(Trainer):
         self._restore(Path(best))
 
     def _restore(self, folder: Path) -> None:
-        found = persistence.load(folder, self._module)
+        found = pretrained.load(folder, self._module)
         expected = self.kalman or (self._filter.config if self._filter is not None else found.config)
         changed = expected.differences(found.config)
         if changed:

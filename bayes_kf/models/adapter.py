@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models import peft_parts
-from bayes_kf.models.fast_path import has_fused, layer_by_layer
-from bayes_kf.models.peft_use import is_peft as is_peft
-from bayes_kf.models.peft_use import peft_in_use as peft_in_use
+from bayes_kf.models.eval_mode import has_fused, layer_by_layer
+from bayes_kf.models.peft_adapters import adapter_tensors
+from bayes_kf.models.peft_adapters.in_use import is_peft as is_peft
+from bayes_kf.models.peft_adapters.in_use import peft_in_use as peft_in_use
 from bayes_kf.models.quantized import check_unpacked, four_bit_on_cpu
 from bayes_kf.models.restoring import Before, remembered, restored
 
@@ -66,7 +66,7 @@ class AdapterModel:
         merged = [name for name, module in model.named_modules() if getattr(module, "merged_adapters", None)]
         if merged:
             raise ValueError(f"`model` must have its adapters apart from the base, got one merged into {merged[0]!r}.")
-        peft_parts.check(model)
+        adapter_tensors.check(model)
         self.model = model
         self.names: tuple[str, ...] = tuple(trainable)
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from bayes_kf.evaluation.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from bayes_kf.evaluation.plots.reliability import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from bench import epochs, online
 from bench.entries import Entry, by_criterion, entries
 from bench.problem import Problem

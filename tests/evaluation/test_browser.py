@@ -13,7 +13,7 @@ import torch
 from evaluation_cases import history
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.report import Report, Sections, Table
+from bayes_kf.evaluation.report.report import Report, Sections, Table
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
 

@@ -146,7 +146,7 @@ def test_simulated_moments_are_the_binomial_ones():
 
 def test_simulated_labels_follow_the_probabilities():
     """Classwise with one bin: hits of each class are binomial counts; a class of probability zero never comes."""
-    from bayes_kf.evaluation.binning import class_cells, simulated_hits
+    from bayes_kf.evaluation.resampling.binning import class_cells, simulated_hits
 
     probs = torch.tensor([[0.0, 0.5, 0.3, 0.2, 0.0]], dtype=torch.float64).repeat(50, 1)
     hits = simulated_hits(class_cells(probs, 1, "equal_width"), probs, 2000, seed=0)
@@ -157,14 +157,14 @@ def test_simulated_labels_follow_the_probabilities():
 
 def test_a_class_of_probability_zero_is_never_drawn():
     """Not even when the uniform number is exactly zero, or exactly where a class ends."""
-    from bayes_kf.evaluation.binning import _draw_labels
+    from bayes_kf.evaluation.resampling.binning import _draw_labels
 
     cumulative = torch.tensor([[0.0, 0.5, 0.5, 1.0, 1.0]], dtype=torch.float64)
     assert _draw_labels(cumulative, torch.tensor([[0.0, 0.25, 0.5, 1 - 2**-24]])).tolist() == [[1, 1, 3, 3]]
 
 
 def test_blocks_of_rows_and_draws_keep_the_distribution(monkeypatch):
-    from bayes_kf.evaluation import binning
+    from bayes_kf.evaluation.resampling import binning
 
     probs, _ = random_case(100, 4, 0)
     cells = binning.class_cells(probs, 5, "equal_width")

@@ -12,11 +12,11 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.binning import class_cells, observed_hits
-from bayes_kf.evaluation.calibration import class_statistic, profile_statistic
-from bayes_kf.evaluation.profile import MAX_CELLS, exact_profile, groups_of, narrow_profile
-from bayes_kf.evaluation.score_table import score_table
-from bayes_kf.evaluation.smooth import smooth_error
+from bayes_kf.evaluation.calibration.confidence_profile import MAX_CELLS, exact_profile, groups_of, narrow_profile
+from bayes_kf.evaluation.calibration.errors import class_statistic, profile_statistic
+from bayes_kf.evaluation.calibration.smooth_ece import smooth_error
+from bayes_kf.evaluation.report.score_table import score_table
+from bayes_kf.evaluation.resampling.binning import class_cells, observed_hits
 
 CASES = [(1, 2), (2, 2), (40, 3), (500, 4), (500, 12)]
 

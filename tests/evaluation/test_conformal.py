@@ -14,8 +14,8 @@ from sklearn.datasets import make_classification, make_regression
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.classification_sections import Chance
-from bayes_kf.evaluation.useful_sections import recalibration_section
+from bayes_kf.evaluation.sections.classification import Chance
+from bayes_kf.evaluation.sections.selective import recalibration_section
 
 REPETITIONS = 2000
 

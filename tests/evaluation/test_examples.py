@@ -10,7 +10,7 @@ from evaluation_cases import random_case
 from PIL import Image
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.examples import example_section
+from bayes_kf.evaluation.sections.examples import example_section
 
 PROBS = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]])
 TARGETS = torch.tensor([1, 0, 1])

@@ -10,7 +10,7 @@ from real_data import real_file
 from scipy.stats import entropy, pearsonr, spearmanr
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.human_section import human_section
+from bayes_kf.evaluation.sections.human_agreement import human_section
 
 NAMES = ("nll", "kl", "total_variation", "entropy_spearman")
 

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.intervals import (
+from bayes_kf.evaluation.calibration.intervals import (
     bounded_interval,
     loss_interval,
     proportion_interval,

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from bayes_kf.evaluation.page import LABELS, known_label, label_of, number
-from bayes_kf.evaluation.page_tables import sort_value, table_view
-from bayes_kf.evaluation.score_table import OTHERS, group_of, score_table
+from bayes_kf.evaluation.report.html_page import LABELS, known_label, label_of, number
+from bayes_kf.evaluation.report.score_table import OTHERS, group_of, score_table
+from bayes_kf.evaluation.report.sortable_tables import sort_value, table_view
 
 
 def rows(scores):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.stream_plots import short_names
+from bayes_kf.evaluation.plots.online import short_names
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation import vector_scaling
-from bayes_kf.evaluation.classification_sections import Chance
-from bayes_kf.evaluation.recalibration import RECALIBRATIONS
-from bayes_kf.evaluation.useful_sections import recalibration_section
+from bayes_kf.evaluation.recalibration import vector_scaling
+from bayes_kf.evaluation.recalibration.scaling import RECALIBRATIONS
+from bayes_kf.evaluation.sections.classification import Chance
+from bayes_kf.evaluation.sections.selective import recalibration_section
 
 MAPS = list(RECALIBRATIONS.values())
 

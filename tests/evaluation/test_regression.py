@@ -18,10 +18,10 @@ from scipy.stats import binom, chi2, kstest, norm
 from sklearn.linear_model import BayesianRidge
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation import regression
-from bayes_kf.evaluation.pit import ks_null, pit_counts
-from bayes_kf.evaluation.quantiles import QUANTILES
-from bayes_kf.evaluation.regression_plots import pit_band
+from bayes_kf.evaluation.plots.regression import pit_band
+from bayes_kf.evaluation.regression import scores
+from bayes_kf.evaluation.regression.pit import ks_null, pit_counts
+from bayes_kf.evaluation.regression.quantile_calibration import QUANTILES
 
 with warnings.catch_warnings():  # it holds escapes that newer Pythons warn of
     warnings.simplefilter("ignore")
@@ -69,7 +69,7 @@ def test_sample_crps_is_the_double_sum(shape, decimals, num_samples, monkeypatch
     pairs = np.abs(draws[:, None] - draws[None]).sum((0, 1)) / (num_samples * (num_samples - 1))
     expected = (np.abs(draws - targets).mean(0) - pairs / 2).mean()
     assert ev.crps_samples(draws, targets) == pytest.approx(expected, abs=1e-12)
-    monkeypatch.setattr(regression, "BLOCK", 5 * num_samples)  # five targets at a time
+    monkeypatch.setattr(scores, "BLOCK", 5 * num_samples)  # five targets at a time
     assert ev.crps_samples(torch.as_tensor(draws), torch.as_tensor(targets)) == pytest.approx(expected, abs=1e-12)
 
 
@@ -175,7 +175,7 @@ def test_sample_pit_lies_between_the_ranks(shape, decimals, monkeypatch):
     assert np.array_equal(found, ev.pit_samples(draws, targets).numpy())
     if found.size > 1:
         assert not np.array_equal(found, ev.pit_samples(draws, targets, seed=1).numpy())
-    monkeypatch.setattr(regression, "BLOCK", 45)
+    monkeypatch.setattr(scores, "BLOCK", 45)
     blocks = ev.pit_samples(draws, targets).numpy()
     assert ((below <= blocks) & (blocks <= up_to)).all()
 
@@ -224,7 +224,7 @@ def test_pit_band_and_levels(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_coverage_bands_hold_95_percent_as_near_as_whole_numbers_allow(size):
     """Exactly, from the binomial distribution, for every quantile, interval and bin of the report."""
-    levels = np.array([*QUANTILES, *regression.LEVELS])
+    levels = np.array([*QUANTILES, *scores.LEVELS])
     low, high = (np.round(bound.numpy() * size) for bound in ev.coverage_null(levels, size))
     inside = binom.cdf(high, size, levels) - binom.cdf(low - 1, size, levels)
     assert (inside >= 0.93).all()

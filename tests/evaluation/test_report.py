@@ -18,10 +18,10 @@ from PIL import Image
 
 import bayes_kf
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.page import LARGEST_SVG, fingerprint, known_label
-from bayes_kf.evaluation.report import FigureSpec, Report, Sections, Table
-from bayes_kf.evaluation.score_table import SUFFIXES
-from bayes_kf.evaluation.verdicts import pit_verdict
+from bayes_kf.evaluation.report.html_page import LARGEST_SVG, fingerprint, known_label
+from bayes_kf.evaluation.report.report import FigureSpec, Report, Sections, Table
+from bayes_kf.evaluation.report.score_table import SUFFIXES
+from bayes_kf.evaluation.sections.verdicts import pit_verdict
 
 
 class Page(HTMLParser):
@@ -188,7 +188,7 @@ def test_no_script_may_run_but_the_pages_own(report):
 
 
 def test_text_stands_out_from_its_ground():
-    css = (resources.files("bayes_kf.evaluation") / "templates" / "report.css").read_text("utf-8")
+    css = (resources.files("bayes_kf.evaluation.report") / "templates" / "report.css").read_text("utf-8")
 
     def luminance(colour):
         digits = colour * 2 if len(colour) == 3 else colour

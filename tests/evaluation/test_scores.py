@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation._inputs import as_probs
+from bayes_kf.evaluation.inputs import as_probs
 
 
 def random_case(num_examples: int = 300, num_classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

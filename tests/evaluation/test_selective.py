@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.useful_sections import usefulness_section
+from bayes_kf.evaluation.sections.selective import usefulness_section
 
 SIZES = (1, 2, 3, 5, 6)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.calibration_scores import PRIMARY
-from bayes_kf.evaluation.null import profile_tests
-from bayes_kf.evaluation.profile import exact_profile
-from bayes_kf.evaluation.score_table import score_table
-from bayes_kf.evaluation.verdicts import calibration_verdict, detectable_error
+from bayes_kf.evaluation.calibration.confidence_profile import exact_profile
+from bayes_kf.evaluation.calibration.null_distribution import profile_tests
+from bayes_kf.evaluation.classification.score_summary import PRIMARY
+from bayes_kf.evaluation.report.score_table import score_table
+from bayes_kf.evaluation.sections.verdicts import calibration_verdict, detectable_error
 
 REPEATS = 120
 

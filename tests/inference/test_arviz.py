@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kf as bkf
-from bayes_kf.inference.arviz_export import draw_targets
+from bayes_kf.inference.predictive.arviz_export import draw_targets
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
 OLD = int(importlib.metadata.version("arviz").split(".")[0]) < 1

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit, tempering
-from bayes_kf.inference.bank import Bank, candidates
-from bayes_kf.inference.linearized import Linearized
+from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.fitting.filter_bank import Bank, candidates
+from bayes_kf.inference.linearization.linearized_batch import Linearized
 from bayes_kf.models.likelihood import LIKELIHOODS
 
 
@@ -45,7 +46,7 @@ def test_one_candidate_is_its_filter():
 
 def test_candidates_far_apart_are_their_filters(monkeypatch):
     """Where no candidate may learn from another's passes, each is what it would be alone."""
-    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", 0.0)
+    monkeypatch.setattr("bayes_kf.inference.fitting.filter_bank.CLOSE", 0.0)
     configs = candidates(KalmanConfig(), {"initial_logit_sd": (0.5, 3.0), "covariance": ("diagonal", "full")})
     bank, data = Bank(model_of(), configs), stream()
     together = bank.init(data[0][0])
@@ -65,7 +66,7 @@ def test_candidates_far_apart_are_their_filters(monkeypatch):
 
 def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
     """To first order is exact there, so one linearization serves every candidate."""
-    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", torch.inf)
+    monkeypatch.setattr("bayes_kf.inference.fitting.filter_bank.CLOSE", torch.inf)
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     configs = candidates(KalmanConfig(covariance="full", damping=False), {"initial_logit_sd": (0.5, 3.0, 10.0)})
@@ -127,7 +128,7 @@ TARGETS = {
 def test_an_update_reports_the_average_of_what_candidates_predicted(likelihood, monkeypatch):
     """Weighted by their evidence before it; each candidate's own prediction is taken by a forward pass at its mean."""
     monkeypatch.setattr(
-        "bayes_kf.inference.bank.NEGLIGIBLE", 0.0
+        "bayes_kf.inference.fitting.filter_bank.NEGLIGIBLE", 0.0
     )  # else what weighs less than a thousandth is left out
     configs = candidates(KalmanConfig(likelihood=likelihood), {"initial_logit_sd": (0.3, 1.0, 3.0)})
     bank, g = Bank(model_of(), configs), torch.Generator().manual_seed(3)
@@ -190,7 +191,9 @@ def test_fit_goes_on_with_the_narrowest_of_what_the_margin_leaves():
 
 
 def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
-    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", 0.0)  # no shared passes: to the bit what it is alone
+    monkeypatch.setattr(
+        "bayes_kf.inference.fitting.filter_bank.CLOSE", 0.0
+    )  # no shared passes: to the bit what it is alone
     data = stream(count=60)
     grid = {"initial_logit_sd": (0.01, 2.0), "covariance": ["diagonal", "low_rank"]}
     config = KalmanConfig(tune=grid, tune_examples=30)

@@ -5,10 +5,11 @@ import torch
 from oracles import linear_posterior
 from torch import nn
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter, block_diagonal, diagonal, full, low_rank
+from bayes_kf.inference import KalmanConfig, KalmanFilter
 from bayes_kf.inference.config import STRUCTURES
-from bayes_kf.inference.jacobian import Jacobian
-from bayes_kf.inference.observation import Observation
+from bayes_kf.inference.covariance import block_diagonal, diagonal, full, low_rank
+from bayes_kf.inference.covariance.observation import Observation
+from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import lora_digits_vit
 

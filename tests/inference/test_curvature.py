@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter, linearize
-from bayes_kf.inference.curvature import num_directions, num_rows, odds_length, see, signs
-from bayes_kf.inference.store import Directions
+from bayes_kf.inference import KalmanConfig, KalmanFilter
+from bayes_kf.inference.linearization import linearizer
+from bayes_kf.inference.linearization.row_buffer import Directions
+from bayes_kf.inference.measurement_model.output_directions import num_directions, num_rows, odds_length, see, signs
 from bayes_kf.models.likelihood import Categorical
 
 FAMILY = Categorical()
@@ -309,7 +310,7 @@ def test_a_look_ahead_at_how_many_classes_each_example_needs_changes_nothing(cov
     found, asked = [], []
     for limit in (None, 1):
         if limit:
-            monkeypatch.setattr(linearize, "PASS_BYTES", limit)
+            monkeypatch.setattr(linearizer, "PASS_BYTES", limit)
         kf = KalmanFilter(model, config)
         state = kf.init()
         kf.linearize.prepare(state.belief.mean, x)

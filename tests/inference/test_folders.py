@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 
 import bayes_kf as bkf
 from bayes_kf import staging
-from bayes_kf.inference import folders, persistence
-from bayes_kf.inference.sums import digest
+from bayes_kf.inference.saving import atomic_folder, pretrained
+from bayes_kf.inference.saving.checksums import digest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -160,7 +160,7 @@ def test_an_edited_adapter_config_stays_while_it_says_the_same(tmp_path):
 
 
 def test_another_posterior_s_files_go_and_nothing_else(tmp_path):
-    from bayes_kf.cli.folder import Labels, read_labels, save_posterior
+    from bayes_kf.cli.posterior_folder import Labels, read_labels, save_posterior
 
     save_posterior(posterior(1), tmp_path, Labels(("a", "b"), 2), {}, {"stream.json": "{}"})
     (tmp_path / "notes").write_text("x")
@@ -236,7 +236,7 @@ def test_what_is_made_for_a_save_that_fails_goes_again(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(persistence, "save_file", full_disk)
+    monkeypatch.setattr(pretrained, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         posterior(1).save_pretrained(tmp_path / "new" / "folder")
     assert not any(tmp_path.iterdir())
@@ -278,7 +278,7 @@ def test_killed_at_every_step_draws_are_all_old_or_all_new_after_the_next_start(
     for step in range(1, 200):
         old.export_adapters(tmp_path / "draws", 3, g.manual_seed(3))
         done = not killed_at(step, lambda: new.export_adapters(tmp_path / "draws", 2, g.manual_seed(2)))
-        folders.recover(tmp_path / "draws")
+        atomic_folder.recover(tmp_path / "draws")
         assert snapshot(tmp_path / "draws") in wanted
         if done:
             break
@@ -291,7 +291,10 @@ def half_moved(folder):
     """A folder whose save of the second posterior was killed when some of its files had moved."""
     posterior(1).save_pretrained(folder)
     step = 1
-    while not (folder / folders.COMMIT).exists() or len(list((folder / folders.COMMIT / "files").iterdir())) > 3:
+    while (
+        not (folder / atomic_folder.COMMIT).exists()
+        or len(list((folder / atomic_folder.COMMIT / "files").iterdir())) > 3
+    ):
         killed_at(step, lambda: posterior(2).save_pretrained(folder))
         step += 1
     return folder
@@ -303,7 +306,7 @@ def test_reading_changes_nothing_and_a_start_completes(tmp_path):
     before = snapshot(folder)
     assert value(folder) == 2
     assert snapshot(folder) == before
-    folders.recover(folder)
+    atomic_folder.recover(folder)
     assert set(snapshot(folder)) == OURS
     assert value(folder) == 2
 
@@ -319,7 +322,7 @@ def test_a_pass_goes_on_from_a_save_that_was_not_complete(tmp_path):
 @POSIX
 def test_what_somebody_puts_in_the_way_after_a_kill_is_kept(tmp_path):
     folder = half_moved(tmp_path / "posterior")
-    name = next(path.name for path in (folder / folders.COMMIT / "files").glob("kalman_state*"))
+    name = next(path.name for path in (folder / atomic_folder.COMMIT / "files").glob("kalman_state*"))
     (folder / name).write_text("mine")
     before = snapshot(folder)
     with pytest.raises(ValueError, match=rf"got {name} \(changed since it was saved\)"):
@@ -344,10 +347,14 @@ def test_a_plan_that_somebody_made_up_is_refused(plan, tmp_path):
     (tmp_path / "outside").write_text("x")
     folder = tmp_path / "folder"
     posterior(1).save_pretrained(folder)
-    (folder / folders.COMMIT / "files").mkdir(parents=True)
-    (folder / folders.COMMIT / "plan.json").write_text(plan.replace("DIGEST", digest(tmp_path / "outside")))
+    (folder / atomic_folder.COMMIT / "files").mkdir(parents=True)
+    (folder / atomic_folder.COMMIT / "plan.json").write_text(plan.replace("DIGEST", digest(tmp_path / "outside")))
     before = snapshot(tmp_path)
-    for use in (lambda: value(folder), lambda: posterior(2).save_pretrained(folder), lambda: folders.recover(folder)):
+    for use in (
+        lambda: value(folder),
+        lambda: posterior(2).save_pretrained(folder),
+        lambda: atomic_folder.recover(folder),
+    ):
         with pytest.raises(ValueError, match=r"`folder` must hold a sound \.bayes_kf-commit/plan\.json"):
             use()
     assert snapshot(tmp_path) == before
@@ -358,22 +365,22 @@ def test_a_plan_does_not_reach_through_links(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "file").write_text("x")
     folder = tmp_path / "folder"
-    (folder / folders.COMMIT / "files" / "to").mkdir(parents=True)
-    (folder / folders.COMMIT / "files" / "to" / "new").write_text("x")
+    (folder / atomic_folder.COMMIT / "files" / "to").mkdir(parents=True)
+    (folder / atomic_folder.COMMIT / "files" / "to" / "new").write_text("x")
     (folder / "to").symlink_to(tmp_path / "home")
     found = digest(tmp_path / "home" / "file")
     plan = {"sums": "SHA256SUMS", "replaces": {}, "overwrites": [], "removes": {"to/file": found}}
-    (folder / folders.COMMIT / "plan.json").write_text(json.dumps(plan | {"replaces": {"to/new": ""}}))
+    (folder / atomic_folder.COMMIT / "plan.json").write_text(json.dumps(plan | {"replaces": {"to/new": ""}}))
     with pytest.raises(ValueError, match="to/new \\(to is no folder\\)"):
-        folders.recover(folder)
-    (folder / folders.COMMIT / "plan.json").write_text(json.dumps(plan))
-    folders.recover(folder)
+        atomic_folder.recover(folder)
+    (folder / atomic_folder.COMMIT / "plan.json").write_text(json.dumps(plan))
+    atomic_folder.recover(folder)
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["file"]
 
 
 def test_a_folder_of_that_name_is_not_taken_for_a_save(tmp_path):
-    (tmp_path / folders.COMMIT).mkdir()
-    (tmp_path / folders.COMMIT / "own").write_text("x")
+    (tmp_path / atomic_folder.COMMIT).mkdir()
+    (tmp_path / atomic_folder.COMMIT / "own").write_text("x")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"got \.bayes_kf-commit \(not written by bayes_kf\)"):
         posterior(1).save_pretrained(tmp_path)

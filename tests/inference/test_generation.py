@@ -12,7 +12,7 @@ from peft import PromptTuningConfig
 from transformers import GPT2LMHeadModel
 
 import bayes_kf as bkf
-from bayes_kf.inference import generation
+from bayes_kf.inference.predictive import generation
 from bayes_kf.models.language import NextToken, next_token_examples
 
 CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"

@@ -18,9 +18,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from bayes_kf.inference import KalmanConfig, KalmanFilter, refine
-from bayes_kf.inference.jacobian import Jacobian, blocks
-from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference import KalmanConfig, KalmanFilter
+from bayes_kf.inference.fitting import mean_step
+from bayes_kf.inference.linearization.jacobian import Jacobian, blocks
+from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import LeNet5
 
@@ -350,7 +351,7 @@ def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(r
     for one in (plain, adapter):
         kf = KalmanFilter(one, config)
         state = kf.init(ids)._replace(examples=2)
-        steps.append(refine.step(config, one, state, ids, torch.tensor([0, 2]), 1.0)[0].belief.mean - vector)
+        steps.append(mean_step.step(config, one, state, ids, torch.tensor([0, 2]), 1.0)[0].belief.mean - vector)
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-7, atol=1e-11)
     assert float((steps[0] != 0).double().mean()) > 0.5  # units that are off learn nothing
     assert model.training
@@ -430,7 +431,7 @@ def test_gradients_that_the_user_s_parameters_hold_are_left_alone(reentrant):
     Linearizer(adapter)(adapter.vector(), ids).pull()
     config = KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False)
     state = KalmanFilter(adapter, config).init(ids)._replace(examples=2)
-    refine.step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)
+    mean_step.step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)
     assert late.grad is kept
     assert bool((kept == 3.0).all())
     assert all(p.grad is None for p in model.parameters() if p is not late)

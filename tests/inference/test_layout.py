@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference.layout import FORWARD, Layout, cheapest
-from bayes_kf.inference.linearize import Linearizer
-from bayes_kf.inference.store import Directions
+from bayes_kf.inference.linearization.batch_repetition import FORWARD, Layout, cheapest
+from bayes_kf.inference.linearization.linearizer import Linearizer
+from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.models.adapter import AdapterModel
 from tests.oracles import dense_jacobian
 

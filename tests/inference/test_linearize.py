@@ -6,9 +6,9 @@ from oracles import dense_jacobian
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bayes_kf.inference import plan
-from bayes_kf.inference.linearize import Linearizer
-from bayes_kf.inference.observation import Observation
+from bayes_kf.inference.covariance.observation import Observation
+from bayes_kf.inference.linearization import rule_check
+from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import lora_digits_vit
 
@@ -285,7 +285,7 @@ def test_a_large_first_batch_is_looked_at_by_few_examples():
     x = torch.randn(64, 3).double()
     adapter = AdapterModel(model)
     assert Linearizer(adapter).prepare(adapter.vector(), x) == 2
-    assert max(rows) <= 2 * plan.FEW
+    assert max(rows) <= 2 * rule_check.FEW
 
     class Fixed(nn.Module):
         def __init__(self):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.adapter import AdapterModel
 
 SETUP = """

@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
-from bayes_kf.inference.mode import expand_at_mode
+from bayes_kf.inference.measurement_model.mode_expansion import expand_at_mode
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
 CASES = {

@@ -8,7 +8,8 @@ from oracles import linear_posterior
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference import noise, noise_refit
+from bayes_kf.inference.fitting import noise_refit
+from bayes_kf.inference.measurement_model import noise
 
 GAUSSIAN = {"likelihood": "gaussian", "noise_variance": "estimated"}
 

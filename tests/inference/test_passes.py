@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference import refine
+from bayes_kf.inference.fitting import mean_step
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.likelihood import LIKELIHOODS
 
@@ -206,7 +206,7 @@ def test_a_step_of_a_mean_pass_is_its_formula(covariance):
     dense = config.structure.covariance_matrix(state.belief)
     gradient = gradient + 4 / 30 * (mean - adapter.vector()) / 0.3
     moved = dense @ gradient / (1 + 0.7 * gradient @ dense @ gradient)
-    after, found = refine.step(config, adapter, state, x[:4], y[:4], 0.7)
+    after, found = mean_step.step(config, adapter, state, x[:4], y[:4], 0.7)
     torch.testing.assert_close(after.belief.mean, mean - 0.7 * moved, rtol=1e-9, atol=1e-11)
     assert found == pytest.approx(float(loss.detach()), rel=1e-12)
     assert torch.equal(state.belief.mean, mean)

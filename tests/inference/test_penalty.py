@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, learn, noise
-from bayes_kf.inference.bank import Bank
+from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter
 from bayes_kf.inference.config import CURVATURES, NOISES, STRUCTURES
-from bayes_kf.inference.evidence import Tally
-from bayes_kf.inference.fit import fit
-from bayes_kf.inference.linearize import Linearizer
-from bayes_kf.inference.penalty import mean_gradient
+from bayes_kf.inference.filtering import measurement_update
+from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
+from bayes_kf.inference.filtering.measurement import Tally
+from bayes_kf.inference.fitting.filter_bank import Bank
+from bayes_kf.inference.fitting.fit import fit
+from bayes_kf.inference.linearization.linearizer import Linearizer
+from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
 
 M = 3
@@ -215,7 +217,7 @@ def recursion(kf, state, x, y):
     kf.linearize.prepare(state.belief.mean, x)
     state = before = kf._predicted(state)
     for batch in kf._observed(state, x, y, state.belief.mean):
-        state = learn.learn(kf.config, [state], batch, [Tally()]).states[0]
+        state = measurement_update.learn(kf.config, [state], batch, [Tally()]).states[0]
     return state._replace(noise=state.noise._replace(step=before.noise.step + 1), step=before.step + 1)
 
 
@@ -279,7 +281,7 @@ def test_how_a_batch_is_cut_does_not_matter(form, bytes_budget, monkeypatch):
     setting = {"likelihood": "gaussian", "covariance": "full", "initial_variance": 0.5, **penalty}
     whole, cut = (KalmanFilter(model, KalmanConfig(bytes_budget=b, **setting)) for b in (None, bytes_budget))
     state, info = whole.update(whole.init(), x, y)
-    monkeypatch.setattr(learn, "PART_ROWS", 4)
+    monkeypatch.setattr(measurement_update, "PART_ROWS", 4)
     assert len(list(cut.linearize.pieces(cut.adapter.vector(), x))) > 1 or bytes_budget > 1
     other, report = cut.update(cut.init(), x, y)
     assert report.penalty == pytest.approx(info.penalty, rel=1e-12)
@@ -365,7 +367,7 @@ def test_a_bank_s_candidates_are_their_filters(form, trusted, monkeypatch):
     """Bit for bit where each takes passes of its own; and a linear model's, which share all, to rounding."""
     torch.manual_seed(0)
     model = network() if trusted == 0.0 else nn.Linear(4, M).double()
-    monkeypatch.setattr("bayes_kf.inference.bank.CLOSE", trusted)
+    monkeypatch.setattr("bayes_kf.inference.fitting.filter_bank.CLOSE", trusted)
     configs = [
         KalmanConfig(gradient_penalty=rho, gradient_penalty_form=form, expansion="mean", damping=False)
         for rho in (0.0, 0.3, 4.0)

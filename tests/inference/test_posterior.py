@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import bayes_kf as bkf
 from bayes_kf import evaluation
 from bayes_kf.data import uci_digits_split
-from bayes_kf.inference import prediction, tempering
-from bayes_kf.inference.linearized import Linearized
-from bayes_kf.inference.noise import likelihood
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.measurement_model.noise import likelihood
+from bayes_kf.inference.predictive import prediction
 from bayes_kf.models.likelihood import Categorical, Gaussian
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
@@ -392,12 +393,12 @@ def test_files_of_other_people_stay_beside_a_posterior(fitted, tmp_path):
 
 def test_a_failed_save_keeps_the_old_folder(fitted, tmp_path, monkeypatch):
     fitted.save_pretrained(tmp_path / "p")
-    from bayes_kf.inference import persistence
+    from bayes_kf.inference.saving import pretrained
 
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(persistence, "save_file", full_disk)
+    monkeypatch.setattr(pretrained, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         fitted.save_pretrained(tmp_path / "p")
     monkeypatch.undo()

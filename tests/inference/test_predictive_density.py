@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from bayes_kf.inference import predictive_density, tempering
+from bayes_kf.inference.filtering import predictive_density, tempering
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
 GENERATOR_SEED = 3

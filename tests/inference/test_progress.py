@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.progress import shows_bars
+from bayes_kf.inference.fitting.progress import shows_bars
 
 BATCHES = [(torch.zeros(2, 3), torch.tensor([0, 1]))] * 3
 

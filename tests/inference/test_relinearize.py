@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference import diagonal, learn
-from bayes_kf.inference.blocks import PIECE
-from bayes_kf.inference.evidence import Part
-from bayes_kf.inference.linearize import PASS_BYTES, Linearizer
-from bayes_kf.inference.trust import TRUSTED, divergence, is_small
+from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.filtering import measurement_update
+from bayes_kf.inference.filtering.linearization_check import TRUSTED, divergence, is_small
+from bayes_kf.inference.filtering.measurement import Part
+from bayes_kf.inference.linearization.jacobian_blocks import PIECE
+from bayes_kf.inference.linearization.linearizer import PASS_BYTES, Linearizer
 from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian
 
 FEATURES, CLASSES, LEARNED = 16, 10, 1024
@@ -148,11 +149,11 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
         assert not is_small(part.jacobian.matvec(after.mean - wide.mean), part.family, TRUSTED)  # else not looked at
         for claimed in (0.0, -100.0, 100.0):  # added to the label's logit in the first-order outputs
             told = part.outputs.scatter_add(1, y[:, None], torch.full((20, 1), claimed))
-            accepts = learn._objective(
+            accepts = measurement_update._objective(
                 kf.config, state, part._replace(outputs=told), lambda mean: kf.adapter.outputs(mean, x), y
             )
             verdicts.add(accepts(after))
-            assert accepts(after) == bool(loss(after.mean) <= before * (1 + learn.ROUNDING))
+            assert accepts(after) == bool(loss(after.mean) <= before * (1 + measurement_update.ROUNDING))
     assert verdicts == {True, False}
 
 

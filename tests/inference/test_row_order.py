@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.linearize import Linearizer
-from bayes_kf.inference.row_check import may_move_rows
+from bayes_kf.inference.linearization.linearizer import Linearizer
+from bayes_kf.inference.linearization.row_order_check import may_move_rows
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import lora_digits_vit
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf import evaluation
-from bayes_kf.inference import learn, predictive_density, tempering
-from bayes_kf.inference.bank import Bank, candidates
+from bayes_kf.inference.filtering import measurement_update, predictive_density, tempering
+from bayes_kf.inference.fitting.filter_bank import Bank, candidates
 from bayes_kf.models.likelihood import Bernoulli, Categorical
 
 
@@ -78,7 +78,7 @@ def test_sampled_curvature_is_priced_at_the_outputs_of_each_part(size, monkeypat
     """At the coldest temperature the price is the log loss of the mean, where the belief stands before each part."""
     model, x, y, settings = own_data(2, classes=8, size=480)
     kf, expected = bkf.KalmanFilter(model, bkf.KalmanConfig(**settings, curvature="sampled")), {}
-    plain = learn.scored
+    plain = measurement_update.scored
 
     def watched(config, state, batch, where, part, output_cov):
         outputs = batch.outputs_at(state.belief.mean, where)
@@ -86,7 +86,7 @@ def test_sampled_curvature_is_priced_at_the_outputs_of_each_part(size, monkeypat
         expected[state.examples + where.start] = loss  # a part that was too long is tried again, shorter
         return plain(config, state, batch, where, part, output_cov)
 
-    monkeypatch.setattr(learn, "scored", watched)
+    monkeypatch.setattr(measurement_update, "scored", watched)
     state = kf.init(x[:32])
     for inputs, targets in batches(x, y, size):
         state, _ = kf.update(state, inputs, targets)
@@ -98,7 +98,7 @@ def test_a_bank_of_sampled_curvature_prices_each_candidate_at_its_own_outputs(mo
     model, x, y, _ = own_data(3, inputs=16, classes=40, size=40)
     config = bkf.KalmanConfig.stream(curvature="sampled")
     bank, expected = Bank(model, candidates(config, config.tune)), {}
-    plain = learn.scored
+    plain = measurement_update.scored
 
     def watched(config, state, batch, where, part, output_cov):
         outputs = batch.outputs_at(state.belief.mean, where)
@@ -107,7 +107,7 @@ def test_a_bank_of_sampled_curvature_prices_each_candidate_at_its_own_outputs(mo
         return plain(config, state, batch, where, part, output_cov)
 
     state = bank.init(x[:32])
-    monkeypatch.setattr(learn, "scored", watched)
+    monkeypatch.setattr(measurement_update, "scored", watched)
     for inputs, targets in batches(x, y, 2):
         state, _ = bank.update(state, inputs, targets)
     assert sum(state.own_passes) < 2 * state.step  # most updates are shared with the leader

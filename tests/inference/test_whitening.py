@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.autograd.functional import hessian, jacobian
 
-from bayes_kf.inference import KalmanConfig, noise
+from bayes_kf.inference import KalmanConfig
+from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
 G = torch.Generator().manual_seed(0)

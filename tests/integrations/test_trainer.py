@@ -22,7 +22,8 @@ from transformers import (
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import calibration_test
-from bayes_kf.inference import refine, tempering
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.fitting import mean_step
 from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
 from bayes_kf.models.adapter import split_batch
@@ -103,7 +104,7 @@ def by_hand(batches, config, epochs=1, model=None):
             state, _ = kf.update(state, inputs, targets)
         else:
             rate = 1.0 - (index / per_epoch - 1.0) / (epochs - 1.0)
-            state, _ = refine.step(config, kf.adapter, state, inputs, targets, rate)
+            state, _ = mean_step.step(config, kf.adapter, state, inputs, targets, rate)
     return state
 
 
@@ -152,7 +153,7 @@ def test_so_does_an_epoch_that_max_steps_cuts_short(tmp_path):
     state = by_hand(batches[:11], config)
     for step, batch in enumerate(batches[11:17]):
         inputs, targets = split_batch(batch)
-        state, _ = refine.step(config, kf.adapter, state, inputs, targets, 1.0 - step / 6)
+        state, _ = mean_step.step(config, kf.adapter, state, inputs, targets, 1.0 - step / 6)
     torch.testing.assert_close(found.posterior.mean_vector, state.belief.mean, rtol=1e-5, atol=1e-7)
 
 

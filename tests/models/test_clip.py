@@ -12,11 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.linearize import Linearizer
-from bayes_kf.inference.noise import LEAST_SHARE, TRUSTS
-from bayes_kf.models.clip import ClipClassifier, MatchedPairs
-from bayes_kf.models.clip_adapters import FeatureAdapter, clip_lora
-from bayes_kf.models.draws import outputs_of_draws
+from bayes_kf.inference.linearization.linearizer import Linearizer
+from bayes_kf.inference.measurement_model.noise import LEAST_SHARE, TRUSTS
+from bayes_kf.models.batched_forward import outputs_of_draws
+from bayes_kf.models.clip import ClipClassifier, FeatureAdapter, MatchedPairs, clip_lora
 
 LABELS = torch.tensor([0, 2, 1, 2])
 

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from clip_models import images, moved, small_clip
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
-from bayes_kf.models.clip import ClipClassifier
-from bayes_kf.models.clip_adapters import FeatureAdapter, clip_lora, load_clip, prompt_tokens
+from bayes_kf.models.clip import ClipClassifier, FeatureAdapter, clip_lora, load_clip, prompt_tokens
 
 WORDS = ("a", "photo", "of", "cat", "horse", "drawing", ".")
 

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from bayes_kf.models import draws as module
+from bayes_kf.models import batched_forward as module
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.draws import linear_responses, outputs_of_draws
+from bayes_kf.models.batched_forward import linear_responses, outputs_of_draws
 from bayes_kf.models.zoo import LeNet5, lora_digits_vit
 
 IDS = torch.tensor([[5, 9, 3, 7, 0, 0], [4, 4, 8, 2, 11, 5]])

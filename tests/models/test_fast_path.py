@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.adapter import AdapterModel
 
 

@@ -9,7 +9,7 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.linearize import Linearizer
+from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.language import NextToken, OptionTexts, OptionTokens, next_token_examples, option_examples
 
 YES, NO = (lm.LETTERS.index(letter) for letter in "yn")

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayes_kf.inference.baselines.kronecker import Layer, layers, precision
-from bayes_kf.inference.baselines.newton import newton_inverse, shift_error, shifted
-from bayes_kf.inference.baselines.seeded import (
+from bayes_kf.inference.baselines.kronecker_factors import Layer, layers, precision
+from bayes_kf.inference.baselines.newton_inverse import newton_inverse, shift_error, shifted
+from bayes_kf.inference.baselines.seeded_optimizer import (
     SeededOptimizer,
     check_count,
     check_finite,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayes_kf.inference.baselines.kfac import KFAC
-from bayes_kf.inference.baselines.seeded import check_not_negative
+from bayes_kf.inference.baselines.seeded_optimizer import check_not_negative
 
 
 class RENG(KFAC):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf.inference.baselines.kfac import KFAC
-from bayes_kf.inference.baselines.seeded import check_not_negative
+from bayes_kf.inference.baselines.seeded_optimizer import check_not_negative
 
 
 class RING(KFAC):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayes_kf.inference.baselines.kronecker import precision
-from bayes_kf.inference.baselines.seeded import (
+from bayes_kf.inference.baselines.kronecker_factors import precision
+from bayes_kf.inference.baselines.seeded_optimizer import (
     SeededOptimizer,
     check_betas,
     check_count,

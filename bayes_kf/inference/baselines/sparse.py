@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.baselines.kronecker import precision
-from bayes_kf.inference.baselines.seeded import (
+from bayes_kf.inference.baselines.kronecker_factors import precision
+from bayes_kf.inference.baselines.seeded_optimizer import (
     SeededOptimizer,
     check_betas,
     check_count,

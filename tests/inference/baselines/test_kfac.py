@@ -11,7 +11,7 @@ from torch import nn
 
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference.baselines import KFAC, RENG, RING
-from bayes_kf.inference.baselines.kronecker import layers
+from bayes_kf.inference.baselines.kronecker_factors import layers
 from bayes_kf.models.zoo import lora_digits_vit
 
 with warnings.catch_warnings():  # of a library that it imports

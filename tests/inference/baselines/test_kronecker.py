@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bayes_kf.inference.baselines import KFAC
-from bayes_kf.inference.baselines.kronecker import layers
+from bayes_kf.inference.baselines.kronecker_factors import layers
 
 
 def normal(*shape, seed=1):

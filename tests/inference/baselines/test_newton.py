@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bayes_kf.inference.baselines.newton import newton_inverse, shift_error, shifted
+from bayes_kf.inference.baselines.newton_inverse import newton_inverse, shift_error, shifted
 
 
 def matrix(condition, size=12, dtype=torch.float64, seed=0):

@@ -1,0 +1,119 @@
+"""A posterior's folder as the command line writes it: with its classes, any new head's start, and the history.
+
+Beside what `Posterior.save_pretrained` writes lie ``labels.json`` (class names by index, number of outputs),
+``history.npz`` (one array a series) and, where the base model had no head for these classes, ``new_head.safetensors``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.atomic_folder import read_whole, recover
+from bayes_kf.inference.saving.checksums import check_sums, is_listed
+from bayes_kf.inference.saving.file_names import HEAD_FILE, HISTORY_FILE, STREAM_FILE
+from bayes_kf.inference.saving.file_names import LABELS_FILE as LABELS_FILE
+
+
+class Labels(NamedTuple):
+    """Class names by index, none for numbers, and the number of the model's outputs."""
+
+    class_names: tuple[str, ...]
+    num_outputs: int
+
+
+def check_output(folder: Path) -> None:
+    """Raise ValueError where a posterior could not be saved into ``folder``: files in the way that are not ours.
+
+    What a save that was killed left there is completed, or cleared away, first.
+    """
+    names = (LABELS_FILE, HEAD_FILE, HISTORY_FILE, STREAM_FILE)
+    with _of_output():
+        pretrained.check_folder(folder, of_peft=True, names=names)
+
+
+def recover_output(folder: Path) -> None:
+    """Complete what a save that was killed left in ``folder``, or clear it away."""
+    with _of_output():
+        recover(folder)
+
+
+@contextlib.contextmanager
+def _of_output() -> Iterator[None]:
+    """Errors about a folder name the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"`--output` cannot hold the posterior: {error}") from error
+
+
+def save_posterior(
+    posterior: Posterior,
+    folder: Path,
+    labels: Labels,
+    new_head: Mapping[str, Tensor],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes everything as one; ``texts`` are further files."""
+
+    def write(fresh: Path) -> None:
+        (fresh / LABELS_FILE).write_text(json.dumps(labels._asdict(), indent=2) + "\n", encoding="utf-8")
+        series: dict[str, Any] = {name: tensor.numpy() for name, tensor in posterior.history.items()}
+        np.savez_compressed(fresh / HISTORY_FILE, **series)
+        for name, text in (texts or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        if new_head:
+            save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
+
+    pretrained.save(posterior, folder, extra=write)
+
+
+def read_labels(folder: Path) -> Labels | None:
+    """What ``labels.json`` says; None where there is none, as in a folder that Python code saved.
+
+    Raises:
+        ValueError: if it, or another file of the folder, is damaged.
+    """
+    return read_whole(folder, _read_labels)
+
+
+def _read_labels(folder: Path) -> Labels | None:
+    path = folder / LABELS_FILE
+    if not is_listed(folder, LABELS_FILE):  # somebody else's, if any
+        return None
+    check_sums(folder)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names, num_outputs = content["class_names"], content["num_outputs"]
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class_names is no list of strings")
+        if not isinstance(num_outputs, int) or num_outputs < 1:
+            raise ValueError(f"num_outputs is {num_outputs!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"`POSTERIOR` must hold a sound {LABELS_FILE}, got {path}: {error}.") from error
+    return Labels(tuple(names), num_outputs)
+
+
+def read_new_head(folder: Path) -> dict[str, Tensor]:
+    """The tensors that a new head started from; none where the base model had its own."""
+    return read_whole(folder, _read_new_head)
+
+
+def _read_new_head(folder: Path) -> dict[str, Tensor]:
+    path = folder / HEAD_FILE
+    if not is_listed(folder, HEAD_FILE):
+        return {}
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"`POSTERIOR` must hold a sound {HEAD_FILE}, got {path}: {error}.") from error

@@ -1,0 +1,1 @@
+"""Calibration errors, their intervals and their null distribution."""

@@ -1,0 +1,1 @@
+"""Scores of class probabilities: likelihood, entropy, selective prediction, out-of-distribution detection."""

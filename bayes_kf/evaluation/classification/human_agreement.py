@@ -1,0 +1,120 @@
+"""Agreement with people: many people's answers for each example, as a distribution over the classes."""
+
+import math
+from typing import NamedTuple
+
+import scipy
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.calibration.intervals import (
+    Interval,
+    bounded_interval,
+    loss_interval,
+    rank_correlation_interval,
+    unseen_losses,
+)
+from bayes_kf.evaluation.classification.entropy import entropy
+from bayes_kf.evaluation.inputs import Array, as_probs, check_fraction
+
+DECIMALS = 12  # of entropies that are ranked: equal ones differ by rounding
+
+
+class Estimate(NamedTuple):
+    """A value and its interval over examples; the ends are NaN where no interval is known to cover."""
+
+    value: float
+    low: float
+    high: float
+
+
+class HumanAgreement(NamedTuple):
+    """How predictions and people's answers agree; the correlations are NaN where all entropies of one are equal."""
+
+    nll: Estimate  # −Σ_c h_c log p_c, nats: the log loss of one person's answer
+    kl: Estimate  # Σ_c h_c log(h_c/p_c), nats: what of it is not people's own entropy
+    total_variation: Estimate  # ½ Σ_c |h_c − p_c|, 0 to 1
+    entropy_spearman: Estimate  # rank correlation of the entropies of p and of h
+    entropy_pearson: float
+
+
+def human_agreement(probs: Array, human: Array, *, level: float = 0.95) -> HumanAgreement:
+    """Agreement of predicted probabilities with the distributions h of people's answers, averaged over examples.
+
+    Nothing is clipped: an answer that was given probability zero makes the log loss and the divergence infinite.
+    Answers of few people are noisy: even a model that predicts every share exactly shows a positive divergence.
+
+    Args:
+        probs: Class probabilities, (N, C).
+        human: Shares of people's answers, (N, C), rows sum to one; counts are to be divided by their sums.
+        level: Probability inside the intervals.
+
+    Raises:
+        ValueError: If an argument is malformed or the shapes differ.
+
+    Reference: Peterson et al., *Human uncertainty makes classification more robust*, 2019.
+
+    Example:
+        >>> human = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.7, 0.3]])
+        >>> found = human_agreement(torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]]), human)
+        >>> round(found.nll.value, 4), round(found.total_variation.value, 4), round(found.entropy_spearman.value, 4)
+        (0.6133, 0.1333, 0.5)
+    """
+    predicted, answers = checked_human(probs, human)
+    check_fraction(level, "level")
+    losses = human_losses(predicted, answers)  # (N, 3)
+    count, unseen = len(losses), unseen_losses(predicted).mean().item()
+    powers = [losses[:, :2].clamp(min=0).pow(k).sum(dim=0).tolist() for k in (1, 2, 3)]
+    nll, kl = (
+        loss_interval(first, second, third, count, unseen, level) for first, second, third in zip(*powers, strict=True)
+    )
+    distance = losses[:, 2]
+    apart = bounded_interval(distance.sum().item(), distance.square().sum().item(), count, 0.0, 1.0, level)
+    spearman, pearson = entropy_correlations(doubt(predicted), doubt(answers))
+    means = losses.mean(dim=0).tolist()
+    return HumanAgreement(
+        _estimate(means[0], nll),
+        _estimate(means[1], kl),
+        _estimate(means[2], apart),
+        _estimate(spearman, rank_correlation_interval(spearman, count, level)),
+        pearson,
+    )
+
+
+def _estimate(value: float, interval: Interval | None) -> Estimate:
+    """A value with its interval, or without."""
+    return Estimate(value, *(interval or (math.nan, math.nan)))
+
+
+def checked_human(probs: Array, human: Array) -> tuple[Tensor, Tensor]:
+    """Both as float64 (N, C) of one shape."""
+    predicted, answers = as_probs(probs), as_probs(human, "human")
+    if answers.shape != predicted.shape:
+        wanted, got = tuple(predicted.shape), tuple(answers.shape)
+        raise ValueError(f"`human` must have the shape of `probs`, {wanted}, got {got}.")
+    return predicted, answers
+
+
+def human_losses(probs: Tensor, human: Tensor) -> Tensor:
+    """Log loss, divergence and total variation of each example, (N, 3)."""
+    loss = -torch.xlogy(human, probs)  # (N, C)
+    columns = [loss, loss + torch.xlogy(human, human), 0.5 * (human - probs).abs()]
+    return torch.stack([column.sum(dim=1) for column in columns], dim=1)
+
+
+def doubt(probs: Tensor) -> Tensor:
+    """Entropy of each row, (N,), such that rows of the same numbers in another order have exactly the same one."""
+    return entropy(probs.sort(dim=1).values).round(decimals=DECIMALS)
+
+
+def entropy_correlations(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Spearman's and Pearson's correlation of two vectors (N,); NaN where one of them is constant."""
+    if _is_constant(first) or _is_constant(second):
+        return math.nan, math.nan
+    pair = first.numpy(), second.numpy()
+    return float(scipy.stats.spearmanr(*pair).statistic), float(scipy.stats.pearsonr(*pair).statistic)
+
+
+def _is_constant(values: Tensor) -> bool:
+    """Whether all values are equal."""
+    return bool((values == values[0]).all())

@@ -1,0 +1,183 @@
+"""Scores of predicted class probabilities against the labels that came."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
+from bayes_kf.evaluation.resampling.binning import class_cells
+
+
+class BrierParts(NamedTuple):
+    """brier = miscalibration − resolution + uncertainty + within."""
+
+    brier: float
+    miscalibration: float  # squared distance of probability and frequency, bin by bin; lower is better
+    resolution: float  # how far the bins' frequencies lie from the overall ones; higher is better
+    uncertainty: float  # of the labels alone: the score of the overall frequencies
+    within: float  # what differences inside the bins add, or take off where they tell examples apart
+
+
+def accuracy(probs: Array, targets: Array) -> float:
+    """Share of examples whose most probable class is the label; among equal probabilities the first class counts.
+
+    Args:
+        probs: Class probabilities, (N, C).
+        targets: Class indices, (N,).
+
+    Raises:
+        ValueError: If the probabilities or targets are malformed.
+
+    Example:
+        >>> accuracy(torch.tensor([[0.9, 0.1], [0.5, 0.5]]), torch.tensor([0, 1]))
+        0.5
+    """
+    checked = as_probs(probs)
+    return (checked.argmax(dim=1) == as_targets(targets, checked)).double().mean().item()
+
+
+def negative_log_likelihood(probs: Array, targets: Array) -> float:
+    """Mean of −log p(label), in nats per example.
+
+    Nothing is clipped: a label that was given probability zero makes the score infinite.
+
+    Args:
+        probs: Class probabilities, (N, C).
+        targets: Class indices, (N,).
+
+    Raises:
+        ValueError: If the probabilities or targets are malformed.
+
+    Example:
+        >>> round(negative_log_likelihood(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)
+        0.6931
+    """
+    checked = as_probs(probs)
+    return log_losses(checked, as_targets(targets, checked)).mean().item()
+
+
+def brier_score(probs: Array, targets: Array) -> float:
+    """Mean over examples of Σ_c (p_c − [label = c])², between 0 and 2.
+
+    For two classes this is twice the score that is common for a single probability.
+
+    Args:
+        probs: Class probabilities, (N, C).
+        targets: Class indices, (N,).
+
+    Raises:
+        ValueError: If the probabilities or targets are malformed.
+
+    Example:
+        >>> brier_score(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
+        0.5
+    """
+    checked = as_probs(probs)
+    return brier_scores(checked, as_targets(targets, checked)).mean().item()
+
+
+def ranked_probability_score(probs: Array, targets: Array) -> float:
+    """RPS of classes that have an order: mean of Σ_k (F_k − [label ≤ k])², F_k the probability of classes up to k.
+
+    Between 0 and C − 1; two classes give half the Brier score. A class further from the label costs more.
+
+    Args:
+        probs: Class probabilities, (N, C), classes in their order.
+        targets: Class indices, (N,).
+
+    Raises:
+        ValueError: If the probabilities or targets are malformed.
+
+    Reference: Epstein, *A scoring system for probability forecasts of ranked categories*, 1969.
+
+    Example:
+        >>> ranked_probability_score(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([0]))
+        2.0
+    """
+    checked = as_probs(probs)
+    return ranked_probability_scores(checked, as_targets(targets, checked)).mean().item()
+
+
+def brier_decomposition(probs: Array, targets: Array, num_bins: int = 15) -> BrierParts:
+    """The Brier score as miscalibration − resolution + uncertainty + a part within the bins, summed over the classes.
+
+    Each class's probabilities are put into bins of equal width. The identity holds exactly: what the classical three
+    parts leave out because probabilities differ inside a bin is the fourth.
+
+    Args:
+        probs: Class probabilities, (N, C).
+        targets: Class indices, (N,).
+        num_bins: Number of bins for each class.
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Reference: Murphy 1973; the part within the bins: Stephenson, Coelho, Jolliffe 2008.
+
+    Example:
+        >>> parts = brier_decomposition(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+        >>> parts.brier, parts.miscalibration, parts.resolution, parts.uncertainty
+        (0.0, 0.0, 0.5, 0.5)
+    """
+    checked = as_probs(probs)
+    labels = as_targets(targets, checked)
+    check_positive_int(num_bins, "num_bins")
+    cells = class_cells(checked, num_bins, "equal_width")
+    flat = cells.index.flatten()
+    own = cells.index.gather(1, labels[:, None])[:, 0]
+    chosen = checked.gather(1, labels[:, None])[:, 0]
+    return brier_parts(
+        len(checked),
+        checked.shape[1],
+        cells.counts,
+        cells.confidence_sum,
+        torch.bincount(flat, weights=checked.square().flatten(), minlength=cells.num_cells),
+        torch.bincount(own, minlength=cells.num_cells).double(),
+        torch.bincount(own, weights=chosen, minlength=cells.num_cells),
+    )
+
+
+def brier_parts(
+    num_examples: float, num_classes: int, counts: Tensor, sums: Tensor, squares: Tensor, hits: Tensor, products: Tensor
+) -> BrierParts:
+    """The parts from sums over the cells of all classes, each (C · bins,).
+
+    Args:
+        num_examples: N.
+        num_classes: C.
+        counts: Examples.
+        sums: Of the probabilities p.
+        squares: Of p².
+        hits: Examples whose label is the cell's class.
+        products: Of p over the hits.
+    """
+    used = counts.clamp(min=1)
+    mean, frequency = sums / used, hits / used
+    overall = (hits.view(num_classes, -1).sum(dim=1) / num_examples)[:, None].expand(
+        num_classes, len(counts) // num_classes
+    )
+    miscalibration = (counts * (mean - frequency).square()).sum()
+    resolution = (counts * (frequency - overall.flatten()).square()).sum()
+    uncertainty = (overall[:, 0] * (1 - overall[:, 0])).sum()
+    within = (squares - counts * mean.square() - 2 * (products - mean * hits)).sum()
+    brier = squares.sum() - 2 * products.sum() + num_examples
+    parts = [part.item() / num_examples for part in (brier, miscalibration, resolution, within)]
+    return BrierParts(parts[0], parts[1], parts[2], uncertainty.item(), parts[3])
+
+
+def log_losses(probs: Tensor, labels: Tensor) -> Tensor:
+    """−log p(label) of each example of checked probabilities, (N,)."""
+    return -probs.gather(1, labels[:, None])[:, 0].clamp(max=1).log()  # above one by rounding only
+
+
+def brier_scores(probs: Tensor, labels: Tensor) -> Tensor:
+    """The Brier score of each example of checked probabilities, (N,)."""
+    return probs.square().sum(dim=1) - 2 * probs.gather(1, labels[:, None])[:, 0] + 1
+
+
+def ranked_probability_scores(probs: Tensor, labels: Tensor) -> Tensor:
+    """The ranked probability score of each example of checked probabilities, (N,)."""
+    cumulative = probs.cumsum(dim=1)[:, :-1]
+    reached = torch.arange(cumulative.shape[1]) >= labels[:, None]
+    return (cumulative - reached.double()).square().sum(dim=1)

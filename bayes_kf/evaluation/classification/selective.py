@@ -1,0 +1,197 @@
+"""Selective prediction: how wrong is what is left when the least confident predictions are withheld?
+
+Among equal confidences no order is better founded than another: every number is its expectation when equal ones are put
+in a random order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.calibration.intervals import Interval, proportion_interval
+from bayes_kf.evaluation.classification.ood_detection import as_correct
+from bayes_kf.evaluation.inputs import Array, as_vector, check_fraction
+
+COVERAGES = (0.8, 0.9, 0.95)
+
+
+class RiskCoverage(NamedTuple):
+    """Risk of the most confident predictions, for each number of them; both fields (N,)."""
+
+    coverage: Tensor  # k/N for k = 1 … N
+    risk: Tensor  # mean loss of the k most confident
+
+
+class SelectiveIntervals(NamedTuple):
+    """Intervals of the accuracies of selective prediction. The areas under the curve have none."""
+
+    accuracy: tuple[Interval, ...]  # one for each coverage
+
+
+def risk_coverage(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> RiskCoverage:
+    """The risk-coverage curve: mean loss of the k most confident predictions for k = 1 … N.
+
+    Among equal confidences the loss of each counts as their mean, which is the expectation over their random orders.
+
+    Args:
+        confidence: Higher for predictions to keep, (N,), for example their largest probability or minus their entropy.
+        correct: One (or True) where the prediction is right, else zero, (N,); the loss is one less this.
+        loss: In its place, any loss of each prediction, (N,), finite and not negative.
+
+    Raises:
+        ValueError: If a vector is malformed, they differ in length, or not one of `correct` and `loss` alone is given.
+
+    Reference: El-Yaniv, Wiener 2010; Geifman, El-Yaniv 2017.
+
+    Example:
+        >>> risk_coverage(torch.tensor([0.9, 0.6, 0.6]), torch.tensor([1, 1, 0])).risk
+        tensor([0.0000, 0.2500, 0.3333], dtype=torch.float64)
+    """
+    scores = as_vector(confidence, "confidence")
+    losses = _losses(correct, loss, len(scores))
+    kept = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    return RiskCoverage(kept / len(scores), _expected_losses(scores, losses).cumsum(0) / kept)
+
+
+def aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
+    """Area under the risk-coverage curve: the mean of its N risks; lower is better.
+
+    Read it beside `excess_aurc`: a model that is wrong more often has a larger area whatever its confidence knows.
+
+    Args:
+        confidence: Higher for predictions to keep, (N,).
+        correct: One (or True) where the prediction is right, else zero, (N,).
+        loss: In its place, any loss of each prediction, (N,), finite and not negative.
+
+    Raises:
+        ValueError: If an argument is malformed, see `risk_coverage`.
+
+    Reference: Geifman, Uziel, El-Yaniv, *Bias-reduced uncertainty estimation for deep neural classifiers*, 2019.
+
+    Example:
+        >>> aurc(torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
+        0.25
+    """
+    return risk_coverage(confidence, correct, loss=loss).risk.mean().item()
+
+
+def excess_aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
+    """AURC less that of the best possible order of the same losses: zero for a confidence that makes that order.
+
+    Args:
+        confidence: Higher for predictions to keep, (N,).
+        correct: One (or True) where the prediction is right, else zero, (N,).
+        loss: In its place, any loss of each prediction, (N,), finite and not negative.
+
+    Raises:
+        ValueError: If an argument is malformed, see `risk_coverage`.
+
+    Reference: Geifman, Uziel, El-Yaniv 2019, with the exact area of the best order in place of its approximation.
+
+    Example:
+        >>> excess_aurc(torch.tensor([0.8, 0.9]), torch.tensor([1, 0]))
+        0.5
+    """
+    best = best_risk_coverage(correct, loss=loss).risk.mean().item()
+    return max(0.0, aurc(confidence, correct, loss=loss) - best)  # below zero by rounding only
+
+
+def best_risk_coverage(correct: Array | None = None, *, loss: Array | None = None) -> RiskCoverage:
+    """The curve of the best possible order: the predictions of smallest loss first.
+
+    Args:
+        correct: One (or True) where the prediction is right, else zero, (N,).
+        loss: In its place, any loss of each prediction, (N,), finite and not negative.
+
+    Raises:
+        ValueError: If an argument is malformed, see `risk_coverage`.
+
+    Example:
+        >>> best_risk_coverage(torch.tensor([0, 1])).risk
+        tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
+    losses = _losses(correct, loss, None)
+    return risk_coverage(-losses, loss=losses)
+
+
+def accuracy_at_coverage(confidence: Array, correct: Array, coverages: Sequence[float] = COVERAGES) -> Tensor:
+    """Accuracy of the most confident predictions, for each share of them that is kept, (K,).
+
+    Of N predictions the least number is kept that makes at least the share.
+
+    Args:
+        confidence: Higher for predictions to keep, (N,).
+        correct: One (or True) where the prediction is right, else zero, (N,).
+        coverages: Shares to keep, above 0 and at most 1.
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Example:
+        >>> accuracy_at_coverage(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 1, 0, 0]), (0.5, 1.0))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+    risk = risk_coverage(confidence, correct).risk
+    return 1 - risk[kept_at(coverages, len(risk)) - 1]
+
+
+def selective_intervals(
+    confidence: Array, correct: Array, coverages: Sequence[float] = COVERAGES, *, level: float = 0.95
+) -> SelectiveIntervals:
+    """Clopper and Pearson's intervals of `accuracy_at_coverage`.
+
+    Bootstrap intervals of `aurc` and `excess_aurc` were seen to cover the true area in 71 to 76 % of data sets of 30
+    where they said 95; there are none of them.
+
+    Args:
+        confidence: Higher for predictions to keep, (N,).
+        correct: One (or True) where the prediction is right, else zero, (N,).
+        coverages: Shares to keep, above 0 and at most 1.
+        level: Probability inside each interval.
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Example:
+        >>> sure, right = torch.linspace(1, 0, 100), torch.arange(100) < 70
+        >>> low, high = selective_intervals(sure, right).accuracy[0]
+        >>> low < accuracy_at_coverage(sure, right)[0].item() < high
+        True
+    """
+    check_fraction(level, "level")
+    shares = accuracy_at_coverage(confidence, correct, coverages).tolist()
+    kept = kept_at(coverages, len(as_vector(confidence, "confidence"))).tolist()
+    return SelectiveIntervals(tuple(proportion_interval(a * k, k, level) for a, k in zip(shares, kept, strict=True)))
+
+
+def kept_at(coverages: Sequence[float], num_examples: int) -> Tensor:
+    """Least numbers of predictions that make at least these shares, (K,)."""
+    shares = as_vector(torch.as_tensor(coverages, dtype=torch.float64), "coverages")
+    if shares.min() <= 0 or shares.max() > 1:
+        found = f"{shares.min():.3g}..{shares.max():.3g}"
+        raise ValueError(f"`coverages` must be above 0 and at most 1, got values in {found}.")
+    return (shares * num_examples - 1e-9).ceil().long().clamp(min=1)
+
+
+def _losses(correct: Array | None, loss: Array | None, length: int | None) -> Tensor:
+    """The losses (N,), checked."""
+    if (correct is None) == (loss is None):
+        raise ValueError(f"`correct` or `loss` must be given, got {'neither' if loss is None else 'both'}.")
+    if correct is not None:
+        return 1 - as_correct(correct, length, "confidence").double()
+    assert loss is not None
+    losses = as_vector(loss, "loss")
+    if losses.min() < 0:
+        raise ValueError(f"`loss` must not be negative, got {losses.min().item():.3g}.")
+    if length is not None and len(losses) != length:
+        raise ValueError(f"`loss` must have shape ({length},) as `confidence` has, got ({len(losses)},).")
+    return losses
+
+
+def _expected_losses(confidence: Tensor, losses: Tensor) -> Tensor:
+    """Losses in descending order of confidence, (N,); each of those of equal confidence is their mean."""
+    _, group, counts = (-confidence).unique(return_inverse=True, return_counts=True)
+    means = torch.bincount(group, weights=losses) / counts
+    return means.repeat_interleave(counts)

@@ -1,0 +1,259 @@
+"""Scores of any number of predictions in bounded memory: sums that add up over batches and over processes."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.calibration.confidence_profile import Profile, stream_edges, top_confidence
+from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, unseen_losses
+from bayes_kf.evaluation.calibration.null_distribution import (
+    check_simulation,
+    compare,
+    spiegelhalter_from,
+    spiegelhalter_parts,
+)
+from bayes_kf.evaluation.classification.score_summary import (
+    LEVEL,
+    brier_part_scores,
+    calibration_scores,
+    ends,
+    tested,
+    with_chance,
+)
+from bayes_kf.evaluation.classification.scores import brier_parts, brier_scores, log_losses, ranked_probability_scores
+from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
+from bayes_kf.evaluation.resampling.binning import class_cells, observed_hits, place, simulated_hits
+
+ROWS = 2**20  # probabilities looked at together
+MEANS = ("accuracy", "nll", "brier", "rps", "confidence", "entropy")
+SUMS = (*MEANS, "unseen")  # the last bounds what a wrong label would cost
+
+
+class StreamingScores:
+    """Every score of class probabilities without holding them.
+
+    Give it batches with `update`, read `scores()` whenever you like. All that it remembers are the float64 tensors of
+    `state`, which are sums: two of them that saw different examples are put together by `merge`, and in several
+    processes by `torch.distributed.all_reduce` of each tensor. Scores and intervals are those that the functions of
+    this package give for all examples at once, but for the errors by bins of equal mass (also the debiased one), the
+    smooth and the KS error. They see confidences in about 130,000 cells, at most 1/65,536 wide and narrower towards
+    zero and one, each at the mean of its confidences. A cell of equal confidences changes nothing. Where confidences
+    differ in a cell, the KS error is off by at most the share of examples in one cell, and an ECE by bins of equal mass
+    by at most four times the share of those in the cells in which bins begin.
+
+    The band of the classwise error comes from `num_label_draws` simulated sets of labels, drawn from a seed that each
+    batch's own numbers, labels and place in the stream are mixed into (so that processes need no seeds of their own
+    unless they see the very same examples).
+
+    Args:
+        num_classes: C, at least two.
+        num_bins: Number of bins of all calibration errors.
+        top_k: How many of the most probable classes count together, each an error of its own (`ece_top5`).
+        ordered: Whether the classes have an order, for the ranked probability score.
+        num_label_draws: Data sets simulated behind the classwise band, at least 39; 0 leaves the classwise error out.
+        seed: Seed of the simulations.
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Example:
+        >>> stream = StreamingScores(num_classes=2)
+        >>> for _ in range(3):
+        ...     stream.update(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0, 0]))
+        >>> stream.num_examples, stream.scores()["accuracy"], round(stream.scores()["ece"], 3)
+        (6, 0.5, 0.35)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        num_bins: int = 15,
+        top_k: tuple[int, ...] = (),
+        ordered: bool = False,
+        num_label_draws: int = 200,
+        seed: int = 0,
+    ):
+        check_positive_int(num_bins, "num_bins")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+            raise ValueError(f"`num_classes` must be an integer of at least 2, got {num_classes!r}.")
+        for k in top_k:
+            if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= num_classes:
+                raise ValueError(f"`top_k` must hold integers from 2 to the number of classes, got {k!r}.")
+        if num_label_draws != 0:
+            check_simulation(num_label_draws, LEVEL, "num_label_draws")
+        self.num_classes, self.num_bins, self.top_k = num_classes, num_bins, tuple(top_k)
+        self.ordered, self.num_label_draws, self.seed = ordered, num_label_draws, seed
+        self._edges = stream_edges(num_bins)
+        powers = {name: (len(SUMS),) for name in ("sums", "squares", "cubes")}
+        sizes = {"examples": (), **powers, "spiegelhalter": (2,)}
+        shapes: dict[str, tuple[int, ...]] = {**sizes}
+        shapes |= {f"profile_{k}": (3, len(self._edges) - 1) for k in (1, *self.top_k)}
+        shapes["classes"] = (5, num_classes * num_bins)
+        shapes["class_draws"] = (num_label_draws, num_classes * num_bins)
+        self.state: dict[str, Tensor] = {
+            name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()
+        }
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples seen."""
+        return round(self.state["examples"].item())
+
+    def update(self, probs: Array, targets: Array) -> None:
+        """Adds a batch; a batch that is refused leaves everything as it was.
+
+        Args:
+            probs: Class probabilities, (N, C).
+            targets: Class indices, (N,).
+
+        Raises:
+            ValueError: If the probabilities or targets are malformed or of another number of classes.
+        """
+        given, labels = torch.as_tensor(probs), torch.as_tensor(targets)
+        if given.ndim == 2 and given.shape[1] != self.num_classes:
+            raise ValueError(f"`probs` must have {self.num_classes} classes, got {given.shape[1]}.")
+        if given.ndim != 2 or len(given) == 0 or labels.shape != given.shape[:1]:
+            as_targets(labels, as_probs(given))  # says what is wrong
+        rows = max(1, ROWS // self.num_classes)
+        added = {name: torch.zeros_like(total) for name, total in self.state.items()}
+        for block, chosen in zip(given.split(rows), labels.split(rows), strict=True):
+            checked = as_probs(block)
+            self._add(added, checked, as_targets(chosen, checked))
+        for name, total in self.state.items():
+            total += added[name]
+
+    def merge(self, other: "StreamingScores") -> None:
+        """Adds what another one saw, which must have been made with the same settings.
+
+        Raises:
+            ValueError: If it was not.
+        """
+        self.load_state({name: total + other.state[name] for name, total in self._fitting(other).items()})
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts a saved `state` in place of the present one.
+
+        Raises:
+            ValueError: If it does not belong to these settings.
+        """
+        wanted = {name: tuple(total.shape) for name, total in self.state.items()}
+        got = {name: tuple(total.shape) for name, total in state.items()}
+        if wanted != got:
+            raise ValueError(f"`state` must hold tensors of shapes {wanted}, got {got}.")
+        self.state = {name: total.detach().to("cpu", torch.float64, copy=True) for name, total in state.items()}
+
+    def scores(self, num_simulations: int = 1000) -> dict[str, float]:
+        """All scores by name, named as in `Report.scores`: with null bands, and intervals where one is known.
+
+        Args:
+            num_simulations: Number of simulated data sets behind each band, at least 39.
+
+        Raises:
+            ValueError: If no example has been seen, or there are too few simulations.
+        """
+        if self.num_examples == 0:
+            raise ValueError("`scores` needs at least one example, got none so far.")
+        check_simulation(num_simulations, LEVEL)
+        scores = self._mean_scores()
+        scores |= brier_part_scores(brier_parts(self.num_examples, self.num_classes, *self.state["classes"]))
+        for k in (1, *self.top_k):
+            scores |= self._profile_scores(k, num_simulations)
+        if self.num_label_draws:
+            scores |= self._class_scores()
+        return scores | tested("spiegelhalter", spiegelhalter_from(*self.state["spiegelhalter"].tolist()))
+
+    def _add(self, state: dict[str, Tensor], probs: Tensor, labels: Tensor) -> None:
+        """Adds checked examples to sums."""
+        confidence, hit = top_confidence(probs, labels, 1)
+        ranked = ranked_probability_scores(probs, labels) if self.ordered else torch.zeros_like(hit)
+        entropy = torch.special.entr(probs).sum(dim=1).clamp(min=0)
+        losses, brier = log_losses(probs, labels), brier_scores(probs, labels)
+        values = torch.stack([hit, losses, brier, ranked, confidence, entropy, unseen_losses(probs)])
+        state["examples"] += len(labels)
+        state["sums"] += values.sum(dim=1)
+        state["squares"] += values.square().sum(dim=1)
+        state["cubes"] += values.pow(3).sum(dim=1)
+        state["spiegelhalter"] += torch.stack([part.sum() for part in spiegelhalter_parts(probs, labels)])
+        self._add_profile(state["profile_1"], confidence, hit)
+        for k in self.top_k:
+            self._add_profile(state[f"profile_{k}"], *top_confidence(probs, labels, k))
+        self._add_classes(state, probs, labels)
+
+    def _add_profile(self, total: Tensor, confidence: Tensor, hit: Tensor) -> None:
+        """Counts, sums and hits of the narrow cells."""
+        index = place(confidence, self._edges)
+        for row, weights in zip(total, (None, confidence, hit), strict=True):
+            row += torch.bincount(index, weights, minlength=len(row))
+
+    def _add_classes(self, state: dict[str, Tensor], probs: Tensor, labels: Tensor) -> None:
+        """Sums over the cells of every class, and hits of drawn labels."""
+        cells = class_cells(probs, self.num_bins, "equal_width")
+        own = cells.index.gather(1, labels[:, None])[:, 0]
+        chosen = probs.gather(1, labels[:, None])[:, 0]
+        size = cells.num_cells
+        state["classes"] += torch.stack(
+            [
+                cells.counts,
+                cells.confidence_sum,
+                torch.bincount(cells.index.flatten(), probs.square().flatten(), minlength=size),
+                observed_hits(cells, labels),
+                torch.bincount(own, chosen, minlength=size),
+            ]
+        )
+        if self.num_label_draws:
+            seen = self.num_examples + round(state["examples"].item())
+            seed = _mixed_seed(self.seed, seen, probs, labels)
+            state["class_draws"] += simulated_hits(cells, probs, self.num_label_draws, seed)
+
+    def _mean_scores(self) -> dict[str, float]:
+        """Means with their intervals."""
+        count = self.num_examples
+        most = {"brier": 2.0, "rps": self.num_classes - 1.0, "entropy": math.log(self.num_classes)}
+        powers = torch.stack([self.state[name] for name in ("sums", "squares", "cubes")], dim=1)
+        unseen = powers[-1, 0].item() / count
+        scores: dict[str, float] = {}
+        for name, (total, squares, cubes) in zip(MEANS, powers[:-1].tolist(), strict=True):
+            if name == "nll":
+                interval = loss_interval(total, squares, cubes, count, unseen, LEVEL)
+            else:
+                interval = bounded_interval(total, squares, count, 0.0, most.get(name, 1.0), LEVEL)
+            if name != "rps" or self.ordered:
+                scores |= {name: total / count} | ends(name, interval)
+        return scores
+
+    def _profile_scores(self, top_k: int, num_simulations: int) -> dict[str, float]:
+        """Calibration errors of the top labels."""
+        counts, confidence_sum, hits = self.state[f"profile_{top_k}"]
+        used = counts > 0
+        counts, confidence_sum, hits = counts[used], confidence_sum[used], hits[used]
+        low, high = self._edges[:-1][used], self._edges[1:][used]
+        mean = (confidence_sum / counts).maximum(low).minimum(high.nextafter(low))  # in its cell despite rounding
+        profile = Profile(mean, counts, confidence_sum, hits)
+        return calibration_scores(profile, top_k, self.num_bins, num_simulations, self.seed)
+
+    def _class_scores(self) -> dict[str, float]:
+        """The classwise error and its band."""
+        confidence_sum, hits = self.state["classes"][1], self.state["classes"][3]
+        scale = self.num_examples * self.num_classes
+        value = (confidence_sum - hits).abs().sum() / scale
+        null = (confidence_sum - self.state["class_draws"]).abs().sum(dim=1) / scale
+        return with_chance("ece_classwise", compare(value, value, null, LEVEL))
+
+    def _fitting(self, other: "StreamingScores") -> dict[str, Tensor]:
+        """The present state, if the other one has the same settings."""
+        settings = [(s.num_classes, s.num_bins, s.top_k, s.ordered, s.num_label_draws) for s in (self, other)]
+        if settings[0] != settings[1]:
+            raise ValueError(f"`other` must have the settings {settings[0]}, got {settings[1]}.")
+        return self.state
+
+
+def _mixed_seed(seed: int, seen: int, probs: Tensor, labels: Tensor) -> int:
+    """A seed that differs from batch to batch, also where they repeat, whatever process sees them."""
+    digest = hashlib.sha256(probs.numpy().tobytes())
+    digest.update(labels.numpy().tobytes())
+    digest.update(f"{seed} {seen}".encode())
+    return int.from_bytes(digest.digest()[:7], "big")

@@ -1,0 +1,1 @@
+"""Scores of streams: prequential loss, innovations, drift."""

@@ -1,0 +1,1 @@
+"""Figures. Each function draws on an `ax` and returns it."""

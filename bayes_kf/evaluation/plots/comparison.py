@@ -1,0 +1,96 @@
+"""Figures of several models side by side. Each draws on `ax` (or a new one) and returns it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bayes_kf.evaluation.classification.comparison import Difference
+from bayes_kf.evaluation.inputs import Array
+from bayes_kf.evaluation.online.prequential import moving_average, running_accuracy
+from bayes_kf.evaluation.plots.reliability import COLOURS, LINES, VERMILLION, _axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SERIES = {"correct": "running accuracy", "log_loss": "log loss, mean of {window} (nats)"}
+
+
+def forest_plot(differences: Sequence[Difference], *, label: str = "difference", ax: Axes | None = None) -> Axes:
+    """Differences as points with their intervals, one line a pair; filled where zero is left out, hollow where tied.
+
+    Args:
+        differences: As `compare_predictions` gives them; those that are not finite are written, not drawn.
+        label: What the horizontal axis shows.
+        ax: Where to draw.
+
+    Raises:
+        ValueError: If there are none.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> _ = forest_plot([Difference("a", "b", 0.1, -0.1, 0.3)], ax=ax)
+        >>> [text.get_text() for text in ax.get_yticklabels()]
+        ['a − b']
+    """
+    if not differences:
+        raise ValueError("`differences` must hold at least one, got none.")
+    ax = _axes(ax)
+    for place, difference in enumerate(differences):
+        if not np.isfinite([difference.value, difference.low, difference.high]).all():
+            ax.text(0.5, place, f"{difference.value:+}", transform=ax.get_yaxis_transform(), ha="center", va="center")
+            continue
+        colour = COLOURS[0] if difference.is_clear else "white"
+        ax.plot([difference.low, difference.high], [place, place], color="black", linewidth=1.4, zorder=2)
+        ax.plot(difference.value, place, "o", color=colour, markeredgecolor="black", markersize=7, zorder=3)
+    ax.axvline(0, color=VERMILLION, linestyle="--", linewidth=1)
+    names = [f"{d.first} − {d.second}".replace("$", r"\$") for d in differences]
+    ax.set_yticks(range(len(differences)), names)
+    ax.set_ylim(len(differences) - 0.5, -0.5)
+    ax.set_xlabel(label)
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+
+def online_comparison(
+    histories: Mapping[str, Mapping[str, Array]], series: str = "correct", *, window: int = 100, ax: Axes | None = None
+) -> Axes:
+    """The course of several runs over the same stream: running accuracy, or the moving mean of the log loss.
+
+    Args:
+        histories: Name of a run to its series, which must hold `series`.
+        series: "correct" (running accuracy acc(k), as LoKO's figures show it) or "log_loss".
+        window: Examples in the moving mean of the log loss, at most the length of the shortest run.
+        ax: Where to draw.
+
+    Raises:
+        ValueError: If there is no run, a run lacks the series, or a series is malformed.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> _ = online_comparison({"a": {"correct": torch.tensor([1, 0])}}, ax=ax)
+        >>> ax.get_lines()[0].get_ydata().tolist()
+        [1.0, 0.5]
+    """
+    if not histories:
+        raise ValueError("`histories` must hold at least one run, got none.")
+    if series not in SERIES:
+        raise ValueError(f"`series` must be one of {', '.join(SERIES)}, got {series!r}.")
+    ax = _axes(ax)
+    for i, (name, history) in enumerate(histories.items()):
+        if series not in history:
+            raise ValueError(f"`histories` must hold {series} for every run, got {sorted(history)} for {name!r}.")
+        is_accuracy = series == "correct"
+        values = running_accuracy(history[series]) if is_accuracy else moving_average(history[series], window)
+        first = 1 if is_accuracy else window
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+        ax.plot(np.arange(first, first + len(values)), values.numpy(), label=name.replace("$", r"\$"), **style)
+    ax.set(xlabel="examples seen", ylabel=SERIES[series].format(window=window))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return ax

@@ -1,0 +1,1 @@
+"""Maps and conformal sets that are fitted on held-out data."""

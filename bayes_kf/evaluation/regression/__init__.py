@@ -1,0 +1,1 @@
+"""Scores of predicted numbers: CRPS, PIT, coverage, ENCE."""

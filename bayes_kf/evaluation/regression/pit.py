@@ -1,0 +1,157 @@
+"""Where targets fall in their own predicted distributions: the probability integral transform, and tests on it.
+
+The PIT value of a target is its predicted distribution function at what came. Right forecasts make it uniform on
+[0, 1]: too many values near both ends mean forecasts that are too narrow, too many in the middle too wide ones, too
+many at one end a bias. The share of values up to q is the share of targets below their predicted q-quantile.
+
+Tests and bands take values as independent; outputs of one example that err together make them too strict.
+"""
+
+from typing import Literal
+
+import numpy as np
+import scipy
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.calibration.null_distribution import CalibrationTest
+from bayes_kf.evaluation.inputs import Array, as_float, check_choice, check_positive_int
+from bayes_kf.evaluation.regression.scores import checked_gaussian, sample_blocks
+
+NUM_BINS = 20
+FEWEST_IN_BIN = 5  # expected in a bin for the χ² distribution to hold
+
+PITMethod = Literal["ks", "chi2"]
+PIT_METHODS = ("ks", "chi2")
+
+
+def pit_gaussian(mean: Array, variance: Array, targets: Array) -> Tensor:
+    """Φ((target − mean)/sd) of each target, in their shape.
+
+    Args:
+        mean: Predictive means, (N,) or (N, m).
+        variance: Predictive variances (noise included), of the same shape, positive.
+        targets: What came, of the same shape.
+
+    Raises:
+        ValueError: If a shape differs, a value is not finite, or a variance is not positive.
+
+    Reference: Dawid 1984.
+
+    Example:
+        >>> pit_gaussian(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 1.0]))
+        tensor([0.5000, 0.8413], dtype=torch.float64)
+    """
+    location, spread_var, observed = checked_gaussian(mean, variance, targets)
+    return torch.special.ndtr((observed - location) / spread_var.sqrt())
+
+
+def pit_samples(samples: Array, targets: Array, seed: int = 0) -> Tensor:
+    """(rank + u)/(S + 1) of each target among its S draws, u uniform, in the targets' shape.
+
+    The rank is the number of draws below the target; among draws equal to it (counts) each place is as likely. So the
+    values are exactly uniform where targets and draws come from the same distribution, whatever S is, discrete ones
+    included.
+
+    Args:
+        samples: Draws of the *target* (noise included), (S, N) or (S, N, m).
+        targets: What came, (N,) or (N, m).
+        seed: Seed of u and of the places among equals.
+
+    Raises:
+        ValueError: If a shape differs, a value is not finite, or there is no draw.
+
+    Reference: randomized for counts: Czado, Gneiting, Held 2009; ranks: Hamill 2001.
+
+    Example:
+        >>> pit = pit_samples(torch.tensor([[0.0], [2.0]]), torch.tensor([1.0]))
+        >>> 1 / 3 <= pit.item() < 2 / 3
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for draws, observed in sample_blocks(samples, targets, fewest=1):
+        below, places = (draws < observed).sum(dim=0), (draws == observed).sum(dim=0) + 1
+        uniform = torch.rand(observed.shape, generator=generator, dtype=torch.float64)
+        parts.append((below + places * uniform) / (len(draws) + 1))
+    return torch.cat(parts).reshape(torch.as_tensor(targets).shape)
+
+
+def pit_test(pit: Array, method: PITMethod = "ks", num_bins: int = NUM_BINS) -> CalibrationTest:
+    """Are the values uniform? The statistic and its p-value.
+
+    Args:
+        pit: PIT values between 0 and 1, any shape.
+        method: "ks": the Kolmogorov-Smirnov test (the largest distance between the values' distribution function and
+            the diagonal), which needs no bins and holds for any number of values. "chi2": Pearson's test on the counts
+            of equal bins, which sees any shape that the histogram shows, but needs 5 values a bin.
+        num_bins: Bins of "chi2".
+
+    Raises:
+        ValueError: If a value lies outside 0 to 1, the method is unknown, or bins would hold fewer than 5 values.
+
+    Example:
+        >>> test = pit_test(torch.linspace(0.005, 0.995, 100))
+        >>> round(test.statistic, 3), test.p_value > 0.99
+        (0.005, True)
+    """
+    values = as_pit(pit)
+    check_choice(method, "method", PIT_METHODS)
+    if method == "ks":
+        found = scipy.stats.kstest(values.numpy(), "uniform")
+        return CalibrationTest(float(found.statistic), float(found.pvalue))
+    check_positive_int(num_bins, "num_bins")
+    if num_bins < 2 or len(values) < FEWEST_IN_BIN * num_bins:
+        most = len(values) // FEWEST_IN_BIN
+        raise ValueError(
+            f"`num_bins` must be 2 to {most}, so that 5 of {len(values)} values fall in each, got {num_bins}."
+        )
+    chi2 = scipy.stats.chisquare(pit_counts(values, num_bins).numpy())
+    return CalibrationTest(float(chi2.statistic), float(chi2.pvalue))
+
+
+def ks_null(num_values: int, level: float = 0.95) -> tuple[float, float]:
+    """Central interval of the Kolmogorov-Smirnov statistic of this many independent uniform values.
+
+    Args:
+        num_values: Number of PIT values.
+        level: Probability inside the interval.
+
+    Raises:
+        ValueError: If the number is not positive.
+
+    Example:
+        >>> low, high = ks_null(100)
+        >>> round(low, 3), round(high, 3)
+        (0.047, 0.146)
+    """
+    check_positive_int(num_values, "num_values")
+    return float(scipy.stats.kstwo.ppf((1 - level) / 2, num_values)), float(
+        scipy.stats.kstwo.ppf((1 + level) / 2, num_values)
+    )
+
+
+def pit_counts(pit: Array, num_bins: int = NUM_BINS) -> Tensor:
+    """Number of PIT values in each of equal bins, (num_bins,) int64; a value of exactly 1 lies in the last one.
+
+    Args:
+        pit: PIT values between 0 and 1, any shape.
+        num_bins: Number of bins.
+
+    Raises:
+        ValueError: If a value lies outside 0 to 1 or the number is not positive.
+
+    Example:
+        >>> pit_counts(torch.tensor([0.0, 0.4, 1.0]), num_bins=2).tolist()
+        [2, 1]
+    """
+    check_positive_int(num_bins, "num_bins")
+    return torch.from_numpy(np.histogram(as_pit(pit).numpy(), bins=num_bins, range=(0, 1))[0])
+
+
+def as_pit(pit: Array) -> Tensor:
+    """PIT values as a float64 vector."""
+    values = as_float(pit, "pit").flatten()
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(f"`pit` must lie in 0..1, got values in {values.min():.3g}..{values.max():.3g}.")
+    return values

@@ -1,0 +1,1 @@
+"""The `Report` object, its files and its HTML page."""

@@ -1,0 +1,1 @@
+"""Bins and simulated nulls. They know no score."""

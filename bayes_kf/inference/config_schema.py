@@ -1,0 +1,67 @@
+"""The JSON Schema of a :class:`KalmanConfig`'s settings, for editors and checkers of YAML and JSON files.
+
+``python -m bayes_kf.inference.config_schema`` prints it; ``kalman_config.schema.json`` beside this file is its
+output, which the command line reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from typing import Any
+
+from bayes_kf.inference.config import CHOICES, WHOLE, KalmanConfig
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+KINDS = {"str": "string", "float": "number", "int": "integer", "bool": "boolean", "None": "null"}
+# numbers that may be this word
+WORDS = {"noise_variance": "estimated", "temperature": "prequential", "softmax_temperature": "held_out"}
+
+
+def config_schema() -> dict[str, Any]:
+    """What a file of settings may hold, as a JSON Schema: names, types, words, defaults and what each is.
+
+    Bounds that depend on other settings are not in it; making a :class:`KalmanConfig` checks those too.
+
+    Example:
+        >>> config_schema()["properties"]["forgetting"]["default"]
+        1.0
+    """
+    described = described_fields()
+    fields = dataclasses.fields(KalmanConfig)
+    return {
+        "$schema": DRAFT,
+        "title": "KalmanConfig",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {f.name: _property(f) | {"description": described[f.name]} for f in fields},
+    }
+
+
+def described_fields() -> dict[str, str]:
+    """What the configuration's docstring says about each field."""
+    lines = (inspect.getdoc(KalmanConfig) or "").partition("Attributes:")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", lines, flags=re.MULTILINE | re.DOTALL)
+    plain = {name: re.sub(r":\w+:`~?([^`]+)`", r"\1", text) for name, text in found}  # references of the site
+    return {name: " ".join(text.replace("`", "").split()) for name, text in plain.items()}
+
+
+def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Type and default of one setting."""
+    default = {"default": field.default}
+    if field.name in CHOICES:
+        return {"enum": list(CHOICES[field.name])} | default
+    if field.name == "tune":
+        lists = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}, "minProperties": 1}
+        return {"anyOf": [lists, {"type": "null"}]} | default
+    if field.name in WORDS:
+        return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": WORDS[field.name]}]} | default
+    kinds = [KINDS[kind] for kind in str(field.type).split(" | ")]
+    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds} | default
+    return found | ({"minimum": 1} if field.name in WHOLE else {})
+
+
+if __name__ == "__main__":
+    print(json.dumps(config_schema(), indent=2))

@@ -1,0 +1,1 @@
+"""One predict and one measurement update of the extended Kalman filter."""

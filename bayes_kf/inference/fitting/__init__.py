@@ -1,0 +1,1 @@
+"""Loops over data loaders: passes, selection, checkpoints, the filter bank."""

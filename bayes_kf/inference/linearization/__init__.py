@@ -1,0 +1,1 @@
+"""From a batch to the Jacobian J = ∂η/∂θ as an operator."""

@@ -1,0 +1,1 @@
+"""Predictions of a fitted posterior: moments, draws, text, Pyro, ArviZ."""

@@ -1,0 +1,60 @@
+"""The names of the files of a posterior and of exported draws, and whose files of these names may be."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from bayes_kf.inference.config import CONFIG_FILE
+from bayes_kf.inference.saving.checksums import EDITABLE, SUMS_FILE
+from bayes_kf.inference.saving.file_ownership import Kind
+
+STATE_FILE = "kalman_state.safetensors"
+CARD_FILE, MODEL_FILE = "README.md", "model.safetensors"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
+STREAM_FILE = "stream.json"
+PLAIN = (  # settings of an adapter that change no output, or that PEFT reads off the base
+    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
+    *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
+)
+
+
+def _as_saved(folder: Path) -> dict[str, str]:
+    """Digests of the files that people may edit, as they were saved: the state's file says them."""
+    try:
+        with safe_open(folder / STATE_FILE, framework="pt") as file:
+            noted = json.loads((file.metadata() or {})["bayes_kf"]).get("editable", {})
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RecursionError):
+        return {}
+    return {name: noted[name] for name in EDITABLE if isinstance(noted, dict) and isinstance(noted.get(name), str)}
+
+
+def _same_adapter(path: Path, new: Path) -> bool:
+    """Whether two ``adapter_config.json`` mean the same: with the base's name edited, say."""
+
+    def settings(file: Path) -> dict[str, Any]:
+        return {name: value for name, value in json.loads(file.read_text("utf-8")).items() if name not in PLAIN}
+
+    try:
+        one, two = settings(path), settings(new)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+    return one == two
+
+
+_OWN = (CONFIG_FILE, STATE_FILE, MODEL_FILE, ADAPTER_FILES[1], LABELS_FILE, HEAD_FILE, HISTORY_FILE, STREAM_FILE)
+POSTERIOR = Kind(
+    sums=SUMS_FILE,
+    names=re.compile("|".join(re.escape(name) for name in _OWN)),
+    editable=_as_saved,
+    keeps={CARD_FILE: lambda path, new: True, ADAPTER_FILES[0]: _same_adapter},
+    warned={CARD_FILE},
+)
+DRAWS = Kind(
+    sums=f"{SUMS_FILE}.draws", names=re.compile(rf"draw_\d+/({'|'.join(re.escape(name) for name in ADAPTER_FILES)})")
+)

@@ -1,0 +1,1 @@
+"""The adapter tensors of PEFT models."""

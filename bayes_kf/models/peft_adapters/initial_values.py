@@ -1,0 +1,116 @@
+"""What PEFT starts an adapter's tensors at, where that does not depend on chance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.peft_adapters.in_use import is_peft, peft_in_use
+
+ZERO_INITS = ("true", "false", "gaussian", "eva")  # of LoRA, after which one factor is zero
+SWITCHES = ("init_weights", "init_ia3_weights")  # by which PEFT starts an adapter at random, for tests
+
+
+def known_starts(adapter: AdapterModel) -> dict[str, Tensor | float] | None:
+    """Tensor name -> its values when PEFT added the adapter; None for a model without PEFT layers.
+
+    LoRA's B starts at zero and so does its bias; of an embedding A does. A layer of ``modules_to_save`` and of
+    ``LN_TUNING`` starts where its original is. Of other PEFT types those tensors are known that PEFT fills with one
+    number (IA3 with ones, one factor of LoHa with zeros). The rest is drawn or computed from the weights and has no
+    entry; nor have the base's own biases (``bias="all"``), whose old values are gone.
+    """
+    if not peft_in_use():
+        return None
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    names = {place: name for name, places in adapter.owners.items() for place in places}
+    found: dict[str, Tensor | float] = {}
+    wrapped, tried = False, dict[Any, dict[str, float]]()
+    for layer in adapter.model.modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            pairs = _copies(layer.modules_to_save.values(), layer.original_module, names)
+        elif isinstance(layer, LNTuningLayer):
+            pairs = _copies(layer.ln_tuning_layers.values(), layer.get_base_layer(), names)
+        elif isinstance(layer, LoraLayer) and type(layer.lora_A) is nn.ModuleDict:
+            pairs = _of_lora(layer, names, _initialization(adapter.model))
+        elif isinstance(layer, BaseTunerLayer):
+            pairs = _of_other(layer, names, adapter.model, tried)
+        else:
+            continue
+        wrapped = True
+        found |= dict(pairs)
+    return found if wrapped or is_peft(adapter.model) else None
+
+
+def _copies(modules: Any, original: nn.Module, names: dict[Any, str]) -> Iterator[tuple[str, Tensor | float]]:
+    for module in modules:
+        for path, start in original.named_parameters():
+            inside, _, attribute = path.rpartition(".")
+            name = names.get((module.get_submodule(inside), attribute))
+            if name is not None:
+                yield name, start.detach()
+
+
+def _initialization(model: nn.Module) -> str:
+    if not is_peft(model):
+        return "true"
+    return str(getattr(model.peft_config[model.active_adapters[0]], "init_lora_weights", True)).lower()
+
+
+def _of_lora(layer: Any, names: dict[Any, str], initialization: str) -> Iterator[tuple[str, Tensor | float]]:
+    if initialization not in ZERO_INITS:
+        return
+    places: list[Any] = [(factor, part) for factor in layer.lora_B.values() for part in ("weight", "bias")]
+    places += [(layer.lora_embedding_A, key) for key in layer.lora_embedding_A]
+    yield from ((names[place], 0.0) for place in places if place in names)
+
+
+def _of_other(
+    layer: Any, names: dict[Any, str], model: nn.Module, tried: dict[Any, dict[str, float]]
+) -> Iterator[tuple[str, Tensor | float]]:
+    """Those that are one number in a layer that PEFT makes anew, on a copy of this layer's base."""
+    if not is_peft(model):
+        return
+    active, base = model.active_adapters[0], layer.get_base_layer()
+    kind = (type(layer), type(base))
+    if kind not in tried:
+        tried[kind] = _constants(model.peft_config[active], base, active)
+    for inside, module in layer.named_modules():
+        for attribute in module._parameters:
+            name = names.get((module, attribute))
+            path = f"{inside}.{attribute}"
+            if name is not None and path in tried[kind]:
+                yield name, tried[kind][path]
+
+
+def _constants(config: Any, base: nn.Module, name: str) -> dict[str, float]:
+    """Path in the layer -> the number that PEFT fills a tensor with."""
+    from peft import inject_adapter_in_model
+
+    config = copy.copy(config)
+    config.target_modules, config.inference_mode = ["layer"], False
+    for setting in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        if hasattr(config, setting):
+            setattr(config, setting, None)
+    for switch in SWITCHES:
+        if hasattr(config, switch):
+            setattr(config, switch, type(config).__dataclass_fields__[switch].default)
+    if getattr(config, "feedforward_modules", None):
+        config.feedforward_modules = []
+    try:
+        holder = nn.ModuleDict({"layer": copy.deepcopy(base)})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = inject_adapter_in_model(config, holder, name).get_submodule("layer")
+    except Exception:  # a layer that PEFT cannot make alone: then nothing is known of it
+        return {}
+    found = {path: p.detach() for path, p in layer.named_parameters() if p.requires_grad and p.numel()}
+    return {path: float(p.flatten()[0]) for path, p in found.items() if bool((p == p.flatten()[0]).all())}
