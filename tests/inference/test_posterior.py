@@ -175,6 +175,12 @@ def test_divergence_in_fit_keeps_the_belief_before_it():
     labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
     with pytest.raises(bkf.DivergenceError) as caught:
         bkf.fit(model, loader(X.float(), labels, 1), config, progress=False)
+    assert type(caught.value) is bkf.inference.FitDivergenceError
+    refused = caught.value.__cause__  # the filter's own error, which knows no posterior
+    assert type(refused) is bkf.DivergenceError
+    assert refused.posterior is None
+    assert (refused.step, refused.cause, str(refused)) == (caught.value.step, caught.value.cause, str(caught.value))
+    assert refused.state is caught.value.state is caught.value.posterior.state
     posterior = caught.value.posterior
     assert len(posterior.history["log_loss"]) == caught.value.step
     assert torch.isfinite(posterior.mean_vector).all()
