@@ -71,7 +71,7 @@ class Moments:
             tensor.requires_grad_(name in names)
         adapter = bkf.AdapterModel(model)
         tokens = {"input_ids": classifier.input_ids, "attention_mask": classifier.attention_mask}
-        rows = Linearizer(adapter)(adapter.vector(), tokens).pull().dense()
+        rows = Linearizer(adapter)(adapter.vector(), tokens).jacobian().dense()
         return rows, [name.removeprefix("classifier.") for name in adapter.names]
 
     def _piece(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class Moments:
         jacobian = logits.new_zeros(*logits.shape, self._size)
         if self._images is not None:
             adapter = self._images.adapter
-            rows = self._images(adapter.vector(), inputs).pull().dense()
+            rows = self._images(adapter.vector(), inputs).jacobian().dense()
             _place(jacobian, rows, adapter.names, self._slices)
         if self._prompts is not None:
             with torch.no_grad():
@@ -88,7 +88,7 @@ class Moments:
                 scale = self._classifier.clip.logit_scale.exp()
                 rows = scale * torch.einsum("bd,mdn->bmn", unit, self._prompts[0])
             _place(jacobian, rows, self._prompts[1], self._slices)
-        operator = Jacobian.of_rows(jacobian)
+        operator = Jacobian.from_rows(jacobian)
         return logits.double(), self._structure.output_covariance(self._belief, operator).double()
 
 

@@ -218,7 +218,7 @@ class _Run:
                     )
                 )
         exact = torch.stack(rows).view(EXAMPLES, -1, len(mean))
-        found = self.posterior.kf.linearize(mean, self.inputs).pull().dense()[:, : exact.shape[1]]
+        found = self.posterior.kf.linearize(mean, self.inputs).jacobian().dense()[:, : exact.shape[1]]
         apart = float((found - exact).norm() / exact.norm())
         if not apart < 1e-4:
             raise AssertionError(f"rows are off by {apart:.2g}")
@@ -229,7 +229,7 @@ class _Run:
         """Close to draws of the same moments where these are narrow."""
         belief, jacobian = (
             self.posterior.state.belief,
-            self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).pull(),
+            self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).jacobian(),
         )
         widest = float(
             self.posterior.config.structure.output_covariance(belief, jacobian).diagonal(dim1=1, dim2=2).max()

@@ -116,7 +116,7 @@ class Bank:
         begun, device = time.perf_counter(), self.adapter.device
         inputs, targets = to_device(inputs, device), targets.to(device)
         with self.adapter.full_precision():
-            after, info = self.filters[0].linearize.in_memory(
+            after, info = self.filters[0].linearize.retry_in_smaller_chunks(
                 lambda: self._update(state, inputs, targets), batch_size(inputs)
             )
         return after, info._replace(seconds=time.perf_counter() - begun)
