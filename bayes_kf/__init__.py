@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from bayes_kf.models import AdapterModel
 
-__version__ = "0.1.0"
+from bayes_kf._version import __version__
 
 __all__ = [
     "AdapterModel",

@@ -37,7 +37,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 import bayes_kf as bkf
 from bayes_kf.cli.posterior_folder import Labels, save_posterior
 from bayes_kf.evaluation.report.report import Report, Sections
-from bayes_kf.inference.saving.atomic_folder import COMMIT, recover
+from bayes_kf.files.atomic_folder import COMMIT, recover
 from bayes_kf.integrations import KalmanTrainer
 
 STEPS = 12  # of a sequence

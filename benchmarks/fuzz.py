@@ -41,7 +41,7 @@ from bayes_kf.cli.posterior_folder import LABELS_FILE, read_labels
 from bayes_kf.cli.stream_files import STREAM_FILE, where
 from bayes_kf.data import open_dataset, read_predictions
 from bayes_kf.data.text import text_data
-from bayes_kf.inference.saving.checksums import write_sums
+from bayes_kf.files.checksums import write_sums
 from bayes_kf.inference.saving.file_names import STATE_FILE
 
 SECONDS = 5.0  # of the processor: other work on the machine does not count

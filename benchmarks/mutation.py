@@ -44,8 +44,8 @@ pytest_add_cli_args = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = [
     "tests/inference",
     "tests/evaluation",
-    "--ignore=tests/inference/test_memory.py",
-    "--deselect=tests/inference/test_arviz.py::test_draws_of_a_bent_model_are_compared_with_the_linearized_one",
+    "--ignore=tests/inference/linearization/test_memory.py",
+    "--deselect=tests/inference/predictive/test_arviz_export.py::test_draws_of_a_bent_model_are_compared_with_the_linearized_one",
 ]
 process_isolation = "forkserver"
 track_dependencies = false
@@ -111,7 +111,7 @@ def main() -> None:
         prepare(folder)
         children = ("--max-children", str(args.children))
         if not (folder / "mutants" / "mutmut-stats.json").exists():  # the first run makes all, whatever it tries
-            mutmut(folder, "run", *children, "bayes_kf.inference.saving.checksums.*")
+            mutmut(folder, "run", *children, "bayes_kf.files.checksums.*")
         known = outcomes(folder)
         chosen = random.Random(args.seed).sample(sorted(known), args.sample)  # noqa: S311 (no secrets)
         mutmut(folder, "run", *children, *chosen)

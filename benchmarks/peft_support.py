@@ -56,7 +56,7 @@ user's own model holding the same weights, autograd's rows one by one, and PEFT'
 of that is refused by `fit`, before anything changes; the table has the sentence.
 
 The prior's bound on what an adapter may change holds for LoRA exactly and for other types to first order
-(`bayes_kf.models.peft_adapters.prior_bounds.largest_variances`); prompts, `modules_to_save`, biases and norms have
+(`bayes_kf.models.prior.variance_bounds.largest_variances`); prompts, `modules_to_save`, biases and norms have
 none.
 
 LoRA with `init_lora_weights` "pissa" or "olora" can be loaded onto the base as it was before the initialization, which

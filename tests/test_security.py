@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import bayes_kf as bkf
 from bayes_kf.data.text import text_tokenizer
-from bayes_kf.inference.saving.checksums import check_sums
+from bayes_kf.files.checksums import check_sums
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
 PACKAGE = Path(bkf.__file__).parent

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayes_kf.spelling import did_you_mean
+from bayes_kf.validation import did_you_mean
 
 if TYPE_CHECKING:
     from bayes_kf.inference.config import KalmanConfig

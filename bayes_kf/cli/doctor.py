@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bayes_kf import __version__
+from bayes_kf._version import __version__
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fitting.fit import fit

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bayes_kf.cli.base_model import BaseModel
-from bayes_kf.spelling import did_you_mean
+from bayes_kf.validation import did_you_mean
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUERIES_AND_VALUES = (["query", "value"], ["q_proj", "v_proj"], ["q_lin", "v_lin"])

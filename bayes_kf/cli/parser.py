@@ -10,9 +10,9 @@ from typing import NoReturn
 
 import shtab
 
-from bayes_kf import __version__
+from bayes_kf._version import __version__
 from bayes_kf.cli.config_flags import add_setting_flags
-from bayes_kf.spelling import did_you_mean
+from bayes_kf.validation import did_you_mean
 
 MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
 PREDICTIONS_HELP = "a .csv or .npz of predictions with their targets"

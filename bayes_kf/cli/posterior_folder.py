@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bayes_kf.files.atomic_folder import read_whole, recover
+from bayes_kf.files.checksums import check_sums, is_listed
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
-from bayes_kf.inference.saving.atomic_folder import read_whole, recover
-from bayes_kf.inference.saving.checksums import check_sums, is_listed
 from bayes_kf.inference.saving.file_names import HEAD_FILE, HISTORY_FILE, STREAM_FILE
 from bayes_kf.inference.saving.file_names import LABELS_FILE as LABELS_FILE
 

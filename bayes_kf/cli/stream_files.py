@@ -14,7 +14,7 @@ from typing import TextIO
 
 from bayes_kf.cli.posterior_folder import check_output, read_labels, recover_output
 from bayes_kf.evaluation import DriftDetector
-from bayes_kf.inference.saving.checksums import is_listed
+from bayes_kf.files.checksums import is_listed
 from bayes_kf.inference.saving.file_names import STATE_FILE
 from bayes_kf.inference.saving.file_names import STREAM_FILE as STREAM_FILE
 

@@ -17,12 +17,12 @@ from bayes_kf.demo.data import FULL, QUICK, DemoData, Size, demo_data, save_arra
 from bayes_kf.demo.figures import save_online_curves, save_reliability
 from bayes_kf.demo.methods import RATES, Row, best_adamw_row, frozen_row, kalman_row
 from bayes_kf.demo.table import caption, markdown_table, save_table
+from bayes_kf.files.atomic_folder import check_target, recover, write_files
+from bayes_kf.files.checksums import SUMS_FILE, write_sums
+from bayes_kf.files.ownership import Kind
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fitting.progress import shows_bars
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.saving.atomic_folder import check_target, recover, write_files
-from bayes_kf.inference.saving.checksums import SUMS_FILE, write_sums
-from bayes_kf.inference.saving.file_ownership import Kind
 from bayes_kf.inference.saving.pretrained import check_folder
 
 RANK = 4

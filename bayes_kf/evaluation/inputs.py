@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kf.spelling import did_you_mean
+from bayes_kf.validation import did_you_mean
 
 Array: TypeAlias = Tensor | np.ndarray
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bayes_kf.files.checksums import SUMS_FILE, is_listed
+from bayes_kf.files.staging import staging
 from bayes_kf.inference.covariance import block_diagonal, diagonal, full, low_rank
-from bayes_kf.inference.saving.checksums import SUMS_FILE, is_listed
 from bayes_kf.models.likelihood import LIKELIHOODS
-from bayes_kf.spelling import did_you_mean
-from bayes_kf.staging import staging
+from bayes_kf.validation import did_you_mean
 
 
 class Structure(NamedTuple):

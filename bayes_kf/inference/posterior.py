@@ -32,7 +32,7 @@ from bayes_kf.models.adapter import (
 )
 from bayes_kf.models.batched_forward import linear_responses, outputs_of_draws
 from bayes_kf.models.likelihood import Categorical, Gaussian, Likelihood
-from bayes_kf.spelling import did_you_mean
+from bayes_kf.validation import did_you_mean
 
 if TYPE_CHECKING:
     from bayes_kf.inference.predictive.generation import Generated

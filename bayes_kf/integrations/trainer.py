@@ -29,7 +29,7 @@ from bayes_kf.integrations.trainer_callbacks import (
     check_passes,
 )
 from bayes_kf.models.adapter import Inputs, split_batch
-from bayes_kf.spelling import did_you_mean
+from bayes_kf.validation import did_you_mean
 
 SCALE_EXAMPLES = 32  # inputs that the prior's scale is measured on
 OPTIMIZERS = ("grad_norm", "learning_rate")  # what Trainer logs about an optimizer, which there is not

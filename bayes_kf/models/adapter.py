@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.eval_mode import has_fused, layer_by_layer
+from bayes_kf.models.module_restoring import Before, remembered, restored
 from bayes_kf.models.peft_adapters import adapter_tensors
 from bayes_kf.models.peft_adapters.in_use import is_peft as is_peft
 from bayes_kf.models.peft_adapters.in_use import peft_in_use as peft_in_use
 from bayes_kf.models.quantized import check_unpacked, four_bit_on_cpu
-from bayes_kf.models.restoring import Before, remembered, restored
 
 Inputs = Tensor | Mapping[str, Any]
 

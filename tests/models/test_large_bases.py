@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig as Bits
 
 from bayes_kf import AdapterModel, KalmanConfig, KalmanFilter, Posterior
 from bayes_kf.models import quantized
-from bayes_kf.models.peft_adapters.prior_bounds import largest_variances
+from bayes_kf.models.prior.variance_bounds import largest_variances
 
 EIGHT = Bits(load_in_8bit=True, llm_int8_skip_modules=["classifier"])
 FOUR = Bits(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["classifier"])

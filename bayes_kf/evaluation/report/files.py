@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bayes_kf.staging import clear_abandoned, staging
+from bayes_kf.files.staging import clear_abandoned, staging
 
 PAGE_MARK = "<!-- written by bayes_kf -->\n"  # at the end of a page
 SHEET_MARK = "bayes_kf"  # the sheet's PNG keyword Software

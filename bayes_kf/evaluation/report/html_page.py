@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bayes_kf._version import __version__
 from bayes_kf.evaluation.inputs import Array
 
 if TYPE_CHECKING:
@@ -159,8 +160,6 @@ def versions() -> dict[str, str]:
         >>> list(versions())
         ['bayes_kf', 'torch', 'numpy', 'python']
     """
-    from bayes_kf import __version__  # not above: the package imports this module before it has a version
-
     found = {"bayes_kf": __version__, "torch": str(torch.__version__), "numpy": np.__version__}
     return found | {"python": platform.python_version()}
 

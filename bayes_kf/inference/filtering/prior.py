@@ -12,8 +12,8 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model.output_directions import signs
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
-from bayes_kf.models.peft_adapters.prior_bounds import largest_variances
-from bayes_kf.models.prior_variance import constant_variance, logit_variance, uniform_variance
+from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
+from bayes_kf.models.prior.variance_bounds import largest_variances
 
 MOST_SD = 10.0  # of the logits
 LINEAR = 0.01  # share of a change of the outputs that may be missed where they are linear in the parameters

@@ -20,7 +20,7 @@ from bayes_kf.inference.fitting.passes import fit_one, mean_pass, one_pass
 from bayes_kf.inference.fitting.progress import Bar, Record, shows_bars
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.spelling import did_you_mean
+from bayes_kf.validation import did_you_mean
 
 STARTS = ("prior", "trained")
 

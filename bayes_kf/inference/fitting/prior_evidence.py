@@ -22,7 +22,7 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.peft_adapters.initial_values import known_starts
+from bayes_kf.models.prior.initial_values import known_starts
 
 TEMPERATURE = 0.1
 WIDTHS = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s, relative to the function-space prior

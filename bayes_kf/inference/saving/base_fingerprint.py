@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.module_restoring import snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
-from bayes_kf.models.restoring import snapshot
 
 SAMPLED = 4096  # elements of a tensor that its fingerprint reads
 PREFIX = "initialized."  # of the saved elements of weights that LoRA's initialization changed

@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from bayes_kf.files.checksums import EDITABLE, SUMS_FILE
+from bayes_kf.files.ownership import Kind
 from bayes_kf.inference.config import CONFIG_FILE
-from bayes_kf.inference.saving.checksums import EDITABLE, SUMS_FILE
-from bayes_kf.inference.saving.file_ownership import Kind
 
 STATE_FILE = "kalman_state.safetensors"
 CARD_FILE, MODEL_FILE = "README.md", "model.safetensors"

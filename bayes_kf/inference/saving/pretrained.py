@@ -4,7 +4,7 @@ A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT
 with the trainable tensors of a module that is no PEFT model; ``kalman_config.json`` and ``kalman_state.safetensors``; a
 model card, ``README.md``; and checksums, ``SHA256SUMS``. They are written as one: whenever the process is killed, the
 folder opens as the old or the new posterior. Files that the package did not write stay as they are
-(:mod:`bayes_kf.inference.saving.atomic_folder`).
+(:mod:`bayes_kf.files.atomic_folder`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bayes_kf.files.atomic_folder import check_target, read_whole, recover, write_files
+from bayes_kf.files.checksums import EDITABLE, SUMS_FILE, check_sums, digest, write_lines, write_sums
 from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
 from bayes_kf.inference.covariance import diagonal
 from bayes_kf.inference.filtering import tempering
@@ -29,9 +31,7 @@ from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.progress import of_seen_data
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.saving import base_fingerprint, model_card
-from bayes_kf.inference.saving.atomic_folder import check_target, read_whole, recover, write_files
 from bayes_kf.inference.saving.base_fingerprint import fingerprint as fingerprint
-from bayes_kf.inference.saving.checksums import EDITABLE, SUMS_FILE, check_sums, digest, write_lines, write_sums
 from bayes_kf.inference.saving.file_names import (
     ADAPTER_FILES,
     CARD_FILE,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel, peft_in_use
-from bayes_kf.models.peft_adapters.weight_responses import responses
+from bayes_kf.models.prior.weight_responses import responses
 
 LARGEST_CHANGE = 2.0  # of a weight by its adapter, prior sd over root mean square; of 0.1 to 4, tried on four streams
 PROBES = 256  # random inputs that a quantized layer's size is measured with: to 1 % where it has 100 outputs

@@ -2,7 +2,7 @@
 
 Numbers in texts are masked: other tests are for them. After a change that is meant, look at the pages, then run
 
-    BAYES_KF_APPROVE=1 pytest tests/evaluation/test_approved.py
+    BAYES_KF_APPROVE=1 pytest tests/evaluation/report/test_approved.py
 
 which writes `approved/`.
 """

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import bayes_kf as bkf
 
-TUTORIALS = Path(__file__).parents[1] / "tutorials"
+TUTORIALS = Path(__file__).parents[2] / "tutorials"
 PLAIN, BAYESIAN = TUTORIALS / "classify_text.py", TUTORIALS / "classify_text_bayesian.py"
 GOOD, BAD = ("fine", "lovely", "bright", "moving"), ("dull", "poor", "empty", "tired")
 

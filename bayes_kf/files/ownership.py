@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from bayes_kf.inference.saving.checksums import digest, read_sums
+from bayes_kf.files.checksums import digest, read_sums
 
 Keeps = Callable[[Path, Path], bool]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.peft_adapters.prior_bounds import LARGEST_CHANGE, largest_variances
+from bayes_kf.models.prior.variance_bounds import LARGEST_CHANGE, largest_variances
 from benchmarks import _peft_cases as cases
 
 

@@ -1,6 +1,7 @@
 """Folders that earlier versions wrote are opened, and predict what they predicted then.
 
-``python tests/inference/test_formats.py`` writes those of today's format; once released, they are never written again.
+``python tests/inference/saving/test_formats.py`` writes those of today's format; once released,
+they are never written again.
 """
 
 import json
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import bayes_kf as bkf
 
-FORMATS = Path(__file__).parent.parent / "formats"
+FORMATS = Path(__file__).parents[2] / "formats"
 CASES = {
     "low_rank": {"rank": 3},
     "diagonal": {"covariance": "diagonal"},

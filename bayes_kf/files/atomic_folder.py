@@ -3,7 +3,7 @@
 A save never removes or changes a file that the package did not write. Ours are the files that a file of checksums
 lists and whose content still is what it says; the save refuses to take any other file's place.
 
-1. All new files are written into a hidden staging folder inside the folder (:mod:`bayes_kf.staging`).
+1. All new files are written into a hidden staging folder inside the folder (:mod:`bayes_kf.files.staging`).
 2. Files in the way are looked at. Where one is not ours, the save ends with a ValueError, and nothing has changed.
 3. The staging folder, with a plan of what is to be replaced and removed, is renamed to ``.bayes_kf-commit``. From this
    one step on the save counts: readers take a file from there if it is there.
@@ -25,8 +25,8 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from bayes_kf.inference.saving.checksums import SUMS_FILE
-from bayes_kf.inference.saving.file_ownership import (
+from bayes_kf.files.checksums import SUMS_FILE
+from bayes_kf.files.ownership import (
     Kind,
     Plan,
     blocked_above,
@@ -37,7 +37,7 @@ from bayes_kf.inference.saving.file_ownership import (
     reason_against,
     refuse,
 )
-from bayes_kf.staging import clear_abandoned, locked, staging, synchronize, synchronize_entries
+from bayes_kf.files.staging import clear_abandoned, locked, staging, synchronize, synchronize_entries
 
 COMMIT, PLAN, FILES = ".bayes_kf-commit", "plan.json", "files"
 READING = 20.0  # seconds in which a reader tries again where every time a save comes between

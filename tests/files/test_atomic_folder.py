@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import bayes_kf as bkf
-from bayes_kf import staging
-from bayes_kf.inference.saving import atomic_folder, pretrained
-from bayes_kf.inference.saving.checksums import digest
+from bayes_kf.files import atomic_folder, staging
+from bayes_kf.files.checksums import digest
+from bayes_kf.inference.saving import pretrained
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

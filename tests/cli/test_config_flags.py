@@ -17,7 +17,7 @@ from bayes_kf.cli.base_model import load_base, model_folder
 from bayes_kf.cli.config_flags import add_setting_flags, read_settings
 from bayes_kf.inference.config_schema import config_schema
 
-PUBLISHED = Path(__file__).parents[1] / "bayes_kf" / "inference" / "kalman_config.schema.json"
+PUBLISHED = Path(__file__).parents[2] / "bayes_kf" / "inference" / "kalman_config.schema.json"
 
 
 def settings(path, *flags):

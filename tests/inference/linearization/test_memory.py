@@ -74,7 +74,7 @@ print(len(said), kf.linearize._most / 2**20)
 )
 def test_a_step_keeps_to_its_budget():
     budgets, unlimited = (64, 128), 4000
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SETUP + PEAK, *map(str, (*budgets, unlimited))],
         env=environment, capture_output=True, text=True, check=False,
@@ -91,7 +91,7 @@ def test_a_step_keeps_to_its_budget():
     reason="only Linux enforces a limit on the address space (RLIMIT_AS), which makes memory run out here",
 )
 def test_where_memory_runs_out_pieces_get_smaller_and_it_is_said_once():
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SETUP + NO_ROOM, "2000"],
         env=environment, capture_output=True, text=True, check=False,

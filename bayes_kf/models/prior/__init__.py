@@ -1,0 +1,1 @@
+"""Prior variances of adapter tensors: rules, bounds and the values that PEFT starts from."""
