@@ -7,7 +7,7 @@ from pathlib import Path
 import bayes_kf
 from bayes_kf import distributed, evaluation
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {"core": bayes_kf, "evaluation": evaluation, "distributed": distributed}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.md"))
+TUTORIALS = sorted((Path(__file__).parents[2] / "tutorials").glob("*.md"))
 
 
 def test_there_are_tutorials():
