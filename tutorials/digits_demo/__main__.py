@@ -7,12 +7,13 @@ import warnings
 from pathlib import Path
 
 from bayes_kf.models.zoo import quiet_transformers
+from tutorials import digits_demo
 from tutorials.digits_demo import FULL, QUICK, RANK, caption, markdown_table, run_demo
 
 
 def main() -> None:
     """Print the table; the report, the pictures, the posterior and the arrays are in the output folder then."""
-    parser = argparse.ArgumentParser(prog="digits_demo", description=tutorials.digits_demo.__doc__)
+    parser = argparse.ArgumentParser(prog="digits_demo", description=digits_demo.__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="use a few of the images: seconds, not minutes")
     parser.add_argument(
