@@ -18,7 +18,7 @@ from torch import Tensor
 from bayes_kf.inference.covariance.observation import Observation, SolvedInnovation, solve_innovation
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import Jacobian
-from bayes_kf.inference.linearization.jacobian_blocks import PIECE
+from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 
 MAX_SHRINKAGE = 0.999  # relative loss of a variance above which the difference p − p²(...) is mostly rounding
 
@@ -107,13 +107,13 @@ class DiagonalGaussian(NamedTuple):
 
     def quadratic(self, vector: Tensor) -> Tensor:
         """vᵀ P⁻¹ v, a scalar."""
-        pieces = zip(vector.split(PIECE), self.variance.split(PIECE), strict=True)
-        return parameter_sums.total(torch.stack([(v.square() / p).sum() for v, p in pieces]).sum())
+        pieces = zip(vector.split(CHUNK_NUMEL), self.variance.split(CHUNK_NUMEL), strict=True)
+        return parameter_sums.sum_over_shards(torch.stack([(v.square() / p).sum() for v, p in pieces]).sum())
 
     def log_determinant(self) -> Tensor:
         """log det P, a scalar in float64, since a float32 sum over millions of numbers is wrong by several nats."""
-        logs = [p.double().log().sum() for p in self.variance.split(PIECE)]
-        return parameter_sums.total(torch.stack(logs).sum())
+        logs = [p.double().log().sum() for p in self.variance.split(CHUNK_NUMEL)]
+        return parameter_sums.sum_over_shards(torch.stack(logs).sum())
 
     def scales(self) -> Tensor:
         """p, (n,), which is positive and finite in a proper belief."""
@@ -121,7 +121,7 @@ class DiagonalGaussian(NamedTuple):
 
     def _solve(self, observation: Observation) -> SolvedInnovation:
         """S and S⁻¹u; or, with fewer parameters than rows, A = I + √P MᵀM √P and A⁻¹√P Mᵀu."""
-        if observation.num_parameters >= observation.num_rows or parameter_sums.active():
+        if observation.num_parameters >= observation.num_rows or parameter_sums.is_sharded():
             return solve_innovation(observation.gram(self.variance), observation.residual)
         sd = self.variance.sqrt()
         scaled = (observation.dense() * sd).double()  # M√P (k, n)

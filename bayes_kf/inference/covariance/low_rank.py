@@ -45,7 +45,7 @@ class LowRankGaussian(NamedTuple):
     def from_precision(cls, mean: Tensor, diagonal: Tensor, factor: Tensor) -> Self:
         """The belief with precision D + WWᵀ; computes WᵀD⁻¹W, which every use of the belief needs."""
         scaled = factor.double() / diagonal.double().sqrt().unsqueeze(-1)
-        return cls(mean, diagonal, factor, parameter_sums.total(scaled.mT @ scaled))
+        return cls(mean, diagonal, factor, parameter_sums.sum_over_shards(scaled.mT @ scaled))
 
     def with_mean(self, mean: Tensor) -> Self:
         """The belief with another mean, (n,)."""
@@ -60,7 +60,7 @@ class LowRankGaussian(NamedTuple):
             return self._replace(diagonal=self.diagonal * forgetting, factor=self.factor * forgetting**0.5)
         d, factor = self.diagonal.double() * forgetting, self.factor.double() * forgetting**0.5
         shrink = 1.0 / (1.0 + drift_variance * d)  # d⁻/(λd)
-        inner = parameter_sums.total(
+        inner = parameter_sums.sum_over_shards(
             factor.mT @ ((drift_variance * shrink).unsqueeze(-1) * factor)
         )  # E − E d⁻ E = q d⁻/(λd), without cancellation
         root = torch.linalg.cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
@@ -140,13 +140,16 @@ class LowRankGaussian(NamedTuple):
 
     def quadratic(self, vector: Tensor) -> Tensor:
         """vᵀ P⁻¹ v = vᵀDv + ‖Wᵀv‖², a scalar."""
-        of_diagonal = parameter_sums.total((self.diagonal * vector.square()).sum())
-        return of_diagonal + parameter_sums.total(vector @ self.factor).square().sum()
+        of_diagonal = parameter_sums.sum_over_shards((self.diagonal * vector.square()).sum())
+        return of_diagonal + parameter_sums.sum_over_shards(vector @ self.factor).square().sum()
 
     def log_determinant(self) -> Tensor:
         """log det P = −log det D − log det(I + WᵀD⁻¹W), a scalar in float64."""
         chol = _inner_chol(self.gram)
-        return -(parameter_sums.total(self.diagonal.double().log().sum()) + 2.0 * chol.diagonal().double().log().sum())
+        return -(
+            parameter_sums.sum_over_shards(self.diagonal.double().log().sum())
+            + 2.0 * chol.diagonal().double().log().sum()
+        )
 
     def scales(self) -> Tensor:
         """d, (n,), which is positive and finite in a proper belief."""
@@ -187,7 +190,9 @@ class LowRankGaussian(NamedTuple):
         chol = _inner_chol(gram)
         w = torch.cholesky_solve(target.unsqueeze(-1), chol).squeeze(-1)
         step = self._scaled_pullback(observation, w)
-        applied = torch.cat([parameter_sums.total(self.factor.mT @ step), observation.matvec(step)]).double()  # AΔ
+        applied = torch.cat(
+            [parameter_sums.sum_over_shards(self.factor.mT @ step), observation.matvec(step)]
+        ).double()  # AΔ
         correction = torch.cholesky_solve((target - w - applied).unsqueeze(-1), chol).squeeze(-1)
         return step + self._scaled_pullback(observation, correction)
 
@@ -203,7 +208,9 @@ class LowRankGaussian(NamedTuple):
     def _solve(self, right: Tensor) -> Tensor:
         """(D + WWᵀ)⁻¹ B, (n, c), by Woodbury's identity; in float64, since the difference cancels for B in span(W)."""
         scaled, factor = right.double() / self.diagonal.double().unsqueeze(-1), self._scaled_factor()
-        weights = torch.cholesky_solve(parameter_sums.total(factor.mT @ right.double()), _inner_chol(self.gram))
+        weights = torch.cholesky_solve(
+            parameter_sums.sum_over_shards(factor.mT @ right.double()), _inner_chol(self.gram)
+        )
         return (scaled - factor @ weights).to(right)
 
 

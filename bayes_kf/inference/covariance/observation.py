@@ -71,9 +71,9 @@ class Observation:
         return replace(self, jacobian=self.jacobian.scaled(root), residual=self.residual * root)
 
     @classmethod
-    def of_rows(cls, rows: Tensor, residual: Tensor) -> Observation:
+    def from_rows(cls, rows: Tensor, residual: Tensor) -> Observation:
         """From M as a matrix (k, n) and u (k,)."""
-        return cls(Jacobian.of_rows(rows.unsqueeze(0)), residual)
+        return cls(Jacobian.from_rows(rows.unsqueeze(0)), residual)
 
 
 class SolvedInnovation(NamedTuple):
@@ -117,4 +117,4 @@ def whiten_observation(
         innovation: see :class:`Observation`.
     """
     u = residual.to(jacobian.like.dtype).flatten()
-    return Observation(jacobian.multiplied(factor), u, degrees_of_freedom, innovation)
+    return Observation(jacobian.left_multiply(factor), u, degrees_of_freedom, innovation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,6 @@ from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
-
 
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)  # what computing raises where a belief would break
 
@@ -88,10 +84,11 @@ class DivergenceError(FloatingPointError):
         step: index of the refused update, from 0.
         cause: what would have broken.
         state: the state before the update.
-        posterior: the belief before it, where ``fit`` raised this; else None.
+        posterior: None; a ``FitDivergenceError``, which ``fit`` raises, has the posterior before the update.
     """
+
+    posterior: Any = None
 
     def __init__(self, step: int, cause: str, state: FilterState) -> None:
         super().__init__(f"update {step} refused: {cause}; the state before it is kept")
         self.step, self.cause, self.state = step, cause, state
-        self.posterior: Posterior | None = None
