@@ -224,12 +224,12 @@ def _lowered(
         mean = torch.lerp(at, found, 0.5**halvings)
         reached = _objective(kf, state, mean, loader)
         if reached <= start + ROUNDING * abs(start):
-            return state._replace(belief=state.belief._replace(mean=mean)), reached
+            return state._replace(belief=state.belief.with_mean(mean)), reached
     warnings.warn(
         f"no part of a pass's step lowered −log p(y, θ) = {start:.6g}; the mean stays where the pass was linearized",
         stacklevel=4,
     )
-    return state._replace(belief=state.belief._replace(mean=at)), start
+    return state._replace(belief=state.belief.with_mean(at)), start
 
 
 @torch.no_grad()
