@@ -17,7 +17,8 @@ from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, to_device
 
 
 class FilterOfMany(ABC):

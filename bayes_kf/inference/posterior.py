@@ -22,15 +22,8 @@ from bayes_kf.inference.predictive import arviz_export, prediction
 from bayes_kf.inference.predictive.output_variance import output_variance
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction
 from bayes_kf.inference.saving import pretrained
-from bayes_kf.models.adapter import (
-    AdapterModel,
-    Inputs,
-    batch_size,
-    check_inputs,
-    some_examples,
-    split_batch,
-    to_device,
-)
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, split_batch, to_device
 from bayes_kf.models.batched_forward import finite_difference_jvps, outputs_of_draws
 from bayes_kf.models.likelihood import Categorical, Gaussian, Likelihood
 from bayes_kf.validation import did_you_mean

@@ -34,7 +34,7 @@ from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.noise import NoiseState
-from bayes_kf.models.adapter import Inputs, batch_size, some_examples
+from bayes_kf.models.batch import Inputs, batch_size, some_examples
 
 
 class Sides(NamedTuple):

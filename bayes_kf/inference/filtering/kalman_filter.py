@@ -22,7 +22,8 @@ from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.measurement_model.output_directions import num_directions, num_rows, see, warn_of_many
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, some_examples, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, to_device
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior

@@ -20,7 +20,8 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs
 
 RATE = 1.0
 

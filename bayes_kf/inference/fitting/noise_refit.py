@@ -24,7 +24,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.loader import complete
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs, batch_size, some_examples, to_device
+from bayes_kf.models.batch import Inputs, batch_size, some_examples, to_device
 
 MAX_ROUNDS = 30
 CONVERGED = 1e-4  # relative change of σ²

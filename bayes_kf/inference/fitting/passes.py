@@ -21,7 +21,8 @@ from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, l
 from bayes_kf.inference.fitting.progress import Bar, Record
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs, to_device
 
 MAX_HALVINGS = 10
 MAX_ROUNDS = 20  # in which the width of a prior and σ² are found in turn

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs, batch_size, to_device
+from bayes_kf.models.batch import Inputs, batch_size, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
 
 if TYPE_CHECKING:

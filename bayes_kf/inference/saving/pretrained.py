@@ -42,8 +42,9 @@ from bayes_kf.inference.saving.file_names import (
     POSTERIOR,
     STATE_FILE,
 )
-from bayes_kf.models.adapter import AdapterModel, is_peft
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.adapter_tensors import CHANGING, active_adapter, check_name
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
