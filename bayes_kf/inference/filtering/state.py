@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +10,6 @@ from torch import Tensor
 from bayes_kf.inference.covariance import diagonal
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.measurement_model import noise
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
-
 
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)  # what computing raises where a belief would break
 
@@ -87,10 +83,11 @@ class DivergenceError(FloatingPointError):
         step: index of the refused update, from 0.
         cause: what would have broken.
         state: the state before the update.
-        posterior: the belief before it, where ``fit`` raised this; else None.
+        posterior: None; a ``FitDivergenceError``, which ``fit`` raises, has the posterior before the update.
     """
+
+    posterior: Any = None
 
     def __init__(self, step: int, cause: str, state: FilterState) -> None:
         super().__init__(f"update {step} refused: {cause}; the state before it is kept")
         self.step, self.cause, self.state = step, cause, state
-        self.posterior: Posterior | None = None

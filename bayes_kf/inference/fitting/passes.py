@@ -15,6 +15,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.fitting import holdout_selection, mean_step, noise_refit, prior_evidence
+from bayes_kf.inference.fitting.divergence import FitDivergenceError
 from bayes_kf.inference.fitting.filter_bank import Bank, candidates
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.fitting.progress import Bar, Record
@@ -82,8 +83,7 @@ def fit_one(
             try:
                 state, lowest = _gauss_newton(kf, noise_refit.over(kf, state, loader), loader, bar)
             except DivergenceError as error:
-                error.posterior = Posterior(kf, state, history)
-                raise
+                raise FitDivergenceError(error, Posterior(kf, state, history)) from error
         objective.append(lowest)
     if objective:
         state = _settled(kf, state, loader)
@@ -95,8 +95,7 @@ def fit_one(
                 state = noise_refit.over(kf, state, loader)
                 state, loss = mean_pass(kf, state, loader, number, kf.config.mean_passes, bar)
             except DivergenceError as error:
-                error.posterior = Posterior(kf, error.state, history)
-                raise
+                raise FitDivergenceError(error, Posterior(kf, error.state, history)) from error
         losses.append(loss)
     if losses:
         state = noise_refit.over(kf, state, loader)
@@ -184,8 +183,8 @@ def _tuned(
             with located(bar.done):
                 state, info = bank.update(state, given, targets)
         except DivergenceError as error:
-            error.posterior = Posterior(bank.filters[bank.best(state)], error.state, record.history())
-            raise
+            before = Posterior(bank.filters[bank.best(state)], error.state, record.history())
+            raise FitDivergenceError(error, before) from error
         record.add(info)
         bar.advance(f"{len(bank.filters)} candidates, {record.summary()}")
         seen += len(targets)
@@ -261,8 +260,7 @@ def one_pass(
             with located(bar.done):
                 state, info = kf.update(state, inputs, targets, hold_mean=hold_mean, at=at)
         except DivergenceError as error:
-            error.posterior = Posterior(kf, state, record.history())
-            raise
+            raise FitDivergenceError(error, Posterior(kf, state, record.history())) from error
         if squares is not None and kf.config.likelihood == "gaussian":
             squares.add(info.outputs, targets.to(info.outputs.device))
         record.add(info)
