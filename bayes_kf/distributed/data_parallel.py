@@ -160,8 +160,8 @@ class DataParallelFilter(FilterOfMany):
         output_cov = part.jacobian.block_gram(state.belief.variance).to(part.outputs.dtype)
         scores = scored(self.config, state._replace(scores=sums.scores), batch, everything, part, output_cov)
         factor, residual = part.family.whiten(part.outputs.double(), part.targets)
-        seen = part.jacobian.multiplied(factor)
-        curved = seen if part.probes is None else part.pulled.multiplied(part.probes.factor(part.outputs))
+        seen = part.jacobian.left_multiply(factor)
+        curved = seen if part.probes is None else part.pulled.left_multiply(part.probes.factor(part.outputs))
         return Sums(
             sums.precision + curved.column_squares(),
             sums.gradient + seen.rmatvec(residual.to(seen.like)),

@@ -22,7 +22,7 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.prior.initial_values import known_starts
+from bayes_kf.models.prior.initial_values import known_initial_values
 
 TEMPERATURE = 0.1
 WIDTHS = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s, relative to the function-space prior
@@ -64,7 +64,7 @@ def departure(adapter: AdapterModel, mean: Tensor) -> Tensor:
     A tensor whose start is drawn, as LoRA's A, is taken not to have moved. A model without PEFT layers is taken to have
     started from zero, as priors of weights usually are.
     """
-    starts = known_starts(adapter)
+    starts = known_initial_values(adapter)
     if starts is None:
         return mean
     tensors = adapter.unflatten(mean)

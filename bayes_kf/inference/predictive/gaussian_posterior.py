@@ -146,7 +146,7 @@ class GaussianPosterior:
 
     def adapters_at_once(self, inputs: Inputs) -> int:
         """How many adapters fit in memory together, in forward passes over a batch."""
-        return max(1, self.kf.linearize.examples_at_once(self.mean_vector, inputs) // batch_size(inputs))
+        return max(1, self.kf.linearize.max_chunk_size(self.mean_vector, inputs) // batch_size(inputs))
 
     def with_settings(self, **settings: Any) -> Self:
         """The same posterior with other settings for its predictions."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws, normal_draws_by_example
-from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.measurement_model.output_directions import MANY
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.adapter import Inputs
-from bayes_kf.models.batched_forward import linear_responses
+from bayes_kf.models.batched_forward import finite_difference_jvps
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 
@@ -66,7 +66,7 @@ def parameter_draws_are_cheaper(posterior: GaussianPosterior, inputs: Inputs, nu
     """Whether S draws of the outputs take fewer passes from draws of the parameters than from J P Jᵀ."""
     if isinstance(posterior.likelihood, Gaussian) or not posterior.adapter.is_precise:
         return False
-    passes = posterior.kf.linearize.num_passes(posterior.mean_vector, inputs)
+    passes = posterior.kf.linearize.num_backward_passes(posterior.mean_vector, inputs)
     return num_samples < passes or posterior.kf.linearize.num_outputs > MANY
 
 
@@ -80,12 +80,12 @@ def output_deviations(
     """Jδ for draws δ ~ N(0, temperature·P), (S, B, m)."""
     steps = posterior.sample_deviations(num_draws, generator, temperature)
     at_once = posterior.adapters_at_once(inputs)
-    return linear_responses(posterior.adapter, posterior.mean_vector, steps, inputs, at_once)
+    return finite_difference_jvps(posterior.adapter, posterior.mean_vector, steps, inputs, at_once)
 
 
-def output_covariance(posterior: GaussianPosterior, linearized: Linearized) -> Tensor:
+def output_covariance(posterior: GaussianPosterior, linearized: LinearizedBatch) -> Tensor:
     """J P Jᵀ of each example, (B, m, m), without the temperature."""
-    return posterior.config.structure.output_covariance(posterior.state.belief, linearized.pull())
+    return posterior.config.structure.output_covariance(posterior.state.belief, linearized.jacobian())
 
 
 def check_targets(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Tensor | None:

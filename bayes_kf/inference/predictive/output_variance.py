@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.adapter import batch_size, check_inputs, some_examples, split_batch, to_device
@@ -29,7 +29,7 @@ def output_variance(posterior: GaussianPosterior, batch: Any) -> dict[str, float
     return {name: posterior.temperature * contributions[where].sum().item() for name, where in slices.items()}
 
 
-def parameter_contributions(posterior: GaussianPosterior, linearized: Linearized) -> Tensor:
+def parameter_contributions(posterior: GaussianPosterior, linearized: LinearizedBatch) -> Tensor:
     """Mean over examples and outputs of J_i (P Jᵀ)_i for each parameter i, (n,); its sum is the mean of J P Jᵀ.
 
     The covariance of two parameters counts once for each of them, so a contribution may be negative. Without
@@ -40,7 +40,7 @@ def parameter_contributions(posterior: GaussianPosterior, linearized: Linearized
     directions = torch.eye(num_outputs, dtype=linearized.outputs.dtype, device=linearized.outputs.device)[chosen]
     if posterior.config.likelihood == "categorical" and num_outputs > 1:
         directions = directions - 1.0 / num_outputs  # softmax ignores the mean of the outputs
-    jacobian = linearized.pull(Directions(len(directions), lambda _, which: directions[which])).dense()  # (B, c, n)
+    jacobian = linearized.jacobian(Directions(len(directions), lambda _, which: directions[which])).dense()  # (B, c, n)
     rows = jacobian.flatten(0, 1)
     structure, belief = posterior.config.structure, posterior.state.belief
     products = rows.double() * torch.stack([structure.product(belief, row) for row in rows]).double()
