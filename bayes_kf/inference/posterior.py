@@ -16,7 +16,8 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
 from bayes_kf.inference.saving import pretrained
-from bayes_kf.models.adapter import AdapterModel, Inputs
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs
 
 if TYPE_CHECKING:
     from bayes_kf.inference.predictive.pyro_guide import KalmanGuide

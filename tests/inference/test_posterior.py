@@ -629,7 +629,7 @@ def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
     posterior = bkf.fit(model, loader(x, y), settings, progress=False)
     exact = posterior.predict(x[:2], method="probit")  # by the covariance
     linearized = posterior.kf.linearize(posterior.mean_vector, x[:2])
-    covariance = posterior.config.structure.output_covariance(posterior.state.belief, linearized.jacobian())
+    covariance = posterior.state.belief.output_covariance(linearized.jacobian())
     torch.testing.assert_close(exact.probs, against_the_rest(linearized.outputs, covariance))
     monkeypatch.setattr(type(linearized), "jacobian", None)
     found = torch.cat(

@@ -24,7 +24,7 @@ MEAN_ALONE_NOTE = (
 )
 
 
-class State(NamedTuple):
+class TemperatureState(NamedTuple):
     """Sums over the examples scored of their log losses ℓ at every temperature, in nats.
 
     Attributes:
@@ -39,20 +39,20 @@ class State(NamedTuple):
     differences: Tensor
 
 
-def init(device: torch.device) -> State:
+def init(device: torch.device) -> TemperatureState:
     """The state before the first update."""
     size = len(GRID)
     zeros = torch.zeros(size, size + 1, dtype=torch.float64, device=device)
-    return State(0, zeros[:, 0].clone(), zeros[:, 1:].clone())
+    return TemperatureState(0, zeros[:, 0].clone(), zeros[:, 1:].clone())
 
 
-def add(state: State, losses: Tensor) -> State:
+def add(state: TemperatureState, losses: Tensor) -> TemperatureState:
     """The sums with the losses of B more examples, (K, B)."""
     squares = (losses.unsqueeze(1) - losses).square().nan_to_num(math.inf).sum(-1)
-    return State(state.updates + 1, state.total + losses.sum(1), state.differences + squares)
+    return TemperatureState(state.updates + 1, state.total + losses.sum(1), state.differences + squares)
 
 
-def choose(state: State) -> float:
+def choose(state: TemperatureState) -> float:
     """The temperature nearest to 1 of those that the scores do not clearly speak against; 1 before anything was scored.
 
     Its log loss lies above the least by at most ``WITHIN`` standard errors of the difference, paired by example.
@@ -85,6 +85,6 @@ def warn_of_mean_alone(temperature: float) -> None:
         warnings.warn(f"the temperature chosen is {temperature:g}: {MEAN_ALONE_NOTE}", stacklevel=3)
 
 
-def temperature(setting: float | str, state: State) -> float:
+def temperature(setting: float | str, state: TemperatureState) -> float:
     """The configured temperature, or the one that the scores choose."""
     return choose(state) if isinstance(setting, str) else setting

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import heldout_calibration
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
 
 SHARE = 8  # one in so many is held out
 WIDE, NARROW = 10.0, 1.0  # sd of the logits under the wide prior and the narrow one

@@ -12,7 +12,8 @@ from torch import Tensor
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
 from bayes_kf.inference.predictive.predictive_distributions import from_draws
-from bayes_kf.models.adapter import AdapterModel, check_inputs, split_batch, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import check_inputs, split_batch, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 

@@ -12,7 +12,8 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size
 from bayes_kf.models.likelihood import Likelihood
 
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
@@ -90,7 +91,7 @@ class GaussianPosterior:
     @property
     def variance_vector(self) -> Tensor:
         """Diagonal of P, (n,), without the temperature."""
-        return self.config.structure.marginal_variance(self.state.belief)
+        return self.state.belief.marginal_variance()
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ class GaussianPosterior:
             raise ValueError(
                 f"`covariance_matrix` takes at most {MAX_MATRIX:,} parameters, got {size:,} ({gib:.1f} GiB)."
             )
-        return self.config.structure.covariance_matrix(self.state.belief)
+        return self.state.belief.covariance_matrix()
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws from N(μ, temperature·P), (S, n).
@@ -134,7 +135,7 @@ class GaussianPosterior:
         """Draws from N(0, temperature·P), (S, n)."""
         mean = self.mean_vector
         normal = torch.randn((num_samples, len(mean)), generator=generator, dtype=mean.dtype, device=generator.device)
-        return temperature**0.5 * self.config.structure.root(self.state.belief)(normal.to(mean.device))
+        return temperature**0.5 * self.state.belief.root()(normal.to(mean.device))
 
     def generator(self, generator: torch.Generator | None = None) -> torch.Generator:
         """The given generator, or a new one seeded with ``config.seed``."""

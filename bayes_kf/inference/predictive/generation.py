@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 from bayes_kf.models.language import learns_prompt
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.covariance.gaussian_sampling import clamp_eigenvalues
+from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.inference.filtering import predictive_density
 from bayes_kf.inference.filtering.tempering import GRID, WITHIN, nearest_to_one
 from bayes_kf.inference.measurement_model import noise
@@ -31,7 +31,7 @@ from bayes_kf.inference.predictive.linearized_prediction import (
     output_deviations,
     parameter_draws_are_cheaper,
 )
-from bayes_kf.models.adapter import Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
 from bayes_kf.models.likelihood import Categorical, Likelihood
 
 NUM_DRAWS = 64  # parameter draws that stand for the covariance of more outputs than that
@@ -163,7 +163,7 @@ def _heldout_residuals(posterior: GaussianPosterior, loader: Iterable[Any]) -> t
                 checked = family.check(linearized.outputs, targets[where])
                 residuals.append((checked - linearized.outputs).double())
                 covariances.append(output_covariance(posterior, linearized))
-    return torch.cat(residuals), clamp_eigenvalues(torch.cat(covariances))
+    return torch.cat(residuals), semidefinite(torch.cat(covariances))
 
 
 def heldout_noise_variance(present: Tensor, residual: Tensor, output_var: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from bayes_kf.inference.measurement_model.output_directions import MANY
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 from bayes_kf.models.batched_forward import finite_difference_jvps
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
@@ -85,7 +85,7 @@ def output_deviations(
 
 def output_covariance(posterior: GaussianPosterior, linearized: LinearizedBatch) -> Tensor:
     """J P Jᵀ of each example, (B, m, m), without the temperature."""
-    return posterior.config.structure.output_covariance(posterior.state.belief, linearized.jacobian())
+    return posterior.state.belief.output_covariance(linearized.jacobian())
 
 
 def check_targets(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Tensor | None:

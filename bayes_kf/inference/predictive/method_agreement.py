@@ -11,7 +11,7 @@ import torch
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.linearized_prediction import predict_from_covariance
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.models.adapter import Inputs, batch_size, some_examples
+from bayes_kf.models.batch import Inputs, batch_size, some_examples
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 MAX_EXAMPLES = 16  # the first examples of a batch are compared

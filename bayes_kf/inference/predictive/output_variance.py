@@ -10,7 +10,7 @@ from torch import Tensor
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.models.adapter import batch_size, check_inputs, some_examples, split_batch, to_device
+from bayes_kf.models.batch import batch_size, check_inputs, some_examples, split_batch, to_device
 
 MAX_EXAMPLES = 8  # the first examples of a batch
 MAX_OUTPUTS = 16  # of more outputs, as many evenly spaced ones
@@ -42,6 +42,5 @@ def parameter_contributions(posterior: GaussianPosterior, linearized: Linearized
         directions = directions - 1.0 / num_outputs  # softmax ignores the mean of the outputs
     jacobian = linearized.jacobian(Directions(len(directions), lambda _, which: directions[which])).dense()  # (B, c, n)
     rows = jacobian.flatten(0, 1)
-    structure, belief = posterior.config.structure, posterior.state.belief
-    products = rows.double() * torch.stack([structure.product(belief, row) for row in rows]).double()
+    products = rows.double() * torch.stack([posterior.state.belief.product(row) for row in rows]).double()
     return products.sum(0) / len(rows)

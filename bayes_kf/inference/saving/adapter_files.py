@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from bayes_kf.inference.saving import base_fingerprint
 from bayes_kf.inference.saving.base_fingerprint import BaseSnapshot
 from bayes_kf.inference.saving.file_names import ADAPTER_FILES, CARD_FILE, MODEL_FILE, PLAIN
-from bayes_kf.models.adapter import AdapterModel, is_peft
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.adapter_tensors import CHANGING, active_adapter, check_name
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

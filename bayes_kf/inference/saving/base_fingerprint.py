@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.module_restoring import snapshot
+from bayes_kf.models.module_restoring import restore, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
 
 MAX_ELEMENTS = 4096  # of a tensor that its fingerprint reads
@@ -132,7 +132,7 @@ class BaseSnapshot:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self._base, self._modules = base, snapshot(base.modules())
+        self._base, self._modules = base, take_snapshot(base.modules())
         self._values = [(parameter, parameter.data, parameter.requires_grad) for parameter in base.parameters()]
         self._copies: list[tuple[Tensor, Tensor]] = []
 
@@ -143,7 +143,7 @@ class BaseSnapshot:
 
     def restore(self) -> None:
         """Restore the base model, in place."""
-        self._modules()
+        restore(self._modules)
         for parameter, data, trainable in self._values:
             parameter.data = data
             parameter.requires_grad_(trainable)

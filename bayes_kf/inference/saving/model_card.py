@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.models.adapter import is_peft
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 TAGS = ["bayes_kf", "uncertainty", "calibration", "kalman-filter"]
 SCORES = {

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayes_kf.files.checksums import EDITABLE, digest
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.saving import base_fingerprint
 from bayes_kf.inference.saving.adapter_files import adapter_settings
@@ -65,9 +66,9 @@ def make_state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str,
         TypeError, ValueError, AttributeError: if they do not fit the filter's settings.
     """
     state = FilterState(
-        belief=kf.config.structure.State(**with_prefix(tensors, "belief.")),
-        prior=diagonal.State(**with_prefix(tensors, "prior.")),
-        noise=noise.State(step=metadata["noise_step"], **with_prefix(tensors, "noise.")),
+        belief=kf.config.structure(**with_prefix(tensors, "belief.")),
+        prior=DiagonalGaussian(**with_prefix(tensors, "prior.")),
+        noise=NoiseState(step=metadata["noise_step"], **with_prefix(tensors, "noise.")),
         scores=_temperature_scores(metadata["scored"], with_prefix(tensors, "scores.")),
         scaled=metadata["scaled"],
         step=metadata["step"],
@@ -77,7 +78,7 @@ def make_state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str,
     counts = (state.step, state.examples, state.noise.step, state.scores.updates)
     if not all(type(count) is int and count >= 0 for count in counts) or type(state.scaled) is not bool:
         raise ValueError(f"its counts are {counts}, its prior scaled: {state.scaled!r}")
-    if not bool((kf.config.structure.scales(state.belief) > 0).all()) or not bool((state.prior.variance > 0).all()):
+    if not bool((state.belief.scales() > 0).all()) or not bool((state.prior.variance > 0).all()):
         raise ValueError("its variances are not positive")
     return state
 
@@ -90,11 +91,13 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _check_tensors(kf: KalmanFilter, state: FilterState) -> None:
     """Raise ValueError if a tensor has another shape or type than in a state of this filter, or other constants."""
     empty = torch.empty(kf.adapter.num_parameters, dtype=kf.adapter.dtype, device="meta")
-    start = diagonal.init(empty, empty)
-    parts = {"belief": (state.belief, kf._belief(start)), "prior": (state.prior, start)}
-    parts |= {"scores": (state.scores, tempering.init(torch.device("cpu")))}
+    start = DiagonalGaussian(empty, empty)
+    parts = {"belief": (state.belief._asdict(), kf._belief(start)._asdict())}
+    parts |= {"prior": (state.prior._asdict(), start._asdict())}
+    parts |= {"scores": (state.scores._asdict(), tempering.init(torch.device("cpu"))._asdict())}
     for part, (own, expected) in parts.items():
-        for name, value, like in zip(own._fields, own, expected, strict=True):
+        for name, value in own.items():
+            like = expected[name]
             if not isinstance(like, Tensor):
                 continue
             if (value.shape, value.dtype) != (like.shape, like.dtype):
@@ -106,10 +109,10 @@ def _check_tensors(kf: KalmanFilter, state: FilterState) -> None:
                 raise ValueError(f"{part}.{name} is {value.tolist()}, not {like.tolist()}")
 
 
-def _temperature_scores(updates: int, fields: dict[str, Tensor]) -> tempering.State:
+def _temperature_scores(updates: int, fields: dict[str, Tensor]) -> TemperatureState:
     """The log losses by temperature; folders without ``differences`` keep the temperature they were saved with."""
     empty = tempering.init(next(iter(fields.values())).device if fields else torch.device("cpu"))
-    return tempering.State(updates, **{"differences": empty.differences} | fields)
+    return TemperatureState(updates, **{"differences": empty.differences} | fields)
 
 
 def _tensors(posterior: GaussianPosterior) -> dict[str, Tensor]:

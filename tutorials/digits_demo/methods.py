@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayes_kf.demo.data import DemoData
 from bayes_kf.evaluation import Report, evaluate, evaluate_predictions
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fitting.fit import fit
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
+from tutorials.digits_demo.data import DemoData
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates that AdamW may choose from."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bayes_kf.demo.methods import Row
 from bayes_kf.evaluation import moving_average
 from bayes_kf.evaluation.plots.reliability import BLUE, GREEN, GREY, VERMILLION
+from tutorials.digits_demo.methods import Row
 
 DPI = 130
 WINDOW = 150  # images in a mean

@@ -13,10 +13,6 @@ from pathlib import Path
 
 import torch
 
-from bayes_kf.demo.data import FULL, QUICK, DemoData, Size, demo_data, save_arrays
-from bayes_kf.demo.figures import save_online_curves, save_reliability
-from bayes_kf.demo.methods import RATES, Row, best_adamw_row, frozen_row, kalman_row
-from bayes_kf.demo.table import caption, markdown_table, save_table
 from bayes_kf.files.atomic_folder import check_target, recover, write_files
 from bayes_kf.files.checksums import SUMS_FILE, write_sums
 from bayes_kf.files.ownership import Kind
@@ -24,6 +20,10 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fitting.progress import shows_bars
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
+from tutorials.digits_demo.data import FULL, QUICK, DemoData, Size, demo_data, save_arrays
+from tutorials.digits_demo.figures import save_online_curves, save_reliability
+from tutorials.digits_demo.methods import RATES, Row, best_adamw_row, frozen_row, kalman_row
+from tutorials.digits_demo.table import caption, markdown_table, save_table
 
 RANK = 4
 WRITTEN = (

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bayes_kf.demo.data import SEVERITY, Size
-from bayes_kf.demo.methods import Row
+from tutorials.digits_demo.data import SEVERITY, Size
+from tutorials.digits_demo.methods import Row
 
 
 def _score(name: str, digits: int = 3) -> Callable[[Row], str]:
