@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.covariance.gaussian_sampling import clamp_eigenvalues
+from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.inference.filtering import predictive_density
 from bayes_kf.inference.filtering.tempering import GRID, WITHIN, nearest_to_one
 from bayes_kf.inference.measurement_model import noise
@@ -113,8 +113,8 @@ def log_losses(posterior: GaussianPosterior, family: Likelihood, inputs: Inputs,
     if parameter_draws_are_cheaper(posterior, inputs, NUM_DRAWS):
         return _log_losses_from_draws(posterior, family, inputs, targets, first)
     losses = list[Tensor]()
-    for where, piece in posterior.kf.linearize.chunks(posterior.mean_vector, inputs):
-        linearized = posterior.kf.linearize(posterior.mean_vector, piece)
+    for where, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, inputs):
+        linearized = posterior.kf.linearize(posterior.mean_vector, chunk)
         outputs = posterior.scaled_logits(linearized.outputs)
         checked = family.check(outputs, targets[where])
         output_cov = output_covariance(posterior, linearized) / posterior.softmax_temperature**2
@@ -158,12 +158,12 @@ def _heldout_residuals(posterior: GaussianPosterior, loader: Iterable[Any]) -> t
     family, residuals, covariances = posterior.likelihood, list[Tensor](), list[Tensor]()
     for inputs, targets in _heldout_batches(posterior, loader):
         with posterior.adapter.full_precision():
-            for where, piece in posterior.kf.linearize.chunks(posterior.mean_vector, inputs):
-                linearized = posterior.kf.linearize(posterior.mean_vector, piece)
+            for where, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, inputs):
+                linearized = posterior.kf.linearize(posterior.mean_vector, chunk)
                 checked = family.check(linearized.outputs, targets[where])
                 residuals.append((checked - linearized.outputs).double())
                 covariances.append(output_covariance(posterior, linearized))
-    return torch.cat(residuals), clamp_eigenvalues(torch.cat(covariances))
+    return torch.cat(residuals), semidefinite(torch.cat(covariances))
 
 
 def heldout_noise_variance(present: Tensor, residual: Tensor, output_var: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def predict(
             return sampled
         if draws_parameters:
             return predict_from_parameter_draws(posterior, inputs, num_samples, generator, targets)
-        return _predict_in_pieces(posterior, inputs, method, num_samples, generator, targets)
+        return _predict_in_chunks(posterior, inputs, method, num_samples, generator, targets)
 
 
 def predict_loader(
@@ -134,7 +134,7 @@ def _predict_from_adapters(
     return predictive_distributions.from_draws(family, outputs, check_targets(family, outputs[0], targets))
 
 
-def _predict_in_pieces(
+def _predict_in_chunks(
     posterior: GaussianPosterior,
     inputs: Inputs,
     method: str,
@@ -142,20 +142,20 @@ def _predict_in_pieces(
     generator: torch.Generator,
     targets: Tensor | None,
 ) -> Prediction:
-    """The prediction from J P Jᵀ, a piece of the batch at a time; smaller pieces if memory runs out."""
+    """The prediction from J P Jᵀ, a chunk of the batch at a time; smaller chunks if memory runs out."""
     linearize, before = posterior.kf.linearize, generator.get_state()
 
-    def predict_pieces() -> Prediction:
+    def predict_chunks() -> Prediction:
         generator.set_state(before)  # an attempt that ran out of memory has used it
         parts = [
             predict_from_covariance(
-                posterior, piece, method, num_samples, generator, None if targets is None else targets[where]
+                posterior, chunk, method, num_samples, generator, None if targets is None else targets[where]
             )
-            for where, piece in linearize.chunks(posterior.mean_vector, inputs)
+            for where, chunk in linearize.chunks(posterior.mean_vector, inputs)
         ]
         return concatenate(parts)
 
-    return linearize.retry_in_smaller_chunks(predict_pieces, batch_size(inputs))
+    return linearize.retry_in_smaller_chunks(predict_chunks, batch_size(inputs))
 
 
 def _to_cpu(tensor: Tensor | None) -> Tensor | None:

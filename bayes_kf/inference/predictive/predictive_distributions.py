@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_kf.inference.covariance.gaussian_sampling import clamp_eigenvalues
+from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
@@ -38,7 +38,7 @@ def from_gaussian(
         targets: (B, m).
     """
     noise_var = _noise_variance(family, outputs)
-    total = clamp_eigenvalues(output_cov.double()) + torch.diag_embed(noise_var.double())
+    total = semidefinite(output_cov.double()) + torch.diag_embed(noise_var.double())
     normal = torch.distributions.MultivariateNormal(outputs.double(), total, validate_args=False)
     log_prob = None if targets is None else normal.log_prob(targets.double()).to(outputs.dtype)
     epistemic = output_cov.diagonal(dim1=1, dim2=2).to(outputs.dtype)
