@@ -219,7 +219,9 @@ class Posterior:
             def in_pieces() -> Prediction:
                 generator.set_state(before)  # as it was, where memory ran out before
                 parts = [
-                    self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
+                    self._piece(
+                        piece.inputs, method, num_samples, generator, None if targets is None else targets[where]
+                    )
                     for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs)
                 ]
                 return prediction.concatenate(parts)
@@ -602,7 +604,7 @@ class Posterior:
         if num_samples < max(FEWEST_COMPARED, sampled.samples.shape[2]):  # a backward pass for every output
             return
         few = some_examples(inputs, slice(size), batch_size(inputs))
-        _, few = next(iter(self.kf.linearize.chunks(self.mean_vector, few)))  # what the memory allows at once
+        few = self.kf.linearize.chunks(self.mean_vector, few)[0][1].inputs  # what the memory allows at once
         size = batch_size(few)
         own = torch.Generator(device=self.adapter.device).manual_seed(self.config.seed + 1)
         linearized = self._piece(few, "linearized", num_samples, own, None)
