@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError
+from bayes_kf.inference.fitting.divergence import FitDivergenceError
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.fitting.progress import Bar, Record
 from bayes_kf.inference.posterior import Posterior
@@ -97,8 +98,7 @@ def fit_kept(
                     joined().save_pretrained(folder)
                     saved = state.step
         except DivergenceError as error:
-            error.posterior = joined()
-            raise
+            raise FitDivergenceError(error, joined()) from error
         finally:  # also when somebody presses Ctrl-C, or the loader raises
             if state.step > saved:
                 joined().save_pretrained(folder)

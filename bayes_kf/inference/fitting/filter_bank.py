@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config, check_not_negative
+from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config
 from bayes_kf.inference.filtering import gradient_penalty
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.linearization_check import is_small
@@ -33,6 +33,7 @@ from bayes_kf.inference.predictive import prediction
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, batch_size, check_inputs, to_device
+from bayes_kf.validation import check_not_negative
 
 CLOSE = 0.2  # logits, or sds of Gaussian noise; at 1 the evidence was wrong by as much as candidates differ
 NEGLIGIBLE = 1e-3  # weight, relative to the largest, below which a candidate's prediction is not asked for
