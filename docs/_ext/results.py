@@ -1,14 +1,14 @@
 """Tables and numbers of `benchmarks/results/` in pages of the site, so that no number is typed by hand.
 
-    ```{results} online-usps
-    :rows: frozen; AdamW *; default        which rows, by how they begin; all without it
-    :columns: accuracy = held-out accuracy which columns, and their headings; all without it
-    :section: Against AdamW                which heading of the results page the table stands under
-    ```
+```{results} online-usps
+:rows: frozen; AdamW *; default        which rows, by how they begin; all without it
+:columns: accuracy = held-out accuracy which columns, and their headings; all without it
+:section: Against AdamW                which heading of the results page the table stands under
+```
 
-    {result}`kills 200.killed_while_writing`    one number of a JSON file's cells, here of the cell "200"
-    {result}`fuzz sum *.cases`                  a sum over cells
-    {result}`mutation 100 * all.rate |.1f`      scaled, and in a format
+{result}`kills 200.killed_while_writing`    one number of a JSON file's cells, here of the cell "200"
+{result}`fuzz sum *.cases`                  a sum over cells
+{result}`mutation 100 * all.rate |.1f`      scaled, and in a format
 """
 
 import json

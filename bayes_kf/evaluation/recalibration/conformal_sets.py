@@ -23,7 +23,7 @@ from bayes_kf.evaluation.inputs import (
     check_fraction,
     check_positive_int,
 )
-from bayes_kf.evaluation.recalibration.vector_scaling import of_classes
+from bayes_kf.evaluation.recalibration.vector_scaling import check_num_classes
 
 Score = Literal["lac", "aps"]
 SCORES = ("lac", "aps")
@@ -115,7 +115,7 @@ class ConformalSets:
         Raises:
             ValueError: If they are malformed or of another number of classes.
         """
-        return _scores(of_classes(probs, self.num_classes), self.score, [self.seed, 1]) <= self.threshold
+        return _scores(check_num_classes(probs, self.num_classes), self.score, [self.seed, 1]) <= self.threshold
 
 
 def coverage_and_size(sets: Array, targets: Array) -> SetCoverage:
@@ -135,7 +135,7 @@ def coverage_and_size(sets: Array, targets: Array) -> SetCoverage:
     members = torch.as_tensor(sets).detach().cpu()
     if members.dtype != torch.bool or members.ndim != 2 or members.numel() == 0:
         raise ValueError(f"`sets` must be a boolean (N, C), got {members.dtype} of shape {tuple(members.shape)}.")
-    covered, size = set_columns(members, as_targets(targets, members))
+    covered, size = coverage_and_sizes(members, as_targets(targets, members))
     return SetCoverage(covered.mean().item(), size.mean().item(), (size == 0).double().mean().item())
 
 
@@ -183,7 +183,7 @@ def conformal_threshold(scores: Tensor, level: float) -> float:
     return scores.kthvalue(rank).values.item() if rank <= len(scores) else math.inf
 
 
-def set_columns(sets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def coverage_and_sizes(sets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Whether each label is inside its set, and the size of each set, both float64 (N,)."""
     return sets.gather(1, labels[:, None])[:, 0].double(), sets.sum(dim=1).double()
 

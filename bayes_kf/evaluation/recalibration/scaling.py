@@ -17,11 +17,11 @@ from torch import Tensor
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 from bayes_kf.evaluation.recalibration.vector_scaling import (
     VectorScaling,
-    fitted_on,
+    check_num_classes,
+    describe_fit,
     log_probs,
-    logs_and_labels,
-    mean_log_loss,
-    of_classes,
+    log_probs_and_labels,
+    mean_cross_entropy,
 )
 
 COLDEST, HOTTEST = 0.01, 100.0
@@ -82,7 +82,7 @@ class TemperatureScaling:
             >>> round(found.temperature, 4)
             2.0
         """
-        logs, labels = logs_and_labels(probs, targets)
+        logs, labels = log_probs_and_labels(probs, targets)
         chosen = logs.gather(1, labels[:, None])[:, 0]
 
         def slope(inverse: float) -> float:  # of the mean log loss; it rises with 1/T
@@ -96,7 +96,7 @@ class TemperatureScaling:
             inverse = high
         else:
             inverse = float(scipy.optimize.brentq(slope, low, high, xtol=1e-14, rtol=1e-14))
-        if mean_log_loss(inverse * logs, labels) > mean_log_loss(logs, labels):  # by rounding only
+        if mean_cross_entropy(inverse * logs, labels) > mean_cross_entropy(logs, labels):  # by rounding only
             inverse = 1.0
         return cls(1 / inverse, split, len(labels))
 
@@ -109,7 +109,7 @@ class TemperatureScaling:
         effect = "makes predictions less sure" if self.temperature > 1 else "makes predictions surer"
         if self.temperature == 1:
             effect = "changes nothing"
-        where = fitted_on(self.split, self.num_examples)
+        where = describe_fit(self.split, self.num_examples)
         return f"Temperature scaling, {where}: T = {self.temperature:.3f}, which {effect}."
 
 
@@ -164,7 +164,7 @@ class IsotonicCalibration:
 
     def __call__(self, probs: Array) -> Tensor:
         """Recalibrated probabilities, (N, C), float64."""
-        checked = of_classes(probs, len(self.curves))
+        checked = check_num_classes(probs, len(self.curves))
         columns = [np.interp(p.numpy(), *curve) for p, curve in zip(checked.unbind(dim=1), self.curves, strict=True)]
         heights = torch.from_numpy(np.stack(columns, axis=1))
         total = heights.sum(dim=1, keepdim=True)
@@ -172,7 +172,7 @@ class IsotonicCalibration:
 
     def describe(self) -> str:
         """One sentence for the report."""
-        return f"Isotonic calibration, {fitted_on(self.split, self.num_examples)}: a rising curve for each class."
+        return f"Isotonic calibration, {describe_fit(self.split, self.num_examples)}: a rising curve for each class."
 
 
 RECALIBRATIONS: dict[str, type[Recalibration]] = {

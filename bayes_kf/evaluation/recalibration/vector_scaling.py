@@ -54,7 +54,7 @@ class VectorScaling:
         """
         if not 0 <= penalty < float("inf"):
             raise ValueError(f"`penalty` must be finite and not negative, got {penalty!r}.")
-        logs, labels = logs_and_labels(probs, targets)
+        logs, labels = log_probs_and_labels(probs, targets)
         objective = _Objective(logs, labels, penalty)
         identity = np.repeat([1.0, 0.0], logs.shape[1])
         found = scipy.optimize.minimize(
@@ -66,19 +66,19 @@ class VectorScaling:
             options={"gtol": 1e-10},
         )
         scale, bias = torch.from_numpy(found.x).chunk(2)
-        if not mean_log_loss(scale * logs + bias, labels) <= mean_log_loss(logs, labels):  # by rounding only
+        if not mean_cross_entropy(scale * logs + bias, labels) <= mean_cross_entropy(logs, labels):  # by rounding only
             scale, bias = torch.from_numpy(identity).chunk(2)
         return cls(scale.clone(), bias - bias.mean(), split, len(labels))
 
     def __call__(self, probs: Array) -> Tensor:
         """Recalibrated probabilities, (N, C), float64."""
-        checked = of_classes(probs, len(self.scale))
+        checked = check_num_classes(probs, len(self.scale))
         return (self.scale * log_probs(checked) + self.bias).softmax(dim=1)
 
     def describe(self) -> str:
         """One sentence for the report."""
         scale, bias = (f"{values.min():.2f} to {values.max():.2f}" for values in (self.scale, self.bias))
-        where = fitted_on(self.split, self.num_examples)
+        where = describe_fit(self.split, self.num_examples)
         return f"Vector scaling, {where}: scales from {scale}, biases from {bias}.".replace("-", "−")
 
 
@@ -97,7 +97,7 @@ class _Objective:
 
     def value(self, theta: np.ndarray) -> float:
         """The objective at θ."""
-        losses = sum(len(y) * mean_log_loss(_outputs(theta, z), y) for z, y in self.blocks)
+        losses = sum(len(y) * mean_cross_entropy(_outputs(theta, z), y) for z, y in self.blocks)
         distance = self.penalty / 2 * np.square(theta - self.identity).sum()
         return float(losses + distance + theta[self.num_classes :].sum() ** 2 / 2) / self.num_examples
 
@@ -133,18 +133,18 @@ def log_probs(probs: Tensor) -> Tensor:
     return probs.clamp(min=FLOOR).log()
 
 
-def logs_and_labels(probs: Array, targets: Array) -> tuple[Tensor, Tensor]:
+def log_probs_and_labels(probs: Array, targets: Array) -> tuple[Tensor, Tensor]:
     """Logarithms of the probabilities, (N, C), and class indices, (N,)."""
     checked = as_probs(probs)
     return log_probs(checked), as_targets(targets, checked)
 
 
-def mean_log_loss(outputs: Tensor, labels: Tensor) -> float:
+def mean_cross_entropy(outputs: Tensor, labels: Tensor) -> float:
     """Mean of −log softmax(outputs) at the labels."""
     return -outputs.log_softmax(dim=1).gather(1, labels[:, None]).mean().item()
 
 
-def of_classes(probs: Array, num_classes: int) -> Tensor:
+def check_num_classes(probs: Array, num_classes: int) -> Tensor:
     """Checked probabilities of as many classes as a fit had."""
     checked = as_probs(probs)
     if checked.shape[1] != num_classes:
@@ -152,7 +152,7 @@ def of_classes(probs: Array, num_classes: int) -> Tensor:
     return checked
 
 
-def fitted_on(split: str, num_examples: int) -> str:
+def describe_fit(split: str, num_examples: int) -> str:
     """The examples of a fit, in words."""
     return f"fitted on “{split}”, {num_examples:,} examples"
 

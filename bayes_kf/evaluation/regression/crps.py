@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array
-from bayes_kf.evaluation.regression.scores import checked_gaussian, sample_blocks
+from bayes_kf.evaluation.regression.scores import check_gaussian, sample_blocks
 
 
 def crps_gaussian(mean: Array, variance: Array, targets: Array) -> float:
@@ -28,7 +28,7 @@ def crps_gaussian(mean: Array, variance: Array, targets: Array) -> float:
         >>> round(crps_gaussian(torch.zeros(1), torch.ones(1), torch.zeros(1)), 4)
         0.2337
     """
-    return gaussian_crps(*checked_gaussian(mean, variance, targets)).mean().item()
+    return gaussian_crps(*check_gaussian(mean, variance, targets)).mean().item()
 
 
 def crps_samples(samples: Array, targets: Array) -> float:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_float, check_positive_int
-from bayes_kf.evaluation.regression.scores import checked_gaussian
-from bayes_kf.evaluation.resampling.binning import place
+from bayes_kf.evaluation.regression.scores import check_gaussian
+from bayes_kf.evaluation.resampling.binning import bin_index
 from bayes_kf.evaluation.resampling.null_test import NullComparison, check_simulation, compare_to_null
 
 
@@ -64,7 +64,7 @@ def spread_bins(mean: Array, variance: Array, targets: Array, num_bins: int = 10
         ([1.0, 2.0], [1.0, 3.1623])
     """
     check_positive_int(num_bins, "num_bins")
-    location, spread_var, observed = (values.flatten() for values in checked_gaussian(mean, variance, targets))
+    location, spread_var, observed = (values.flatten() for values in check_gaussian(mean, variance, targets))
     index = _bins(spread_var, num_bins)
     counts = torch.bincount(index)
     predicted_var = torch.bincount(index, weights=spread_var) / counts
@@ -149,4 +149,4 @@ def _bins(variance: Tensor, num_bins: int) -> Tensor:
     """The bin of each variance (n,), counted without gaps."""
     starts = torch.arange(num_bins) * len(variance) // num_bins
     edges = torch.cat([variance.sort().values[starts].unique(), variance.max()[None]])
-    return place(variance, edges)
+    return bin_index(variance, edges)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_float, check_choice, check_positive_int
-from bayes_kf.evaluation.regression.scores import checked_gaussian, sample_blocks
+from bayes_kf.evaluation.regression.scores import check_gaussian, sample_blocks
 from bayes_kf.evaluation.resampling.null_test import CalibrationTest
 
 NUM_BINS = 20
@@ -42,7 +42,7 @@ def pit_gaussian(mean: Array, variance: Array, targets: Array) -> Tensor:
         >>> pit_gaussian(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 1.0]))
         tensor([0.5000, 0.8413], dtype=torch.float64)
     """
-    location, spread_var, observed = checked_gaussian(mean, variance, targets)
+    location, spread_var, observed = check_gaussian(mean, variance, targets)
     return torch.special.ndtr((observed - location) / spread_var.sqrt())
 
 

@@ -71,7 +71,7 @@ def gaussian_log_loss(mean: Array, variance: Array, targets: Array) -> float:
         >>> round(gaussian_log_loss(torch.zeros(2), torch.ones(2), torch.tensor([1.0, -1.0])), 4)
         1.4189
     """
-    return gaussian_log_losses(*checked_gaussian(mean, variance, targets)).mean().item()
+    return gaussian_log_losses(*check_gaussian(mean, variance, targets)).mean().item()
 
 
 def interval_coverage(samples: Array, targets: Array, levels: Sequence[float] = LEVELS) -> Coverage:
@@ -121,7 +121,7 @@ def gaussian_coverage(mean: Array, variance: Array, targets: Array, levels: Sequ
         >>> gaussian_coverage(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 1.0])).coverage
         tensor([0.5000, 1.0000, 1.0000], dtype=torch.float64)
     """
-    location, spread_var, observed = checked_gaussian(mean, variance, targets)
+    location, spread_var, observed = check_gaussian(mean, variance, targets)
     rank = torch.special.ndtr((observed - location) / spread_var.sqrt())
     shares = [((rank - 0.5).abs() <= 0.5 - _tail(level)).double().mean() for level in levels]
     return Coverage(torch.tensor(levels, dtype=torch.float64), torch.stack(shares))
@@ -183,7 +183,7 @@ def check_same_shape(targets: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(f"`targets` must have the shape of `{name}`, {wanted}, got {got}.")
 
 
-def checked_gaussian(mean: Array, variance: Array, targets: Array) -> tuple[Tensor, Tensor, Tensor]:
+def check_gaussian(mean: Array, variance: Array, targets: Array) -> tuple[Tensor, Tensor, Tensor]:
     """Means, positive variances and targets of one shape, in this order."""
     location, spread_var = as_float(mean, "mean"), as_float(variance, "variance")
     observed = as_float(targets, "targets")
