@@ -134,9 +134,8 @@ def ence_test(
     value = torch.tensor(expected_normalized_calibration_error(mean, variance, targets, num_bins), dtype=torch.float64)
     predictive_var = as_float(variance, "variance").flatten()
     index = _bins(predictive_var, num_bins)
-    dof = torch.bincount(index, weights=predictive_var).square() / torch.bincount(
-        index, weights=predictive_var.square()
-    )
+    sums, square_sums = (torch.bincount(index, weights=w) for w in (predictive_var, predictive_var.square()))
+    dof = sums.square() / square_sums
     squares = np.random.default_rng(seed).chisquare(dof.numpy(), (num_simulations, len(dof)))
     ratio = torch.from_numpy(squares).div(dof).sqrt()  # simulated over predicted sd, (R, bins)
     return compare_to_null(value, value, (1 - ratio).abs().mean(dim=1), level)
