@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bayes_kf.evaluation.classification.entropy import entropy
-from bayes_kf.evaluation.classification.human_agreement import checked_human, doubt, human_agreement
+from bayes_kf.evaluation.classification.human_agreement import check_human, human_agreement, rounded_entropy
 from bayes_kf.evaluation.classification.score_summary import LEVEL
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.plots.reliability import _axes
@@ -39,7 +39,7 @@ def human_section(probs: Array, human: Array) -> Sections:
         >>> section.scores["human_tv"], round(section.scores["human_entropy_spearman"], 4)
         (0.0, 1.0)
     """
-    predicted, answers = checked_human(probs, human)
+    predicted, answers = check_human(probs, human)
     found = human_agreement(predicted, answers, level=LEVEL)
     scores = flatten_scores(
         {
@@ -83,7 +83,7 @@ def human_entropy_plot(probs: Array, human: Array, *, ax: Axes | None = None) ->
         >>> ax.collections[0].get_array().sum().item()
         3.0
     """
-    predicted, answers = checked_human(probs, human)
+    predicted, answers = check_human(probs, human)
     x, y = entropy(answers), entropy(predicted)
     top = max(x.max().item(), y.max().item(), 1e-6)
     ax = _axes(ax)
@@ -105,7 +105,7 @@ def human_entropy_plot(probs: Array, human: Array, *, ax: Axes | None = None) ->
 
 def _doubt_table(probs: torch.Tensor, human: torch.Tensor) -> Table:
     """Mean entropies in groups of equal size by people's entropy."""
-    theirs, own = doubt(human), doubt(probs)
+    theirs, own = rounded_entropy(human), rounded_entropy(probs)
     order = theirs.sort(stable=True).indices
     rows = [
         (f"{k + 1}", len(part), theirs[part].mean().item(), own[part].mean().item())

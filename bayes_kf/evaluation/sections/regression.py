@@ -18,7 +18,7 @@ from bayes_kf.evaluation.regression.quantile_calibration import (
 )
 from bayes_kf.evaluation.regression.scores import (
     Coverage,
-    checked_gaussian,
+    check_gaussian,
     coverage_null,
     gaussian_coverage,
     gaussian_log_losses,
@@ -78,7 +78,7 @@ def error_section(forecast: Forecast, log_prob: Array | None) -> Sections:
             )
         losses["nll"] = joint * (len(joint) / forecast.num_targets)  # of several outputs: divided among them
     elif variance is not None:
-        losses["nll"] = gaussian_log_losses(*checked_gaussian(mean, variance, targets))
+        losses["nll"] = gaussian_log_losses(*check_gaussian(mean, variance, targets))
     losses["crps"] = _crps(forecast)
     scores: dict[str, float] = {}
     for name, values in losses.items():
@@ -175,7 +175,7 @@ def _crps(forecast: Forecast) -> Tensor:
     """CRPS by samples, or by the Gaussian of the two moments."""
     if forecast.samples is not None:
         return sample_crps(forecast.samples, forecast.targets)
-    return gaussian_crps(*checked_gaussian(forecast.mean, forecast.spread_var, forecast.targets))
+    return gaussian_crps(*check_gaussian(forecast.mean, forecast.spread_var, forecast.targets))
 
 
 def _coverage(forecast: Forecast) -> Coverage:

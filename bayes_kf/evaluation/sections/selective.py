@@ -22,13 +22,13 @@ from bayes_kf.evaluation.classification.selective import (
     aurc,
     best_risk_coverage,
     excess_aurc,
-    kept_at,
+    num_retained,
     risk_coverage,
     selective_intervals,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 from bayes_kf.evaluation.plots.selective import risk_coverage_plot
-from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, set_columns
+from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, coverage_and_sizes
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.report.html_page import table_text
 from bayes_kf.evaluation.report.report import FigureSpec, Sections, Table
@@ -132,7 +132,7 @@ def _risk_table(confidence: Tensor, correct: Tensor) -> Table:
     """The curve and the best possible one, at even steps."""
     curve, best = risk_coverage(confidence, correct), best_risk_coverage(correct)
     steps = min(TABLE_ROWS, len(correct))
-    places = kept_at([(k + 1) / steps for k in range(steps)], len(correct)) - 1
+    places = num_retained([(k + 1) / steps for k in range(steps)], len(correct)) - 1
     columns = (curve.coverage, curve.risk, best.risk)
     rows = [
         table_text((f"{100 * share:.1f} %", k + 1, risk, least))
@@ -176,7 +176,7 @@ def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, c
 
 def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets) -> Sections:
     """Coverage of conformal sets beside what chance alone would show, and their size."""
-    covered, size = set_columns(conformal.sets(probs), labels)
+    covered, size = coverage_and_sizes(conformal.sets(probs), labels)
     band = Interval(*conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL))
     scores = flatten_scores(
         {
