@@ -79,6 +79,23 @@ def test_scores_are_those_of_the_functions(report):
     assert {"ood_noise_aupr", "ood_noise_fpr95", "prequential_log_loss", "innovation_ratio_null_low"} <= set(scores)
 
 
+def test_a_score_has_its_interval_and_its_null_band(report):
+    numbers, gap = report.scores, report.score("confidence_gap")
+    assert gap == Score(
+        numbers["confidence_gap"],
+        Interval(numbers["confidence_gap_low"], numbers["confidence_gap_high"]),
+        Interval(numbers["confidence_gap_null_low"], numbers["confidence_gap_null_high"]),
+        numbers["confidence_gap_null_mean"],
+        numbers["confidence_gap_p_value"],
+    )
+    assert report.score("aurc") == Score(numbers["aurc"])
+    for wrong, hint in (("ece_low", "."), ("acuracy", "; did you mean 'accuracy'?")):
+        with pytest.raises(
+            ValueError, match=rf"^`name` must be a score of this report, got '{wrong}'{re.escape(hint)}"
+        ):
+            report.score(wrong)
+
+
 def test_scores_of_the_stream_are_those_of_all_of_it(report):
     losses = history()["log_loss"].double()
     assert report.scores["prequential_log_loss"] == pytest.approx(float(losses.mean()))
