@@ -231,9 +231,7 @@ class _Run:
             self.posterior.state.belief,
             self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).jacobian(),
         )
-        widest = float(
-            self.posterior.config.structure.output_covariance(belief, jacobian).diagonal(dim1=1, dim2=2).max()
-        )
+        widest = float(belief.output_covariance(jacobian).diagonal(dim1=1, dim2=2).max())
         posterior = self.posterior._with(temperature=min(0.01, 0.1 / widest))
         one = posterior.predict(self.inputs, "probit").probs
         two = posterior.predict(self.inputs, "linearized", num_samples=2000).probs

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import bayes_kf as bkf
 from bayes_kf import evaluation
 from bayes_kf.data import uci_digits_split
+from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.measurement_model.noise import likelihood
@@ -628,7 +629,7 @@ def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
     posterior = bkf.fit(model, loader(x, y), settings, progress=False)
     exact = posterior.predict(x[:2], method="probit")  # by the covariance
     linearized = posterior.kf.linearize(posterior.mean_vector, x[:2])
-    covariance = posterior.config.structure.output_covariance(posterior.state.belief, linearized.jacobian())
+    covariance = posterior.state.belief.output_covariance(linearized.jacobian())
     torch.testing.assert_close(exact.probs, against_the_rest(linearized.outputs, covariance))
     monkeypatch.setattr(type(linearized), "jacobian", None)
     found = torch.cat(
@@ -701,7 +702,7 @@ def test_probit_is_mackay_s_for_two_classes_and_close_to_draws_for_more():
     outputs = 2.0 * torch.randn(20, 5, generator=g).double()
     root = torch.randn(20, 5, 5, generator=g).double()
     covariance = root @ root.mT / 2
-    draws = prediction.gaussian_draws(outputs, covariance, 40_000, torch.Generator().manual_seed(1))
+    draws = gaussian_draws(outputs, covariance, 40_000, torch.Generator().manual_seed(1))
     exact = draws.softmax(-1).mean(0)
     off, uncorrected = (0.5 * (p - exact).abs().sum(1) for p in (probit_of(outputs, covariance), outputs.softmax(-1)))
     assert float(off.mean()) < 0.5 * float(uncorrected.mean())

@@ -31,7 +31,8 @@ from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import prediction
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, to_device
 from bayes_kf.validation import check_not_negative
 
 CLOSE = 0.2  # logits, or sds of Gaussian noise; at 1 the evidence was wrong by as much as candidates differ

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 from bayes_kf.models.language import learns_prompt
 
 if TYPE_CHECKING:
