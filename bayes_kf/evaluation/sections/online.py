@@ -28,42 +28,15 @@ def stream_sections(
     output_variance: Mapping[str, float] | None = None,
 ) -> Sections:
     """Scores and figures of the series and variances that are given."""
-    sections = Sections()
     recorded = {name: values for name, values in (history or {}).items() if len(values)}
-    _add_online(sections, recorded)
+    sections = _learning_section(recorded)
     if "innovation" in recorded and "dof" in recorded:
-        _add_innovations(sections, recorded["innovation"], recorded["dof"])
+        sections += _innovation_section(recorded["innovation"], recorded["dof"])
     if parameter_variance:
-        height = 1.4 + 0.24 * min(len(parameter_variance), MAX_TENSORS)
-        sections.drawings["variance"] = FigureSpec(
-            title="Posterior variance by tensor",
-            alt=f"Mean posterior variance of each of {len(parameter_variance)} tensors on a logarithmic scale.",
-            draw=lambda ax: variance_by_tensor(parameter_variance, max_tensors=MAX_TENSORS, ax=ax),
-            height=max(2.4, height),
-            table=_tensor_table(
-                "Mean posterior variance",
-                {name: as_float(v, "parameter_variance").mean().item() for name, v in parameter_variance.items()},
-            ),
-        )
+        sections += Sections(drawings={"variance": _variance_figure(parameter_variance)})
     if output_variance:
-        _add_output_variance(sections, output_variance)
+        sections += Sections(drawings={"output_variance": _output_variance_figure(output_variance)})
     return sections
-
-
-def _add_output_variance(sections: Sections, contributions: Mapping[str, float]) -> None:
-    """Contribution of each tensor to the variance of the outputs."""
-    total = sum(contributions.values())
-    largest = max(contributions, key=lambda name: contributions[name])
-    share = f", {100 * contributions[largest] / total:.0f} %" if total > 0 else ""
-    table = _tensor_table("Contribution to the variance of the outputs", {**contributions, "all tensors": total})
-    sections.drawings["output_variance"] = FigureSpec(
-        title="Variance of the outputs by tensor",
-        alt=f"Contributions of {len(contributions)} tensors to the variance of the outputs, {total:.3g} in total. The "
-        f"largest is that of {largest}{share}.",
-        draw=lambda ax: output_variance_plot(contributions, max_tensors=MAX_TENSORS, ax=ax),
-        height=max(2.4, 1.4 + 0.24 * min(len(contributions), MAX_TENSORS)),
-        table=table,
-    )
 
 
 def window_of(length: int) -> int:
@@ -71,52 +44,91 @@ def window_of(length: int) -> int:
     return max(1, min(MAX_WINDOW, length // MIN_WINDOWS))
 
 
-def _add_online(sections: Sections, history: Mapping[str, Array]) -> None:
-    """Running accuracy and log loss."""
-    series = {name: history[name] for name in ("correct", "log_loss") if name in history}
-    results = []
-    if "correct" in series:
-        accuracy = running_accuracy(series["correct"])[-1].item()
-        sections.scores["online_accuracy"] = Score(accuracy)
-        results.append(f"the final running accuracy is {accuracy:.3f}")
-    if "log_loss" in series:
-        loss = prequential_log_loss(series["log_loss"])[-1].item()
-        sections.scores["prequential_log_loss"] = Score(loss)
-        results.append(f"the mean log loss is {loss:.3f} nats")
-    if series:
-        length = min(len(values) for values in series.values())
-        sections.drawings["online"] = FigureSpec(
-            title="Learning online",
-            alt=f"Curves over {length:,} examples: {', '.join(results)}.",
-            draw=lambda ax: online_curves(series, window=window_of(length), ax=ax),
-            table=_online_table(series, length),
-        )
-
-
-def _add_innovations(sections: Sections, nis: Array, dof: Array) -> None:
-    """Innovation ratio of the whole stream, test of whiteness, and the ratio in windows."""
-    length = len(nis)
-    whole = innovation_health(nis, dof, window=length)
-    ratio = Score(whole.ratio.item(), null_band=Interval(whole.low.item(), whole.high.item()))
-    sections.scores["innovation_ratio"] = ratio
-    sections.tested.append("innovation_ratio")
-    sections.verdict.append(innovation_verdict(ratio))
-    if length >= MIN_WHITENESS_UPDATES:
-        p_value = innovation_whiteness(nis, dof, LAGS).p_value
-        sections.scores["innovation_whiteness_p"] = Score(p_value)
-        sections.verdict.append(whiteness_verdict(p_value))
-    sections.drawings["innovation"] = FigureSpec(
-        title="Innovation consistency",
-        alt="Curve over the stream. " + innovation_verdict(ratio),
-        draw=lambda ax: innovation_plot(nis, dof, window=window_of(length), ax=ax),
-        table=_innovation_table(nis, dof, window_of(length)),
-    )
-
-
 def even_steps(length: int) -> list[int]:
     """At most `TABLE_ROWS` evenly spaced indices of a series, including the last one."""
     rows = min(TABLE_ROWS, length)
     return [(k + 1) * length // rows - 1 for k in range(rows)]
+
+
+def _learning_section(history: Mapping[str, Array]) -> Sections:
+    """Running accuracy and log loss."""
+    series = {name: history[name] for name in ("correct", "log_loss") if name in history}
+    if not series:
+        return Sections()
+    scores: dict[str, Score] = {}
+    results = []
+    if "correct" in series:
+        accuracy = running_accuracy(series["correct"])[-1].item()
+        scores["online_accuracy"] = Score(accuracy)
+        results.append(f"the final running accuracy is {accuracy:.3f}")
+    if "log_loss" in series:
+        loss = prequential_log_loss(series["log_loss"])[-1].item()
+        scores["prequential_log_loss"] = Score(loss)
+        results.append(f"the mean log loss is {loss:.3f} nats")
+    length = min(len(values) for values in series.values())
+    figure = FigureSpec(
+        title="Learning online",
+        alt=f"Curves over {length:,} examples: {', '.join(results)}.",
+        draw=lambda ax: online_curves(series, window=window_of(length), ax=ax),
+        table=_online_table(series, length),
+    )
+    return Sections(scores=scores, drawings={"online": figure})
+
+
+def _innovation_section(nis: Array, dof: Array) -> Sections:
+    """Innovation ratio of the whole stream, test of whiteness, and the ratio in windows."""
+    length = len(nis)
+    whole = innovation_health(nis, dof, window=length)
+    ratio = Score(whole.ratio.item(), null_band=Interval(whole.low.item(), whole.high.item()))
+    sentence = innovation_verdict(ratio)
+    figure = FigureSpec(
+        title="Innovation consistency",
+        alt=f"Curve over the stream. {sentence}",
+        draw=lambda ax: innovation_plot(nis, dof, window=window_of(length), ax=ax),
+        table=_innovation_table(nis, dof, window_of(length)),
+    )
+    section = Sections(
+        scores={"innovation_ratio": ratio},
+        tested=["innovation_ratio"],
+        verdict=[sentence],
+        drawings={"innovation": figure},
+    )
+    if length >= MIN_WHITENESS_UPDATES:
+        p_value = innovation_whiteness(nis, dof, LAGS).p_value
+        section += Sections(scores={"innovation_whiteness_p": Score(p_value)}, verdict=[whiteness_verdict(p_value)])
+    return section
+
+
+def _variance_figure(variance: Mapping[str, Array]) -> FigureSpec:
+    """Mean posterior variance of each tensor."""
+    means = {name: as_float(values, "parameter_variance").mean().item() for name, values in variance.items()}
+    return FigureSpec(
+        title="Posterior variance by tensor",
+        alt=f"Mean posterior variance of each of {len(means)} tensors on a logarithmic scale.",
+        draw=lambda ax: variance_by_tensor(variance, max_tensors=MAX_TENSORS, ax=ax),
+        height=_tensor_height(len(means)),
+        table=_tensor_table("Mean posterior variance", means),
+    )
+
+
+def _output_variance_figure(contributions: Mapping[str, float]) -> FigureSpec:
+    """Contribution of each tensor to the variance of the outputs."""
+    total = sum(contributions.values())
+    largest = max(contributions, key=lambda name: contributions[name])
+    share = f", {100 * contributions[largest] / total:.0f} %" if total > 0 else ""
+    return FigureSpec(
+        title="Variance of the outputs by tensor",
+        alt=f"Contributions of {len(contributions)} tensors to the variance of the outputs, {total:.3g} in total. The "
+        f"largest is that of {largest}{share}.",
+        draw=lambda ax: output_variance_plot(contributions, max_tensors=MAX_TENSORS, ax=ax),
+        height=_tensor_height(len(contributions)),
+        table=_tensor_table("Contribution to the variance of the outputs", {**contributions, "all tensors": total}),
+    )
+
+
+def _tensor_height(num_tensors: int) -> float:
+    """Height of a figure with a row for each tensor, in inches."""
+    return max(2.4, 1.4 + 0.24 * min(num_tensors, MAX_TENSORS))
 
 
 def _online_table(series: Mapping[str, Array], length: int) -> Table:
