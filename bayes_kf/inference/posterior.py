@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws, semidefinite
 from bayes_kf.inference.filtering import predictive_density, tempering
 from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
 from bayes_kf.inference.fitting import noise_refit
@@ -21,16 +22,9 @@ from bayes_kf.inference.predictive import arviz_export, prediction
 from bayes_kf.inference.predictive.output_variance import output_variance
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction
 from bayes_kf.inference.saving import pretrained
-from bayes_kf.models.adapter import (
-    AdapterModel,
-    Inputs,
-    batch_size,
-    check_inputs,
-    some_examples,
-    split_batch,
-    to_device,
-)
-from bayes_kf.models.batched_forward import linear_responses, outputs_of_draws
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, split_batch, to_device
+from bayes_kf.models.batched_forward import finite_difference_jvps, outputs_of_draws
 from bayes_kf.models.likelihood import Categorical, Gaussian, Likelihood
 from bayes_kf.validation import did_you_mean
 
@@ -110,7 +104,7 @@ class Posterior:
     @property
     def variance_vector(self) -> Tensor:
         """Marginal variances, (n,), without the temperature."""
-        return self.config.structure.marginal_variance(self.state.belief)
+        return self.state.belief.marginal_variance()
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -143,7 +137,7 @@ class Posterior:
             raise ValueError(
                 f"`covariance_matrix` takes at most {MAX_MATRIX:,} parameters, got {size:,} ({gib:.1f} GiB)."
             )
-        return self.config.structure.covariance_matrix(self.state.belief)
+        return self.state.belief.covariance_matrix()
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the latent vector from N(μ, temperature·P), (S, n)."""
@@ -227,11 +221,11 @@ class Posterior:
                 generator.set_state(before)  # as it was, where memory ran out before
                 parts = [
                     self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
-                    for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
+                    for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs)
                 ]
                 return prediction.concatenate(parts)
 
-            return self.kf.linearize.in_memory(in_pieces, batch_size(inputs))
+            return self.kf.linearize.retry_in_smaller_chunks(in_pieces, batch_size(inputs))
 
     def predict_loader(
         self,
@@ -310,12 +304,12 @@ class Posterior:
         family, residuals, covariances = noise.likelihood(self.config, self.state.noise), list[Tensor](), list[Tensor]()
         for inputs, targets in self._held_out(loader):
             with self.adapter.full_precision():
-                for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
+                for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs):
                     linearized = self.kf.linearize(self.mean_vector, piece)
                     known = family.check(linearized.outputs, targets[where])
                     residuals.append((known - linearized.outputs).double())
-                    covariances.append(self.config.structure.output_covariance(self.state.belief, linearized.pull()))
-        residual, covariance = torch.cat(residuals), prediction.semidefinite(torch.cat(covariances))
+                    covariances.append(self.state.belief.output_covariance(linearized.jacobian()))
+        residual, covariance = torch.cat(residuals), semidefinite(torch.cat(covariances))
         present = self.state.noise.variance
         if present is None:  # nothing was learned
             present = torch.ones_like(residual[0])
@@ -396,7 +390,7 @@ class Posterior:
         with self.adapter.full_precision():
             linearized = self.kf.linearize(self.mean_vector, few)
             centred = self.config.likelihood == "categorical"
-            found = output_variance(self.adapter, self.config.structure, self.state.belief, linearized, centred)
+            found = output_variance(self.adapter, self.state.belief, linearized, centred)
         return {name: self.temperature * value for name, value in found.items()}
 
     def reading(self, adapter: AdapterModel) -> Posterior:
@@ -531,14 +525,14 @@ class Posterior:
         batch = self.kf.linearize(self.mean_vector, inputs)
         outputs = self.scaled_logits(batch.outputs)
         targets = _checked(family, outputs, targets)
-        covariance = self.config.structure.output_covariance(self.state.belief, batch.pull())
+        covariance = self.state.belief.output_covariance(batch.jacobian())
         output_cov = self.temperature / self.softmax_temperature**2 * covariance
         if method == "probit" and family.name != "gaussian":
             return prediction.probit(family, outputs, output_cov.to(outputs.dtype), targets)
         draws = None
         if method == "linearized":
             unit = prediction.noise_by_example(num_samples, outputs.shape, generator)
-            draws = prediction.gaussian_draws(outputs, output_cov, num_samples, generator, unit)
+            draws = gaussian_draws(outputs, output_cov, num_samples, generator, unit)
         if isinstance(family, Gaussian):
             return prediction.gaussian_moments(family, outputs, output_cov, draws, targets)
         assert draws is not None
@@ -549,7 +543,7 @@ class Posterior:
         family = noise.likelihood(self.config, self.state.noise)
         if isinstance(family, Gaussian) or not self.adapter.is_precise:
             return False
-        passes = self.kf.linearize.num_passes(self.mean_vector, inputs)
+        passes = self.kf.linearize.num_backward_passes(self.mean_vector, inputs)
         return num_samples < passes or self.kf.linearize.num_outputs > MANY
 
     def _differenced(
@@ -573,11 +567,11 @@ class Posterior:
             outputs = self.scaled_logits(outputs)
             return predictive_density.root_log_loss(family, outputs, root, known, tempering.GRID, first)
         losses = list[Tensor]()
-        for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
+        for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)
             outputs = self.scaled_logits(linearized.outputs)
             known = family.check(outputs, targets[where])
-            covariance = self.config.structure.output_covariance(self.state.belief, linearized.pull())
+            covariance = self.state.belief.output_covariance(linearized.jacobian())
             output_cov = covariance / self.softmax_temperature**2
             number = first + sum(part.shape[1] for part in losses)
             losses.append(predictive_density.log_loss(family, outputs, output_cov, known, tempering.GRID, number))
@@ -588,17 +582,17 @@ class Posterior:
     ) -> Tensor:
         """Jδ for draws δ ~ N(0, temperature·P), (S, B, m)."""
         steps = self._deviations(num_draws, generator, temperature)
-        return linear_responses(self.adapter, self.mean_vector, steps, inputs, self._draws_at_once(inputs))
+        return finite_difference_jvps(self.adapter, self.mean_vector, steps, inputs, self._draws_at_once(inputs))
 
     def _deviations(self, num_draws: int, generator: torch.Generator, temperature: float) -> Tensor:
         """Draws from N(0, temperature·P), (S, n)."""
         mean = self.mean_vector
         noise = torch.randn((num_draws, len(mean)), generator=generator, dtype=mean.dtype, device=generator.device)
-        return temperature**0.5 * self.config.structure.root(self.state.belief)(noise.to(mean.device))
+        return temperature**0.5 * self.state.belief.root()(noise.to(mean.device))
 
     def _draws_at_once(self, inputs: Inputs) -> int:
         """Adapters whose forward passes over a batch fit the memory together."""
-        return max(1, self.kf.linearize.examples_at_once(self.mean_vector, inputs) // batch_size(inputs))
+        return max(1, self.kf.linearize.max_chunk_size(self.mean_vector, inputs) // batch_size(inputs))
 
     def _compare(self, inputs: Inputs, sampled: Prediction) -> None:
         """Warn where the first predictions from drawn adapters are not those of the linearized model."""
@@ -607,7 +601,7 @@ class Posterior:
         if num_samples < max(FEWEST_COMPARED, sampled.samples.shape[2]):  # a backward pass for every output
             return
         few = some_examples(inputs, slice(size), batch_size(inputs))
-        _, few = next(iter(self.kf.linearize.pieces(self.mean_vector, few)))  # what the memory allows at once
+        _, few = next(iter(self.kf.linearize.chunks(self.mean_vector, few)))  # what the memory allows at once
         size = batch_size(few)
         own = torch.Generator(device=self.adapter.device).manual_seed(self.config.seed + 1)
         linearized = self._piece(few, "linearized", num_samples, own, None)

@@ -28,7 +28,7 @@ from bayes_kf.integrations.trainer_callbacks import (
     check_model,
     check_passes,
 )
-from bayes_kf.models.adapter import Inputs, split_batch
+from bayes_kf.models.batch import Inputs, split_batch
 from bayes_kf.validation import did_you_mean
 
 SCALE_EXAMPLES = 32  # inputs that the prior's scale is measured on

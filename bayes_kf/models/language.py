@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.adapter import AdapterModel, Inputs, is_peft
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 IGNORED = -100  # label of a token that is not learned, as transformers marks it
 

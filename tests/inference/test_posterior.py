@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import bayes_kf as bkf
 from bayes_kf import evaluation
 from bayes_kf.data import uci_digits_split
+from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
 from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.measurement_model.noise import likelihood
 from bayes_kf.inference.predictive import prediction
 from bayes_kf.models.likelihood import Categorical, Gaussian
@@ -175,6 +176,12 @@ def test_divergence_in_fit_keeps_the_belief_before_it():
     labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
     with pytest.raises(bkf.DivergenceError) as caught:
         bkf.fit(model, loader(X.float(), labels, 1), config, progress=False)
+    assert type(caught.value) is bkf.inference.FitDivergenceError
+    refused = caught.value.__cause__  # the filter's own error, which knows no posterior
+    assert type(refused) is bkf.DivergenceError
+    assert refused.posterior is None
+    assert (refused.step, refused.cause, str(refused)) == (caught.value.step, caught.value.cause, str(caught.value))
+    assert refused.state is caught.value.state is caught.value.posterior.state
     posterior = caught.value.posterior
     assert len(posterior.history["log_loss"]) == caught.value.step
     assert torch.isfinite(posterior.mean_vector).all()
@@ -535,7 +542,7 @@ def test_an_adapter_of_another_scale_is_refused(fitted, tmp_path):
 def test_entropy_of_correlated_outputs_is_that_of_the_joint():
     posterior = bkf.fit(linear(), loader(), bkf.KalmanConfig(**EXACT, noise_variance=0.5), progress=False)
     x = X[:3]
-    jacobian = posterior.kf.linearize(posterior.mean_vector, x).pull().dense()
+    jacobian = posterior.kf.linearize(posterior.mean_vector, x).jacobian().dense()
     total = jacobian @ posterior.covariance_matrix() @ jacobian.mT + 0.5 * torch.eye(2).double()
     expected = 0.5 * torch.logdet(2 * math.pi * math.e * total)
     torch.testing.assert_close(posterior.predict(x).entropy, expected, rtol=1e-9, atol=1e-9)
@@ -599,7 +606,7 @@ def test_with_more_outputs_than_draws_linearized_predictions_take_no_backward_pa
     y = torch.randint(90, (30,), generator=g)
     posterior = bkf.fit(many(), loader(x, y), bkf.KalmanConfig(temperature=1.0), progress=False)
     exact = posterior.predict(x[:4], num_samples=20_000)
-    monkeypatch.setattr(Linearized, "pull", None)
+    monkeypatch.setattr(LinearizedBatch, "jacobian", None)
     found = [
         posterior.predict(x[:4], num_samples=60, generator=torch.Generator().manual_seed(seed), targets=y[:4])
         for seed in range(80)
@@ -622,9 +629,9 @@ def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
     posterior = bkf.fit(model, loader(x, y), settings, progress=False)
     exact = posterior.predict(x[:2], method="probit")  # by the covariance
     linearized = posterior.kf.linearize(posterior.mean_vector, x[:2])
-    covariance = posterior.config.structure.output_covariance(posterior.state.belief, linearized.pull())
+    covariance = posterior.state.belief.output_covariance(linearized.jacobian())
     torch.testing.assert_close(exact.probs, against_the_rest(linearized.outputs, covariance))
-    monkeypatch.setattr(type(linearized), "pull", None)
+    monkeypatch.setattr(type(linearized), "jacobian", None)
     found = torch.cat(
         [posterior.predict(x[:2], generator=torch.Generator().manual_seed(seed)).samples.log() for seed in range(200)]
     )
@@ -650,7 +657,7 @@ def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
         patched.setattr(bkf.Posterior, "_by_differences", lambda *_: False)
         exact, chosen = losses(), posterior.calibrate(loader(x[40:], y[40:])).temperature
     with monkeypatch.context() as patched:
-        patched.setattr(type(posterior.kf.linearize(posterior.mean_vector, x[:2])), "pull", None)
+        patched.setattr(type(posterior.kf.linearize(posterior.mean_vector, x[:2])), "jacobian", None)
         found = losses()
         assert posterior.calibrate(loader(x[40:], y[40:])).temperature == chosen
     assert float(((found - exact).abs() / exact).max()) < 0.025
@@ -695,7 +702,7 @@ def test_probit_is_mackay_s_for_two_classes_and_close_to_draws_for_more():
     outputs = 2.0 * torch.randn(20, 5, generator=g).double()
     root = torch.randn(20, 5, 5, generator=g).double()
     covariance = root @ root.mT / 2
-    draws = prediction.gaussian_draws(outputs, covariance, 40_000, torch.Generator().manual_seed(1))
+    draws = gaussian_draws(outputs, covariance, 40_000, torch.Generator().manual_seed(1))
     exact = draws.softmax(-1).mean(0)
     off, uncorrected = (0.5 * (p - exact).abs().sum(1) for p in (probit_of(outputs, covariance), outputs.softmax(-1)))
     assert float(off.mean()) < 0.5 * float(uncorrected.mean())
@@ -841,7 +848,7 @@ def test_predictions_do_not_depend_on_the_pieces_that_memory_asks_for(fitted, di
     images = digits[1].images[:20]
     small = dataclasses.replace(fitted.config, bytes_budget=1)
     pieces = bkf.Posterior(bkf.KalmanFilter(fitted.adapter, small), fitted.state)
-    assert len(list(pieces.kf.linearize.pieces(pieces.mean_vector, images))) == 20
+    assert len(list(pieces.kf.linearize.chunks(pieces.mean_vector, images))) == 20
     found, expected = pieces.predict(images), fitted.predict(images)
     torch.testing.assert_close(found.samples, expected.samples, rtol=1e-3, atol=1e-4)
 

@@ -26,12 +26,9 @@ from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.fitting import mean_step
 from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
-from bayes_kf.models.adapter import split_batch
+from bayes_kf.models.batch import split_batch
 from bayes_kf.models.language import NextToken
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from _folders import killed_at, snapshot
+from benchmarks.reliability.folder_snapshots import killed_at, snapshot
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 

@@ -35,7 +35,7 @@ SOFTMAX_SD = 0.1  # of the logarithm, around 1, under the prior of what logits a
 SOFTMAX_PRIOR = 0.5 * (torch.tensor(SOFTMAX_GRID, dtype=torch.float64).log() / SOFTMAX_SD).square()  # −log density
 
 
-class State(NamedTuple):
+class TemperatureState(NamedTuple):
     """Sums over the examples scored of their log losses ℓ at every temperature, in nats.
 
     Attributes:
@@ -50,20 +50,20 @@ class State(NamedTuple):
     differences: Tensor
 
 
-def init(device: torch.device) -> State:
+def init(device: torch.device) -> TemperatureState:
     """The state before the first update."""
     size = len(GRID)
     zeros = torch.zeros(size, size + 1, dtype=torch.float64, device=device)
-    return State(0, zeros[:, 0].clone(), zeros[:, 1:].clone())
+    return TemperatureState(0, zeros[:, 0].clone(), zeros[:, 1:].clone())
 
 
-def add(state: State, losses: Tensor) -> State:
+def add(state: TemperatureState, losses: Tensor) -> TemperatureState:
     """The sums with the losses of B more examples, (K, B)."""
     squares = (losses.unsqueeze(1) - losses).square().nan_to_num(math.inf).sum(-1)
-    return State(state.updates + 1, state.total + losses.sum(1), state.differences + squares)
+    return TemperatureState(state.updates + 1, state.total + losses.sum(1), state.differences + squares)
 
 
-def choose(state: State) -> float:
+def choose(state: TemperatureState) -> float:
     """The temperature nearest to 1 of those that the scores do not clearly speak against; 1 before anything was scored.
 
     Its log loss lies above the least by at most ``WITHIN`` standard errors of the difference, paired by example.
@@ -124,6 +124,6 @@ def choose_softmax(losses: Tensor) -> float:
     return SOFTMAX_GRID[int(losses.nan_to_num(torch.inf).argmin())] if bool(torch.isfinite(losses[0])) else 1.0
 
 
-def temperature(setting: float | str, state: State) -> float:
+def temperature(setting: float | str, state: TemperatureState) -> float:
     """The configured temperature, or the one that the scores choose."""
     return choose(state) if isinstance(setting, str) else setting

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from bayes_kf.inference.config import KalmanConfig, check_config
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior

@@ -24,7 +24,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.loader import complete
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs, batch_size, some_examples, to_device
+from bayes_kf.models.batch import Inputs, batch_size, some_examples, to_device
 
 MAX_ROUNDS = 30
 CONVERGED = 1e-4  # relative change of σ²
@@ -45,14 +45,13 @@ def rescaled(config: KalmanConfig, state: FilterState, ratio: float) -> FilterSt
 
     P₀⁻¹ + ρ(P⁻¹ − P₀⁻¹) = ρ (P⁻¹ + (1/ρ − 1) P₀⁻¹): a diagonal is added, then P divided by ρ.
     """
-    structure = config.structure
-    added = structure.add_precision(state.belief, (1.0 / ratio - 1.0) / state.prior.variance)
-    return state._replace(belief=structure.predict(added, ratio, 0.0))
+    added = state.belief.add_precision((1.0 / ratio - 1.0) / state.prior.variance)
+    return state._replace(belief=added.predict(ratio, 0.0))
 
 
 def determined(config: KalmanConfig, state: FilterState) -> float:
     """γ, how many parameters the data determine."""
-    left = config.structure.marginal_variance(state.belief).double() / state.prior.variance.double()
+    left = state.belief.marginal_variance().double() / state.prior.variance.double()
     return float((1.0 - left).clamp_min(0.0).sum())
 
 
@@ -152,7 +151,7 @@ def toward_mode(kf: KalmanFilter, before: FilterState, after: FilterState) -> Te
     ratio = float((before.noise.variance / after.noise.variance).mean())
     mean, prior = after.belief.mean, after.prior
     pull = (mean - prior.mean) / prior.variance
-    return mean + (ratio - 1.0) * kf.config.structure.product(after.belief, pull)
+    return mean + (ratio - 1.0) * after.belief.product(pull)
 
 
 def leverages(kf: KalmanFilter, state: FilterState, inputs: Inputs) -> Tensor | None:
@@ -164,9 +163,9 @@ def leverages(kf: KalmanFilter, state: FilterState, inputs: Inputs) -> Tensor | 
     few = to_device(some_examples(inputs, slice(0, min(size, LEVERAGE_EXAMPLES)), size), kf.adapter.device)
     total = torch.zeros_like(state.noise.variance)
     with kf.adapter.full_precision():
-        for _, piece in kf.linearize.pieces(state.belief.mean, few):
-            jacobian = kf.linearize(state.belief.mean, piece).pull()
-            covariance = kf.config.structure.output_covariance(state.belief, jacobian)
+        for _, piece in kf.linearize.chunks(state.belief.mean, few):
+            jacobian = kf.linearize(state.belief.mean, piece).jacobian()
+            covariance = state.belief.output_covariance(jacobian)
             total = total + covariance.diagonal(dim1=1, dim2=2).sum(0).clamp_min(0.0)
     return total / state.noise.variance
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.predictive import prediction
-from bayes_kf.models.adapter import AdapterModel, check_inputs, split_batch, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import check_inputs, split_batch, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 METHODS = ("linearized", "probit", "sampled", "mean")
@@ -129,14 +130,6 @@ def mixture(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Pred
     return _regression(family, mean, noise_var, samples.var(0, correction=0), samples, log_prob)
 
 
-def semidefinite(covariance: Tensor) -> Tensor:
-    """Covariances (B, m, m) without the negative eigenvalues that rounding gave them."""
-    if covariance.shape[1] == 1:
-        return covariance.clamp_min(0.0)
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
-
-
 def noise_by_example(num_samples: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Standard normal noise (S, B, m) for outputs of ``shape`` (B, m), drawn for one example after the other.
 
@@ -150,26 +143,6 @@ def noise_by_example(num_samples: int, shape: torch.Size, generator: torch.Gener
         )
 
     return torch.stack([one() for _ in range(size)], 1)
-
-
-def gaussian_draws(
-    mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator, noise: Tensor | None = None
-) -> Tensor:
-    """Draws from N(mean, covariance) per example, (S, B, m); (B, m) and (B, m, m), singular ones are fine.
-
-    By the symmetric root, which no choice of an eigenvector's sign can change: draws depend on rounding by rounding.
-    Standard normal ``noise`` (S, B, m), where given, takes the place of the generator's.
-    """
-    scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).double().clamp_min(1e-300)[..., None, None]
-    values, vectors = torch.linalg.eigh(covariance.double() / scale)
-    values = values.clamp_min(0.0)  # negative only by rounding
-    root = scale.sqrt() * (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
-    if noise is None:
-        shape = (num_samples, *mean.shape)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    noise = noise.to(mean.device)
-    moved = (root @ noise.permute(1, 2, 0)).permute(2, 0, 1)  # so that the root is not repeated for every draw
-    return (mean.double() + moved).to(mean.dtype)
 
 
 def disagreement(family: Likelihood, first: Prediction, second: Prediction) -> tuple[float, float]:

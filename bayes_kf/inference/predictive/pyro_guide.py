@@ -14,9 +14,9 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs, batch_size, to_device
+from bayes_kf.models.batch import Inputs, batch_size, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
 
 if TYPE_CHECKING:
@@ -113,12 +113,12 @@ class KalmanGuide(PyroModule):
         spread = posterior.temperature**0.5
         self._root: Callable[[Tensor], Tensor] | None = None
         self.loc = PyroParam(posterior.mean_vector.clone())  # type: ignore[assignment]
-        if isinstance(belief, diagonal.State):
+        if isinstance(belief, DiagonalGaussian):
             sd = spread * posterior.variance_vector.sqrt()
             self.scale = PyroParam(sd, constraints.positive)  # type: ignore[assignment]
         else:
-            self._root = posterior.config.structure.root(belief)
-            self._log_volume = 0.5 * posterior.config.structure.log_determinant(belief).to(posterior.mean_vector)
+            self._root = belief.root()
+            self._log_volume = 0.5 * belief.log_determinant().to(posterior.mean_vector)
             sd = torch.full_like(posterior.mean_vector, spread)
             self.scale = PyroParam(sd, constraints.positive)  # type: ignore[assignment]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.module_restoring import snapshot
+from bayes_kf.models.module_restoring import restore, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
 
 SAMPLED = 4096  # elements of a tensor that its fingerprint reads
@@ -121,7 +121,7 @@ class Before:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self._base, self._modules = base, snapshot(base.modules())
+        self._base, self._modules = base, take_snapshot(base.modules())
         self._values = [(parameter, parameter.data, parameter.requires_grad) for parameter in base.parameters()]
         self._held: list[tuple[Tensor, Tensor]] = []
 
@@ -132,7 +132,7 @@ class Before:
 
     def restore(self) -> None:
         """Put it all back."""
-        self._modules()
+        restore(self._modules)
         for parameter, data, trainable in self._values:
             parameter.data = data
             parameter.requires_grad_(trainable)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayes_kf.models.adapter import is_peft
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from bayes_kf.files.atomic_folder import check_target, read_whole, recover, write_files
 from bayes_kf.files.checksums import EDITABLE, SUMS_FILE, check_sums, digest, write_lines, write_sums
 from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.fitting.progress import of_seen_data
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.saving import base_fingerprint, model_card
 from bayes_kf.inference.saving.base_fingerprint import fingerprint as fingerprint
 from bayes_kf.inference.saving.file_names import (
@@ -41,8 +42,9 @@ from bayes_kf.inference.saving.file_names import (
     POSTERIOR,
     STATE_FILE,
 )
-from bayes_kf.models.adapter import AdapterModel, is_peft
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.adapter_tensors import CHANGING, active_adapter, check_name
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -147,20 +149,22 @@ def _load(folder: Path, base_model: nn.Module, before: base_fingerprint.Before) 
 def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> FilterState:
     """The state, after a look at what belief, prior and scores should be like."""
     state = FilterState(
-        belief=kf.config.structure.State(**_fields(tensors, "belief.")),
-        prior=diagonal.State(**_fields(tensors, "prior.")),
-        noise=noise.State(step=metadata["noise_step"], **_fields(tensors, "noise.")),
+        belief=kf.config.structure(**_fields(tensors, "belief.")),
+        prior=DiagonalGaussian(**_fields(tensors, "prior.")),
+        noise=NoiseState(step=metadata["noise_step"], **_fields(tensors, "noise.")),
         scores=_scores(metadata["scored"], _fields(tensors, "scores.")),
         scaled=metadata["scaled"],
         step=metadata["step"],
         examples=metadata["examples"],
     )
     empty = torch.empty(kf.adapter.num_parameters, dtype=kf.adapter.dtype, device="meta")
-    start = diagonal.init(empty, empty)
-    alike = {"belief": (state.belief, kf._belief(start)), "prior": (state.prior, start)}
-    alike |= {"scores": (state.scores, tempering.init(torch.device("cpu")))}
+    start = DiagonalGaussian(empty, empty)
+    alike = {"belief": (state.belief._asdict(), kf._belief(start)._asdict())}
+    alike |= {"prior": (state.prior._asdict(), start._asdict())}
+    alike |= {"scores": (state.scores._asdict(), tempering.init(torch.device("cpu"))._asdict())}
     for part, (found, expected) in alike.items():
-        for name, own, like in zip(found._fields, found, expected, strict=True):
+        for name, own in found.items():
+            like = expected[name]
             if isinstance(like, Tensor) and (own.shape, own.dtype) != (like.shape, like.dtype):
                 raise ValueError(
                     f"{part}.{name} is {own.dtype} {tuple(own.shape)}, not {like.dtype} {tuple(like.shape)}"
@@ -175,15 +179,15 @@ def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any
     counts = (state.step, state.examples, state.noise.step, state.scores.updates)
     if not all(type(count) is int and count >= 0 for count in counts) or type(state.scaled) is not bool:
         raise ValueError(f"its counts are {counts}, its prior scaled: {state.scaled!r}")
-    if not bool((kf.config.structure.scales(state.belief) > 0).all()) or not bool((state.prior.variance > 0).all()):
+    if not bool((state.belief.scales() > 0).all()) or not bool((state.prior.variance > 0).all()):
         raise ValueError("its variances are not positive")
     return state
 
 
-def _scores(updates: int, fields: dict[str, Tensor]) -> tempering.State:
+def _scores(updates: int, fields: dict[str, Tensor]) -> TemperatureState:
     """The scores; folders that know nothing of differences keep the temperature that they were saved with."""
     unknown = tempering.init(next(iter(fields.values())).device if fields else torch.device("cpu"))
-    return tempering.State(updates, **{"differences": unknown.differences} | fields)
+    return TemperatureState(updates, **{"differences": unknown.differences} | fields)
 
 
 def export(posterior: Posterior, folder: Path, draws: Tensor) -> list[Path]:
