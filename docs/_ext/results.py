@@ -4,7 +4,7 @@ The directive `results` takes the name of a results page and three options: `sec
 stands under; `rows`, which rows, separated by semicolons; `columns`, which columns, each with a new heading after "=".
 
 The role `result` takes the name of a JSON file and one number of its cells: "kills 200.killed_while_writing" is that of
-the cell "200"; "fuzz sum *.cases" a sum over cells; "mutation 100 * all.rate |.1f" is scaled and has a format.
+the cell "200"; "fuzz sum *.cases" a sum over cells; "mutation 100 * all.rate as .1f" is scaled and has a format.
 """
 
 import json
@@ -92,7 +92,7 @@ def provenance(name: str) -> str:
 
 def number(expression: str) -> str:
     """One number of a results file; the module's docstring has the grammar."""
-    expression, _, form = expression.partition("|")
+    expression, _, form = expression.partition(" as ")
     name, rest = expression.split(maxsplit=1)
     cells = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["cells"]
     factor = re.match(r"([\d.]+) \* ", rest)

@@ -24,7 +24,7 @@ def test_a_number_is_that_of_the_file():
     (kills,) = cells("kills").values()
     assert results.number("kills 200.kills") == f"{kills['kills']:,}"
     assert results.number("fuzz sum *.cases") == f"{sum(cell['cases'] for cell in cells('fuzz').values()):,}"
-    assert results.number("mutation 100 * all.rate |.1f") == f"{100 * cells('mutation')['all']['rate']:.1f}"
+    assert results.number("mutation 100 * all.rate as .1f") == f"{100 * cells('mutation')['all']['rate']:.1f}"
 
 
 def test_a_table_is_cut_to_rows_and_columns():
