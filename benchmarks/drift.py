@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import drift_alarm, moving_average
-from bayes_kf.inference.fitting.filter_bank import candidates
+from bayes_kf.inference.fitting.selection.filter_bank import candidates
 from bayes_kf.models.zoo import lora_digits_vit
 
 mpl.use("Agg")

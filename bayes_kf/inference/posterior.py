@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import predictive_density, tempering
 from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
-from bayes_kf.inference.fitting import noise_refit
+from bayes_kf.inference.fitting.passes import noise_refit
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.output_directions import MANY
 from bayes_kf.inference.predictive import arviz_export, prediction

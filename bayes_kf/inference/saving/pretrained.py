@@ -28,7 +28,6 @@ from bayes_kf.inference.covariance import diagonal
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.fitting.progress import of_seen_data
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.saving import base_fingerprint, model_card
 from bayes_kf.inference.saving.base_fingerprint import fingerprint as fingerprint
@@ -41,6 +40,7 @@ from bayes_kf.inference.saving.file_names import (
     POSTERIOR,
     STATE_FILE,
 )
+from bayes_kf.inference.saving.training_series import as_training_series
 from bayes_kf.models.adapter import AdapterModel, is_peft
 from bayes_kf.models.peft_adapters.adapter_tensors import CHANGING, active_adapter, check_name
 
@@ -140,7 +140,7 @@ def _load(folder: Path, base_model: nn.Module, before: base_fingerprint.Before) 
             f"`folder` must hold a belief that fits its settings, got {folder / STATE_FILE}: {error}."
         ) from error
     if state.examples and torch.equal(state.belief.mean, state.prior.mean):  # a trained adapter's mean, held
-        history = of_seen_data(history)  # an earlier version wrote these series under a stream's names
+        history = as_training_series(history)  # an earlier version wrote these series under a stream's names
     return Posterior(kf, state, history)
 
 
