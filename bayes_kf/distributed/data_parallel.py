@@ -147,8 +147,8 @@ class DataParallelFilter(DistributedFilter):
         output_cov = part.jacobian.block_gram(state.belief.variance).to(part.outputs.dtype)
         scores = scored(self.config, state._replace(scores=sums.scores), piece, everything, part, output_cov)
         factor, residual = part.family.whiten(part.outputs.double(), part.targets)
-        whitened = part.jacobian.multiplied(factor)
-        curvature = whitened if part.probes is None else part.pulled.multiplied(part.probes.factor(part.outputs))
+        whitened = part.jacobian.left_multiply(factor)
+        curvature = whitened if part.probes is None else part.pulled.left_multiply(part.probes.factor(part.outputs))
         return BatchSums(
             sums.precision + curvature.column_squares(),
             sums.gradient + whitened.rmatvec(residual.to(whitened.like)),

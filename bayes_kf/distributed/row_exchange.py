@@ -9,15 +9,14 @@ from torch import Tensor
 
 from bayes_kf.distributed.parameter_shards import ParameterShards
 from bayes_kf.distributed.process_group import Group
-from bayes_kf.inference.linearization.jacobian import Jacobian, Part
-from bayes_kf.inference.linearization.jacobian_blocks import Block, Outer, Rows
+from bayes_kf.inference.linearization.jacobian import FactoredBlocks, Jacobian
+from bayes_kf.inference.linearization.jacobian_blocks import Block, DenseBlock, OuterProductBlock
 
 
 def exchange_rows(group: Group, shards: ParameterShards, jacobian: Jacobian, sizes: Sequence[int]) -> Jacobian:
     """The Jacobian rows of all processes' examples, over the parameters of this process.
 
-    Stored rows go to the processes that hold their columns. Outer products and the factors on the left go to all
-    processes.
+    Stored rows go to the processes that hold their columns. Outer products and left factors go to all processes.
 
     Args:
         group: the processes.
@@ -34,13 +33,13 @@ def exchange_rows(group: Group, shards: ParameterShards, jacobian: Jacobian, siz
     total, terms = sum(sizes), []
     for left, part in jacobian.terms:
         blocks = [
-            Rows(shards.position(shards.rank, _as_slice(block.where)), next(received))
-            if isinstance(block, Rows)
+            DenseBlock(shards.position(shards.rank, _as_slice(block.where)), next(received))
+            if isinstance(block, DenseBlock)
             else _gather_outer(group, shards, block, sizes)
             for block in part.blocks
         ]
         left = None if left is None else _gather_rows(group, left, sizes)
-        terms.append((left, Part(blocks, (total, part.shape[1]))))
+        terms.append((left, FactoredBlocks(blocks, (total, part.shape[1]))))
     return Jacobian(terms, total, jacobian.num_rows, shards.num_own)
 
 
@@ -48,7 +47,7 @@ def _exchange_stored_rows(
     group: Group, shards: ParameterShards, jacobian: Jacobian, sizes: Sequence[int]
 ) -> Iterator[Tensor]:
     """The stored rows of every block, for all examples and the columns of this process."""
-    stored = [block for block in _blocks(jacobian) if isinstance(block, Rows)]
+    stored = [block for block in _blocks(jacobian) if isinstance(block, DenseBlock)]
     counts = [block.rows.shape[1] for block in stored]
     widths = []
     for block in stored:
@@ -65,7 +64,7 @@ def _exchange_stored_rows(
         yield torch.cat([rows[number].view(size, count, width) for rows, size in zip(split, sizes, strict=True)])
 
 
-def _rows_by_receiver(shards: ParameterShards, jacobian: Jacobian, stored: Sequence[Rows]) -> list[Tensor]:
+def _rows_by_receiver(shards: ParameterShards, jacobian: Jacobian, stored: Sequence[DenseBlock]) -> list[Tensor]:
     """For each process, the flattened columns of this process's rows that it holds."""
     parts = []
     for process in range(shards.size):
@@ -78,15 +77,15 @@ def _rows_by_receiver(shards: ParameterShards, jacobian: Jacobian, stored: Seque
     return parts
 
 
-def _gather_outer(group: Group, shards: ParameterShards, block: Outer, sizes: Sequence[int]) -> Block:
+def _gather_outer(group: Group, shards: ParameterShards, block: OuterProductBlock, sizes: Sequence[int]) -> Block:
     """A block of outer products for all examples, cut to the outputs whose parameters this process holds."""
-    width, held = block.taken.shape[-1], shards.held_by(shards.rank, block.where)
-    cotangent, taken = _gather_rows(group, block.cotangent, sizes), _gather_rows(group, block.taken, sizes)
+    width, held = block.activation.shape[-1], shards.held_by(shards.rank, block.where)
+    cotangent, activation = _gather_rows(group, block.cotangent, sizes), _gather_rows(group, block.activation, sizes)
     position = shards.position(shards.rank, block.where)
     if not held:
-        return Rows(position, cotangent[..., :0])
+        return DenseBlock(position, cotangent[..., :0])
     (own,) = held
-    return Outer(position, cotangent[..., own.start // width : own.stop // width], taken)
+    return OuterProductBlock(position, cotangent[..., own.start // width : own.stop // width], activation)
 
 
 def _gather_rows(group: Group, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -129,12 +128,12 @@ def _with_common_tokens(group: Group, jacobian: Jacobian) -> Jacobian:
     for left, part in jacobian.terms:
         blocks: list[Block] = []
         for block in part.blocks:
-            if isinstance(block, Rows) and isinstance(block.where, Tensor):
+            if isinstance(block, DenseBlock) and isinstance(block.where, Tensor):
                 ends = torch.stack([-block.where.min(), block.where.max()])
                 low, high = (max(group.all_gather_int(int(end), ends.device)) for end in ends.tolist())
                 wide = block.rows.new_zeros(*block.rows.shape[:2], high + low + 1)
                 wide[..., block.where + low] = block.rows
-                block = Rows(slice(-low, high + 1), wide)
+                block = DenseBlock(slice(-low, high + 1), wide)
             blocks.append(block)
-        terms.append((left, Part(blocks, part.shape)))
+        terms.append((left, FactoredBlocks(blocks, part.shape)))
     return Jacobian(terms, jacobian.size, jacobian.num_rows, jacobian.num_parameters)

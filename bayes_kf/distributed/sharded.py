@@ -32,7 +32,7 @@ from bayes_kf.inference.filtering.measurement import Batch
 from bayes_kf.inference.filtering.measurement_update import check_finite
 from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
 from bayes_kf.inference.linearization import parameter_sums
-from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.output_directions import num_rows, see
@@ -93,7 +93,7 @@ class ShardedFilter(DistributedFilter):
 
         def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
             part = batch if where == slice(0, size) else batch.subset(where, self.group.rank)
-            with parameter_sums.whole():
+            with parameter_sums.unsharded():
                 measurement = self._observed(now, part)
             yield measurement
 
@@ -116,15 +116,15 @@ class ShardedFilter(DistributedFilter):
         first = sum(sizes[:rank]) if sizes[rank] else 0
         own = _local_directions(seen.directions, first, linearized.outputs)
         if own is None and family.name == "categorical":
-            jacobian = linearized.pull_differences()
+            jacobian = linearized.softmax_jacobian()
         else:
-            jacobian = linearized.pull(own)
+            jacobian = linearized.jacobian(own)
         jacobian = exchange_rows(self.group, self.parameter_shards, jacobian.examples(slice(0, sizes[rank])), sizes)
-        needed = None if seen.directions is None else seen.directions.needed
+        needed = None if seen.directions is None else seen.directions.rows_per_example
         rows = [num_rows(self.config, outputs.shape[1])] * sum(sizes) if needed is None else needed.tolist()
         return Batch(self._outputs_of(batch), targets, outputs, state.belief.mean, seen, jacobian, rows)
 
-    def _linearize(self, state: FilterState, batch: BatchShard) -> Linearized:
+    def _linearize(self, state: FilterState, batch: BatchShard) -> LinearizedBatch:
         """This process's examples, linearized at the state's mean, once every process has linearized its own."""
         assert batch.inputs is not None  # `NEEDS_EXAMPLE`
         mean, linearized, failure = self._gather_vector(state.belief.mean), None, None
@@ -161,8 +161,8 @@ def _local_directions(directions: Directions | None, first: int, outputs: Tensor
     def seeds(example: Tensor, which: Tensor) -> Tensor:
         return directions.seeds(example + first, which)
 
-    needed = None if directions.needed is None else directions.needed[first : first + len(outputs)]
-    return Directions(directions.number, seeds, needed)
+    needed = None if directions.rows_per_example is None else directions.rows_per_example[first : first + len(outputs)]
+    return Directions(directions.num_rows, seeds, needed)
 
 
 def _map_parameters(state: FilterState, function: Callable[[Tensor], Tensor]) -> FilterState:

@@ -7,9 +7,7 @@ output, which the command line reads.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
-import re
 from typing import Any
 
 from bayes_kf.inference.config import CHOICES, WHOLE, KalmanConfig
@@ -29,23 +27,14 @@ def config_schema() -> dict[str, Any]:
         >>> config_schema()["properties"]["forgetting"]["default"]
         1.0
     """
-    described = described_fields()
     fields = dataclasses.fields(KalmanConfig)
     return {
         "$schema": DRAFT,
         "title": "KalmanConfig",
         "type": "object",
         "additionalProperties": False,
-        "properties": {f.name: _property(f) | {"description": described[f.name]} for f in fields},
+        "properties": {f.name: _property(f) | {"description": f.metadata["help"]} for f in fields},
     }
-
-
-def described_fields() -> dict[str, str]:
-    """What the configuration's docstring says about each field."""
-    lines = (inspect.getdoc(KalmanConfig) or "").partition("Attributes:")[2].partition("\n\n")[0]
-    found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", lines, flags=re.MULTILINE | re.DOTALL)
-    plain = {name: re.sub(r":\w+:`~?([^`]+)`", r"\1", text) for name, text in found}  # references of the site
-    return {name: " ".join(text.replace("`", "").split()) for name, text in plain.items()}
 
 
 def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from bayes_kf.models.adapter import (
     split_batch,
     to_device,
 )
-from bayes_kf.models.batched_forward import linear_responses, outputs_of_draws
+from bayes_kf.models.batched_forward import finite_difference_jvps, outputs_of_draws
 from bayes_kf.models.likelihood import Categorical, Gaussian, Likelihood
 from bayes_kf.validation import did_you_mean
 
@@ -227,11 +227,11 @@ class Posterior:
                 generator.set_state(before)  # as it was, where memory ran out before
                 parts = [
                     self._piece(piece, method, num_samples, generator, None if targets is None else targets[where])
-                    for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs)
+                    for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs)
                 ]
                 return prediction.concatenate(parts)
 
-            return self.kf.linearize.in_memory(in_pieces, batch_size(inputs))
+            return self.kf.linearize.retry_in_smaller_chunks(in_pieces, batch_size(inputs))
 
     def predict_loader(
         self,
@@ -310,11 +310,13 @@ class Posterior:
         family, residuals, covariances = noise.likelihood(self.config, self.state.noise), list[Tensor](), list[Tensor]()
         for inputs, targets in self._held_out(loader):
             with self.adapter.full_precision():
-                for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
+                for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs):
                     linearized = self.kf.linearize(self.mean_vector, piece)
                     known = family.check(linearized.outputs, targets[where])
                     residuals.append((known - linearized.outputs).double())
-                    covariances.append(self.config.structure.output_covariance(self.state.belief, linearized.pull()))
+                    covariances.append(
+                        self.config.structure.output_covariance(self.state.belief, linearized.jacobian())
+                    )
         residual, covariance = torch.cat(residuals), prediction.semidefinite(torch.cat(covariances))
         present = self.state.noise.variance
         if present is None:  # nothing was learned
@@ -531,7 +533,7 @@ class Posterior:
         batch = self.kf.linearize(self.mean_vector, inputs)
         outputs = self.scaled_logits(batch.outputs)
         targets = _checked(family, outputs, targets)
-        covariance = self.config.structure.output_covariance(self.state.belief, batch.pull())
+        covariance = self.config.structure.output_covariance(self.state.belief, batch.jacobian())
         output_cov = self.temperature / self.softmax_temperature**2 * covariance
         if method == "probit" and family.name != "gaussian":
             return prediction.probit(family, outputs, output_cov.to(outputs.dtype), targets)
@@ -549,7 +551,7 @@ class Posterior:
         family = noise.likelihood(self.config, self.state.noise)
         if isinstance(family, Gaussian) or not self.adapter.is_precise:
             return False
-        passes = self.kf.linearize.num_passes(self.mean_vector, inputs)
+        passes = self.kf.linearize.num_backward_passes(self.mean_vector, inputs)
         return num_samples < passes or self.kf.linearize.num_outputs > MANY
 
     def _differenced(
@@ -573,11 +575,11 @@ class Posterior:
             outputs = self.scaled_logits(outputs)
             return predictive_density.root_log_loss(family, outputs, root, known, tempering.GRID, first)
         losses = list[Tensor]()
-        for where, piece in self.kf.linearize.pieces(self.mean_vector, inputs):
+        for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs):
             linearized = self.kf.linearize(self.mean_vector, piece)
             outputs = self.scaled_logits(linearized.outputs)
             known = family.check(outputs, targets[where])
-            covariance = self.config.structure.output_covariance(self.state.belief, linearized.pull())
+            covariance = self.config.structure.output_covariance(self.state.belief, linearized.jacobian())
             output_cov = covariance / self.softmax_temperature**2
             number = first + sum(part.shape[1] for part in losses)
             losses.append(predictive_density.log_loss(family, outputs, output_cov, known, tempering.GRID, number))
@@ -588,7 +590,7 @@ class Posterior:
     ) -> Tensor:
         """Jδ for draws δ ~ N(0, temperature·P), (S, B, m)."""
         steps = self._deviations(num_draws, generator, temperature)
-        return linear_responses(self.adapter, self.mean_vector, steps, inputs, self._draws_at_once(inputs))
+        return finite_difference_jvps(self.adapter, self.mean_vector, steps, inputs, self._draws_at_once(inputs))
 
     def _deviations(self, num_draws: int, generator: torch.Generator, temperature: float) -> Tensor:
         """Draws from N(0, temperature·P), (S, n)."""
@@ -598,7 +600,7 @@ class Posterior:
 
     def _draws_at_once(self, inputs: Inputs) -> int:
         """Adapters whose forward passes over a batch fit the memory together."""
-        return max(1, self.kf.linearize.examples_at_once(self.mean_vector, inputs) // batch_size(inputs))
+        return max(1, self.kf.linearize.max_chunk_size(self.mean_vector, inputs) // batch_size(inputs))
 
     def _compare(self, inputs: Inputs, sampled: Prediction) -> None:
         """Warn where the first predictions from drawn adapters are not those of the linearized model."""
@@ -607,7 +609,7 @@ class Posterior:
         if num_samples < max(FEWEST_COMPARED, sampled.samples.shape[2]):  # a backward pass for every output
             return
         few = some_examples(inputs, slice(size), batch_size(inputs))
-        _, few = next(iter(self.kf.linearize.pieces(self.mean_vector, few)))  # what the memory allows at once
+        _, few = next(iter(self.kf.linearize.chunks(self.mean_vector, few)))  # what the memory allows at once
         size = batch_size(few)
         own = torch.Generator(device=self.adapter.device).manual_seed(self.config.seed + 1)
         linearized = self._piece(few, "linearized", num_samples, own, None)

@@ -79,7 +79,7 @@ class AdapterModel:
         self._has_fused = has_fused(self._modules)
         self._four_bit = four_bit_on_cpu(self._modules)
         self.owners = _owners(model, trainable)
-        self.paths: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # how each tensor is linearized; see describe
+        self.linearized_by: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # see describe
         self._autocast: torch.dtype | None = None  # of the caller, inside `full_precision`
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         if self.num_parameters > LARGE:
@@ -103,7 +103,7 @@ class AdapterModel:
 
     def vector(self) -> Tensor:
         """The model's present trainable tensors as one vector, (n,), a copy."""
-        with self.exclusive():
+        with self.lock():
             return self.flatten({name: self.model.get_parameter(name).detach() for name in self.names})
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -139,18 +139,18 @@ class AdapterModel:
             tensors: name -> tensor.
             before: the modules as they are, from :meth:`remembered`; they are looked at anew without it.
         """
-        with self.exclusive(), restored(self.remembered() if before is None else before), self.placed(tensors):
+        with self.lock(), restored(self.remembered() if before is None else before), self.swapped(tensors):
             yield
 
     def remembered(self) -> list[Before]:
         """What the model's modules are like now, for :meth:`substituted`."""
-        with self.exclusive():
+        with self.lock():
             return remembered(self._modules)
 
     @contextmanager
-    def placed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """As :meth:`substituted`, to look at modules and not to run them."""
-        with self.exclusive():
+        with self.lock():
             own = {name: self._present(name) for name in tensors}
             try:
                 self._place(tensors)
@@ -158,7 +158,7 @@ class AdapterModel:
             finally:
                 self._place(own)
 
-    def exclusive(self) -> threading.RLock:
+    def lock(self) -> threading.RLock:
         """The lock of the model: while tensors or modes of it are replaced, other threads wait."""
         with _making:
             return _locks.setdefault(self.model, threading.RLock())
@@ -174,7 +174,7 @@ class AdapterModel:
                 module._parameters[attribute] = tensor  # type: ignore[assignment]  # as torch.func.functional_call does
 
     @contextmanager
-    def kept_gradients(self) -> Iterator[None]:
+    def preserved_gradients(self) -> Iterator[None]:
         """Gradients that the user's parameters hold are as they were afterwards, whatever backward pass runs inside."""
         held = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter, _ in held:
@@ -186,7 +186,7 @@ class AdapterModel:
                 parameter.grad = gradient
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def eval_mode(self) -> Iterator[None]:
         """Every module in eval mode inside; each in the mode it had afterwards, whatever happened.
 
         Layers of transformers that save memory by running again in the backward pass do so in training mode alone, so
@@ -197,7 +197,7 @@ class AdapterModel:
         Raises:
             ValueError: where 4-bit weights were packed for inference.
         """
-        with self.exclusive():
+        with self.lock():
             check_unpacked(self._four_bit)
             again = [module for module in self._modules if module.training and _checkpointed(module)]
             changed = [module for module in self._modules if module.training and not _checkpointed(module)]
@@ -226,7 +226,7 @@ class AdapterModel:
             bias    (2,)          2  Linear  not yet known
         """
         rows = [
-            (name, str(tuple(shape)), f"{size:,}", type(self.owners[name][0][0]).__name__, self.paths[name])
+            (name, str(tuple(shape)), f"{size:,}", type(self.owners[name][0][0]).__name__, self.linearized_by[name])
             for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True)
         ]
         header = ("tensor", "shape", "numbers", "module", "linearized by")
@@ -292,7 +292,7 @@ class AdapterModel:
 
         Around all that a call computes, so other threads wait outside.
         """
-        with self.exclusive():
+        with self.lock():
             kind, outside = self.device.type, self._autocast
             if not torch.is_autocast_enabled(kind):
                 yield
@@ -306,7 +306,7 @@ class AdapterModel:
 
     def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
         """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m)."""
-        with self.evaluating(), torch.no_grad():
+        with self.eval_mode(), torch.no_grad():
             return self.call(self.tensors(vector), inputs).to(self.dtype)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ def outputs_of_draws(
             return outputs
 
 
-def linear_responses(
+def finite_difference_jvps(
     adapter: AdapterModel, at: Tensor, steps: Tensor, inputs: Inputs, at_once: int | None = None
 ) -> Tensor:
     """J·δ of S steps δ away from θ = ``at``, (S, B, m), by differences: a forward pass each, and one at θ.
@@ -67,12 +67,12 @@ def linear_responses(
 
 def _one(adapter: AdapterModel, draw: Tensor, inputs: Inputs) -> Tensor:
     """Raw outputs under one adapter, (B, m)."""
-    with adapter.evaluating():
+    with adapter.eval_mode():
         return adapter.call(adapter.tensors(draw), inputs).to(adapter.dtype)
 
 
 def _batched(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None) -> Tensor:
-    with adapter.evaluating(), warnings.catch_warnings():
+    with adapter.eval_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")  # one kernel loops, the rest does not
         one = torch.func.vmap(lambda draw: adapter.call(adapter.tensors(draw), inputs), chunk_size=at_once)
         return one(draws).to(adapter.dtype)

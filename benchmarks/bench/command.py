@@ -8,15 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import _results
 import torch
-from _results import ResultFile
 
-from bench.entries import write_csv
-from bench.networks import KINDS
-from bench.problem import Problem, found_problems
-from bench.rows import Row, found_rows
-from bench.runner import Plan, run
+from benchmarks.bench.networks.base import KINDS
+from benchmarks.bench.registry.optimizers import Row, found_rows
+from benchmarks.bench.registry.problems import Problem, found_problems
+from benchmarks.bench.runner import Plan, run
+from benchmarks.bench.tables.entries import write_csv
+from benchmarks.common import result_files
+from benchmarks.common.result_files import ResultFile
 
 
 def main(
@@ -43,7 +43,7 @@ def main(
     args = parser(bench, description).parse_args(arguments)
     torch.set_num_threads(1)
     if args.results is not None:
-        _results.RESULTS = args.results
+        result_files.RESULTS = args.results
     rows, problems = chosen(args, bench)
     marks = [
         f"limit{args.limit}" * bool(args.limit),

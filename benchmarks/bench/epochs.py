@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _learners import SCALE_EXAMPLES, Stream, logits, quiet_bar
 from torch import nn
 
-from bench.learners import STOPS, Learner, trainable
-from bench.problem import Problem, Split, first_inputs
-from bench.rows import Row
-from bench.scores import heldout_scores
+from benchmarks.bench.learners import STOPS, Learner, trainable
+from benchmarks.bench.registry.optimizers import Row
+from benchmarks.bench.registry.problems import Problem, Split, first_inputs
+from benchmarks.bench.scores import heldout_scores
+from benchmarks.common.learners import SCALE_EXAMPLES, Stream, logits, quiet_bar
 
 NAME = "optimizers"
 CRITERIA = {"train": "mean_train_loss", "final": "nll"}

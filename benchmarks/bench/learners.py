@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from _learners import Inputs, logits
 from torch import Tensor, nn
 
 from bayes_kf import Bank, KalmanConfig, KalmanFilter, Posterior
 from bayes_kf.inference.filtering.state import DIVERGED
 from bayes_kf.inference.fitting.passes import mean_pass
+from benchmarks.common.learners import Inputs, logits
 
 
 class Learner(Protocol):

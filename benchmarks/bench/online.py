@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from _learners import SCALE_EXAMPLES, Stream, quiet_bar
 from torch import Tensor
 
-from bench.learners import STOPS, Learner, trainable
-from bench.problem import Problem, Split, first_inputs
-from bench.rows import Row
-from bench.scores import curve, heldout_scores, log_losses
+from benchmarks.bench.learners import STOPS, Learner, trainable
+from benchmarks.bench.registry.optimizers import Row
+from benchmarks.bench.registry.problems import Problem, Split, first_inputs
+from benchmarks.bench.scores import curve, heldout_scores, log_losses
+from benchmarks.common.learners import SCALE_EXAMPLES, Stream, quiet_bar
 
 NAME = "online"
 CRITERIA = {"online": "online_log_loss", "final": "nll"}

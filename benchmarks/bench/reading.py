@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _quality_problems import _rows
 from torch import Tensor
+
+from benchmarks.common.text import rows_of
 
 Read = Callable[[Tensor], tuple[Any, Tensor]]
 
@@ -36,7 +37,7 @@ def texts(name: str, test: str, pairs: bool = False) -> tuple[Read, Read]:
         test: the split that is tested on.
         pairs: whether a row begins with two texts.
     """
-    kept = functools.cache(lambda: _rows(name))
+    kept = functools.cache(lambda: rows_of(name))
 
     def some(split: str, which: Tensor) -> tuple[Any, Tensor]:
         chosen = [kept()[split][i] for i in which.tolist()]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from _results import ResultFile
 from tqdm.auto import tqdm
 
-from bench.problem import TUNING_SEED, Problem, Split
-from bench.rows import Row, same_settings
-from bench.selection import chosen, key, tuning_key
+from benchmarks.bench.registry.optimizers import Row, same_settings
+from benchmarks.bench.registry.problems import TUNING_SEED, Problem, Split
+from benchmarks.bench.selection import chosen, key, tuning_key
+from benchmarks.common.result_files import ResultFile
 
 
 class Plan(NamedTuple):

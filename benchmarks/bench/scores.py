@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from _learners import Stream
 from torch import Tensor
 
 from bayes_kf.evaluation import accuracy, calibration_test
-from bench.learners import Learner
+from benchmarks.bench.learners import Learner
+from benchmarks.common.learners import Stream
 
 POINTS = 50  # of a curve
 WINDOW = 100  # examples of a moving average

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bench.rows import Row, text_of
+from benchmarks.bench.registry.optimizers import Row, text_of
 
 Cells = Mapping[str, Mapping[str, Any]]
 

@@ -18,10 +18,7 @@ import bayes_kf as bkf
 from bayes_kf.files import atomic_folder, staging
 from bayes_kf.files.checksums import digest
 from bayes_kf.inference.saving import pretrained
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from _folders import killed_at, snapshot
+from benchmarks.reliability.folder_snapshots import killed_at, snapshot
 
 SAVING = """
 import sys

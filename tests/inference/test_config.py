@@ -113,3 +113,14 @@ def test_a_misspelt_setting_has_a_suggestion():
         dataclasses.replace(KalmanConfig(), zzzz=1)
     config = KalmanConfig(rank=3)
     assert copy.deepcopy(config) == copy.copy(config) == dataclasses.replace(config) == config
+
+
+def test_every_setting_belongs_to_a_group_by_its_own_name_and_is_documented():
+    config = KalmanConfig.loko(rank=7, seed=3, temperature=0.5, tune_margin=2.0)
+    groups = {name: getattr(config, name) for name in dir(KalmanConfig) if name.endswith("_settings")}
+    assert len(groups) == 7
+    grouped = [(f.name, getattr(group, f.name)) for group in groups.values() for f in dataclasses.fields(group)]
+    assert dict(grouped) == dataclasses.asdict(config)
+    assert all(value == getattr(config, name) for name, value in grouped)  # those in several groups
+    for field in dataclasses.fields(config):
+        assert f"{field.name}: {field.metadata['help']}" in KalmanConfig.__doc__

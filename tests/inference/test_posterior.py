@@ -16,7 +16,7 @@ import bayes_kf as bkf
 from bayes_kf import evaluation
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.measurement_model.noise import likelihood
 from bayes_kf.inference.predictive import prediction
 from bayes_kf.models.likelihood import Categorical, Gaussian
@@ -541,7 +541,7 @@ def test_an_adapter_of_another_scale_is_refused(fitted, tmp_path):
 def test_entropy_of_correlated_outputs_is_that_of_the_joint():
     posterior = bkf.fit(linear(), loader(), bkf.KalmanConfig(**EXACT, noise_variance=0.5), progress=False)
     x = X[:3]
-    jacobian = posterior.kf.linearize(posterior.mean_vector, x).pull().dense()
+    jacobian = posterior.kf.linearize(posterior.mean_vector, x).jacobian().dense()
     total = jacobian @ posterior.covariance_matrix() @ jacobian.mT + 0.5 * torch.eye(2).double()
     expected = 0.5 * torch.logdet(2 * math.pi * math.e * total)
     torch.testing.assert_close(posterior.predict(x).entropy, expected, rtol=1e-9, atol=1e-9)
@@ -605,7 +605,7 @@ def test_with_more_outputs_than_draws_linearized_predictions_take_no_backward_pa
     y = torch.randint(90, (30,), generator=g)
     posterior = bkf.fit(many(), loader(x, y), bkf.KalmanConfig(temperature=1.0), progress=False)
     exact = posterior.predict(x[:4], num_samples=20_000)
-    monkeypatch.setattr(Linearized, "pull", None)
+    monkeypatch.setattr(LinearizedBatch, "jacobian", None)
     found = [
         posterior.predict(x[:4], num_samples=60, generator=torch.Generator().manual_seed(seed), targets=y[:4])
         for seed in range(80)
@@ -628,9 +628,9 @@ def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
     posterior = bkf.fit(model, loader(x, y), settings, progress=False)
     exact = posterior.predict(x[:2], method="probit")  # by the covariance
     linearized = posterior.kf.linearize(posterior.mean_vector, x[:2])
-    covariance = posterior.config.structure.output_covariance(posterior.state.belief, linearized.pull())
+    covariance = posterior.config.structure.output_covariance(posterior.state.belief, linearized.jacobian())
     torch.testing.assert_close(exact.probs, against_the_rest(linearized.outputs, covariance))
-    monkeypatch.setattr(type(linearized), "pull", None)
+    monkeypatch.setattr(type(linearized), "jacobian", None)
     found = torch.cat(
         [posterior.predict(x[:2], generator=torch.Generator().manual_seed(seed)).samples.log() for seed in range(200)]
     )
@@ -656,7 +656,7 @@ def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
         patched.setattr(bkf.Posterior, "_by_differences", lambda *_: False)
         exact, chosen = losses(), posterior.calibrate(loader(x[40:], y[40:])).temperature
     with monkeypatch.context() as patched:
-        patched.setattr(type(posterior.kf.linearize(posterior.mean_vector, x[:2])), "pull", None)
+        patched.setattr(type(posterior.kf.linearize(posterior.mean_vector, x[:2])), "jacobian", None)
         found = losses()
         assert posterior.calibrate(loader(x[40:], y[40:])).temperature == chosen
     assert float(((found - exact).abs() / exact).max()) < 0.025
@@ -847,7 +847,7 @@ def test_predictions_do_not_depend_on_the_pieces_that_memory_asks_for(fitted, di
     images = digits[1].images[:20]
     small = dataclasses.replace(fitted.config, bytes_budget=1)
     pieces = bkf.Posterior(bkf.KalmanFilter(fitted.adapter, small), fitted.state)
-    assert len(list(pieces.kf.linearize.pieces(pieces.mean_vector, images))) == 20
+    assert len(list(pieces.kf.linearize.chunks(pieces.mean_vector, images))) == 20
     found, expected = pieces.predict(images), fitted.predict(images)
     torch.testing.assert_close(found.samples, expected.samples, rtol=1e-3, atol=1e-4)
 

@@ -28,10 +28,7 @@ from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
 from bayes_kf.models.adapter import split_batch
 from bayes_kf.models.language import NextToken
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from _folders import killed_at, snapshot
+from benchmarks.reliability.folder_snapshots import killed_at, snapshot
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 
@@ -315,7 +312,10 @@ def test_readings_of_language_models_and_mappings_are_refused(tmp_path):
         def forward(self, input_ids, attention_mask=None):
             return {"logits": self.table(input_ids)}
 
-    message = r"`model` must be a torch module for KalmanTrainer, got NextToken, which is an AdapterModel; `bayes_kf\.fit` takes"
+    message = (
+        r"`model` must be a torch module for KalmanTrainer, got NextToken, which is an AdapterModel; "
+        r"`bayes_kf\.fit` takes it"
+    )
     with pytest.raises(ValueError, match=message):
         KalmanTrainer(NextToken(Language()))
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,6 @@ interval, so 3 right of 3 give 29 % to 100 %; the ordinary bootstrap gives 100 %
 """
 
 import math
-from typing import NamedTuple
 
 import scipy
 import torch
@@ -21,18 +20,12 @@ from torch import Tensor
 from bayes_kf.evaluation.calibration.confidence_profile import top_confidence
 from bayes_kf.evaluation.calibration.errors import check_binned
 from bayes_kf.evaluation.inputs import Array, as_targets, as_vector, check_choice, check_fraction
+from bayes_kf.evaluation.score import Interval
 
 FEWEST_LOSSES = 50  # fewer log losses have no interval: with 30, 86 to 90 % were covered where labels are noisy
 LEAST_LOSS_PROB = torch.finfo(torch.float32).tiny  # bounds the loss of a label that was given probability zero
 FEWEST_RANKED = 10  # pairs of which a rank correlation has an interval
 ROUNDING = 1e-9
-
-
-class Interval(NamedTuple):
-    """Lower and upper end."""
-
-    low: float
-    high: float
 
 
 def mean_interval(values: Array, *, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95) -> Interval:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.intervals import (
-    Interval,
     bounded_interval,
     loss_interval,
     rank_correlation_interval,
@@ -16,6 +15,7 @@ from bayes_kf.evaluation.calibration.intervals import (
 )
 from bayes_kf.evaluation.classification.entropy import entropy
 from bayes_kf.evaluation.inputs import Array, as_probs, check_fraction
+from bayes_kf.evaluation.score import Interval, Score
 
 DECIMALS = 12  # of entropies that are ranked: equal ones differ by rounding
 
@@ -26,6 +26,10 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+    def score(self) -> Score:
+        """The same numbers as a `Score`."""
+        return Score(self.value, None if math.isnan(self.low) else Interval(self.low, self.high))
 
 
 class HumanAgreement(NamedTuple):

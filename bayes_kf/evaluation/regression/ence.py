@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.null_distribution import Calibrated, check_simulation, compare
 from bayes_kf.evaluation.inputs import Array, as_float, check_positive_int
 from bayes_kf.evaluation.regression.scores import checked_gaussian
 from bayes_kf.evaluation.resampling.binning import place
+from bayes_kf.evaluation.resampling.null_test import NullComparison, check_simulation, compare_to_null
 
 
 class SpreadBins(NamedTuple):
@@ -105,7 +105,7 @@ def ence_test(
     num_simulations: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> Calibrated:
+) -> NullComparison:
     """ENCE beside what it would be if every target came from N(mean, variance), with a one-sided p-value.
 
     A bin's squared errors Σ v_i z_i² are drawn as a scaled χ² of the same mean and variance, which is exact where the
@@ -137,7 +137,7 @@ def ence_test(
     dof = torch.bincount(index, weights=spread_var).square() / torch.bincount(index, weights=spread_var.square())
     squares = np.random.default_rng(seed).chisquare(dof.numpy(), (num_simulations, len(dof)))
     ratio = torch.from_numpy(squares).div(dof).sqrt()  # found over predicted sd, (R, bins)
-    return compare(value, value, (1 - ratio).abs().mean(dim=1), level)
+    return compare_to_null(value, value, (1 - ratio).abs().mean(dim=1), level)
 
 
 def _ence(bins: SpreadBins) -> Tensor:

@@ -14,9 +14,9 @@ import scipy
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.null_distribution import CalibrationTest
 from bayes_kf.evaluation.inputs import Array, as_float, check_choice, check_positive_int
 from bayes_kf.evaluation.regression.scores import checked_gaussian, sample_blocks
+from bayes_kf.evaluation.resampling.null_test import CalibrationTest
 
 NUM_BINS = 20
 FEWEST_IN_BIN = 5  # expected in a bin for the χ² distribution to hold

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.null_distribution import Calibrated, check_simulation, compare
 from bayes_kf.evaluation.inputs import Array, as_vector
 from bayes_kf.evaluation.regression.pit import as_pit
+from bayes_kf.evaluation.resampling.null_test import NullComparison, check_simulation, compare_to_null
 
 QUANTILES = tuple(k / 20 for k in range(1, 20))
 
@@ -70,7 +70,7 @@ def quantile_calibration_test(
     num_simulations: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> Calibrated:
+) -> NullComparison:
     """The mean absolute quantile error beside what right forecasts would show, with a one-sided p-value.
 
     Counts between the quantiles are multinomial where forecasts are right, and are drawn as such.
@@ -97,7 +97,7 @@ def quantile_calibration_test(
     num_targets = as_pit(pit).numel()
     counts = np.random.default_rng(seed).multinomial(num_targets, shares, num_simulations)[:, :-1]
     simulated = torch.from_numpy(counts).double().cumsum(dim=1) / num_targets  # (R, Q)
-    return compare(value, value, (simulated - grid).abs().mean(dim=1), level)
+    return compare_to_null(value, value, (simulated - grid).abs().mean(dim=1), level)
 
 
 def _as_quantiles(quantiles: Sequence[float]) -> Tensor:

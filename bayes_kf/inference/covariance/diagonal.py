@@ -18,7 +18,7 @@ from torch import Tensor
 from bayes_kf.inference.covariance.observation import Observation
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import Jacobian
-from bayes_kf.inference.linearization.jacobian_blocks import PIECE
+from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 
 CANCELLING = 0.999  # share of a variance whose loss is not yet rounded away
 
@@ -114,13 +114,15 @@ def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
     """vᵀ P⁻¹ v, a scalar."""
-    parts = zip(vector.split(PIECE), state.variance.split(PIECE), strict=True)
-    return parameter_sums.total(torch.stack([(v.square() / p).sum() for v, p in parts]).sum())
+    parts = zip(vector.split(CHUNK_NUMEL), state.variance.split(CHUNK_NUMEL), strict=True)
+    return parameter_sums.sum_over_shards(torch.stack([(v.square() / p).sum() for v, p in parts]).sum())
 
 
 def log_determinant(state: State) -> Tensor:
     """log det P, a scalar in float64: in float32 the sum over millions of numbers misses by several nats."""
-    return parameter_sums.total(torch.stack([p.double().log().sum() for p in state.variance.split(PIECE)]).sum())
+    return parameter_sums.sum_over_shards(
+        torch.stack([p.double().log().sum() for p in state.variance.split(CHUNK_NUMEL)]).sum()
+    )
 
 
 def scales(state: State) -> Tensor:
@@ -130,7 +132,7 @@ def scales(state: State) -> Tensor:
 
 def _solve(state: State, observation: Observation) -> tuple[Tensor, Tensor]:
     """Cholesky factor of S and S⁻¹u, or, with fewer parameters than rows, of A = I + √P MᵀM √P and A⁻¹√P Mᵀu."""
-    if observation.num_parameters >= observation.num_rows or parameter_sums.active():
+    if observation.num_parameters >= observation.num_rows or parameter_sums.is_sharded():
         return innovation(observation.gram(state.variance), observation.residual)[:2]
     root = state.variance.sqrt()
     scaled = (observation.dense() * root).double()  # (k, n)

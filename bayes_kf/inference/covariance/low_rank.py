@@ -46,7 +46,7 @@ def predict(state: State, forgetting: float, drift_variance: float | Tensor) -> 
         return State(state.mean, state.diagonal * forgetting, state.factor * forgetting**0.5, state.gram)  # λ cancels
     d, factor = state.diagonal.double() * forgetting, state.factor.double() * forgetting**0.5
     shrink = 1.0 / (1.0 + drift_variance * d)  # d⁻/(λd)
-    inner = parameter_sums.total(
+    inner = parameter_sums.sum_over_shards(
         factor.mT @ ((drift_variance * shrink).unsqueeze(-1) * factor)
     )  # E − E d⁻ E = q d⁻/(λd), without cancelling
     root = torch.linalg.cholesky(inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
@@ -156,14 +156,16 @@ def joint_output_covariance(state: State, jacobian: Jacobian) -> Tensor:
 
 def quadratic(state: State, vector: Tensor) -> Tensor:
     """vᵀ P⁻¹ v, a scalar."""
-    own = parameter_sums.total((state.diagonal * vector.square()).sum())
-    return own + parameter_sums.total(vector @ state.factor).square().sum()
+    own = parameter_sums.sum_over_shards((state.diagonal * vector.square()).sum())
+    return own + parameter_sums.sum_over_shards(vector @ state.factor).square().sum()
 
 
 def log_determinant(state: State) -> Tensor:
     """log det P, a scalar in float64."""
     root = _inner(state.gram)
-    return -(parameter_sums.total(state.diagonal.double().log().sum()) + 2.0 * root.diagonal().double().log().sum())
+    return -(
+        parameter_sums.sum_over_shards(state.diagonal.double().log().sum()) + 2.0 * root.diagonal().double().log().sum()
+    )
 
 
 def scales(state: State) -> Tensor:
@@ -190,7 +192,7 @@ def _step(state: State, observation: Observation, gram: Tensor) -> Tensor:
     root = _inner(gram)
     dual = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)  # w
     step = _pulled(state, observation, dual)
-    seen = torch.cat([parameter_sums.total(state.factor.mT @ step), observation.matvec(step)]).double()
+    seen = torch.cat([parameter_sums.sum_over_shards(state.factor.mT @ step), observation.matvec(step)]).double()
     missing = torch.cholesky_solve((target - dual - seen).unsqueeze(-1), root).squeeze(-1)
     return step + _pulled(state, observation, missing)
 
@@ -250,7 +252,7 @@ def _scaled(state: State) -> Tensor:
 def _state(mean: Tensor, diagonal: Tensor, factor: Tensor) -> State:
     """The state with WᵀD⁻¹W computed, which every use of the belief needs."""
     scaled = factor.double() / diagonal.double().sqrt().unsqueeze(-1)
-    return State(mean, diagonal, factor, parameter_sums.total(scaled.mT @ scaled))
+    return State(mean, diagonal, factor, parameter_sums.sum_over_shards(scaled.mT @ scaled))
 
 
 def _inner(gram: Tensor) -> Tensor:
@@ -261,5 +263,5 @@ def _inner(gram: Tensor) -> Tensor:
 def _solve(state: State, right: Tensor) -> Tensor:
     """(D + WWᵀ)⁻¹ B by Woodbury, (n, c); in float64, as the difference cancels for B among the columns of W."""
     scaled, factor = right.double() / state.diagonal.double().unsqueeze(-1), _scaled(state)
-    weights = torch.cholesky_solve(parameter_sums.total(factor.mT @ right.double()), _inner(state.gram))
+    weights = torch.cholesky_solve(parameter_sums.sum_over_shards(factor.mT @ right.double()), _inner(state.gram))
     return (scaled - factor @ weights).to(right)

@@ -69,9 +69,9 @@ class Observation:
         return replace(self, jacobian=self.jacobian.scaled(root), residual=self.residual * root)
 
     @classmethod
-    def of_rows(cls, rows: Tensor, residual: Tensor) -> Observation:
+    def from_rows(cls, rows: Tensor, residual: Tensor) -> Observation:
         """From M as a matrix (k, n) and u (k,)."""
-        return cls(Jacobian.of_rows(rows.unsqueeze(0)), residual)
+        return cls(Jacobian.from_rows(rows.unsqueeze(0)), residual)
 
 
 def whitened(
@@ -87,4 +87,4 @@ def whitened(
         innovation: see :class:`Observation`.
     """
     flat = residual.to(jacobian.like.dtype).flatten()
-    return Observation(jacobian.multiplied(factor), flat, degrees_of_freedom, innovation)
+    return Observation(jacobian.left_multiply(factor), flat, degrees_of_freedom, innovation)

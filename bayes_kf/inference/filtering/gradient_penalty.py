@@ -121,7 +121,7 @@ def _noise(
     if config.noise_variance != "estimated" or state.noise.variance is not None:
         return noise.begin(config, state.noise, targets, targets)
     mean, size = state.belief.mean, batch_size(inputs)
-    step = linearize.examples_at_once(mean, inputs)
+    step = linearize.max_chunk_size(mean, inputs)
     parts = [some_examples(inputs, slice(first, first + step), size) for first in range(0, size, step)]
     outputs = torch.cat([linearize.adapter.outputs(mean, part) for part in parts])
     return noise.begin(config, state.noise, outputs, targets)

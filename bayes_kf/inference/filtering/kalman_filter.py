@@ -64,7 +64,7 @@ class KalmanFilter:
         check_inputs(inputs)
         given = to_device(inputs, self.adapter.device)
         with self.adapter.full_precision():
-            return self.linearize.in_memory(lambda: self._scale(state, given), batch_size(given))
+            return self.linearize.retry_in_smaller_chunks(lambda: self._scale(state, given), batch_size(given))
 
     def restart(self, state: FilterState) -> FilterState:
         """The prior again, for another pass over the same data, with nothing scored; estimated noise stays."""
@@ -111,7 +111,7 @@ class KalmanFilter:
         try:
             with self.adapter.full_precision():
                 inputs, targets = to_device(inputs, device), targets.to(device)
-                after, info = self.linearize.in_memory(
+                after, info = self.linearize.retry_in_smaller_chunks(
                     lambda: self._update(state, inputs, targets, hold_mean, at), batch_size(inputs)
                 )
         except DIVERGED as error:
@@ -203,17 +203,17 @@ class KalmanFilter:
         needed, widths = self._needed(state, start, inputs, targets, num_outputs)
         alike = min(widths) == num_rows(self.config, num_outputs)  # the most that there can be
         cuts, seed = [part.stop for part, _ in parts(widths)], self.config.seed + state.examples
-        for where, piece in self.linearize.pieces(start, inputs, needed, cuts):
-            linearized = self.linearize(start, piece, needed=needed[where])
+        for where, piece in self.linearize.chunks(start, inputs, needed, cuts):
+            linearized = self.linearize(start, piece, rows_per_example=needed[where])
             outputs = linearized.outputs
             check_finite("the outputs", outputs)
             family = noise.likelihood(self.config, state.noise)
             seen = see(self.config, family, outputs, targets[where], seed + where.start)
             if seen.directions is None and family.name == "categorical":
-                jacobian = linearized.pull_differences()
+                jacobian = linearized.softmax_jacobian()
             else:
-                jacobian = linearized.pull(seen.directions)
-            found = None if alike or seen.directions is None else seen.directions.needed
+                jacobian = linearized.jacobian(seen.directions)
+            found = None if alike or seen.directions is None else seen.directions.rows_per_example
             rows = widths[where] if found is None else found.tolist()  # as this pass sees them, not a forecast
             yield Batch(self._outputs_of(piece), targets[where], outputs, start, seen, jacobian, rows)
 
@@ -224,7 +224,7 @@ class KalmanFilter:
 
     def _outputs(self, mean: Tensor, inputs: Inputs) -> Tensor:
         """Outputs at θ, (B, m), as many examples at once as fit the memory."""
-        step, size = self.linearize.examples_at_once(mean, inputs), batch_size(inputs)
+        step, size = self.linearize.max_chunk_size(mean, inputs), batch_size(inputs)
         pieces = [some_examples(inputs, slice(first, first + step), size) for first in range(0, size, step)]
         return torch.cat([self.adapter.outputs(mean, piece) for piece in pieces])
 
@@ -234,13 +234,13 @@ class KalmanFilter:
         """Directions of each example, and its rows; by a forward pass of its own where that saves passes."""
         count, size = num_directions(self.config, num_outputs), len(targets)
         alike = [count] * size, [num_rows(self.config, num_outputs)] * size
-        if self.config.curvature != "truncated" or self.linearize.in_one_pass(start, inputs, count):
+        if self.config.curvature != "truncated" or self.linearize.fits_one_pass(start, inputs, count):
             return alike
         outputs = self._outputs(start, inputs)
         directions = see(self.config, noise.likelihood(self.config, state.noise), outputs, targets).directions
-        if directions is None or directions.needed is None:
+        if directions is None or directions.rows_per_example is None:
             return alike
-        known = directions.needed.tolist()
+        known = directions.rows_per_example.tolist()
         return known, known
 
     def _predicted(self, state: FilterState) -> FilterState:

@@ -77,7 +77,7 @@ class Part(NamedTuple):
         if seen.probes is not None:
             probes = seen.probes.examples(where)
             first = torch.eye(outputs.shape[1], jacobian.num_rows, dtype=outputs.dtype, device=outputs.device)
-            own = jacobian.multiplied(first.expand(len(outputs), -1, -1))
+            own = jacobian.left_multiply(first.expand(len(outputs), -1, -1))
         degrees = int(seen.degrees[where].sum())
         return cls(seen.family, outputs, outputs, seen.targets[where], degrees, own, jacobian, probes)
 

@@ -18,7 +18,7 @@ from bayes_kf.inference.filtering.linearization_check import TRUSTED, at_mean, h
 from bayes_kf.inference.filtering.measurement import Batch, Evidence, Part, Tally
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.linearization import parameter_sums
-from bayes_kf.inference.linearization.jacobian import blocks, both_sides
+from bayes_kf.inference.linearization.jacobian import congruence, diagonal_blocks
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.mode_expansion import expand_at_mode
 from bayes_kf.inference.measurement_model.output_directions import odds_length
@@ -115,7 +115,7 @@ def _learn_part(
     belief = state.belief
     joint = config.structure.joint_output_covariance(belief, part.jacobian)
     check_finite("the output covariance", joint)
-    output_cov = blocks(joint, len(part.targets)).to(part.outputs.dtype)
+    output_cov = diagonal_blocks(joint, len(part.targets)).to(part.outputs.dtype)
     scores = state.scores if batch.hold_mean else scored(config, state, batch, where, part, output_cov)
     evidence, noise_state, jitter = _evidence(config, state, part, joint, output_cov, batch.known)
     passes, accepts = _Passes(batch, where), None
@@ -170,14 +170,14 @@ def _evidence(
     factor, residual = white.factor, white.residual
     if point is not outputs:  # expanded where the batch was linearized
         residual = residual + (factor @ (point - outputs).to(factor).unsqueeze(-1)).squeeze(-1)
-    innovation = float(diagonal.innovation(both_sides(factor, joint), residual.flatten())[2])
+    innovation = float(diagonal.innovation(congruence(factor, joint), residual.flatten())[2])
     expanded = config.expansion == "mode" and config.noise == "exponential_family"
     if expanded and not known and family.name != "gaussian":
         factor, residual, point = expand_at_mode(family, outputs.double(), part.targets, joint)
     observation = whitened(factor, residual, part.jacobian, part.degrees, innovation)
     if part.probes is None:
         return Evidence(observation, None), noise_state, white.jitter
-    probed = part.pulled.multiplied(part.probes.factor(point.to(outputs)))
+    probed = part.pulled.left_multiply(part.probes.factor(point.to(outputs)))
     nothing = outputs.new_zeros(probed.size * probed.num_rows)
     return Evidence(observation, Observation(probed, nothing)), noise_state, white.jitter
 
@@ -219,7 +219,7 @@ def _condition(
     check_finite("the mean", after.mean)
     scales = structure.scales(after)
     check_finite("the variance", scales)
-    if not parameter_sums.agreed(bool((scales > 0).all())):
+    if not parameter_sums.all_shards_agree(bool((scales > 0).all())):
         raise FloatingPointError(f"{int((scales <= 0).sum())} variances would not be positive")
     return after, damping, attempts > 0
 
@@ -244,7 +244,7 @@ def _objective(
         return -family.log_prob(outputs_at(belief.mean), targets).sum()
 
     def accepts(after: Any) -> bool:
-        if not parameter_sums.agreed(bool(torch.isfinite(after.mean).all())):
+        if not parameter_sums.all_shards_agree(bool(torch.isfinite(after.mean).all())):
             return False
         step = after.mean - belief.mean
         if is_small(part.jacobian.matvec(step), family, TRUSTED):
@@ -322,7 +322,7 @@ def parts(widths: list[int]) -> Iterator[tuple[slice, int]]:
 
 def check_finite(what: str, tensor: Tensor) -> None:
     """Raise FloatingPointError where a value is not finite."""
-    if parameter_sums.agreed(bool(torch.isfinite(tensor.sum()))):  # a sum is cheap, and finite only if every value is
+    if parameter_sums.all_shards_agree(bool(torch.isfinite(tensor.sum()))):  # cheap
         return
-    if not parameter_sums.agreed(bool(torch.isfinite(tensor).all())):
+    if not parameter_sums.all_shards_agree(bool(torch.isfinite(tensor).all())):
         raise FloatingPointError(f"{int((~torch.isfinite(tensor)).sum())} values of {what} would not be finite")

@@ -125,8 +125,8 @@ def _squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: 
     num_outputs, total = linearize.prepare(mean, inputs), torch.zeros_like(mean)
     count = num_outputs if config.curvature == "exact" else min(num_outputs, SCALE_PROBES)
     generator = torch.Generator(device=mean.device).manual_seed(config.seed)
-    for _, piece in linearize.pieces(mean, inputs, count):
-        batch = linearize(mean, piece, needed=count)
+    for _, piece in linearize.chunks(mean, inputs, count):
+        batch = linearize(mean, piece, rows_per_example=count)
         directions = None if count == num_outputs else signs(batch.outputs, count, generator)
-        total += batch.pull(directions).column_squares()
+        total += batch.jacobian(directions).column_squares()
     return total / (batch_size(inputs) * num_outputs)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FORWARD = 1.3  # cost of a forward pass that keeps its graph, in backward passes; a small BERT on a CPU
+FORWARD_COST = 1.3  # cost of a forward pass that keeps its graph, in backward passes; a small BERT on a CPU
 
 
-class Turn(NamedTuple):
+class BackwardPass(NamedTuple):
     """What one backward pass carries.
 
     Attributes:
@@ -31,7 +31,7 @@ class Turn(NamedTuple):
     which: Tensor
 
 
-class Layout(NamedTuple):
+class BatchRepetition(NamedTuple):
     """The rows of a batch in which examples are repeated.
 
     Attributes:
@@ -47,28 +47,28 @@ class Layout(NamedTuple):
         """The first row of each example, (B,)."""
         return self.copies.cumsum(0) - self.copies
 
-    def turns(self, number: int, needed: Tensor | None, device: torch.device) -> Iterator[Turn]:
+    def backward_passes(self, number: int, needed: Tensor | None, device: torch.device) -> Iterator[BackwardPass]:
         """The passes that carry ``needed`` (B,) directions of each example, or ``number`` of all."""
         alike = [number] * len(self.copies)
         wanted = torch.tensor(alike if needed is None else needed.tolist())[self.example]
         copies, copy = self.copies[self.example], torch.arange(len(self.example)) - self.first[self.example]
         example = self.example.to(device)
-        for turn in range(int(wanted.add(copies - 1).floor_divide(copies).max())):
-            which = turn * copies + copy
+        for number_of_pass in range(int(wanted.add(copies - 1).floor_divide(copies).max())):
+            which = number_of_pass * copies + copy
             rows = (which < wanted).nonzero().squeeze(1)
             if len(rows) == len(which):
-                yield Turn(None, example, which.to(device))
+                yield BackwardPass(None, example, which.to(device))
             else:
-                yield Turn(rows.to(device), self.example[rows].to(device), which[rows].to(device))
+                yield BackwardPass(rows.to(device), self.example[rows].to(device), which[rows].to(device))
 
     @classmethod
-    def of(cls, copies: Tensor) -> Layout:
+    def of(cls, copies: Tensor) -> BatchRepetition:
         """From the copies of each example, (B,)."""
         return cls(copies, torch.arange(len(copies)).repeat_interleave(copies))
 
 
 @functools.lru_cache(maxsize=64)
-def cheapest(needed: tuple[int, ...], free: int, most: int) -> Layout:
+def cheapest_repetition(needed: tuple[int, ...], free: int, most: int) -> BatchRepetition:
     """The layout whose passes take least time.
 
     Args:
@@ -82,6 +82,6 @@ def cheapest(needed: tuple[int, ...], free: int, most: int) -> Layout:
     passes = torch.tensor(sorted({-(-number // k) for number in set(wanted.tolist()) for k in copies_of}))
     copies = -(-wanted // passes.unsqueeze(1))  # (candidates, B)
     rows = copies.sum(1)
-    cost = (FORWARD + passes) * rows.clamp_min(free)
+    cost = (FORWARD_COST + passes) * rows.clamp_min(free)
     cost = cost.masked_fill(rows > max(most, len(needed)), torch.inf)
-    return Layout.of(copies[int(cost.argmin())])
+    return BatchRepetition.of(copies[int(cost.argmin())])

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.linearization import parameter_sums
-from bayes_kf.inference.linearization.jacobian_blocks import Block, Pieces, Rows
+from bayes_kf.inference.linearization.jacobian_blocks import Block, DenseBlock, Pieces
 
 
 @dataclass
-class Part:
+class FactoredBlocks:
     """Blocks with one factor on their left; their last Gram matrix is kept, since one belief asks for it often."""
 
     blocks: Sequence[Block]
@@ -27,12 +27,12 @@ class Part:
     def gram(self, variance: Tensor) -> Tensor:
         """Σ over blocks of J diag(p) Jᵀ, (B·d, B·d), in float64."""
         if self._gram is None or not (
-            self._gram[0] is variance or parameter_sums.agreed(torch.equal(self._gram[0], variance))
+            self._gram[0] is variance or parameter_sums.all_shards_agree(torch.equal(self._gram[0], variance))
         ):
             total = self.blocks[0].gram(variance)
             for block in self.blocks[1:]:
                 total += block.gram(variance)
-            self._gram = (variance, parameter_sums.total(total))
+            self._gram = (variance, parameter_sums.sum_over_shards(total))
         return self._gram[1]
 
 
@@ -47,7 +47,7 @@ class Jacobian:
         num_parameters: n.
     """
 
-    terms: Sequence[tuple[Tensor | None, Part]]
+    terms: Sequence[tuple[Tensor | None, FactoredBlocks]]
     size: int
     num_rows: int
     num_parameters: int
@@ -65,7 +65,7 @@ class Jacobian:
         terms = [
             (
                 None if left is None else left[which],
-                Part([block.examples(which) for block in part.blocks], (stop - start, part.shape[1])),
+                FactoredBlocks([block.examples(which) for block in part.blocks], (stop - start, part.shape[1])),
             )
             for left, part in self.terms
         ]
@@ -76,14 +76,14 @@ class Jacobian:
         if count >= self.num_rows:
             return self
         terms = [
-            (None, Part([block.first_rows(count) for block in part.blocks], (self.size, count)))
+            (None, FactoredBlocks([block.first_rows(count) for block in part.blocks], (self.size, count)))
             if left is None
             else (left[:, :count], part)
             for left, part in self.terms
         ]
         return Jacobian(terms, self.size, count, self.num_parameters)
 
-    def multiplied(self, factor: Tensor) -> Jacobian:
+    def left_multiply(self, factor: Tensor) -> Jacobian:
         """W J for W (B, r, c); rows are shared, not copied."""
         terms = [(factor.to(self.like) if left is None else factor.to(left) @ left, part) for left, part in self.terms]
         return Jacobian(terms, self.size, factor.shape[1], self.num_parameters)
@@ -91,13 +91,13 @@ class Jacobian:
     def scaled(self, number: float) -> Jacobian:
         """All rows times a number; they are shared, not copied."""
         eye = torch.eye(self.num_rows, dtype=self.like.dtype, device=self.like.device)
-        return self.multiplied((number * eye).expand(self.size, -1, -1))
+        return self.left_multiply((number * eye).expand(self.size, -1, -1))
 
     @property
     def like(self) -> Tensor:
         """A tensor of its kind and device."""
         block = self.terms[0][1].blocks[0]
-        return block.rows if isinstance(block, Rows) else block.taken
+        return block.rows if isinstance(block, DenseBlock) else block.activation
 
     def matmul(self, matrix: Tensor) -> Tensor:
         """J F, (B, c, L) for F (n, L), in F's precision."""
@@ -105,7 +105,7 @@ class Jacobian:
         for left, part in self.terms:
             inner = torch.stack([block.matmul(matrix) for block in part.blocks]).sum(0)
             total += inner if left is None else left.to(matrix) @ inner
-        return parameter_sums.total(total)
+        return parameter_sums.sum_over_shards(total)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """J v, (B, c)."""
@@ -130,7 +130,7 @@ class Jacobian:
         for left, part in self.terms:
             found = part.gram(variance)
             if left is not None:
-                found = both_sides(left.double(), found)
+                found = congruence(left.double(), found)
             total = found if total is None else total + found
         assert total is not None
         return total
@@ -144,7 +144,7 @@ class Jacobian:
                 found = left.double() @ found @ left.double().mT
             total = found if total is None else total + found
         assert total is not None
-        return parameter_sums.total(total)
+        return parameter_sums.sum_over_shards(total)
 
     def column_squares(self, left: Tensor | None = None) -> Tensor:
         """diag((A J)ᵀ A J), (n,): the column sums of squares of A J, A (q, B·c), or of J itself."""
@@ -168,10 +168,10 @@ class Jacobian:
         return result
 
     @classmethod
-    def of_rows(cls, rows: Tensor) -> Jacobian:
+    def from_rows(cls, rows: Tensor) -> Jacobian:
         """From stored rows (B, c, n)."""
         size, num_rows, num_parameters = rows.shape
-        part = Part([Rows(slice(0, num_parameters), rows)], (size, num_rows))
+        part = FactoredBlocks([DenseBlock(slice(0, num_parameters), rows)], (size, num_rows))
         return cls([(None, part)], size, num_rows, num_parameters)
 
 
@@ -184,14 +184,14 @@ def _fill(result: Tensor, block: Block, pieces: Pieces) -> None:
             result[block.where[part]] = values
 
 
-def both_sides(factor: Tensor, gram: Tensor) -> Tensor:
+def congruence(factor: Tensor, gram: Tensor) -> Tensor:
     """Block-diagonal W (B, r, c) on both sides of G (B·c, B·c), (B·r, B·r)."""
     size, r, c = factor.shape
     half = (factor @ gram.view(size, c, size * c)).view(size * r, size, c)
     return (half.transpose(0, 1) @ factor.mT).transpose(0, 1).reshape(size * r, size * r)
 
 
-def blocks(joint: Tensor, size: int) -> Tensor:
+def diagonal_blocks(joint: Tensor, size: int) -> Tensor:
     """The diagonal blocks of (B·c, B·c), (B, c, c)."""
     width = len(joint) // size
     return joint.view(size, width, size, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

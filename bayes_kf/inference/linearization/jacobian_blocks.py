@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PIECE = 2**19  # numbers in a temporary
+CHUNK_NUMEL = 2**19  # numbers in a temporary
 Pieces = Iterator[tuple[slice, Tensor]]  # some columns of a block at a time
 
 
 @dataclass(frozen=True)
-class Rows:
+class DenseBlock:
     """Stored rows of the columns ``where`` of θ, (B, c, s)."""
 
     where: slice | Tensor
@@ -34,11 +34,11 @@ class Rows:
         """The bytes that its tensors take."""
         return self.rows.untyped_storage().nbytes()
 
-    def examples(self, which: slice) -> Rows:
+    def examples(self, which: slice) -> DenseBlock:
         """Those of some examples (views)."""
         return replace(self, rows=self.rows[which])
 
-    def first_rows(self, count: int) -> Rows:
+    def first_rows(self, count: int) -> DenseBlock:
         """The first rows of every example (views)."""
         return replace(self, rows=self.rows[:, :count])
 
@@ -93,48 +93,48 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterProductBlock:
     """Rows g ⊗ a of the columns ``where`` of θ, s = out·in: g (B, c, out), a (B, in)."""
 
     where: slice
     cotangent: Tensor
-    taken: Tensor
+    activation: Tensor
 
     @property
     def width(self) -> int:
         """s, the number of columns."""
-        return self.cotangent.shape[-1] * self.taken.shape[-1]
+        return self.cotangent.shape[-1] * self.activation.shape[-1]
 
     @property
     def nbytes(self) -> int:
         """The bytes that its tensors take."""
-        return self.cotangent.untyped_storage().nbytes() + self.taken.untyped_storage().nbytes()
+        return self.cotangent.untyped_storage().nbytes() + self.activation.untyped_storage().nbytes()
 
-    def examples(self, which: slice) -> Outer:
+    def examples(self, which: slice) -> OuterProductBlock:
         """Those of some examples (views)."""
-        return replace(self, cotangent=self.cotangent[which], taken=self.taken[which])
+        return replace(self, cotangent=self.cotangent[which], activation=self.activation[which])
 
-    def first_rows(self, count: int) -> Outer:
+    def first_rows(self, count: int) -> OuterProductBlock:
         """The first rows of every example (views)."""
         return replace(self, cotangent=self.cotangent[:, :count])
 
     def matmul(self, matrix: Tensor) -> Tensor:
         """J F, (B, c, L) for F (n, L), in F's precision."""
-        taken, columns = self.taken.to(matrix), matrix[self.where].unbind(1)
-        products = [taken @ self._table(column).mT for column in columns]  # (B, out) each
+        activation, columns = self.activation.to(matrix), matrix[self.where].unbind(1)
+        products = [activation @ self._table(column).mT for column in columns]  # (B, out) each
         return self.cotangent.to(matrix) @ torch.stack(products, -1)
 
     def rmatmul(self, weights: Tensor) -> Pieces:
         """Jᵀ w, (s, L) for w (B, c, L)."""
         for part, g in self._parts(weights.shape[-1]):
             sums = torch.einsum("bco,bcl->lbo", g, weights)
-            yield part, (sums.mT @ self.taken).flatten(1).mT
+            yield part, (sums.mT @ self.activation).flatten(1).mT
 
     def gram(self, variance: Tensor) -> Tensor:
         """J diag(p) Jᵀ, (B·c, B·c), in float64: Σ_o g_bco g_b'c'o Q_obb', Q_o = Σ_i p_oi a_bi a_b'i."""
         size, c, _ = self.cotangent.shape
-        taken = self.taken.double()
-        pairs = taken.unsqueeze(0) * taken.unsqueeze(1)  # (B, B, in)
+        activation = self.activation.double()
+        pairs = activation.unsqueeze(0) * activation.unsqueeze(1)  # (B, B, in)
         total = pairs.new_zeros(size, c, size, c)
         for part, some in self._parts(size * size + size * c):
             g, inner = some.double(), pairs @ self._table(variance[self.where], part).double().mT  # (B, B, o)
@@ -145,7 +145,7 @@ class Outer:
     def block_gram(self, variance: Tensor) -> Tensor:
         """J_b diag(p) J_bᵀ of every example, (B, c, c), in float64."""
         size, c, _ = self.cotangent.shape
-        squares, total = self.taken.double().square(), self.taken.new_zeros(size, c, c, dtype=torch.float64)
+        squares, total = self.activation.double().square(), self.activation.new_zeros(size, c, c, dtype=torch.float64)
         for part, some in self._parts(size * c):
             g, own = some.double(), squares @ self._table(variance[self.where], part).double().mT  # (B, o)
             total.baddbmm_(g * own.unsqueeze(1), g.mT)
@@ -153,25 +153,25 @@ class Outer:
 
     def column_squares(self, left: Tensor) -> Pieces:
         """Σ_q (Σ_bc A_qbc J_bc)² by column, (s,), for A (q, B, c)."""
-        for part, g in self._parts(len(left) * len(self.taken)):
+        for part, g in self._parts(len(left) * len(self.activation)):
             sums = torch.einsum("qbc,bco->oqb", left, g)
             inner = sums.mT @ sums  # (o, B, B)
-            yield part, (inner @ self.taken).mul_(self.taken).sum(1).flatten()
+            yield part, (inner @ self.activation).mul_(self.activation).sum(1).flatten()
 
     def example_squares(self, left: Tensor | None) -> Pieces:
         """Σ_bq (Σ_c W_bqc J_bc)² by column, (s,), for W (B, q, c) or the identity."""
-        squares = self.taken.square()
+        squares = self.activation.square()
         for part, some in self._parts(self.cotangent.shape[0] * self.cotangent.shape[1]):
             g = some if left is None else left @ some
             yield part, (g.square().sum(1).mT @ squares).flatten()
 
     def dense(self) -> Tensor:
         """The rows, (B, c, s)."""
-        return (self.cotangent.unsqueeze(-1) * self.taken[:, None, None, :]).flatten(2)
+        return (self.cotangent.unsqueeze(-1) * self.activation[:, None, None, :]).flatten(2)
 
     def _table(self, values: Tensor, part: slice | None = None) -> Tensor:
         """Values by column as (out, in), or some of its rows (a view)."""
-        width = self.taken.shape[-1]
+        width = self.activation.shape[-1]
         return (values if part is None else values[part]).view(-1, width)
 
     def _parts(self, numbers: int) -> Iterator[tuple[slice, Tensor]]:
@@ -180,15 +180,15 @@ class Outer:
         Args:
             numbers: of a temporary, per output, beside the examples times the features.
         """
-        width = self.taken.shape[-1]
-        for outs in _pieces(self.cotangent.shape[-1], max(numbers, self.taken.numel())):
+        width = self.activation.shape[-1]
+        for outs in _pieces(self.cotangent.shape[-1], max(numbers, self.activation.numel())):
             yield slice(outs.start * width, outs.stop * width), self.cotangent[..., outs]
 
 
-Block = Rows | Outer
+Block = DenseBlock | OuterProductBlock
 
 
 def _pieces(width: int, rows: int) -> Iterator[slice]:
     """Ranges of columns whose temporaries stay under ``PIECE`` numbers."""
-    step = max(1, PIECE // rows)
+    step = max(1, CHUNK_NUMEL // rows)
     return (slice(start, min(start + step, width)) for start in range(0, width, step))

@@ -28,7 +28,7 @@ def sharded(over_processes: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def whole() -> Iterator[None]:
+def unsharded() -> Iterator[None]:
     """Inside, vectors of parameters are whole again, also within :func:`sharded`."""
     token = _sum.set(None)
     try:
@@ -37,24 +37,24 @@ def whole() -> Iterator[None]:
         _sum.reset(token)
 
 
-def active() -> bool:
+def is_sharded() -> bool:
     """Whether vectors of parameters are shards here."""
     return _sum.get() is not None
 
 
-def total(tensor: Tensor) -> Tensor:
+def sum_over_shards(tensor: Tensor) -> Tensor:
     """A sum over this process's parameters made into that over all parameters."""
     over_processes = _sum.get()
     return tensor if over_processes is None else over_processes(tensor)
 
 
-def agreed(holds: bool) -> bool:
+def all_shards_agree(holds: bool) -> bool:
     """Whether something holds of all parameters, given whether it does of this process's."""
-    if not active():
+    if not is_sharded():
         return holds
-    return float(total(torch.tensor(0.0 if holds else 1.0))) == 0.0
+    return float(sum_over_shards(torch.tensor(0.0 if holds else 1.0))) == 0.0
 
 
 def norm(vector: Tensor) -> float:
     """Euclidean length of a vector of parameters, (n,)."""
-    return float(total(vector.double().square().sum()).sqrt()) if active() else float(vector.norm())
+    return float(sum_over_shards(vector.double().square().sum()).sqrt()) if is_sharded() else float(vector.norm())

@@ -16,88 +16,88 @@ from torch.nn import functional as F
 from bayes_kf.models.adapter import peft_in_use
 
 
-class Call(NamedTuple):
+class ModuleCall(NamedTuple):
     """One call of a module in a forward pass.
 
     Attributes:
         module: what was called.
-        taken: its first argument, (R, ...).
+        input: its first argument, (R, ...).
         kwargs: its keyword arguments.
         output: what came out, in the graph.
     """
 
     module: nn.Module
-    taken: Tensor
+    input: Tensor
     kwargs: dict[str, Any]
     output: Tensor
 
 
-def columns(call: Call) -> Tensor | None:
+def columns(call: ModuleCall) -> Tensor | None:
     """Which columns of a flattened tensor its rows are about; None for all of them."""
     if not isinstance(call.module, nn.Embedding):
         return None
-    width = torch.arange(call.module.embedding_dim, device=call.taken.device)
-    return (call.taken.unique().unsqueeze(-1) * call.module.embedding_dim + width).flatten()
+    width = torch.arange(call.module.embedding_dim, device=call.input.device)
+    return (call.input.unique().unsqueeze(-1) * call.module.embedding_dim + width).flatten()
 
 
-def _linear_weight(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _linear_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Σ_t g_t ⊗ a_t."""
-    size = len(call.taken)
-    g, a = cotangent.reshape(size, -1, shape[0]), call.taken.to(cotangent.dtype).reshape(size, -1, shape[1])
+    size = len(call.input)
+    g, a = cotangent.reshape(size, -1, shape[0]), call.input.to(cotangent.dtype).reshape(size, -1, shape[1])
     return (g.mT @ a).flatten(1)
 
 
-def _linear_bias(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _linear_bias(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Σ_t g_t."""
-    return cotangent.reshape(len(call.taken), -1, shape[0]).sum(1)
+    return cotangent.reshape(len(call.input), -1, shape[0]).sum(1)
 
 
-def _conv_weight(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _conv_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Patches times cotangents, summed over places, group by group."""
-    conv, size = call.module, len(call.taken)
+    conv, size = call.module, len(call.input)
     assert isinstance(conv, nn.Conv2d)
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         raise RuntimeError("padding mode without a rule")
-    patches = F.unfold(call.taken.to(cotangent.dtype), conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    patches = F.unfold(call.input.to(cotangent.dtype), conv.kernel_size, conv.dilation, conv.padding, conv.stride)
     patches = patches.view(size, conv.groups, -1, patches.shape[-1])  # (R, g, in/g·kh·kw, L)
     cotangent = cotangent.reshape(size, conv.groups, shape[0] // conv.groups, -1)  # (R, g, out/g, L)
     return (cotangent @ patches.mT).flatten(1)
 
 
-def _conv_bias(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _conv_bias(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Σ_t g_t over the places t."""
     return cotangent.flatten(2).sum(2)
 
 
-def _norm_weight(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _norm_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Σ_t g_t ∘ x̂_t, x̂ the normalized input."""
     norm = call.module
     assert isinstance(norm, nn.LayerNorm)
-    normalized = F.layer_norm(call.taken.to(cotangent.dtype), norm.normalized_shape, eps=norm.eps)
+    normalized = F.layer_norm(call.input.to(cotangent.dtype), norm.normalized_shape, eps=norm.eps)
     return _sum_places(cotangent * normalized, shape)
 
 
-def _norm_bias(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _norm_bias(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Σ_t g_t."""
     return _sum_places(cotangent, shape)
 
 
-def _embedding_weight(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _embedding_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Σ of g_t over the places t of every token that occurs in the batch."""
-    table, size, width = call.module, len(call.taken), shape[1]
+    table, size, width = call.module, len(call.input), shape[1]
     assert isinstance(table, nn.Embedding)
     if table.max_norm is not None or table.scale_grad_by_freq:
         raise RuntimeError("embedding option without a rule")
-    tokens = call.taken.unique()
-    places = torch.searchsorted(tokens, call.taken.reshape(size, -1).contiguous()).unsqueeze(-1)  # (R, T, 1)
+    tokens = call.input.unique()
+    places = torch.searchsorted(tokens, call.input.reshape(size, -1).contiguous()).unsqueeze(-1)  # (R, T, 1)
     cotangent = cotangent.reshape(size, -1, width)
     if table.padding_idx is not None:
-        cotangent = cotangent * (call.taken.reshape(size, -1, 1) != table.padding_idx)
+        cotangent = cotangent * (call.input.reshape(size, -1, 1) != table.padding_idx)
     rows = cotangent.new_zeros(size, len(tokens), width)
     return rows.scatter_add_(1, places.expand_as(cotangent), cotangent).flatten(1)
 
 
-def _linear_magnitude(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _linear_magnitude(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """Σ_t g_t ∘ (base_t + low-rank_t)/‖w‖, which is (out + base)/magnitude (DoRA; its norm is a constant)."""
     base, out = call.kwargs["base_result"].detach(), call.output.detach()
     if call.kwargs["base_layer"].bias is not None:
@@ -106,7 +106,7 @@ def _linear_magnitude(call: Call, cotangent: Tensor, shape: torch.Size) -> Tenso
     return _sum_places(cotangent * slope, shape)
 
 
-def _conv_magnitude(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _conv_magnitude(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
     """As :func:`_linear_magnitude`, with the channels in the second place; its shape is (1, out, 1, 1)."""
     base, out, bias = call.kwargs["base_result"].detach(), call.output.detach(), call.kwargs["base_layer"].bias
     if bias is not None:
@@ -115,7 +115,7 @@ def _conv_magnitude(call: Call, cotangent: Tensor, shape: torch.Size) -> Tensor:
     return (cotangent * slope).flatten(2).sum(2)
 
 
-def _weight(call: Call) -> Tensor:
+def _weight(call: ModuleCall) -> Tensor:
     weight: Tensor = call.module.weight  # type: ignore[assignment]
     return weight.detach()
 
@@ -125,7 +125,7 @@ def _sum_places(values: Tensor, shape: torch.Size) -> Tensor:
     return values.reshape(len(values), -1, shape.numel()).sum(1)
 
 
-Rule = Callable[[Call, Tensor, torch.Size], Tensor]
+Rule = Callable[[ModuleCall, Tensor, torch.Size], Tensor]
 
 RULES: dict[type[nn.Module], dict[str, Rule]] = {
     nn.Linear: {"weight": _linear_weight, "bias": _linear_bias},

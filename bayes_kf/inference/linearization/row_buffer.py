@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bayes_kf.inference.linearization.batch_repetition import Layout, Turn
-from bayes_kf.inference.linearization.jacobian_blocks import Block, Outer, Rows
-from bayes_kf.inference.linearization.per_example_gradients import Call
-from bayes_kf.inference.linearization.rule_check import Plan
+from bayes_kf.inference.linearization.batch_repetition import BackwardPass, BatchRepetition
+from bayes_kf.inference.linearization.jacobian_blocks import Block, DenseBlock, OuterProductBlock
+from bayes_kf.inference.linearization.per_example_gradients import ModuleCall
+from bayes_kf.inference.linearization.rule_check import LinearizationPlan
 from bayes_kf.inference.linearization.tape import Arrived, by_module, is_outer, tensor_rows
 from bayes_kf.models.adapter import AdapterModel
 
@@ -19,14 +19,14 @@ class Directions(NamedTuple):
     """c directions of the outputs per example.
 
     Attributes:
-        number: c.
+        num_rows: c.
         seeds: examples (R,) and which of their directions (R,) -> those directions, (R, m).
-        needed: how many of them an example has, (B,), the others being zero; None where all have c.
+        rows_per_example: how many of them an example has, (B,), the others being zero; None where all have c.
     """
 
-    number: int
+    num_rows: int
     seeds: Callable[[Tensor, Tensor], Tensor]
-    needed: Tensor | None = None
+    rows_per_example: Tensor | None = None
 
 
 class RowsError(RuntimeError):
@@ -41,24 +41,26 @@ class RowsError(RuntimeError):
         self.names = names
 
 
-class Store:
+class RowBuffer:
     """Rows as they arrive, pass by pass; neighbouring tensors share a block."""
 
-    def __init__(self, adapter: AdapterModel, plan: Plan, layout: Layout, directions: Directions) -> None:
-        self._adapter, self._plan, self._layout = adapter, plan, layout
-        self._size, self._count = len(layout.copies), directions.number
-        self._ragged = directions.needed is not None
+    def __init__(
+        self, adapter: AdapterModel, plan: LinearizationPlan, repetition: BatchRepetition, directions: Directions
+    ) -> None:
+        self._adapter, self._plan, self._repetition = adapter, plan, repetition
+        self._size, self._count = len(repetition.copies), directions.num_rows
+        self._ragged = directions.rows_per_example is not None
         self._slices = adapter.slices()
         self._shapes = dict(zip(adapter.names, adapter.shapes, strict=True))
         self._found: dict[str, Block] = {}
         self._shared: list[Block] = []
 
-    def add(self, arrived: Arrived, turn: Turn) -> None:
+    def add(self, arrived: Arrived, backward: BackwardPass) -> None:
         """Take in what arrived with one pass."""
         found = by_module([(call, g.to(self._adapter.dtype)) for call, g in arrived])
         rows: dict[str, tuple[Tensor | None, Tensor]] = {}
-        number = len(self._layout.example)
-        calls = {module: [(len(call.taken), len(g)) for call, g in some] for module, some in found.items()}
+        number = len(self._repetition.example)
+        calls = {module: [(len(call.input), len(g)) for call, g in some] for module, some in found.items()}
         unfit = [
             name
             for name, (module, _) in self._plan.hooked.items()
@@ -77,27 +79,27 @@ class Store:
         new = {name: found for name, found in rows.items() if name not in self._found}
         if new:
             self._allocate(new)
-        place = turn.example * self._count + turn.which
+        place = backward.example * self._count + backward.which
         for name, (_, values) in rows.items():
             if len(values) != number:
                 raise RowsError([name])
             values = values.view(len(values), -1)
             block = self._found[name]
-            target = block.rows if isinstance(block, Rows) else block.cotangent
-            target.flatten(0, 1).index_copy_(0, place, values if turn.rows is None else values[turn.rows])
+            target = block.rows if isinstance(block, DenseBlock) else block.cotangent
+            target.flatten(0, 1).index_copy_(0, place, values if backward.rows is None else values[backward.rows])
 
     def blocks(self) -> list[Block]:
         """All blocks of stored rows."""
         return self._shared
 
-    def _outer(self, name: str, attribute: str, call: Call) -> None:
+    def _outer(self, name: str, attribute: str, call: ModuleCall) -> None:
         """Room for the cotangents of a Linear on one vector per example."""
         if name in self._found:
             return
-        taken = call.taken[self._layout.first.to(call.taken.device)].detach().to(self._adapter.dtype)
+        activation = call.input[self._repetition.first.to(call.input.device)].detach().to(self._adapter.dtype)
         out = call.output.shape[-1]
-        taken = taken if attribute == "weight" else taken.new_ones(self._size, 1)
-        block = Outer(self._slices[name], self._room(taken, out), taken)
+        activation = activation if attribute == "weight" else activation.new_ones(self._size, 1)
+        block = OuterProductBlock(self._slices[name], self._room(activation, out), activation)
         self._found[name] = block
         self._shared.append(block)
 
@@ -106,7 +108,7 @@ class Store:
         run: list[str] = []
         for name, (where, values) in rows.items():
             if where is not None:
-                block = Rows(where + self._slices[name].start, self._room(values, values.shape[-1]))
+                block = DenseBlock(where + self._slices[name].start, self._room(values, values.shape[-1]))
                 self._found[name] = block
                 self._shared.append(block)
                 continue
@@ -119,11 +121,11 @@ class Store:
 
     def _share(self, run: list[str], like: Tensor) -> None:
         first, last = self._slices[run[0]].start, self._slices[run[-1]].stop
-        block = Rows(slice(first, last), self._room(like, last - first))
+        block = DenseBlock(slice(first, last), self._room(like, last - first))
         self._shared.append(block)
         for name in run:
             where = self._slices[name]
-            self._found[name] = Rows(where, block.rows[..., where.start - first : where.stop - first])
+            self._found[name] = DenseBlock(where, block.rows[..., where.start - first : where.stop - first])
 
     def _room(self, like: Tensor, width: int) -> Tensor:
         shape = (self._size, self._count, width)

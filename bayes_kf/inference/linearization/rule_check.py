@@ -21,7 +21,7 @@ OVERHEAD = 1.3  # of a pass over what it saves: outputs that are watched, tempor
 LARGEST_TOLERANCE = 0.05  # of a gradient's length, whatever the dtype
 
 
-class Plan(NamedTuple):
+class LinearizationPlan(NamedTuple):
     """How one model is linearized.
 
     Attributes:
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     bytes_each: int
     plain: bool
 
-    def without(self, names: set[str]) -> Plan:
+    def without(self, names: set[str]) -> LinearizationPlan:
         """The same with no rows from hooks for some tensors."""
         return self._replace(hooked={name: place for name, place in self.hooked.items() if name not in names})
 
@@ -64,20 +64,20 @@ def owners(adapter: AdapterModel) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
+def make_plan(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> LinearizationPlan:
     """How to linearize a model, found on the first ``FEW`` examples where it takes batches of any size."""
     size = batch_size(inputs)
     if size > FEW:
         try:
-            plan = _choose(adapter, vector, some_examples(inputs, slice(FEW), size))
+            plan = _make_plan(adapter, vector, some_examples(inputs, slice(FEW), size))
         except (RuntimeError, MemoryError, ValueError, TypeError, IndexError):  # a model that takes what it was given
             plan = None
         if plan is not None and plan.repeatable:
             return plan
-    return _choose(adapter, vector, inputs)
+    return _make_plan(adapter, vector, inputs)
 
 
-def _choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
+def _make_plan(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> LinearizationPlan:
     """Which tensors may take the hooks, found by comparing one example's rows with plain autograd.
 
     The outputs of one example of a repeated batch are pulled back. A tensor passes when that example's row is the
@@ -113,11 +113,11 @@ def _choose(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> Plan:
             if stored and module not in tape.overwritten:  # in place: rows would be those of what came after
                 chosen[name], numbers = hooked[name], numbers + stored
     unused = frozenset(name for name, gradient in exact.items() if gradient is None)
-    adapter.paths = {
+    adapter.linearized_by = {
         name: "hooks" if name in chosen else "unused" if name in unused else "general" for name in adapter.names
     }
     head = tape.head
-    return Plan(
+    return LinearizationPlan(
         chosen,
         unused,
         seed.shape[1],
@@ -189,9 +189,9 @@ def _is_plain(adapter: AdapterModel, leaves: Mapping[str, Tensor], inputs: Input
 def _checked_batch(inputs: Inputs, size: int) -> tuple[Inputs, int]:
     """The batch repeated, at least once, to a number of rows that no other dimension of the inputs has."""
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    taken = {length for t in tensors if isinstance(t, Tensor) for length in t.shape[1:]}
+    lengths = {length for t in tensors if isinstance(t, Tensor) for length in t.shape[1:]}
     times = next(
-        t for t in range(2, len(taken) + CHECKED_ROWS + 3) if t * size >= CHECKED_ROWS and t * size not in taken
+        t for t in range(2, len(lengths) + CHECKED_ROWS + 3) if t * size >= CHECKED_ROWS and t * size not in lengths
     )
     return repeat(inputs, size, times), times
 

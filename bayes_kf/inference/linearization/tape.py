@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.linearization.per_example_gradients import Call, columns, rules
+from bayes_kf.inference.linearization.per_example_gradients import ModuleCall, columns, rules
 from bayes_kf.models.adapter import AdapterModel, Inputs
 
 SAME = 0.05  # of the outputs, by which they may miss the head's, in whatever precision it ran
-Arrived = list[tuple[Call, Tensor]]  # calls and the cotangents of what came out of them
+Arrived = list[tuple[ModuleCall, Tensor]]  # calls and the cotangents of what came out of them
 
 
 class Tape:
@@ -34,12 +34,12 @@ class Tape:
         self, adapter: AdapterModel, leaves: Mapping[str, Tensor], inputs: Inputs, modules: set[nn.Module], plain: bool
     ) -> None:
         self.adapter, self.leaves, self.modules, self.plain = adapter, leaves, modules, plain
-        self._calls: list[Call] = []
+        self._calls: list[ModuleCall] = []
         self._arrived: Arrived = []
         self._before = adapter.remembered()  # once for all passes, as it takes longer than placing tensors
         versions: list[int] = []
 
-        def remember(call: Call) -> None:
+        def remember(call: ModuleCall) -> None:
             self._calls.append(call)
             versions.append(call.output._version)
 
@@ -50,17 +50,17 @@ class Tape:
         self._calls = [call for call in self._calls if call.output.requires_grad]
         self.head = self._head()
 
-    def _head(self) -> Call | None:
+    def _head(self) -> ModuleCall | None:
         """The only call of a Linear on one vector per example whose output *is* the model's, where there is one."""
         found = [call for call in self._calls if call.output is self.outputs and type(call.module) is nn.Linear]
-        if not found or found[0].taken.ndim != 2 or not found[0].taken.requires_grad:
+        if not found or found[0].input.ndim != 2 or not found[0].input.requires_grad:
             return None
         head = found[0]
         if sum(call.module is head.module for call in self._calls) > 1:
             return None
-        with torch.no_grad(), self.adapter.placed(self.leaves):  # nothing, a hook say, has changed it since
+        with torch.no_grad(), self.adapter.swapped(self.leaves):  # nothing, a hook say, has changed it since
             weight, bias = (None if t is None else t.double() for t in (head.module.weight, head.module.bias))
-            linear = torch.nn.functional.linear(head.taken.double(), weight, bias)  # type: ignore[arg-type]
+            linear = torch.nn.functional.linear(head.input.double(), weight, bias)  # type: ignore[arg-type]
             outputs = self.outputs.double()
             same = bool((linear - outputs).abs().max() <= SAME * outputs.abs().max())
         return head if same else None
@@ -82,7 +82,7 @@ class Tape:
                 found = torch.autograd.grad(end, ends, seed, retain_graph=keep, allow_unused=True)
             return [(call, g) for call, g in zip(self._calls, found, strict=True) if g is not None]
         self._arrived = []
-        with self.adapter.kept_gradients(), self._watching(lambda call: None):
+        with self.adapter.preserved_gradients(), self._watching(lambda call: None):
             end.backward(seed, retain_graph=keep)
         for leaf in self.leaves.values():
             leaf.grad = None
@@ -94,7 +94,7 @@ class Tape:
         if self.plain:
             with self._watching(None):
                 return list(torch.autograd.grad(self.outputs, chosen, seed, retain_graph=keep, allow_unused=True))
-        with self.adapter.kept_gradients(), self._watching(None):
+        with self.adapter.preserved_gradients(), self._watching(None):
             self.outputs.backward(seed, retain_graph=keep)
         found = [leaf.grad for leaf in chosen]
         for leaf in self.leaves.values():
@@ -102,13 +102,13 @@ class Tape:
         return found
 
     @contextmanager
-    def _watching(self, see: Callable[[Call], Any] | None) -> Iterator[None]:
+    def _watching(self, see: Callable[[ModuleCall], Any] | None) -> Iterator[None]:
         """The adapter's tensors in place and, unless ``see`` is None, every call of a watched module shown to it."""
 
         def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if see is None or not args or not isinstance(output, Tensor):  # called by keyword: not known, not chosen
                 return
-            call = Call(module, args[0], kwargs, output)
+            call = ModuleCall(module, args[0], kwargs, output)
             see(call)
             if not self.plain and output.requires_grad:
                 output.register_hook(lambda g: self._arrived.append((call, g)))
@@ -125,7 +125,7 @@ class Tape:
 
 def is_outer(arrived: Arrived) -> bool:
     """Whether rows are outer products: of a Linear called once, on one vector per example."""
-    return len(arrived) == 1 and type(arrived[0][0].module) is nn.Linear and arrived[0][0].taken.ndim == 2
+    return len(arrived) == 1 and type(arrived[0][0].module) is nn.Linear and arrived[0][0].input.ndim == 2
 
 
 def by_module(arrived: Arrived) -> dict[nn.Module, Arrived]:
@@ -150,7 +150,7 @@ def tensor_rows(arrived: Arrived, attribute: str, shape: torch.Size) -> tuple[Te
     return None, torch.stack([_whole(call, rule(call, g, shape), shape) for call, g in arrived]).sum(0)
 
 
-def _whole(call: Call, rows: Tensor, shape: torch.Size) -> Tensor:
+def _whole(call: ModuleCall, rows: Tensor, shape: torch.Size) -> Tensor:
     """Rows over all columns of a tensor where a rule gave those that the batch looked up."""
     where = columns(call)
     return rows if where is None else rows.new_zeros(len(rows), shape.numel()).index_copy_(1, where, rows)

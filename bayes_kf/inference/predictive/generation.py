@@ -103,7 +103,7 @@ def generate(
     ids, mask = (given[name].to(adapter.device) for name in ("input_ids", "attention_mask"))
     done = torch.zeros(len(ids), dtype=torch.bool, device=adapter.device)
     found: dict[str, list[Tensor]] = {name: [] for name in Generated._fields}
-    with adapter.full_precision(), adapter.evaluating():
+    with adapter.full_precision(), adapter.eval_mode():
         caches: list[Any] = [None] * num_samples
         if shared_prompt and ids.shape[1] > 1:
             with adapter.substituted(adapter.tensors(posterior.mean_vector)):

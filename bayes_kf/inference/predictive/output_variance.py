@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.models.adapter import AdapterModel
 
@@ -14,7 +14,7 @@ MAX_DIRECTIONS = 16  # outputs looked at; of more, evenly spaced ones
 
 
 def output_variance(
-    adapter: AdapterModel, structure: Any, belief: Any, batch: Linearized, centred: bool
+    adapter: AdapterModel, structure: Any, belief: Any, batch: LinearizedBatch, centred: bool
 ) -> dict[str, float]:
     """Mean over examples and outputs of J_t (P Jᵀ)_t for each tensor t; they add up to the mean of J P Jᵀ.
 
@@ -33,7 +33,7 @@ def output_variance(
     seeds = torch.eye(num_outputs, dtype=batch.outputs.dtype, device=batch.outputs.device)[chosen]
     if centred and num_outputs > 1:
         seeds = seeds - 1.0 / num_outputs
-    rows = batch.pull(Directions(len(seeds), lambda _, which: seeds[which])).dense()  # (B, c, n)
+    rows = batch.jacobian(Directions(len(seeds), lambda _, which: seeds[which])).dense()  # (B, c, n)
     flat = rows.flatten(0, 1)
     both = flat.double() * torch.stack([structure.product(belief, row) for row in flat]).double()
     each = both.sum(0) / len(flat)  # (n,), what every number contributes

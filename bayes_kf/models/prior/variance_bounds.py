@@ -82,7 +82,7 @@ def _size(adapter: AdapterModel, layer: Any) -> float | None:
         return None
     if weight.is_floating_point() and not weight.is_meta:
         return _mean_square(weight)
-    with adapter.evaluating():
+    with adapter.eval_mode():
         return _acting(base, adapter.device)
 
 

@@ -32,7 +32,7 @@ def responses(adapter: AdapterModel, layer: Any) -> dict[str, float]:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in present.items()}
     generator = torch.Generator(device=adapter.device).manual_seed(1)
     try:
-        with adapter.evaluating(), torch.enable_grad(), adapter.substituted(leaves):
+        with adapter.eval_mode(), torch.enable_grad(), adapter.substituted(leaves):
             outputs, frozen = layer(inputs), _frozen(base, inputs)
             sums = [(outputs * _signs(outputs, generator)).sum() for _ in range(SIGNS)]
             pulled = [torch.autograd.grad(s, list(leaves.values()), retain_graph=True, allow_unused=True) for s in sums]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.learners import GradientLearner, trainable
+from benchmarks.bench.learners import GradientLearner, trainable
 
 TITLE = "AdaGrad"
 GRID = ({"lr": 1e-3}, {"lr": 1e-2}, {"lr": 3e-2}, {"lr": 1e-1})

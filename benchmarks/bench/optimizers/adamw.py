@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.learners import GradientLearner, trainable
+from benchmarks.bench.learners import GradientLearner, trainable
 
 TITLE = "AdamW"
 GRID = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from bayes_kf import KalmanConfig
 from bayes_kf.inference.fitting.selection.filter_bank import candidates
-from bench.learners import BankLearner, KalmanLearner, Learner
+from benchmarks.bench.learners import BankLearner, KalmanLearner, Learner
 
 TITLE = "**ours (default)**, not tuned"
 GRID = {"online": ({},), "optimizers": ({"for": "data sets"},)}

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _learners import Inputs, logits
 from torch import Tensor, nn
 
-from bench.learners import GradientLearner, trainable
+from benchmarks.bench.learners import GradientLearner, trainable
+from benchmarks.common.learners import Inputs, logits
 
 TITLE = "frozen"
 GRID: tuple[dict[str, Any], ...] = ({},)

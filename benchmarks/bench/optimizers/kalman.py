@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf import KalmanConfig
-from bench.learners import KalmanLearner
+from benchmarks.bench.learners import KalmanLearner
 
 TITLE = "ours (`KalmanConfig()`), not tuned"
 GRID: tuple[dict[str, Any], ...] = ({},)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.optimizers.loko_lora import BENCHES, GRID, config, make
+from benchmarks.bench.optimizers.loko_lora import BENCHES, GRID, config, make
 
 __all__ = ["BENCHES", "GRID", "config", "make"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf import KalmanConfig
-from bench.learners import KalmanLearner
+from benchmarks.bench.learners import KalmanLearner
 
 TITLE = "LoKO/LoRA"
 GRID = ({"p0": 0.02}, {"p0": 0.2}, {"p0": 2.0}, {"p0": 20.0})

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf.inference.baselines import RING
-from bench.learners import GradientLearner
+from benchmarks.bench.learners import GradientLearner
 
 TITLE = "RING"
 GRID = {

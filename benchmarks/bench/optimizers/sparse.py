@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf.inference.baselines.sparse import SparseOptimization
-from bench.learners import GradientLearner
+from benchmarks.bench.learners import GradientLearner
 
 TITLE = "SO"
 GRID = (

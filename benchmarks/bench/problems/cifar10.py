@@ -6,10 +6,10 @@ import functools
 from typing import Any
 
 import torch
-from _quality_problems import _archive, _photographs
 from torch import Tensor
 
-from bench.problem import Sizes
+from benchmarks.bench.registry.problems import Sizes
+from benchmarks.common.data import archive_of, photographs
 
 TITLE = "CIFAR-10 (JPEG) / ViT"
 NETWORK, CLASSES, FRESH_HEAD = "vit-cifar10", 10, False
@@ -30,9 +30,9 @@ def test(which: Tensor) -> tuple[Any, Tensor]:
 
 def _images(name: str, which: Tensor) -> tuple[Any, Tensor]:
     archive = _all(name)
-    return _photographs(archive, which.numpy()), torch.from_numpy(archive["y"])[which].long()
+    return photographs(archive, which.numpy()), torch.from_numpy(archive["y"])[which].long()
 
 
 @functools.cache
 def _all(name: str) -> Any:
-    return _archive(name)
+    return archive_of(name)

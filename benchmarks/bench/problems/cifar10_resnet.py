@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.problem import Sizes
-from bench.problems.cifar10 import TEST, TRAIN, test, train
+from benchmarks.bench.problems.cifar10 import TEST, TRAIN, test, train
+from benchmarks.bench.registry.problems import Sizes
 
 __all__ = ["TEST", "TRAIN", "test", "train"]
 

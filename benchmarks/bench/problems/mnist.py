@@ -5,10 +5,9 @@ In place of LoKO's DenseNet-121 on MNIST.
 
 from __future__ import annotations
 
-from _data import mnist
-
-from bench.problem import Sizes
-from bench.reading import images
+from benchmarks.bench.reading import images
+from benchmarks.bench.registry.problems import Sizes
+from benchmarks.common.data import mnist
 
 TITLE = "MNIST / ResNet-20 (CIFAR-10's), new head"
 NETWORK, CLASSES, FRESH_HEAD = "resnet20", 10, True

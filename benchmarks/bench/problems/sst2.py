@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.problem import Sizes
-from bench.reading import texts
+from benchmarks.bench.reading import texts
+from benchmarks.bench.registry.problems import Sizes
 
 TITLE = "SST-2 / MiniLM, new head"
 NETWORK, CLASSES, FRESH_HEAD = "minilm", 2, True

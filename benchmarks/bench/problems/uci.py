@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bayes_kf.data import uci_digits_split
-from bench.problem import Sizes
+from benchmarks.bench.registry.problems import Sizes
 
 TITLE = "UCI digits / MNIST transformer"
 NETWORK, CLASSES, FRESH_HEAD = "digits-vit", 10, False

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from _data import usps
-
-from bench.problem import Sizes
-from bench.reading import images
+from benchmarks.bench.reading import images
+from benchmarks.bench.registry.problems import Sizes
+from benchmarks.common.data import usps
 
 TITLE = "USPS / MNIST transformer"
 NETWORK, CLASSES, FRESH_HEAD = "digits-vit", 10, False

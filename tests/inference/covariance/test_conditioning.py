@@ -18,7 +18,7 @@ N, NOISE = 5, 0.3
 
 def observation(k=3, n=N, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Observation.of_rows(torch.randn(k, n, generator=g).double(), torch.randn(k, generator=g).double())
+    return Observation.from_rows(torch.randn(k, n, generator=g).double(), torch.randn(k, generator=g).double())
 
 
 def prior(n=N, seed=1):
@@ -158,7 +158,7 @@ def test_low_rank_is_calibrated_with_more_parameters_than_data():
             state = kf.init()
             for some in torch.arange(60).split(2):
                 state, _ = kf.update(state, x[some], y[some])
-            spread = kf.config.structure.output_covariance(state.belief, Jacobian.of_rows(inputs.unsqueeze(1)))
+            spread = kf.config.structure.output_covariance(state.belief, Jacobian.from_rows(inputs.unsqueeze(1)))
             found[covariance] = (inputs @ (state.belief.mean - weight[0])).square() / spread.flatten()
         squares.append(found["low_rank"].mean())
         full_squares.append(found["full"].mean())
@@ -188,7 +188,7 @@ def test_low_rank_in_float32_is_exact_however_small_the_noise(noise):
     variance = low_rank.marginal_variance(belief).double()
     torch.testing.assert_close(variance, covariance.diagonal(), rtol=rounding, atol=0.0)
     for rows, tolerance in ((unseen, rounding), (x, 4.0 * rounding)):
-        found = low_rank.output_covariance(belief, Jacobian.of_rows(rows.unsqueeze(1))).flatten()
+        found = low_rank.output_covariance(belief, Jacobian.from_rows(rows.unsqueeze(1))).flatten()
         expected = ((rows.double() @ covariance) * rows.double()).sum(1)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
     draws = low_rank.root(belief)(torch.eye(60)).double()
@@ -212,14 +212,14 @@ class TestContract:
         vector = observation(1, N, seed=6).dense()[0]
         torch.testing.assert_close(structure.marginal_variance(belief), covariance.diagonal(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(
-            structure.output_covariance(belief, Jacobian.of_rows(jacobian)),
+            structure.output_covariance(belief, Jacobian.from_rows(jacobian)),
             jacobian @ covariance @ jacobian.mT,
             rtol=1e-10,
             atol=1e-12,
         )
         rows = jacobian.flatten(0, 1)  # of both examples, which share parameters
         torch.testing.assert_close(
-            structure.joint_output_covariance(belief, Jacobian.of_rows(jacobian)),
+            structure.joint_output_covariance(belief, Jacobian.from_rows(jacobian)),
             rows @ covariance @ rows.T,
             rtol=1e-10,
             atol=1e-12,

@@ -282,7 +282,7 @@ def test_how_a_batch_is_cut_does_not_matter(form, bytes_budget, monkeypatch):
     whole, cut = (KalmanFilter(model, KalmanConfig(bytes_budget=b, **setting)) for b in (None, bytes_budget))
     state, info = whole.update(whole.init(), x, y)
     monkeypatch.setattr(measurement_update, "PART_ROWS", 4)
-    assert len(list(cut.linearize.pieces(cut.adapter.vector(), x))) > 1 or bytes_budget > 1
+    assert len(list(cut.linearize.chunks(cut.adapter.vector(), x))) > 1 or bytes_budget > 1
     other, report = cut.update(cut.init(), x, y)
     assert report.penalty == pytest.approx(info.penalty, rel=1e-12)
     torch.testing.assert_close(other.belief.mean, state.belief.mean, rtol=1e-10, atol=1e-10)

@@ -99,8 +99,8 @@ def _loss_gradient(
     family, leaves = noise.likelihood(config, state.noise), adapter.leaves(state.belief.mean)
     with (
         adapter.full_precision(),
-        adapter.evaluating(),
-        adapter.kept_gradients(),
+        adapter.eval_mode(),
+        adapter.preserved_gradients(),
         torch.enable_grad(),
         adapter.substituted(leaves),
     ):

@@ -178,8 +178,8 @@ def output_leverages(kf: KalmanFilter, state: FilterState, inputs: Inputs) -> Te
     few = to_device(some_examples(inputs, slice(0, min(size, LEVERAGE_EXAMPLES)), size), kf.adapter.device)
     total = torch.zeros_like(state.noise.variance)
     with kf.adapter.full_precision():
-        for _, piece in kf.linearize.pieces(state.belief.mean, few):
-            jacobian = kf.linearize(state.belief.mean, piece).pull()
+        for _, piece in kf.linearize.chunks(state.belief.mean, few):
+            jacobian = kf.linearize(state.belief.mean, piece).jacobian()
             covariance = kf.config.structure.output_covariance(state.belief, jacobian)
             total = total + covariance.diagonal(dim1=1, dim2=2).sum(0).clamp_min(0.0)
     return total / state.noise.variance

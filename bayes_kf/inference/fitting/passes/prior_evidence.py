@@ -25,7 +25,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes import noise_refit
 from bayes_kf.models.adapter import AdapterModel, Inputs
-from bayes_kf.models.prior.initial_values import known_starts
+from bayes_kf.models.prior.initial_values import known_initial_values
 
 TRAINED_TEMPERATURE = 0.1
 PRIOR_SCALES = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s
@@ -113,7 +113,7 @@ def displacement_from_init(adapter: AdapterModel, mean: Tensor) -> Tensor:
     Tensors with random initial values, such as LoRA's A, count as not displaced. In a model without PEFT layers, all
     initial values count as zero.
     """
-    starts = known_starts(adapter)
+    starts = known_initial_values(adapter)
     if starts is None:
         return mean
     tensors = adapter.unflatten(mean)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config, check_not_negative
+from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.inference.fitting.selection import shared_update
@@ -27,6 +27,7 @@ from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import prediction
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
+from bayes_kf.validation import check_not_negative
 
 
 class BankState(NamedTuple):
@@ -98,7 +99,7 @@ class Bank:
         begun, device = time.perf_counter(), self.adapter.device
         inputs, targets = to_device(inputs, device), targets.to(device)
         with self.adapter.full_precision():
-            after, info = self.filters[0].linearize.in_memory(
+            after, info = self.filters[0].linearize.retry_in_smaller_chunks(
                 lambda: self._update(state, inputs, targets), batch_size(inputs)
             )
         return after, info._replace(seconds=time.perf_counter() - begun)

@@ -1,7 +1,8 @@
 """Signum: every weight goes by the same length, the way its averaged gradient's sign says. Bernstein et al. 2018."""
 
 import torch
-from bench.learners import GradientLearner, trainable
+
+from benchmarks.bench.learners import GradientLearner, trainable
 
 TITLE = "Signum"
 GRID = ({"lr": 1e-4}, {"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3})  # as many settings as every row

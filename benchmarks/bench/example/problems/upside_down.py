@@ -1,8 +1,7 @@
 """UCI's digits, upside down, meet the transformer that was trained on MNIST."""
 
-from bench.problem import Sizes
-
 from bayes_kf.data import uci_digits_split
+from benchmarks.bench.registry.problems import Sizes
 
 TITLE = "UCI digits upside down / MNIST transformer"
 NETWORK, CLASSES, FRESH_HEAD = "digits-vit", 10, False

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.<part>.<script>``; ``README.md`` lists them."""

@@ -1,0 +1,1 @@
+"""The networks that learn the problems of the bench."""

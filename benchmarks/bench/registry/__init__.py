@@ -1,0 +1,1 @@
+"""Optimizers and problems of the bench, found by listing their folders."""

@@ -1,0 +1,19 @@
+"""Every optimizer over several epochs: training and test loss and the gradient's norm along the path.
+
+GRNG's comparison on what can be run here. Rows, data sets and rules are those of ``bench_online.py``.
+
+    python benchmarks/bench_optimizers.py                                # everything
+    python benchmarks/bench_optimizers.py --problems mnist_lenet --rows adamw kfac ring
+    python benchmarks/bench_optimizers.py --problems uci --limit 100     # needs no data; a file of its own name
+    python benchmarks/bench_optimizers.py --table                        # table, figure and CSV from what is there
+"""
+
+from __future__ import annotations
+
+from benchmarks.bench import epochs
+from benchmarks.bench.command import main
+from benchmarks.bench.tables.epochs_table import render
+from benchmarks.bench.tables.figures import draw_epochs
+
+if __name__ == "__main__":
+    main(epochs, "One bench: several epochs", __doc__, render, draw_epochs)

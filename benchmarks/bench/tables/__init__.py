@@ -1,0 +1,1 @@
+"""Results of the bench as Markdown, CSV and figures."""

@@ -1,0 +1,1 @@
+"""What several benchmarks use: data, networks, result files, the command line."""

@@ -1,0 +1,104 @@
+"""Real benchmark data from a folder outside the repository: $BAYES_KF_DATA, or ../shared/data beside the repository.
+
+The folder holds `mnist/train_x.npy.xz` and its like: xz-compressed numpy arrays, uint8. Every function returns images
+(N, 1, 28, 28), float32 in [-1, 1], white ink on black, and labels (N,), int64.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from bayes_kf.data import LabelledImages
+
+Split = Literal["train", "test"]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def data_folder() -> Path:
+    """The folder of benchmark data.
+
+    Raises:
+        FileNotFoundError: neither $BAYES_KF_DATA nor ../shared/data beside the repository is a folder.
+    """
+    named = os.environ.get("BAYES_KF_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            "`BAYES_KF_DATA` must name the folder of benchmark data (mnist/train_x.npy.xz, usps/...),"
+            f" got {folder}, which is not a folder."
+        )
+    return folder
+
+
+def mnist(split: Split) -> LabelledImages:
+    """MNIST in its original order: 60,000 or 10,000 images."""
+    return _labelled("mnist", f"{split}_", _grey(_read("mnist", f"{split}_x")))
+
+
+def usps(split: Split, *, frame: bool = False) -> LabelledImages:
+    """USPS digits, 7,291 or 2,007 images, 16x16 resized to 28x28, or to 20x20 in MNIST's black frame of 4."""
+    grey = _grey(_read("usps", f"{split}_x"))
+    side = 20 if frame else 28
+    grey = F.interpolate(grey, size=(side, side), mode="bilinear", align_corners=False)
+    return _labelled("usps", f"{split}_", F.pad(grey, (4, 4, 4, 4)) if frame else grey)
+
+
+def kmnist() -> LabelledImages:
+    """The 10,000 test images of Kuzushiji-MNIST, ten classes of cursive characters."""
+    return _labelled("kmnist-test", "", _grey(_read("kmnist-test", "x")))
+
+
+def notmnist() -> LabelledImages:
+    """5,000 letters A to J in many fonts."""
+    return _labelled("notmnist-5000", "", _grey(_read("notmnist-5000", "x")))
+
+
+def fashion_mnist() -> LabelledImages:
+    """900 images of clothes, 90 of each class of Fashion-MNIST's training set."""
+    return _labelled("fashion-mnist-900", "", _grey(_read("fashion-mnist-900", "x")))
+
+
+def archive_of(name: str) -> Mapping[str, Any]:
+    """An ``.npz`` of the data folder, every array read once."""
+    path = data_folder() / f"{name}.npz"
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def photographs(archive: Mapping[str, Any], which: np.ndarray) -> Tensor:
+    """Some of an archive's JPEG images, (N, 3, H, W) in [0, 1]."""
+    head, body, off = archive["head"].tobytes(), archive["body"].tobytes(), archive["off"]
+    pixels = [np.asarray(Image.open(io.BytesIO(head + body[off[i] : off[i + 1]])).convert("RGB")) for i in which]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+
+
+def _read(name: str, array: str) -> np.ndarray:
+    """One array of the folder."""
+    path = data_folder() / name / f"{array}.npy.xz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`BAYES_KF_DATA` must name a folder that holds {name}/{path.name}, got {path.parents[1]}."
+        )
+    with lzma.open(path) as file:
+        return np.load(file, allow_pickle=False)
+
+
+def _grey(pixels: np.ndarray) -> torch.Tensor:
+    """Grey levels (N, 1, H, W) from 0 to 1."""
+    return torch.from_numpy(pixels).unsqueeze(1).float() / 255
+
+
+def _labelled(name: str, prefix: str, grey: torch.Tensor) -> LabelledImages:
+    """Grey levels in the model's convention, with the labels beside them."""
+    return LabelledImages(grey * 2 - 1, torch.from_numpy(_read(name, f"{prefix}y")).long())

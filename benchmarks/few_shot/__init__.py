@@ -1,0 +1,1 @@
+"""A CLIP model learns classes from a few images each."""

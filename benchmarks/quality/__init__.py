@@ -1,0 +1,1 @@
+"""Which posteriors and which report intervals deserve trust."""

@@ -1,0 +1,392 @@
+"""What ``posterior_quality.py`` compares: ways from a stream and a model to predictions.
+
+All start from the same weights and see the stream once, one example at a time, but for AdamW with ``MORE`` passes and
+this package's default, which takes ``TOGETHER`` examples at a time and passes over them again. The rates of those that
+descend a gradient fall linearly to zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bayes_kf as bkf
+from bayes_kf.inference.fitting.selection import holdout_selection
+from benchmarks.common.learners import Inputs, Stream, logits
+from benchmarks.quality.problems import Setting
+
+BATCH = 1
+TOGETHER = 8
+MORE = 3  # passes of AdamW that take about as long as one of the filter
+AHEAD = 64  # examples that are predicted at once
+DRAWS = 16  # of the weights, where predictions are averages over draws
+DROPOUT = 0.1
+MEMBERS = 5
+RATES = {
+    "adamw": tuple({"lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2)),
+    "ivon": tuple({"lr": lr, "hess_init": h} for lr in (0.03, 0.1, 0.3) for h in (0.1, 1.0)),
+    "svi": tuple({"lr": lr, "prior_sd": sd} for lr in (3e-3, 1e-2) for sd in (0.1, 1.0)),
+}
+
+Predict = Callable[[Stream], Tensor]
+Choice = Mapping[str, float]
+
+
+class Learned(NamedTuple):
+    """What came out.
+
+    Attributes:
+        predict: from a stream to probabilities (N, C), float64; labels are not looked at.
+        online: whether each example was predicted right before it was learned from, and its log loss; (T,) each.
+        facts: numbers to keep.
+    """
+
+    predict: Predict
+    online: tuple[Tensor, Tensor] | None = None
+    facts: Mapping[str, Any] = {}
+
+
+Learn = Callable[[Setting, Stream, int, Choice], Learned]
+
+
+def adamw(passes: int) -> Learn:
+    """The usual fine-tuning, weight decay 1e-2."""
+
+    def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+        model = setting.model(seed, 0.0)
+        online = descend(model, stream, seed, choice["lr"], passes)
+        return Learned(lambda given: softmax(model, given), online if passes == 1 else None)
+
+    return learn
+
+
+def temperature(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """AdamW on the first seven eighths, and a temperature that fits the rest best (Guo et al. 2017).
+
+    Between 0.5 and 10: where the rest is small and every answer in it right, the best temperature would be zero.
+    """
+    fitted, rest = validation(stream)
+    model = setting.model(seed, 0.0)
+    descend(model, fitted, seed, choice["lr"])
+    outputs = raw(model, rest)
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_scale], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = F.cross_entropy(outputs * log_scale.exp(), rest.labels)
+        found.backward()
+        return found
+
+    optimizer.step(loss)  # type: ignore[arg-type]  # a closure that returns a tensor, as torch documents
+    scale = log_scale.detach().exp().clamp(0.1, 2.0)
+    return Learned(lambda given: (raw(model, given) * scale).softmax(1), facts={"temperature": 1 / float(scale)})
+
+
+def dropout(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """AdamW with LoRA's dropout, which stays on in predictions (Gal and Ghahramani 2016)."""
+    model = setting.model(seed, DROPOUT)
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
+    torch.manual_seed(seed)
+    descend(model, stream, seed, choice["lr"])
+    return Learned(lambda given: torch.stack([softmax(model, given) for _ in range(DRAWS)]).mean(0))
+
+
+def ensemble(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """AdamW five times, from adapters, classifiers and orders of their own (Lakshminarayanan et al. 2017)."""
+    models = [setting.model(MEMBERS * seed + member, 0.0) for member in range(MEMBERS)]
+    for member, model in enumerate(models):
+        descend(model, stream, MEMBERS * seed + member, choice["lr"])
+    return Learned(lambda given: torch.stack([softmax(model, given) for model in models]).mean(0))
+
+
+def laplace(structure: str) -> Learn:
+    """laplace-torch on the trained adapter: all trainable tensors, prior precision by its evidence, probit."""
+
+    def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+        with warnings.catch_warnings(action="ignore"):
+            from laplace import Laplace
+        model = setting.model(seed, 0.0)
+        eager(model)  # its Jacobians map backward passes, which SDPA under a mask does not allow
+        descend(model, stream, seed, choice["lr"])
+        wrapped, key = Outputs(model), "input_ids"
+        fitted = Laplace(wrapped, "classification", "all", structure, dict_key_x=key)
+        fitted.fit(LaplaceLoader(stream))
+        fitted.optimize_prior_precision(method="marglik", pred_type="glm", link_approx="probit")
+
+        def predict(given: Stream) -> Tensor:
+            batches = given.batches(AHEAD // 4)
+            return torch.cat([fitted(_plain(x), pred_type="glm", link_approx="probit") for x, _ in batches]).double()
+
+        return Learned(predict, facts={"prior_precision": float(fitted.prior_precision.mean())})
+
+    return learn
+
+
+def ivon(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """IVON (Shen et al. 2024, its own package): as many effective examples as there are, β₂ for short runs."""
+    from ivon import IVON
+
+    model = setting.model(seed, 0.0)
+    torch.manual_seed(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = IVON(
+        parameters,
+        lr=choice["lr"],
+        ess=len(stream.labels),
+        hess_init=choice["hess_init"],
+        beta2=0.999,
+        weight_decay=1e-4,
+    )
+    steps = math.ceil(len(stream.labels) / BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for inputs, labels in stream.batches(BATCH):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            F.cross_entropy(logits(model, inputs), labels).backward()
+        optimizer.step()
+        schedule.step()
+
+    def predict(given: Stream) -> Tensor:
+        found = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        for _ in range(DRAWS):
+            with optimizer.sampled_params():
+                found += softmax(model, given)
+        return found / DRAWS
+
+    return Learned(predict)
+
+
+def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """Pyro: SVI with ``AutoNormal`` around the start, Adam, the data term scaled to the whole stream."""
+    import pyro
+    import pyro.distributions as dist
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.infer.autoguide import AutoNormal, init_to_value
+
+    model, total = setting.model(seed, 0.0), len(stream.labels)
+    pyro.set_rng_seed(seed)
+    pyro.clear_param_store()
+    start = {name.replace(".", "_"): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    names = dict(zip(start, (name for name, p in model.named_parameters() if p.requires_grad), strict=True))
+
+    def sampled(inputs: Inputs, labels: Tensor) -> None:
+        sites = {
+            names[site]: pyro.sample(site, dist.Normal(t, choice["prior_sd"]).to_event(t.dim()))
+            for site, t in start.items()
+        }
+        outputs = substituted(model, sites, inputs)
+        with pyro.plate("data", total, subsample=labels):
+            pyro.sample("y", dist.Categorical(logits=outputs), obs=labels)
+
+    guide = AutoNormal(sampled, init_loc_fn=init_to_value(values=start), init_scale=min(0.01, choice["prior_sd"]))
+    steps = math.ceil(total / BATCH)
+    decay = {"lr": choice["lr"], "lrd": 0.1 ** (1 / steps)}
+    inference = SVI(sampled, guide, pyro.optim.ClippedAdam(decay), Trace_ELBO())
+    for inputs, labels in stream.batches(BATCH):
+        inference.step(inputs, labels)
+
+    @torch.no_grad()
+    def predict(given: Stream) -> Tensor:
+        found = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        for _ in range(DRAWS):
+            drawn = {names[site]: value for site, value in guide(*stream.batches(BATCH)[0]).items() if site in names}
+            outputs = [substituted(model, drawn, inputs) for inputs, _ in given.batches(AHEAD)]
+            found += torch.cat(outputs).double().softmax(1)
+        return found / DRAWS
+
+    return Learned(predict)
+
+
+def curvature(setting: Setting) -> str:
+    """Which directions of the outputs a single pass sees: those that ``fit`` chooses without settings."""
+    return "sampled" if setting.classes > holdout_selection.MAX_EXACT_OUTPUTS else "exact"
+
+
+def kalman(make: Callable[..., bkf.KalmanConfig], sampling: bool = True) -> Learn:
+    """This package: one pass from the prior, in order; ``sampling`` where the setting can do with sampled curvature."""
+
+    def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+        config = make(seed=seed, curvature=curvature(setting) if sampling else "exact")
+        posterior = bkf.fit(setting.model(seed, 0.0), stream.batches(BATCH), config, progress=False)
+        online = posterior.history["correct"].bool(), posterior.history["log_loss"].double()
+        return Learned(predictive(posterior), online, {"temperature": posterior.temperature})
+
+    return learn
+
+
+def default(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """This package without settings: it chooses its prior and temperature on an eighth of the stream."""
+    posterior = bkf.fit(setting.model(seed, 0.0), stream.batches(TOGETHER), progress=False)
+    chosen = posterior.config.initial_spread
+    return Learned(predictive(posterior), facts={"temperature": posterior.temperature, "prior": chosen})
+
+
+def sampled(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """The default with two backward passes in place of one a class, for more than three."""
+    with mock.patch.object(holdout_selection, "MANY", 3):
+        return default(setting, stream, seed, choice)
+
+
+def post_hoc(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """This package on the adapter that AdamW trained: the mean stays, one pass gives the covariance."""
+    model = setting.model(seed, 0.0)
+    descend(model, stream, seed, choice["lr"])
+    config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting))
+    posterior = bkf.fit(model, stream.batches(BATCH), config, start="trained", progress=False)
+    return Learned(predictive(posterior), facts={"temperature": posterior.temperature})
+
+
+def post_hoc_on(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    """The same, and the mean goes on for a pass toward the mode under that covariance."""
+    model = setting.model(seed, 0.0)
+    descend(model, stream, seed, choice["lr"])
+    config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting), mean_passes=1)
+    posterior = bkf.fit(model, stream.batches(TOGETHER), config, start="trained", progress=False)
+    return Learned(predictive(posterior), facts={"temperature": posterior.temperature})
+
+
+def predictive(posterior: bkf.Posterior) -> Predict:
+    """The posterior's default predictions."""
+
+    def predict(given: Stream) -> Tensor:
+        found = posterior.predict_loader([(inputs, None) for inputs, _ in given.batches(AHEAD)])
+        assert found.probs is not None  # a classifier
+        return found.probs.double()
+
+    return predict
+
+
+ROWS: dict[str, tuple[str, Learn, str | None]] = {  # title, what learns, whose rate is chosen on a part of the stream
+    "adamw": ("AdamW", adamw(1), "adamw"),
+    "adamw-more": ("AdamW, three passes", adamw(MORE), "adamw"),
+    "temperature": ("AdamW + temperature scaling", temperature, "adamw"),
+    "dropout": ("MC dropout", dropout, "adamw"),
+    "ensemble": ("ensemble of 5", ensemble, "adamw"),
+    "laplace-diag": ("Laplace, diagonal (laplace-torch)", laplace("diag"), "adamw"),
+    "laplace-kron": ("Laplace, Kronecker (laplace-torch)", laplace("kron"), "adamw"),
+    "ivon": ("IVON", ivon, "ivon"),
+    "svi": ("Pyro SVI, AutoNormal", svi, "svi"),
+    "loko": ("LoKO", kalman(bkf.KalmanConfig.loko, sampling=False), None),
+    "diagonal": ("ours, diagonal", kalman(partial(bkf.KalmanConfig, covariance="diagonal")), None),
+    "online": ("ours, one pass online", kalman(bkf.KalmanConfig), None),
+    "default": ("**ours, default**", default, None),
+    "sampled": ("ours, default with sampled curvature", sampled, None),
+    "post-hoc": ("**ours, post hoc on AdamW**", post_hoc, "adamw"),
+    "post-hoc-on": ("**ours, post hoc, the mean goes on**", post_hoc_on, "adamw"),
+}
+TUNED: dict[str, Learn] = {"adamw": adamw(1), "ivon": ivon, "svi": svi}
+
+
+def tune(family: str, setting: Setting, stream: Stream, seed: int) -> tuple[Choice, list[float]]:
+    """The setting with the least log loss of the stream's last eighth after the rest was learned, and all losses."""
+    fitted, rest = validation(stream)
+    losses = []
+    for choice in RATES[family]:
+        probs = TUNED[family](setting, fitted, seed, choice).predict(rest)
+        loss = -probs.gather(1, rest.labels[:, None]).log().mean().item()
+        losses.append(loss if math.isfinite(loss) else math.inf)
+    return RATES[family][losses.index(min(losses))], losses
+
+
+def validation(stream: Stream) -> tuple[Stream, Stream]:
+    """Its first seven eighths, and the rest."""
+    cut = len(stream.labels) - len(stream.labels) // 8
+    return stream.at(slice(cut)), stream.at(slice(cut, None))
+
+
+def descend(model: nn.Module, stream: Stream, seed: int, rate: float, passes: int = 1) -> tuple[Tensor, Tensor]:
+    """AdamW over the stream; of the first pass, whether examples were predicted right, and their log loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=1e-2)
+    steps = passes * math.ceil(len(stream.labels) / BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    correct, losses = [], []
+    for number, (inputs, labels) in enumerate(rounds(stream, seed, passes)):
+        outputs = logits(model, inputs)
+        loss = F.cross_entropy(outputs, labels, reduction="none")
+        optimizer.zero_grad(set_to_none=True)
+        loss.mean().backward()
+        optimizer.step()
+        schedule.step()
+        if number < steps // passes:
+            correct.append(outputs.detach().argmax(1) == labels)
+            losses.append(loss.detach().double())
+    return torch.cat(correct), torch.cat(losses)
+
+
+def rounds(stream: Stream, seed: int, passes: int) -> Iterator[tuple[Inputs, Tensor]]:
+    """Batches of all passes; the first in order, the others in orders of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    yield from stream.batches(BATCH)
+    for _ in range(passes - 1):
+        yield from stream.at(torch.randperm(len(stream.labels), generator=generator)).batches(BATCH)
+
+
+@torch.no_grad()
+def raw(model: nn.Module, given: Stream) -> Tensor:
+    """Logits, (N, C), float64."""
+    return torch.cat([logits(model, inputs) for inputs, _ in given.batches(AHEAD)]).double()
+
+
+def softmax(model: nn.Module, given: Stream) -> Tensor:
+    """Probabilities, (N, C), float64."""
+    return raw(model, given).softmax(1)
+
+
+def substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """Logits of the model with some of its tensors replaced."""
+    tensors = dict(tensors)
+    if isinstance(inputs, Tensor):
+        outputs = torch.func.functional_call(model, tensors, (inputs,))
+    else:
+        outputs = torch.func.functional_call(model, tensors, kwargs=dict(inputs))
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+
+def eager(model: nn.Module) -> None:
+    """Attention as plain products, where transformers makes it."""
+    change = getattr(model.get_base_model(), "set_attn_implementation", None)  # type: ignore[operator]
+    if change is not None:
+        change("eager")
+
+
+class Outputs(nn.Module):
+    """A model that returns its logits; texts as one mapping."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Any) -> Tensor:
+        if isinstance(inputs, Tensor):
+            return logits(self.model, inputs)
+        return logits(self.model, {key: inputs[key] for key in ("input_ids", "attention_mask")})
+
+
+class LaplaceLoader:
+    """A stream as laplace-torch reads it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.dataset = stream, range(len(stream.labels))
+
+    def __iter__(self) -> Iterator[Any]:
+        for inputs, labels in self.stream.batches(BATCH):
+            yield (inputs, labels) if isinstance(inputs, Tensor) else {**inputs, "labels": labels}
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / BATCH)
+
+
+def _plain(inputs: Inputs) -> Any:
+    return inputs if isinstance(inputs, Tensor) else copy.copy(inputs)

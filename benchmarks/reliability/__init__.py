@@ -1,0 +1,1 @@
+"""Faults, kills, load and reproducibility."""

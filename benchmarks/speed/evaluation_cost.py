@@ -1,0 +1,119 @@
+"""What scores cost: a million predictions of 100 classes, all scores without samples, streaming, on two threads.
+
+Predictions are made batch by batch from logits of a calibrated and of a sharpened model, and never held all at once.
+``StreamingScores`` gives every score with its band and interval; beside it, on the same batches, torchmetrics'
+accuracy and calibration error (top label, 15 bins), the two of them that it streams. Each runs in a process of its
+own, whose peak memory is that process's, interpreter and libraries included.
+
+    python benchmarks/evaluation_cost.py                      # a million by 100; on an otherwise idle machine
+    python benchmarks/evaluation_cost.py --examples 100000    # fewer
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayes_kf import evaluation as ev
+from benchmarks.common.result_files import ResultFile, markdown_table
+
+BATCH = 10_000
+WHO = {
+    "nothing": "predictions made, nothing scored",
+    "ours": "StreamingScores: every score, band and interval",
+    "torchmetrics": "torchmetrics: accuracy and ECE",
+}
+
+
+def batches(examples: int, classes: int, sharpness: float = 1.2) -> Iterator[tuple[Tensor, Tensor]]:
+    """Float32 probabilities of a model that is a little too sure, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, examples, BATCH):
+        logits = 3 * torch.randn(min(BATCH, examples - start), classes, generator=generator)
+        labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+        yield (sharpness * logits).softmax(dim=1), labels
+
+
+def score(who: str, examples: int, classes: int) -> dict[str, Any]:
+    """Seconds of scoring (not of making predictions), peak memory, and the scores."""
+    torch.set_num_threads(2)
+    found: dict[str, float] = {}
+    spent = 0.0
+    if who == "torchmetrics":
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+        metrics = [MulticlassAccuracy(classes, average="micro"), MulticlassCalibrationError(classes, n_bins=15)]
+    stream = ev.StreamingScores(classes, top_k=(5,)) if who == "ours" else None
+    for probs, labels in tqdm(batches(examples, classes), total=-(-examples // BATCH), desc=who):
+        start = time.perf_counter()
+        if stream is not None:
+            stream.update(probs, labels)
+        elif who == "torchmetrics":
+            for metric in metrics:
+                metric.update(probs, labels)
+        spent += time.perf_counter() - start
+    start = time.perf_counter()
+    if stream is not None:
+        found = stream.scores()
+    elif who == "torchmetrics":
+        found = {"accuracy": metrics[0].compute().item(), "ece": metrics[1].compute().item()}
+    spent += time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    kept = {
+        name: found[name]
+        for name in ("accuracy", "nll", "ece", "ece_null_high", "ks", "ece_classwise")
+        if name in found
+    }
+    return {"seconds": spent, "peak_mib": peak, "num_scores": len(found), **kept}
+
+
+def render(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """Body of the Markdown file."""
+    body = []
+    for size in sorted({key.rpartition("/")[0] for key in cells}):
+        rows = []
+        for who, text in WHO.items():
+            cell = cells.get(f"{size}/{who}")
+            if cell:
+                found = [f"{cell[name]:.4f}" if name in cell else "" for name in ("accuracy", "ece")]
+                rows.append(
+                    [text, f"{cell['seconds']:.1f}", f"{cell['peak_mib']:,.0f}", str(cell["num_scores"]), *found]
+                )
+        examples, classes = map(int, size.split("x"))
+        body += [f"## {examples:,} predictions of {classes:,} classes", ""]
+        header = ["", "seconds", "peak memory of the process, MiB", "numbers", "accuracy", "ECE"]
+        body += [*markdown_table(header, rows), ""]
+    return body
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=1_000_000)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--who", choices=tuple(WHO), help="score in this process and print JSON")
+    args = parser.parse_args()
+    if args.who:
+        print(json.dumps(score(args.who, args.examples, args.classes)))
+        return
+    results = ResultFile("evaluation_cost")
+    results.begin()
+    for who in WHO:
+        command = [sys.executable, "-m", "benchmarks.speed.evaluation_cost", "--who", who]
+        command += ["--examples", str(args.examples), "--classes", str(args.classes)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603, this very script
+        results.put(f"{args.examples}x{args.classes}/{who}", json.loads(done.stdout.strip().splitlines()[-1]))
+    print(results.write_markdown("What scores cost", render(results.cells)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Where the time of a step goes, in AdamW steps, and the floor under it: the forward and backward passes that it makes.
+
+An exact step needs a forward pass and m − 1 backward passes of the batch, a sampled one a forward pass and two backward
+passes; torch runs them, and everything else is this package's. Each part of a step is timed where it is called, a part
+inside another is taken off it, and the table has medians over rounds that alternate with AdamW steps. Timing by parts
+slows a small step by a few percent, so whole steps are also timed without it. Same models and cells as `speed.py`.
+
+    python benchmarks/profile_step.py                                   # the cells that have targets
+    python benchmarks/profile_step.py --models bert-64 --methods exact --batches 16 --outputs 100
+    python benchmarks/profile_step.py --table                           # print what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from bayes_kf import KalmanFilter
+from bayes_kf.inference.filtering import measurement_update
+from bayes_kf.inference.linearization.jacobian import Jacobian
+from bayes_kf.inference.linearization.row_buffer import RowBuffer
+from bayes_kf.inference.linearization.tape import Tape
+from bayes_kf.models.adapter import AdapterModel
+from benchmarks.common.result_files import ResultFile, markdown_table
+from benchmarks.speed.measure import Cell, Weights, first_step, load, start
+from benchmarks.speed.models import MODELS
+from benchmarks.speed.table import TARGETS, number
+
+CPU = torch.device("cpu")
+CURVATURES = ("exact", "truncated", "sampled")
+MAX_ROUNDS = 100
+FORWARD, BACKWARD, REST = "forward passes", "backward passes", "the rest"
+PARTS: dict[str, list[tuple[Any, str]]] = {  # part of a step -> the functions that are it
+    FORWARD: [(AdapterModel, "run")],
+    BACKWARD: [(Tape, "cotangents")],
+    "rows": [(RowBuffer, "add")],
+    "J P Jᵀ": [(Jacobian, "gram")],
+    "mode": [(measurement_update, "expand_at_mode")],
+    "temperature": [(measurement_update, "_scores")],
+    "conditioning": [(measurement_update, "_condition")],
+    REST: [(KalmanFilter, "update")],
+}
+FLOOR = (FORWARD, BACKWARD)
+
+
+class Clock:
+    """Seconds and calls by part; a part inside another counts for itself alone."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.calls = dict.fromkeys(PARTS, 0)
+        self._inside: list[float] = []
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time taken."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(0.0)
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - begun
+                self.seconds[part] += taken - self._inside.pop()
+                self.calls[part] += 1
+                if self._inside:
+                    self._inside[-1] += taken
+
+        return call
+
+
+@contextmanager
+def clocked() -> Iterator[Clock]:
+    """Every part of a step timed inside."""
+    clock, kept = Clock(), [(part, owner, name, getattr(owner, name)) for part in PARTS for owner, name in PARTS[part]]
+    try:
+        for part, owner, name, function in kept:
+            setattr(owner, name, clock.timed(part, function))
+        yield clock
+    finally:
+        for _, owner, name, function in kept:
+            setattr(owner, name, function)
+
+
+def profile(cell: Cell, method: str, weights: Path, seconds: float) -> dict[str, Any]:
+    """Parts of a step in AdamW steps, each the median over rounds of one AdamW step, one plain step, one timed step."""
+    model = load(cell, weights, CPU)
+    adamw, filtered = (start(cell, name, model, CPU) for name in ("adamw", method))
+    for name, running in (("adamw", adamw), (method, filtered)):
+        first_step(name, running)
+        running.step()
+    plain, parts, calls = [], [], {}
+    end = time.perf_counter() + seconds
+    while len(plain) < 3 or (time.perf_counter() < end and len(plain) < MAX_ROUNDS):
+        unit, whole = span(adamw.step), span(filtered.step)
+        with clocked() as clock:
+            filtered.step()
+        plain.append(whole / unit)
+        parts.append({part: taken / unit for part, taken in clock.seconds.items()})
+        calls = clock.calls
+    found = {part: statistics.median(one[part] for one in parts) for part in PARTS}
+    return {"rounds": len(plain), "whole": statistics.median(plain), "parts": found, "calls": calls}
+
+
+def span(step: Callable[[], None]) -> float:
+    """Seconds of a step that follows an untimed one, and so starts from its own caches."""
+    step()
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
+
+
+def render(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """A table for each model."""
+    header = ["", "whole", "target", "floor", *(f"{part}" for part in PARTS), "passes forward, backward"]
+    lines = [LEGEND, ""]
+    for model in MODELS:
+        rows = [_row(key, cell) for key, cell in sorted(cells.items(), key=_order) if key.startswith(f"{model}/")]
+        if rows:
+            lines += [f"## {model}", "", *markdown_table(header, rows), ""]
+    return lines
+
+
+def _order(item: tuple[str, Any]) -> tuple[int, int, int]:
+    cell, method = _parse(item[0])
+    return CURVATURES.index(method), cell.outputs, cell.batch
+
+
+def _parse(key: str) -> tuple[Cell, str]:
+    name, _, method = key.rpartition("/")
+    return Cell.of(name), method
+
+
+def _row(key: str, found: dict[str, Any]) -> list[str]:
+    cell, method = _parse(key)
+    parts, calls = found["parts"], found["calls"]
+    bound = TARGETS[method].get((cell.batch, cell.outputs))
+    return [
+        f"{method}, B={cell.batch} m={cell.outputs}",
+        number(found["whole"]),
+        "–" if bound is None else f"{bound:g}",
+        number(sum(parts[part] for part in FLOOR)),
+        *(number(parts[part]) for part in PARTS),
+        f"{calls[FORWARD]}, {calls[BACKWARD]}",
+    ]
+
+
+LEGEND = (
+    "AdamW step = 1. Whole: a step without clocks. Floor: its forward and backward passes, run by torch. A pass carries"
+    " one direction of every row of a batch, in which small batches are repeated, so that few passes may carry many"
+    " directions. Rows: per-example gradients from cotangents, and their place. The rest: checks, whitening, seeds of"
+    " the passes, records."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["bert-64", "bert-tiny"])
+    parser.add_argument("--methods", nargs="+", choices=CURVATURES, default=CURVATURES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B")
+    parser.add_argument("--outputs", nargs="+", type=int, default=[10, 100], metavar="M")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for the rounds of a cell, at least three")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    file = ResultFile("profile")
+    if not args.table:
+        file.begin()
+        cells = [Cell(model, size, m) for model in args.models for m in args.outputs for size in args.batches]
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+            weights = Weights(Path(folder), CPU)
+            for cell in tqdm(cells, unit="cell", disable=not sys.stderr.isatty()):
+                for method in args.methods:
+                    file.put(f"{cell.key}/{method}", profile(cell, method, weights.file(cell), args.seconds))
+    print(file.write_markdown("Where the time of a step goes", render(file.cells)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Files made to break readers, some of each kind; tens of thousands are in ``benchmarks/fuzz.py``."""
+
+import pytest
+
+from benchmarks.reliability import fuzz
+
+READERS = fuzz.readers()
+
+
+@pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
+def test_a_broken_file_is_refused_in_a_sentence(reader):
+    found = fuzz.attack(reader, 120, number=1)
+    assert found["cases"] >= 100
+    assert found["refused"] > 0
+    assert found["read"] > 0
+    assert found["longest_seconds"] < fuzz.SECONDS

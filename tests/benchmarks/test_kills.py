@@ -1,0 +1,15 @@
+"""A pass that is killed while it writes its checkpoints goes on; 200 kills are in ``benchmarks/kills.py``."""
+
+import sys
+
+import pytest
+
+from benchmarks.reliability import kills
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
+def test_killed_it_goes_on_to_the_bit(tmp_path):
+    found = kills.run(8, 60, tmp_path / "pass", seed=3, longest=0.4)
+    assert found["kills"] == 8
+    assert found["whole_passes"] >= 1
+    assert found["equal_to_the_bit"]
