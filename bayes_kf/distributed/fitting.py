@@ -18,13 +18,13 @@ from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
-from bayes_kf.inference.fitting.checkpointing import check_every
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
 from bayes_kf.inference.fitting.loop import Callback, LoopStep, every_updates, inputs_and_targets, run_loop
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
 from bayes_kf.models.adapter import Inputs, is_peft
+from bayes_kf.validation import check_one_of, check_whole
 
 FORMS: dict[str, type[DistributedFilter]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}
 
@@ -63,9 +63,8 @@ def fit(
         OtherProcessError: if another process raised an error; the last checkpoint stays complete.
         DivergenceError: on every process, if the filter refuses an update.
     """
-    if form not in FORMS:
-        raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}.")
-    check_every(every)
+    check_one_of("form", form, FORMS)
+    check_whole("every", every)
     if config is None:
         information: dict[str, Any] = {"covariance": "diagonal_information", "expansion": "mean"}
         config = KalmanConfig(**(information if form == "data_parallel" else {}))

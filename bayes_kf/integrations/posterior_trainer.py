@@ -17,16 +17,14 @@ from bayes_kf.inference.saving import pretrained
 from bayes_kf.integrations.metrics import calibration_metrics
 from bayes_kf.integrations.trainer_filter import TrainerFilter
 from bayes_kf.models.adapter import Inputs, split_batch
-from bayes_kf.validation import did_you_mean
+from bayes_kf.validation import check_one_of
 
 
 class PosteriorTrainer(Trainer):
     """The evaluation and the checkpoints of a :class:`~bayes_kf.integrations.KalmanTrainer`; arguments as there."""
 
     def __init__(self, *args: Any, kalman: KalmanConfig | None, method: str, num_samples: int, **kwargs: Any) -> None:
-        if method not in METHODS:
-            nearest = did_you_mean(method, METHODS) or "."
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}{nearest}")
+        check_one_of("method", method, METHODS)
         if kalman is not None:
             check_config(kalman, "kalman")
         super().__init__(*args, **kwargs)

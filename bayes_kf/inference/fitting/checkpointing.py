@@ -21,6 +21,7 @@ from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.inference.saving.file_names import STATE_FILE
 from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, is_peft
+from bayes_kf.validation import check_whole
 
 SINGLE_PASS: dict[str, Any] = {"tune": None, "passes": 1, "mean_passes": 0}  # settings of one pass
 
@@ -50,7 +51,7 @@ def fit_with_checkpoints(
         FitDivergenceError: if the filter refuses an update.
     """
     folder = Path(folder)
-    check_every(every)
+    check_whole("every", every)
     _check_single_pass(config, loader)
     resumed, batches = _resume(folder, model, config), iter(loader)
     if resumed is None:
@@ -102,12 +103,6 @@ class CheckpointWriter:
     def posterior(self) -> Posterior:
         """The posterior so far, with the histories of earlier calls and this one joined."""
         return Posterior(self._start.kf, self._state, self.history.appended_to(self._start.history))
-
-
-def check_every(every: int) -> None:
-    """Raise ValueError if ``every`` is not a number of updates."""
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"`every` must be a whole number >= 1, got {every!r}.")
 
 
 def _check_single_pass(config: KalmanConfig, loader: Iterable[Any]) -> None:

@@ -25,7 +25,7 @@ from bayes_kf.inference.fitting.selection import holdout_selection
 from bayes_kf.inference.fitting.selection.holdout_selection import Split
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.validation import did_you_mean
+from bayes_kf.validation import check_one_of
 
 STARTS = ("prior", "trained")
 
@@ -83,10 +83,7 @@ def fit(
         >>> posterior.mean["weight"].shape, len(posterior.history["log_loss"])
         (torch.Size([1, 3]), 20)
     """
-    if start not in STARTS:
-        raise ValueError(
-            f"`start` must be one of {', '.join(STARTS)}, got {start!r}{did_you_mean(start, STARTS) or '.'}"
-        )
+    check_one_of("start", start, STARTS)
     if config is not None and not isinstance(config, KalmanConfig):
         config = holdout_selection.check_candidates(config)
     if not isinstance(loader, Iterable):

@@ -96,7 +96,7 @@ def _check_passes(config: KalmanConfig, loader: Iterable[Any], is_trained: bool)
     if config.tune is not None and is_trained:
         raise ValueError("`tune` must be None with `start` 'trained', which makes no predictions before its updates.")
     if is_trained and config.initial_variance is None:
-        prior_evidence.check_static_prior(config)
+        prior_evidence.check_static_prior(config.dynamics_settings)
 
 
 def _with_default_curvature(kf: KalmanFilter, batch: Any) -> KalmanFilter:

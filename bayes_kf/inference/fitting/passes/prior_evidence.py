@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config_groups import DynamicsSettings
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes import noise_refit
@@ -32,10 +33,12 @@ PRIOR_SCALES = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s
 MAX_ROUNDS = 20  # alternating fits of the prior scale and σ²
 
 
-def check_static_prior(config: KalmanConfig) -> None:
+def check_static_prior(settings: DynamicsSettings) -> None:
     """Raise ValueError for dynamics: the prior scale is chosen after the pass, so the prior must not decay in it."""
     static = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0}
-    dynamics = [f"`{name}` {getattr(config, name)}" for name, value in static.items() if getattr(config, name) != value]
+    dynamics = [
+        f"`{name}` {getattr(settings, name)}" for name, value in static.items() if getattr(settings, name) != value
+    ]
     if dynamics:
         raise ValueError(
             "`start` 'trained' chooses the prior width by the evidence of data that are not forgotten, got "

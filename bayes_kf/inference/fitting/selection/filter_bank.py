@@ -203,9 +203,8 @@ class Bank:
             if any(after is not None for after in updates.states):
                 new = self._count_update(state, before, updates)
                 sides = [s if after is not None else None for s, after in zip(started, updates.states, strict=True)]
-                return new, shared_update.average_predictions(
-                    self.filters, sides, leader, before, updates.info, inputs, targets
-                )
+                average = shared_update.average_predictions
+                return new, average(self.filters, sides, leader, before, updates.info, inputs, targets)
             break
         last = state.states[order[0]]
         assert last is not None  # a state without candidates is never returned

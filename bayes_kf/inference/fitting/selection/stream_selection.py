@@ -34,10 +34,10 @@ def select_on_stream(
     Raises:
         FitDivergenceError: if the updates of all candidates diverge.
     """
-    config = kf.config
-    assert config.tune is not None
-    bank = Bank(kf.adapter, candidates(config, config.tune), config.tune_margin)
-    burn_in = _BurnIn(bank.init(inputs), config.tune_burn_in * config.tune_examples)
+    settings = kf.config.fitting_settings
+    assert settings.tune is not None
+    bank = Bank(kf.adapter, candidates(kf.config, settings.tune), settings.tune_margin)
+    burn_in = _BurnIn(bank.init(inputs), settings.tune_burn_in * settings.tune_examples)
 
     def posterior(before: FilterState) -> Posterior:
         return Posterior(bank.filters[bank.best(burn_in.latest)], before, history.series())
@@ -46,7 +46,7 @@ def select_on_stream(
         return f"{len(bank.filters)} candidates, {history.summary()}"
 
     callbacks: list[Callback[BankState, UpdateInfo]] = [lambda step: history.add(step.info), burn_in]
-    first = _first_examples(batches, config.tune_examples)
+    first = _first_examples(batches, settings.tune_examples)
     with posterior_on_divergence(posterior):
         state = run_loop(first, burn_in.latest, bank.update, callbacks, progress, summary)
     best = bank.best(state, burn_in.end)
