@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering.tempering import TemperatureState
 
 
 class BatchSums(NamedTuple):
@@ -25,7 +26,7 @@ class BatchSums(NamedTuple):
     precision: Tensor
     gradient: Tensor
     log_prob: Tensor
-    scores: tempering.State
+    scores: TemperatureState
     examples: int
 
     @classmethod
@@ -39,11 +40,11 @@ class BatchSums(NamedTuple):
         size = len(tempering.GRID)
         numbers = [self.log_prob.view(1), self.scores.total, self.scores.differences.flatten()]
         log_prob, total, differences = group.all_reduce(torch.cat(numbers)).split([1, size, size**2])
-        scores = tempering.State(0, total, differences.view(size, size))
+        scores = TemperatureState(0, total, differences.view(size, size))
         precision, gradient = group.all_reduce(self.precision), group.all_reduce(self.gradient)
         return BatchSums(precision, gradient, log_prob[0], scores, examples)
 
-    def added_scores(self, scores: tempering.State) -> tempering.State:
+    def added_scores(self, scores: TemperatureState) -> TemperatureState:
         """The scores of earlier batches with those of this batch."""
         differences = scores.differences + self.scores.differences
-        return tempering.State(scores.updates + 1, scores.total + self.scores.total, differences)
+        return TemperatureState(scores.updates + 1, scores.total + self.scores.total, differences)

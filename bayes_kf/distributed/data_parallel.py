@@ -14,7 +14,7 @@ import torch
 from bayes_kf.distributed.batch_shards import BatchShard
 from bayes_kf.distributed.batch_sums import BatchSums
 from bayes_kf.distributed.distributed_filter import DistributedFilter
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.linearization_check import MOST_DIVERGENCE, TRUSTED, error, is_small
 from bayes_kf.inference.filtering.measurement import Batch, Part, Tally
 from bayes_kf.inference.filtering.measurement_update import (
@@ -144,7 +144,7 @@ class DataParallelFilter(DistributedFilter):
     def _add_piece(self, sums: BatchSums, state: FilterState, piece: Batch, part: Part) -> BatchSums:
         """The sums with one more piece of this process's examples."""
         everything = slice(0, len(piece.targets))
-        output_cov = part.jacobian.block_gram(state.belief.variance).to(part.outputs.dtype)
+        output_cov = state.belief.output_covariance(part.jacobian).to(part.outputs.dtype)
         scores = scored(self.config, state._replace(scores=sums.scores), piece, everything, part, output_cov)
         factor, residual = part.family.whiten(part.outputs.double(), part.targets)
         whitened = part.jacobian.left_multiply(factor)
@@ -159,17 +159,17 @@ class DataParallelFilter(DistributedFilter):
 
     def _condition(
         self, state: FilterState, pieces: list[tuple[Batch, Part]], sums: BatchSums, tally: Tally
-    ) -> tuple[diagonal.State, float, bool]:
+    ) -> tuple[DiagonalGaussian, float, bool]:
         """The belief after the batch, its damping, and whether the linearization holds and no step was rejected.
 
         A batch that can be halved is not damped. A smaller batch is damped until the objective decreases; if it never
         does, the belief stays the same.
         """
-        damping, prior = 1.0, state.belief
+        damping, prior = 1.0, _diagonal_belief(state)
         max_dampings = MAX_DAMPINGS if sums.examples < 2 * LEAST_PART else 0
         for attempt in range(max_dampings + 1):
             variance = prior.variance / (1.0 + damping * sums.precision * prior.variance)
-            after = diagonal.State(prior.mean + variance * damping * sums.gradient, variance)
+            after = prior._replace(mean=prior.mean + variance * damping * sums.gradient, variance=variance)
             accepted, holds = (
                 self._check_step(state, after, pieces, sums, tally) if self.config.damping else (True, True)
             )
@@ -188,7 +188,7 @@ class DataParallelFilter(DistributedFilter):
     def _check_step(
         self,
         state: FilterState,
-        after: diagonal.State,
+        after: DiagonalGaussian,
         pieces: list[tuple[Batch, Part]],
         sums: BatchSums,
         tally: Tally,
@@ -210,7 +210,13 @@ class DataParallelFilter(DistributedFilter):
             local[0] -= family.log_prob(outputs, piece.targets).double().sum()
             local[1] += error(piece, everything, part, after.mean, outputs) * len(piece.targets)
         loss, divergence = self.group.all_reduce(local if is_finite else local + torch.inf).tolist()
-        penalty = 0.5 * float((step.square() / state.belief.variance).sum())
+        penalty = 0.5 * float((step.square() / _diagonal_belief(state).variance).sum())
         before = -float(sums.log_prob)
         is_lower = loss + penalty <= before + ROUNDING * (1.0 + abs(before))
         return is_lower, divergence / sums.examples < MOST_DIVERGENCE
+
+
+def _diagonal_belief(state: FilterState) -> DiagonalGaussian:
+    """The belief of a state, which is diagonal by ``NEEDED``."""
+    assert isinstance(state.belief, DiagonalGaussian)
+    return state.belief

@@ -13,12 +13,13 @@ from torch import nn
 from bayes_kf.distributed.batch_shards import BatchShard, BatchShards
 from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.config import KalmanConfig, check_config
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.inference.fitting.checkpointing import SINGLE_PASS
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, to_device
 
 
 class DistributedFilter(ABC):
@@ -65,7 +66,7 @@ class DistributedFilter(ABC):
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
         self.batch_shards.raise_together(failure)
-        prior = diagonal.init(state.prior.mean, self.group.all_reduce(variance))
+        prior = DiagonalGaussian(state.prior.mean, self.group.all_reduce(variance))
         return self.shard(state._replace(belief=self.kf._belief(prior), prior=prior, scaled=True))
 
     def update(

@@ -23,7 +23,8 @@ from bayes_kf.inference.fitting.loop import Callback, LoopStep, every_updates, i
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
-from bayes_kf.models.adapter import Inputs, is_peft
+from bayes_kf.models.batch import Inputs
+from bayes_kf.models.peft_adapters.in_use import is_peft
 from bayes_kf.validation import check_one_of, check_whole
 
 FORMS: dict[str, type[DistributedFilter]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}

@@ -26,7 +26,7 @@ from bayes_kf.distributed.distributed_filter import DistributedFilter
 from bayes_kf.distributed.parameter_shards import ParameterShards
 from bayes_kf.distributed.row_exchange import exchange_rows
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import gradient_penalty
 from bayes_kf.inference.filtering.measurement import Batch
 from bayes_kf.inference.filtering.measurement_update import check_finite
@@ -171,5 +171,5 @@ def _map_parameters(state: FilterState, function: Callable[[Tensor], Tensor]) ->
     def apply(name: str, values: Tensor) -> Tensor:
         return values if name == "gram" else function(values)  # "gram" runs over the low-rank columns
 
-    belief = type(state.belief)(*(apply(n, v) for n, v in zip(state.belief._fields, state.belief, strict=True)))
-    return state._replace(belief=belief, prior=diagonal.State(*map(function, state.prior)))
+    belief = type(state.belief)(**{name: apply(name, values) for name, values in state.belief._asdict().items()})
+    return state._replace(belief=belief, prior=DiagonalGaussian(*map(function, state.prior)))

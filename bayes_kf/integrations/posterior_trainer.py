@@ -12,11 +12,12 @@ from transformers import Trainer
 
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive.predict import predict
 from bayes_kf.inference.predictive.prediction import METHODS
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.integrations.metrics import calibration_metrics
 from bayes_kf.integrations.trainer_filter import TrainerFilter
-from bayes_kf.models.adapter import Inputs, split_batch
+from bayes_kf.models.batch import Inputs, split_batch
 from bayes_kf.validation import check_one_of
 
 
@@ -81,9 +82,10 @@ class PosteriorTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         batch, targets = self._split(self._prepare_inputs(inputs))
         compare, self._compare_draws = self._compare_draws, False
-        prediction = self.posterior._predict(
-            batch, self.method, self.num_samples, self._draws, targets, compare, self._draws_begun
-        )
+        prediction = predict(
+            self.posterior, batch, self.method, self.num_samples, self._draws, targets,
+            compare=compare, adapter_draws=self._draws_begun,
+        )  # fmt: skip
         loss = None if prediction.log_prob is None else -prediction.log_prob.mean()
         if prediction_loss_only:
             return loss, None, None

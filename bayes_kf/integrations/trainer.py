@@ -22,7 +22,7 @@ from bayes_kf.integrations.trainer_callbacks import (
     check_model,
     check_passes,
 )
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 
 OPTIMIZER_LOGS = ("grad_norm", "learning_rate")  # names that Trainer logs about its optimizer
 

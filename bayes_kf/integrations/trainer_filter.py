@@ -14,8 +14,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState, UpdateInfo
 from bayes_kf.inference.fitting.passes import mean_pass, noise_refit
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.saving import pretrained
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 
 
 class TrainerFilter:
@@ -77,7 +76,7 @@ class TrainerFilter:
         Raises:
             ValueError: if the posterior has other settings, or its files are incomplete or damaged.
         """
-        saved = pretrained.load(folder, model)
+        saved = Posterior.from_pretrained(folder, model)
         expected = config or (saved.config if self.kf is None else self.kf.config)
         changed = expected.differences(saved.config)
         if changed:

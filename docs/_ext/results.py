@@ -1,14 +1,10 @@
 """Tables and numbers of `benchmarks/results/` in pages of the site, so that no number is typed by hand.
 
-    ```{results} online-usps
-    :rows: frozen; AdamW *; default        which rows, by how they begin; all without it
-    :columns: accuracy = held-out accuracy which columns, and their headings; all without it
-    :section: Against AdamW                which heading of the results page the table stands under
-    ```
+The directive `results` takes the name of a results page and three options: `section`, the heading that the table
+stands under; `rows`, which rows, separated by semicolons; `columns`, which columns, each with a new heading after "=".
 
-    {result}`kills 200.killed_while_writing`    one number of a JSON file's cells, here of the cell "200"
-    {result}`fuzz sum *.cases`                  a sum over cells
-    {result}`mutation 100 * all.rate |.1f`      scaled, and in a format
+The role `result` takes the name of a JSON file and one number of its cells: "kills 200.killed_while_writing" is that of
+the cell "200"; "fuzz sum *.cases" a sum over cells; "mutation 100 * all.rate |.1f" is scaled and has a format.
 """
 
 import json
@@ -18,6 +14,7 @@ from pathlib import Path
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
+from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -106,7 +103,8 @@ class Results(SphinxDirective):
     required_arguments = 1
     option_spec = dict.fromkeys(("section", "rows", "columns"), directives.unchanged)
 
-    def run(self):
+    def run(self) -> list[nodes.Node]:
+        """The table, parsed as Markdown."""
         name = self.arguments[0]
         self.env.note_dependency(str(RESULTS / f"{name}.md"))
         lines = [*table(name, **self.options).splitlines(), "", provenance(name)]
@@ -118,12 +116,13 @@ class Results(SphinxDirective):
 class Result(SphinxRole):
     """A number of a results file."""
 
-    def run(self):
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The number as text."""
         self.env.note_dependency(str(RESULTS / f"{self.text.split()[0]}.json"))
         return [nodes.Text(number(self.text))], []
 
 
-def setup(app):
+def setup(app: Sphinx) -> dict[str, object]:
     """The directive and the role."""
     app.add_directive("results", Results)
     app.add_role("result", Result())

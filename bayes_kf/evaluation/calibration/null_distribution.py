@@ -32,7 +32,7 @@ from bayes_kf.evaluation.resampling.null_test import (
     NullSettings,
     check_simulation,
     compare_to_null,
-    quantile_positions,
+    null_quantiles,
     summarize_null,
 )
 
@@ -176,7 +176,7 @@ def reliability_band(
     hits = simulated_profile_hits(narrow, num_simulations, seed)
     index = (torch.searchsorted(exact.place, narrow.place, right=True) - 1).clamp(min=0)
     shares = groups._replace(bins=groups.bins[index]).sums(hits) / groups.sums(exact.counts)  # (R, bins)
-    low, high = shares.quantile(quantile_positions(level, num_simulations), dim=0)
+    low, high = null_quantiles(shares, ((1 - level) / 2, (1 + level) / 2))
     return low, high
 
 

@@ -1,9 +1,11 @@
 """A statistic beside its null distribution: the values that it has in data sets simulated under the null hypothesis."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,11 +85,18 @@ def summarize_null(simulated: Tensor, level: float) -> CalibrationNull:
     If more values than the lower tail holds equal the smallest one (debiased errors are often zero), the interval
     starts at the smallest value and the upper tail takes the whole remaining probability.
     """
-    low, high = simulated.quantile(quantile_positions(level, len(simulated)))
+    low, high = null_quantiles(simulated, ((1 - level) / 2, (1 + level) / 2))
     if (simulated == simulated.min()).double().mean() > (1 - level) / 2:
-        low = simulated.min()
-        high = simulated.quantile(_quantile_position(level, len(simulated)))
+        low, high = simulated.min(), null_quantiles(simulated, (level,))[0]
     return CalibrationNull(simulated.mean().item(), low.item(), high.item())
+
+
+def null_quantiles(simulated: Tensor, shares: Sequence[float]) -> Tensor:
+    """Quantiles of R simulated values, (R, ...) → (len(shares), ...).
+
+    By Weibull's definition a new value is below the k-th smallest of R with probability k/(R + 1).
+    """
+    return torch.from_numpy(np.quantile(simulated.numpy(), shares, axis=0, method="weibull"))
 
 
 def check_simulation(num_simulations: int, level: float, name: str = "num_simulations") -> None:
@@ -97,14 +106,3 @@ def check_simulation(num_simulations: int, level: float, name: str = "num_simula
     needed = math.ceil(2 / (1 - level) - 1 - 1e-9)
     if num_simulations < needed:
         raise ValueError(f"`{name}` must be at least {needed} for level {level}, got {num_simulations}.")
-
-
-def quantile_positions(level: float, num_simulations: int) -> Tensor:
-    """Arguments of `Tensor.quantile` for both ends of a central interval, (2,)."""
-    return torch.stack([_quantile_position(share, num_simulations) for share in ((1 - level) / 2, (1 + level) / 2)])
-
-
-def _quantile_position(share: float, num_simulations: int) -> Tensor:
-    """Argument of `Tensor.quantile` such that a new draw is below the k-th of R values with probability k/(R + 1)."""
-    position = (share * (num_simulations + 1) - 1) / (num_simulations - 1)
-    return torch.tensor(position, dtype=torch.float64).clamp(0, 1)  # `check_simulation` leaves only rounding to clamp

@@ -20,7 +20,9 @@ from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.inference.saving.file_names import STATE_FILE
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, is_peft
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size
+from bayes_kf.models.peft_adapters.in_use import is_peft
 from bayes_kf.validation import check_whole
 
 SINGLE_PASS: dict[str, Any] = {"tune": None, "passes": 1, "mean_passes": 0}  # settings of one pass

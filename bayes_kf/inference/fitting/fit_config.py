@@ -24,7 +24,8 @@ from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.fitting.selection.holdout_selection import default_curvature
 from bayes_kf.inference.fitting.selection.stream_selection import select_on_stream
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, check_inputs
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import check_inputs
 
 
 class _Data(NamedTuple):

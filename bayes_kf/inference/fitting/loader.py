@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.fitting.loop import inputs_and_targets
-from bayes_kf.models.adapter import Inputs, batch_size, split_batch, to_device
+from bayes_kf.models.batch import Inputs, batch_size, split_batch, to_device
 
 SCALE_EXAMPLES = 32  # first examples, on which the scale of the prior is measured
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.progress import ProgressBar
-from bayes_kf.models.adapter import Inputs, split_batch
+from bayes_kf.models.batch import Inputs, split_batch
 
 S = TypeVar("S")  # the state: of a filter or a bank, or a sum
 I = TypeVar("I")  # noqa: E741 - the report of an update

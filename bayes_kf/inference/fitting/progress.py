@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.filtering.state import UpdateInfo
-from bayes_kf.inference.saving.training_series import as_training_series
+from bayes_kf.inference.predictive.gaussian_posterior import as_training_series
 
 SUMMARY_UPDATES = 100  # the latest updates, whose means stand beside the progress bar
 
@@ -70,7 +70,7 @@ class FitHistory:
     Args:
         likelihood: of the targets.
         trained_on: whether the adapter was trained on these data. If so, no score is prequential, and the series have
-            the names of :func:`~bayes_kf.inference.saving.training_series.as_training_series`.
+            the names of :func:`~bayes_kf.inference.predictive.gaussian_posterior.as_training_series`.
     """
 
     def __init__(self, likelihood: str, trained_on: bool = False) -> None:

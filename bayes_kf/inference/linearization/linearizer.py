@@ -20,7 +20,8 @@ from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch, R
 from bayes_kf.inference.linearization.memory import give_back, ran_out
 from bayes_kf.inference.linearization.rule_check import LinearizationPlan, make_plan
 from bayes_kf.inference.linearization.tape import Tape
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, some_examples
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, some_examples
 
 T = TypeVar("T")
 RowsPerExample = int | Sequence[int] | None  # of all examples, of each, or one per output
@@ -43,7 +44,7 @@ class Linearizer:
     Example:
         >>> adapter = AdapterModel(torch.nn.Linear(3, 2, bias=False))
         >>> x = torch.tensor([[1.0, 2.0, 3.0]])
-        >>> Linearizer(adapter)(adapter.vector(), x).pull().dense()[0]
+        >>> Linearizer(adapter)(adapter.vector(), x).jacobian().dense()[0]
         tensor([[1., 2., 3., 0., 0., 0.],
                 [0., 0., 0., 1., 2., 3.]])
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_kf.models.adapter import peft_in_use
+from bayes_kf.models.peft_adapters.in_use import peft_in_use
 
 
 class ModuleCall(NamedTuple):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.linearization.per_example_gradients import rules
 from bayes_kf.inference.linearization.tape import Arrived, Tape, by_module, is_outer, tensor_rows
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, some_examples
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, some_examples
 
 Hooked = Mapping[str, tuple[nn.Module, str]]  # tensor name -> (module, attribute)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.linearization.per_example_gradients import ModuleCall, columns, rules
-from bayes_kf.models.adapter import AdapterModel, Inputs
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs
 
 SAME = 0.05  # of the outputs, by which they may miss the head's, in whatever precision it ran
 Arrived = list[tuple[ModuleCall, Tensor]]  # calls and the cotangents of what came out of them
@@ -36,7 +37,7 @@ class Tape:
         self.adapter, self.leaves, self.modules, self.plain = adapter, leaves, modules, plain
         self._calls: list[ModuleCall] = []
         self._arrived: Arrived = []
-        self._before = adapter.remembered()  # once for all passes, as it takes longer than placing tensors
+        self._before = adapter.snapshot()  # once for all passes, as it takes longer than placing tensors
         versions: list[int] = []
 
         def remember(call: ModuleCall) -> None:

@@ -13,7 +13,7 @@ from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loop import Callback, run_loop
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 
 
 def filter_pass(

@@ -19,7 +19,7 @@ from bayes_kf.inference.fitting.passes.filter_pass import check_same_examples, f
 from bayes_kf.inference.fitting.passes.noise_refit import mode_under_new_noise, refit_noise
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs, to_device
+from bayes_kf.models.batch import Inputs, to_device
 
 MAX_HALVINGS = 10
 OBJECTIVE_RTOL = 1e-9  # a smaller relative increase of the objective is rounding
@@ -62,12 +62,12 @@ def _line_search(
         mean = torch.lerp(start, end, 0.5**halvings)
         objective = negative_log_joint(kf, state, mean, loader)
         if objective <= at_start + OBJECTIVE_RTOL * abs(at_start):
-            return state._replace(belief=state.belief._replace(mean=mean)), objective
+            return state._replace(belief=state.belief.with_mean(mean)), objective
     warnings.warn(
         f"no step of this pass decreased −log p(y, θ) = {at_start:.6g}; the mean is not changed",
         stacklevel=4,
     )
-    return state._replace(belief=state.belief._replace(mean=start)), at_start
+    return state._replace(belief=state.belief.with_mean(start)), at_start
 
 
 @torch.no_grad()

@@ -27,7 +27,8 @@ from bayes_kf.inference.fitting.loop import LoopStep, run_loop
 from bayes_kf.inference.fitting.passes.filter_pass import check_same_examples
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs
 
 STEP_SIZE = 1.0  # r of the first step
 
@@ -87,9 +88,9 @@ def natural_gradient_step(
     mean = state.belief.mean
     loss, gradient = _loss_gradient(config, adapter, state, inputs, targets)
     gradient = gradient + len(targets) / state.examples * (mean - state.prior.mean) / state.prior.variance
-    direction = config.structure.product(state.belief, gradient)
+    direction = state.belief.product(gradient)
     direction = direction / (1.0 + step_size * (gradient @ direction).clamp_min(0.0))
-    return state._replace(belief=state.belief._replace(mean=mean - step_size * direction)), loss
+    return state._replace(belief=state.belief.with_mean(mean - step_size * direction)), loss
 
 
 def _loss_gradient(

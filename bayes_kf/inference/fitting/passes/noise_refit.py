@@ -8,7 +8,7 @@ elsewhere, its residuals on the N examples give
 where γ is the effective number of parameters (MacKay 1992). P was estimated under the old σ². Its data precision is
 proportional to 1/σ², so P'⁻¹ = P₀⁻¹ + ρ (P⁻¹ − P₀⁻¹) with ρ = σ²_old/σ²_new. This is exact for full, low-rank and
 diagonal precisions with one σ². With several outputs, ρ is the mean of theirs, weighted by γ. γ depends on P, so both
-are iterated. Held-out residuals give σ² without γ: e ~ N(0, T·JPJᵀ + σ²).
+are iterated.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
 from bayes_kf.inference.fitting.loop import LoopStep, run_loop
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs, batch_size, some_examples, to_device
+from bayes_kf.models.batch import Inputs, batch_size, some_examples, to_device
 
 MAX_ROUNDS = 30
 CONVERGED = 1e-4  # relative change of σ²
 MIN_RESIDUAL_SHARE = 1e-3  # N − γ is at least this share of N, since an approximate P can overestimate γ
 LEVERAGE_EXAMPLES = 32  # on which the shares of several outputs in γ are measured
-HELD_OUT_COUNT = 20.0  # weight, in observations, of the present σ² beside held-out data
-HELD_OUT_GRID = 201  # candidates of σ² for held-out data, from a thousandth to a thousand times the present one
 
 
 class ResidualSums:
@@ -85,16 +83,15 @@ def refit_noise(kf: KalmanFilter, state: FilterState, loader: Iterable[Any]) -> 
     run_loop(loader, None, add_batch)
     if sums.squares is None:
         return state
-    return refit_from_residuals(kf.config, state, sums.squares, sums.count, output_leverages(kf, state, first[0]))
+    return refit_from_residuals(state, sums.squares, sums.count, output_leverages(kf, state, first[0]))
 
 
 def refit_from_residuals(
-    config: KalmanConfig, state: FilterState, squares: Tensor, count: int, leverages: Tensor | None = None
+    state: FilterState, squares: Tensor, count: int, leverages: Tensor | None = None
 ) -> FilterState:
     """The state with σ² = SSE/(N − γ) and its belief under that σ²; its mean is not changed.
 
     Args:
-        config: the settings.
         state: its belief was estimated under ``state.noise.variance``.
         squares: SSE of each output at the state's mean, (m,), over the examples that the belief was conditioned on.
         count: N.
@@ -106,42 +103,38 @@ def refit_from_residuals(
     refitted = state
     for _ in range(MAX_ROUNDS):
         shares = _output_shares(refitted, leverages)
-        gamma = (effective_parameters(config, refitted) * shares).clamp(max=(1.0 - MIN_RESIDUAL_SHARE) * count)
+        gamma = (effective_parameters(refitted) * shares).clamp(max=(1.0 - MIN_RESIDUAL_SHARE) * count)
         last, variance = variance, squares / (count - gamma)
-        refitted = with_noise_variance(config, state, variance, leverages)
+        refitted = with_noise_variance(state, variance, leverages)
         if has_converged(last, variance):
             break
     return refitted._replace(noise=noise.settled(state.noise, variance, count - gamma))
 
 
-def with_noise_variance(
-    config: KalmanConfig, state: FilterState, variance: Tensor, leverages: Tensor | None = None
-) -> FilterState:
+def with_noise_variance(state: FilterState, variance: Tensor, leverages: Tensor | None = None) -> FilterState:
     """The state with another σ², (m,), and its covariance under it; ``leverages`` as above."""
     assert state.noise.variance is not None
     ratio = float((_output_shares(state, leverages) * state.noise.variance / variance).sum())
     settled = noise.settled(state.noise, variance, torch.zeros_like(variance))
-    return scale_data_precision(config, state, ratio)._replace(noise=settled)
+    return scale_data_precision(state, ratio)._replace(noise=settled)
 
 
-def scale_data_precision(config: KalmanConfig, state: FilterState, ratio: float) -> FilterState:
+def scale_data_precision(state: FilterState, ratio: float) -> FilterState:
     """The state with the data precision P⁻¹ − P₀⁻¹ of its belief multiplied by ρ; its mean is not changed.
 
     P₀⁻¹ + ρ (P⁻¹ − P₀⁻¹) = ρ (P⁻¹ + (1/ρ − 1) P₀⁻¹): a diagonal is added to the precision, then P is divided by ρ.
 
     Args:
-        config: the settings.
         state: the state.
         ratio: ρ.
     """
-    structure = config.structure
-    added = structure.add_precision(state.belief, (1.0 / ratio - 1.0) / state.prior.variance)
-    return state._replace(belief=structure.predict(added, ratio, 0.0))
+    added = state.belief.add_precision((1.0 / ratio - 1.0) / state.prior.variance)
+    return state._replace(belief=added.predict(ratio, 0.0))
 
 
-def effective_parameters(config: KalmanConfig, state: FilterState) -> float:
+def effective_parameters(state: FilterState) -> float:
     """γ, the effective number of parameters."""
-    remaining = config.structure.marginal_variance(state.belief).double() / state.prior.variance.double()
+    remaining = state.belief.marginal_variance().double() / state.prior.variance.double()
     return float((1.0 - remaining).clamp_min(0.0).sum())
 
 
@@ -166,7 +159,7 @@ def mode_under_new_noise(kf: KalmanFilter, before: FilterState, after: FilterSta
     ratio = float((before.noise.variance / after.noise.variance).mean())
     mean, prior = after.belief.mean, after.prior
     prior_gradient = (mean - prior.mean) / prior.variance
-    return mean + (ratio - 1.0) * kf.config.structure.product(after.belief, prior_gradient)
+    return mean + (ratio - 1.0) * after.belief.product(prior_gradient)
 
 
 def output_leverages(kf: KalmanFilter, state: FilterState, inputs: Inputs) -> Tensor | None:
@@ -180,7 +173,7 @@ def output_leverages(kf: KalmanFilter, state: FilterState, inputs: Inputs) -> Te
     with kf.adapter.full_precision():
         for _, piece in kf.linearize.chunks(state.belief.mean, few):
             jacobian = kf.linearize(state.belief.mean, piece).jacobian()
-            covariance = kf.config.structure.output_covariance(state.belief, jacobian)
+            covariance = state.belief.output_covariance(jacobian)
             total = total + covariance.diagonal(dim1=1, dim2=2).sum(0).clamp_min(0.0)
     return total / state.noise.variance
 
@@ -191,29 +184,3 @@ def _output_shares(state: FilterState, leverages: Tensor | None) -> Tensor:
     assert variance is not None
     shares = torch.ones_like(variance) if leverages is None else leverages.to(variance)
     return shares / shares.sum()
-
-
-def held_out_variance(present: Tensor, residual: Tensor, output_var: Tensor) -> Tensor:
-    """σ² of most posterior density for held-out residuals e ~ N(0, s + σ²), (m,).
-
-    Its prior is scaled inverse χ² about the present σ², worth ``HELD_OUT_COUNT`` observations: a few held-out examples
-    say little, and where the belief is uncertain they say nothing.
-
-    Args:
-        present: σ² as it is, (m,).
-        residual: e, (N, m).
-        output_var: s, T·JPJᵀ, (N, m).
-    """
-    factors = torch.logspace(-3, 3, HELD_OUT_GRID, dtype=torch.float64, device=present.device)
-    candidates = factors.view(-1, 1, 1) * present  # (G, 1, m)
-    total = output_var + candidates
-    loss = 0.5 * (total.log() + residual.square() / total).sum(1)  # (G, m)
-    loss = loss + 0.5 * HELD_OUT_COUNT * (candidates.log() + present / candidates).squeeze(1)
-    return factors[loss.argmin(0)] * present
-
-
-def log_losses(variance: Tensor, residual: Tensor, output_cov: Tensor) -> Tensor:
-    """−log N(e; 0, output_cov + σ²I) of each example, (N,)."""
-    total = output_cov + torch.diag_embed(variance.expand(len(residual), -1))
-    zero = torch.zeros_like(residual)
-    return -torch.distributions.MultivariateNormal(zero, total, validate_args=False).log_prob(residual)

@@ -20,12 +20,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.config_groups import DynamicsSettings
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes import noise_refit
-from bayes_kf.models.adapter import AdapterModel, Inputs
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs
 from bayes_kf.models.prior.initial_values import known_initial_values
 
 TRAINED_TEMPERATURE = 0.1
@@ -63,16 +63,16 @@ def fit_prior_and_noise(
     if not noise_refit.can_refit_noise(config) or residuals.squares is None:
         if not fits_scale:
             return state, {}
-        state, evidence = maximize_evidence(config, kf.adapter, state)
+        state, evidence = maximize_evidence(kf.adapter, state)
         return state, {"evidence": evidence}
     leverages = noise_refit.output_leverages(kf, state, inputs)
     fitted, history = state, dict[str, Tensor]()
     variance = residuals.squares / residuals.count
     for _ in range(MAX_ROUNDS):
-        fitted = noise_refit.with_noise_variance(config, state, variance, leverages)
+        fitted = noise_refit.with_noise_variance(state, variance, leverages)
         if fits_scale:
-            fitted, history["evidence"] = maximize_evidence(config, kf.adapter, fitted)
-        fitted = noise_refit.refit_from_residuals(config, fitted, residuals.squares, residuals.count, leverages)
+            fitted, history["evidence"] = maximize_evidence(kf.adapter, fitted)
+        fitted = noise_refit.refit_from_residuals(fitted, residuals.squares, residuals.count, leverages)
         assert fitted.noise.variance is not None
         last, variance = variance, fitted.noise.variance
         if not fits_scale or noise_refit.has_converged(last, variance):
@@ -80,27 +80,27 @@ def fit_prior_and_noise(
     return fitted, history
 
 
-def maximize_evidence(config: KalmanConfig, adapter: AdapterModel, state: FilterState) -> tuple[FilterState, Tensor]:
+def maximize_evidence(adapter: AdapterModel, state: FilterState) -> tuple[FilterState, Tensor]:
     """The state under the prior scale of ``PRIOR_SCALES`` with the largest evidence, and the evidence of all, (G,)."""
     displacement = displacement_from_init(adapter, state.belief.mean)
-    candidates = [scale_prior(config, state, scale) for scale in PRIOR_SCALES]
-    evidence = torch.tensor([log_evidence(config, c, displacement) for c in candidates], dtype=torch.float64)
+    candidates = [scale_prior(state, scale) for scale in PRIOR_SCALES]
+    evidence = torch.tensor([log_evidence(c, displacement) for c in candidates], dtype=torch.float64)
     return candidates[int(evidence.argmax())], evidence
 
 
-def scale_prior(config: KalmanConfig, state: FilterState, scale: float) -> FilterState:
+def scale_prior(state: FilterState, scale: float) -> FilterState:
     """The state with the prior variance multiplied by ``scale``, and the belief under that prior."""
     variance = scale * state.prior.variance
     added = 1.0 / variance - 1.0 / state.prior.variance
-    belief = config.structure.add_precision(state.belief, added)
+    belief = state.belief.add_precision(added)
     return state._replace(belief=belief, prior=state.prior._replace(variance=variance))
 
 
-def log_evidence(config: KalmanConfig, state: FilterState, displacement: Tensor) -> float:
+def log_evidence(state: FilterState, displacement: Tensor) -> float:
     """The Laplace evidence of the state's prior, in nats, up to a constant; ``displacement`` (n,) is Δ."""
     prior = state.prior.variance.double()
     quadratic = float((displacement.double().square() / prior).sum())
-    log_volume = float(config.structure.log_determinant(state.belief)) - float(prior.log().sum())
+    log_volume = float(state.belief.log_determinant()) - float(prior.log().sum())
     return 0.5 * (log_volume - quadratic)
 
 

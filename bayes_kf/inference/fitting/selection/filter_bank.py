@@ -24,9 +24,10 @@ from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, Filter
 from bayes_kf.inference.fitting.selection import shared_update
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.predictive import prediction
+from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, to_device
 from bayes_kf.validation import check_not_negative
 
 
@@ -184,7 +185,8 @@ class Bank:
         best = state.states[self.best(state)]
         assert best is not None  # its weight is the largest
         family = noise.likelihood(self.filters[0].config, best.noise)
-        return prediction.average(family, predictions, (weights[numbers] / weights[numbers].sum()).tolist())
+        shares = (weights[numbers] / weights[numbers].sum()).tolist()
+        return predictive_distributions.average(family, predictions, shares)
 
     def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
         """All candidates after a batch; if the best diverges, the next best leads."""

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, split_batch, to_device
+from bayes_kf.inference.predictive import heldout_calibration
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
 
 HELDOUT_SHARE = 8  # one example in 8 is held out
 WIDE_LOGIT_SD, NARROW_LOGIT_SD = 10.0, 1.0  # of the wide prior and the narrow one
@@ -116,7 +118,7 @@ def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterio
     if posterior.config.softmax_temperature == "held_out":
         posterior = posterior.calibrate_softmax(heldout)
     if posterior.config.temperature == "prequential":
-        posterior = posterior._calibrated(heldout)
+        posterior = heldout_calibration.calibrate_temperature(posterior, heldout)
     log_prob = posterior.predict_loader(heldout).log_prob
     if log_prob is None:
         raise ValueError("`loader` must yield targets with every batch, got none in a held-out batch.")

@@ -21,7 +21,7 @@ from bayes_kf.inference.filtering.measurement import Batch, Tally
 from bayes_kf.inference.filtering.measurement_update import Learned
 from bayes_kf.inference.filtering.state import DIVERGED, FilterState, UpdateInfo
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 
 MAX_OUTPUT_SHIFT = 0.2  # logits, or sds of Gaussian noise; at 1 the error of the evidence decided between candidates
 MIN_RELATIVE_WEIGHT = 1e-3  # candidates with a smaller weight, relative to the largest, are left out of averages

@@ -14,7 +14,7 @@ from bayes_kf.inference.fitting.loop import Callback, LoopStep, run_loop
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, BankState, candidates
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import Inputs, split_batch
+from bayes_kf.models.batch import Inputs, split_batch
 
 
 def select_on_stream(
