@@ -17,7 +17,7 @@ from bayes_kf.files.atomic_folder import check_target, recover, write_files
 from bayes_kf.files.checksums import SUMS_FILE, write_sums
 from bayes_kf.files.ownership import Kind
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.fitting.progress import shows_bars
+from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
 from tutorials.digits_demo.data import FULL, QUICK, DemoData, Size, demo_data, save_arrays
@@ -58,7 +58,7 @@ def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: 
     recover(folder)
     check_target(folder, WRITTEN, KIND)
     check_folder(folder / "posterior", of_peft=True)
-    data, shown = demo_data(size, seed), shows_bars(progress)
+    data, shown = demo_data(size, seed), shows_progress(progress)
     with one_thread():
         frozen = frozen_row("frozen model", data, shown)
         adamw = best_adamw_row(ADAMW, data, RANK, seed, shown)
