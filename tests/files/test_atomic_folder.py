@@ -352,7 +352,7 @@ def test_a_plan_that_somebody_made_up_is_refused(plan, tmp_path):
         lambda: posterior(2).save_pretrained(folder),
         lambda: atomic_folder.recover(folder),
     ):
-        with pytest.raises(ValueError, match=r"`folder` must hold a sound \.bayes_kf-commit/plan\.json"):
+        with pytest.raises(ValueError, match=r"`folder` must hold a valid \.bayes_kf-commit/plan\.json"):
             use()
     assert snapshot(tmp_path) == before
 
@@ -440,7 +440,7 @@ def test_two_that_save_and_one_that_reads_at_the_same_time(tmp_path):
 def test_what_a_living_process_stages_is_left_alone(tmp_path):
     with staging.staging(tmp_path) as stage:
         (stage / "file").write_text("x")
-        staging.clear_abandoned(tmp_path)
+        staging.remove_abandoned(tmp_path)
         assert (stage / "file").is_file()
         posterior(1).save_pretrained(tmp_path)
         assert (stage / "file").is_file()
@@ -454,7 +454,7 @@ def test_what_a_killed_process_staged_goes(marked, tmp_path, monkeypatch):
     if marked:
         (stage / staging.MARKER).touch()
         (stage / "half").write_text("x")
-    staging.clear_abandoned(tmp_path)
+    staging.remove_abandoned(tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -463,10 +463,10 @@ def test_where_folders_cannot_be_locked_only_old_ones_go(tmp_path, monkeypatch):
     stage = tmp_path / f"{staging.PREFIX}abcdefgh"
     stage.mkdir()
     (stage / staging.MARKER).touch()
-    staging.clear_abandoned(tmp_path)
+    staging.remove_abandoned(tmp_path)
     assert stage.exists()
     os.utime(stage, (0, 0))
-    staging.clear_abandoned(tmp_path)
+    staging.remove_abandoned(tmp_path)
     assert not stage.exists()
     posterior(1).save_pretrained(tmp_path / "p")  # and saves go on without locks
     assert value(tmp_path / "p") == 1
@@ -475,8 +475,8 @@ def test_where_folders_cannot_be_locked_only_old_ones_go(tmp_path, monkeypatch):
 @POSIX
 def test_a_save_waits_for_another_and_then_says_so(tmp_path, monkeypatch):
     posterior(1).save_pretrained(tmp_path)
-    monkeypatch.setattr(staging, "PATIENCE", 0.05)
-    with staging.locked(tmp_path), pytest.raises(OSError, match="another process has been saving into it"):
+    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.05)
+    with staging.folder_lock(tmp_path), pytest.raises(OSError, match="another process has been saving into it"):
         posterior(2).save_pretrained(tmp_path)
     assert value(tmp_path) == 1
     assert set(snapshot(tmp_path)) == OURS

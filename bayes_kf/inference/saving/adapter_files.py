@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.saving import base_fingerprint
 from bayes_kf.inference.saving.base_fingerprint import BaseSnapshot
-from bayes_kf.inference.saving.file_names import ADAPTER_FILES, CARD_FILE, MODEL_FILE, PLAIN
+from bayes_kf.inference.saving.file_names import ADAPTER_FILES, CARD_FILE, IGNORED_SETTINGS, MODEL_FILE
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.adapter_tensors import CHANGING, active_adapter, check_name
 from bayes_kf.models.peft_adapters.in_use import is_peft
@@ -171,7 +171,7 @@ def _peft_config(folder: Path) -> PeftConfig:
 
 
 def _as_json(config: PeftConfig) -> dict[str, Any]:
-    settings = {name: value for name, value in config.to_dict().items() if name not in PLAIN}
+    settings = {name: value for name, value in config.to_dict().items() if name not in IGNORED_SETTINGS}
     sets = {name: sorted(value) for name, value in settings.items() if isinstance(value, set)}
     return dict(json.loads(json.dumps(settings | sets, default=str)))
 
