@@ -184,9 +184,9 @@ def test_a_models_own_name_of_its_cache_is_used(name, other):
     named.forward = {"cache": lambda input_ids, cache: None, "past_key_values": lambda past_key_values: None}[name]
     assert generation._cache_argument(named) == name
     out = types.SimpleNamespace(**{name: "kept", other: None})
-    assert generation._kept(out) == "kept"
-    assert generation._kept(types.SimpleNamespace(**{name: "kept"})) == "kept"
-    assert generation._kept(types.SimpleNamespace()) is None
+    assert generation._cache_of(out) == "kept"
+    assert generation._cache_of(types.SimpleNamespace(**{name: "kept"})) == "kept"
+    assert generation._cache_of(types.SimpleNamespace()) is None
 
 
 def test_a_shared_prompt_of_one_token_is_read_by_each_draw():
