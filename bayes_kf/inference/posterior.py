@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.tempering import warn_of_mean_alone
-from bayes_kf.inference.predictive import (
-    arviz_export,
-    generation,
-    heldout_calibration,
-    output_variance,
-    predict,
-)
+from bayes_kf.inference.predictive import arviz_export, generation, heldout_calibration, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
@@ -164,11 +158,7 @@ class Posterior(GaussianPosterior):
         return self.kf
 
     def apply_to(self, model: nn.Module) -> None:
-        """Write the posterior mean into the trainable tensors of ``model``, in place.
-
-        Raises:
-            ValueError: if it has other trainable tensors.
-        """
+        """Write the posterior mean into ``model``, in place; ValueError if it has other trainable tensors."""
         other = AdapterModel(model)
         if (other.names, other.shapes) != (self.adapter.names, self.adapter.shapes):
             raise ValueError("`model` must have the trainable tensors that the posterior was fitted on, got others.")
