@@ -25,7 +25,7 @@ class SaveKind:
         may_keep: name -> whether a file of that name that is not ours stays instead of the new one, given the paths of
             both; if not, the save is refused.
         warn_if_kept: names of files whose staying causes a warning.
-        overwrites: whether a file of that name is replaced whoever wrote it.
+        overwrites: whether a file of that name is replaced even if it is not ours.
     """
 
     checksums: str
@@ -78,7 +78,7 @@ class SavePlan(NamedTuple):
 def make_plan(folder: Path, files: Path, kind: SaveKind) -> SavePlan:
     """The plan to move the new files in ``files`` into ``folder``.
 
-    New files whose place a kept file holds are removed from ``files``.
+    If a file stays, the new file of that name is removed from ``files``.
 
     Raises:
         ValueError: if a file in the way is not ours.
@@ -93,8 +93,8 @@ def make_plan(folder: Path, files: Path, kind: SaveKind) -> SavePlan:
         (files / name).unlink()
         if name in kind.warn_if_kept:
             warnings.warn(
-                f"{folder / name} was edited, or bayes_kf did not write it, and stays as it is: it may say nothing "
-                "about the posterior saved beside it.",
+                f"{folder / name} was edited, or bayes_kf did not write it, and stays as it is: it may "
+                "describe another posterior than the one saved beside it.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -164,7 +164,7 @@ def file_conflict(path: Path, saved: str | None, overwrite: bool = False) -> str
     Args:
         path: of the file.
         saved: digest of the file when an earlier save wrote it; None if no save did.
-        overwrite: whether it may be replaced whoever wrote it.
+        overwrite: whether it may be replaced even if no save wrote it.
     """
     if path.is_symlink():
         return "a link"

@@ -199,9 +199,9 @@ def _check_arguments(inputs: Inputs, max_new_tokens: int, num_samples: int) -> d
 def _end_tokens(model: Any) -> list[int]:
     """The tokens that end a text according to the model's configuration."""
     for name in ("generation_config", "config"):
-        found = getattr(getattr(model, name, None), "eos_token_id", None)
-        if found is not None:
-            return _token_ids(found)
+        token_id = getattr(getattr(model, name, None), "eos_token_id", None)
+        if token_id is not None:
+            return _token_ids(token_id)
     return []
 
 

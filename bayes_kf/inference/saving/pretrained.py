@@ -60,8 +60,7 @@ def save(
 def save_with(posterior: GaussianPosterior, folder: Path, write_others: Callable[[Path], None]) -> None:
     """Write settings, state and model card together with the files of another library.
 
-    Those files replace others of their names, whoever wrote them, as that library does; but a ``README.md`` that
-    somebody wrote stays.
+    Those files replace any files of their names, as that library does; but an edited ``README.md`` stays.
 
     Args:
         posterior: the posterior.
@@ -156,7 +155,7 @@ def _load(folder: Path, base_model: nn.Module, snapshot: BaseSnapshot) -> Loaded
         state = make_state(kf, tensors, metadata)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"`folder` must hold a belief that fits its settings, got {folder / STATE_FILE}: {error}."
+            f"`folder` must hold a state that fits its settings, got {folder / STATE_FILE}: {error}."
         ) from error
     if state.examples and torch.equal(state.belief.mean, state.prior.mean):  # fitted with `start` "trained"
         history = as_training_series(history)  # an earlier version saved these series under the names of a stream
