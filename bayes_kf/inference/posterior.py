@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Posterior(GaussianPosterior):
     """A Gaussian posterior over the trainable tensors of a model, with everything needed to use it.
 
-    It has the attributes and the moments of :class:`GaussianPosterior`: ``kf``, ``state``, ``history``, ``mean``,
+    It has the attributes and the moments of ``GaussianPosterior``: ``kf``, ``state``, ``history``, ``mean``,
     ``variance``, ``covariance_matrix()``, ``sample(num_samples)``.
 
     Example:
