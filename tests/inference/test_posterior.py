@@ -8,7 +8,7 @@ import bayes_kf as bkf
 from bayes_kf.models.zoo import lora_digits_vit
 
 
-def test_going_on_from_a_posterior_equals_one_stream(digits):
+def test_continuing_from_a_posterior_equals_one_stream(digits):
     stream, _ = digits
     batches = [(stream.images[i : i + 3], stream.labels[i : i + 3]) for i in range(0, 30, 3)]
     kf = bkf.KalmanFilter(lora_digits_vit(rank=2))

@@ -62,7 +62,7 @@ ONLINE = {"log_loss", "correct", "innovation", "dof"}  # what reports read as a 
 
 @pytest.fixture(scope="module")
 def of_trained(digits):
-    """A posterior over an adapter that had learned the same examples before."""
+    """A posterior over an adapter that was trained on the same examples before."""
     model = lora_digits_vit(rank=1)
     data = in_batches(8, digits[0], 48)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def of_trained(digits):
     return bkf.fit(model, data, start="trained", progress=False)
 
 
-def test_scores_of_data_that_the_adapter_had_seen_are_not_prequential(of_trained, digits, tmp_path):
+def test_scores_of_training_data_are_not_prequential(of_trained, digits, tmp_path):
     losses = of_trained.history["training_log_loss"]
     images, labels = digits[0].images[:48], digits[0].labels[:48]
     logits = of_trained.adapter.outputs(of_trained.mean_vector, images)
@@ -89,7 +89,7 @@ def test_scores_of_data_that_the_adapter_had_seen_are_not_prequential(of_trained
             assert title not in page
 
 
-def test_a_trained_adapter_s_scores_that_an_earlier_version_saved_are_recognized(of_trained, tmp_path):
+def test_training_scores_saved_by_an_earlier_version_are_renamed(of_trained, tmp_path):
     named = {name.removeprefix("training_"): values for name, values in of_trained.history.items()}
     old = dataclasses.replace(of_trained, history=named)
     old.save_pretrained(tmp_path / "saved")
@@ -97,7 +97,7 @@ def test_a_trained_adapter_s_scores_that_an_earlier_version_saved_are_recognized
     assert set(read.history) == set(of_trained.history)
 
 
-def test_first_pass_of_several_is_prequential_and_stays_so(digits, tmp_path, capsys):
+def test_scores_of_the_first_of_several_passes_are_prequential(digits, tmp_path, capsys):
     data = list(in_batches(8, digits[0], 48))
     plain = bkf.fit(lora_digits_vit(rank=1), data, bkf.KalmanConfig(), progress=False)
     several = [bkf.KalmanConfig(passes=2), bkf.KalmanConfig.dataset(initial_logit_sd=4.0, mean_passes=1)]
@@ -133,7 +133,7 @@ def test_bad_fits(data, options, message):
     assert torch.equal(model.weight, weight)
 
 
-def test_divergence_in_fit_keeps_the_belief_before_it():
+def test_a_fit_that_diverges_raises_the_posterior_before_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
     config = bkf.KalmanConfig(initial_variance=1e30, bound_prior=False, damping=False, expansion="mean")

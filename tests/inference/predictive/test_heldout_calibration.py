@@ -13,7 +13,7 @@ from bayes_kf.inference.measurement_model.noise import likelihood
 from bayes_kf.inference.predictive import heldout_calibration
 
 
-def test_held_out_data_take_the_temperature_nearest_to_1_that_they_do_not_clearly_speak_against():
+def test_the_temperature_is_the_one_nearest_to_1_that_is_not_clearly_worse():
     """Differences of ±1 about their mean have standard error 1/√(N − 1)."""
     size = len(tempering.GRID)
     for excess, expected in ((0.45, 6), (0.55, 4)):
@@ -45,8 +45,8 @@ def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
     assert (fixed.temperature, fixed.state.scores.updates) == (1.0, 0)
 
 
-def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
-    """More outputs than responses: log losses within 2.5 % of those by the covariance, and no backward pass."""
+def test_calibration_from_parameter_draws_agrees_with_the_covariance(monkeypatch):
+    """More outputs than draws: log losses within 2.5 % of those by the covariance, and no backward pass."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, 3, generator=g).double()
     y = torch.randint(90, (200,), generator=g)
@@ -68,8 +68,8 @@ def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
     assert float(((found - exact).abs() / exact).max()) < 0.025
 
 
-def test_held_out_data_choose_the_temperature_of_forty_classes():
-    """Labels drawn from the belief's own predictions: with few draws of many outputs a hot one looks too dear."""
+def test_calibration_finds_temperature_1_with_forty_classes():
+    """Labels are drawn from the predictions. With few draws of many outputs, a biased loss would favor a low one."""
     torch.manual_seed(0)
     model = nn.Linear(16, 40)
     kf = bkf.KalmanFilter(model, bkf.KalmanConfig(covariance="full", initial_variance=0.3, bound_prior=False))
@@ -81,7 +81,7 @@ def test_held_out_data_choose_the_temperature_of_forty_classes():
     assert posterior.calibrate([(x, y)]).temperature == 1.0
 
 
-def test_a_stream_s_own_posterior_can_be_calibrated():
+def test_the_posterior_of_a_stream_can_be_calibrated():
     kf = bkf.KalmanFilter(nn.Linear(3, 2), bkf.KalmanConfig.stream())
     assert kf.config.tune is not None
     x, y = torch.randn(20, 3), torch.arange(20) % 2

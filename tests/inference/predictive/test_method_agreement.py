@@ -11,25 +11,25 @@ import bayes_kf as bkf
 from bayes_kf.inference.predictive import method_agreement
 
 
-def bent():
+def nonlinear():
     """A network whose outputs are not linear in its weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def test_sampled_predictions_that_are_not_those_of_the_linearized_model_warn_with_numbers():
+def test_sampled_predictions_that_differ_from_linearized_ones_warn_with_numbers():
     x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).double()
     y = x.argmax(1)
     config = bkf.KalmanConfig(initial_variance=1.0, bound_prior=False, temperature=1.0)
-    wide = bkf.fit(bent(), loader(x, y), config, progress=False)
+    wide = bkf.fit(nonlinear(), loader(x, y), config, progress=False)
     with pytest.warns(UserWarning, match=r"disagree: 0\.\d+ total variation apart on 16 examples, where Monte Carlo"):
         wide.predict(x, "sampled")
     narrow = dataclasses.replace(config, initial_variance=1e-4)
-    bkf.fit(bent(), loader(x, y), narrow, progress=False).predict(x, "sampled")  # a warning would be an error
+    bkf.fit(nonlinear(), loader(x, y), narrow, progress=False).predict(x, "sampled")  # a warning would be an error
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "categorical", "poisson"])
-def test_no_disagreement_is_seen_where_the_model_is_linear(likelihood):
+def test_linear_models_never_warn(likelihood):
     g = torch.Generator().manual_seed(3)
     x = torch.randn(30, 3, generator=g).double()
     targets = {
@@ -44,7 +44,7 @@ def test_no_disagreement_is_seen_where_the_model_is_linear(likelihood):
         posterior.predict(x, "sampled", generator=torch.Generator().manual_seed(seed))
 
 
-def test_draws_are_not_compared_where_that_takes_more_passes_than_they_do(monkeypatch):
+def test_fewer_draws_than_outputs_are_not_compared(monkeypatch):
     """Fewer draws than outputs; and of a loader only the first batch is."""
     x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).double()
     posterior = bkf.fit(linear(12), loader(x, torch.arange(30) % 12), progress=False)

@@ -122,7 +122,7 @@ def test_entropy_of_correlated_outputs_is_that_of_the_joint():
     torch.testing.assert_close(posterior.predict(x).entropy, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_with_more_outputs_than_draws_linearized_predictions_take_no_backward_pass_and_say_the_same(monkeypatch):
+def test_linearized_predictions_from_parameter_draws_have_the_exact_moments(monkeypatch):
     """Means and entropies over 80 x 60 draws against 20,000 from the exact moments, in standard errors."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(30, 3, generator=g).double()
@@ -181,7 +181,7 @@ def test_predictions_of_a_loader_do_not_depend_on_its_batches(fitted, digits, se
 
 
 @pytest.mark.parametrize("method", ["linearized", "sampled"])
-def test_predictions_by_drawn_adapters_do_not_depend_on_batches_either(method):
+def test_predictions_from_drawn_adapters_do_not_depend_on_batches(method):
     """More outputs than draws: linearized predictions are by differences; in float64 these are exact to rounding."""
     torch.manual_seed(0)
     x, y = torch.randn(20, 5).double(), torch.randint(12, (20,))
@@ -197,7 +197,7 @@ def test_predictions_by_drawn_adapters_do_not_depend_on_batches_either(method):
     torch.testing.assert_close(found[0].samples, expected.samples, rtol=1e-6, atol=1e-6)
 
 
-def test_predictions_do_not_depend_on_the_pieces_that_memory_asks_for(fitted, digits):
+def test_predictions_do_not_depend_on_the_chunks_that_fit_in_memory(fitted, digits):
     images = digits[1].images[:20]
     small = dataclasses.replace(fitted.config, bytes_budget=1)
     pieces = bkf.Posterior(bkf.KalmanFilter(fitted.adapter, small), fitted.state)
@@ -206,7 +206,7 @@ def test_predictions_do_not_depend_on_the_pieces_that_memory_asks_for(fitted, di
     torch.testing.assert_close(found.samples, expected.samples, rtol=1e-3, atol=1e-4)
 
 
-def test_examples_have_noise_of_their_own(fitted, digits):
+def test_draws_of_different_examples_are_independent(fitted, digits):
     """Draws of one image, repeated, are independent: averages over examples have the error of independent draws."""
     images = digits[1].images[:1].expand(40, -1, -1, -1)
     samples = fitted.predict(images, num_samples=200).samples.double().log()

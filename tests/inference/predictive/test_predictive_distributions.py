@@ -45,7 +45,7 @@ def test_probit_is_mackay_s_for_two_classes_and_close_to_draws_for_more():
     assert float(off.mean()) < 0.06
 
 
-def test_probit_does_not_see_what_all_classes_have_in_common():
+def test_probit_ignores_a_common_shift_of_all_classes():
     g = torch.Generator().manual_seed(0)
     outputs, root = torch.randn(6, 4, generator=g).double(), torch.randn(6, 4, 4, generator=g).double()
     covariance = root @ root.mT
@@ -54,7 +54,7 @@ def test_probit_does_not_see_what_all_classes_have_in_common():
     torch.testing.assert_close(expected.sum(1), torch.ones(6).double())
 
 
-def test_probit_follows_the_data_although_softmax_leaves_a_direction_unlearned():
+def test_probit_agrees_with_draws_although_one_direction_keeps_its_prior_variance():
     torch.manual_seed(0)
     x = torch.randn(1500, 2)
     y = torch.distributions.Categorical(logits=x @ torch.tensor([[2.0, -1.0], [0.0, 1.0]])).sample()

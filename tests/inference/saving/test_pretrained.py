@@ -45,7 +45,7 @@ def test_plain_modules_and_every_state_read_back(covariance, tmp_path):
     assert torch.equal(load_file(tmp_path / "p" / "model.safetensors")["weight"], posterior.mean["weight"])
 
 
-def test_damaged_or_foreign_folders_are_refused_and_nothing_changes(fitted, tmp_path):
+def test_damaged_folders_and_other_bases_are_refused_and_nothing_changes(fitted, tmp_path):
     folder = tmp_path / "p"
     fitted.save_pretrained(folder)
     other = digits_vit(pretrained=False, seed=1)
@@ -68,7 +68,7 @@ def test_damaged_or_foreign_folders_are_refused_and_nothing_changes(fitted, tmp_
         bkf.Posterior.from_pretrained(tmp_path / "nowhere", digits_vit())
 
 
-def test_files_of_other_people_stay_beside_a_posterior(fitted, tmp_path):
+def test_other_files_stay_beside_a_posterior(fitted, tmp_path):
     (tmp_path / "thesis.tex").write_text("all my work")
     for _ in range(2):
         fitted.save_pretrained(tmp_path)
@@ -124,7 +124,7 @@ def test_trainable_biases_read_back(tmp_path, digits):
     torch.testing.assert_close(again.predict(images).probs, posterior.predict(images).probs)
 
 
-def test_reading_changes_no_weights_and_a_damaged_adapter_is_named(fitted, tmp_path):
+def test_loading_changes_no_weights_and_names_a_damaged_adapter(fitted, tmp_path):
     fitted.save_pretrained(tmp_path / "p")
     ready = lora_digits_vit(rank=2)
     before = {k: v.clone() for k, v in ready.state_dict().items()}
@@ -156,7 +156,7 @@ def test_an_adapter_of_another_scale_is_refused(fitted, tmp_path):
         bkf.Posterior.from_pretrained(tmp_path / "p", digits_vit())
 
 
-def test_adapters_of_the_user_s_own_are_not_overwritten(tmp_path):
+def test_other_adapters_are_not_overwritten(tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(r=1, target_modules=["0"]))
     kf = bkf.KalmanFilter(model, bkf.KalmanConfig(initial_variance=0.1))

@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def edit(folder, tensors=None, metadata=None, drop=()):
-    """Write the state file again with other tensors and metadata; the checksums go."""
+    """Write the state file again with other tensors and metadata; remove the checksums."""
     path = folder / STATE
     with safe_open(path, framework="pt") as file:
         saved = json.loads(file.metadata()["bayes_kf"])
