@@ -119,8 +119,8 @@ def check_frozen_tensors(model: nn.Module, metadata: Mapping[str, Any], tensors:
         saved = tensors.get(PREFIX + base)
         if saved is None or not _is_close(_elements(own[name]), saved):
             raise ValueError(
-                "`base_model` must be the base before LoRA's initialization or after it, got one whose "
-                f"{base} becomes another."
+                "`base_model` must be the base before or after LoRA's initialization, got one that gets "
+                f"another {base} by it."
             )
 
 
