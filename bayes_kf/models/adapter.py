@@ -54,7 +54,7 @@ class AdapterModel:
 
     def __init__(self, model: nn.Module) -> None:
         trainable = trainable_tensors(model)
-        adapter_tensors.check(model)
+        adapter_tensors.check_supported(model)
         self.model = model
         self.names: tuple[str, ...] = tuple(trainable)
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())
@@ -260,18 +260,18 @@ class AdapterModel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)
 
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
+    def full_precision(self) -> AbstractContextManager[object]:
         """Confines the caller's autocast, if it is on, to the model's forward passes: nothing else is rounded.
 
         It encloses a whole computation, so other threads wait outside.
         """
+        kind = self.device.type
+        return self._confined_autocast(kind) if torch.is_autocast_enabled(kind) else self.lock()
+
+    @contextmanager
+    def _confined_autocast(self, kind: str) -> Iterator[None]:
         with self.lock():
-            kind, outside = self.device.type, self._autocast
-            if not torch.is_autocast_enabled(kind):
-                yield
-                return
-            self._autocast = torch.get_autocast_dtype(kind)
+            outside, self._autocast = self._autocast, torch.get_autocast_dtype(kind)
             try:
                 with torch.autocast(kind, enabled=False):
                     yield

@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module, skip: set[str]) -> str:
 def noted(adapter: AdapterModel) -> dict[str, Any]:
     """What is saved of a model, as JSON."""
     trainable, model = set(adapter.names), adapter.model
-    changed = adapter_tensors.initialized(model)
+    changed = adapter_tensors.changed_base_weights(model)
     return {
         "base_fingerprint": fingerprint(model, trainable),
         "base": of_base(model, trainable),
@@ -55,14 +55,17 @@ def noted(adapter: AdapterModel) -> dict[str, Any]:
 def samples(adapter: AdapterModel) -> dict[str, Tensor]:
     """Elements of the weights that LoRA's initialization changed, under their names in the base."""
     tensors = adapter.model.state_dict()
-    return {PREFIX + base: _picked(tensors[name]) for name, base in adapter_tensors.initialized(adapter.model).items()}
+    return {
+        PREFIX + base: _picked(tensors[name])
+        for name, base in adapter_tensors.changed_base_weights(adapter.model).items()
+    }
 
 
 def of_base(model: nn.Module, skip: set[str]) -> str:
     """Of the base's tensors but those in ``skip``, by their names in the base; replicated layers once."""
     tensors = model.state_dict(keep_vars=True)
     skipped = {id(tensors[name]) for name in skip if name in tensors}  # under all the names that they have
-    named = {base: tensors[name] for name, base in adapter_tensors.parts(model).base.items()}
+    named = {base: tensors[name] for name, base in adapter_tensors.tensor_names(model).base.items()}
     return _of({base: tensor for base, tensor in named.items() if id(tensor) not in skipped})
 
 
@@ -70,7 +73,7 @@ def of_adapter(model: nn.Module, trainable: set[str]) -> str:
     """Of the active adapter's tensors that are not trained, whatever its name."""
     tensors, name = model.state_dict(keep_vars=True), adapter_tensors.active_adapter(model)
     skipped = {id(tensors[path]) for path in trainable if path in tensors}  # under all the names that they have
-    own = [path for path in adapter_tensors.parts(model).adapter if id(tensors[path]) not in skipped]
+    own = [path for path in adapter_tensors.tensor_names(model).adapter if id(tensors[path]) not in skipped]
     return _of({".".join("" if step == name else step for step in path.split(".")): tensors[path] for path in own})
 
 
@@ -90,7 +93,7 @@ def recognized(model: nn.Module, metadata: Mapping[str, Any], complete: bool) ->
         return True
     changed = set(metadata["initialized"])
     if complete:
-        changed = {name for name, base in adapter_tensors.parts(model).base.items() if base in changed}
+        changed = {name for name, base in adapter_tensors.tensor_names(model).base.items() if base in changed}
     return None if changed and of_base(model, skip | changed) == metadata["base_unchanged"] else False
 
 
@@ -104,7 +107,7 @@ def check(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, T
     if of_adapter(model, names) != metadata["frozen_adapter"]:
         raise ValueError("`base_model` must have the adapter's frozen tensors as they were fitted, got others.")
     own = model.state_dict()
-    for name, base in adapter_tensors.initialized(model).items():
+    for name, base in adapter_tensors.changed_base_weights(model).items():
         saved = tensors.get(PREFIX + base)
         if saved is None or not _close(_picked(own[name]), saved):
             raise ValueError(
