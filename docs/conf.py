@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
-from bayes_kf import __version__  # noqa: E402
+from bayes_kf import __version__
 
 project, author = "bayes_kf", "The bayes_kf developers"
 version = release = __version__

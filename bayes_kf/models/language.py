@@ -2,8 +2,8 @@
 
 Each class is an :class:`AdapterModel` of the language model itself. So ``bkf.fit``, ``KalmanFilter`` and
 ``Posterior.predict`` accept it like any model, and the saved adapter is an ordinary PEFT adapter of the language model.
-After loading, ``posterior.reading(OptionTokens(model, options))`` uses it as a classifier again. These classes are our
-own.
+After loading, ``posterior.with_adapter(OptionTokens(model, options))`` uses it as a classifier again. These classes
+are our own.
 """
 
 from __future__ import annotations
