@@ -4,11 +4,11 @@ LoKO's Tables 1 to 3 on what can be run here. Rows are the files of ``bench/opti
 ``bench/problems``; all share starts, streams and the number of settings that they may try. A stopped run goes on where
 it was. Data and weights: ../shared/data and ../shared/weights, or $BAYES_KF_DATA and $BAYES_KF_WEIGHTS.
 
-    python benchmarks/bench_online.py                                    # everything
-    python benchmarks/bench_online.py --problems usps --rows default adamw loko_lora
-    python benchmarks/bench_online.py --problems uci --limit 100         # needs no data; a file of its own name
-    python benchmarks/bench_online.py --problems cifar10 --backbone vit_b_16    # downloads DINO's weights
-    python benchmarks/bench_online.py --table                            # table, figure and CSV from what is there
+    python -m benchmarks.bench.run_online                                    # everything
+    python -m benchmarks.bench.run_online --problems usps --rows default adamw loko_lora
+    python -m benchmarks.bench.run_online --problems uci --limit 100         # needs no data; a file of its own name
+    python -m benchmarks.bench.run_online --problems cifar10 --backbone vit_b_16    # downloads DINO's weights
+    python -m benchmarks.bench.run_online --table                            # table, figure and CSV from what is there
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def trained(path: Path = WEIGHTS) -> CLIPModel:
         FileNotFoundError: it has not been trained.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"`path` must hold what benchmarks/train_clip.py writes, got {path}.")
+        raise FileNotFoundError(f"`path` must hold what benchmarks/few_shot/train_clip.py writes, got {path}.")
     model = untrained()
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -7,10 +7,10 @@ training shots; on them every row chooses among its own grid, by accuracy and th
 are accuracy, calibration error and log loss on images like those learned (ID), on shifted ones (OOD), and how well
 entropy tells images of other things. Data is read from ../shared/data or $BAYES_KF_DATA.
 
-    OMP_NUM_THREADS=1 python benchmarks/few_shot.py                    # everything; goes on where it was stopped
-    OMP_NUM_THREADS=1 python benchmarks/few_shot.py --rows kalman-lora --tasks letters --shots 4
-    OMP_NUM_THREADS=1 python benchmarks/few_shot.py --wrong 0.25       # a quarter of the training labels are wrong
-    python benchmarks/few_shot.py --table                              # write table and figure again
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.run                    # everything; goes on where it was stopped
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.run --rows kalman-lora --tasks letters --shots 4
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.run --wrong 0.25       # a quarter of the training labels are wrong
+    python -m benchmarks.few_shot.run --table                              # write table and figure again
 """
 
 from __future__ import annotations

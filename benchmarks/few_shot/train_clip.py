@@ -6,8 +6,8 @@ Kuzushiji-MNIST and Fashion-MNIST are held out: digits and letters are known to 
 others not at all. Writes ``results/few_shot_clip.safetensors`` (half precision) and, in ``results/few_shot_clip.md``,
 what share of images is classified right by prompts alone.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_clip.py           # about 20 minutes on one core
-    OMP_NUM_THREADS=1 python benchmarks/train_clip.py --test    # only measure the weights that are there
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.train_clip           # about 20 minutes on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.train_clip --test    # only measure the weights that are there
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Predictions are made batch by batch from logits of a calibrated and of a sharpen
 accuracy and calibration error (top label, 15 bins), the two of them that it streams. Each runs in a process of its
 own, whose peak memory is that process's, interpreter and libraries included.
 
-    python benchmarks/evaluation_cost.py                      # a million by 100; on an otherwise idle machine
-    python benchmarks/evaluation_cost.py --examples 100000    # fewer
+    python -m benchmarks.speed.evaluation_cost                      # a million by 100; on an otherwise idle machine
+    python -m benchmarks.speed.evaluation_cost --examples 100000    # fewer
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common.subprocesses import MIB, alarmed, elsewhere, held, peak, status
+from benchmarks.common.subprocesses import MIB, alarmed, held, peak, run_in_process, status
 from benchmarks.speed.models import batch, build, to_device, train_head, trainable
 from benchmarks.speed.peers import METHODS, Running
 
@@ -163,7 +163,9 @@ def _summary(spans: Mapping[str, list[float]]) -> dict[str, Any]:
 
 def memory_elsewhere(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`memory_here` finds in a new process, or why it found nothing."""
-    found = elsewhere(memory_here, cell, method, weights, dict(options), threads=options["threads"], exact_memory=True)
+    found = run_in_process(
+        memory_here, cell, method, weights, dict(options), threads=options["threads"], exact_memory=True
+    )
     if isinstance(found, dict):
         return found
     if alarmed(found):

@@ -5,9 +5,9 @@ passes; torch runs them, and everything else is this package's. Each part of a s
 inside another is taken off it, and the table has medians over rounds that alternate with AdamW steps. Timing by parts
 slows a small step by a few percent, so whole steps are also timed without it. Same models and cells as `speed.py`.
 
-    python benchmarks/profile_step.py                                   # the cells that have targets
-    python benchmarks/profile_step.py --models bert-64 --methods exact --batches 16 --outputs 100
-    python benchmarks/profile_step.py --table                           # print what is there
+    python -m benchmarks.speed.profile_step                                   # the cells that have targets
+    python -m benchmarks.speed.profile_step --models bert-64 --methods exact --batches 16 --outputs 100
+    python -m benchmarks.speed.profile_step --table                           # print what is there
 """
 
 from __future__ import annotations

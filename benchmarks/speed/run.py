@@ -7,12 +7,12 @@ table has medians of the rounds' ratios to AdamW. Memory is the peak of one warm
 process of its own (Linux). A method whose step takes longer than `--cap` or more than `--memory-limit` is left out with
 the reason, also in the cells of the same model that are larger. Peers need `pip install bayes-kf[bench]`.
 
-    python benchmarks/speed.py                                      # everything; a stopped run goes on where it was
-    python benchmarks/speed.py --models bert-tiny --batches 1 16 --outputs 10 --seconds 5
-    python benchmarks/speed.py --models bert-tiny --redo 'B16/m100/(time|memory/exact)$'
-    python benchmarks/speed.py --scaling                            # cost against m and n: results/speed.png
-    python benchmarks/speed.py --device cuda                        # into files of its own
-    python benchmarks/speed.py --table                              # print what is there
+    python -m benchmarks.speed.run                                      # everything; a stopped run goes on where it was
+    python -m benchmarks.speed.run --models bert-tiny --batches 1 16 --outputs 10 --seconds 5
+    python -m benchmarks.speed.run --models bert-tiny --redo 'B16/m100/(time|memory/exact)$'
+    python -m benchmarks.speed.run --scaling                            # cost against m and n: results/speed.png
+    python -m benchmarks.speed.run --device cuda                        # into files of its own
+    python -m benchmarks.speed.run --table                              # print what is there
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ The text task: MiniLM with LoRA and a new head on SST-2 (../shared/data or $BAYE
 extra ``bench``). Every process has one thread and its share of a global batch of fixed size; the fastest of several
 rounds counts, forms and numbers of processes taking turns. The model of `docs/distributed.md` is fitted to it.
 
-    python benchmarks/scaling.py                       # a table and a picture in benchmarks/results
-    python benchmarks/scaling.py --batch 64 --rounds 5
-    python benchmarks/scaling.py --table               # anew from what is there
+    python -m benchmarks.speed.scaling                       # a table and a picture in benchmarks/results
+    python -m benchmarks.speed.scaling --batch 64 --rounds 5
+    python -m benchmarks.speed.scaling --table               # anew from what is there
 """
 
 from __future__ import annotations

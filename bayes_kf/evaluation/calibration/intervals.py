@@ -1,7 +1,7 @@
 """Confidence intervals in closed form: of proportions, means, AUROCs and rank correlations.
 
 Each was simulated over sizes from 30, numbers of classes and kinds of miscalibration
-(`benchmarks/interval_coverage.py`) and covers the true value in at least 90 % of data sets where it says 95. Scores for
+(`benchmarks/quality/interval_coverage.py`) and covers the true value in at least 90 % of data sets where it says 95. Scores for
 which no such interval is known have none: calibration errors, AUPR, FPR@95, the area under the risk-coverage curve,
 squared errors and log densities.
 

@@ -2,7 +2,7 @@
 
 Seven errors that each leave their 95 % band by chance in 5 % of data sets leave it together in 14 to 25 %. Therefore
 only the smooth error is tested; the others are numbers beside their bands. Of the errors that see every kind of
-miscalibration it has the most power (`benchmarks/interval_coverage.py`), and it needs no bins. Spiegelhalter's test has
+miscalibration it has the most power (`benchmarks/quality/interval_coverage.py`), and it needs no bins. Spiegelhalter's test has
 more against over- and under-confidence, but does not see what leaves the mean Brier score as expected.
 """
 
