@@ -12,7 +12,17 @@ from bayes_kf.evaluation.recalibration.scaling import RECALIBRATIONS
 from bayes_kf.inference.fitting.fit import STARTS
 from bayes_kf.inference.predictive.prediction import METHODS
 
-THIRD_PARTY = ("pyro", "peft", "transformers", "sklearn", "matplotlib", "arviz", "huggingface_hub", "jinja2")
+THIRD_PARTY = (
+    "pyro",
+    "peft",
+    "transformers",
+    "sklearn",
+    "scoringrules",
+    "matplotlib",
+    "arviz",
+    "huggingface_hub",
+    "jinja2",
+)
 HEAVY = (*THIRD_PARTY, "scipy.stats", "scipy.special", "scipy.optimize", "torchvision", "pandas", "yaml", "PIL")
 SCRIPT = f"""
 import json, sys, tempfile

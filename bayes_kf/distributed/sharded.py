@@ -23,7 +23,7 @@ from bayes_kf.distributed.batch_shards import Share
 from bayes_kf.distributed.distributed_filter import FilterOfMany
 from bayes_kf.distributed.parameter_shards import Columns
 from bayes_kf.distributed.row_exchange import columns_for_rows
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import gradient_penalty
 from bayes_kf.inference.filtering.measurement import Batch
 from bayes_kf.inference.filtering.measurement_update import check_finite
@@ -85,7 +85,7 @@ class ShardedFilter(FilterOfMany):
         targets = self.group.rows(share.targets, share.sizes)
 
         def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
-            with parameter_sums.whole():
+            with parameter_sums.unsharded():
                 batch = self._observed(now, share.some(where, self.group.rank) if where != slice(0, size) else share)
             yield batch
 
@@ -116,11 +116,11 @@ class ShardedFilter(FilterOfMany):
         first = sum(sizes[: self.group.rank]) if sizes[self.group.rank] else 0
         own = _directions(seen.directions, first, linearized.outputs)
         if own is None and family.name == "categorical":
-            jacobian = linearized.pull_differences()
+            jacobian = linearized.softmax_jacobian()
         else:
-            jacobian = linearized.pull(own)
+            jacobian = linearized.jacobian(own)
         jacobian = columns_for_rows(self.group, self.columns, jacobian.examples(here), sizes)
-        needed = None if seen.directions is None else seen.directions.needed
+        needed = None if seen.directions is None else seen.directions.rows_per_example
         rows = [num_rows(self.config, outputs.shape[1])] * sum(sizes) if needed is None else needed.tolist()
         return Batch(self._outputs_of(share), targets, outputs, state.belief.mean, seen, jacobian, rows)
 
@@ -148,8 +148,8 @@ def _directions(directions: Directions | None, first: int, outputs: Tensor) -> D
     def seeds(example: Tensor, which: Tensor) -> Tensor:
         return directions.seeds(example + first, which)
 
-    needed = None if directions.needed is None else directions.needed[first : first + len(outputs)]
-    return Directions(directions.number, seeds, needed)
+    needed = None if directions.rows_per_example is None else directions.rows_per_example[first : first + len(outputs)]
+    return Directions(directions.num_rows, seeds, needed)
 
 
 def _over(state: FilterState, change: Callable[[Tensor], Tensor]) -> FilterState:
@@ -158,5 +158,6 @@ def _over(state: FilterState, change: Callable[[Tensor], Tensor]) -> FilterState
     def changed(name: str, values: Tensor) -> Tensor:
         return values if name == "gram" else change(values)  # of low rank, over its columns
 
-    belief = type(state.belief)(*(changed(n, v) for n, v in zip(state.belief._fields, state.belief, strict=True)))
-    return state._replace(belief=belief, prior=diagonal.State(*map(change, state.prior)))
+    tensors = {name: changed(name, values) for name, values in state.belief._asdict().items()}
+    belief = type(state.belief)(**tensors)
+    return state._replace(belief=belief, prior=DiagonalGaussian(*map(change, state.prior)))

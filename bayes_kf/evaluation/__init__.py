@@ -14,16 +14,13 @@ from bayes_kf.evaluation.calibration.errors import (
     reliability_bins,
     smooth_calibration_error,
 )
-from bayes_kf.evaluation.calibration.intervals import Interval, calibration_interval, mean_interval
+from bayes_kf.evaluation.calibration.intervals import calibration_interval, mean_interval
 from bayes_kf.evaluation.calibration.null_distribution import (
-    Calibrated,
-    CalibrationNull,
-    CalibrationTest,
     calibration_null,
     calibration_test,
     reliability_band,
-    spiegelhalter_test,
 )
+from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
 from bayes_kf.evaluation.classification.comparison import Difference, Rank, ScoreComparison, compare_predictions
 from bayes_kf.evaluation.classification.corruption_shift import ShiftScores, shift_curve
 from bayes_kf.evaluation.classification.entropy import (
@@ -117,7 +114,11 @@ from bayes_kf.evaluation.regression.scores import (
 )
 from bayes_kf.evaluation.regression_report import evaluate_regression
 from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.resampling.null_test import CalibrationNull, CalibrationTest, NullComparison
+from bayes_kf.evaluation.score import Interval, Score
 from bayes_kf.evaluation.sections.human_agreement import human_entropy_plot
+
+Calibrated = NullComparison  # the name of earlier releases
 
 __all__ = [
     "Bounds",
@@ -139,6 +140,7 @@ __all__ = [
     "Interval",
     "IsotonicCalibration",
     "LoaderPrediction",
+    "NullComparison",
     "OODScores",
     "PosteriorLike",
     "QuantileCoverage",
@@ -147,6 +149,7 @@ __all__ = [
     "ReliabilityBins",
     "Report",
     "RiskCoverage",
+    "Score",
     "ScoreComparison",
     "SelectiveIntervals",
     "SetCoverage",

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bayes_kf.evaluation.calibration.null_distribution import check_simulation
 from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy_parts
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
 from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.report.html_page import fingerprint
 from bayes_kf.evaluation.report.report import Report
-from bayes_kf.evaluation.sections.classification import LEVEL, Chance, class_section, entropy_section, score_section
+from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation
+from bayes_kf.evaluation.sections.classification import LEVEL, class_section, entropy_section, score_section
 from bayes_kf.evaluation.sections.examples import example_section
 from bayes_kf.evaluation.sections.human_agreement import human_section
 from bayes_kf.evaluation.sections.online import stream_sections
@@ -86,7 +86,7 @@ def evaluate_predictions(
     check_simulation(num_simulations, LEVEL)
     names = _class_names(class_names, checked.shape[1])
     parts = entropy_parts(samples) if uncertainty is None and samples is not None else uncertainty
-    chance = Chance(num_bins, num_simulations, seed)
+    chance = NullSettings(num_bins, num_simulations, seed)
     sections = (
         score_section(checked, labels, log_prob, chance, ordered=ordered, top_k=_top_k(top_k, checked.shape[1]))
         + entropy_section(checked, parts, ood or {}, chance)

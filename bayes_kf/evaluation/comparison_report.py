@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.null_distribution import check_simulation
 from bayes_kf.evaluation.classification.comparison import COMPARED, ScoreComparison, compare_predictions
 from bayes_kf.evaluation.classification.score_summary import LEVEL
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
@@ -20,7 +19,8 @@ from bayes_kf.evaluation.posterior_report import class_predictions
 from bayes_kf.evaluation.protocols import PosteriorLike
 from bayes_kf.evaluation.report.html_page import fingerprint, label_of, number, table_text
 from bayes_kf.evaluation.report.report import FigureSpec, Report, Sections, Table
-from bayes_kf.evaluation.sections.classification import Chance, score_section
+from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation
+from bayes_kf.evaluation.sections.classification import score_section
 from bayes_kf.evaluation.sections.online import even_steps, window_of
 from bayes_kf.evaluation.sections.verdicts import comparison_verdict, quoted
 
@@ -133,7 +133,7 @@ def report_comparison(
     check_simulation(num_simulations, LEVEL)
     comparisons = compare_predictions(probs, targets)
     checked = {str(name): as_probs(values, f"probs[{name!r}]") for name, values in probs.items()}
-    chance = Chance(num_bins, num_simulations, seed)
+    chance = NullSettings(num_bins, num_simulations, seed)
     single = {name: score_section(p, as_targets(targets, p), None, chance) for name, p in checked.items()}
     sections = _comparison_section(comparisons, single) + _diagrams(single) + _courses(histories or {})
     settings = {**(config or {}), "models": ", ".join(checked), **vars(chance)}

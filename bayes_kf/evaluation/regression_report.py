@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.null_distribution import check_simulation
 from bayes_kf.evaluation.inputs import Array, as_float
 from bayes_kf.evaluation.regression.scores import check_same_shape
 from bayes_kf.evaluation.report.html_page import fingerprint
 from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.resampling.null_test import check_simulation
 from bayes_kf.evaluation.sections.online import stream_sections
 from bayes_kf.evaluation.sections.regression import (
     Forecast,

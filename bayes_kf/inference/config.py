@@ -5,76 +5,43 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bayes_kf.files.checksums import SUMS_FILE, is_listed
 from bayes_kf.files.staging import staging
-from bayes_kf.inference.covariance import block_diagonal, diagonal, full, low_rank
+from bayes_kf.inference.config_field import (
+    check_forgetting,
+    check_integer,
+    check_share,
+    optional,
+    setting,
+    word_or_positive,
+)
+from bayes_kf.inference.config_groups import (
+    CovarianceSettings,
+    CurvatureSettings,
+    DynamicsSettings,
+    FittingSettings,
+    NoiseSettings,
+    PredictiveSettings,
+    PriorSettings,
+)
+from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
+from bayes_kf.inference.covariance.structure import STRUCTURES
 from bayes_kf.models.likelihood import LIKELIHOODS
-from bayes_kf.validation import did_you_mean
-
-
-class Structure(NamedTuple):
-    """The functions of one covariance structure; each documented in its own file.
-
-    ``accumulate`` takes the place of ``condition`` where the mean is held: what it adds to the precision does not
-    depend on the prior, whose width may be chosen afterwards. None where that is so of ``condition`` itself.
-    """
-
-    State: type[Any]
-    init: Callable[..., Any]
-    predict: Callable[..., Any]
-    condition: Callable[..., Any]
-    add_precision: Callable[..., Any]
-    merge: Callable[..., Any]
-    root: Callable[..., Any]
-    product: Callable[..., Any]
-    marginal_variance: Callable[..., Any]
-    covariance_matrix: Callable[..., Any]
-    output_covariance: Callable[..., Any]
-    joint_output_covariance: Callable[..., Any]
-    quadratic: Callable[..., Any]
-    log_determinant: Callable[..., Any]
-    scales: Callable[..., Any]
-    accumulate: Callable[..., Any] | None = None
-
-
-def _structure(module: Any, condition: Callable[..., Any], accumulate: Callable[..., Any] | None = None) -> Structure:
-    names = [name for name in Structure._fields if name not in ("condition", "accumulate")]
-    found = {name: getattr(module, name) for name in names}
-    return Structure(condition=condition, accumulate=accumulate, **found)
-
-
-STRUCTURES: dict[str, Structure] = {
-    "diagonal": _structure(diagonal, diagonal.gain_condition, diagonal.mixed_condition),
-    "diagonal_information": _structure(diagonal, diagonal.information_condition),
-    "diagonal_mixed": _structure(diagonal, diagonal.mixed_condition),
-    "low_rank": _structure(low_rank, low_rank.condition, low_rank.accumulate),
-    "block_diagonal": _structure(block_diagonal, block_diagonal.condition, block_diagonal.accumulate),
-    "full": _structure(full, full.condition),
-}
-
-
-def register_structure(name: str, structure: Structure) -> None:
-    """Make a covariance structure one that ``KalmanConfig(covariance=name)`` takes.
-
-    Args:
-        name: a word that is not taken.
-        structure: its functions; ``STRUCTURES["diagonal"]._replace(...)`` is a start.
-
-    Raises:
-        ValueError: for a name that is taken, or what is no structure.
-    """
-    if not isinstance(structure, Structure):
-        raise ValueError(f"`structure` must be a Structure, got {type(structure).__name__}.")
-    if not name.isidentifier() or name in STRUCTURES:
-        raise ValueError(f"`name` must be a word other than {', '.join(STRUCTURES)}, got {name!r}.")
-    STRUCTURES[name] = structure
-    CHOICES["covariance"] = tuple(STRUCTURES)
-
+from bayes_kf.validation import (
+    check_bool,
+    check_inside_unit_interval,
+    check_not_negative,
+    check_one_of,
+    check_positive,
+    check_whole,
+    did_you_mean,
+)
 
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
@@ -86,7 +53,6 @@ PENALTIES = ("transient", "permanent")
 OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
 CHOICES: dict[str, tuple[str, ...]] = {
     "likelihood": tuple(LIKELIHOODS),
-    "covariance": tuple(STRUCTURES),
     "noise": NOISES,
     "initial_rule": RULES,
     "initial_spread": SPREADS,
@@ -110,84 +76,13 @@ CONFIG_FILE = "kalman_config.json"
 
 @dataclass(frozen=True)
 class KalmanConfig:
-    """How a belief over adapters starts, moves and learns.
+    """Settings of a Kalman filter over adapter parameters, checked when the object is made.
 
-    Attributes:
-        likelihood: "categorical", "bernoulli", "gaussian" or "poisson".
-        covariance: "low_rank" (plus a diagonal), "diagonal" (gain form, as the papers), "diagonal_information",
-            "diagonal_mixed", "block_diagonal" or "full".
-        rank: L, columns of the low-rank part of the precision.
-        blocks: of "block_diagonal": each of the "tensors", or each of the "modules" (LoRA's A and B of one layer;
-            weight and bias).
-        noise: observation noise. "exponential_family": the likelihood's own variance. "ema_taylor" and "ema_residual":
-            LoKO's equations 12 and 7. "identity": I. "decaying": exp(−k/50) I at update k.
-        noise_variance: σ² of a Gaussian likelihood in squared target units, or "estimated"; the unit of "identity" and
-            "decaying" noise there.
-        initial_logit_sd: prior standard deviation of the outputs, from which the prior variances follow. Used when
-            ``initial_variance`` is None.
-        initial_spread: how that is shared: "modules" (a module adds variance ∝ the root of its gain, and no LoRA factor
-            more than lets ΔW be twice the size of W), "tensors" (each tensor adds the same variance to the outputs) or
-            "constant" (one variance for every parameter).
-        initial_bias_sd: None, or prior standard deviation that a bias of the outputs themselves has at least, in the
-            outputs' unit, beside ``initial_logit_sd``: how far the log odds of the classes may lie from where they
-            start, whatever the features can teach. Used when ``initial_variance`` is None.
-        initial_variance: prior variance of every parameter ("constant"), or its upper bound ("uniform").
-        bound_prior: whether an ``initial_variance`` too wide for a classifier's linearization is narrowed, with a
-            warning (``prior.bounded`` says how).
-        initial_rule: "constant" or "uniform" (LoKO's methods 1 and 2), for ``initial_variance``.
-        beta: forgetting factor of the EMA noise models, in (0, 1); applied once for every part of a batch that is
-            solved together: 192 rows, or fewer where one step would be too far for them.
-        forgetting: λ in (0, 1]; the variance is divided by it before every update.
-        drift_variance: q ≥ 0, added to every variance before every update.
-        prior_pull: a in [0, 1), by which the belief returns to the prior before every update: with α = 1 − a,
-            μ⁻ = αμ + aμ₀ and P⁻ = α²P + (1 − α²)P₀, which leaves the prior as it is.
-        damping: whether an update that does not lower its own objective is solved again with less precise data, eight
-            times at most, and then not taken, with a warning.
-        gate_quantile: None, or the χ² quantile in (0, 1) beyond which an observation's noise is inflated.
-        gradient_penalty: ρ ≥ 0 of R-Kalman (ours): an update starts from the precision P⁻¹ + ρ‖g‖² I, g the gradient of
-            the batch's mean −log p(y | θ) at the mean before it (``penalty``). It takes one more backward pass a batch.
-        gradient_penalty_form: "transient": that tightens the step of the mean only, and the covariance is the one of an
-            update without it. "permanent": the added precision stays.
-        expansion: where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior
-            "mean" as in the papers. Only the exponential-family noise has a choice.
-        curvature: which directions of the outputs a step sees. "exact": all of them, one backward pass each.
-            "truncated": of each example the most probable classes, and the rest lumped into one. "sampled": the log
-            odds of the label for the mean, random probes for the covariance; two passes for any number of classes.
-        curvature_epsilon: "truncated" lumps at most this much probability together, in (0, 1).
-        curvature_classes: "truncated" keeps at most this many classes (and the label), whatever probability is left.
-        curvature_draws: K, probes of "sampled".
-        outputs_per_pass: outputs of each example that share a backward pass; None chooses from the sizes. Only speed
-            depends on it.
-        bytes_budget: bytes that the graph, the rows and the temporaries of a step may take beside the belief; larger
-            batches go through in pieces. None: 32 MiB, or three times the graph of the batch, or two vectors of
-            parameters, where that is more. Beliefs depend on it only through rounding, unless it is too small for 192
-            rows.
-        tune: settings to choose among, field name -> values, as ``{"initial_logit_sd": (1.0, 3.0, 10.0)}``: filters
-            with every combination learn the first examples side by side (:class:`~bayes_kf.Bank`), and the one whose
-            predictions of them had the least log loss goes on. :func:`~bayes_kf.fit` does so.
-        tune_examples: how many examples that takes.
-        tune_burn_in: share of them, the first, whose log loss does not count, in [0, 1): what begins best is often not
-            what ends best. 0: all counts, as evidence does.
-        tune_margin: standard errors by which their log loss must prefer a combination to one with a narrower prior; 0:
-            the least log loss wins.
-        passes: over the data of a :func:`~bayes_kf.fit`. Each starts again from the prior, linearized and expanded at
-            the mean of the one before (Gauss-Newton), so that no example counts twice. For more than one, nothing
-            drifts, is forgotten, gated or penalized.
-        mean_passes: further passes of a :func:`~bayes_kf.fit` in which only the mean moves, toward the mode, by natural
-            gradient steps that each cost what one of gradient descent does (``refine``). Nothing may drift, be
-            forgotten, gated or penalized. With ``start`` "trained" they go on from the adapter's own mean.
-        temperature: factor on the posterior covariance in predictions: "prequential" (chosen from a grid by the
-            stream's own log loss: the one nearest to 1 that the scores do not clearly speak against) or a number > 0.
-            With several ``passes`` those of the last one count, each example predicted by the examples before it. With
-            ``mean_passes`` it stays that of the belief before them, unless :func:`~bayes_kf.fit` holds data out;
-            ``Posterior.calibrate`` chooses one for the belief that is kept.
-        softmax_temperature: what logits are divided by in predictions of classes, > 0 (below 1: surer; Guo et al.
-            2017); learning does not see it. "held_out": 1 until held-out data say less, which
-            :func:`~bayes_kf.fit` asks where it holds data out, and ``Posterior.calibrate_softmax``.
-        seed: of the uniform prior rule, the probes and the draws.
+    Inner functions take the groups of settings that they use: ``prior_settings``, ``noise_settings`` and so on.
 
     Raises:
-        ValueError: one sentence for the first bad field.
+        TypeError: for a setting that does not exist.
+        ValueError: one sentence for the first bad value.
 
     Example:
         >>> KalmanConfig(beta=1.0)
@@ -196,42 +91,213 @@ class KalmanConfig:
         ValueError: `beta` must lie strictly between 0 and 1, got 1.0.
     """
 
-    likelihood: str = "categorical"
-    covariance: str = "low_rank"
-    noise: str = "exponential_family"
-    noise_variance: float | str = 1.0
-    initial_logit_sd: float = 3.0
-    initial_spread: str = "modules"
-    initial_bias_sd: float | None = None
-    initial_variance: float | None = None
-    initial_rule: str = "constant"
-    bound_prior: bool = True
-    expansion: str = "mode"
-    rank: int = 20
-    blocks: str = "modules"
-    beta: float = 0.95
-    forgetting: float = 1.0
-    drift_variance: float = 0.0
-    prior_pull: float = 0.0
-    damping: bool = True
-    gate_quantile: float | None = None
-    gradient_penalty: float = 0.0
-    gradient_penalty_form: str = "transient"
-    curvature: str = "exact"
-    curvature_epsilon: float = 1e-3
-    curvature_classes: int = 100
-    curvature_draws: int = 1
-    outputs_per_pass: int | None = None
-    bytes_budget: int | None = None
-    tune: Mapping[str, Sequence[Any]] | None = None
-    tune_examples: int = 500
-    tune_burn_in: float = 0.5
-    tune_margin: float = 0.0
-    passes: int = 1
-    mean_passes: int = 0
-    temperature: float | str = "prequential"
-    softmax_temperature: float | str = 1.0
-    seed: int = 0
+    likelihood: str = setting(
+        "categorical",
+        'The observation model: "categorical", "bernoulli", "gaussian" or "poisson".',
+    )
+    covariance: str = setting(
+        "low_rank",
+        'The covariance structure: "low_rank" (low rank plus diagonal), "diagonal" (gain form, as in the papers), '
+        '"diagonal_information", "diagonal_mixed", "block_diagonal" or "full".',
+    )
+    noise: str = setting(
+        "exponential_family",
+        'The observation noise R. "exponential_family": the variance of the likelihood. "ema_taylor" and '
+        '"ema_residual": equations 12 and 7 of LoKO. "identity": I. "decaying": exp(−k/50) I at update k.',
+    )
+    noise_variance: float | str = setting(
+        1.0,
+        'σ² of a Gaussian likelihood, in squared units of the targets, or "estimated". With "identity" and '
+        '"decaying" noise, the unit of R.',
+        check=word_or_positive("estimated"),
+    )
+    initial_logit_sd: float = setting(
+        3.0,
+        "Prior standard deviation of the outputs (logits). The prior variances of the parameters follow from it. "
+        "Used when initial_variance is None.",
+        check=check_positive,
+    )
+    initial_spread: str = setting(
+        "modules",
+        'How initial_logit_sd is shared among the parameters. "modules": a module adds variance proportional to '
+        'the square root of its gain, and no LoRA factor may make ΔW more than twice the size of W. "tensors": '
+        'each tensor adds the same variance to the outputs. "constant": every parameter has the same variance.',
+    )
+    initial_bias_sd: float | None = setting(
+        None,
+        "Least prior standard deviation of a bias of the outputs, in units of the outputs, beside "
+        "initial_logit_sd: how far the log odds of the classes may lie from their start whatever the features can "
+        "teach. Used when initial_variance is None. None: no such bound.",
+        check=optional(check_positive),
+    )
+    initial_variance: float | None = setting(
+        None,
+        'Prior variance of every parameter (initial_rule "constant"), or its upper bound ("uniform"). None: the '
+        "variance follows from initial_logit_sd.",
+        check=optional(check_positive),
+    )
+    initial_rule: str = setting(
+        "constant",
+        'How initial_variance is used: "constant" or "uniform" (methods 1 and 2 of LoKO).',
+    )
+    bound_prior: bool = setting(
+        True,
+        "Whether an initial_variance that is too wide for the linearization of a classifier is narrowed, with a "
+        "warning.",
+        check=check_bool,
+    )
+    expansion: str = setting(
+        "mode",
+        'Where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior "mean" '
+        'as in the papers. Only "exponential_family" noise has a choice.',
+    )
+    rank: int = setting(
+        20,
+        "L, the number of columns of the low-rank part of the precision.",
+        check=check_whole,
+    )
+    blocks: str = setting(
+        "modules",
+        'The blocks of "block_diagonal": one for each of the "tensors", or one for each of the "modules" (A and B '
+        "of one LoRA layer; weight and bias).",
+    )
+    beta: float = setting(
+        0.95,
+        "Forgetting factor of the EMA noise models, in (0, 1). It is applied once for every block of a batch that "
+        "is solved together: 192 rows, or fewer where one step would leave the linearization.",
+        check=check_inside_unit_interval,
+    )
+    forgetting: float = setting(
+        1.0,
+        "λ in (0, 1]. The variance is divided by λ before every update.",
+        check=check_forgetting,
+    )
+    drift_variance: float = setting(
+        0.0,
+        "q ≥ 0, added to every variance before every update.",
+        check=check_not_negative,
+    )
+    prior_pull: float = setting(
+        0.0,
+        "a in [0, 1). Before every update the belief returns to the prior by a: with α = 1 − a, μ⁻ = αμ + aμ₀ and "
+        "P⁻ = α²P + (1 − α²)P₀, which leaves the prior unchanged.",
+        check=check_share,
+    )
+    damping: bool = setting(
+        True,
+        "Whether an update that does not lower its own objective is solved again with a quarter of the data's "
+        "precision, eight times at most. If that fails, the batch is skipped with a warning.",
+        check=check_bool,
+    )
+    gate_quantile: float | None = setting(
+        None,
+        "χ² quantile in (0, 1) of the Mahalanobis gate. Beyond it, the noise of an observation is inflated. None: "
+        "no gate.",
+        check=optional(check_inside_unit_interval),
+    )
+    gradient_penalty: float = setting(
+        0.0,
+        "ρ ≥ 0 of R-Kalman (ours). An update starts from the precision P⁻¹ + ρ‖g‖² I, where g is the gradient of "
+        "the mean of −log p(y | θ) over the batch, at the mean before the update. It costs one more backward pass "
+        "a batch.",
+        check=check_not_negative,
+    )
+    gradient_penalty_form: str = setting(
+        "transient",
+        'What the gradient penalty changes. "transient": the step of the mean only. "permanent": the added '
+        "precision stays in the covariance.",
+    )
+    curvature: str = setting(
+        "exact",
+        'Which directions of the outputs an update uses. "exact": all of them, one backward pass each. '
+        '"truncated": the most probable classes of each example, and the rest as one class. "sampled": the log '
+        "odds of the label for the mean, random probes for the covariance; two backward passes for any number of "
+        "classes.",
+    )
+    curvature_epsilon: float = setting(
+        1e-3,
+        'The most probability, in (0, 1), that "truncated" joins into one class.',
+        check=check_inside_unit_interval,
+    )
+    curvature_classes: int = setting(
+        100,
+        'The most classes, beside the label, that "truncated" keeps apart, whatever probability is left.',
+        check=check_whole,
+    )
+    curvature_draws: int = setting(
+        1,
+        'K, the number of probes of "sampled".',
+        check=check_whole,
+    )
+    outputs_per_pass: int | None = setting(
+        None,
+        "Outputs of each example that share a backward pass. None: chosen from the sizes. It changes speed only.",
+        check=optional(check_whole),
+    )
+    bytes_budget: int | None = setting(
+        None,
+        "Bytes that the graph, the rows and the temporaries of an update may take beside the belief. Larger "
+        "batches go through in pieces. None: 32 MiB, or three times the graph of the batch, or two vectors of "
+        "parameters, whichever is most. It changes results only by rounding, unless it is too small for 192 rows.",
+        check=optional(check_whole),
+    )
+    tune: Mapping[str, Sequence[Any]] | None = setting(
+        None,
+        'Settings to choose among, field name -> values, as {"initial_logit_sd": (1.0, 3.0, 10.0)}. A Bank of '
+        "filters, one for each combination, learns the first examples; the combination with the least prequential "
+        "log loss goes on. Used by fit.",
+    )
+    tune_examples: int = setting(
+        500,
+        "The number of examples by which tune chooses.",
+        check=check_whole,
+    )
+    tune_burn_in: float = setting(
+        0.5,
+        "Share, in [0, 1), of these examples, the first, whose log loss does not count: the combination that "
+        "begins best often does not end best. 0: all count, as in the evidence.",
+        check=check_share,
+    )
+    tune_margin: float = setting(
+        0.0,
+        "Standard errors by which the log loss must prefer a combination to one with a narrower prior. 0: the "
+        "least log loss wins.",
+        check=check_not_negative,
+    )
+    passes: int = setting(
+        1,
+        "Passes of fit over the data. Each starts from the prior, linearized and expanded at the mean of the pass "
+        "before (Gauss-Newton), so that no example counts twice. More than one excludes drift, forgetting, the "
+        "gate and the gradient penalty.",
+        check=check_whole,
+    )
+    mean_passes: int = setting(
+        0,
+        "Further passes of fit in which only the mean moves, toward the mode, by natural-gradient steps at the "
+        "cost of gradient descent. They exclude drift, forgetting, the gate and the gradient penalty. With "
+        'start="trained" they go on from the mean of the adapter.',
+        check=partial(check_whole, least=0),
+    )
+    temperature: float | str = setting(
+        "prequential",
+        'Factor on the posterior covariance in predictions: a number > 0, or "prequential": chosen from a grid by '
+        "the prequential log loss, the one nearest to 1 that the scores do not clearly reject. With several passes"
+        " the last one counts. With mean_passes it is that of the belief before them, unless fit holds data out; "
+        "Posterior.calibrate chooses one for the final belief.",
+        check=word_or_positive("prequential"),
+    )
+    softmax_temperature: float | str = setting(
+        1.0,
+        "The number > 0 that divides the logits in predictions of classes (below 1: more confident; Guo et al. "
+        '2017). Learning does not use it. "held_out": 1 until held-out data choose a lower one, in fit where it '
+        "holds data out, and in Posterior.calibrate_softmax.",
+        check=word_or_positive("held_out"),
+    )
+    seed: int = setting(
+        0,
+        "Seed of the uniform prior rule, the probes and the draws.",
+        check=check_integer,
+    )
 
     def __new__(cls, *args: Any, **settings: Any) -> KalmanConfig:
         """Raise TypeError for a setting that there is not, with the one that it may stand for."""
@@ -243,48 +309,20 @@ class KalmanConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            _one_of(name, getattr(self, name), allowed)
-        if self.noise_variance != "estimated":
-            _positive("noise_variance", self.noise_variance)
-        _positive("initial_logit_sd", self.initial_logit_sd)
-        if self.initial_bias_sd is not None:
-            _positive("initial_bias_sd", self.initial_bias_sd)
-        if self.initial_variance is not None:
-            _positive("initial_variance", self.initial_variance)
-        _between("beta", self.beta)
-        if self.gate_quantile is not None:
-            _between("gate_quantile", self.gate_quantile)
-        if not (_is_number(self.forgetting) and 0 < self.forgetting <= 1):
-            raise ValueError(f"`forgetting` must lie in (0, 1], got {self.forgetting!r}.")
-        check_not_negative("drift_variance", self.drift_variance)
-        if not (_is_number(self.prior_pull) and 0 <= self.prior_pull < 1):
-            raise ValueError(f"`prior_pull` must lie in [0, 1), got {self.prior_pull!r}.")
-        check_not_negative("gradient_penalty", self.gradient_penalty)
-        if self.temperature != "prequential":
-            _positive("temperature", self.temperature)
-        if self.softmax_temperature != "held_out":
-            _positive("softmax_temperature", self.softmax_temperature)
+            check_one_of(name, getattr(self, name), allowed)
+        check_one_of("covariance", self.covariance, tuple(STRUCTURES))
+        for f in dataclasses.fields(self):
+            if f.metadata["check"] is not None:
+                f.metadata["check"](f.name, getattr(self, f.name))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raise ValueError for settings that exclude each other."""
         if self.softmax_temperature != 1.0 and self.likelihood != "categorical":
             raise ValueError(
                 f"`softmax_temperature` must be 1 for `likelihood` {self.likelihood!r}, which has no softmax, "
                 f"got {self.softmax_temperature!r}."
             )
-        _between("curvature_epsilon", self.curvature_epsilon)
-        for name in WHOLE:
-            _whole(name, getattr(self, name))
-        if not (_is_number(self.tune_burn_in) and 0 <= self.tune_burn_in < 1):
-            raise ValueError(f"`tune_burn_in` must lie in [0, 1), got {self.tune_burn_in!r}.")
-        check_not_negative("tune_margin", self.tune_margin)
-        if not isinstance(self.mean_passes, int) or isinstance(self.mean_passes, bool) or self.mean_passes < 0:
-            raise ValueError(f"`mean_passes` must be a whole number >= 0, got {self.mean_passes!r}.")
-        for name in ("outputs_per_pass", "bytes_budget"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name))
-        for name in ("damping", "bound_prior"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"`seed` must be an integer, got {self.seed!r}.")
         if self.noise_variance == "estimated" and (self.likelihood, self.noise) != ("gaussian", "exponential_family"):
             raise ValueError(
                 "`noise_variance` 'estimated' needs `likelihood` 'gaussian' and `noise` 'exponential_family', "
@@ -364,9 +402,44 @@ class KalmanConfig:
         }
         return cls(**(setting | overrides))
 
+    @cached_property
+    def covariance_settings(self) -> CovarianceSettings:
+        """The structure of the covariance."""
+        return CovarianceSettings.of(self)
+
+    @cached_property
+    def prior_settings(self) -> PriorSettings:
+        """The variance that a belief starts from."""
+        return PriorSettings.of(self)
+
+    @cached_property
+    def noise_settings(self) -> NoiseSettings:
+        """The observation: likelihood, noise R, expansion."""
+        return NoiseSettings.of(self)
+
+    @cached_property
+    def curvature_settings(self) -> CurvatureSettings:
+        """Which directions of the outputs an update uses."""
+        return CurvatureSettings.of(self)
+
+    @cached_property
+    def dynamics_settings(self) -> DynamicsSettings:
+        """How the belief changes before an update, and what limits the update."""
+        return DynamicsSettings.of(self)
+
+    @cached_property
+    def predictive_settings(self) -> PredictiveSettings:
+        """How predictions use the belief."""
+        return PredictiveSettings.of(self)
+
+    @cached_property
+    def fitting_settings(self) -> FittingSettings:
+        """What a fit does with a loader."""
+        return FittingSettings.of(self)
+
     @property
-    def structure(self) -> Structure:
-        """The functions of the covariance structure."""
+    def structure(self) -> type[GaussianBelief]:
+        """The class of beliefs with the configured covariance structure."""
         return STRUCTURES[self.covariance]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -410,6 +483,11 @@ class KalmanConfig:
         return cls(**fields)
 
 
+KalmanConfig.__doc__ = f"{KalmanConfig.__doc__}\n    Attributes:\n" + "".join(
+    f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(KalmanConfig)
+)
+
+
 def check_setting(name: str, rule: str, where: str) -> None:
     """Raise ValueError for a name that is no setting, with the name that it may stand for.
 
@@ -451,35 +529,3 @@ def _check_grid(config: KalmanConfig, grid: object) -> None:
             dataclasses.replace(config, tune=None, **{name: value})
     if config.temperature != "prequential":
         raise ValueError(f"`tune` needs `temperature` 'prequential', got {config.temperature!r}.")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed) or '.'}"
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
-
-
-def _positive(name: str, value: object) -> None:
-    if not (_is_number(value) and 0 < value < float("inf")):  # type: ignore[operator]
-        raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
-
-
-def check_not_negative(name: str, value: object) -> None:
-    """Raise ValueError for what is no finite number >= 0."""
-    if not (_is_number(value) and 0 <= value < float("inf")):  # type: ignore[operator]
-        raise ValueError(f"`{name}` must be >= 0 and finite, got {value!r}.")
-
-
-def _between(name: str, value: object) -> None:
-    if not (_is_number(value) and 0 < value < 1):  # type: ignore[operator]
-        raise ValueError(f"`{name}` must lie strictly between 0 and 1, got {value!r}.")

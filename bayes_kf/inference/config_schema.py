@@ -7,12 +7,11 @@ output, which the command line reads.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
-import re
 from typing import Any
 
 from bayes_kf.inference.config import CHOICES, WHOLE, KalmanConfig
+from bayes_kf.inference.covariance.structure import STRUCTURES
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 KINDS = {"str": "string", "float": "number", "int": "integer", "bool": "boolean", "None": "null"}
@@ -29,30 +28,22 @@ def config_schema() -> dict[str, Any]:
         >>> config_schema()["properties"]["forgetting"]["default"]
         1.0
     """
-    described = described_fields()
     fields = dataclasses.fields(KalmanConfig)
     return {
         "$schema": DRAFT,
         "title": "KalmanConfig",
         "type": "object",
         "additionalProperties": False,
-        "properties": {f.name: _property(f) | {"description": described[f.name]} for f in fields},
+        "properties": {f.name: _property(f) | {"description": f.metadata["help"]} for f in fields},
     }
-
-
-def described_fields() -> dict[str, str]:
-    """What the configuration's docstring says about each field."""
-    lines = (inspect.getdoc(KalmanConfig) or "").partition("Attributes:")[2].partition("\n\n")[0]
-    found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", lines, flags=re.MULTILINE | re.DOTALL)
-    plain = {name: re.sub(r":\w+:`~?([^`]+)`", r"\1", text) for name, text in found}  # references of the site
-    return {name: " ".join(text.replace("`", "").split()) for name, text in plain.items()}
 
 
 def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """Type and default of one setting."""
     default = {"default": field.default}
-    if field.name in CHOICES:
-        return {"enum": list(CHOICES[field.name])} | default
+    choices = CHOICES | {"covariance": tuple(STRUCTURES)}
+    if field.name in choices:
+        return {"enum": list(choices[field.name])} | default
     if field.name == "tune":
         lists = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}, "minProperties": 1}
         return {"anyOf": [lists, {"type": "null"}]} | default

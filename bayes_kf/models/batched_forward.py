@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, to_device
 
 DIFFERENCES = {torch.float32: 2e-3, torch.float64: 1e-7}  # of a step: short of kinks, above rounding
 
@@ -42,7 +43,7 @@ def outputs_of_draws(
             return outputs
 
 
-def linear_responses(
+def finite_difference_jvps(
     adapter: AdapterModel, at: Tensor, steps: Tensor, inputs: Inputs, at_once: int | None = None
 ) -> Tensor:
     """J·δ of S steps δ away from θ = ``at``, (S, B, m), by differences: a forward pass each, and one at θ.
@@ -67,12 +68,12 @@ def linear_responses(
 
 def _one(adapter: AdapterModel, draw: Tensor, inputs: Inputs) -> Tensor:
     """Raw outputs under one adapter, (B, m)."""
-    with adapter.evaluating():
+    with adapter.eval_mode():
         return adapter.call(adapter.tensors(draw), inputs).to(adapter.dtype)
 
 
 def _batched(adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None) -> Tensor:
-    with adapter.evaluating(), warnings.catch_warnings():
+    with adapter.eval_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")  # one kernel loops, the rest does not
         one = torch.func.vmap(lambda draw: adapter.call(adapter.tensors(draw), inputs), chunk_size=at_once)
         return one(draws).to(adapter.dtype)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import bayes_kf as bkf
+from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
 from bayes_kf.inference.filtering.tempering import GRID
 from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.linearization.linearizer import Linearizer
-from bayes_kf.inference.predictive.prediction import gaussian_draws
 from bayes_kf.models.clip import ClipClassifier
 
 AT_ONCE = 100  # images
@@ -47,7 +47,7 @@ class Moments:
     """
 
     def __init__(self, posterior: bkf.Posterior, classifier: ClipClassifier) -> None:
-        self._belief, self._structure = posterior.state.belief, posterior.config.structure
+        self._belief = posterior.state.belief
         self._slices, self._size = posterior.adapter.slices(), posterior.adapter.num_parameters
         held = copy.deepcopy(classifier)
         posterior.apply_to(held)
@@ -71,7 +71,7 @@ class Moments:
             tensor.requires_grad_(name in names)
         adapter = bkf.AdapterModel(model)
         tokens = {"input_ids": classifier.input_ids, "attention_mask": classifier.attention_mask}
-        rows = Linearizer(adapter)(adapter.vector(), tokens).pull().dense()
+        rows = Linearizer(adapter)(adapter.vector(), tokens).jacobian().dense()
         return rows, [name.removeprefix("classifier.") for name in adapter.names]
 
     def _piece(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class Moments:
         jacobian = logits.new_zeros(*logits.shape, self._size)
         if self._images is not None:
             adapter = self._images.adapter
-            rows = self._images(adapter.vector(), inputs).pull().dense()
+            rows = self._images(adapter.vector(), inputs).jacobian().dense()
             _place(jacobian, rows, adapter.names, self._slices)
         if self._prompts is not None:
             with torch.no_grad():
@@ -88,8 +88,8 @@ class Moments:
                 scale = self._classifier.clip.logit_scale.exp()
                 rows = scale * torch.einsum("bd,mdn->bmn", unit, self._prompts[0])
             _place(jacobian, rows, self._prompts[1], self._slices)
-        operator = Jacobian.of_rows(jacobian)
-        return logits.double(), self._structure.output_covariance(self._belief, operator).double()
+        operator = Jacobian.from_rows(jacobian)
+        return logits.double(), self._belief.output_covariance(operator).double()
 
 
 def _place(jacobian: Tensor, rows: Tensor, names: list[str] | tuple[str, ...], slices: dict[str, slice]) -> None:

@@ -28,10 +28,12 @@ from torch import Tensor
 from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.calibration.confidence_profile import exact_profile, top_confidence
 from bayes_kf.evaluation.calibration.intervals import difference_interval
-from bayes_kf.evaluation.calibration.null_distribution import profile_tests, spiegelhalter_test
+from bayes_kf.evaluation.calibration.null_distribution import profile_tests
+from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
 from bayes_kf.evaluation.classification.score_summary import PRIMARY, STATISTICS
 from bayes_kf.evaluation.classification.scores import brier_scores, log_losses
-from bayes_kf.evaluation.sections.classification import Chance, _mean_scores
+from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.sections.classification import _mean_scores
 from bayes_kf.evaluation.sections.verdicts import calibration_verdict
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile, markdown_table
@@ -42,7 +44,7 @@ SIZES = (30, 100, 300, 1000, 5000)
 CLASSES = (2, 10, 100)
 SPREADS = (1.0, 4.0)  # of the logits
 COVERED = 0.9
-CHANCE = Chance(15, 39, 0)
+CHANCE = NullSettings(15, 39, 0)
 
 
 def draw(rng: np.random.Generator, size: int, classes: int, kind: str, spread: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,9 @@ def verdicts(size: int, classes: int, kind: str, spread: float) -> dict[str, flo
     for seed in range(repeats):
         probs, targets = draw(np.random.default_rng([seed, size, classes]), size, classes, kind, spread)
         confidence, hit = top_confidence(probs, targets, 1)
-        tests = profile_tests(exact_profile(confidence, hit), tuple(STATISTICS.values()), 15, 199, seed, 0.95)
+        tests = profile_tests(
+            exact_profile(confidence, hit), tuple(STATISTICS.values()), NullSettings(15, 199, seed), 0.95
+        )
         scores = {"confidence": confidence.mean().item(), "accuracy": hit.mean().item()}
         outside = []
         for name, test in zip(STATISTICS, tests, strict=True):

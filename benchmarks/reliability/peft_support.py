@@ -214,7 +214,7 @@ class _Run:
                     )
                 )
         exact = torch.stack(rows).view(EXAMPLES, -1, len(mean))
-        found = self.posterior.kf.linearize(mean, self.inputs).pull().dense()[:, : exact.shape[1]]
+        found = self.posterior.kf.linearize(mean, self.inputs).jacobian().dense()[:, : exact.shape[1]]
         apart = float((found - exact).norm() / exact.norm())
         if not apart < 1e-4:
             raise AssertionError(f"rows are off by {apart:.2g}")
@@ -225,12 +225,10 @@ class _Run:
         """Probit predictions are close to draws of the same moments, if these are narrow."""
         belief, jacobian = (
             self.posterior.state.belief,
-            self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).pull(),
+            self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).jacobian(),
         )
-        widest = float(
-            self.posterior.config.structure.output_covariance(belief, jacobian).diagonal(dim1=1, dim2=2).max()
-        )
-        posterior = self.posterior._with(temperature=min(0.01, 0.1 / widest))
+        widest = float(belief.output_covariance(jacobian).diagonal(dim1=1, dim2=2).max())
+        posterior = self.posterior.with_settings(temperature=min(0.01, 0.1 / widest))
         one = posterior.predict(self.inputs, "probit").probs
         two = posterior.predict(self.inputs, "linearized", num_samples=2000).probs
         assert one is not None
@@ -262,7 +260,7 @@ class _Run:
 
     def _loaded(self, base: nn.Module) -> None:
         loaded = bkf.Posterior.from_pretrained(self.folder / "saved", base)
-        loaded = loaded.reading(self._read(loaded.adapter.model)) if self.reads else loaded
+        loaded = loaded.with_adapter(self._read(loaded.adapter.model)) if self.reads else loaded
         for method in ("mean", "linearized"):
             _near(loaded.predict(self.inputs, method).probs, self.posterior.predict(self.inputs, method).probs)
 

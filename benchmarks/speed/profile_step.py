@@ -28,7 +28,7 @@ import torch
 from bayes_kf import KalmanFilter
 from bayes_kf.inference.filtering import measurement_update
 from bayes_kf.inference.linearization.jacobian import Jacobian
-from bayes_kf.inference.linearization.row_buffer import Store
+from bayes_kf.inference.linearization.row_buffer import RowBuffer
 from bayes_kf.inference.linearization.tape import Tape
 from bayes_kf.models.adapter import AdapterModel
 from benchmarks.common.command import Command, run_cells
@@ -44,7 +44,7 @@ FORWARD, BACKWARD, REST = "forward passes", "backward passes", "the rest"
 PARTS: dict[str, list[tuple[Any, str]]] = {  # part of a step -> its functions
     FORWARD: [(AdapterModel, "run")],
     BACKWARD: [(Tape, "cotangents")],
-    "rows": [(Store, "add")],
+    "rows": [(RowBuffer, "add")],
     "J P Jᵀ": [(Jacobian, "gram")],
     "mode": [(measurement_update, "expand_at_mode")],
     "temperature": [(measurement_update, "_scores")],

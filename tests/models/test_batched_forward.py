@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from bayes_kf.models import batched_forward as module
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batched_forward import linear_responses, outputs_of_draws
+from bayes_kf.models.batched_forward import finite_difference_jvps, outputs_of_draws
 from bayes_kf.models.zoo import LeNet5, lora_digits_vit
 
 IDS = torch.tensor([[5, 9, 3, 7, 0, 0], [4, 4, 8, 2, 11, 5]])
@@ -68,13 +68,13 @@ def test_linear_responses_are_the_jacobian_times_the_steps(case, dtype, toleranc
         ends = torch.stack([exact.outputs(at + share * step, double) for step in steps])
         expected = (ends - exact.outputs(at, double)) / share
     else:
-        with exact.evaluating():
+        with exact.eval_mode():
             jacobian = torch.autograd.functional.jacobian(lambda v: exact.call(exact.tensors(v), double), at)
         expected = torch.einsum("bmn,sn->sbm", jacobian, steps)
     adapter = AdapterModel(make().to(dtype))
     assert adapter.is_precise
     given = double.to(dtype) if isinstance(inputs, torch.Tensor) else inputs
-    found = linear_responses(adapter, at.to(dtype), steps.to(dtype), given, at_once=3)
+    found = finite_difference_jvps(adapter, at.to(dtype), steps.to(dtype), given, at_once=3)
     missed = float((found.double() - expected).abs().max() / expected.abs().max())
     if dtype == torch.float64 and case == "dora":
         tolerance = 5e-3  # the norm of its weight has no gradient in PEFT

@@ -38,7 +38,7 @@ def test_outputs_and_jacobian_are_those_of_the_adapted_layers(adapted):
     expected = adapted(x).detach()
     jacobian = torch.autograd.functional.jacobian(lambda v: adapter.call(adapter.tensors(v), x), at)
     torch.testing.assert_close(adapter.outputs(at, x), expected)
-    torch.testing.assert_close(Linearizer(adapter)(at, x).pull().dense(), jacobian)
+    torch.testing.assert_close(Linearizer(adapter)(at, x).jacobian().dense(), jacobian)
     assert bool((jacobian.abs().amax((0, 1)) > 0).all())  # every number of every factor matters
     adapted.eval()
     assert torch.backends.mha.get_fastpath_enabled()  # it is as it was
@@ -51,7 +51,7 @@ def test_the_switch_stays_off_until_the_last_thread_has_left(adapted):
     entered, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
 
     def stay(number):
-        with adapters[number].evaluating():
+        with adapters[number].eval_mode():
             entered.wait(5)
             leave[number].wait(5)
 

@@ -113,7 +113,7 @@ def test_virtual_tokens_in_front_are_no_places_of_the_text(kind):
 def test_jacobians_of_virtual_tokens_are_those_of_autograd(kind):
     read, tokens = OptionTokens(lm.with_prompt(VIRTUAL[kind]), [3, 7, 11]), torch.tensor([[0, 6, 7], [9, 3, 4]])
     inputs, vector = {"input_ids": tokens, "attention_mask": (tokens > 0).long()}, read.vector()
-    found = Linearizer(read)(vector, inputs).pull().dense()
+    found = Linearizer(read)(vector, inputs).jacobian().dense()
     exact = torch.autograd.functional.jacobian(lambda v: read.call(read.unflatten(v), inputs), vector)
     torch.testing.assert_close(found, exact.flatten(2), rtol=1e-3, atol=1e-4)
 
@@ -132,11 +132,11 @@ def test_jacobians_are_those_of_autograd(kind):
     torch.manual_seed(2)
     read, inputs = inputs_of(kind)
     vector = read.vector()
-    found = Linearizer(read)(vector, inputs).pull().dense()
+    found = Linearizer(read)(vector, inputs).jacobian().dense()
     exact = torch.autograd.functional.jacobian(lambda v: read.call(read.unflatten(v), inputs), vector)
     torch.testing.assert_close(found, exact.flatten(2), rtol=1e-3, atol=1e-4)
     if kind is not OptionTexts:
-        assert set(read.paths.values()) == {"hooks"}
+        assert set(read.linearized_by.values()) == {"hooks"}
 
 
 def questions(count, seed):
@@ -160,7 +160,7 @@ def test_a_choice_is_learned_saved_and_read_again(tmp_path):
     assert accuracy > common + 0.1
     posterior.save_pretrained(tmp_path / "posterior")
     loaded = bkf.Posterior.from_pretrained(tmp_path / "posterior", lm.base())
-    again = loaded.reading(OptionTokens(loaded.adapter.model, [YES, NO])).predict(held, targets=labels)
+    again = loaded.with_adapter(OptionTokens(loaded.adapter.model, [YES, NO])).predict(held, targets=labels)
     assert torch.equal(again.probs, learned.probs)
     report = bkf.evaluate(posterior, [(held, labels)], num_simulations=100)
     assert report.scores["accuracy"] == pytest.approx(accuracy)

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from bayes_kf.evaluation.calibration.null_distribution import Calibrated, calibration_test
+from bayes_kf.evaluation.calibration.null_distribution import calibration_test
 from bayes_kf.evaluation.classification.entropy import entropy
 from bayes_kf.evaluation.classification.scores import accuracy, brier_score, negative_log_likelihood
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 from bayes_kf.evaluation.resampling.binning import Binning
+from bayes_kf.evaluation.resampling.null_test import NullComparison
 
 
 class ShiftScores(NamedTuple):
@@ -19,7 +20,7 @@ class ShiftScores(NamedTuple):
     accuracy: float
     nll: float
     brier: float
-    ece: Calibrated  # beside what chance alone would show
+    ece: NullComparison
     entropy: float  # of the predictions, mean, in nats
 
 

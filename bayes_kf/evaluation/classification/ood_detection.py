@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.intervals import Interval, auroc_interval
+from bayes_kf.evaluation.calibration.rank_intervals import auroc_interval
 from bayes_kf.evaluation.inputs import Array, as_vector, check_fraction
+from bayes_kf.evaluation.score import Interval, Score
 
 NO_INTERVAL = Interval(math.nan, math.nan)
 CAUGHT = 0.95  # share of the positives that are flagged where the false positives are counted
@@ -138,11 +139,13 @@ def error_detection_intervals(uncertainty: Array, correct: Array, *, level: floa
     return DetectionIntervals(auroc_interval(scores[right], scores[~right], level) or NO_INTERVAL)
 
 
-def interval_scores(name: str, found: OODScores, intervals: DetectionIntervals) -> dict[str, float]:
-    """All scores and the ends of the AUROC's interval, for a report: `name_auroc`, `name_auroc_low` and so on."""
-    scores = {f"{name}_{measure}": value for measure, value in found._asdict().items()}
-    low, high = intervals.auroc
-    return scores if math.isnan(low) else scores | {f"{name}_auroc_low": low, f"{name}_auroc_high": high}
+def detection_scores(name: str, scores: OODScores, intervals: DetectionIntervals) -> dict[str, Score]:
+    """The scores of a detector under the names of a report, `name_auroc` and so on; the AUROC has its interval."""
+    interval = None if math.isnan(intervals.auroc.low) else intervals.auroc
+    return {
+        f"{name}_{measure}": Score(value, interval if measure == "auroc" else None)
+        for measure, value in scores._asdict().items()
+    }
 
 
 def as_correct(correct: Array, length: int | None = None, beside: str = "") -> Tensor:

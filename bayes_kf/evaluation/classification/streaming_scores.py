@@ -8,24 +8,14 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.confidence_profile import Profile, stream_edges, top_confidence
-from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, unseen_losses
-from bayes_kf.evaluation.calibration.null_distribution import (
-    check_simulation,
-    compare,
-    spiegelhalter_from,
-    spiegelhalter_parts,
-)
-from bayes_kf.evaluation.classification.score_summary import (
-    LEVEL,
-    brier_part_scores,
-    calibration_scores,
-    ends,
-    tested,
-    with_chance,
-)
+from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, runner_up_losses
+from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_from, spiegelhalter_parts
+from bayes_kf.evaluation.classification.score_summary import LEVEL, brier_part_scores, calibration_scores
 from bayes_kf.evaluation.classification.scores import brier_parts, brier_scores, log_losses, ranked_probability_scores
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
-from bayes_kf.evaluation.resampling.binning import class_cells, observed_hits, place, simulated_hits
+from bayes_kf.evaluation.resampling.binning import bin_index, classwise_bins, observed_hits, simulate_hits
+from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation, compare_to_null
+from bayes_kf.evaluation.score import Interval, Score, flatten_scores
 
 ROWS = 2**20  # probabilities looked at together
 MEANS = ("accuracy", "nll", "brier", "rps", "confidence", "entropy")
@@ -163,8 +153,10 @@ class StreamingScores:
         for k in (1, *self.top_k):
             scores |= self._profile_scores(k, num_simulations)
         if self.num_label_draws:
-            scores |= self._class_scores()
-        return scores | tested("spiegelhalter", spiegelhalter_from(*self.state["spiegelhalter"].tolist()))
+            scores["ece_classwise"] = self._classwise_score()
+        test = spiegelhalter_from(*self.state["spiegelhalter"].tolist())
+        scores["spiegelhalter"] = Score(test.statistic, p_value=test.p_value)
+        return flatten_scores(scores)
 
     def _add(self, state: dict[str, Tensor], probs: Tensor, labels: Tensor) -> None:
         """Adds checked examples to sums."""
@@ -172,7 +164,7 @@ class StreamingScores:
         ranked = ranked_probability_scores(probs, labels) if self.ordered else torch.zeros_like(hit)
         entropy = torch.special.entr(probs).sum(dim=1).clamp(min=0)
         losses, brier = log_losses(probs, labels), brier_scores(probs, labels)
-        values = torch.stack([hit, losses, brier, ranked, confidence, entropy, unseen_losses(probs)])
+        values = torch.stack([hit, losses, brier, ranked, confidence, entropy, runner_up_losses(probs)])
         state["examples"] += len(labels)
         state["sums"] += values.sum(dim=1)
         state["squares"] += values.square().sum(dim=1)
@@ -185,16 +177,16 @@ class StreamingScores:
 
     def _add_profile(self, total: Tensor, confidence: Tensor, hit: Tensor) -> None:
         """Counts, sums and hits of the narrow cells."""
-        index = place(confidence, self._edges)
+        index = bin_index(confidence, self._edges)
         for row, weights in zip(total, (None, confidence, hit), strict=True):
             row += torch.bincount(index, weights, minlength=len(row))
 
     def _add_classes(self, state: dict[str, Tensor], probs: Tensor, labels: Tensor) -> None:
         """Sums over the cells of every class, and hits of drawn labels."""
-        cells = class_cells(probs, self.num_bins, "equal_width")
+        cells = classwise_bins(probs, self.num_bins, "equal_width")
         own = cells.index.gather(1, labels[:, None])[:, 0]
         chosen = probs.gather(1, labels[:, None])[:, 0]
-        size = cells.num_cells
+        size = cells.num_bins_total
         state["classes"] += torch.stack(
             [
                 cells.counts,
@@ -207,25 +199,26 @@ class StreamingScores:
         if self.num_label_draws:
             seen = self.num_examples + round(state["examples"].item())
             seed = _mixed_seed(self.seed, seen, probs, labels)
-            state["class_draws"] += simulated_hits(cells, probs, self.num_label_draws, seed)
+            state["class_draws"] += simulate_hits(cells, probs, self.num_label_draws, seed)
 
-    def _mean_scores(self) -> dict[str, float]:
+    def _mean_scores(self) -> dict[str, Score]:
         """Means with their intervals."""
         count = self.num_examples
         most = {"brier": 2.0, "rps": self.num_classes - 1.0, "entropy": math.log(self.num_classes)}
         powers = torch.stack([self.state[name] for name in ("sums", "squares", "cubes")], dim=1)
         unseen = powers[-1, 0].item() / count
-        scores: dict[str, float] = {}
+        scores: dict[str, Score] = {}
         for name, (total, squares, cubes) in zip(MEANS, powers[:-1].tolist(), strict=True):
+            interval: Interval | None
             if name == "nll":
                 interval = loss_interval(total, squares, cubes, count, unseen, LEVEL)
             else:
                 interval = bounded_interval(total, squares, count, 0.0, most.get(name, 1.0), LEVEL)
             if name != "rps" or self.ordered:
-                scores |= {name: total / count} | ends(name, interval)
+                scores[name] = Score(total / count, interval)
         return scores
 
-    def _profile_scores(self, top_k: int, num_simulations: int) -> dict[str, float]:
+    def _profile_scores(self, top_k: int, num_simulations: int) -> dict[str, Score]:
         """Calibration errors of the top labels."""
         counts, confidence_sum, hits = self.state[f"profile_{top_k}"]
         used = counts > 0
@@ -233,15 +226,15 @@ class StreamingScores:
         low, high = self._edges[:-1][used], self._edges[1:][used]
         mean = (confidence_sum / counts).maximum(low).minimum(high.nextafter(low))  # in its cell despite rounding
         profile = Profile(mean, counts, confidence_sum, hits)
-        return calibration_scores(profile, top_k, self.num_bins, num_simulations, self.seed)
+        return calibration_scores(profile, top_k, NullSettings(self.num_bins, num_simulations, self.seed))
 
-    def _class_scores(self) -> dict[str, float]:
+    def _classwise_score(self) -> Score:
         """The classwise error and its band."""
         confidence_sum, hits = self.state["classes"][1], self.state["classes"][3]
         scale = self.num_examples * self.num_classes
         value = (confidence_sum - hits).abs().sum() / scale
         null = (confidence_sum - self.state["class_draws"]).abs().sum(dim=1) / scale
-        return with_chance("ece_classwise", compare(value, value, null, LEVEL))
+        return compare_to_null(value, value, null, LEVEL).score()
 
     def _fitting(self, other: "StreamingScores") -> dict[str, Tensor]:
         """The present state, if the other one has the same settings."""

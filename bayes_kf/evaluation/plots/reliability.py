@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from bayes_kf.evaluation.calibration.errors import ReliabilityBins, reliability_bins
-from bayes_kf.evaluation.calibration.null_distribution import Calibrated, calibration_test, reliability_band
+from bayes_kf.evaluation.calibration.null_distribution import calibration_test, reliability_band
 from bayes_kf.evaluation.inputs import Array, as_vector, check_positive_int
 from bayes_kf.evaluation.resampling.binning import Binning
+from bayes_kf.evaluation.resampling.null_test import NullComparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +82,7 @@ def reliability_diagram(
     return ax
 
 
-def ece_text(ece: Calibrated) -> str:
+def ece_text(ece: NullComparison) -> str:
     """The error and its band, as drawn into the reliability diagram."""
     return f"ECE {ece.value:.3f}; chance alone {ece.null_low:.3f}–{ece.null_high:.3f}"
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from bayes_kf.evaluation.calibration.null_distribution import side
 from bayes_kf.evaluation.classification.score_summary import PRIMARY
 from bayes_kf.evaluation.report.html_page import known_label, number
 from bayes_kf.evaluation.report.sortable_tables import Cell, Column, sort_value
+from bayes_kf.evaluation.score import position_in_band
 
 Found = Mapping[str, float]  # suffix to number; the score itself has the empty suffix
 
@@ -158,7 +158,7 @@ def _side(parts: Found) -> str:
     """A word where a score that is tested lies outside its null band."""
     if not parts["tested"]:
         return ""
-    where = side(parts[""], parts.get("_null_low", -math.inf), parts.get("_null_high", math.inf))
+    where = position_in_band(parts[""], parts.get("_null_low", -math.inf), parts.get("_null_high", math.inf))
     return ("", "value above", "value below")[where]
 
 

@@ -2,30 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.confidence_profile import exact_profile, top_confidence
 from bayes_kf.evaluation.calibration.errors import reliability_bins
-from bayes_kf.evaluation.calibration.intervals import Interval, bounded_interval, loss_interval, unseen_losses
-from bayes_kf.evaluation.calibration.null_distribution import (
-    Calibrated,
-    classwise_test,
-    reliability_band,
-    spiegelhalter_test,
-)
+from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, runner_up_losses
+from bayes_kf.evaluation.calibration.null_distribution import classwise_tests, reliability_band
+from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
 from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy, margin
-from bayes_kf.evaluation.classification.ood_detection import detection_intervals, interval_scores, ood_scores
-from bayes_kf.evaluation.classification.score_summary import (
-    LEVEL,
-    brier_part_scores,
-    calibration_scores,
-    ends,
-    tested,
-    with_chance,
-)
+from bayes_kf.evaluation.classification.ood_detection import detection_intervals, detection_scores, ood_scores
+from bayes_kf.evaluation.classification.score_summary import LEVEL, brier_part_scores, calibration_scores
 from bayes_kf.evaluation.classification.scores import (
     brier_decomposition,
     brier_scores,
@@ -36,6 +25,8 @@ from bayes_kf.evaluation.inputs import Array, as_probs, as_vector
 from bayes_kf.evaluation.plots.reliability import ece_text, entropy_histogram, reliability_diagram
 from bayes_kf.evaluation.report.html_page import table_text
 from bayes_kf.evaluation.report.report import FigureSpec, Sections, Table
+from bayes_kf.evaluation.resampling.null_test import NullComparison, NullSettings
+from bayes_kf.evaluation.score import Interval, Score, flatten_scores
 from bayes_kf.evaluation.sections.verdicts import (
     calibration_verdict,
     confidence_verdict,
@@ -48,20 +39,11 @@ MOST_CLASSES = 1_000  # rows of the table of classes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-@dataclass(frozen=True)
-class Chance:
-    """How calibration is binned, and how chance is simulated."""
-
-    num_bins: int
-    num_simulations: int
-    seed: int
-
-
 def score_section(
     probs: Tensor,
     labels: Tensor,
     log_prob: Array | None,
-    chance: Chance,
+    chance: NullSettings,
     *,
     ordered: bool = False,
     top_k: Sequence[int] = (),
@@ -69,7 +51,9 @@ def score_section(
     """Accuracy, likelihood and calibration, with the reliability diagram."""
     scores = _mean_scores(probs, labels, log_prob, chance, ordered) | _calibration_scores(probs, labels, chance, top_k)
     verdict = [calibration_verdict(scores, len(labels)), confidence_verdict(scores), loss_verdict(scores)]
-    ece = Calibrated(*(scores[f"ece{suffix}"] for suffix in ("", "_null_mean", "_null_low", "_null_high", "_p_value")))
+    ece = NullComparison(
+        *(scores[f"ece{suffix}"] for suffix in ("", "_null_mean", "_null_low", "_null_high", "_p_value"))
+    )
     diagram = FigureSpec(
         title="Reliability diagram",
         alt=f"Accuracy against confidence in {chance.num_bins} bins. {ece_text(ece)}. ",
@@ -85,7 +69,9 @@ def score_section(
     )
 
 
-def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str, Array], chance: Chance) -> Sections:
+def entropy_section(
+    probs: Tensor, parts: EntropyParts | None, ood: Mapping[str, Array], chance: NullSettings
+) -> Sections:
     """Entropies, and the detection of each foreign set by predictive entropy."""
     known = entropy(probs)
     foreign = {name: entropy(as_probs(values, f"ood[{name!r}]")) for name, values in ood.items()}
@@ -96,11 +82,12 @@ def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str,
     scores: dict[str, float] = {}
     for name, values in columns.items():
         most = 1.0 if name == "margin" else math.log(probs.shape[1])
-        scores |= {name: values.mean().item()} | ends(name, bounded(values, most))
+        scores |= Score(values.mean().item(), bounded(values, most)).flat(name)
     found = {name: ood_scores(known, values) for name, values in foreign.items()}
     level = 1 - (1 - LEVEL) / max(1, len(found))  # a sentence each: all intervals hold together
     for name, measures in found.items():
-        scores |= interval_scores(f"ood_{name}", measures, detection_intervals(known, foreign[name], level=level))
+        intervals = detection_intervals(known, foreign[name], level=level)
+        scores |= flatten_scores(detection_scores(f"ood_{name}", measures, intervals))
     means = {"known": known, **foreign}
     words = ", ".join(f"{values.mean():.3f} for {quoted(name)} inputs" for name, values in means.items())
     histogram = FigureSpec(
@@ -126,7 +113,7 @@ def class_section(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> 
 
 
 def _mean_scores(
-    probs: Tensor, labels: Tensor, log_prob: Array | None, chance: Chance, ordered: bool
+    probs: Tensor, labels: Tensor, log_prob: Array | None, chance: NullSettings, ordered: bool
 ) -> dict[str, float]:
     """Means of per-example scores with their intervals, and the parts of the Brier score."""
     confidence, hit = top_confidence(probs, labels, 1)
@@ -137,10 +124,12 @@ def _mean_scores(
     if len(losses) > len(labels):
         raise ValueError(f"`log_prob` must have at most {len(labels)} values, one a target, got {len(losses)}.")
     share = len(losses) / len(labels)  # log probabilities may be joint ones of several targets
-    scores = {name: {name: v.mean().item()} | ends(name, bounded(v, most)) for name, (v, most) in columns.items()}
-    nll = {"nll": share * losses.mean().item()} | ends("nll", of_losses(losses, probs, share))
-    parts = brier_part_scores(brier_decomposition(probs, labels, chance.num_bins))
-    return scores["accuracy"] | nll | scores["brier"] | parts | scores.get("rps", {}) | scores["confidence"]
+    scores = {name: Score(v.mean().item(), bounded(v, most)) for name, (v, most) in columns.items()}
+    scores["nll"] = Score(share * losses.mean().item(), of_losses(losses, probs, share))
+    scores |= brier_part_scores(brier_decomposition(probs, labels, chance.num_bins))
+    last = [name for name in ("rps", "confidence") if name in scores]
+    order = ["accuracy", "nll", *(name for name in scores if name.startswith("brier")), *last]
+    return flatten_scores({name: scores[name] for name in order})
 
 
 def bounded(values: Tensor, most: float) -> Interval:
@@ -153,24 +142,22 @@ def of_losses(losses: Tensor, probs: Tensor, share: float = 1.0) -> Interval | N
     if losses.min() < 0:  # densities
         return None
     first, second, third = (losses.pow(k).sum().item() for k in (1, 2, 3))
-    found = loss_interval(first, second, third, len(losses), unseen_losses(probs).mean().item(), LEVEL)
+    found = loss_interval(first, second, third, len(losses), runner_up_losses(probs).mean().item(), LEVEL)
     return None if found is None else Interval(share * found.low, share * found.high)
 
 
-def _calibration_scores(probs: Tensor, labels: Tensor, chance: Chance, top_k: Sequence[int]) -> dict[str, float]:
+def _calibration_scores(probs: Tensor, labels: Tensor, chance: NullSettings, top_k: Sequence[int]) -> dict[str, float]:
     """Every calibration score beside what chance alone would show."""
-    scores: dict[str, float] = {}
+    scores: dict[str, Score] = {}
     for k in (1, *top_k):
-        profile = exact_profile(*top_confidence(probs, labels, k))
-        scores |= calibration_scores(profile, k, chance.num_bins, chance.num_simulations, chance.seed)
-    classwise = classwise_test(
-        probs, labels, ("ece",), chance.num_bins, "equal_width", chance.num_simulations, chance.seed, LEVEL
-    )
-    scores |= with_chance("ece_classwise", classwise[0])
-    return scores | tested("spiegelhalter", spiegelhalter_test(probs, labels))
+        scores |= calibration_scores(exact_profile(*top_confidence(probs, labels, k)), k, chance)
+    scores["ece_classwise"] = classwise_tests(probs, labels, ("ece",), chance, "equal_width", LEVEL)[0].score()
+    test = spiegelhalter_test(probs, labels)
+    scores["spiegelhalter"] = Score(test.statistic, p_value=test.p_value)
+    return flatten_scores(scores)
 
 
-def _bin_table(probs: Tensor, labels: Tensor, chance: Chance) -> Table:
+def _bin_table(probs: Tensor, labels: Tensor, chance: NullSettings) -> Table:
     """Bins that are not empty."""
     bins = reliability_bins(probs, labels, chance.num_bins)
     low, high = reliability_band(probs, **asdict(chance))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from bayes_kf.evaluation.classification.entropy import entropy
-from bayes_kf.evaluation.classification.human_agreement import Estimate, checked_human, doubt, human_agreement
+from bayes_kf.evaluation.classification.human_agreement import check_human, human_agreement, rounded_entropy
 from bayes_kf.evaluation.classification.score_summary import LEVEL
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.plots.reliability import _axes
 from bayes_kf.evaluation.report.html_page import table_text
 from bayes_kf.evaluation.report.report import FigureSpec, Sections, Table
+from bayes_kf.evaluation.score import Score, flatten_scores
 from bayes_kf.evaluation.sections.verdicts import doubt_verdict, human_verdict
 
 if TYPE_CHECKING:
@@ -39,12 +39,18 @@ def human_section(probs: Array, human: Array) -> Sections:
         >>> section.scores["human_tv"], round(section.scores["human_entropy_spearman"], 4)
         (0.0, 1.0)
     """
-    predicted, answers = checked_human(probs, human)
+    predicted, answers = check_human(probs, human)
     found = human_agreement(predicted, answers, level=LEVEL)
-    scores = _with_ends("human_nll", found.nll) | {"human_entropy": entropy(answers).mean().item()}
-    scores |= _with_ends("human_kl", found.kl) | _with_ends("human_tv", found.total_variation)
-    scores |= _with_ends("human_entropy_spearman", found.entropy_spearman)
-    scores["human_entropy_pearson"] = found.entropy_pearson
+    scores = flatten_scores(
+        {
+            "human_nll": found.nll.score(),
+            "human_entropy": Score(entropy(answers).mean().item()),
+            "human_kl": found.kl.score(),
+            "human_tv": found.total_variation.score(),
+            "human_entropy_spearman": found.entropy_spearman.score(),
+            "human_entropy_pearson": Score(found.entropy_pearson),
+        }
+    )
     sentence = doubt_verdict(scores)
     figure = FigureSpec(
         title="Doubt of people and of the model",
@@ -77,7 +83,7 @@ def human_entropy_plot(probs: Array, human: Array, *, ax: Axes | None = None) ->
         >>> ax.collections[0].get_array().sum().item()
         3.0
     """
-    predicted, answers = checked_human(probs, human)
+    predicted, answers = check_human(probs, human)
     x, y = entropy(answers), entropy(predicted)
     top = max(x.max().item(), y.max().item(), 1e-6)
     ax = _axes(ax)
@@ -97,15 +103,9 @@ def human_entropy_plot(probs: Array, human: Array, *, ax: Axes | None = None) ->
     return ax
 
 
-def _with_ends(name: str, found: Estimate) -> dict[str, float]:
-    """A score and the ends of its interval, if it has one."""
-    scores = {name: found.value}
-    return scores if math.isnan(found.low) else scores | {f"{name}_low": found.low, f"{name}_high": found.high}
-
-
 def _doubt_table(probs: torch.Tensor, human: torch.Tensor) -> Table:
     """Mean entropies in groups of equal size by people's entropy."""
-    theirs, own = doubt(human), doubt(probs)
+    theirs, own = rounded_entropy(human), rounded_entropy(probs)
     order = theirs.sort(stable=True).indices
     rows = [
         (f"{k + 1}", len(part), theirs[part].mean().item(), own[part].mean().item())

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.classification.score_summary import with_chance
 from bayes_kf.evaluation.inputs import Array, as_vector
 from bayes_kf.evaluation.plots.regression import coverage_plot, pit_band, pit_histogram, quantile_coverage_plot
 from bayes_kf.evaluation.regression.crps import gaussian_crps, sample_crps
@@ -19,7 +18,7 @@ from bayes_kf.evaluation.regression.quantile_calibration import (
 )
 from bayes_kf.evaluation.regression.scores import (
     Coverage,
-    checked_gaussian,
+    check_gaussian,
     coverage_null,
     gaussian_coverage,
     gaussian_log_losses,
@@ -79,7 +78,7 @@ def error_section(forecast: Forecast, log_prob: Array | None) -> Sections:
             )
         losses["nll"] = joint * (len(joint) / forecast.num_targets)  # of several outputs: divided among them
     elif variance is not None:
-        losses["nll"] = gaussian_log_losses(*checked_gaussian(mean, variance, targets))
+        losses["nll"] = gaussian_log_losses(*check_gaussian(mean, variance, targets))
     losses["crps"] = _crps(forecast)
     scores: dict[str, float] = {}
     for name, values in losses.items():
@@ -94,9 +93,8 @@ def spread_section(forecast: Forecast, chance: Simulation) -> Sections:
     three = (forecast.mean, forecast.spread_var, forecast.targets)
     section = Sections(scores={"sharpness": sharpness(forecast.spread_var)})
     if forecast.samples is None:
-        section.scores |= with_chance(
-            "ence", ence_test(*three, num_simulations=chance.num_simulations, seed=chance.seed)
-        )
+        test = ence_test(*three, num_simulations=chance.num_simulations, seed=chance.seed)
+        section.scores |= test.score().flat("ence")
     elif forecast.spread_var.min() <= 0:  # draws that are all alike
         return section
     else:  # draws of any shape: how far chance takes their squared errors is not known
@@ -168,7 +166,7 @@ def _quantile_section(pit: Tensor, chance: Simulation) -> Sections:
         table=_share_table("Coverage of quantiles", header, coverage, low, high),
     )
     return Sections(
-        scores=with_chance("quantile_error", test),
+        scores=test.score().flat("quantile_error"),
         drawings={"quantiles": figure},
     )
 
@@ -177,7 +175,7 @@ def _crps(forecast: Forecast) -> Tensor:
     """CRPS by samples, or by the Gaussian of the two moments."""
     if forecast.samples is not None:
         return sample_crps(forecast.samples, forecast.targets)
-    return gaussian_crps(*checked_gaussian(forecast.mean, forecast.spread_var, forecast.targets))
+    return gaussian_crps(*check_gaussian(forecast.mean, forecast.spread_var, forecast.targets))
 
 
 def _coverage(forecast: Forecast) -> Coverage:

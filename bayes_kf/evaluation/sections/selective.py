@@ -9,8 +9,12 @@ from bayes_kf.evaluation.calibration.errors import expected_calibration_error
 from bayes_kf.evaluation.calibration.intervals import difference_interval
 from bayes_kf.evaluation.calibration.null_distribution import calibration_test
 from bayes_kf.evaluation.classification.entropy import entropy, max_probability
-from bayes_kf.evaluation.classification.ood_detection import error_detection, error_detection_intervals, interval_scores
-from bayes_kf.evaluation.classification.score_summary import LEVEL, ends, with_chance
+from bayes_kf.evaluation.classification.ood_detection import (
+    detection_scores,
+    error_detection,
+    error_detection_intervals,
+)
+from bayes_kf.evaluation.classification.score_summary import LEVEL
 from bayes_kf.evaluation.classification.scores import brier_scores, log_losses
 from bayes_kf.evaluation.classification.selective import (
     COVERAGES,
@@ -18,17 +22,19 @@ from bayes_kf.evaluation.classification.selective import (
     aurc,
     best_risk_coverage,
     excess_aurc,
-    kept_at,
+    num_retained,
     risk_coverage,
     selective_intervals,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 from bayes_kf.evaluation.plots.selective import risk_coverage_plot
-from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, set_columns
+from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, coverage_and_sizes
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.report.html_page import table_text
 from bayes_kf.evaluation.report.report import FigureSpec, Sections, Table
-from bayes_kf.evaluation.sections.classification import Chance, bounded, of_losses
+from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.score import Interval, Score, flatten_scores
+from bayes_kf.evaluation.sections.classification import bounded, of_losses
 from bayes_kf.evaluation.sections.verdicts import (
     conformal_verdict,
     error_verdict,
@@ -68,7 +74,7 @@ def recalibration_section(
     targets: Array,
     recalibration: Recalibration | None,
     conformal: ConformalSets | None,
-    chance: Chance,
+    chance: NullSettings,
 ) -> Sections:
     """What a recalibration would change, and what conformal sets cover, both fitted on other examples.
 
@@ -99,7 +105,7 @@ def _selective_section(probs: Tensor, correct: Tensor) -> Sections:
     kept = accuracy_at_coverage(confidence, correct).tolist()
     for coverage, share, interval in zip(COVERAGES, kept, intervals.accuracy, strict=True):
         name = f"accuracy_at_{round(100 * coverage)}"
-        scores |= {name: share} | ends(name, interval)
+        scores |= Score(share, interval).flat(name)
     sentence = selective_verdict(scores, correct.double().mean().item())
     figure = FigureSpec(
         title="Risk and coverage",
@@ -118,7 +124,7 @@ def _error_section(probs: Tensor, correct: Tensor) -> Sections:
     scores: dict[str, float] = {}
     for name, values in detectors.items():
         intervals = error_detection_intervals(values, correct, level=LEVEL)
-        scores |= interval_scores(f"error_{name}", error_detection(values, correct), intervals)
+        scores |= flatten_scores(detection_scores(f"error_{name}", error_detection(values, correct), intervals))
     return Sections(scores=scores, verdict=[error_verdict(scores, int((~correct).sum()), int(correct.sum()))])
 
 
@@ -126,7 +132,7 @@ def _risk_table(confidence: Tensor, correct: Tensor) -> Table:
     """The curve and the best possible one, at even steps."""
     curve, best = risk_coverage(confidence, correct), best_risk_coverage(correct)
     steps = min(TABLE_ROWS, len(correct))
-    places = kept_at([(k + 1) / steps for k in range(steps)], len(correct)) - 1
+    places = num_retained([(k + 1) / steps for k in range(steps)], len(correct)) - 1
     columns = (curve.coverage, curve.risk, best.risk)
     rows = [
         table_text((f"{100 * share:.1f} %", k + 1, risk, least))
@@ -136,7 +142,7 @@ def _risk_table(confidence: Tensor, correct: Tensor) -> Table:
     return Table("Risk and coverage", header, tuple(rows))
 
 
-def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, chance: Chance) -> Sections:
+def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, chance: NullSettings) -> Sections:
     """Scores after the recalibration, and the paired change of the log loss."""
     after = recalibration(probs)
     losses, before = log_losses(after, labels), log_losses(probs, labels)
@@ -148,18 +154,18 @@ def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, c
     }
     scores: dict[str, float] = {}
     for name, (values, interval) in columns.items():
-        scores |= {name: values.mean().item()} | ends(name, interval)
+        scores |= Score(values.mean().item(), interval).flat(name)
     if before.isfinite().all() and losses.isfinite().all():
         change = losses - before
-        scores |= {"recalibrated_nll_change": change.mean().item()}
-        interval = difference_interval(change, after, probs, LEVEL)
-        scores |= ends("recalibrated_nll_change", interval if math.isfinite(interval.high) else None)
+        ends = difference_interval(change, after, probs, LEVEL)
+        score = Score(change.mean().item(), ends if math.isfinite(ends.high) else None)
+        scores |= score.flat("recalibrated_nll_change")
     settings: dict[str, Any] = {
         "num_bins": chance.num_bins,
         "num_simulations": chance.num_simulations,
         "seed": chance.seed,
     }
-    scores |= with_chance("recalibrated_ece", calibration_test(after, labels, level=LEVEL, **settings))
+    scores |= calibration_test(after, labels, level=LEVEL, **settings).score().flat("recalibrated_ece")
     was = expected_calibration_error(probs, labels, chance.num_bins)
     return Sections(
         scores=scores,
@@ -170,12 +176,15 @@ def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, c
 
 def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets) -> Sections:
     """Coverage of conformal sets beside what chance alone would show, and their size."""
-    covered, size = set_columns(conformal.sets(probs), labels)
-    low, high = conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL)
-    scores = {"conformal_coverage": covered.mean().item()}
-    scores |= {"conformal_coverage_null_low": low, "conformal_coverage_null_high": high}
-    scores |= {"conformal_size": size.mean().item()} | ends("conformal_size", bounded(size, probs.shape[1]))
-    scores |= {"conformal_empty": (size == 0).double().mean().item()}
+    covered, size = coverage_and_sizes(conformal.sets(probs), labels)
+    band = Interval(*conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL))
+    scores = flatten_scores(
+        {
+            "conformal_coverage": Score(covered.mean().item(), null_band=band),
+            "conformal_size": Score(size.mean().item(), bounded(size, probs.shape[1])),
+            "conformal_empty": Score((size == 0).double().mean().item()),
+        }
+    )
     return Sections(
         scores=scores,
         verdict=[conformal_verdict(scores, conformal.level, conformal.split, conformal.num_examples)],

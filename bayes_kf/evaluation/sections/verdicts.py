@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Mapping
 
-from bayes_kf.evaluation.calibration.null_distribution import side
 from bayes_kf.evaluation.classification.comparison import ScoreComparison
 from bayes_kf.evaluation.classification.score_summary import PRIMARY
+from bayes_kf.evaluation.score import position_in_band
 
 Scores = Mapping[str, float]
 
@@ -36,7 +36,7 @@ def calibration_verdict(scores: Scores, num_targets: int) -> str:
     most 5 % of data sets.
     """
     error, low, high = (scores[f"{PRIMARY}{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    chance, where = f"{low:.3f} to {high:.3f}", side(error, low, high)
+    chance, where = f"{low:.3f} to {high:.3f}", position_in_band(error, low, high)
     found = f"the smooth calibration error is {error:.3f}"
     targets = f"{num_targets:,} target{'s' if num_targets != 1 else ''}"
     if where > 0:
@@ -70,7 +70,7 @@ def detectable_error(null_high: float, confidence: float, num_targets: int) -> f
 def _direction(scores: Scores) -> str:
     """On which side a miscalibrated model is on average, where that is more than chance too."""
     gap, low, high = (scores[f"confidence_gap{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    return ("", ", over-confident on average", ", under-confident on average")[side(gap, low, high)]
+    return ("", ", over-confident on average", ", under-confident on average")[position_in_band(gap, low, high)]
 
 
 def _rounded_up(number: float) -> int:
@@ -102,7 +102,7 @@ def coverage_verdict(scores: Scores, percent: int) -> str:
 def innovation_verdict(scores: Scores) -> str:
     """Is the filter as sure as its errors allow?"""
     ratio, low, high = (scores[f"innovation_ratio{suffix}"] for suffix in ("", "_null_low", "_null_high"))
-    where = side(ratio, low, high)
+    where = position_in_band(ratio, low, high)
     if where == 0 and high > TOLD_RATIO:
         needed = _rounded_up(2.0 * (1.96 / (TOLD_RATIO - 1.0)) ** 2)  # χ²/d has the variance 2/d
         return (
@@ -310,7 +310,7 @@ def conformal_verdict(scores: Scores, level: float, split: str, num_examples: in
     """Do conformal sets hold as many labels as they should?"""
     share, low, high = (scores[f"conformal_coverage{suffix}"] for suffix in ("", "_null_low", "_null_high"))
     where = f"fitted on “{split}”, {num_examples:,} examples"
-    word = ("", ": more than they should", ": fewer than they should")[side(share, low, high)]
+    word = ("", ": more than they should", ": fewer than they should")[position_in_band(share, low, high)]
     chance = f"sets of this kind would hold {_percent(low)} to {_percent(high)} here{word}"
     size = f"{scores['conformal_size']:.2f} classes on average"
     return f"Conformal sets for {100 * level:g} %, {where}, hold {_percent(share)} of the labels with {size}; {chance}."

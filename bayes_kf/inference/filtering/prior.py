@@ -11,7 +11,8 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model.output_directions import signs
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
 
@@ -125,8 +126,8 @@ def _squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: 
     num_outputs, total = linearize.prepare(mean, inputs), torch.zeros_like(mean)
     count = num_outputs if config.curvature == "exact" else min(num_outputs, SCALE_PROBES)
     generator = torch.Generator(device=mean.device).manual_seed(config.seed)
-    for _, piece in linearize.pieces(mean, inputs, count):
-        batch = linearize(mean, piece, needed=count)
+    for _, piece in linearize.chunks(mean, inputs, count):
+        batch = linearize(mean, piece, rows_per_example=count)
         directions = None if count == num_outputs else signs(batch.outputs, count, generator)
-        total += batch.pull(directions).column_squares()
+        total += batch.jacobian(directions).column_squares()
     return total / (batch_size(inputs) * num_outputs)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.covariance import diagonal
-from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.measurement_model import noise
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
-
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
+from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
+from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.measurement_model.noise import NoiseState
 
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)  # what computing raises where a belief would break
 
@@ -22,7 +19,7 @@ class FilterState(NamedTuple):
     """All that a filter knows; never changed in place.
 
     Attributes:
-        belief: mean and covariance, the State of the configured structure.
+        belief: N(μ, P) over θ, of the configured covariance structure.
         prior: mean (n,) and variance (n,) that the belief started from.
         noise: what the noise model remembers.
         scores: prequential log losses by temperature.
@@ -31,10 +28,10 @@ class FilterState(NamedTuple):
         examples: examples seen.
     """
 
-    belief: Any
-    prior: diagonal.State
-    noise: noise.State
-    scores: tempering.State
+    belief: GaussianBelief
+    prior: DiagonalGaussian
+    noise: NoiseState
+    scores: TemperatureState
     scaled: bool
     step: int
     examples: int
@@ -87,10 +84,11 @@ class DivergenceError(FloatingPointError):
         step: index of the refused update, from 0.
         cause: what would have broken.
         state: the state before the update.
-        posterior: the belief before it, where ``fit`` raised this; else None.
+        posterior: None; a ``FitDivergenceError``, which ``fit`` raises, has the posterior before the update.
     """
+
+    posterior: Any = None
 
     def __init__(self, step: int, cause: str, state: FilterState) -> None:
         super().__init__(f"update {step} refused: {cause}; the state before it is kept")
         self.step, self.cause, self.state = step, cause, state
-        self.posterior: Posterior | None = None

@@ -14,12 +14,15 @@ from torch.utils.data import DataLoader, RandomSampler
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError
+from bayes_kf.inference.fitting.divergence import FitDivergenceError
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.fitting.progress import Bar, Record
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.inference.saving.file_names import STATE_FILE
-from bayes_kf.models.adapter import AdapterModel, batch_size, is_peft
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import batch_size
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 ONE_PASS = {"tune": None, "passes": 1, "mean_passes": 0}
 
@@ -95,8 +98,7 @@ def fit_kept(
                     joined().save_pretrained(folder)
                     saved = state.step
         except DivergenceError as error:
-            error.posterior = joined()
-            raise
+            raise FitDivergenceError(error, joined()) from error
         finally:  # also when somebody presses Ctrl-C, or the loader raises
             if state.step > saved:
                 joined().save_pretrained(folder)
@@ -113,7 +115,7 @@ def _opened(folder: Path, model: nn.Module | AdapterModel, config: KalmanConfig)
     changed = config.differences(found.config)
     if changed:
         raise ValueError(f"`checkpoint` must hold a pass with the same settings, got another {', '.join(changed)}.")
-    return found.reading(model) if isinstance(model, AdapterModel) else found
+    return found.with_adapter(model) if isinstance(model, AdapterModel) else found
 
 
 def _pass_over(batches: Iterator[Any], steps: int, examples: int, folder: Path) -> None:

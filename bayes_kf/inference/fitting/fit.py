@@ -15,6 +15,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting import checkpointing, holdout_selection
+from bayes_kf.inference.fitting.divergence import FitDivergenceError
 from bayes_kf.inference.fitting.loader import length
 from bayes_kf.inference.fitting.passes import fit_one, mean_pass, one_pass
 from bayes_kf.inference.fitting.progress import Bar, Record, shows_bars
@@ -65,8 +66,8 @@ def fit(
     Raises:
         ValueError: for a bad ``start``, an empty loader, one that is used up by the first of several passes, one that
             cannot be split for several ``config``, or a batch that does not fit, with the batch's index.
-        DivergenceError: when an update had to be refused; its ``posterior`` attribute is the belief before it. Of
-            several ``config``, when that happened to all.
+        FitDivergenceError: a :class:`DivergenceError`, if the filter refuses an update; its attribute ``posterior`` is
+            the posterior before that update. With several ``config``: only if all of them diverge.
 
     Example:
         >>> data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
@@ -202,8 +203,7 @@ def _finished(best: Posterior, parts: holdout_selection.Parts, losses: Sequence[
             with Bar(None, "last mean pass", progress) as bar:
                 state, _ = mean_pass(kf, state, everything, passes - 1, passes, bar)
     except DivergenceError as error:
-        error.posterior = best
-        raise
+        raise FitDivergenceError(error, best) from error
     later = record.history()
     history = {
         name: torch.cat([values, later[name]]) if name in later else values for name, values in best.history.items()

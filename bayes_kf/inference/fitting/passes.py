@@ -15,12 +15,14 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.fitting import holdout_selection, mean_step, noise_refit, prior_evidence
+from bayes_kf.inference.fitting.divergence import FitDivergenceError
 from bayes_kf.inference.fitting.filter_bank import Bank, candidates
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, length, located, scaling
 from bayes_kf.inference.fitting.progress import Bar, Record
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs, to_device
 
 MAX_HALVINGS = 10
 MAX_ROUNDS = 20  # in which the width of a prior and σ² are found in turn
@@ -82,8 +84,7 @@ def fit_one(
             try:
                 state, lowest = _gauss_newton(kf, noise_refit.over(kf, state, loader), loader, bar)
             except DivergenceError as error:
-                error.posterior = Posterior(kf, state, history)
-                raise
+                raise FitDivergenceError(error, Posterior(kf, state, history)) from error
         objective.append(lowest)
     if objective:
         state = _settled(kf, state, loader)
@@ -95,8 +96,7 @@ def fit_one(
                 state = noise_refit.over(kf, state, loader)
                 state, loss = mean_pass(kf, state, loader, number, kf.config.mean_passes, bar)
             except DivergenceError as error:
-                error.posterior = Posterior(kf, error.state, history)
-                raise
+                raise FitDivergenceError(error, Posterior(kf, error.state, history)) from error
         losses.append(loss)
     if losses:
         state = noise_refit.over(kf, state, loader)
@@ -184,8 +184,8 @@ def _tuned(
             with located(bar.done):
                 state, info = bank.update(state, given, targets)
         except DivergenceError as error:
-            error.posterior = Posterior(bank.filters[bank.best(state)], error.state, record.history())
-            raise
+            before = Posterior(bank.filters[bank.best(state)], error.state, record.history())
+            raise FitDivergenceError(error, before) from error
         record.add(info)
         bar.advance(f"{len(bank.filters)} candidates, {record.summary()}")
         seen += len(targets)
@@ -225,12 +225,12 @@ def _lowered(
         mean = torch.lerp(at, found, 0.5**halvings)
         reached = _objective(kf, state, mean, loader)
         if reached <= start + ROUNDING * abs(start):
-            return state._replace(belief=state.belief._replace(mean=mean)), reached
+            return state._replace(belief=state.belief.with_mean(mean)), reached
     warnings.warn(
         f"no part of a pass's step lowered −log p(y, θ) = {start:.6g}; the mean stays where the pass was linearized",
         stacklevel=4,
     )
-    return state._replace(belief=state.belief._replace(mean=at)), start
+    return state._replace(belief=state.belief.with_mean(at)), start
 
 
 @torch.no_grad()
@@ -261,8 +261,7 @@ def one_pass(
             with located(bar.done):
                 state, info = kf.update(state, inputs, targets, hold_mean=hold_mean, at=at)
         except DivergenceError as error:
-            error.posterior = Posterior(kf, state, record.history())
-            raise
+            raise FitDivergenceError(error, Posterior(kf, state, record.history())) from error
         if squares is not None and kf.config.likelihood == "gaussian":
             squares.add(info.outputs, targets.to(info.outputs.device))
         record.add(info)

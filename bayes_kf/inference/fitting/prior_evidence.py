@@ -22,7 +22,7 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.prior.initial_values import known_starts
+from bayes_kf.models.prior.initial_values import known_initial_values
 
 TEMPERATURE = 0.1
 WIDTHS = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s, relative to the function-space prior
@@ -32,7 +32,7 @@ def widened(config: KalmanConfig, state: FilterState, width: float) -> FilterSta
     """The state as it would be had the prior variance been ``width`` times as large."""
     variance = width * state.prior.variance
     added = 1.0 / variance - 1.0 / state.prior.variance
-    belief = config.structure.add_precision(state.belief, added)
+    belief = state.belief.add_precision(added)
     return state._replace(belief=belief, prior=state.prior._replace(variance=variance))
 
 
@@ -40,7 +40,7 @@ def log_evidence(config: KalmanConfig, state: FilterState, deviation: Tensor) ->
     """The Laplace evidence of the state's prior, in nats, but for a constant; ``deviation`` (n,) is Δ."""
     prior = state.prior.variance.double()
     quadratic = float((deviation.double().square() / prior).sum())
-    volume = float(config.structure.log_determinant(state.belief)) - float(prior.log().sum())
+    volume = float(state.belief.log_determinant()) - float(prior.log().sum())
     return 0.5 * (volume - quadratic)
 
 
@@ -64,7 +64,7 @@ def departure(adapter: AdapterModel, mean: Tensor) -> Tensor:
     A tensor whose start is drawn, as LoRA's A, is taken not to have moved. A model without PEFT layers is taken to have
     started from zero, as priors of weights usually are.
     """
-    starts = known_starts(adapter)
+    starts = known_initial_values(adapter)
     if starts is None:
         return mean
     tensors = adapter.unflatten(mean)

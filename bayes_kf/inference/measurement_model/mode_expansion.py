@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.linearization.jacobian import both_sides
+from bayes_kf.inference.linearization.jacobian import congruence
 from bayes_kf.models.likelihood import Likelihood
 
 MAX_NEWTON = 20
@@ -64,7 +64,7 @@ def _newton(family: Likelihood, outputs: Tensor, targets: Tensor, cov: Tensor, a
     point = _at(outputs, cov, alpha)
     factor, residual = family.whiten(point, targets)
     residual = residual + (factor @ (point - outputs).unsqueeze(-1)).squeeze(-1)
-    gram = both_sides(factor, cov)
+    gram = congruence(factor, cov)
     root = torch.linalg.cholesky(gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     weights = torch.cholesky_solve(residual.reshape(-1, 1), root).view(*residual.shape, 1)
     return (factor.mT @ weights).flatten()

@@ -16,7 +16,7 @@ ZERO_INITS = ("true", "false", "gaussian", "eva")  # of LoRA, after which one fa
 SWITCHES = ("init_weights", "init_ia3_weights")  # by which PEFT starts an adapter at random, for tests
 
 
-def known_starts(adapter: AdapterModel) -> dict[str, Tensor | float] | None:
+def known_initial_values(adapter: AdapterModel) -> dict[str, Tensor | float] | None:
     """Tensor name -> its values when PEFT added the adapter; None for a model without PEFT layers.
 
     LoRA's B starts at zero and so does its bias; of an embedding A does. A layer of ``modules_to_save`` and of

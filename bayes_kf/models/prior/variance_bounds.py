@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.adapter import AdapterModel, peft_in_use
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.peft_adapters.in_use import peft_in_use
 from bayes_kf.models.prior.weight_responses import responses
 
 LARGEST_CHANGE = 2.0  # of a weight by its adapter, prior sd over root mean square; of 0.1 to 4, tried on four streams
@@ -82,7 +83,7 @@ def _size(adapter: AdapterModel, layer: Any) -> float | None:
         return None
     if weight.is_floating_point() and not weight.is_meta:
         return _mean_square(weight)
-    with adapter.evaluating():
+    with adapter.eval_mode():
         return _acting(base, adapter.device)
 
 

@@ -14,7 +14,7 @@ from sklearn.datasets import make_classification, make_regression
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.sections.classification import Chance
+from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.sections.selective import recalibration_section
 
 REPETITIONS = 2000
@@ -231,7 +231,7 @@ def test_intervals_cover_as_they_say():
 def test_section_says_coverage_size_and_split():
     probs, targets = random_case(1500, 4)
     found = ev.ConformalSets.fit(probs[:500], targets[:500], level=0.9)
-    section = recalibration_section(probs[500:], targets[500:], None, found, Chance(15, 100, 0))
+    section = recalibration_section(probs[500:], targets[500:], None, found, NullSettings(15, 100, 0))
     coverage, size, empty = ev.coverage_and_size(found.sets(probs[500:]), targets[500:])
     assert section.scores["conformal_coverage"] == coverage
     assert section.scores["conformal_size"] == size
@@ -250,12 +250,12 @@ def test_sets_of_another_source_are_called_out():
     probs, targets = random_case(1000, 4)
     found = ev.ConformalSets.fit(probs, probs.argmax(dim=1), level=0.9)
     assert (
-        recalibration_section(probs, targets, None, found, Chance(15, 39, 0))
+        recalibration_section(probs, targets, None, found, NullSettings(15, 39, 0))
         .verdict[0]
         .endswith(": fewer than they should.")
     )
     generous = ev.ConformalSets.fit(probs, targets, level=0.9)
-    section = recalibration_section(probs, probs.argmax(dim=1), None, generous, Chance(15, 39, 0))
+    section = recalibration_section(probs, probs.argmax(dim=1), None, generous, NullSettings(15, 39, 0))
     assert section.verdict[0].endswith(": more than they should.")
 
 

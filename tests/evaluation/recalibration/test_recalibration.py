@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.recalibration import vector_scaling
 from bayes_kf.evaluation.recalibration.scaling import RECALIBRATIONS
-from bayes_kf.evaluation.sections.classification import Chance
+from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.sections.selective import recalibration_section
 
 MAPS = list(RECALIBRATIONS.values())
@@ -244,7 +244,7 @@ def test_section_holds_the_scores_afterwards(fit):
     sharp = (2 * probs.log()).softmax(dim=1)
     half = slice(0, 1000), slice(1000, 2000)
     found = fit.fit(sharp[half[0]], targets[half[0]])
-    section = recalibration_section(sharp[half[1]], targets[half[1]], found, None, Chance(15, 100, 0))
+    section = recalibration_section(sharp[half[1]], targets[half[1]], found, None, NullSettings(15, 100, 0))
     after, labels = found(sharp[half[1]]), targets[half[1]]
     assert section.scores["recalibrated_accuracy"] == ev.accuracy(after, labels)
     assert section.scores["recalibrated_nll"] == ev.negative_log_likelihood(after, labels)
@@ -278,7 +278,7 @@ def test_section_holds_the_scores_afterwards(fit):
 def test_a_recalibration_that_does_not_help_is_said(temperature, said):
     probs, targets = random_case(300, 4)
     section = recalibration_section(
-        probs, targets, ev.TemperatureScaling(temperature, "elsewhere", 10), None, Chance(15, 100, 0)
+        probs, targets, ev.TemperatureScaling(temperature, "elsewhere", 10), None, NullSettings(15, 100, 0)
     )
     assert said in section.verdict[0]
 
@@ -286,7 +286,7 @@ def test_a_recalibration_that_does_not_help_is_said(temperature, said):
 def test_section_where_the_loss_was_or_is_infinite():
     probs = torch.tensor([[1.0, 0.0], [0.8, 0.2]] * 10)
     targets = torch.tensor([1, 0] + [0] * 18)
-    chance = Chance(15, 39, 0)
+    chance = NullSettings(15, 39, 0)
     finite = recalibration_section(probs, targets, ev.TemperatureScaling.fit(probs, targets), None, chance)
     assert "The log loss here, infinite before, is " in finite.verdict[0]
     assert "recalibrated_nll_change" not in finite.scores

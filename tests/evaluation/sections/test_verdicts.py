@@ -12,6 +12,7 @@ from bayes_kf.evaluation.calibration.confidence_profile import exact_profile
 from bayes_kf.evaluation.calibration.null_distribution import profile_tests
 from bayes_kf.evaluation.classification.score_summary import PRIMARY
 from bayes_kf.evaluation.report.score_table import score_table
+from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.sections.verdicts import calibration_verdict, detectable_error
 
 REPEATS = 120
@@ -20,7 +21,9 @@ REPEATS = 120
 def said(confidence: np.ndarray, hits: np.ndarray, seed: int) -> str:
     """The verdict on top-label confidences, with 99 simulated data sets."""
     profile = exact_profile(torch.from_numpy(confidence), torch.from_numpy(hits))
-    gap, smooth = profile_tests(profile, (("gap", "equal_width"), ("smooth", "equal_width")), 15, 99, seed, 0.95)
+    gap, smooth = profile_tests(
+        profile, (("gap", "equal_width"), ("smooth", "equal_width")), NullSettings(15, 99, seed), 0.95
+    )
     scores = {"confidence": confidence.mean()}
     for name, test in (("confidence_gap", gap), (PRIMARY, smooth)):
         scores |= {name: test.value, f"{name}_null_low": test.null_low, f"{name}_null_high": test.null_high}

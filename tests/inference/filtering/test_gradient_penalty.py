@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter
-from bayes_kf.inference.config import CURVATURES, NOISES, STRUCTURES
+from bayes_kf.inference.config import CURVATURES, NOISES
+from bayes_kf.inference.covariance.structure import STRUCTURES
 from bayes_kf.inference.filtering import measurement_update
 from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
 from bayes_kf.inference.filtering.measurement import Tally
@@ -136,7 +137,7 @@ def test_equals_the_dense_filter(covariance, form, setting):
         state, info = kf.update(state, x, y)
         assert dense.update(x, y) == pytest.approx(info.penalty, rel=1e-9)
         torch.testing.assert_close(state.belief.mean, dense.mean, rtol=1e-9, atol=1e-9)
-        found = kf.config.structure.covariance_matrix(state.belief)
+        found = state.belief.covariance_matrix()
         torch.testing.assert_close(found, dense.cov, rtol=1e-9, atol=1e-9)
         assert info.penalty > 0.1  # of an information of about 1: a penalty that is felt
 
@@ -251,7 +252,7 @@ def test_a_permanent_penalty_is_an_update_from_the_tightened_belief(covariance):
     start = kf.init(x)
     state, info = kf.update(start, x, y)
     added = torch.full_like(start.belief.mean, info.penalty)
-    tight, _ = plain.update(start._replace(belief=config.structure.add_precision(start.belief, added)), x, y)
+    tight, _ = plain.update(start._replace(belief=start.belief.add_precision(added)), x, y)
     assert same(state.belief, tight.belief)
     untouched, _ = plain.update(start, x, y)
     assert same(state.scores, untouched.scores)  # predictions do not know the targets
@@ -282,7 +283,7 @@ def test_how_a_batch_is_cut_does_not_matter(form, bytes_budget, monkeypatch):
     whole, cut = (KalmanFilter(model, KalmanConfig(bytes_budget=b, **setting)) for b in (None, bytes_budget))
     state, info = whole.update(whole.init(), x, y)
     monkeypatch.setattr(measurement_update, "PART_ROWS", 4)
-    assert len(list(cut.linearize.pieces(cut.adapter.vector(), x))) > 1 or bytes_budget > 1
+    assert len(list(cut.linearize.chunks(cut.adapter.vector(), x))) > 1 or bytes_budget > 1
     other, report = cut.update(cut.init(), x, y)
     assert report.penalty == pytest.approx(info.penalty, rel=1e-12)
     torch.testing.assert_close(other.belief.mean, state.belief.mean, rtol=1e-10, atol=1e-10)

@@ -113,7 +113,7 @@ def test_prior_scale_gives_the_outputs_their_spread():
     kf = KalmanFilter(classifier(), KalmanConfig(initial_logit_sd=3.0, initial_spread="tensors"))
     x, _ = batch(50)
     state = kf.init(x)
-    jacobian = kf.linearize(state.belief.mean, x).pull().dense()
+    jacobian = kf.linearize(state.belief.mean, x).jacobian().dense()
     added = (jacobian.square() * state.prior.variance).mean((0, 1))
     shares = torch.stack([added[where].sum() for where in kf.adapter.slices().values()])
     torch.testing.assert_close(shares, torch.full_like(shares, 9.0 / len(shares)), rtol=1e-9, atol=0)
@@ -194,7 +194,7 @@ def test_forgetting_and_drift_widen_before_the_update():
     )
     blind, y = torch.zeros(1, 4).double(), torch.tensor([0])
     state = kf.init()
-    jacobian = kf.linearize(state.belief.mean, blind).pull().dense()
+    jacobian = kf.linearize(state.belief.mean, blind).jacobian().dense()
     after, _ = kf.update(state, blind, y)
     unseen = (jacobian[0] == 0).all(0)
     assert unseen.any()
@@ -293,7 +293,7 @@ def test_a_batch_toward_which_no_step_is_good_is_not_learned_and_that_is_said(we
     assert info.damping == 0.0
     assert info.step_norm == 0.0
     assert torch.equal(after.belief.mean, state.belief.mean)
-    variance = kf.config.structure.marginal_variance
+    variance = type(state.belief).marginal_variance
     assert torch.equal(variance(after.belief), variance(state.belief))
     assert (after.step, after.examples) == (1, 1)
     near = apply(state.belief.mean) * 1.001

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import measurement_update
 from bayes_kf.inference.filtering.linearization_check import TRUSTED, divergence, is_small
 from bayes_kf.inference.filtering.measurement import Part
-from bayes_kf.inference.linearization.jacobian_blocks import PIECE
-from bayes_kf.inference.linearization.linearizer import PASS_BYTES, Linearizer
+from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
+from bayes_kf.inference.linearization.linearizer import MAX_PASS_BYTES, Linearizer
 from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian
 
 FEATURES, CLASSES, LEARNED = 16, 10, 1024
@@ -75,14 +75,14 @@ def test_what_an_update_reports_of_it_is_what_it_did(monkeypatch):
     """Examples are counted as they are linearized; a small budget cuts the batch into pieces, and changes nothing."""
     x, y = problem(0)
     reports, beliefs = [], []
-    for budget in (None, PASS_BYTES + 2 * 8 * PIECE + 10_000_000):
+    for budget in (None, MAX_PASS_BYTES + 2 * 8 * CHUNK_NUMEL + 10_000_000):
         kf = bkf.KalmanFilter(network(0), bkf.KalmanConfig(covariance="diagonal", bytes_budget=budget))
         state, counts = kf.init(x[:32]), []
         plain = Linearizer.__call__
 
-        def counted(self, vector, inputs, *, needed=None, counts=counts, plain=plain):
+        def counted(self, vector, inputs, *, rows_per_example=None, counts=counts, plain=plain):
             counts.append(len(inputs))
-            return plain(self, vector, inputs, needed=needed)
+            return plain(self, vector, inputs, rows_per_example=rows_per_example)
 
         with monkeypatch.context() as patched:
             patched.setattr(Linearizer, "__call__", counted)
@@ -91,7 +91,7 @@ def test_what_an_update_reports_of_it_is_what_it_did(monkeypatch):
         assert len(info.log_loss) == len(info.correct) == 600
         assert after.examples == 600
         assert info.linearized_again == max(0, sum(counts) - 600)
-        assert len(list(kf.linearize.pieces(state.belief.mean, x[:600]))) == (1 if budget is None else 3)
+        assert len(list(kf.linearize.chunks(state.belief.mean, x[:600]))) == (1 if budget is None else 3)
         reports.append(info)
         beliefs.append(after.belief)
     assert reports[0].relinearized == reports[1].relinearized > 0
@@ -139,7 +139,7 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
         return -kf.adapter.outputs(mean, x).log_softmax(1).gather(1, y[:, None]).sum()
 
     before, verdicts = loss(state.belief.mean), set()
-    wide = diagonal.init(state.belief.mean, torch.full_like(start, 1e6))
+    wide = DiagonalGaussian(state.belief.mean, torch.full_like(start, 1e6))
     state = state._replace(belief=wide)
     gradient = torch.autograd.functional.jacobian(
         lambda v: nn.functional.cross_entropy(kf.adapter.call(kf.adapter.unflatten(v), x), y), wide.mean

@@ -10,7 +10,7 @@ from torch import nn
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.fitting.filter_bank import Bank, candidates
-from bayes_kf.inference.linearization.linearized_batch import Linearized
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.models.likelihood import LIKELIHOODS
 
 
@@ -72,8 +72,8 @@ def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
     configs = candidates(KalmanConfig(covariance="full", damping=False), {"initial_logit_sd": (0.5, 3.0, 10.0)})
     bank, data = Bank(model, configs), stream()
     pulls = []
-    pull = Linearized.pull
-    monkeypatch.setattr(Linearized, "pull", lambda self, *args: pulls.append(1) or pull(self, *args))
+    pull = LinearizedBatch.jacobian
+    monkeypatch.setattr(LinearizedBatch, "jacobian", lambda self, *args: pulls.append(1) or pull(self, *args))
     together = bank.init(data[0][0])
     begun = len(pulls)
     for x, y in data:

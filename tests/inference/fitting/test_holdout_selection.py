@@ -200,7 +200,7 @@ def test_so_are_those_of_a_stream_and_of_a_trained_adapter_without_settings(outp
 
 
 def test_a_candidate_that_diverges_is_left_out(monkeypatch):
-    module = sys.modules["bayes_kf.inference.fit"]  # the package has the function under that name
+    module = sys.modules["bayes_kf.inference.fitting.fit"]  # the package has the function under that name
     real = module.fit_one
 
     def failing(model, loader, config, *rest):

@@ -20,7 +20,7 @@ from transformers import (
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
 from bayes_kf.inference.fitting import mean_step
-from bayes_kf.inference.linearization.jacobian import Jacobian, blocks
+from bayes_kf.inference.linearization.jacobian import Jacobian, diagonal_blocks
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import LeNet5
@@ -152,19 +152,19 @@ def test_every_product_is_the_dense_one(case):
     model, inputs = make().double(), in_double(inputs)
     adapter = AdapterModel(model)
     batch = Linearizer(adapter)(adapter.vector(), inputs)
-    jacobian = batch.pull()
+    jacobian = batch.jacobian()
     outputs, expected = oracle(model, inputs)
     size, m, _ = expected.shape
     torch.testing.assert_close(batch.outputs, outputs, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(jacobian.dense(), expected, rtol=1e-8, atol=1e-11)
-    assert set(adapter.paths.values()) == paths
+    assert set(adapter.linearized_by.values()) == paths
     agree_with_dense(jacobian, expected)
     factor = torch.randn(size, 2, m, dtype=torch.float64)
-    agree_with_dense(jacobian.multiplied(factor), factor @ expected)
+    agree_with_dense(jacobian.left_multiply(factor), factor @ expected)
     agree_with_dense(jacobian.scaled(0.3), 0.3 * expected)
     agree_with_dense(jacobian.examples(slice(1, 3)), expected[1:3])
     agree_with_dense(jacobian.rows(1), expected[:, :1])
-    agree_with_dense(jacobian.multiplied(factor).rows(1), (factor @ expected)[:, :1])
+    agree_with_dense(jacobian.left_multiply(factor).rows(1), (factor @ expected)[:, :1])
     assert jacobian.rows(m) is jacobian
     assert all(p.grad is None for p in model.parameters())
 
@@ -183,7 +183,7 @@ def agree_with_dense(jacobian: Jacobian, expected: torch.Tensor):
     torch.testing.assert_close(jacobian.rmatmul(weights), flat.mT @ weights.flatten(0, 1), **close)
     torch.testing.assert_close(jacobian.rmatvec(weights[..., 0]), flat.mT @ weights[..., 0].flatten(), **close)
     torch.testing.assert_close(jacobian.gram(p), joint, **close)
-    torch.testing.assert_close(jacobian.block_gram(p), blocks(joint, size), **close)
+    torch.testing.assert_close(jacobian.block_gram(p), diagonal_blocks(joint, size), **close)
     torch.testing.assert_close(jacobian.column_squares(), flat.square().sum(0), **close)
     torch.testing.assert_close(jacobian.column_squares(left), (left @ flat).square().sum(0), **close)
 
@@ -195,7 +195,7 @@ def test_a_layer_that_runs_again_sees_the_point_of_linearization():
         model, x = Checkpointed(reentrant).double(), torch.randn(3, 6).double()
         adapter = AdapterModel(model)
         linearize, elsewhere = Linearizer(adapter), adapter.vector() + 0.5
-        jacobian = linearize(elsewhere, x).pull().dense()
+        jacobian = linearize(elsewhere, x).jacobian().dense()
         adapter.assign(elsewhere)
         torch.testing.assert_close(jacobian, oracle(model, x)[1], rtol=1e-10, atol=1e-12)
 
@@ -204,7 +204,7 @@ def test_a_layer_that_runs_again_sees_the_point_of_linearization():
 def test_transformers_checkpointing_is_kept_and_changes_nothing(reentrant):
     plain = bert(modules_to_save=["classifier"]).double()
     adapter = AdapterModel(plain)
-    expected = Linearizer(adapter)(adapter.vector(), TEXT).pull().dense()
+    expected = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
     model = bert(modules_to_save=["classifier"]).double().train()
     base = model.get_base_model()  # the method was renamed in transformers 5
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -212,8 +212,8 @@ def test_transformers_checkpointing_is_kept_and_changes_nothing(reentrant):
     model.enable_input_require_grads()
     adapter = AdapterModel(model)
     linearize = Linearizer(adapter)
-    torch.testing.assert_close(linearize(adapter.vector(), TEXT).pull().dense(), expected, rtol=1e-9, atol=1e-12)
-    assert set(adapter.paths.values()) == {"hooks"}
+    torch.testing.assert_close(linearize(adapter.vector(), TEXT).jacobian().dense(), expected, rtol=1e-9, atol=1e-12)
+    assert set(adapter.linearized_by.values()) == {"hooks"}
     assert linearize._plan.plain is not reentrant
     assert model.training
 
@@ -221,15 +221,15 @@ def test_transformers_checkpointing_is_kept_and_changes_nothing(reentrant):
 def test_compiled_model_is_linearized_and_keeps_its_own_calls():
     model = bert().double()
     adapter = AdapterModel(model)
-    expected = Linearizer(adapter)(adapter.vector(), TEXT).pull().dense()
+    expected = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler
         compiled = torch.compile(bert().double(), backend="eager")
         adapter = AdapterModel(compiled)
-        found = Linearizer(adapter)(adapter.vector(), TEXT).pull().dense()
+        found = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
         shifted = adapter.outputs(adapter.vector() + 0.1, TEXT)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert set(adapter.paths.values()) == {"hooks"}
+    assert set(adapter.linearized_by.values()) == {"hooks"}
     plain = AdapterModel(model)
     torch.testing.assert_close(shifted, plain.outputs(plain.vector() + 0.1, TEXT), rtol=1e-10, atol=1e-12)
 
@@ -237,7 +237,7 @@ def test_compiled_model_is_linearized_and_keeps_its_own_calls():
 def test_bfloat16_base_and_autocast_have_float32_rows():
     exact = bert()
     adapter = AdapterModel(exact)
-    expected = Linearizer(adapter)(adapter.vector(), TEXT).pull().dense()
+    expected = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
     half = bert()
     for parameter in half.parameters():
         if not parameter.requires_grad:
@@ -247,18 +247,18 @@ def test_bfloat16_base_and_autocast_have_float32_rows():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for model in (bert(), half):
             adapter = AdapterModel(model)
-            jacobian = Linearizer(adapter)(adapter.vector(), TEXT).pull()
+            jacobian = Linearizer(adapter)(adapter.vector(), TEXT).jacobian()
             assert jacobian.like.dtype == torch.float32
-            assert set(adapter.paths.values()) == {"hooks"}
+            assert set(adapter.linearized_by.values()) == {"hooks"}
             assert float((jacobian.dense() - expected).abs().max()) < 0.05 * scale  # bfloat16 has 8 bits
 
 
 def test_rows_of_a_table_are_those_of_the_tokens_seen():
     model = bert(modules_to_save=["word_embeddings"], num_labels=2)
     adapter = AdapterModel(model)
-    jacobian = Linearizer(adapter)(adapter.vector(), TEXT).pull()
+    jacobian = Linearizer(adapter)(adapter.vector(), TEXT).jacobian()
     name = next(n for n in adapter.names if "word_embeddings" in n)
-    widths = {block.width for _, part in jacobian.terms for block in part.blocks}
+    widths = {block.rows.shape[-1] for _, part in jacobian.terms for block in part.blocks}
     assert len(IDS.unique()) * 8 in widths
     assert 20 * 8 not in widths
     assert adapter.shapes[adapter.names.index(name)] == (20, 8)
@@ -267,7 +267,7 @@ def test_rows_of_a_table_are_those_of_the_tokens_seen():
 def test_a_head_of_many_classes_is_kept_as_products():
     model = bert(num_labels=500)
     adapter = AdapterModel(model)
-    jacobian = Linearizer(adapter)(adapter.vector(), TEXT).pull()
+    jacobian = Linearizer(adapter)(adapter.vector(), TEXT).jacobian()
     dense_bytes = 3 * 500 * adapter.num_parameters * 4
     assert jacobian.nbytes < dense_bytes / 10
 
@@ -302,17 +302,17 @@ def test_tensors_that_nothing_depends_on_have_zero_rows_until_something_does():
     for sign in (-1.0, 1.0):
         x = torch.randn(3, 4).double()
         x[:, 0] = sign
-        found = linearize(adapter.vector(), x).pull().dense()
+        found = linearize(adapter.vector(), x).jacobian().dense()
         torch.testing.assert_close(found, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-10, atol=1e-12)  # noqa: B023
-    assert adapter.paths["b.weight"] == "unused"
+    assert adapter.linearized_by["b.weight"] == "unused"
 
 
 @pytest.mark.parametrize("outputs_per_pass", [1, 2, 7, 100])
 def test_outputs_per_pass_changes_nothing(outputs_per_pass):
     model = bert(num_labels=7).double()
     adapter = AdapterModel(model)
-    expected = Linearizer(adapter)(adapter.vector(), TEXT).pull().dense()
-    found = Linearizer(adapter, outputs_per_pass)(adapter.vector(), TEXT).pull().dense()
+    expected = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
+    found = Linearizer(adapter, outputs_per_pass)(adapter.vector(), TEXT).jacobian().dense()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
@@ -343,7 +343,7 @@ def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(r
     before = torch.get_rng_state()
     for _ in range(2):
         torch.testing.assert_close(adapter.outputs(vector, ids), plain.outputs(vector, ids), rtol=1e-9, atol=1e-12)
-    found, expected = (Linearizer(a)(vector, ids).pull().dense() for a in (adapter, plain))
+    found, expected = (Linearizer(a)(vector, ids).jacobian().dense() for a in (adapter, plain))
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
@@ -359,7 +359,7 @@ def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(r
 
 def agrees_with_autograd(model, x):
     adapter = AdapterModel(model)
-    found = Linearizer(adapter)(adapter.vector(), x).pull()
+    found = Linearizer(adapter)(adapter.vector(), x).jacobian()
     expected = dense_jacobian(model, lambda m: m(x))[1]
     torch.testing.assert_close(found.dense(), expected, rtol=1e-9, atol=1e-12)
     variance = torch.rand(found.num_parameters, generator=torch.Generator().manual_seed(2)).double()
@@ -416,7 +416,7 @@ def test_an_activation_in_place_that_the_first_batch_does_not_show():
     adapter = AdapterModel(model)
     linearize = Linearizer(adapter)
     for x in (0.1 * torch.randn(4, 3).double(), 20.0 * torch.randn(4, 3).double()):
-        found = linearize(adapter.vector(), x).pull().dense()
+        found = linearize(adapter.vector(), x).jacobian().dense()
         torch.testing.assert_close(found, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-9, atol=1e-12)  # noqa: B023
 
 
@@ -428,7 +428,7 @@ def test_gradients_that_the_user_s_parameters_hold_are_left_alone(reentrant):
     late.grad = torch.full_like(late, 3.0)
     kept = late.grad
     ids = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 2]])}
-    Linearizer(adapter)(adapter.vector(), ids).pull()
+    Linearizer(adapter)(adapter.vector(), ids).jacobian()
     config = KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False)
     state = KalmanFilter(adapter, config).init(ids)._replace(examples=2)
     mean_step.step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)

@@ -16,7 +16,7 @@ from bayes_kf.models.zoo import lora_digits_vit
 def dense(linearize, inputs):
     """Outputs (B, m) and Jacobian (B, m, n) at the model's present tensors."""
     batch = linearize(linearize.adapter.vector(), inputs)
-    return batch.outputs, batch.pull().dense()
+    return batch.outputs, batch.jacobian().dense()
 
 
 class Shared(nn.Module):
@@ -105,15 +105,15 @@ def test_transformer_with_mapping_inputs_and_zero_b():
     expected_outputs, expected = dense_jacobian(model, lambda m: m(pixel_values=x).logits)
     torch.testing.assert_close(outputs, expected_outputs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(jacobian, expected, rtol=1e-9, atol=1e-11)
-    assert set(linearize.adapter.paths.values()) == {"hooks"}
+    assert set(linearize.adapter.linearized_by.values()) == {"hooks"}
 
 
 def test_paths_are_measured():
     linearize = Linearizer(AdapterModel(Shared().double()))
-    assert set(linearize.adapter.paths.values()) == {"not yet known"}
+    assert set(linearize.adapter.linearized_by.values()) == {"not yet known"}
     dense(linearize, torch.randn(2, 6, dtype=torch.float64))
-    assert linearize.adapter.paths["scale"] == "general"
-    assert linearize.adapter.paths["twice.weight"] == "hooks"
+    assert linearize.adapter.linearized_by["scale"] == "general"
+    assert linearize.adapter.linearized_by["twice.weight"] == "hooks"
 
 
 def test_a_tensor_also_used_without_its_module_takes_the_general_path():
@@ -131,7 +131,7 @@ def test_a_tensor_also_used_without_its_module_takes_the_general_path():
     linearize = Linearizer(AdapterModel(model))
     _, jacobian = dense(linearize, x)
     torch.testing.assert_close(jacobian, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-12, atol=1e-12)
-    assert linearize.adapter.paths == {"inner.weight": "general"}
+    assert linearize.adapter.linearized_by == {"inner.weight": "general"}
 
 
 def test_bfloat16_base_has_float32_rows():
@@ -147,16 +147,16 @@ def test_bfloat16_base_has_float32_rows():
 def test_pieces_cover_a_batch_once():
     adapter, x = AdapterModel(nn.Linear(3, 2)), torch.randn(5, 3)
     linearize = Linearizer(adapter, bytes_budget=1)
-    pieces = list(linearize.pieces(adapter.vector(), x))
-    assert [len(piece) for _, piece in pieces] == [1] * 5
-    torch.testing.assert_close(torch.cat([piece for _, piece in pieces]), x)
-    assert [len(piece) for _, piece in Linearizer(adapter).pieces(adapter.vector(), x)] == [5]
+    pieces = list(linearize.chunks(adapter.vector(), x))
+    assert [piece.size for _, piece in pieces] == [1] * 5
+    torch.testing.assert_close(torch.cat([piece.inputs for _, piece in pieces]), x)
+    assert [piece.size for _, piece in Linearizer(adapter).chunks(adapter.vector(), x)] == [5]
 
 
 def test_observation_products():
     torch.manual_seed(0)
     rows, p = torch.randn(4, 7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
-    observation = Observation.of_rows(rows, torch.randn(4, dtype=torch.float64))
+    observation = Observation.from_rows(rows, torch.randn(4, dtype=torch.float64))
     left = torch.randn(2, 4, dtype=torch.float64)
     torch.testing.assert_close(observation.gram(p), rows @ torch.diag(p) @ rows.T)
     torch.testing.assert_close(observation.column_squares(left), ((left @ rows) ** 2).sum(0))
@@ -255,7 +255,7 @@ def test_in_place_activation_is_found_out_in_bfloat16_too():
     _, jacobian = dense(linearize, x)
     expected = dense_jacobian(model, lambda m: m(x))[1].float()
     torch.testing.assert_close(jacobian, expected, rtol=0.02, atol=0.02)
-    assert linearize.adapter.paths["0.weight"] == "general"
+    assert linearize.adapter.linearized_by["0.weight"] == "general"
 
 
 def test_relative_attention_with_shared_projections():
@@ -285,7 +285,7 @@ def test_a_large_first_batch_is_looked_at_by_few_examples():
     x = torch.randn(64, 3).double()
     adapter = AdapterModel(model)
     assert Linearizer(adapter).prepare(adapter.vector(), x) == 2
-    assert max(rows) <= 2 * rule_check.FEW
+    assert max(rows) <= 2 * rule_check.NUM_CHECKED
 
     class Fixed(nn.Module):
         def __init__(self):
@@ -296,6 +296,6 @@ def test_a_large_first_batch_is_looked_at_by_few_examples():
             return self.fc(given.view(64, 3))
 
     adapter = AdapterModel(Fixed())
-    found = Linearizer(adapter)(adapter.vector(), x).pull().dense()
+    found = Linearizer(adapter)(adapter.vector(), x).jacobian().dense()
     expected = torch.autograd.functional.jacobian(lambda v: adapter.call(adapter.tensors(v), x), adapter.vector())
     torch.testing.assert_close(found, expected)

@@ -64,7 +64,7 @@ variances = kf.marginal_variance(after), kf.marginal_variance(expected)
 torch.testing.assert_close(*variances, rtol=1e-3, atol=1e-6)
 assert torch.isfinite(probs).all()
 kf.update(after, inputs, targets)
-print(len(said), kf.linearize._most / 2**20)
+print(len(said), kf.linearize._max_bytes / 2**20)
 """
 
 
@@ -115,10 +115,10 @@ def test_an_error_that_is_not_about_memory_is_raised_at_once_and_one_example_can
         return call
 
     with pytest.raises(RuntimeError, match="shape"):
-        linearize.in_memory(failing(RuntimeError("shape")), 4)
+        linearize.retry_in_smaller_chunks(failing(RuntimeError("shape")), 4)
     with pytest.raises(torch.OutOfMemoryError):
-        linearize.in_memory(failing(torch.OutOfMemoryError("CUDA out of memory")), 1)
+        linearize.retry_in_smaller_chunks(failing(torch.OutOfMemoryError("CUDA out of memory")), 1)
     assert len(calls) == 2
     with pytest.warns(UserWarning, match="Memory ran out on 4 examples"), pytest.raises(MemoryError):
-        linearize.in_memory(failing(MemoryError()), 4)
+        linearize.retry_in_smaller_chunks(failing(MemoryError()), 4)
     assert len(calls) < 40  # it ends where single examples do not fit either

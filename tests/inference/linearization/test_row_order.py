@@ -96,7 +96,7 @@ def batches(kind):
     return [x, few, many]
 
 
-@pytest.mark.parametrize("pulled", ["pull", "pull_differences"])
+@pytest.mark.parametrize("pulled", ["jacobian", "softmax_jacobian"])
 @pytest.mark.parametrize("kind", [Experts, Sorted, SortedTwice, Written, Packed])
 def test_rows_belong_to_their_examples_on_every_batch(kind, pulled):
     model = kind().double()
@@ -106,12 +106,12 @@ def test_rows_belong_to_their_examples_on_every_batch(kind, pulled):
     for x in (*inputs, inputs[0]):
         found = getattr(linearize(vector, x), pulled)().dense()
         expected = exact(adapter, vector, x)
-        if pulled == "pull_differences":
+        if pulled == "softmax_jacobian":
             found, expected = found - found[:, -1:], expected - expected[:, -1:]
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     if kind is Sorted:
-        assert adapter.paths["first.weight"] == "general"
-        assert adapter.paths["last.weight"] == "hooks"
+        assert adapter.linearized_by["first.weight"] == "general"
+        assert adapter.linearized_by["last.weight"] == "hooks"
 
 
 @pytest.mark.parametrize("settings", [{"curvature": "sampled"}, {"curvature": "truncated", "curvature_epsilon": 0.2}])

@@ -23,8 +23,8 @@ def outputs_of(size=4, m=30, scale=5.0, seed=0):
 
 def matrix(directions: Directions, size):
     """All directions, (B, c, m)."""
-    example, which = torch.meshgrid(torch.arange(size), torch.arange(directions.number), indexing="ij")
-    return directions.seeds(example.flatten(), which.flatten()).view(size, directions.number, -1)
+    example, which = torch.meshgrid(torch.arange(size), torch.arange(directions.num_rows), indexing="ij")
+    return directions.seeds(example.flatten(), which.flatten()).view(size, directions.num_rows, -1)
 
 
 def fisher(outputs):
@@ -137,17 +137,17 @@ def test_truncation_keeps_the_label_however_unlikely_and_no_more_classes_than_to
     outputs[:, 3] = 30.0
     targets = torch.tensor([3, 17])
     seen = see(KalmanConfig(curvature="truncated"), FAMILY, outputs, targets)
-    assert seen.directions.number == 3  # the rest, the likely class, the label
-    assert seen.directions.needed.tolist() == [2, 3]
+    assert seen.directions.num_rows == 3  # the rest, the likely class, the label
+    assert seen.directions.rows_per_example.tolist() == [2, 3]
     assert matrix(seen.directions, len(outputs))[1, 2, 17] == 1.0
     assert seen.targets.tolist() == [1, 2]
     flat = see(
         KalmanConfig(curvature="truncated", curvature_classes=5), FAMILY, torch.zeros(1, 50).double(), targets[:1]
     )
-    assert flat.directions.number in (6, 7)  # with the label or beside it
-    assert flat.lumped == pytest.approx(1 - (flat.directions.number - 1) / 50)
+    assert flat.directions.num_rows in (6, 7)  # with the label or beside it
+    assert flat.lumped == pytest.approx(1 - (flat.directions.num_rows - 1) / 50)
     few = see(KalmanConfig(curvature="truncated"), FAMILY, torch.zeros(1, 5).double(), targets[:1])
-    assert few.directions.number == 5  # the least likely class is what is left, by itself
+    assert few.directions.num_rows == 5  # the least likely class is what is left, by itself
     assert few.lumped == 0.0
 
 
@@ -293,7 +293,7 @@ def test_the_memory_budget_changes_only_rounding(curvature):
         )
         state, info = kf.update(kf.init(), x, y)
         results.append((*state.belief, torch.tensor(info.innovation), info.outputs))
-        pieces.append(len(list(kf.linearize.pieces(state.belief.mean, x, 12))))
+        pieces.append(len(list(kf.linearize.chunks(state.belief.mean, x, 12))))
     assert pieces[0] == 1
     assert pieces[1] > 1
     torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
@@ -310,7 +310,7 @@ def test_a_look_ahead_at_how_many_classes_each_example_needs_changes_nothing(cov
     found, asked = [], []
     for limit in (None, 1):
         if limit:
-            monkeypatch.setattr(linearizer, "PASS_BYTES", limit)
+            monkeypatch.setattr(linearizer, "MAX_PASS_BYTES", limit)
         kf = KalmanFilter(model, config)
         state = kf.init()
         kf.linearize.prepare(state.belief.mean, x)

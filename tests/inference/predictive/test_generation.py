@@ -155,7 +155,7 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
     assert widths == [8] + [1] * 15
     draws = posterior.sample(3, torch.Generator().manual_seed(posterior.config.seed))
     adapter, places = posterior.adapter, (mask.cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad(), adapter.evaluating():
+    with torch.no_grad(), adapter.eval_mode():
         caches = []
         for _ in draws:
             with adapter.substituted(adapter.tensors(posterior.mean_vector)):

@@ -214,7 +214,7 @@ def test_svi_with_vectorized_particles_has_the_gradient_of_particles_one_by_one(
     for k in range(2):
         at = torch.cat([guided.nodes[name]["value"][k].reshape(-1) for name in fitted.adapter.names]).detach()
         at.requires_grad_()
-        with fitted.adapter.evaluating():
+        with fitted.adapter.eval_mode():
             outputs = fitted.adapter.call(fitted.adapter.tensors(at), images)
         prior = fitted.state.prior
         fits = -nn.functional.cross_entropy(outputs, labels, reduction="sum")

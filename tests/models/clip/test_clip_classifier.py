@@ -199,10 +199,10 @@ def test_the_jacobian_is_autograds(classifier):
     adapter = bkf.AdapterModel(classifier)
     linearized = Linearizer(adapter)(adapter.vector(), images())
     torch.testing.assert_close(linearized.outputs, outputs, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(linearized.pull().dense(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(linearized.jacobian().dense(), expected, rtol=1e-9, atol=1e-9)
     in_text = [name for name in adapter.names if "text_model" in name]
-    assert {adapter.paths[name] for name in in_text} <= {"general"}
-    assert {adapter.paths[name] for name in adapter.names if name not in in_text} == {"hooks"}
+    assert {adapter.linearized_by[name] for name in in_text} <= {"general"}
+    assert {adapter.linearized_by[name] for name in adapter.names if name not in in_text} == {"hooks"}
 
 
 def test_the_jacobian_of_pairs_is_autograds():
@@ -213,8 +213,8 @@ def test_the_jacobian_of_pairs_is_autograds():
         adapter = bkf.AdapterModel(pairs)
         linearized = Linearizer(adapter)(adapter.vector(), batch)
         torch.testing.assert_close(linearized.outputs, outputs, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(linearized.pull().dense(), expected, rtol=1e-9, atol=1e-9)
-        assert set(adapter.paths.values()) == {"hooks"}  # texts come one an example here
+        torch.testing.assert_close(linearized.jacobian().dense(), expected, rtol=1e-9, atol=1e-9)
+        assert set(adapter.linearized_by.values()) == {"hooks"}  # texts come one an example here
 
 
 def test_examples_do_not_mix(classifier):
@@ -281,7 +281,7 @@ def test_pairs_learn_as_equation_12_says():
         state, _ = kf.update(state, batch, ones)
         assert float(state.noise.covariance) == pytest.approx(noise, rel=1e-10)
         torch.testing.assert_close(state.belief.mean, mean, rtol=1e-9, atol=1e-9)
-        found = config.structure.covariance_matrix(state.belief)
+        found = state.belief.covariance_matrix()
         torch.testing.assert_close(found, covariance, rtol=1e-9, atol=1e-9)
 
 

@@ -1,0 +1,108 @@
+"""A statistic beside its null distribution: the values that it has in data sets simulated under the null hypothesis."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.inputs import check_fraction, check_positive_int
+from bayes_kf.evaluation.score import Interval, Score
+
+SUM_ROUNDING = 1e-12  # statistics this close are equal: they differ by the order of summation only
+
+
+@dataclass(frozen=True)
+class NullSettings:
+    """How calibration is binned, and how its null distribution is simulated.
+
+    Attributes:
+        num_bins: Number of bins.
+        num_simulations: Number of simulated data sets.
+        seed: Seed of the simulation.
+    """
+
+    num_bins: int
+    num_simulations: int
+    seed: int
+
+
+class CalibrationNull(NamedTuple):
+    """Mean and central interval of a statistic under perfect calibration."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class CalibrationTest(NamedTuple):
+    """A test statistic and its p-value under perfect calibration."""
+
+    statistic: float
+    p_value: float
+
+
+class NullComparison(NamedTuple):
+    """A statistic with its null band and its p-value.
+
+    `null_mean`, `null_low` and `null_high` are the mean and the central interval of the simulated values. With k of R
+    simulated values at least as far from zero as the statistic, the p-value is (1 + k)/(1 + R): one-sided for
+    calibration errors, which are never negative, and two-sided for the confidence gap.
+    """
+
+    value: float
+    null_mean: float
+    null_low: float
+    null_high: float
+    p_value: float
+
+    def score(self, interval: Interval | None = None) -> Score:
+        """The same numbers as a `Score`, with the statistic's confidence interval where one is known."""
+        return Score(self.value, interval, Interval(self.null_low, self.null_high), self.null_mean, self.p_value)
+
+
+def compare_to_null(value: Tensor, compared: Tensor, null: Tensor, level: float) -> NullComparison:
+    """A statistic beside its simulated values.
+
+    Args:
+        value: The statistic, a scalar.
+        compared: The statistic in the cells that the simulation uses, a scalar; the p-value compares this one.
+        null: Simulated values, (R,).
+        level: Probability inside the null band.
+    """
+    at_least = null.abs() >= compared.abs() - SUM_ROUNDING
+    p_value = (1 + at_least.sum().item()) / (1 + len(null))
+    summary = summarize_null(null, level)
+    return NullComparison(value.item(), summary.mean, summary.low, summary.high, p_value)
+
+
+def summarize_null(simulated: Tensor, level: float) -> CalibrationNull:
+    """Mean and central interval of simulated values (R,).
+
+    If more values than the lower tail holds equal the smallest one (debiased errors are often zero), the interval
+    starts at the smallest value and the upper tail takes the whole remaining probability.
+    """
+    low, high = null_quantiles(simulated, ((1 - level) / 2, (1 + level) / 2))
+    if (simulated == simulated.min()).double().mean() > (1 - level) / 2:
+        low, high = simulated.min(), null_quantiles(simulated, (level,))[0]
+    return CalibrationNull(simulated.mean().item(), low.item(), high.item())
+
+
+def null_quantiles(simulated: Tensor, shares: Sequence[float]) -> Tensor:
+    """Quantiles of R simulated values, (R, ...) → (len(shares), ...).
+
+    By Weibull's definition a new value is below the k-th smallest of R with probability k/(R + 1).
+    """
+    return torch.from_numpy(np.quantile(simulated.numpy(), shares, axis=0, method="weibull"))
+
+
+def check_simulation(num_simulations: int, level: float, name: str = "num_simulations") -> None:
+    """Raises a ValueError if the level, or the number of simulations for it, gives no interval."""
+    check_positive_int(num_simulations, name)
+    check_fraction(level, "level")
+    needed = math.ceil(2 / (1 - level) - 1 - 1e-9)
+    if num_simulations < needed:
+        raise ValueError(f"`{name}` must be at least {needed} for level {level}, got {num_simulations}.")

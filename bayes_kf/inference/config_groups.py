@@ -1,0 +1,103 @@
+"""Groups of settings. Each inner function takes the group that it uses, not the whole configuration.
+
+The fields have the names, defaults and meaning that :class:`~bayes_kf.KalmanConfig` gives them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+
+class SettingsGroup:
+    """Some of the settings of a configuration, by the same names."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """The group's settings in a configuration."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class CovarianceSettings(SettingsGroup):
+    """The structure of the covariance."""
+
+    covariance: str
+    rank: int
+    blocks: str
+
+
+@dataclass(frozen=True)
+class PriorSettings(SettingsGroup):
+    """The variance that a belief starts from."""
+
+    initial_logit_sd: float
+    initial_spread: str
+    initial_bias_sd: float | None
+    initial_variance: float | None
+    initial_rule: str
+    bound_prior: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class NoiseSettings(SettingsGroup):
+    """The observation: its likelihood, the noise R and where the likelihood is expanded."""
+
+    likelihood: str
+    noise: str
+    noise_variance: float | str
+    beta: float
+    expansion: str
+
+
+@dataclass(frozen=True)
+class CurvatureSettings(SettingsGroup):
+    """Which directions of the outputs an update uses, and what it may cost."""
+
+    curvature: str
+    curvature_epsilon: float
+    curvature_classes: int
+    curvature_draws: int
+    outputs_per_pass: int | None
+    bytes_budget: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class DynamicsSettings(SettingsGroup):
+    """How the belief changes before an update, and what limits the update."""
+
+    forgetting: float
+    drift_variance: float
+    prior_pull: float
+    damping: bool
+    gate_quantile: float | None
+    gradient_penalty: float
+    gradient_penalty_form: str
+
+
+@dataclass(frozen=True)
+class PredictiveSettings(SettingsGroup):
+    """How predictions use the belief."""
+
+    likelihood: str
+    temperature: float | str
+    softmax_temperature: float | str
+    seed: int
+
+
+@dataclass(frozen=True)
+class FittingSettings(SettingsGroup):
+    """What a fit does with a loader: passes, and settings to choose among."""
+
+    passes: int
+    mean_passes: int
+    tune: Mapping[str, Sequence[Any]] | None
+    tune_examples: int
+    tune_burn_in: float
+    tune_margin: float
