@@ -1,4 +1,4 @@
-"""KMNIST's cursive Japanese characters meet the transformer that was trained on MNIST: LoRA, a new classifier.
+"""KMNIST's cursive Japanese characters with the transformer trained on MNIST: LoRA, a new classifier.
 
 KMNIST's test images are split here, because the data folder has no others; not in a default run.
 """
