@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.evaluation.plots.reliability import BLUE, GREY, VERMILLION
+from bayes_kf.evaluation.plots.style import BLUE, GREY, VERMILLION
 from bayes_kf.inference.config import PENALTIES
 from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
 from bayes_kf.models.zoo import lenet5, lora_digits_vit

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bayes_kf.evaluation.plots.reliability import BLUE, GREY, VERMILLION
+from bayes_kf.evaluation.plots.style import BLUE, GREY, VERMILLION
 from benchmarks.bench.registry.problems import found_problems
 from benchmarks.common.result_files import markdown_table
 
