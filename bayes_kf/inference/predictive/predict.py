@@ -32,7 +32,7 @@ def predict(
     targets: Tensor | None,
     *,
     compare: bool = True,
-    adapter_draws: Tensor | None = None,
+    adapter_generator_state: Tensor | None = None,
     stacklevel: int = 4,
 ) -> Prediction:
     """The predictive distribution for a batch; see :meth:`Posterior.predict`.
@@ -45,8 +45,8 @@ def predict(
         generator: source of the draws; None: a new one seeded with ``config.seed``.
         targets: for ``log_prob``.
         compare: whether to warn if "sampled" and "linearized" disagree.
-        adapter_draws: generator state from which adapters are drawn, so that all batches of a loader are predicted by
-            the same adapters. Draws of outputs are different for each example and continue from the batch before.
+        adapter_generator_state: state of the generator from which adapters are drawn, so that the same adapters predict
+            all batches of a loader. Draws of outputs differ between examples and do not start again.
         stacklevel: of that warning.
     """
     _check_arguments(posterior, inputs, method, num_samples, targets)
@@ -55,8 +55,8 @@ def predict(
     targets = None if targets is None else targets.to(adapter.device)
     with adapter.full_precision():
         draws_parameters = method == "linearized" and parameter_draws_are_cheaper(posterior, inputs, num_samples)
-        if (method == "sampled" or draws_parameters) and adapter_draws is not None:
-            generator.set_state(adapter_draws)
+        if (method == "sampled" or draws_parameters) and adapter_generator_state is not None:
+            generator.set_state(adapter_generator_state)
         if method == "mean":
             return _predict_at_mean(posterior, inputs, targets)
         if method == "sampled":
@@ -84,7 +84,7 @@ def predict_loader(
         inputs, targets = split_batch(batch)
         part = predict(
             posterior, inputs, method, num_samples, generator, targets,
-            compare=not parts, adapter_draws=first_state, stacklevel=5,
+            compare=not parts, adapter_generator_state=first_state, stacklevel=5,
         )  # fmt: skip
         fields: dict[str, Any] = {
             name: _to_cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples
