@@ -104,7 +104,7 @@ class KalmanLearner:
     """A filter, which predicts with its posterior (linearized); the learned point is its mean.
 
         Several epochs count no example twice: the first is the filter's pass. In later ones only the mean changes, by
-    natural-gradient steps under the covariance of the first (``bayes_kf.inference.fitting.mean_step``).
+    natural-gradient steps under the covariance of the first (``bayes_kf.inference.fitting.passes.mean_pass``).
 
     Args:
         model: changed only by :meth:`settle`.

@@ -235,7 +235,7 @@ def default(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lear
 
 def sampled(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
     """The default with two backward passes in the place of one for each class, for more than three classes."""
-    with mock.patch.object(holdout_selection, "MANY", 3):
+    with mock.patch.object(holdout_selection, "MAX_EXACT_OUTPUTS", 3):
         return default(setting, stream, seed, choice)
 
 
