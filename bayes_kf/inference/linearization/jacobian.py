@@ -65,7 +65,8 @@ class Jacobian:
     @cached_property
     def like(self) -> Tensor:
         """A tensor of J's dtype and device."""
-        return self.terms[0][1].blocks[0].like
+        block = self.terms[0][1].blocks[0]
+        return block.rows if isinstance(block, DenseBlock) else block.activation
 
     def examples(self, which: slice) -> Jacobian:
         """The rows of some examples (views)."""

@@ -34,11 +34,6 @@ class DenseBlock:
         """Bytes of the stored tensors."""
         return self.rows.untyped_storage().nbytes()
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the block's dtype and device."""
-        return self.rows
-
     def examples(self, which: slice) -> DenseBlock:
         """The rows of some examples (views)."""
         return replace(self, rows=self.rows[which])
@@ -130,11 +125,6 @@ class OuterProductBlock:
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return self.cotangent.untyped_storage().nbytes() + self.activation.untyped_storage().nbytes()
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the block's dtype and device."""
-        return self.activation
 
     def examples(self, which: slice) -> OuterProductBlock:
         """The rows of some examples (views)."""
