@@ -1,4 +1,4 @@
-"""The command line: ``bayes-kf demo``, ``fit`` and ``evaluate``."""
+"""The command line: ``bayes-kf fit``, ``evaluate`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, or 2 with one line on stderr for input that will not do.
+    """Run a command. Returns its exit status: 0, or 2 after one line on stderr about bad input.
 
     Args:
-        argv: the arguments; None takes those of the process.
+        argv: the arguments; None: those of the process.
     """
     args = build_parser().parse_args(argv)
     from bayes_kf.cli.commands import COMMANDS  # after --help and bad arguments, which need not wait for PEFT

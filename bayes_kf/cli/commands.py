@@ -8,28 +8,17 @@ from pathlib import Path
 
 from bayes_kf.cli.base_model import choose_names, kind_of, load_base, model_folder, read_config
 from bayes_kf.cli.config_flags import gives_settings, read_settings
-from bayes_kf.cli.doctor import run_doctor
 from bayes_kf.cli.evaluate import run_compare, run_evaluate
 from bayes_kf.cli.fit_online import run_online
 from bayes_kf.cli.inputs import check_takes, first_batch, move, open_data, read_device
 from bayes_kf.cli.lora_adapters import add_adapter
 from bayes_kf.cli.posterior_folder import Labels, check_output, save_posterior
 from bayes_kf.data import LabelledData
-from bayes_kf.demo import FULL, QUICK, RANK, caption, markdown_table, run_demo
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.fitting.fit import fit, fit_default
 from bayes_kf.inference.fitting.progress import shows_bars
 from bayes_kf.inference.posterior import Posterior
-
-
-def run_demo_command(args: argparse.Namespace) -> None:
-    """``bayes-kf demo``."""
-    size, seed = QUICK if args.quick else FULL, args.seed or 0
-    rows = run_demo(args.output, size, seed=seed, progress=False if args.quiet else None)
-    if not args.quiet:
-        print(f"\n{markdown_table(rows)}\n\n{caption(rows, size, RANK, seed)}\n")
-        print(f"Report on the last row: {args.output / 'report.html'}; pictures beside it: online.png, reliability.png")
 
 
 def run_fit(args: argparse.Namespace) -> None:
@@ -59,11 +48,9 @@ def run_fit(args: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "demo": run_demo_command,
     "fit": run_fit,
     "evaluate": run_evaluate,
     "compare": run_compare,
-    "doctor": run_doctor,
 }
 
 

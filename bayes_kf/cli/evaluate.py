@@ -33,7 +33,7 @@ from bayes_kf.evaluation.report.files import check_page
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fitting.progress import shows_bars
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import Inputs, split_batch
+from bayes_kf.models.batch import Inputs, split_batch
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ from bayes_kf.inference.fitting.filter_bank import Bank, candidates
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES
 from bayes_kf.inference.fitting.progress import shows_bars
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import Inputs
+from bayes_kf.models.batch import Inputs
 
 
 class BadLine(ValueError):

@@ -15,7 +15,8 @@ from torch import nn
 from bayes_kf.cli.base_model import kind_of
 from bayes_kf.data import LabelledData, open_dataset
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.models.adapter import AdapterModel, Inputs, split_batch
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, split_batch
 
 OPTIONS = {
     "batch_size": "--batch-size",

@@ -16,7 +16,7 @@ from bayes_kf.validation import did_you_mean
 
 MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
 PREDICTIONS_HELP = "a .csv or .npz of predictions with their targets"
-# The words that the library takes, written out so that --help need not import PyTorch; a test compares them.
+# The words that the library accepts, written out so that --help need not import PyTorch; a test compares them.
 STARTS = ("prior", "trained")
 METHODS = ("linearized", "probit", "sampled", "mean")
 RECALIBRATIONS = ("temperature", "vector", "isotonic")
@@ -24,7 +24,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DATA_HELP = "image folder (PATH/CLASS/IMAGE), .npz with x and y, or .csv, .tsv, .jsonl with text and label"
 
 EXAMPLES = {
-    "demo": ("bayes-kf demo --quick --output demo-output",),
     "fit": (
         "bayes-kf fit --model digits-vit --data demo-output/stream.npz --rank 4 --output posterior",
         "bayes-kf fit --model bert-folder --data reviews.csv --lora lora.json --covariance low_rank --output reviews",
@@ -36,18 +35,17 @@ EXAMPLES = {
         " --ood corrupted=demo-output/corrupted.npz --output report.html",
         "bayes-kf evaluate predictions.csv --output report.html",
     ),
-    "doctor": ("bayes-kf doctor",),
     "compare": (
         "bayes-kf compare one_pass=demo-output/posterior again=posterior --model digits-vit"
         " --data demo-output/heldout.npz --output compare.html",
         "bayes-kf compare ours=ours.npz theirs=theirs.csv --output compare.html",
     ),
 }
-"""The commands that ``--help`` shows; those on ``demo-output`` and ``posterior`` need what the ones above wrote."""
+"""The commands that ``--help`` shows. ``scripts/demo`` writes ``demo-output``; ``posterior`` is from the first."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the commands do."""
+    """A parser whose errors are one line, as those of the commands are."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -58,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def _nearest(self, message: str) -> str:
-        """What a misspelt option or choice may stand for; empty if nothing is near."""
+        """The known option or choice nearest to a misspelt one; empty if none is near."""
         unknown = re.match(r"unrecognized arguments: (?:.*? )?(--[^ =]+)", message)
         if unknown:  # reported by the parser of all commands
             nested = (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
@@ -73,17 +71,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="bayes-kf", description="Fine-tuned adapters with honest uncertainty.")
     parser.add_argument("--version", action="version", version=f"bayes-kf {__version__}")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,fit,evaluate,compare,doctor}")
-    _demo(_command(commands, "demo", "learn handwritten digits online in four ways; print a table, write a report"))
-    _fit(_command(commands, "fit", "give an adapter a posterior in one pass over labelled data"))
-    _evaluate(_command(commands, "evaluate", "report on a saved posterior, or on anybody's predictions in a file"))
-    _compare(_command(commands, "compare", "report on several posteriors or files of predictions side by side"))
-    _command(commands, "doctor", "say what is installed here, and try whether it works")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{fit,evaluate,compare}")
+    _fit(_command(commands, "fit", "fit a posterior over an adapter in one pass over labelled data"))
+    _evaluate(_command(commands, "evaluate", "write a report on a saved posterior, or on a file of predictions"))
+    _compare(_command(commands, "compare", "write a report that compares several posteriors or files of predictions"))
     return parser
 
 
 def _command(commands: argparse._SubParsersAction[Parser], name: str, text: str) -> Parser:
-    """The parser of one command, with what all share."""
+    """The parser of one command, with the arguments that all commands share."""
     lines = "\n".join(f"  {example}" for example in EXAMPLES[name])
     command = commands.add_parser(
         name,
@@ -93,40 +89,35 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, text: str)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(
-        "--seed", type=int, metavar="N", help="of every random choice (default: 0, or the configuration's)"
+        "--seed", type=int, metavar="N", help="seed of every random choice (default: that of the configuration, or 0)"
     )
     command.add_argument("--quiet", action="store_true", help="print errors only")
     return command
 
 
-def _demo(parser: Parser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="on a few of the images: seconds, not minutes")
-
-
 def _fit(parser: Parser) -> None:
     _add_data(parser, batch_size=1)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the posterior goes")
-    parser.add_argument("--in-order", action="store_true", help="keep the data's order; without it they are shuffled")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the posterior")
+    parser.add_argument("--in-order", action="store_true", help="keep the order of the data (default: shuffle)")
     parser.add_argument(
         "--start",
         choices=STARTS,
         default=STARTS[0],
-        help="prior: learn from the present weights on; trained: keep them as the mean (default: %(default)s)",
+        help="prior: start from the present weights; trained: keep them as the mean (default: %(default)s)",
     )
     adapter = parser.add_argument_group("adapter")
     which = adapter.add_mutually_exclusive_group()
-    which.add_argument("--lora", type=Path, metavar="PATH", help="PEFT config, a JSON file or the folder of one")
-    which.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="an adapter trained already, in safetensors")
-    which.add_argument("--rank", type=int, default=4, metavar="N", help="of a new LoRA adapter (default: %(default)s)")
+    which.add_argument("--lora", type=Path, metavar="PATH", help="PEFT config of a new adapter: JSON or its folder")
+    which.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="folder of a trained adapter, in safetensors")
+    which.add_argument("--rank", type=int, default=4, metavar="N", help="rank of a new LoRA (default: %(default)s)")
     adapter.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="what a new LoRA adapter adapts (default: queries, values)"
+        "--target-modules", nargs="+", metavar="NAME", help="modules of a new LoRA adapter (default: queries, values)"
     )
     online = parser.add_argument_group("online")
     online.add_argument(
-        "--online", action="store_true", help="learn JSON lines one by one as they come; --data may be - for a pipe"
+        "--online", action="store_true", help="learn JSON lines one at a time; --data - reads standard input"
     )
-    online.add_argument("--classes", nargs="+", metavar="NAME", help="all that there will be, in order")
+    online.add_argument("--classes", nargs="+", metavar="NAME", help="all classes of the stream, in order")
     online.add_argument(
         "--checkpoint-every",
         type=int,
@@ -141,7 +132,7 @@ def _fit(parser: Parser) -> None:
         metavar="N",
         help="least mean number of examples between false drift alarms (default: %(default)s)",
     )
-    online.add_argument("--skip-bad", action="store_true", help="go on after a line that is no labelled text")
+    online.add_argument("--skip-bad", action="store_true", help="skip lines that hold no labelled text")
     add_setting_flags(parser)
 
 
@@ -151,21 +142,24 @@ def _evaluate(parser: Parser) -> None:
     _add_predicting(parser)
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     parser.add_argument(
-        "--ood", action="append", default=[], type=_named_path, metavar="NAME=PATH", help="inputs to doubt; repeatable"
+        "--ood",
+        action="append",
+        default=[],
+        type=_named_path,
+        metavar="NAME=PATH",
+        help="out-of-distribution data",
     )
-    parser.add_argument("--ordered", action="store_true", help="the classes have an order: adds the RPS")
+    parser.add_argument("--ordered", action="store_true", help="the classes have an order: report the RPS")
     parser.add_argument(
         "--show-examples",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="show the most uncertain and the most wrong examples (default: yes, where there are any)",
+        help="show the most uncertain examples and the worst errors (default: yes)",
     )
     group = parser.add_argument_group("recalibration")
-    group.add_argument(
-        "--calibration", type=Path, metavar="PATH", help="labelled examples to fit on, not those of --data"
-    )
-    group.add_argument("--recalibrate", choices=RECALIBRATIONS, help="report what this would change")
-    group.add_argument("--conformal", type=float, metavar="LEVEL", help="report on sets that cover this share")
+    group.add_argument("--calibration", type=Path, metavar="PATH", help="held-out labelled examples, other than --data")
+    group.add_argument("--recalibrate", choices=RECALIBRATIONS, help="report on predictions after this recalibration")
+    group.add_argument("--conformal", type=float, metavar="LEVEL", help="report on conformal sets with this coverage")
 
 
 def _compare(parser: Parser) -> None:
@@ -176,11 +170,11 @@ def _compare(parser: Parser) -> None:
 
 
 def _add_predicting(parser: Parser) -> None:
-    """What is asked of posteriors."""
+    """Arguments of commands that predict."""
     _add_data(parser, batch_size=64, required=False)
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="of prediction (default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="draws (default: %(default)s)")
-    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--title", help="title of the page")
 
 
 def _add_data(parser: Parser, batch_size: int, required: bool = True) -> None:
@@ -191,10 +185,10 @@ def _add_data(parser: Parser, batch_size: int, required: bool = True) -> None:
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
     parser.add_argument(
-        "--max-length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)"
+        "--max-length", type=int, default=512, metavar="N", help="most tokens of a text (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
-    text = "of the base model's weights, auto: as they were saved; beliefs are float32 at least (default: %(default)s)"
+    text = "dtype of the base model; auto: as saved. The posterior is at least float32 (default: %(default)s)"
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=text)
 
 

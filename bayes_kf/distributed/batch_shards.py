@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.distributed.process_group import Group, OtherProcessError
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, some_examples, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, to_device
 
 
 class Share(NamedTuple):

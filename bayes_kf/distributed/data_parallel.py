@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayes_kf.distributed.batch_shards import Share
 from bayes_kf.distributed.distributed_filter import FilterOfMany
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.linearization_check import MOST_DIVERGENCE, TRUSTED, error, is_small
 from bayes_kf.inference.filtering.measurement import Batch, Part, Tally
@@ -30,6 +30,7 @@ from bayes_kf.inference.filtering.measurement_update import (
     warn_untaken,
 )
 from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.measurement_model import noise
 
 WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
@@ -49,7 +50,7 @@ class Sums(NamedTuple):
     precision: Tensor
     gradient: Tensor
     log_prob: Tensor
-    scores: tempering.State
+    scores: TemperatureState
     examples: int
 
 
@@ -150,14 +151,14 @@ class DataParallelFilter(FilterOfMany):
         check_finite("the gradient", sums.gradient)
         return pieces, sums
 
-    def _nothing(self) -> tuple[Tensor, tempering.State]:
+    def _nothing(self) -> tuple[Tensor, TemperatureState]:
         device = self.adapter.device
         return torch.zeros((), dtype=torch.float64, device=device), tempering.init(device)
 
     def _added(self, sums: Sums, state: FilterState, batch: Batch, part: Part) -> Sums:
         """The sums with a piece of this process's examples."""
         everything = slice(0, len(batch.targets))
-        output_cov = part.jacobian.block_gram(state.belief.variance).to(part.outputs.dtype)
+        output_cov = state.belief.output_covariance(part.jacobian).to(part.outputs.dtype)
         scores = scored(self.config, state._replace(scores=sums.scores), batch, everything, part, output_cov)
         factor, residual = part.family.whiten(part.outputs.double(), part.targets)
         seen = part.jacobian.left_multiply(factor)
@@ -174,22 +175,22 @@ class DataParallelFilter(FilterOfMany):
         size = len(tempering.GRID)
         numbers = [own.log_prob.view(1), own.scores.total, own.scores.differences.flatten()]
         log_prob, total, differences = self.group.total(torch.cat(numbers)).split([1, size, size**2])
-        scores = tempering.State(0, total, differences.view(size, size))
+        scores = TemperatureState(0, total, differences.view(size, size))
         return Sums(self.group.total(own.precision), self.group.total(own.gradient), log_prob[0], scores, examples)
 
     def _condition(
         self, state: FilterState, pieces: list[tuple[Batch, Part]], sums: Sums, tally: Tally
-    ) -> tuple[diagonal.State, float, bool]:
+    ) -> tuple[DiagonalGaussian, float, bool]:
         """The belief after the batch, its damping, and whether the linearization held, without a refused step.
 
         A batch that can be halved is not damped. A smaller one is, until the objective falls; where it never does, the
         belief stays as it was.
         """
-        damping, prior = 1.0, state.belief
+        damping, prior = 1.0, _diagonal(state)
         dampings = MAX_DAMPINGS if sums.examples < 2 * LEAST_PART else 0
         for attempt in range(dampings + 1):
             variance = prior.variance / (1.0 + damping * sums.precision * prior.variance)
-            found = diagonal.State(prior.mean + variance * damping * sums.gradient, variance)
+            found = prior._replace(mean=prior.mean + variance * damping * sums.gradient, variance=variance)
             accepted, held = self._judged(state, found, pieces, sums, tally) if self.config.damping else (True, True)
             if accepted:
                 break
@@ -206,7 +207,7 @@ class DataParallelFilter(FilterOfMany):
     def _judged(
         self,
         state: FilterState,
-        found: diagonal.State,
+        found: DiagonalGaussian,
         pieces: list[tuple[Batch, Part]],
         sums: Sums,
         tally: Tally,
@@ -228,11 +229,17 @@ class DataParallelFilter(FilterOfMany):
             sent[0] -= family.log_prob(moved, batch.targets).double().sum()
             sent[1] += error(batch, everything, part, found.mean, moved) * len(batch.targets)
         loss, apart = self.group.total(sent if finite else sent + torch.inf).tolist()
-        penalty = 0.5 * float((step.square() / state.belief.variance).sum())
+        penalty = 0.5 * float((step.square() / _diagonal(state).variance).sum())
         before = -float(sums.log_prob)
         return loss + penalty <= before + ROUNDING * (1.0 + abs(before)), apart / sums.examples < MOST_DIVERGENCE
 
 
-def _joined(scores: tempering.State, new: tempering.State) -> tempering.State:
+def _diagonal(state: FilterState) -> DiagonalGaussian:
+    """The belief of a state, whose structure ``WANTED`` makes diagonal."""
+    assert isinstance(state.belief, DiagonalGaussian)
+    return state.belief
+
+
+def _joined(scores: TemperatureState, new: TemperatureState) -> TemperatureState:
     """The scores with those of one more batch."""
-    return tempering.State(scores.updates + 1, scores.total + new.total, scores.differences + new.differences)
+    return TemperatureState(scores.updates + 1, scores.total + new.total, scores.differences + new.differences)

@@ -13,11 +13,12 @@ from torch import nn
 from bayes_kf.distributed.batch_shards import Share, Shares
 from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.config import KalmanConfig, check_config
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, to_device
 
 
 class FilterOfMany(ABC):
@@ -66,7 +67,7 @@ class FilterOfMany(ABC):
         except Exception as error:  # whatever it is, the others must not wait for this process
             failed = error
         self.shares.all_or_none(failed)
-        start = diagonal.init(state.prior.mean, self.group.total(variance))
+        start = DiagonalGaussian(state.prior.mean, self.group.total(variance))
         return self.shard(state._replace(belief=self.kf._belief(start), prior=start, scaled=True))
 
     def update(

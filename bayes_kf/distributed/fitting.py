@@ -21,7 +21,7 @@ from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, l
 from bayes_kf.inference.fitting.progress import Bar, Record, shows_bars
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
-from bayes_kf.models.adapter import is_peft
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 FORMS: dict[str, type[FilterOfMany]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}
 

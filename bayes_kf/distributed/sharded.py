@@ -23,7 +23,7 @@ from bayes_kf.distributed.batch_shards import Share
 from bayes_kf.distributed.distributed_filter import FilterOfMany
 from bayes_kf.distributed.parameter_shards import Columns
 from bayes_kf.distributed.row_exchange import columns_for_rows
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import gradient_penalty
 from bayes_kf.inference.filtering.measurement import Batch
 from bayes_kf.inference.filtering.measurement_update import check_finite
@@ -158,5 +158,6 @@ def _over(state: FilterState, change: Callable[[Tensor], Tensor]) -> FilterState
     def changed(name: str, values: Tensor) -> Tensor:
         return values if name == "gram" else change(values)  # of low rank, over its columns
 
-    belief = type(state.belief)(*(changed(n, v) for n, v in zip(state.belief._fields, state.belief, strict=True)))
-    return state._replace(belief=belief, prior=diagonal.State(*map(change, state.prior)))
+    tensors = {name: changed(name, values) for name, values in state.belief._asdict().items()}
+    belief = type(state.belief)(**tensors)
+    return state._replace(belief=belief, prior=DiagonalGaussian(*map(change, state.prior)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bayes_kf.files.checksums import SUMS_FILE, is_listed
 from bayes_kf.files.staging import staging
@@ -30,7 +30,8 @@ from bayes_kf.inference.config_groups import (
     PredictiveSettings,
     PriorSettings,
 )
-from bayes_kf.inference.covariance import block_diagonal, diagonal, full, low_rank
+from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
+from bayes_kf.inference.covariance.structure import STRUCTURES
 from bayes_kf.models.likelihood import LIKELIHOODS
 from bayes_kf.validation import (
     check_bool,
@@ -42,66 +43,6 @@ from bayes_kf.validation import (
     did_you_mean,
 )
 
-
-class Structure(NamedTuple):
-    """The functions of one covariance structure; each documented in its own file.
-
-    ``accumulate`` takes the place of ``condition`` where the mean is held: what it adds to the precision does not
-    depend on the prior, whose width may be chosen afterwards. None where that is so of ``condition`` itself.
-    """
-
-    State: type[Any]
-    init: Callable[..., Any]
-    predict: Callable[..., Any]
-    condition: Callable[..., Any]
-    add_precision: Callable[..., Any]
-    merge: Callable[..., Any]
-    root: Callable[..., Any]
-    product: Callable[..., Any]
-    marginal_variance: Callable[..., Any]
-    covariance_matrix: Callable[..., Any]
-    output_covariance: Callable[..., Any]
-    joint_output_covariance: Callable[..., Any]
-    quadratic: Callable[..., Any]
-    log_determinant: Callable[..., Any]
-    scales: Callable[..., Any]
-    accumulate: Callable[..., Any] | None = None
-
-
-def _structure(module: Any, condition: Callable[..., Any], accumulate: Callable[..., Any] | None = None) -> Structure:
-    names = [name for name in Structure._fields if name not in ("condition", "accumulate")]
-    found = {name: getattr(module, name) for name in names}
-    return Structure(condition=condition, accumulate=accumulate, **found)
-
-
-STRUCTURES: dict[str, Structure] = {
-    "diagonal": _structure(diagonal, diagonal.gain_condition, diagonal.mixed_condition),
-    "diagonal_information": _structure(diagonal, diagonal.information_condition),
-    "diagonal_mixed": _structure(diagonal, diagonal.mixed_condition),
-    "low_rank": _structure(low_rank, low_rank.condition, low_rank.accumulate),
-    "block_diagonal": _structure(block_diagonal, block_diagonal.condition, block_diagonal.accumulate),
-    "full": _structure(full, full.condition),
-}
-
-
-def register_structure(name: str, structure: Structure) -> None:
-    """Make a covariance structure one that ``KalmanConfig(covariance=name)`` takes.
-
-    Args:
-        name: a word that is not taken.
-        structure: its functions; ``STRUCTURES["diagonal"]._replace(...)`` is a start.
-
-    Raises:
-        ValueError: for a name that is taken, or what is no structure.
-    """
-    if not isinstance(structure, Structure):
-        raise ValueError(f"`structure` must be a Structure, got {type(structure).__name__}.")
-    if not name.isidentifier() or name in STRUCTURES:
-        raise ValueError(f"`name` must be a word other than {', '.join(STRUCTURES)}, got {name!r}.")
-    STRUCTURES[name] = structure
-    CHOICES["covariance"] = tuple(STRUCTURES)
-
-
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
 SPREADS = ("modules", "tensors", "constant")
@@ -112,7 +53,6 @@ PENALTIES = ("transient", "permanent")
 OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
 CHOICES: dict[str, tuple[str, ...]] = {
     "likelihood": tuple(LIKELIHOODS),
-    "covariance": tuple(STRUCTURES),
     "noise": NOISES,
     "initial_rule": RULES,
     "initial_spread": SPREADS,
@@ -370,6 +310,7 @@ class KalmanConfig:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             check_one_of(name, getattr(self, name), allowed)
+        check_one_of("covariance", self.covariance, tuple(STRUCTURES))
         for f in dataclasses.fields(self):
             if f.metadata["check"] is not None:
                 f.metadata["check"](f.name, getattr(self, f.name))
@@ -497,8 +438,8 @@ class KalmanConfig:
         return FittingSettings.of(self)
 
     @property
-    def structure(self) -> Structure:
-        """The functions of the covariance structure."""
+    def structure(self) -> type[GaussianBelief]:
+        """The class of beliefs with the configured covariance structure."""
         return STRUCTURES[self.covariance]
 
     def save_pretrained(self, folder: str | Path) -> None:

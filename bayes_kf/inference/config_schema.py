@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from bayes_kf.inference.config import CHOICES, WHOLE, KalmanConfig
+from bayes_kf.inference.covariance.structure import STRUCTURES
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 KINDS = {"str": "string", "float": "number", "int": "integer", "bool": "boolean", "None": "null"}
@@ -40,8 +41,9 @@ def config_schema() -> dict[str, Any]:
 def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """Type and default of one setting."""
     default = {"default": field.default}
-    if field.name in CHOICES:
-        return {"enum": list(CHOICES[field.name])} | default
+    choices = CHOICES | {"covariance": tuple(STRUCTURES)}
+    if field.name in choices:
+        return {"enum": list(choices[field.name])} | default
     if field.name == "tune":
         lists = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}, "minProperties": 1}
         return {"anyOf": [lists, {"type": "null"}]} | default

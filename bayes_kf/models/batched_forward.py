@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from bayes_kf.models.adapter import AdapterModel, Inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, to_device
 
 DIFFERENCES = {torch.float32: 2e-3, torch.float64: 1e-7}  # of a step: short of kinks, above rounding
 

@@ -1,10 +1,17 @@
-"""Torch's fused attention layers, kept from reading the weights below an adapter."""
+"""What eval mode needs beside ``module.eval()`` so that adapters act and gradients flow.
+
+- Torch's encoder layers take a fused path in eval mode that ignores adapters: :func:`without_fused_path`.
+- Layers of transformers with gradient checkpointing recompute in training mode alone:
+  :func:`checkpointing_in_eval_mode`.
+- bitsandbytes packs 4-bit weights on a CPU in eval mode, and no gradient flows through them: :func:`four_bit_on_cpu`.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,31 +19,109 @@ from torch import nn
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 _lock = threading.Lock()
-_inside, _before = 0, True
+_num_inside, _enabled_before = 0, True
 
 
-def has_fused(modules: Iterable[nn.Module]) -> bool:
+def has_fused_path(modules: Iterable[nn.Module]) -> bool:
     """Whether a model has layers that may take torch's fused path."""
     return any(isinstance(module, FUSED) for module in modules)
 
 
 @contextmanager
-def layer_by_layer() -> Iterator[None]:
-    """Torch's own encoder layers run as their parts do, adapters included; for all threads.
+def without_fused_path() -> Iterator[None]:
+    """Disables the fused path of torch's encoder layers, for all threads.
 
-    In eval mode they hand the weights of their Linear layers to one fused kernel, which knows nothing of the low-rank
-    branches that PEFT puts beside them. The switch is global, so it is back as it was when the last one leaves.
+    In eval mode these layers pass the weights of their Linear layers to one fused kernel, which ignores the low-rank
+    branches that PEFT adds. The switch is global. The last thread that leaves sets it as it was.
     """
-    global _inside, _before
+    global _num_inside, _enabled_before
     with _lock:
-        if _inside == 0:
-            _before = torch.backends.mha.get_fastpath_enabled()
+        if _num_inside == 0:
+            _enabled_before = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
-        _inside += 1
+        _num_inside += 1
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if _inside == 0:
-                torch.backends.mha.set_fastpath_enabled(_before)
+            _num_inside -= 1
+            if _num_inside == 0:
+                torch.backends.mha.set_fastpath_enabled(_enabled_before)
+
+
+def four_bit_on_cpu(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers that bitsandbytes packs in eval mode, on processors that it has a kernel for.
+
+    That kernel returns outputs without a graph. In training mode, which changes nothing else in these layers, they are
+    not packed. The class is recognized by its name, so bitsandbytes is not imported.
+    """
+    return [module for module in modules if _is_four_bit(module) and module.weight.device.type == "cpu"]
+
+
+def check_unpacked(layers: Iterable[nn.Module]) -> None:
+    """Raises ValueError if one of these layers was packed before."""
+    for layer in layers:
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                "`model` must have 4-bit weights that gradients flow through, got ones that bitsandbytes packed for "
+                "inference when the model was called in eval mode on this CPU: load it again, in training mode."
+            )
+
+
+def _is_four_bit(module: nn.Module) -> bool:
+    return any(k.__name__ == "Linear4bit" and k.__module__.startswith("bitsandbytes") for k in type(module).__mro__)
+
+
+def checkpointing_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers of transformers that can recompute in the backward pass; recognized by their class's name."""
+    kinds = "GradientCheckpointingLayer"
+    return [module for module in modules if any(kind.__name__ == kinds for kind in type(module).__mro__)]
+
+
+@contextmanager
+def checkpointing_in_eval_mode(layers: list[nn.Module]) -> Iterator[None]:
+    """Runs the code of checkpointed layers in eval mode, in the forward pass and when the backward pass recomputes.
+
+    The layers themselves stay in training mode, without which they do not checkpoint. Without gradients they neither
+    recompute nor call their checkpoint function, so hooks set their mode.
+    """
+    originals = [(layer, layer.__dict__.get("_gradient_checkpointing_func")) for layer in layers]
+    handles = []
+    try:
+        for layer, original in originals:
+            if original is not None:
+                layer.__dict__["_gradient_checkpointing_func"] = _in_eval_mode(layer, original)
+            handles.append(layer.register_forward_pre_hook(_evaluate_without_gradients))
+            handles.append(layer.register_forward_hook(_train_again, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, original in originals:
+            layer.training = True
+            if original is not None:
+                layer.__dict__["_gradient_checkpointing_func"] = original
+
+
+def _evaluate_without_gradients(layer: nn.Module, args: Any) -> None:
+    layer.training = torch.is_grad_enabled()
+
+
+def _train_again(layer: nn.Module, args: Any, output: Any) -> None:
+    layer.training = True
+
+
+def _in_eval_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's checkpoint function, which runs the layer's code in eval mode."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def evaluate(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            mode, layer.training = layer.training, False
+            try:
+                return function(*inner_args, **inner_kwargs)
+            finally:
+                layer.training = mode
+
+        return checkpoint(evaluate, *args, **kwargs)
+
+    return run

@@ -2,7 +2,7 @@
 
 Each is an :class:`AdapterModel` over the model itself, so that everything that takes a model takes it: ``bkf.fit``,
 ``KalmanFilter``, ``Posterior.predict``; and what is saved is an ordinary PEFT adapter of the language model. After
-loading, ``posterior.reading(OptionTokens(model, options))`` reads it so again. The reading is ours.
+loading, ``posterior.with_adapter(OptionTokens(model, options))`` reads it so again. The reading is ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.adapter import AdapterModel, Inputs, is_peft
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 IGNORED = -100  # label of a token that is not learned, as transformers marks it
 

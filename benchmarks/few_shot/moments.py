@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import bayes_kf as bkf
+from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
 from bayes_kf.inference.filtering.tempering import GRID
 from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.linearization.linearizer import Linearizer
-from bayes_kf.inference.predictive.prediction import gaussian_draws
 from bayes_kf.models.clip import ClipClassifier
 
 AT_ONCE = 100  # images
@@ -47,7 +47,7 @@ class Moments:
     """
 
     def __init__(self, posterior: bkf.Posterior, classifier: ClipClassifier) -> None:
-        self._belief, self._structure = posterior.state.belief, posterior.config.structure
+        self._belief = posterior.state.belief
         self._slices, self._size = posterior.adapter.slices(), posterior.adapter.num_parameters
         held = copy.deepcopy(classifier)
         posterior.apply_to(held)
@@ -89,7 +89,7 @@ class Moments:
                 rows = scale * torch.einsum("bd,mdn->bmn", unit, self._prompts[0])
             _place(jacobian, rows, self._prompts[1], self._slices)
         operator = Jacobian.from_rows(jacobian)
-        return logits.double(), self._structure.output_covariance(self._belief, operator).double()
+        return logits.double(), self._belief.output_covariance(operator).double()
 
 
 def _place(jacobian: Tensor, rows: Tensor, names: list[str] | tuple[str, ...], slices: dict[str, slice]) -> None:

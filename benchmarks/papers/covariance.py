@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
-from bayes_kf.inference.covariance import full
 from benchmarks.common.data import mnist
 from benchmarks.common.result_files import RESULTS, ResultFile, markdown_table
 
@@ -102,7 +101,7 @@ def measure(noise: str, start: str, seed: int) -> dict[str, Any]:
     correct = 0.0
     for step in tqdm(range(STEPS[-1] + 1), leave=False, disable=not sys.stderr.isatty(), position=1):
         if step in STEPS:
-            covariance = full.covariance_matrix(state.belief)
+            covariance = state.belief.covariance_matrix()
             for name, value in zip(("off_diagonal", "off_blocks"), shares(covariance, sizes), strict=True):
                 found[name].append(value)
             found["variance"].append(float(covariance.diagonal().mean()))

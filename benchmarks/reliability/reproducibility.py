@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import bayes_kf as bkf
-from bayes_kf.demo.data import Size, demo_data
 from bayes_kf.models.zoo import lora_digits_vit
 from benchmarks.common import text
 from benchmarks.common.result_files import ResultFile, markdown_table
+from tutorials.digits_demo.data import Size, demo_data
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 

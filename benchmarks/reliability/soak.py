@@ -76,7 +76,7 @@ def run(covariance: str, steps: int, seed: int = 0, progress: bool = True) -> di
         if step % LOOK == LOOK - 1:
             sums.append(math.fsum(squares))
             squares.clear()
-            cov = config.structure.covariance_matrix(state.belief)
+            cov = state.belief.covariance_matrix()
             assert bool(torch.isfinite(cov).all()), f"{covariance} is not finite after {step + 1} updates"
             variance, values = cov.diagonal(), torch.linalg.eigvalsh(cov)
             assert float(values.min()) > 0, f"{covariance} is not positive after {step + 1} updates"

@@ -1,14 +1,10 @@
 """Tables and numbers of `benchmarks/results/` in pages of the site, so that no number is typed by hand.
 
-```{results} online-usps
-:rows: frozen; AdamW *; default        which rows, by how they begin; all without it
-:columns: accuracy = held-out accuracy which columns, and their headings; all without it
-:section: Against AdamW                which heading of the results page the table stands under
-```
+The directive `results` takes the name of a results page and three options: `section`, the heading that the table
+stands under; `rows`, which rows, separated by semicolons; `columns`, which columns, each with a new heading after "=".
 
-{result}`kills 200.killed_while_writing`    one number of a JSON file's cells, here of the cell "200"
-{result}`fuzz sum *.cases`                  a sum over cells
-{result}`mutation 100 * all.rate |.1f`      scaled, and in a format
+The role `result` takes the name of a JSON file and one number of its cells: "kills 200.killed_while_writing" is that of
+the cell "200"; "fuzz sum *.cases" a sum over cells; "mutation 100 * all.rate as .1f" is scaled and has a format.
 """
 
 import json
@@ -18,6 +14,7 @@ from pathlib import Path
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
+from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -41,6 +38,13 @@ def _found(wanted: str, among: list[str], what: str) -> int:
         if places:
             return places[0]
     raise ValueError(f"`{what}` must be one of {among}, got {wanted!r}.")
+
+
+def _is_numeric(column: tuple[str, ...]) -> bool:
+    """Whether most cells of a column are numbers, which are set to the right."""
+    return 2 * sum(bool(re.match(r"[*+\-−–]*\d", cell)) for cell in column) > sum(
+        cell not in ("", "–") for cell in column
+    )
 
 
 def sections(text: str) -> dict[str, list[list[str]]]:
@@ -72,7 +76,9 @@ def table(name: str, section: str = "", rows: str = "", columns: str = "") -> st
         asked = [part.split("=") for part in columns.split(";")]
         places = [0] + [_found(part[0].strip(), head[1:], "columns") + 1 for part in asked]
         titles = [head[0], *(part[-1].strip() for part in asked)]
-    lines = [titles, ["---", *["--:"] * (len(places) - 1)], *[[line[place] for place in places] for line in body]]
+    lines = [[line[place] for place in places] for line in body]
+    rule = ["---", *("--:" if _is_numeric(column) else "---" for column in list(zip(*lines, strict=True))[1:])]
+    lines = [titles, rule, *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -86,7 +92,7 @@ def provenance(name: str) -> str:
 
 def number(expression: str) -> str:
     """One number of a results file; the module's docstring has the grammar."""
-    expression, _, form = expression.partition("|")
+    expression, _, form = expression.partition(" as ")
     name, rest = expression.split(maxsplit=1)
     cells = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["cells"]
     factor = re.match(r"([\d.]+) \* ", rest)
@@ -106,7 +112,8 @@ class Results(SphinxDirective):
     required_arguments = 1
     option_spec = dict.fromkeys(("section", "rows", "columns"), directives.unchanged)
 
-    def run(self):
+    def run(self) -> list[nodes.Node]:
+        """The table, parsed as Markdown."""
         name = self.arguments[0]
         self.env.note_dependency(str(RESULTS / f"{name}.md"))
         lines = [*table(name, **self.options).splitlines(), "", provenance(name)]
@@ -118,12 +125,13 @@ class Results(SphinxDirective):
 class Result(SphinxRole):
     """A number of a results file."""
 
-    def run(self):
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The number as text."""
         self.env.note_dependency(str(RESULTS / f"{self.text.split()[0]}.json"))
         return [nodes.Text(number(self.text))], []
 
 
-def setup(app):
+def setup(app: Sphinx) -> dict[str, object]:
     """The directive and the role."""
     app.add_directive("results", Results)
     app.add_role("result", Result())

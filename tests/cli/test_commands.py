@@ -19,10 +19,10 @@ from bayes_kf.cli.inputs import open_data
 from bayes_kf.cli.lora_adapters import add_adapter
 from bayes_kf.cli.parser import EXAMPLES, build_parser
 from bayes_kf.cli.posterior_folder import read_labels, read_new_head
-from bayes_kf.demo import Size
 from bayes_kf.evaluation import evaluate_predictions
 from bayes_kf.inference.fitting.fit import fit_default
 from bayes_kf.models.zoo import quiet_transformers
+from tutorials.digits_demo import Size, run_demo
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_settings_from_file_and_flags(folder, tmp_path):
 
 def test_examples_of_the_help_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "QUICK", Size(stream=20, heldout=40))
+    run_demo("demo-output", Size(stream=20, heldout=40), progress=False)
     (tmp_path / "bert-folder").symlink_to(folder / "bert")
     for name in ("reviews.csv", "lora.json"):
         (tmp_path / name).symlink_to(folder / name)

@@ -86,10 +86,7 @@ def test_files_in_the_way_are_refused_before_the_work(folder, tmp_path, capsys):
     (tmp_path / "r.json").write_text("mine")
     assert run("evaluate", tmp_path, "--model", "m", "--data", "d", "--output", tmp_path / "r.html") == 2
     assert "`--output` must be a new name or that of an earlier report, got" in capsys.readouterr().err
-    (tmp_path / "demo.md").write_text("mine")
-    assert run("demo", "--quick", "--output", tmp_path) == 2
-    assert "got demo.md (not written by bayes_kf)" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.md", "labels.json", "r.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.json", "r.json"]
 
 
 def test_a_bad_command_line_is_one_line(capsys):
@@ -196,7 +193,7 @@ def test_what_goes_wrong_inside_is_one_line(tmp_path, monkeypatch, capsys):
     def fail(args):
         raise RuntimeError("not enough memory:\nyou tried to allocate 1 TB")
 
-    monkeypatch.setitem(commands.COMMANDS, "demo", fail)
-    assert run("demo", "--output", tmp_path / "d") == 2
+    monkeypatch.setitem(commands.COMMANDS, "evaluate", fail)
+    assert run("evaluate", tmp_path / "p.csv") == 2
     expected = "bayes-kf: error: RuntimeError: not enough memory: you tried to allocate 1 TB\n"
     assert capsys.readouterr().err == expected

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from bayes_kf import Posterior
-from bayes_kf.demo import ADAMW, OURS, RANK, RATES, Size, caption, markdown_table, run_demo
-from bayes_kf.demo.data import demo_data
 from bayes_kf.models.zoo import digits_vit
+from tutorials.digits_demo import ADAMW, OURS, RANK, RATES, Size, caption, markdown_table, run_demo
+from tutorials.digits_demo.data import demo_data
 
 SIZE = Size(stream=30, heldout=60)
 
@@ -84,3 +84,10 @@ def test_data_do_not_overlap():
     assert data.corrupted.shape == data.photos.shape == (60, 1, 28, 28)
     with pytest.raises(ValueError, match="`size` must hold out 1 to 1767 images, got 1768"):
         demo_data(Size(stream=30, heldout=1768))
+
+
+def test_files_of_other_people_are_refused_before_the_work(tmp_path):
+    (tmp_path / "demo.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"got demo\.md \(not written by bayes_kf\)"):
+        run_demo(tmp_path, SIZE, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.md"]

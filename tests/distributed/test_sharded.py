@@ -62,10 +62,9 @@ def test_several_processes_are_one(size, expected, tmp_path):
     found = run(size, together, tmp_path, size, list(cases.CASES))
     for name, (state, infos) in expected.items():
         for here in (process[name] for process in found):
-            config = cases.CASES[name][1]
             whole = type(state.belief)(**here["belief"])
             torch.testing.assert_close(whole.mean, state.belief.mean, rtol=1e-7, atol=1e-9, msg=name)
-            matrix = config.structure.covariance_matrix
+            matrix = type(state.belief).covariance_matrix
             torch.testing.assert_close(matrix(whole), matrix(state.belief), rtol=1e-7, atol=1e-9, msg=name)
             torch.testing.assert_close(here["scores"], state.scores.total, rtol=1e-8, atol=1e-8, msg=name)
             for field, value in here["noise"].items():

@@ -25,4 +25,9 @@ def test_it_builds_and_holds_what_is_public(tmp_path):
     index = (docs / "index.html").read_text()
     for page in [*(ROOT / "tutorials").glob("[1-7]*.ipynb"), *(ROOT / "tutorials").glob("*.md")]:
         assert f"tutorials/{page.stem}.html" in index
+    for page in (ROOT / "docs").glob("*/*.md"):
+        text = (docs / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
+        assert f"{page.parent.name}/{page.stem}.html" in index, "a page that the navigation does not reach"
+        assert "{result" not in text, "a number or a table that was not read"
+        assert "docs/images/" not in text.replace("_images/", ""), "a picture that was not found"
     assert "Alias for field" not in (docs / "reference" / "evaluation.html").read_text()

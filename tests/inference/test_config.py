@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from bayes_kf.inference import Bank, KalmanConfig, KalmanFilter, config
+from bayes_kf.inference import Bank, KalmanConfig, KalmanFilter, config, config_schema
+from bayes_kf.inference.covariance import structure
 
 BAD = [
     (
@@ -71,16 +72,22 @@ def test_unknown_fields_are_named(tmp_path):
 
 
 def test_a_structure_can_be_registered(monkeypatch):
-    monkeypatch.setattr(config, "STRUCTURES", dict(config.STRUCTURES))
-    monkeypatch.setattr(config, "CHOICES", dict(config.CHOICES))
+    table = dict(structure.STRUCTURES)
+    monkeypatch.setattr(structure, "STRUCTURES", table)
+    monkeypatch.setattr(config, "STRUCTURES", table)
+    monkeypatch.setattr(config_schema, "STRUCTURES", table)
     with pytest.raises(ValueError, match=r"`covariance` must be one of diagonal, .*, got 'mine'"):
         KalmanConfig(covariance="mine")
-    config.register_structure("mine", config.STRUCTURES["diagonal"])
-    assert KalmanConfig(covariance="mine").structure is config.STRUCTURES["diagonal"]
-    with pytest.raises(ValueError, match=r"`name` must be a word other than diagonal, .*, got 'mine'"):
-        config.register_structure("mine", config.STRUCTURES["full"])
-    with pytest.raises(ValueError, match="`structure` must be a Structure, got dict"):
-        config.register_structure("other", {})
+    structure.register_structure("mine", table["diagonal"])
+    assert KalmanConfig(covariance="mine").structure is table["diagonal"]
+    assert "mine" in config_schema.config_schema()["properties"]["covariance"]["enum"]
+    with pytest.raises(ValueError, match=r"`name` must be an identifier other than diagonal, .*, got 'mine'"):
+        structure.register_structure("mine", table["full"])
+    with pytest.raises(ValueError, match="`structure` must be a class with the methods of GaussianBelief, got dict"):
+        structure.register_structure("other", {})
+    methods = {name: getattr(table["full"], name) for name in structure.METHODS if name != "predict"}
+    with pytest.raises(ValueError, match="of GaussianBelief, got one without predict"):
+        structure.register_structure("other", type("NoPrediction", (), methods))
 
 
 @pytest.mark.parametrize(

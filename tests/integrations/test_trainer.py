@@ -26,7 +26,7 @@ from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.fitting import mean_step
 from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
-from bayes_kf.models.adapter import split_batch
+from bayes_kf.models.batch import split_batch
 from bayes_kf.models.language import NextToken
 from benchmarks.reliability.folder_snapshots import killed_at, snapshot
 

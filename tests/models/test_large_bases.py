@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers import BitsAndBytesConfig as Bits
 
 from bayes_kf import AdapterModel, KalmanConfig, KalmanFilter, Posterior
-from bayes_kf.models import quantized
+from bayes_kf.models import eval_mode
 from bayes_kf.models.prior.variance_bounds import largest_variances
 
 EIGHT = Bits(load_in_8bit=True, llm_int8_skip_modules=["classifier"])
@@ -98,7 +98,7 @@ def test_4_bit_weights_that_are_packed_are_refused(folder):
     model = load(folder, quantization_config=FOUR, device_map="cpu")
     kf = KalmanFilter(model, KalmanConfig())
     state = kf.init({"input_ids": IDS})
-    [first, *_] = quantized.four_bit_on_cpu(model.modules())
+    [first, *_] = eval_mode.four_bit_on_cpu(model.modules())
     first.weight.quant_state.packing_format_for_cpu = True  # as bitsandbytes marks them, on processors with the kernel
     with pytest.raises(ValueError, match="`model` must have 4-bit weights that gradients flow through, got ones that"):
         kf.update(state, {"input_ids": IDS}, LABELS)

@@ -1,9 +1,11 @@
-"""Whitened linear observations: what every covariance structure is conditioned on."""
+"""Whitened linear observations, on which every covariance structure is conditioned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bayes_kf.inference.linearization.jacobian import Jacobian
@@ -11,13 +13,13 @@ from bayes_kf.inference.linearization.jacobian import Jacobian
 
 @dataclass(frozen=True)
 class Observation:
-    """Whitened linear observation u = M (θ − μ) + ε, ε ~ N(0, I): all that a belief is conditioned on.
+    """A whitened linear observation u = M (θ − μ) + ε, ε ~ N(0, I).
 
     Attributes:
-        jacobian: M as an operator with k = B·r rows, see ``jacobian``.
+        jacobian: M as an operator with k = B·r rows.
         residual: u, (k,).
-        degrees_of_freedom: of ``innovation`` when the filter is consistent, B·rank(V) for the outputs' V.
-        innovation: ν = uᵀS⁻¹u at the prior outputs.
+        degrees_of_freedom: of ``innovation`` if the filter is consistent: B·rank(V), V the variance of the outputs.
+        innovation: the normalized innovation squared ν = uᵀS⁻¹u at the prior outputs.
     """
 
     jacobian: Jacobian
@@ -60,7 +62,7 @@ class Observation:
         return self.jacobian.column_squares(left)
 
     def dense(self) -> Tensor:
-        """M as a matrix, (k, n); for small problems, and beliefs that are dense themselves."""
+        """M as a matrix, (k, n), for small problems and dense beliefs."""
         return self.jacobian.dense().flatten(0, 1)
 
     def scaled(self, precision: float) -> Observation:
@@ -74,17 +76,45 @@ class Observation:
         return cls(Jacobian.from_rows(rows.unsqueeze(0)), residual)
 
 
-def whitened(
+class SolvedInnovation(NamedTuple):
+    """The innovation covariance S = I + MPMᵀ, factorized and applied to u.
+
+    Attributes:
+        chol: lower Cholesky factor of S, (k, k), in float64.
+        weights: S⁻¹u, (k,), in u's dtype.
+        squared: uᵀS⁻¹u, a scalar, in u's dtype.
+    """
+
+    chol: Tensor
+    weights: Tensor
+    squared: Tensor
+
+
+def solve_innovation(gram: Tensor, residual: Tensor) -> SolvedInnovation:
+    """The Cholesky factor of S = I + G, S⁻¹u and uᵀS⁻¹u, solved in float64.
+
+    Args:
+        gram: G = MPMᵀ, (k, k).
+        residual: u, (k,).
+    """
+    innovation_cov = gram.double() + torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    chol = torch.linalg.cholesky(innovation_cov)
+    u = residual.double()
+    weights = torch.cholesky_solve(u.unsqueeze(-1), chol).squeeze(-1)
+    return SolvedInnovation(chol, weights.to(residual.dtype), (u @ weights).to(residual.dtype))
+
+
+def whiten_observation(
     factor: Tensor, residual: Tensor, jacobian: Jacobian, degrees_of_freedom: int, innovation: float
 ) -> Observation:
-    """M = W J and u, stacked over the batch.
+    """The observation with M = W J, and u of all examples in one vector.
 
     Args:
         factor: W, (B, r, c).
         residual: u, (B, r).
-        jacobian: J with c rows an example.
+        jacobian: J with c rows per example.
         degrees_of_freedom: see :class:`Observation`.
         innovation: see :class:`Observation`.
     """
-    flat = residual.to(jacobian.like.dtype).flatten()
-    return Observation(jacobian.left_multiply(factor), flat, degrees_of_freedom, innovation)
+    u = residual.to(jacobian.like.dtype).flatten()
+    return Observation(jacobian.left_multiply(factor), u, degrees_of_freedom, innovation)

@@ -33,7 +33,8 @@ from bayes_kf.inference.filtering.measurement import Batch, Tally
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import Inputs, batch_size, some_examples
+from bayes_kf.inference.measurement_model.noise import NoiseState
+from bayes_kf.models.batch import Inputs, batch_size, some_examples
 
 
 class Sides(NamedTuple):
@@ -65,7 +66,7 @@ def begin(config: KalmanConfig, linearize: Linearizer, state: FilterState, input
     mean = state.belief.mean
     precision = config.gradient_penalty * float(gradient.square().sum())
     learning.check_finite("the gradient penalty's precision", mean.new_tensor(precision))
-    tight = config.structure.add_precision(state.belief, torch.full_like(mean, precision))
+    tight = state.belief.add_precision(torch.full_like(mean, precision))
     return Sides(state, state._replace(belief=tight), precision)
 
 
@@ -93,7 +94,7 @@ def end(config: KalmanConfig, sides: Sides) -> FilterState:
         return plain
     if config.gradient_penalty_form == "permanent":
         return tight._replace(scores=plain.scores)
-    return plain._replace(belief=plain.belief._replace(mean=tight.belief.mean))
+    return plain._replace(belief=plain.belief.with_mean(tight.belief.mean))
 
 
 def mean_gradient(
@@ -114,7 +115,7 @@ def mean_gradient(
 
 def _noise(
     config: KalmanConfig, linearize: Linearizer, state: FilterState, inputs: Inputs, targets: Tensor
-) -> noise.State:
+) -> NoiseState:
     """The noise state that the batch begins with; an estimated σ² needs its outputs for the first guess."""
     if config.likelihood != "gaussian":
         return state.noise

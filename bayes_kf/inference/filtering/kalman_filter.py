@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig, check_config
-from bayes_kf.inference.covariance import block_diagonal, diagonal
+from bayes_kf.inference.covariance.block_diagonal import block_sizes
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
+from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.filtering import gradient_penalty, prior, relinearization, tempering
 from bayes_kf.inference.filtering.measurement import Batch
 from bayes_kf.inference.filtering.measurement_update import check_finite, parts
@@ -18,8 +20,10 @@ from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, Filter
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.measurement_model.output_directions import num_directions, num_rows, see, warn_of_many
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size, check_inputs, some_examples, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, to_device
 
 if TYPE_CHECKING:
     from bayes_kf.inference.posterior import Posterior
@@ -55,10 +59,10 @@ class KalmanFilter:
                 Without it the first update's inputs serve.
         """
         mean = self.adapter.vector()
-        start = diagonal.init(mean, prior.unscaled(self.config, mean))
+        start = DiagonalGaussian(mean, prior.unscaled(self.config, mean))
         scaled = not prior.depends_on_inputs(self.config)
         scores = tempering.init(mean.device)
-        state = FilterState(self._belief(start), start, noise.State(), scores, scaled, 0, 0)
+        state = FilterState(self._belief(start), start, NoiseState(), scores, scaled, 0, 0)
         if inputs is None or scaled:
             return state
         check_inputs(inputs)
@@ -68,7 +72,7 @@ class KalmanFilter:
 
     def restart(self, state: FilterState) -> FilterState:
         """The prior again, for another pass over the same data, with nothing scored; estimated noise stays."""
-        again = noise.State(variance=state.noise.variance, information=state.noise.information)
+        again = NoiseState(variance=state.noise.variance, information=state.noise.information)
         scores = tempering.init(state.belief.mean.device)
         return FilterState(self._belief(state.prior), state.prior, again, scores, state.scaled, 0, 0)
 
@@ -120,7 +124,7 @@ class KalmanFilter:
 
     def marginal_variance(self, state: FilterState) -> Tensor:
         """Variance of every parameter, (n,)."""
-        return self.config.structure.marginal_variance(state.belief)
+        return state.belief.marginal_variance()
 
     def posterior(self, state: FilterState) -> Posterior:
         """The posterior of a state, to predict with and to save."""
@@ -215,7 +219,7 @@ class KalmanFilter:
                 jacobian = linearized.jacobian(seen.directions)
             found = None if alike or seen.directions is None else seen.directions.rows_per_example
             rows = widths[where] if found is None else found.tolist()  # as this pass sees them, not a forecast
-            yield Batch(self._outputs_of(piece), targets[where], outputs, start, seen, jacobian, rows)
+            yield Batch(self._outputs_of(piece.inputs), targets[where], outputs, start, seen, jacobian, rows)
 
     def _outputs_of(self, inputs: Inputs) -> Callable[[Tensor, slice], Tensor]:
         """From θ and which examples to their outputs there."""
@@ -251,23 +255,19 @@ class KalmanFilter:
         added: float | Tensor = settings.drift_variance
         if keep < 1.0:
             added = added + (1.0 - keep**2) * state.prior.variance
-        belief = settings.structure.predict(state.belief, settings.forgetting / keep**2, added)
+        belief = state.belief.predict(settings.forgetting / keep**2, added)
         if keep < 1.0:
-            belief = belief._replace(mean=torch.lerp(state.prior.mean, belief.mean, keep))
+            belief = belief.with_mean(torch.lerp(state.prior.mean, belief.mean, keep))
         return state._replace(belief=belief)
 
-    def _belief(self, start: diagonal.State) -> Any:
-        extra: dict[str, Any] = {}
-        if self.config.covariance == "low_rank":
-            extra["rank"] = self.config.rank
-        elif self.config.covariance == "block_diagonal":
-            extra["sizes"] = block_diagonal.sizes(self.adapter, self.config.blocks)
-        return self.config.structure.init(start.mean, start.variance, **extra)
+    def _belief(self, start: DiagonalGaussian) -> GaussianBelief:
+        sizes = block_sizes(self.adapter, self.config.blocks)
+        return self.config.structure.from_variance(*start, rank=self.config.rank, block_sizes=sizes)
 
     def _scale(self, state: FilterState, inputs: Inputs) -> FilterState:
         """The state with its prior variance set, or bounded, by how strongly the outputs for ``inputs`` react."""
         warn_of_many(self.config, self.linearize.prepare(state.prior.mean, inputs))
-        start = diagonal.init(state.prior.mean, prior.fitted(self.config, self.linearize, state.prior.mean, inputs))
+        start = DiagonalGaussian(state.prior.mean, prior.fitted(self.config, self.linearize, state.prior.mean, inputs))
         return state._replace(belief=self._belief(start), prior=start, scaled=True)
 
 

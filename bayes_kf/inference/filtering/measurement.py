@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.covariance.observation import Observation
 from bayes_kf.inference.filtering.state import UpdateInfo
 from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.measurement_model.output_directions import Probes, Seen
 from bayes_kf.models.likelihood import Likelihood
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.config import Structure
 
 
 class Batch(NamedTuple):
@@ -97,10 +95,11 @@ class Evidence(NamedTuple):
     mean: Observation
     covariance: Observation | None
 
-    def condition(self, structure: Structure, belief: Any, precision: float) -> Any:
-        """The belief after it, its precision multiplied by a number."""
+    def condition(self, belief: GaussianBelief, precision: float, accumulate: bool) -> GaussianBelief:
+        """The belief after it, its precision multiplied by a number; by ``accumulate`` where the mean is held."""
         mean, covariance = (o if o is None or precision == 1.0 else o.scaled(precision) for o in self)
-        return structure.condition(belief, mean, covariance)
+        assert mean is not None
+        return belief.accumulate(mean, covariance) if accumulate else belief.condition(mean, covariance)
 
 
 class Tally:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.covariance import diagonal
-from bayes_kf.inference.covariance.observation import Observation, whitened
+from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
+from bayes_kf.inference.covariance.observation import Observation, solve_innovation, whiten_observation
 from bayes_kf.inference.filtering import predictive_density, tempering
 from bayes_kf.inference.filtering.linearization_check import TRUSTED, at_mean, holds, is_small
 from bayes_kf.inference.filtering.measurement import Batch, Evidence, Part, Tally
 from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import congruence, diagonal_blocks
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.mode_expansion import expand_at_mode
+from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.measurement_model.output_directions import odds_length
 
 DAMPING_STEP = 0.25  # an update that fails its check is solved again with this much of the precision
@@ -97,7 +99,7 @@ def _begun(config: KalmanConfig, state: FilterState, batch: Batch) -> FilterStat
     """The state with the noise that it begins a batch with."""
 
     def output_variance() -> Tensor:
-        return config.structure.output_covariance(state.belief, batch.jacobian).diagonal(dim1=1, dim2=2).mean(0)
+        return state.belief.output_covariance(batch.jacobian).diagonal(dim1=1, dim2=2).mean(0)
 
     explained = None if batch.known else output_variance  # a mean that knows the targets has residuals of noise
     return state._replace(noise=noise.begin(config, state.noise, batch.outputs, batch.targets, explained))
@@ -113,7 +115,7 @@ def _learn_part(
 ) -> _Tried:
     """What learning a part comes to; the state given is not changed."""
     belief = state.belief
-    joint = config.structure.joint_output_covariance(belief, part.jacobian)
+    joint = belief.joint_output_covariance(part.jacobian)
     check_finite("the output covariance", joint)
     output_cov = diagonal_blocks(joint, len(part.targets)).to(part.outputs.dtype)
     scores = state.scores if batch.hold_mean else scored(config, state, batch, where, part, output_cov)
@@ -123,7 +125,7 @@ def _learn_part(
         accepts = _objective(config, state, part, passes, batch.targets[where])
     dampings = MAX_DAMPINGS if len(part.targets) < 2 * LEAST_PART else 0  # rather fewer examples than less precise ones
     after, damping, refused = _condition(config, belief, evidence, accepts, dampings, batch.hold_mean)
-    after = after._replace(mean=belief.mean) if batch.hold_mean else after
+    after = after.with_mean(belief.mean) if batch.hold_mean else after
     outputs = passes.known(after.mean)
     held = not refused and (outputs is None or holds(batch, where, part, after.mean, outputs))
     if noise_state.variance is not None and not batch.known:
@@ -163,18 +165,18 @@ class _Passes:
 
 def _evidence(
     config: KalmanConfig, state: FilterState, part: Part, joint: Tensor, output_cov: Tensor, known: bool
-) -> tuple[Evidence, noise.State, float]:
+) -> tuple[Evidence, NoiseState, float]:
     """What the belief is conditioned on, the noise state after it, and the jitter that its noise took."""
     family, outputs, point = part.family, part.outputs, part.start if known else part.outputs
     white, noise_state = noise.whiten(config, state.noise, family, point, part.targets, output_cov)
     factor, residual = white.factor, white.residual
     if point is not outputs:  # expanded where the batch was linearized
         residual = residual + (factor @ (point - outputs).to(factor).unsqueeze(-1)).squeeze(-1)
-    innovation = float(diagonal.innovation(congruence(factor, joint), residual.flatten())[2])
+    innovation = float(solve_innovation(congruence(factor, joint), residual.flatten()).squared)
     expanded = config.expansion == "mode" and config.noise == "exponential_family"
     if expanded and not known and family.name != "gaussian":
         factor, residual, point = expand_at_mode(family, outputs.double(), part.targets, joint)
-    observation = whitened(factor, residual, part.jacobian, part.degrees, innovation)
+    observation = whiten_observation(factor, residual, part.jacobian, part.degrees, innovation)
     if part.probes is None:
         return Evidence(observation, None), noise_state, white.jitter
     probed = part.pulled.left_multiply(part.probes.factor(point.to(outputs)))
@@ -184,20 +186,18 @@ def _evidence(
 
 def _condition(
     config: KalmanConfig,
-    belief: Any,
+    belief: GaussianBelief,
     evidence: Evidence,
-    accepts: Callable[[Any], bool] | None,
+    accepts: Callable[[GaussianBelief], bool] | None,
     dampings: int,
     hold_mean: bool,
-) -> tuple[Any, float, bool]:
+) -> tuple[GaussianBelief, float, bool]:
     """Condition, with the gate before and the guard after; the belief, the precision factor, and if any was refused.
 
     Where no precision was small enough for the guard, of at most ``dampings`` smaller ones, the belief is as it was,
     and the factor 0.
     """
-    structure, damping = config.structure, 1.0
-    if hold_mean and structure.accumulate is not None:  # the prior may be chosen afterwards
-        structure = structure._replace(condition=structure.accumulate)
+    damping = 1.0
     if config.gate_quantile is not None:
         from scipy.special import gammaincinv
 
@@ -206,7 +206,7 @@ def _condition(
     elif config.noise_variance == "estimated":
         bound = STARTLING * evidence.mean.degrees_of_freedom
         damping = min(1.0, bound / max(evidence.mean.innovation, bound))
-    after = evidence.condition(structure, belief, damping)
+    after = evidence.condition(belief, damping, accumulate=hold_mean)
     attempts = 0
     while accepts is not None and not accepts(after):
         if attempts == dampings:
@@ -215,9 +215,9 @@ def _condition(
                 warn_untaken()
             return belief, 0.0, True
         attempts, damping = attempts + 1, damping * DAMPING_STEP
-        after = evidence.condition(structure, belief, damping)
+        after = evidence.condition(belief, damping, accumulate=hold_mean)
     check_finite("the mean", after.mean)
-    scales = structure.scales(after)
+    scales = after.scales()
     check_finite("the variance", scales)
     if not parameter_sums.all_shards_agree(bool((scales > 0).all())):
         raise FloatingPointError(f"{int((scales <= 0).sum())} variances would not be positive")
@@ -230,7 +230,7 @@ def _objective(
     part: Part,
     outputs_at: Callable[[Tensor], Tensor],
     targets: Tensor,
-) -> Callable[[Any], bool]:
+) -> Callable[[GaussianBelief], bool]:
     """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ, the objective that it solves by linearization.
 
     A step that moves no output by more than ``TRUSTED`` is taken without the forward pass that this needs.
@@ -243,13 +243,13 @@ def _objective(
             return -part.family.log_prob(part.outputs, part.targets).sum()
         return -family.log_prob(outputs_at(belief.mean), targets).sum()
 
-    def accepts(after: Any) -> bool:
+    def accepts(after: GaussianBelief) -> bool:
         if not parameter_sums.all_shards_agree(bool(torch.isfinite(after.mean).all())):
             return False
         step = after.mean - belief.mean
         if is_small(part.jacobian.matvec(step), family, TRUSTED):
             return True
-        penalty = 0.5 * config.structure.quadratic(belief, step)
+        penalty = 0.5 * belief.quadratic(step)
         del step
         allowed = before()
         allowed = allowed + ROUNDING * (1.0 + allowed.abs())
@@ -274,7 +274,7 @@ def warn_untaken() -> None:
 
 def scored(
     config: KalmanConfig, state: FilterState, batch: Batch, where: slice, part: Part, output_cov: Tensor
-) -> tempering.State:
+) -> TemperatureState:
     """The scores with this part's, or as they were where the temperature is given.
 
     Where only the label's log odds were seen, the outputs are taken to vary independently and alike.

@@ -11,7 +11,8 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model.output_directions import signs
-from bayes_kf.models.adapter import AdapterModel, Inputs, batch_size
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.covariance import diagonal
-from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
+from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
+from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.measurement_model.noise import NoiseState
 
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)  # what computing raises where a belief would break
 
@@ -18,7 +19,7 @@ class FilterState(NamedTuple):
     """All that a filter knows; never changed in place.
 
     Attributes:
-        belief: mean and covariance, the State of the configured structure.
+        belief: N(μ, P) over θ, of the configured covariance structure.
         prior: mean (n,) and variance (n,) that the belief started from.
         noise: what the noise model remembers.
         scores: prequential log losses by temperature.
@@ -27,10 +28,10 @@ class FilterState(NamedTuple):
         examples: examples seen.
     """
 
-    belief: Any
-    prior: diagonal.State
-    noise: noise.State
-    scores: tempering.State
+    belief: GaussianBelief
+    prior: DiagonalGaussian
+    noise: NoiseState
+    scores: TemperatureState
     scaled: bool
     step: int
     examples: int

@@ -20,7 +20,9 @@ from bayes_kf.inference.fitting.progress import Bar, Record
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.inference.saving.file_names import STATE_FILE
-from bayes_kf.models.adapter import AdapterModel, batch_size, is_peft
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import batch_size
+from bayes_kf.models.peft_adapters.in_use import is_peft
 
 ONE_PASS = {"tune": None, "passes": 1, "mean_passes": 0}
 
@@ -113,7 +115,7 @@ def _opened(folder: Path, model: nn.Module | AdapterModel, config: KalmanConfig)
     changed = config.differences(found.config)
     if changed:
         raise ValueError(f"`checkpoint` must hold a pass with the same settings, got another {', '.join(changed)}.")
-    return found.reading(model) if isinstance(model, AdapterModel) else found
+    return found.with_adapter(model) if isinstance(model, AdapterModel) else found
 
 
 def _pass_over(batches: Iterator[Any], steps: int, examples: int, folder: Path) -> None:

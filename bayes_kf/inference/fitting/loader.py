@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError
-from bayes_kf.models.adapter import Inputs, batch_size, split_batch, to_device
+from bayes_kf.models.batch import Inputs, batch_size, split_batch, to_device
 
 SCALE_EXAMPLES = 32  # inputs that the prior's scale is measured on, taken from the first batches
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs
 
 RATE = 1.0
 
@@ -42,9 +43,9 @@ def step(
     mean = state.belief.mean
     loss, gradient = _gradient(config, adapter, state, inputs, targets)
     gradient = gradient + len(targets) / state.examples * (mean - state.prior.mean) / state.prior.variance
-    moved = config.structure.product(state.belief, gradient)
+    moved = state.belief.product(gradient)
     moved = moved / (1.0 + rate * (gradient @ moved).clamp_min(0.0))
-    return state._replace(belief=state.belief._replace(mean=mean - rate * moved)), loss
+    return state._replace(belief=state.belief.with_mean(mean - rate * moved)), loss
 
 
 def _gradient(

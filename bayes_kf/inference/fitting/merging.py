@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 
 from bayes_kf.inference.config import BUDGETS, TUNING
-from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.base_fingerprint import fingerprint
 
 ALIKE = ("seed", "temperature", *TUNING, *BUDGETS)  # settings that may differ
 
@@ -55,11 +55,11 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
     config = replace(first.config, temperature=_temperature(posteriors), tune=None)
     states = [posterior.state for posterior in posteriors]
     device = first.mean_vector.device
-    beliefs = [type(s.belief)(*(t.to(device) for t in s.belief)) for s in states]
+    beliefs = [type(s.belief)(**{k: t.to(device) for k, t in s.belief._asdict().items()}) for s in states]
     merged = first.state._replace(
-        belief=first.config.structure.merge(beliefs, first.state.prior),
-        noise=noise.State(step=sum(s.noise.step for s in states)),
-        scores=tempering.State(
+        belief=beliefs[0].merge(beliefs[1:], first.state.prior),
+        noise=NoiseState(step=sum(s.noise.step for s in states)),
+        scores=TemperatureState(
             sum(s.scores.updates for s in states),
             torch.stack([s.scores.total.to(device) for s in states]).sum(0),
             torch.stack([s.scores.differences.to(device) for s in states]).sum(0),
@@ -112,4 +112,4 @@ def _check_alike(first: Posterior, other: Posterior, number: int) -> None:
 
 
 def _base(posterior: Posterior) -> str:
-    return pretrained.fingerprint(posterior.adapter.model, set(posterior.adapter.names))
+    return fingerprint(posterior.adapter.model, set(posterior.adapter.names))

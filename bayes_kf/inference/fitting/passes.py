@@ -21,7 +21,8 @@ from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, l
 from bayes_kf.inference.fitting.progress import Bar, Record
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel, Inputs, check_inputs, to_device
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs, to_device
 
 MAX_HALVINGS = 10
 MAX_ROUNDS = 20  # in which the width of a prior and σ² are found in turn
@@ -224,12 +225,12 @@ def _lowered(
         mean = torch.lerp(at, found, 0.5**halvings)
         reached = _objective(kf, state, mean, loader)
         if reached <= start + ROUNDING * abs(start):
-            return state._replace(belief=state.belief._replace(mean=mean)), reached
+            return state._replace(belief=state.belief.with_mean(mean)), reached
     warnings.warn(
         f"no part of a pass's step lowered −log p(y, θ) = {start:.6g}; the mean stays where the pass was linearized",
         stacklevel=4,
     )
-    return state._replace(belief=state.belief._replace(mean=at)), start
+    return state._replace(belief=state.belief.with_mean(at)), start
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def widened(config: KalmanConfig, state: FilterState, width: float) -> FilterSta
     """The state as it would be had the prior variance been ``width`` times as large."""
     variance = width * state.prior.variance
     added = 1.0 / variance - 1.0 / state.prior.variance
-    belief = config.structure.add_precision(state.belief, added)
+    belief = state.belief.add_precision(added)
     return state._replace(belief=belief, prior=state.prior._replace(variance=variance))
 
 
@@ -40,7 +40,7 @@ def log_evidence(config: KalmanConfig, state: FilterState, deviation: Tensor) ->
     """The Laplace evidence of the state's prior, in nats, but for a constant; ``deviation`` (n,) is Δ."""
     prior = state.prior.variance.double()
     quadratic = float((deviation.double().square() / prior).sum())
-    volume = float(config.structure.log_determinant(state.belief)) - float(prior.log().sum())
+    volume = float(state.belief.log_determinant()) - float(prior.log().sum())
     return 0.5 * (volume - quadratic)
 
 

@@ -24,7 +24,7 @@ LEAST_SHARE = 0.1  # of J P Jᵀ in that guess: one lucky prediction under a wid
 TRUSTS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # factors on J P Jᵀ under which σ² is estimated, side by side
 
 
-class State(NamedTuple):
+class NoiseState(NamedTuple):
     """What a noise model remembers.
 
     Attributes:
@@ -56,7 +56,7 @@ class Whitened(NamedTuple):
     jitter: float
 
 
-def likelihood(config: KalmanConfig, state: State) -> Likelihood:
+def likelihood(config: KalmanConfig, state: NoiseState) -> Likelihood:
     """The likelihood as the noise model now sees it: a Gaussian's σ² may be fixed or estimated."""
     if config.likelihood != "gaussian":
         return LIKELIHOODS[config.likelihood]()
@@ -70,11 +70,11 @@ def likelihood(config: KalmanConfig, state: State) -> Likelihood:
 
 def begin(
     config: KalmanConfig,
-    state: State,
+    state: NoiseState,
     outputs: Tensor,
     targets: Tensor,
     output_variance: Callable[[], Tensor] | None = None,
-) -> State:
+) -> NoiseState:
     """The state with what this batch must know beforehand: R₀ = I, or a first guess of σ².
 
     Args:
@@ -96,8 +96,8 @@ def begin(
 
 
 def whiten(
-    config: KalmanConfig, state: State, family: Likelihood, outputs: Tensor, targets: Tensor, output_cov: Tensor
-) -> tuple[Whitened, State]:
+    config: KalmanConfig, state: NoiseState, family: Likelihood, outputs: Tensor, targets: Tensor, output_cov: Tensor
+) -> tuple[Whitened, NoiseState]:
     """W and u of a batch under the configured noise model, and the noise state after it.
 
     Args:
@@ -119,10 +119,10 @@ def whiten(
     root, jitter = _cholesky(basis @ covariance @ basis.mT)
     whitener = torch.linalg.solve_triangular(root, basis, upper=False)  # L⁻¹Q (r, m)
     keep = covariance if config.noise.startswith("ema") else None
-    return Whitened(whitener @ slope, residual @ whitener.mT, jitter), State(state.step + 1, keep)
+    return Whitened(whitener @ slope, residual @ whitener.mT, jitter), NoiseState(state.step + 1, keep)
 
 
-def absorb(state: State, residual: Tensor, output_cov: Tensor) -> State:
+def absorb(state: NoiseState, residual: Tensor, output_cov: Tensor) -> NoiseState:
     """Estimated σ² after a batch: scoring steps on log σ² for e ~ N(0, s), s = t·J P⁻ Jᵀ + σ², outputs apart (ours).
 
     An observation whose mean is still uncertain says little about σ² and weighs w = (σ²/s)². The estimate is a mean in
@@ -159,22 +159,22 @@ def absorb(state: State, residual: Tensor, output_cov: Tensor) -> State:
     )
 
 
-def settled(state: State, variance: Tensor, information: Tensor) -> State:
+def settled(state: NoiseState, variance: Tensor, information: Tensor) -> NoiseState:
     """The state with σ² known from elsewhere, (m,) each."""
-    return State(state.step, state.covariance, variance, information)
+    return NoiseState(state.step, state.covariance, variance, information)
 
 
-def _guessed(state: State, squares: Tensor, uncertain: Tensor, least: float) -> State:
+def _guessed(state: NoiseState, squares: Tensor, uncertain: Tensor, least: float) -> NoiseState:
     """With the first guess under each candidate: squared residuals less t·J P Jᵀ, at least a tenth of J P Jᵀ."""
     trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=squares.device).unsqueeze(1)
     guess = torch.maximum(squares - trusts * uncertain, LEAST_SHARE * uncertain)
     guess = guess.clamp_min(least)  # a batch fitted exactly still has noise
     information = torch.full_like(guess, PRIOR_COUNT)
     nothing = squares.new_zeros(len(TRUSTS))
-    return State(state.step, state.covariance, guess[0], information[0], guess, information, nothing, nothing[0])
+    return NoiseState(state.step, state.covariance, guess[0], information[0], guess, information, nothing, nothing[0])
 
 
-def _candidates(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _candidates(state: NoiseState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """σ² and its information under each candidate, (K, m), their losses (K,) and the examples in them."""
     if state.candidate_variance is not None:
         assert state.candidate_information is not None
@@ -192,7 +192,7 @@ def _as_targets(targets: Tensor) -> Tensor:
     return targets.double() if targets.is_floating_point() else targets
 
 
-def _covariance(config: KalmanConfig, state: State, residual: Tensor, slope: Tensor, output_cov: Tensor) -> Tensor:
+def _covariance(config: KalmanConfig, state: NoiseState, residual: Tensor, slope: Tensor, output_cov: Tensor) -> Tensor:
     """The noise covariance R of the present update, (m, m)."""
     if config.noise in ("identity", "decaying"):
         scale = math.exp(-state.step / 50) if config.noise == "decaying" else 1.0

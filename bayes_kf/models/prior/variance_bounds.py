@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.adapter import AdapterModel, peft_in_use
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.peft_adapters.in_use import peft_in_use
 from bayes_kf.models.prior.weight_responses import responses
 
 LARGEST_CHANGE = 2.0  # of a weight by its adapter, prior sd over root mean square; of 0.1 to 4, tried on four streams

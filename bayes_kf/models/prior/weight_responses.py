@@ -28,7 +28,7 @@ def responses(adapter: AdapterModel, layer: Any) -> dict[str, float]:
         return {}
     owned = {(module, attribute) for module in layer.modules() for attribute in module._parameters}
     own = [name for name, places in adapter.owners.items() if any(place in owned for place in places)]
-    present = {name: adapter._present(name).detach() for name in own}
+    present = {name: adapter.model.get_parameter(name).detach() for name in own}
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in present.items()}
     generator = torch.Generator(device=adapter.device).manual_seed(1)
     try:

@@ -322,9 +322,14 @@ def test_no_false_alarm_where_everything_is_certain_and_right():
     report = ev.evaluate_predictions(
         torch.stack([1 - doubt, doubt], dim=1), torch.zeros(6000, dtype=torch.int64), num_simulations=200
     )
-    assert report.sections.verdict[0].startswith("No miscalibration can be seen")
-    assert "a difference of 0.0 points, where chance alone shows 0.0 to 0.0." in report.sections.verdict[1]
+    assert report.sections.verdict[0].startswith("No miscalibration detected")
+    assert "a difference of 0.0 points (null band 0.0 to 0.0)." in report.sections.verdict[1]
     assert report.scores["ece_smooth_p_value"] == 1
-    cells = [cell for group in score_table(report.scores).groups for row in group.rows for cell in row]
+    cells = [
+        cell
+        for group in score_table(report.sections.scores, report.sections.tested).groups
+        for row in group.rows
+        for cell in row
+    ]
     assert not any(cell.is_outside for cell in cells)
     assert not any(cell.note in ("value above", "value below") for cell in cells)

@@ -6,9 +6,16 @@ from oracles import linear_posterior
 from torch import nn
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
-from bayes_kf.inference.config import STRUCTURES
-from bayes_kf.inference.covariance import block_diagonal, diagonal, full, low_rank
+from bayes_kf.inference.covariance.block_diagonal import BlockDiagonalGaussian, block_sizes
+from bayes_kf.inference.covariance.diagonal import (
+    DiagonalGaussian,
+    DiagonalInformationGaussian,
+    DiagonalMixedGaussian,
+)
+from bayes_kf.inference.covariance.full import FullGaussian
+from bayes_kf.inference.covariance.low_rank import LowRankGaussian
 from bayes_kf.inference.covariance.observation import Observation
+from bayes_kf.inference.covariance.structure import STRUCTURES
 from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import lora_digits_vit
@@ -51,10 +58,10 @@ def regression(batches, covariance="full", seed=0, **config):
 @pytest.mark.parametrize("batches", [[24], [1] * 24, [5, 1, 8, 10], [12, 12]])
 @pytest.mark.parametrize("structure", ["full", "low_rank"])
 def test_full_filter_is_bayesian_linear_regression(batches, structure):
-    kf, state, x, y = regression(batches, structure, rank=N)
+    _, state, x, y = regression(batches, structure, rank=N)
     mean, covariance = linear_posterior(x, y, state.prior.mean, torch.diag(state.prior.variance), NOISE)
     torch.testing.assert_close(state.belief.mean, mean, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(kf.config.structure.covariance_matrix(state.belief), covariance, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state.belief.covariance_matrix(), covariance, rtol=1e-9, atol=1e-9)
 
 
 def test_order_of_batches_does_not_matter_to_the_full_filter():
@@ -75,7 +82,7 @@ def test_order_of_batches_does_not_matter_to_the_full_filter():
 def test_gain_and_information_order_agree_for_the_full_posterior():
     mean, variance = prior()
     obs = observation()
-    after = full.condition(full.init(mean, variance), obs)
+    after = FullGaussian.from_variance(mean, variance).condition(obs)
     expected_mean, expected = exact(mean, variance, obs)
     torch.testing.assert_close(after.mean, expected_mean, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(after.covariance, expected, rtol=1e-9, atol=1e-9)
@@ -84,7 +91,7 @@ def test_gain_and_information_order_agree_for_the_full_posterior():
 def test_gain_form_keeps_the_exact_marginal_variances_and_mean():
     mean, variance = prior()
     obs = observation()
-    after = diagonal.gain_condition(diagonal.init(mean, variance), obs)
+    after = DiagonalGaussian(mean, variance).condition(obs)
     expected_mean, covariance = exact(mean, variance, obs)
     torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(after.variance, covariance.diagonal(), rtol=1e-10, atol=1e-10)
@@ -93,7 +100,7 @@ def test_gain_form_keeps_the_exact_marginal_variances_and_mean():
 def test_information_form_keeps_the_exact_marginal_precisions():
     mean, variance = prior()
     obs = observation()
-    after = diagonal.information_condition(diagonal.init(mean, variance), obs)
+    after = DiagonalInformationGaussian(mean, variance).condition(obs)
     _, covariance = exact(mean, variance, obs)
     precision = torch.linalg.inv(covariance).diagonal()
     torch.testing.assert_close(1 / after.variance, precision, rtol=1e-10, atol=1e-10)
@@ -104,10 +111,11 @@ def test_information_form_keeps_the_exact_marginal_precisions():
 
 def test_mixed_form_is_gain_mean_and_information_variance():
     mean, variance = prior()
-    obs, start = observation(), diagonal.init(mean, variance)
-    after = diagonal.mixed_condition(start, obs)
-    assert torch.equal(after.mean, diagonal.gain_condition(start, obs).mean)
-    torch.testing.assert_close(after.variance, diagonal.information_condition(start, obs).variance, rtol=1e-12, atol=0)
+    obs = observation()
+    after = DiagonalMixedGaussian(mean, variance).condition(obs)
+    assert torch.equal(after.mean, DiagonalGaussian(mean, variance).condition(obs).mean)
+    information = DiagonalInformationGaussian(mean, variance).condition(obs)
+    torch.testing.assert_close(after.variance, information.variance, rtol=1e-12, atol=0)
 
 
 def test_diagonal_forms_coincide_with_one_parameter():
@@ -115,7 +123,7 @@ def test_diagonal_forms_coincide_with_one_parameter():
     obs = observation(4, 1)
     expected_mean, covariance = exact(mean, variance, obs)
     for name in ("diagonal", "diagonal_information", "diagonal_mixed"):
-        after = STRUCTURES[name].condition(diagonal.init(mean, variance), obs)
+        after = STRUCTURES[name].from_variance(mean, variance).condition(obs)
         torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(after.variance, covariance.diagonal(), rtol=1e-10, atol=1e-10)
 
@@ -124,7 +132,7 @@ def test_low_rank_truncation_keeps_marginal_variances_and_leading_directions():
     """Each diagonal entry is the one that, alone, gives its parameter the exact marginal variance after the cut."""
     mean, variance = prior(8)
     obs = observation(6, 8)
-    after = low_rank.condition(low_rank.init(mean, variance, rank=2), obs)
+    after = LowRankGaussian.from_variance(mean, variance, rank=2).condition(obs)
     expected_mean, covariance = exact(mean, variance, obs)
     torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)  # the mean comes before the cut
     kept_only = torch.diag(1.0 / variance) + after.factor @ after.factor.T
@@ -158,7 +166,7 @@ def test_low_rank_is_calibrated_with_more_parameters_than_data():
             state = kf.init()
             for some in torch.arange(60).split(2):
                 state, _ = kf.update(state, x[some], y[some])
-            spread = kf.config.structure.output_covariance(state.belief, Jacobian.from_rows(inputs.unsqueeze(1)))
+            spread = state.belief.output_covariance(Jacobian.from_rows(inputs.unsqueeze(1)))
             found[covariance] = (inputs @ (state.belief.mean - weight[0])).square() / spread.flatten()
         squares.append(found["low_rank"].mean())
         full_squares.append(found["full"].mean())
@@ -185,13 +193,13 @@ def test_low_rank_in_float32_is_exact_however_small_the_noise(noise):
     mean, covariance = linear_posterior(x.double(), y[:, 0].double(), torch.zeros(60).double(), eye, noise)
     belief, rounding = state.belief, max(1e-6, 1e-12 / noise)  # W is stored in float32: (2^-24)² |x|²/σ², 60 columns
     assert float((belief.mean - mean).norm() / mean.norm()) < rounding
-    variance = low_rank.marginal_variance(belief).double()
+    variance = belief.marginal_variance().double()
     torch.testing.assert_close(variance, covariance.diagonal(), rtol=rounding, atol=0.0)
     for rows, tolerance in ((unseen, rounding), (x, 4.0 * rounding)):
-        found = low_rank.output_covariance(belief, Jacobian.from_rows(rows.unsqueeze(1))).flatten()
+        found = belief.output_covariance(Jacobian.from_rows(rows.unsqueeze(1))).flatten()
         expected = ((rows.double() @ covariance) * rows.double()).sum(1)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
-    draws = low_rank.root(belief)(torch.eye(60)).double()
+    draws = belief.root()(torch.eye(60)).double()
     assert float((draws.mT @ draws - covariance).norm() / covariance.norm()) < rounding
 
 
@@ -200,59 +208,67 @@ class TestContract:
     """What every covariance structure must do."""
 
     def belief(self, name):
-        structure = STRUCTURES[name]
-        mean, variance = prior()
-        extra = {"low_rank": {"rank": 2}, "block_diagonal": {"sizes": [2, N - 2]}}.get(name, {})
-        return structure, structure.condition(structure.init(mean, variance, **extra), observation())
+        return STRUCTURES[name].from_variance(*prior(), rank=2, block_sizes=[2, N - 2]).condition(observation())
 
     def test_functions_agree_with_the_dense_covariance(self, name):
-        structure, belief = self.belief(name)
-        covariance = structure.covariance_matrix(belief)
+        belief = self.belief(name)
+        covariance = belief.covariance_matrix()
         jacobian = observation(6, N, seed=5).dense().view(2, 3, N)
         vector = observation(1, N, seed=6).dense()[0]
-        torch.testing.assert_close(structure.marginal_variance(belief), covariance.diagonal(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(belief.marginal_variance(), covariance.diagonal(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(
-            structure.output_covariance(belief, Jacobian.from_rows(jacobian)),
+            belief.output_covariance(Jacobian.from_rows(jacobian)),
             jacobian @ covariance @ jacobian.mT,
             rtol=1e-10,
             atol=1e-12,
         )
         rows = jacobian.flatten(0, 1)  # of both examples, which share parameters
         torch.testing.assert_close(
-            structure.joint_output_covariance(belief, Jacobian.from_rows(jacobian)),
+            belief.joint_output_covariance(Jacobian.from_rows(jacobian)),
             rows @ covariance @ rows.T,
             rtol=1e-10,
             atol=1e-12,
         )
         torch.testing.assert_close(
-            structure.quadratic(belief, vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9
+            belief.quadratic(vector), vector @ torch.linalg.inv(covariance) @ vector, rtol=1e-9, atol=1e-9
         )
-        torch.testing.assert_close(structure.log_determinant(belief), torch.logdet(covariance), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(structure.product(belief, vector), covariance @ vector, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(belief.log_determinant(), torch.logdet(covariance), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(belief.product(vector), covariance @ vector, rtol=1e-10, atol=1e-12)
         single = type(belief)(*(part.float() if part.is_floating_point() else part for part in belief))
-        assert structure.quadratic(single, vector.float()).dtype == torch.float32
-        assert structure.log_determinant(single).dtype == torch.float64  # a sum over all parameters
+        assert single.quadratic(vector.float()).dtype == torch.float32
+        assert single.log_determinant().dtype == torch.float64  # a sum over all parameters
         added = torch.linspace(-0.05, 2.0, N).double()
-        more = structure.covariance_matrix(structure.add_precision(belief, added))
+        more = belief.add_precision(added).covariance_matrix()
         expected = torch.linalg.inv(torch.linalg.inv(covariance) + torch.diag(added))
         torch.testing.assert_close(more, expected, rtol=1e-9, atol=1e-11)
 
     def test_conditioning_lowers_every_variance_and_leaves_its_input(self, name):
-        structure = STRUCTURES[name]
         mean, variance = prior()
-        before = structure.init(mean, variance)
+        before = STRUCTURES[name].from_variance(mean, variance)
         copies = [t.clone() for t in before]
-        after = structure.condition(before, observation())
+        after = before.condition(observation())
         assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
-        assert (structure.marginal_variance(after) < variance).all()
-        assert (structure.marginal_variance(after) > 0).all()
+        assert (after.marginal_variance() < variance).all()
+        assert (after.marginal_variance() > 0).all()
+
+    def test_accumulated_precision_does_not_depend_on_the_prior(self, name):
+        mean, variance = prior()
+        obs = observation()
+        before = STRUCTURES[name].from_variance(mean, variance, rank=2, block_sizes=[2, N - 2])
+        after = before.accumulate(obs)
+        prec = torch.linalg.inv(after.covariance_matrix()).diagonal()
+        torch.testing.assert_close(prec, 1 / variance + obs.dense().square().sum(0), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(after.mean, before.condition(obs).mean, rtol=1e-10, atol=1e-12)
+        held = after.with_mean(mean)
+        assert torch.equal(held.mean, mean)
+        assert torch.equal(held.covariance_matrix(), after.covariance_matrix())
 
     def test_samples_have_the_belief_s_moments(self, name):
-        structure, belief = self.belief(name)
+        belief = self.belief(name)
         count = 40_000
         noise = torch.randn(count, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        draws = belief.mean + structure.root(belief)(noise)
-        covariance = structure.covariance_matrix(belief)
+        draws = belief.mean + belief.root()(noise)
+        covariance = belief.covariance_matrix()
         standard_error = (covariance.diagonal() / count).sqrt()
         assert ((draws.mean(0) - belief.mean).abs() < 5 * standard_error).all()
         centred = draws - belief.mean
@@ -260,15 +276,13 @@ class TestContract:
         assert ((centred.T @ centred / count - covariance).abs() < 5 * error).all()
 
     def test_prediction_step(self, name):
-        structure, belief = self.belief(name)
-        assert all(torch.equal(a, b) for a, b in zip(structure.predict(belief, 1.0, 0.0), belief, strict=True))
-        wider = structure.predict(belief, 0.5, 0.0)
-        torch.testing.assert_close(
-            structure.covariance_matrix(wider), 2 * structure.covariance_matrix(belief), rtol=1e-10, atol=1e-12
-        )
+        belief = self.belief(name)
+        assert all(torch.equal(a, b) for a, b in zip(belief.predict(1.0, 0.0), belief, strict=True))
+        wider = belief.predict(0.5, 0.0)
+        torch.testing.assert_close(wider.covariance_matrix(), 2 * belief.covariance_matrix(), rtol=1e-10, atol=1e-12)
         for added in (0.1, torch.linspace(0.0, 2.0, N).double()):
-            drifted = structure.covariance_matrix(structure.predict(belief, 0.8, added))
-            expected = structure.covariance_matrix(belief) / 0.8 + added * torch.eye(N).double()
+            drifted = belief.predict(0.8, added).covariance_matrix()
+            expected = belief.covariance_matrix() / 0.8 + added * torch.eye(N).double()
             torch.testing.assert_close(drifted, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -276,9 +290,9 @@ class TestContract:
 def test_slow_drift_of_a_sharp_direction_is_not_rounded_away(d, precision, drift):
     """Variance 1/precision along one direction grows by the drift, also in float32."""
     direction = torch.full((4, 1), 0.5)
-    belief = low_rank._state(torch.zeros(4), torch.full((4,), d), direction * (precision - d) ** 0.5)
+    belief = LowRankGaussian.from_precision(torch.zeros(4), torch.full((4,), d), direction * (precision - d) ** 0.5)
     for _ in range(100):
-        belief = low_rank.predict(belief, 1.0, drift)
+        belief = belief.predict(1.0, drift)
     along = 1 / (belief.diagonal[0].double() + belief.factor.double().square().sum())  # W lies along it, d is constant
     assert float(along) == pytest.approx(1 / precision + 100 * drift, rel=1e-4)
 
@@ -286,11 +300,11 @@ def test_slow_drift_of_a_sharp_direction_is_not_rounded_away(d, precision, drift
 def test_blocks_keep_their_part_of_the_exact_posterior():
     mean, variance = prior()
     obs = observation()
-    after = block_diagonal.condition(block_diagonal.init(mean, variance, [2, N - 2]), obs)
+    after = BlockDiagonalGaussian.from_variance(mean, variance, block_sizes=[2, N - 2]).condition(obs)
     expected_mean, expected = exact(mean, variance, obs)
     torch.testing.assert_close(after.mean, expected_mean, rtol=1e-10, atol=1e-10)
     expected[:2, 2:] = expected[2:, :2] = 0.0
-    torch.testing.assert_close(block_diagonal.covariance_matrix(after), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(after.covariance_matrix(), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_blocks_that_no_observation_joins_stay_exact():
@@ -306,15 +320,15 @@ def test_blocks_that_no_observation_joins_stay_exact():
         state = kf.init()
         for start in range(0, 30, 7):
             state, _ = kf.update(state, x[start : start + 7], y[start : start + 7])
-        found[covariance] = (state.belief.mean, kf.config.structure.covariance_matrix(state.belief))
+        found[covariance] = (state.belief.mean, state.belief.covariance_matrix())
     torch.testing.assert_close(found["block_diagonal"], found["full"], rtol=1e-9, atol=1e-10)
 
 
 def test_blocks_are_tensors_or_adapted_layers():
     model = lora_digits_vit(rank=2)
     adapter = AdapterModel(model)
-    modules = block_diagonal.sizes(adapter, "modules")
-    assert block_diagonal.sizes(adapter, "tensors") == list(adapter.sizes)
+    modules = block_sizes(adapter, "modules")
+    assert block_sizes(adapter, "tensors") == list(adapter.sizes)
     assert sum(modules) == adapter.num_parameters
     layers = {n.partition(".lora_")[0] if ".lora_" in n else n.rpartition(".")[0] for n in adapter.names}
     assert len(modules) == len(layers) < len(adapter.sizes)
@@ -322,7 +336,7 @@ def test_blocks_are_tensors_or_adapted_layers():
 
 def test_blocks_are_refused_above_their_size():
     with pytest.raises(ValueError, match=r"at most 400,000,000 numbers in all blocks, got 900,000,000 \(largest block"):
-        block_diagonal.init(torch.zeros(30_000), torch.ones(30_000), [30_000])
+        BlockDiagonalGaussian.from_variance(torch.zeros(30_000), torch.ones(30_000), block_sizes=[30_000])
 
 
 def test_pull_to_the_prior_leaves_the_prior_as_it_is_and_forgets_all_else():
@@ -348,4 +362,4 @@ def test_pull_to_the_prior_leaves_the_prior_as_it_is_and_forgets_all_else():
 
 def test_full_covariance_is_refused_above_its_size():
     with pytest.raises(ValueError, match=r"`covariance` 'full' takes at most 20,000 parameters, got 30,000\."):
-        full.init(torch.zeros(30_000), torch.ones(30_000))
+        FullGaussian.from_variance(torch.zeros(30_000), torch.ones(30_000))

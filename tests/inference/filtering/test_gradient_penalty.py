@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter
-from bayes_kf.inference.config import CURVATURES, NOISES, STRUCTURES
+from bayes_kf.inference.config import CURVATURES, NOISES
+from bayes_kf.inference.covariance.structure import STRUCTURES
 from bayes_kf.inference.filtering import measurement_update
 from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
 from bayes_kf.inference.filtering.measurement import Tally
@@ -136,7 +137,7 @@ def test_equals_the_dense_filter(covariance, form, setting):
         state, info = kf.update(state, x, y)
         assert dense.update(x, y) == pytest.approx(info.penalty, rel=1e-9)
         torch.testing.assert_close(state.belief.mean, dense.mean, rtol=1e-9, atol=1e-9)
-        found = kf.config.structure.covariance_matrix(state.belief)
+        found = state.belief.covariance_matrix()
         torch.testing.assert_close(found, dense.cov, rtol=1e-9, atol=1e-9)
         assert info.penalty > 0.1  # of an information of about 1: a penalty that is felt
 
@@ -251,7 +252,7 @@ def test_a_permanent_penalty_is_an_update_from_the_tightened_belief(covariance):
     start = kf.init(x)
     state, info = kf.update(start, x, y)
     added = torch.full_like(start.belief.mean, info.penalty)
-    tight, _ = plain.update(start._replace(belief=config.structure.add_precision(start.belief, added)), x, y)
+    tight, _ = plain.update(start._replace(belief=start.belief.add_precision(added)), x, y)
     assert same(state.belief, tight.belief)
     untouched, _ = plain.update(start, x, y)
     assert same(state.scores, untouched.scores)  # predictions do not know the targets

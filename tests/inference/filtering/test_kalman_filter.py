@@ -293,7 +293,7 @@ def test_a_batch_toward_which_no_step_is_good_is_not_learned_and_that_is_said(we
     assert info.damping == 0.0
     assert info.step_norm == 0.0
     assert torch.equal(after.belief.mean, state.belief.mean)
-    variance = kf.config.structure.marginal_variance
+    variance = type(state.belief).marginal_variance
     assert torch.equal(variance(after.belief), variance(state.belief))
     assert (after.step, after.examples) == (1, 1)
     near = apply(state.belief.mean) * 1.001

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import measurement_update
 from bayes_kf.inference.filtering.linearization_check import TRUSTED, divergence, is_small
 from bayes_kf.inference.filtering.measurement import Part
@@ -139,7 +139,7 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
         return -kf.adapter.outputs(mean, x).log_softmax(1).gather(1, y[:, None]).sum()
 
     before, verdicts = loss(state.belief.mean), set()
-    wide = diagonal.init(state.belief.mean, torch.full_like(start, 1e6))
+    wide = DiagonalGaussian(state.belief.mean, torch.full_like(start, 1e6))
     state = state._replace(belief=wide)
     gradient = torch.autograd.functional.jacobian(
         lambda v: nn.functional.cross_entropy(kf.adapter.call(kf.adapter.unflatten(v), x), y), wide.mean

@@ -51,7 +51,7 @@ def test_streams_are_priced_by_the_filter_s_own_predictions():
     for inputs, targets in batches(x, y, 4):
         belief = bkf.Posterior(kf, state)
         linearized = kf.linearize(belief.mean_vector, inputs)
-        cov = belief.config.structure.output_covariance(state.belief, linearized.jacobian())
+        cov = state.belief.output_covariance(linearized.jacobian())
         noise = torch.randn(20_000, *linearized.outputs.shape, generator=generator)
         spread = torch.einsum("bij,sbj->sbi", torch.linalg.cholesky(cov), noise.to(cov))
         for k, heat in enumerate(tempering.GRID):

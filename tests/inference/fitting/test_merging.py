@@ -9,7 +9,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.data import uci_digits_split
-from bayes_kf.inference.config import STRUCTURES
+from bayes_kf.inference.covariance.structure import STRUCTURES
 
 PLAIN = {"expansion": "mean", "damping": False, "bound_prior": False, "initial_variance": 0.4}
 

@@ -27,7 +27,7 @@ def test_a_linear_model_has_its_exact_posterior_after_any_number_of_passes(passe
     posterior = bkf.fit(model, batches_of(x, y), config, progress=False)
     mean, matrix = linear_posterior(x, y[:, 0], model.weight.detach()[0], 0.7 * torch.eye(5).double(), 0.3)
     torch.testing.assert_close(posterior.mean_vector, mean, rtol=1e-9, atol=1e-9)
-    found = config.structure.covariance_matrix(posterior.state.belief)
+    found = posterior.state.belief.covariance_matrix()
     torch.testing.assert_close(found, matrix, rtol=1e-9, atol=1e-9)
     assert len(posterior.history["log_loss"]) == 18
 
@@ -203,7 +203,7 @@ def test_a_step_of_a_mean_pass_is_its_formula(covariance):
     at = mean.clone().requires_grad_(True)
     loss = -LIKELIHOODS["categorical"]().log_prob(adapter.call(adapter.unflatten(at), x[:4]), y[:4]).sum()
     (gradient,) = torch.autograd.grad(loss, at)
-    dense = config.structure.covariance_matrix(state.belief)
+    dense = state.belief.covariance_matrix()
     gradient = gradient + 4 / 30 * (mean - adapter.vector()) / 0.3
     moved = dense @ gradient / (1 + 0.7 * gradient @ dense @ gradient)
     after, found = mean_step.step(config, adapter, state, x[:4], y[:4], 0.7)

@@ -12,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.covariance import diagonal
+from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting import prior_evidence
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model.noise import NoiseState
+from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
 
 EXACT = ("full", "low_rank", "block_diagonal")
@@ -79,9 +80,7 @@ def test_a_widened_prior_is_a_pass_under_that_prior(covariance, width):
     wide = dataclasses.replace(narrow, initial_variance=0.5 * width)
     before, after = (bkf.fit(model, batches, c, start="trained", progress=False) for c in (narrow, wide))
     widened = prior_evidence.widened(narrow, before.state, width)
-    torch.testing.assert_close(
-        narrow.structure.covariance_matrix(widened.belief), after.covariance_matrix(), rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(widened.belief.covariance_matrix(), after.covariance_matrix(), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(widened.prior.variance, after.state.prior.variance)
     assert "evidence" not in before.history  # the prior was given
 
@@ -95,7 +94,7 @@ def test_a_widened_prior_is_a_pass_under_that_prior_for_beliefs_that_leave_somet
     wide = dataclasses.replace(narrow, initial_variance=0.5 * width)
     before, after = (bkf.fit(model, batches, c, start="trained", progress=False) for c in (narrow, wide))
     widened = prior_evidence.widened(narrow, before.state, width)
-    found = narrow.structure.covariance_matrix(widened.belief)
+    found = widened.belief.covariance_matrix()
     torch.testing.assert_close(found, after.covariance_matrix(), rtol=1e-8, atol=1e-12)
     h = curvature(model, batches)
     if covariance == "block_diagonal":
@@ -262,7 +261,7 @@ def test_temperature_is_as_configured_or_as_held_out_data_say():
             bkf.KalmanFilter(model, dataclasses.replace(posterior.config, temperature=t)), posterior.state
         )
         losses[t] = -torch.cat([scaled.predict(x, num_samples=4000, targets=y).log_prob for x, y in held_out])
-    assert calibrated.temperature == tempering.choose_held_out(torch.stack(list(losses.values())))
+    assert calibrated.temperature == heldout_calibration.choose_temperature(torch.stack(list(losses.values())))
     assert calibrated.temperature > tempering.GRID[0]
     assert torch.equal(calibrated.mean_vector, posterior.mean_vector)
     assert posterior.temperature == prior_evidence.TEMPERATURE  # the first is as it was
@@ -290,11 +289,10 @@ def test_dynamics_and_a_width_chosen_by_evidence_exclude_each_other(dynamics):
 def test_the_evidence_of_a_million_parameters_is_not_rounded_away(name):
     """Without data, and nothing moved, every width is as good."""
     size = 1_000_000
-    prior = diagonal.State(torch.zeros(size), 0.01 + torch.rand(size, generator=torch.Generator().manual_seed(0)))
+    prior = DiagonalGaussian(torch.zeros(size), 0.01 + torch.rand(size, generator=torch.Generator().manual_seed(0)))
     config = bkf.KalmanConfig(covariance=name)
-    extra = {"rank": 2} if name == "low_rank" else {}
-    belief = config.structure.init(*prior, **extra)
-    state = FilterState(belief, prior, noise.State(), tempering.init(torch.device("cpu")), True, 0, 0)
+    belief = config.structure.from_variance(*prior, rank=2)
+    state = FilterState(belief, prior, NoiseState(), tempering.init(torch.device("cpu")), True, 0, 0)
     for width in (1e-3, 0.1, 10.0):
         found = prior_evidence.log_evidence(config, prior_evidence.widened(config, state, width), torch.zeros(size))
         assert abs(found) < 0.05

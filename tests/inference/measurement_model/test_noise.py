@@ -10,6 +10,7 @@ from torch import nn
 import bayes_kf as bkf
 from bayes_kf.inference.fitting import noise_refit
 from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model.noise import NoiseState
 
 GAUSSIAN = {"likelihood": "gaussian", "noise_variance": "estimated"}
 
@@ -105,7 +106,7 @@ def test_a_batch_of_outliers_does_not_ruin_mean_or_noise(first):
 def test_an_overstated_covariance_does_not_make_noise_vanish():
     """Errors of variance 0.05 + 0.01 under a claimed J P Jᵀ of 0.5: σ² alone would fall to nothing."""
     g = torch.Generator().manual_seed(0)
-    state = noise.State(variance=torch.tensor([1.0]).double(), information=torch.tensor([noise.PRIOR_COUNT]).double())
+    state = NoiseState(variance=torch.tensor([1.0]).double(), information=torch.tensor([noise.PRIOR_COUNT]).double())
     for _ in range(100):
         claimed = 0.1 + 0.8 * torch.rand(8, 1, 1, generator=g).double()
         errors = (0.1 * claimed[..., 0] + 0.01).sqrt() * torch.randn(8, 1, generator=g).double()
@@ -210,7 +211,7 @@ def test_the_data_precision_is_rescaled_exactly(covariance, ratio):
         state, _ = kf.update(state, inputs, targets)
     after = noise_refit.rescaled(config, state, ratio)
     prior = torch.eye(6).double() / 0.5
-    old, new = (torch.linalg.inv(config.structure.covariance_matrix(s.belief)) for s in (state, after))
+    old, new = (torch.linalg.inv(s.belief.covariance_matrix()) for s in (state, after))
     torch.testing.assert_close(new, prior + ratio * (old - prior), rtol=1e-8, atol=1e-8)
 
 

@@ -8,6 +8,7 @@ from torch.autograd.functional import hessian, jacobian
 
 from bayes_kf.inference import KalmanConfig
 from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
 G = torch.Generator().manual_seed(0)
@@ -61,7 +62,7 @@ def test_whitening_stays_finite_when_float32_underflows():
 @pytest.mark.parametrize("name", ["identity", "decaying"])
 def test_fixed_noise_is_whitened_in_the_contrast_basis(name):
     config = KalmanConfig(noise=name)
-    state = noise.State(step=25)
+    state = NoiseState(step=25)
     cov = torch.eye(3).double().expand(4, 3, 3)
     white, after = noise.whiten(config, state, Categorical(), ETA, TARGETS["categorical"], cov)
     scale = math.exp(-0.5) if name == "decaying" else 1.0
@@ -78,7 +79,7 @@ def test_fixed_noise_is_whitened_in_the_contrast_basis(name):
 def test_moving_averages_take_the_batch_mean(name):
     config = KalmanConfig(noise=name, beta=0.9)
     cov = torch.rand(4, 3, 1, generator=G).double() * torch.eye(3).double()
-    state = noise.begin(config, noise.State(), ETA, TARGETS["categorical"])
+    state = noise.begin(config, NoiseState(), ETA, TARGETS["categorical"])
     assert torch.equal(state.covariance, torch.eye(3).double())
     _, after = noise.whiten(config, state, Categorical(), ETA, TARGETS["categorical"], cov)
     e, v = Categorical().residual(ETA, TARGETS["categorical"]), Categorical().variance(ETA)
@@ -91,7 +92,7 @@ def test_moving_averages_take_the_batch_mean(name):
 def test_contrast_basis_survives_a_forgotten_start():
     config = KalmanConfig(noise="ema_residual", beta=0.5)
     e = Categorical().residual(ETA, TARGETS["categorical"])
-    state = noise.State(step=2000, covariance=(e.T @ e) / 4)  # singular along the ones: plain Cholesky fails
+    state = NoiseState(step=2000, covariance=(e.T @ e) / 4)  # singular along the ones: plain Cholesky fails
     assert torch.linalg.eigvalsh(state.covariance)[0].abs() < 1e-15
     white, _ = noise.whiten(config, state, Categorical(), ETA, TARGETS["categorical"], torch.zeros(4, 3, 3).double())
     assert torch.isfinite(white.factor).all()
@@ -103,7 +104,7 @@ def test_jitter_is_reported():
     eta, y = ETA[:1], TARGETS["categorical"][:1]
     e = Categorical().residual(eta, y)
     white, _ = noise.whiten(
-        config, noise.State(5, e.T @ e), Categorical(), eta, y, torch.zeros(1, 3, 3).double()
+        config, NoiseState(5, e.T @ e), Categorical(), eta, y, torch.zeros(1, 3, 3).double()
     )  # rank one in two
     assert 0 < white.jitter <= 1e-8
 

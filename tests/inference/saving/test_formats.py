@@ -73,7 +73,7 @@ def predicted(name, posterior):
         mean, log_prob = found.mean, found.log_prob
     else:
         linearized = posterior.kf.linearize(posterior.mean_vector, inputs(name))
-        output_cov = posterior.config.structure.output_covariance(posterior.state.belief, linearized.jacobian())
+        output_cov = posterior.state.belief.output_covariance(linearized.jacobian())
         variance = posterior.temperature * output_cov.diagonal(dim1=1, dim2=2)
         mean = (linearized.outputs / (1 + math.pi / 8 * variance).sqrt()).softmax(-1)  # "probit" as version 1 had it
         log_prob = mean.gather(1, targets(name)[:, None])[:, 0].log()

@@ -281,7 +281,7 @@ def test_pairs_learn_as_equation_12_says():
         state, _ = kf.update(state, batch, ones)
         assert float(state.noise.covariance) == pytest.approx(noise, rel=1e-10)
         torch.testing.assert_close(state.belief.mean, mean, rtol=1e-9, atol=1e-9)
-        found = config.structure.covariance_matrix(state.belief)
+        found = state.belief.covariance_matrix()
         torch.testing.assert_close(found, covariance, rtol=1e-9, atol=1e-9)
 
 

@@ -1,0 +1,35 @@
+"""Runs the demo: ``python -m tutorials.digits_demo --quick``, from the root of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from bayes_kf.models.zoo import quiet_transformers
+from tutorials import digits_demo
+from tutorials.digits_demo import FULL, QUICK, RANK, caption, markdown_table, run_demo
+
+
+def main() -> None:
+    """Print the table; the report, the pictures, the posterior and the arrays are in the output folder then."""
+    parser = argparse.ArgumentParser(prog="digits_demo", description=digits_demo.__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="use a few of the images: seconds, not minutes")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    size = QUICK if args.quick else FULL
+    with warnings.catch_warnings(), quiet_transformers():
+        warnings.simplefilter("ignore", FutureWarning)  # from libraries to their callers
+        try:
+            rows = run_demo(args.output, size, seed=args.seed)
+        except ValueError as error:
+            parser.error(str(error))
+    print(f"\n{markdown_table(rows)}\n\n{caption(rows, size, RANK, args.seed)}\n")
+    print(f"Report on the last row: {args.output / 'report.html'}; pictures beside it: online.png, reliability.png")
+
+
+if __name__ == "__main__":
+    main()
