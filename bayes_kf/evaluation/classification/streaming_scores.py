@@ -234,7 +234,7 @@ class StreamingScores:
         scale = self.num_examples * self.num_classes
         value = (confidence_sum - hits).abs().sum() / scale
         null = (confidence_sum - self.state["class_draws"]).abs().sum(dim=1) / scale
-        return compare_to_null(value, value, null, LEVEL).score()
+        return compare_to_null(value, null, LEVEL).score()
 
     def _compatible_state(self, other: "StreamingScores") -> dict[str, Tensor]:
         """The state; raises a ValueError unless the other instance has the same settings."""
