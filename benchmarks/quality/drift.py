@@ -24,7 +24,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import drift_alarm, moving_average
-from bayes_kf.inference.fitting.filter_bank import candidates
+from bayes_kf.inference.fitting.selection.filter_bank import candidates
 from bayes_kf.models.zoo import lora_digits_vit
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.data import mnist
