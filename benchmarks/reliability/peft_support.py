@@ -107,8 +107,8 @@ def _line(error: BaseException) -> str:
 class _Run:
     """The steps of a case."""
 
-    def __init__(self, case: Case, model: nn.Module, found: Outcome) -> None:
-        self.case, self.model, self.found = case, model, found
+    def __init__(self, case: Case, model: nn.Module, outcome: Outcome) -> None:
+        self.case, self.model, self.outcome = case, model, outcome
         self.inputs = case.inputs()
         self.reads = isinstance(self.inputs, dict) and "place" in self.inputs  # a language model
         self.targets = torch.arange(EXAMPLES) % 3
@@ -145,24 +145,24 @@ class _Run:
             batches = [(self.inputs, self.targets)]
             self.posterior = bkf.fit(self._read(self.model), batches, config, progress=False)
         except ValueError as error:
-            self.found.refusal = str(error)
+            self.outcome.refusal = str(error)
         except Exception as error:
-            self.found.steps["fit"] = f"{type(error).__name__}: {_line(error)}"
+            self.outcome.steps["fit"] = f"{type(error).__name__}: {_line(error)}"
         else:
-            self.found.steps["fit"] = "yes"
-        if "fit" not in self.found.steps:
+            self.outcome.steps["fit"] = "yes"
+        if "fit" not in self.outcome.steps:
             self._step("model", self.as_it_was)
-            if self.found.steps["model"] != "yes":
-                self.found.refusal = ""
-        return self.found.steps.get("fit") == "yes"
+            if self.outcome.steps["model"] != "yes":
+                self.outcome.refusal = ""
+        return self.outcome.steps.get("fit") == "yes"
 
     def _step(self, name: str, step: Callable[[], None]) -> None:
         try:
             step()
-            self.found.steps[name] = "yes"
+            self.outcome.steps[name] = "yes"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            self.found.steps[name] = (
+            self.outcome.steps[name] = (
                 f"{type(error).__name__}: {_line(error)} ({Path(where.filename).name}:{where.lineno})"
             )
 
