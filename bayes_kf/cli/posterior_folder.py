@@ -75,7 +75,7 @@ def save_posterior(
         if new_head:
             save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
 
-    pretrained.save(posterior, folder, extra=write)
+    pretrained.save(posterior, folder, write_more=write)
 
 
 def read_labels(folder: Path) -> Labels | None:

@@ -33,7 +33,7 @@ def columns_for_rows(group: Group, columns: Columns, jacobian: Jacobian, sizes: 
     total, terms = sum(sizes), []
     for left, part in jacobian.terms:
         blocks = [
-            DenseBlock(columns.place(columns.rank, _span(block.where)), next(received))
+            DenseBlock(columns.place(columns.rank, _span(block.columns)), next(received))
             if isinstance(block, DenseBlock)
             else _outer(group, columns, block, sizes)
             for block in part.blocks
@@ -49,15 +49,15 @@ def _exchanged(group: Group, columns: Columns, jacobian: Jacobian, sizes: Sequen
     parts = []
     for process in range(columns.size):
         sent = [
-            torch.cat([block.rows[..., p] for p in columns.of(process, _span(block.where))], -1).reshape(-1)
+            torch.cat([block.rows[..., p] for p in columns.of(process, _span(block.columns))], -1).reshape(-1)
             for block in stored
-            if columns.of(process, _span(block.where))
+            if columns.of(process, _span(block.columns))
         ]
         parts.append(torch.cat(sent) if sent else jacobian.like.new_empty(0))
     counts = [block.rows.shape[1] for block in stored]
     widths = []
     for block in stored:
-        place = columns.place(columns.rank, _span(block.where))
+        place = columns.place(columns.rank, _span(block.columns))
         widths.append(place.stop - place.start)
     each = sum(count * width for count, width in zip(counts, widths, strict=True))
     found = group.exchange(parts, [size * each for size in sizes])
@@ -72,9 +72,9 @@ def _exchanged(group: Group, columns: Columns, jacobian: Jacobian, sizes: Sequen
 
 def _outer(group: Group, columns: Columns, block: OuterProductBlock, sizes: Sequence[int]) -> Block:
     """A block of outer products for all examples, cut to the outputs whose parameters this process holds."""
-    width, where = block.activation.shape[-1], columns.of(columns.rank, block.where)
+    width, where = block.activation.shape[-1], columns.of(columns.rank, block.columns)
     cotangent, activation = _rows(group, block.cotangent, sizes), _rows(group, block.activation, sizes)
-    place = columns.place(columns.rank, block.where)
+    place = columns.place(columns.rank, block.columns)
     if not where:
         return DenseBlock(place, cotangent[..., :0])
     (own,) = where
@@ -105,24 +105,24 @@ def _made_of(jacobian: Jacobian) -> list[object]:
     for left, part in jacobian.terms:
         found.append((left is None, part.shape[1]))
         for block in part.blocks:
-            place = (block.where.start, block.where.stop) if isinstance(block.where, slice) else "tokens"
+            place = (block.columns.start, block.columns.stop) if isinstance(block.columns, slice) else "tokens"
             found.append((type(block).__name__, place))
     return found
 
 
 def _with_common_tokens(group: Group, jacobian: Jacobian) -> Jacobian:
     """Rows of embedding tables, which hold the tokens that an example's own batch looked up, over whole tables."""
-    if all(isinstance(block.where, slice) for block in _blocks(jacobian)):
+    if all(isinstance(block.columns, slice) for block in _blocks(jacobian)):
         return jacobian
     terms = []
     for left, part in jacobian.terms:
         blocks: list[Block] = []
         for block in part.blocks:
-            if isinstance(block, DenseBlock) and isinstance(block.where, Tensor):
-                ends = torch.stack([-block.where.min(), block.where.max()])
+            if isinstance(block, DenseBlock) and isinstance(block.columns, Tensor):
+                ends = torch.stack([-block.columns.min(), block.columns.max()])
                 low, high = (max(group.numbers(int(end), ends.device)) for end in ends.tolist())
                 wide = block.rows.new_zeros(*block.rows.shape[:2], high + low + 1)
-                wide[..., block.where + low] = block.rows
+                wide[..., block.columns + low] = block.rows
                 block = DenseBlock(slice(-low, high + 1), wide)
             blocks.append(block)
         terms.append((left, FactoredBlocks(blocks, part.shape)))

@@ -16,6 +16,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.fitting import mean_step, noise_refit
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive.predict import predict
 from bayes_kf.inference.predictive.prediction import METHODS
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.integrations.metrics import calibration_metrics
@@ -271,9 +272,10 @@ class KalmanTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         given, targets = self._split(self._prepare_inputs(inputs))
         compare, self._compare_draws = self._compare_draws, False
-        found = self.posterior._predict(
-            given, self.method, self.num_samples, self._draws, targets, compare, self._draws_begun
-        )
+        found = predict(
+            self.posterior, given, self.method, self.num_samples, self._draws, targets,
+            compare=compare, adapter_draws=self._draws_begun,
+        )  # fmt: skip
         loss = None if found.log_prob is None else -found.log_prob.mean()
         if prediction_loss_only:
             return loss, None, None
@@ -327,7 +329,7 @@ class KalmanTrainer(Trainer):
         self._restore(Path(best))
 
     def _restore(self, folder: Path) -> None:
-        found = pretrained.load(folder, self._module)
+        found = Posterior.from_pretrained(folder, self._module)
         expected = self.kalman or (self._filter.config if self._filter is not None else found.config)
         changed = expected.differences(found.config)
         if changed:

@@ -2,7 +2,7 @@
 
 Each is an :class:`AdapterModel` over the model itself, so that everything that takes a model takes it: ``bkf.fit``,
 ``KalmanFilter``, ``Posterior.predict``; and what is saved is an ordinary PEFT adapter of the language model. After
-loading, ``posterior.reading(OptionTokens(model, options))`` reads it so again. The reading is ours.
+loading, ``posterior.with_adapter(OptionTokens(model, options))`` reads it so again. The reading is ours.
 """
 
 from __future__ import annotations

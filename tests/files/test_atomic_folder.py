@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 import bayes_kf as bkf
 from bayes_kf.files import atomic_folder, staging
 from bayes_kf.files.checksums import digest
-from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving import state_file
 from benchmarks.reliability.folder_snapshots import killed_at, snapshot
 
 SAVING = """
@@ -233,7 +233,7 @@ def test_what_is_made_for_a_save_that_fails_goes_again(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(pretrained, "save_file", full_disk)
+    monkeypatch.setattr(state_file, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         posterior(1).save_pretrained(tmp_path / "new" / "folder")
     assert not any(tmp_path.iterdir())

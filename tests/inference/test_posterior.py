@@ -19,7 +19,7 @@ from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.measurement_model.noise import likelihood
-from bayes_kf.inference.predictive import prediction
+from bayes_kf.inference.predictive import heldout_calibration, method_agreement, predictive_distributions
 from bayes_kf.models.likelihood import Categorical, Gaussian
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
@@ -296,12 +296,12 @@ def test_held_out_data_take_the_temperature_nearest_to_1_that_they_do_not_clearl
         losses[2:5] -= 5.0
         losses[5] -= 4.999999  # a little worse everywhere, so surely
         losses[6] += sign - sign.mean() + excess * (1 - sign.mean() ** 2) ** 0.5 / 20.0 - 5.0
-        assert tempering.choose_held_out(losses) == tempering.GRID[expected]
+        assert heldout_calibration.choose_temperature(losses) == tempering.GRID[expected]
     losses[5:, 7] = torch.inf
     losses[:2] = 0.0
-    assert tempering.choose_held_out(losses) == tempering.GRID[1]
-    assert tempering.choose_held_out(losses[:, 1:100]) == tempering.GRID[1]
-    assert tempering.choose_held_out(torch.full((size, 3), torch.inf)) == tempering.GRID[0]
+    assert heldout_calibration.choose_temperature(losses) == tempering.GRID[1]
+    assert heldout_calibration.choose_temperature(losses[:, 1:100]) == tempering.GRID[1]
+    assert heldout_calibration.choose_temperature(torch.full((size, 3), torch.inf)) == tempering.GRID[0]
 
 
 def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
@@ -400,12 +400,12 @@ def test_files_of_other_people_stay_beside_a_posterior(fitted, tmp_path):
 
 def test_a_failed_save_keeps_the_old_folder(fitted, tmp_path, monkeypatch):
     fitted.save_pretrained(tmp_path / "p")
-    from bayes_kf.inference.saving import pretrained
+    from bayes_kf.inference.saving import state_file
 
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(pretrained, "save_file", full_disk)
+    monkeypatch.setattr(state_file, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         fitted.save_pretrained(tmp_path / "p")
     monkeypatch.undo()
@@ -586,7 +586,7 @@ def test_draws_are_not_compared_where_that_takes_more_passes_than_they_do(monkey
     x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).double()
     posterior = bkf.fit(linear(12), loader(x, torch.arange(30) % 12), progress=False)
     calls = []
-    monkeypatch.setattr(bkf.inference.prediction, "disagreement", lambda *_: calls.append(1) or (0.0, 1.0))
+    monkeypatch.setattr(method_agreement, "prediction_distance", lambda *_: calls.append(1) or (0.0, 1.0))
     posterior.predict(x, "sampled", num_samples=11)
     assert not calls
     posterior.predict_loader([x[:10], x[10:20], x[20:]], "sampled", num_samples=12)
@@ -651,10 +651,12 @@ def test_calibrating_by_differences_is_calibrating_by_moments(monkeypatch):
     family = likelihood(posterior.config, posterior.state.noise)
 
     def losses():
-        return torch.stack([posterior._log_losses(family, x[:20], y[:20], seed).mean(1) for seed in range(15)]).mean(0)
+        return torch.stack(
+            [heldout_calibration.log_losses(posterior, family, x[:20], y[:20], seed).mean(1) for seed in range(15)]
+        ).mean(0)
 
     with monkeypatch.context() as patched:
-        patched.setattr(bkf.Posterior, "_by_differences", lambda *_: False)
+        patched.setattr(heldout_calibration, "parameter_draws_are_cheaper", lambda *_: False)
         exact, chosen = losses(), posterior.calibrate(loader(x[40:], y[40:])).temperature
     with monkeypatch.context() as patched:
         patched.setattr(type(posterior.kf.linearize(posterior.mean_vector, x[:2])), "jacobian", None)
@@ -688,7 +690,7 @@ def test_probit_of_each_class_against_the_rest(scale):
 
 
 def probit_of(outputs, covariance):
-    return prediction.probit(Categorical(), outputs, covariance, None).probs
+    return predictive_distributions.probit(Categorical(), outputs, covariance, None).probs
 
 
 def test_probit_is_mackay_s_for_two_classes_and_close_to_draws_for_more():
@@ -734,12 +736,14 @@ def test_small_noise_beside_collinear_outputs_of_large_variance(variance):
     """In float32, whose rounding of J P Jᵀ is larger than the noise."""
     ones = torch.ones(1, 2, 2)
     family = Gaussian(torch.tensor(variance, dtype=torch.float64))
-    found = prediction.gaussian_moments(family, torch.zeros(1, 2), 9.0 * ones, None, torch.zeros(1, 2))
+    found = predictive_distributions.from_gaussian(family, torch.zeros(1, 2), 9.0 * ones, None, torch.zeros(1, 2))
     total = 9.0 * ones[0].double() + variance * torch.eye(2).double()
     expected = 0.5 * torch.logdet(2 * math.pi * math.e * total)
     assert float(found.entropy) == pytest.approx(float(expected), abs=1e-3)
     rounded = 9.0 * ones - 1e-6 * torch.eye(2)  # as rounding may leave it
-    assert bool(torch.isfinite(prediction.gaussian_moments(family, torch.zeros(1, 2), rounded, None, None).entropy))
+    assert bool(
+        torch.isfinite(predictive_distributions.from_gaussian(family, torch.zeros(1, 2), rounded, None, None).entropy)
+    )
 
 
 def test_held_out_data_choose_the_temperature_of_forty_classes():
@@ -766,9 +770,9 @@ def test_a_stream_s_own_posterior_can_be_calibrated():
 
 def test_one_held_out_example_does_not_choose_a_temperature():
     losses = torch.linspace(0.1, 0.8, len(tempering.GRID)).double()[:, None]
-    assert tempering.choose_held_out(losses) == 1.0
+    assert heldout_calibration.choose_temperature(losses) == 1.0
     losses[-3:] = math.inf  # but it rules out what gave it no probability
-    assert tempering.choose_held_out(losses) == 0.1
+    assert heldout_calibration.choose_temperature(losses) == 0.1
 
 
 def test_adapters_of_the_user_s_own_are_not_overwritten(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bayes_kf.evaluation.classification.entropy import entropy
-from bayes_kf.evaluation.classification.human_agreement import checked_human
+from bayes_kf.evaluation.classification.human_agreement import check_human
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.plots.style import axes_or_new
 
@@ -34,7 +34,7 @@ def human_entropy_plot(probs: Array, human: Array, *, ax: Axes | None = None) ->
         >>> ax.collections[0].get_array().sum().item()
         3.0
     """
-    predicted, answers = checked_human(probs, human)
+    predicted, answers = check_human(probs, human)
     x, y = entropy(answers), entropy(predicted)
     top = max(x.max().item(), y.max().item(), 1e-6)
     ax = axes_or_new(ax)

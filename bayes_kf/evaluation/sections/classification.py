@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayes_kf.evaluation.calibration.confidence_profile import exact_profile, top_confidence
 from bayes_kf.evaluation.calibration.errors import reliability_bins
-from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, unseen_losses
+from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, runner_up_losses
 from bayes_kf.evaluation.calibration.null_distribution import classwise_tests, reliability_band
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
 from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy, margin
@@ -124,7 +124,7 @@ def loss_interval_of(losses: Tensor, probs: Tensor, share: float = 1.0) -> Inter
     if losses.min() < 0:  # losses of densities
         return None
     first, second, third = (losses.pow(k).sum().item() for k in (1, 2, 3))
-    interval = loss_interval(first, second, third, len(losses), unseen_losses(probs).mean().item(), LEVEL)
+    interval = loss_interval(first, second, third, len(losses), runner_up_losses(probs).mean().item(), LEVEL)
     return None if interval is None else Interval(share * interval.low, share * interval.high)
 
 

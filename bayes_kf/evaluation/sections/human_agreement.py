@@ -3,7 +3,7 @@
 import torch
 
 from bayes_kf.evaluation.classification.entropy import entropy
-from bayes_kf.evaluation.classification.human_agreement import checked_human, doubt, human_agreement
+from bayes_kf.evaluation.classification.human_agreement import check_human, human_agreement, rounded_entropy
 from bayes_kf.evaluation.classification.score_summary import LEVEL
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.plots.human_agreement import human_entropy_plot
@@ -31,7 +31,7 @@ def human_section(probs: Array, human: Array) -> Sections:
         >>> section.scores["human_tv"].value, round(section.scores["human_entropy_spearman"].value, 4)
         (0.0, 1.0)
     """
-    predicted, answers = checked_human(probs, human)
+    predicted, answers = check_human(probs, human)
     agreement = human_agreement(predicted, answers, level=LEVEL)
     scores = {
         "human_nll": agreement.nll.score(),
@@ -57,7 +57,7 @@ def human_section(probs: Array, human: Array) -> Sections:
 
 def _entropy_table(probs: torch.Tensor, human: torch.Tensor) -> Table:
     """Mean entropies in groups of equal size, sorted by the entropy of people's answers."""
-    human_entropy, model_entropy = doubt(human), doubt(probs)
+    human_entropy, model_entropy = rounded_entropy(human), rounded_entropy(probs)
     order = human_entropy.sort(stable=True).indices
     rows = [
         (k + 1, len(part), human_entropy[part].mean().item(), model_entropy[part].mean().item())

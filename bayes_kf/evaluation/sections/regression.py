@@ -17,7 +17,7 @@ from bayes_kf.evaluation.regression.quantile_calibration import (
 )
 from bayes_kf.evaluation.regression.scores import (
     Coverage,
-    checked_gaussian,
+    check_gaussian,
     coverage_null,
     gaussian_coverage,
     gaussian_log_losses,
@@ -73,7 +73,7 @@ def error_section(forecast: Forecast, log_prob: Array | None) -> Sections:
             len(joint) / forecast.num_targets
         )  # the log probability may be the joint one of several outputs
     elif variance is not None:
-        losses["nll"] = gaussian_log_losses(*checked_gaussian(mean, variance, targets))
+        losses["nll"] = gaussian_log_losses(*check_gaussian(mean, variance, targets))
     losses["crps"] = _crps(forecast)
     scores: dict[str, Score] = {}
     for name, values in losses.items():
@@ -161,7 +161,7 @@ def _crps(forecast: Forecast) -> Tensor:
     """CRPS of the samples; without samples, of N(mean, variance)."""
     if forecast.samples is not None:
         return sample_crps(forecast.samples, forecast.targets)
-    return gaussian_crps(*checked_gaussian(forecast.mean, forecast.spread_var, forecast.targets))
+    return gaussian_crps(*check_gaussian(forecast.mean, forecast.spread_var, forecast.targets))
 
 
 def _coverage(forecast: Forecast) -> Coverage:

@@ -22,13 +22,13 @@ from bayes_kf.evaluation.classification.selective import (
     aurc,
     best_risk_coverage,
     excess_aurc,
-    kept_at,
+    num_retained,
     risk_coverage,
     selective_intervals,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 from bayes_kf.evaluation.plots.selective import risk_coverage_plot
-from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, set_columns
+from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, coverage_and_sizes
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, Table, make_table
@@ -131,7 +131,7 @@ def _risk_table(confidence: Tensor, correct: Tensor) -> Table:
     """The risk-coverage curve and the best possible one, at even steps."""
     curve, best = risk_coverage(confidence, correct), best_risk_coverage(correct)
     steps = min(TABLE_ROWS, len(correct))
-    places = kept_at([(k + 1) / steps for k in range(steps)], len(correct)) - 1
+    places = num_retained([(k + 1) / steps for k in range(steps)], len(correct)) - 1
     columns = (curve.coverage, curve.risk, best.risk)
     rows = [
         (Cell(f"{100 * share:.1f} %", share), k + 1, risk, least)
@@ -167,7 +167,7 @@ def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, s
 
 def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets) -> Sections:
     """Coverage of conformal sets beside its null band, and their size."""
-    covered, size = set_columns(conformal.sets(probs), labels)
+    covered, size = coverage_and_sizes(conformal.sets(probs), labels)
     null_band = conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL)
     scores = {
         "conformal_coverage": Score(covered.mean().item(), null_band=Interval(*null_band)),

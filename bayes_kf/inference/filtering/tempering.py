@@ -1,14 +1,9 @@
-"""How far to trust the covariance: a factor on P in predictions, priced by the stream itself or by held-out data.
+"""The temperature, a factor on P in predictions, chosen by the prequential log loss of a stream.
 
 Before each update the filter's own linearized predictions are scored at every temperature of a grid. No validation set,
 no extra pass through the network. Log losses tell large differences alone: where P is small beside the noise of the
 labels they are almost the same at all temperatures, and P says more than they do. So the temperature is the one nearest
 to 1, where predictions are those of P itself, that the scores do not clearly speak against. Ours.
-
-A factor on P can only take away doubt that P adds. Where the mean by itself is less sure than held-out data bear out,
-logits are divided by a number below 1 (temperature scaling, Guo et al. 2017), which has most posterior probability
-under a prior of a tenth around 1 on its logarithm. Above 1 it would do P's work, and where labels are often wrong it
-would ask for doubt that P has already given. Prior and bound are ours.
 """
 
 from __future__ import annotations
@@ -20,19 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.models.likelihood import Likelihood
-
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-NUM_RESPONSES = 64  # of the outputs to drawn parameters, in the place of a covariance of more outputs
 WITHIN = 0.5  # standard errors by which a stream or held-out data must prefer another temperature to one nearer to 1
 MEAN_ALONE = 0.01  # temperature up to which a belief's spread is a tenth of its own, and nothing of it is left to see
 MEAN_ALONE_NOTE = (
     "predictions are those of the mean alone, and epistemic uncertainty is close to zero. The scored data prefer the "
     "mean's predictions to those of the covariance at any larger temperature; `temperature` sets another one."
 )
-SOFTMAX_GRID = tuple(round(1.0 - 0.05 * k, 2) for k in range(16))  # 1 to 0.25: softmax is made surer, never less sure
-SOFTMAX_SD = 0.1  # of the logarithm, around 1, under the prior of what logits are divided by
-SOFTMAX_PRIOR = 0.5 * (torch.tensor(SOFTMAX_GRID, dtype=torch.float64).log() / SOFTMAX_SD).square()  # −log density
 
 
 class TemperatureState(NamedTuple):
@@ -75,27 +64,10 @@ def choose(state: TemperatureState) -> float:
         return GRID[0]
     best = int((state.total == least).nonzero().max())  # the largest among equals
     excess = state.total - least
-    return _nearest_to_one(excess <= WITHIN * state.differences[best].sqrt(), excess, best)
+    return nearest_to_one(excess <= WITHIN * state.differences[best].sqrt(), excess, best)
 
 
-def choose_held_out(losses: Tensor) -> float:
-    """The temperature for held-out log losses, (K, N): of those that they do not clearly speak against, nearest to 1.
-
-    Its mean lies above the least by at most ``WITHIN`` standard errors of their difference, paired by example: a
-    hundred examples hardly tell neighbours apart, and a belief is neither sharpened nor blurred on their account. A
-    single example has no standard error, and speaks only against what gave it no probability.
-    """
-    means = losses.mean(1)
-    best = int(means.argmin())
-    if not bool(torch.isfinite(means[best])):
-        return GRID[0]
-    excess = losses - losses[best]
-    number = losses.shape[1]
-    error = excess.std(1, correction=0) / (number - 1) ** 0.5 if number > 1 else torch.full_like(means, 1e300)
-    return _nearest_to_one(excess.mean(1) <= WITHIN * error, excess.mean(1), best)
-
-
-def _nearest_to_one(near: Tensor, excess: Tensor, best: int) -> float:
+def nearest_to_one(near: Tensor, excess: Tensor, best: int) -> float:
     """The temperature nearest to 1 of the best one and those that are near and have a finite excess, (K,) each."""
     near = near & torch.isfinite(excess)
     near[best] = True
@@ -111,17 +83,6 @@ def warn_of_mean_alone(temperature: float) -> None:
     """Where a temperature that was chosen leaves predictions to the mean."""
     if is_mean_alone(temperature):
         warnings.warn(f"the temperature chosen is {temperature:g}: {MEAN_ALONE_NOTE}", stacklevel=3)
-
-
-def softmax_log_losses(family: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Summed −log p(y) of a batch with its logits divided by every number of ``SOFTMAX_GRID``, (G,) on the CPU."""
-    logits = outputs.double()
-    return -torch.stack([family.log_prob(logits / divisor, targets).sum() for divisor in SOFTMAX_GRID]).cpu()
-
-
-def choose_softmax(losses: Tensor) -> float:
-    """The number of ``SOFTMAX_GRID`` of the least sum of log losses and ``SOFTMAX_PRIOR``, (G,), 1 among equals."""
-    return SOFTMAX_GRID[int(losses.nan_to_num(torch.inf).argmin())] if bool(torch.isfinite(losses[0])) else 1.0
 
 
 def temperature(setting: float | str, state: TemperatureState) -> float:

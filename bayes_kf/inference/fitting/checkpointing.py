@@ -115,7 +115,7 @@ def _opened(folder: Path, model: nn.Module | AdapterModel, config: KalmanConfig)
     changed = config.differences(found.config)
     if changed:
         raise ValueError(f"`checkpoint` must hold a pass with the same settings, got another {', '.join(changed)}.")
-    return found.reading(model) if isinstance(model, AdapterModel) else found
+    return found.with_adapter(model) if isinstance(model, AdapterModel) else found
 
 
 def _pass_over(batches: Iterator[Any], steps: int, examples: int, folder: Path) -> None:

@@ -29,7 +29,7 @@ from bayes_kf.inference.filtering.measurement_update import Learned
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.predictive import prediction
+from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, batch_size, check_inputs, to_device
@@ -192,7 +192,7 @@ class Bank:
         best = state.states[self.best(state)]
         assert best is not None  # its weight is the largest
         family = noise.likelihood(self.filters[0].config, best.noise)
-        return prediction.average(family, found, (weights[numbers] / weights[numbers].sum()).tolist())
+        return predictive_distributions.average(family, found, (weights[numbers] / weights[numbers].sum()).tolist())
 
     def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
         """The candidates on the passes of the best of them; of the next best, where its own cannot be made."""

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from bayes_kf.inference.config import KalmanConfig, check_config
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
 
 SHARE = 8  # one in so many is held out
 WIDE, NARROW = 10.0, 1.0  # sd of the logits under the wide prior and the narrow one
@@ -110,7 +109,7 @@ def score(posterior: Posterior, held_out: Iterable[Any]) -> tuple[Posterior, flo
     if posterior.config.softmax_temperature == "held_out":
         posterior = posterior.calibrate_softmax(held_out)
     if posterior.config.temperature == "prequential":
-        posterior = posterior._calibrated(held_out)
+        posterior = heldout_calibration.calibrate_temperature(posterior, held_out)
     found = posterior.predict_loader(held_out)
     if found.log_prob is None:
         raise ValueError("`loader` must yield targets with every batch, got none in one that is held out.")

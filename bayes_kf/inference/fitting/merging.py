@@ -17,7 +17,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.base_fingerprint import fingerprint
 
 ALIKE = ("seed", "temperature", *TUNING, *BUDGETS)  # settings that may differ
 
@@ -112,4 +112,4 @@ def _check_alike(first: Posterior, other: Posterior, number: int) -> None:
 
 
 def _base(posterior: Posterior) -> str:
-    return pretrained.fingerprint(posterior.adapter.model, set(posterior.adapter.names))
+    return fingerprint(posterior.adapter.model, set(posterior.adapter.names))

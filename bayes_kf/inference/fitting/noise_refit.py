@@ -8,7 +8,7 @@ passes or elsewhere, its residuals on the N examples say
 γ the number of parameters that the data determine (MacKay 1992). P was learned under another σ²: its data precision is
 proportional to 1/σ², so that P'⁻¹ = P₀⁻¹ + ρ (P⁻¹ − P₀⁻¹), ρ = σ²_old/σ²_new, which is exact for full, low-rank and
 diagonal precisions with one σ². With several outputs of different ρ their mean, weighted by γ, takes its place. γ
-depends on P, so both are found together. Held-out residuals say σ² without γ: e ~ N(0, T·JPJᵀ + σ²).
+depends on P, so both are found together.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ MAX_ROUNDS = 30
 CONVERGED = 1e-4  # relative change of σ²
 LEAST_LEFT = 1e-3  # of N that N − γ is at least, for approximations of P that determine too much
 LEVERAGE_EXAMPLES = 32  # that tell how γ is shared among several outputs
-HELD_OUT_COUNT = 20.0  # weight, in observations, of the present σ² beside held-out data
-HELD_OUT_GRID = 201  # candidates of σ² for held-out data, from a thousandth to a thousand times the present one
 
 
 def applies(config: KalmanConfig) -> bool:
@@ -168,29 +166,3 @@ def leverages(kf: KalmanFilter, state: FilterState, inputs: Inputs) -> Tensor | 
             covariance = state.belief.output_covariance(jacobian)
             total = total + covariance.diagonal(dim1=1, dim2=2).sum(0).clamp_min(0.0)
     return total / state.noise.variance
-
-
-def held_out_variance(present: Tensor, residual: Tensor, output_var: Tensor) -> Tensor:
-    """σ² of most posterior density for held-out residuals e ~ N(0, s + σ²), (m,).
-
-    Its prior is scaled inverse χ² about the present σ², worth ``HELD_OUT_COUNT`` observations: a few held-out examples
-    say little, and where the belief is uncertain they say nothing.
-
-    Args:
-        present: σ² as it is, (m,).
-        residual: e, (N, m).
-        output_var: s, T·JPJᵀ, (N, m).
-    """
-    factors = torch.logspace(-3, 3, HELD_OUT_GRID, dtype=torch.float64, device=present.device)
-    candidates = factors.view(-1, 1, 1) * present  # (G, 1, m)
-    total = output_var + candidates
-    loss = 0.5 * (total.log() + residual.square() / total).sum(1)  # (G, m)
-    loss = loss + 0.5 * HELD_OUT_COUNT * (candidates.log() + present / candidates).squeeze(1)
-    return factors[loss.argmin(0)] * present
-
-
-def log_losses(variance: Tensor, residual: Tensor, output_cov: Tensor) -> Tensor:
-    """−log N(e; 0, output_cov + σ²I) of each example, (N,)."""
-    total = output_cov + torch.diag_embed(variance.expand(len(residual), -1))
-    zero = torch.zeros_like(residual)
-    return -torch.distributions.MultivariateNormal(zero, total, validate_args=False).log_prob(residual)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.filtering.state import UpdateInfo
+from bayes_kf.inference.predictive.gaussian_posterior import as_training_series
 
 WINDOW = 100  # updates behind the numbers in the progress bar
-SEEN = "training_"  # before the names of series about data that the adapter had learned before the pass
-OF_PREDICTIONS = ("log_loss", "correct", "innovation", "dof")  # prequential, where the data were new
 
 
 def shows_bars(progress: bool | None) -> bool:
@@ -62,7 +61,7 @@ class Record:
     Args:
         likelihood: of the targets.
         seen: whether the adapter had learned these data before. Then no score here is of a prediction that came before
-            the example was learned, and the series have names of their own; see :func:`of_seen_data`.
+            the example was learned, and the series have names of their own; see :func:`as_training_series`.
     """
 
     def __init__(self, likelihood: str, seen: bool = False) -> None:
@@ -99,12 +98,4 @@ class Record:
         if self.likelihood in ("gaussian", "poisson"):
             del joined["correct"]
         joined |= {name: torch.tensor(values) for name, values in self.per_update.items()}
-        return of_seen_data(joined) if self.seen else joined
-
-
-def of_seen_data(history: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The series under the names for data that the adapter had learned before: ``training_log_loss`` and so on.
-
-    Whatever reads prequential scores (reports, comparisons, the command line) then finds none, also in what is saved.
-    """
-    return {SEEN + name if name in OF_PREDICTIONS else name: values for name, values in history.items()}
+        return as_training_series(joined) if self.seen else joined

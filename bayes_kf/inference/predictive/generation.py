@@ -13,16 +13,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.language import learns_prompt
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
 
 
 class Generated(NamedTuple):
@@ -60,7 +58,7 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    posterior: Posterior,
+    posterior: GaussianPosterior,
     inputs: Inputs,
     max_new_tokens: int = 32,
     *,
@@ -96,7 +94,7 @@ def generate(
             "`posterior` must be over weights to generate text, got an adapter of virtual tokens (prompt, prefix or"
             " p-tuning)."
         )
-    generator = posterior._generator(generator)
+    generator = posterior.generator(generator)
     draws = [adapter.tensors(draw) for draw in posterior.sample(num_samples, generator)]
     ends = _ends(adapter.model) if eos_token_id is None else _numbers(eos_token_id)
     end = torch.tensor(ends, dtype=torch.long, device=adapter.device)

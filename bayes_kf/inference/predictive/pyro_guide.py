@@ -1,10 +1,9 @@
-"""The adapter as a Pyro model and its belief as a Pyro guide; both sample one site per tensor, under its name."""
+"""The adapter as a Pyro model and its posterior as a Pyro guide; both have one sample site per tensor."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pyro
 import pyro.distributions as dist
@@ -15,12 +14,9 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Inputs, batch_size, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
 
 _COUNTER = itertools.count()
 
@@ -49,12 +45,12 @@ class KalmanModel:
         posterior: gives the module, the prior, the likelihood and the temperature.
     """
 
-    def __init__(self, posterior: Posterior) -> None:
+    def __init__(self, posterior: GaussianPosterior) -> None:
         self.adapter, self._posterior = posterior.adapter, posterior
         prior, self.temperature = posterior.state.prior, posterior.temperature
         self.prior_mean = self.adapter.unflatten(prior.mean)
         self.prior_sd = self.adapter.unflatten((self.temperature * prior.variance).sqrt())
-        self.family = noise.likelihood(posterior.config, posterior.state.noise)
+        self.family = posterior.likelihood
 
     def __call__(self, inputs: Inputs, targets: Tensor | None = None, num_data: int | None = None) -> Tensor:
         """Sample θ and y; see the class."""
@@ -87,7 +83,7 @@ class KalmanModel:
             for name, site in sites.items()
         ]
         draws = torch.cat(flat, 1)  # (S, n)
-        at_once = None if len(draws) == 1 else self._posterior._draws_at_once(inputs)
+        at_once = None if len(draws) == 1 else self._posterior.adapters_at_once(inputs)
         outputs = outputs_of_draws(self.adapter, draws, inputs, at_once, gradients=torch.is_grad_enabled())
         return outputs.reshape(*plates, *outputs.shape[1:])
 
@@ -107,7 +103,7 @@ class KalmanGuide(PyroModule):
     loc: Tensor  # a PyroParam, read as the constrained tensor
     scale: Tensor
 
-    def __init__(self, posterior: Posterior) -> None:
+    def __init__(self, posterior: GaussianPosterior) -> None:
         super().__init__(name=f"kalman_guide_{next(_COUNTER)}")
         self._adapter, belief = posterior.adapter, posterior.state.belief
         spread = posterior.temperature**0.5

@@ -1,15 +1,13 @@
-"""The model card of a saved posterior: what it is, what it was fitted on, how well it does, how to open it."""
+"""The model card of a saved posterior."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.peft_adapters.in_use import is_peft
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
 
 TAGS = ["bayes_kf", "uncertainty", "calibration", "kalman-filter"]
 SCORES = {
@@ -37,7 +35,7 @@ The posterior mean alone is an ordinary PEFT adapter: `PeftModel.from_pretrained
 """
 
 
-def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None = None) -> str:
+def text(posterior: GaussianPosterior, folder: str, scores: Mapping[str, float] | None = None) -> str:
     """The card, Markdown with the metadata that the Hub reads.
 
     Args:
@@ -78,7 +76,7 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
     return "\n".join(lines) + (ADAPTER.format(folder=folder) if of_peft else "")
 
 
-def _base(posterior: Posterior) -> str | None:
+def _base(posterior: GaussianPosterior) -> str | None:
     """The base model's name on the Hub; None where it has none, or is a folder of somebody's machine."""
     config: Any = getattr(posterior.adapter.model, "peft_config", {})
     name = next((c.base_model_name_or_path for c in config.values()), None) if isinstance(config, dict) else None

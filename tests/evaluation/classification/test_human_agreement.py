@@ -25,7 +25,7 @@ def answers(size: int = 60, classes: int = 4, people: int = 6, seed: int = 0) ->
     return probs / probs.sum(1, keepdims=True), counts / people
 
 
-def doubt(probs: np.ndarray) -> np.ndarray:
+def rounded_entropy(probs: np.ndarray) -> np.ndarray:
     """Entropies in which the same numbers in another order are ties: 12 decimals of sorted rows."""
     return entropy(np.sort(probs, axis=1), axis=1).round(12)
 
@@ -34,7 +34,7 @@ def doubt(probs: np.ndarray) -> np.ndarray:
 def test_values_are_scipys(classes):
     probs, human = answers(classes=classes)
     found = ev.human_agreement(probs, human)
-    own, theirs = doubt(probs), doubt(human)
+    own, theirs = rounded_entropy(probs), rounded_entropy(human)
     kl = entropy(human, probs, axis=1)
     expected = {
         "nll": (kl + theirs).mean(),
@@ -133,7 +133,7 @@ def test_section_holds_scores_verdicts_figure_and_table():
     assert table is not None
     rows = table.rows
     assert [row[1].value for row in rows] == [50] * 10
-    own, theirs = doubt(probs), doubt(human)
+    own, theirs = rounded_entropy(probs), rounded_entropy(human)
     order = np.argsort(theirs, kind="stable").reshape(10, 50)
     assert [row[2].value for row in rows] == pytest.approx(theirs[order].mean(1))
     assert [row[3].value for row in rows] == pytest.approx(own[order].mean(1))
@@ -199,7 +199,7 @@ def test_people_who_labelled_cifar10():
     probs = (first + 0.05) / (first + 0.05).sum(1, keepdims=True)  # smoothed, so that no answer is impossible
     shares = second / second.sum(1, keepdims=True)
     found = ev.human_agreement(probs, shares)
-    own, theirs = doubt(probs), doubt(shares)
+    own, theirs = rounded_entropy(probs), rounded_entropy(shares)
     assert found.nll.value == pytest.approx((entropy(shares, probs, axis=1) + theirs).mean(), abs=1e-9)
     assert found.entropy_spearman.value == pytest.approx(spearmanr(own, theirs).statistic, abs=1e-9)
     assert 0.4 < found.entropy_spearman.low < found.entropy_spearman.high < 0.9

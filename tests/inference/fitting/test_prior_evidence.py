@@ -17,6 +17,7 @@ from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting import prior_evidence
 from bayes_kf.inference.measurement_model.noise import NoiseState
+from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
 
 EXACT = ("full", "low_rank", "block_diagonal")
@@ -260,7 +261,7 @@ def test_temperature_is_as_configured_or_as_held_out_data_say():
             bkf.KalmanFilter(model, dataclasses.replace(posterior.config, temperature=t)), posterior.state
         )
         losses[t] = -torch.cat([scaled.predict(x, num_samples=4000, targets=y).log_prob for x, y in held_out])
-    assert calibrated.temperature == tempering.choose_held_out(torch.stack(list(losses.values())))
+    assert calibrated.temperature == heldout_calibration.choose_temperature(torch.stack(list(losses.values())))
     assert calibrated.temperature > tempering.GRID[0]
     assert torch.equal(calibrated.mean_vector, posterior.mean_vector)
     assert posterior.temperature == prior_evidence.TEMPERATURE  # the first is as it was

@@ -10,9 +10,8 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import TemperatureScaling
-from bayes_kf.inference import posterior as posteriors
-from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.fitting import holdout_selection
+from bayes_kf.inference.predictive import heldout_calibration, predict
 from bayes_kf.models.likelihood import Categorical
 
 DIVISOR = 0.4
@@ -62,10 +61,11 @@ def test_predictions_by_differences_and_their_temperature_too(monkeypatch):
     batches = list(zip(x.split(4), y.split(4), strict=True))
     for passes in ("moments", "differences"):
         if passes == "differences":
-            monkeypatch.setattr(posteriors.Posterior, "_by_differences", lambda *_: True)
+            for module in (predict, heldout_calibration):
+                monkeypatch.setattr(module, "parameter_draws_are_cheaper", lambda *_: True)
         assert_same(posterior.predict(x, targets=y), expected.predict(x, targets=y))
         losses = []
-        monkeypatch.setattr(tempering, "choose_held_out", lambda found: losses.append(found) or 1.0)  # noqa: B023
+        monkeypatch.setattr(heldout_calibration, "choose_temperature", lambda found: losses.append(found) or 1.0)  # noqa: B023
         posterior.calibrate(batches)
         expected.calibrate(batches)
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-9)
@@ -131,10 +131,10 @@ def test_a_few_right_answers_do_not_make_it_certain():
 
 
 def test_an_impossible_target_leaves_it_at_one():
-    losses = tempering.SOFTMAX_PRIOR + torch.tensor([torch.inf] * len(tempering.SOFTMAX_GRID))
-    assert tempering.choose_softmax(losses) == 1.0
+    losses = heldout_calibration.SOFTMAX_PRIOR + torch.tensor([torch.inf] * len(heldout_calibration.SOFTMAX_GRID))
+    assert heldout_calibration.choose_softmax_temperature(losses) == 1.0
     logits = torch.tensor([[0.0, 1e4]]).double()
-    assert math.isfinite(float(tempering.softmax_log_losses(Categorical(), logits, torch.tensor([0])).max()))
+    assert math.isfinite(float(heldout_calibration.softmax_log_losses(Categorical(), logits, torch.tensor([0])).max()))
 
 
 def test_fit_chooses_it_where_it_holds_data_out_and_only_there(tmp_path):

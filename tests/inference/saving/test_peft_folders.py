@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bayes_kf as bkf
-from benchmarks import _peft_cases as cases
+from benchmarks.reliability import peft_cases as cases
 
 CONFIG = bkf.KalmanConfig(rank=3, temperature=1.0)
 INPUTS, TARGETS = cases.numbers(), torch.arange(6) % 3
