@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
-from bayes_kf.inference.fitting import mean_step
+from bayes_kf.inference.fitting.passes import mean_pass
 from bayes_kf.inference.linearization.jacobian import Jacobian, diagonal_blocks
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.adapter import AdapterModel
@@ -351,7 +351,9 @@ def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(r
     for one in (plain, adapter):
         kf = KalmanFilter(one, config)
         state = kf.init(ids)._replace(examples=2)
-        steps.append(mean_step.step(config, one, state, ids, torch.tensor([0, 2]), 1.0)[0].belief.mean - vector)
+        steps.append(
+            mean_pass.natural_gradient_step(config, one, state, ids, torch.tensor([0, 2]), 1.0)[0].belief.mean - vector
+        )
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-7, atol=1e-11)
     assert float((steps[0] != 0).double().mean()) > 0.5  # units that are off learn nothing
     assert model.training
@@ -431,7 +433,7 @@ def test_gradients_that_the_user_s_parameters_hold_are_left_alone(reentrant):
     Linearizer(adapter)(adapter.vector(), ids).jacobian()
     config = KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False)
     state = KalmanFilter(adapter, config).init(ids)._replace(examples=2)
-    mean_step.step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)
+    mean_pass.natural_gradient_step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)
     assert late.grad is kept
     assert bool((kept == 3.0).all())
     assert all(p.grad is None for p in model.parameters() if p is not late)
