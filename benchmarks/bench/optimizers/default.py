@@ -1,4 +1,4 @@
-"""What ``fit`` does without settings: ``KalmanConfig.stream()``, or ``KalmanConfig.dataset()`` over several epochs."""
+"""``fit`` without settings: ``KalmanConfig.stream()``, or ``KalmanConfig.dataset()`` over several epochs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf import KalmanConfig
-from bayes_kf.inference.fitting.filter_bank import candidates
+from bayes_kf.inference.fitting.selection.filter_bank import candidates
 from benchmarks.bench.learners import BankLearner, KalmanLearner, Learner
 
 TITLE = "**ours (default)**, not tuned"
@@ -17,12 +17,12 @@ PRIORITY = 10
 
 
 def config(choice: Mapping[str, Any], seed: int) -> KalmanConfig:
-    """The settings that ``fit`` takes."""
+    """The settings of ``fit``."""
     return KalmanConfig.dataset(seed=seed) if choice else KalmanConfig.stream(seed=seed)
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> Learner:
-    """A learner."""
+    """A learner for this row."""
     settings = config(choice, seed)
     if settings.tune is None:
         return KalmanLearner(model, settings, inputs)

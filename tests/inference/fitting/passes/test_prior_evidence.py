@@ -15,7 +15,7 @@ import bayes_kf as bkf
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.fitting import prior_evidence
+from bayes_kf.inference.fitting.passes import prior_evidence
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
@@ -58,8 +58,8 @@ def test_evidence_and_covariance_are_those_of_the_dense_laplace_approximation(co
     width_of = {}
     prior = posterior.state.prior.variance
     chosen = int(posterior.history["evidence"].argmax())
-    unit = prior / prior_evidence.WIDTHS[chosen]
-    for width in prior_evidence.WIDTHS:
+    unit = prior / prior_evidence.PRIOR_SCALES[chosen]
+    for width in prior_evidence.PRIOR_SCALES:
         p0 = width * unit
         inner = torch.eye(len(mean)).double() + p0.sqrt()[:, None] * h * p0.sqrt()
         width_of[width] = -0.5 * float((mean.square() / p0).sum() + torch.logdet(inner))
@@ -79,7 +79,7 @@ def test_a_widened_prior_is_a_pass_under_that_prior(covariance, width):
     narrow = bkf.KalmanConfig(covariance=covariance, initial_variance=0.5, bound_prior=False, rank=40)
     wide = dataclasses.replace(narrow, initial_variance=0.5 * width)
     before, after = (bkf.fit(model, batches, c, start="trained", progress=False) for c in (narrow, wide))
-    widened = prior_evidence.widened(narrow, before.state, width)
+    widened = prior_evidence.scale_prior(before.state, width)
     torch.testing.assert_close(widened.belief.covariance_matrix(), after.covariance_matrix(), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(widened.prior.variance, after.state.prior.variance)
     assert "evidence" not in before.history  # the prior was given
@@ -93,7 +93,7 @@ def test_a_widened_prior_is_a_pass_under_that_prior_for_beliefs_that_leave_somet
     narrow = bkf.KalmanConfig(covariance=covariance, initial_variance=0.5, bound_prior=False)
     wide = dataclasses.replace(narrow, initial_variance=0.5 * width)
     before, after = (bkf.fit(model, batches, c, start="trained", progress=False) for c in (narrow, wide))
-    widened = prior_evidence.widened(narrow, before.state, width)
+    widened = prior_evidence.scale_prior(before.state, width)
     found = widened.belief.covariance_matrix()
     torch.testing.assert_close(found, after.covariance_matrix(), rtol=1e-8, atol=1e-12)
     h = curvature(model, batches)
@@ -117,7 +117,7 @@ def test_evidence_of_linear_regression_is_exact():
         mode.apply_to(model)
         state = bkf.fit(model, batches, config, start="trained", progress=False).state
         likelihood = torch.distributions.Normal(x @ model.weight.T.detach(), 1.0).log_prob(y).sum()
-        found.append(float(likelihood) + prior_evidence.log_evidence(config, state, mode.mean_vector))
+        found.append(float(likelihood) + prior_evidence.log_evidence(state, mode.mean_vector))
         expected.append(float(log_evidence(x, y[:, 0], torch.zeros(4).double(), p0 * torch.eye(4).double(), 1.0)))
     assert found == pytest.approx(expected, rel=1e-9)
 
@@ -127,19 +127,21 @@ def test_departure_is_known_for_lora_b_and_saved_modules_only():
     base = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
     adapter = AdapterModel(model)
-    assert torch.equal(prior_evidence.departure(adapter, adapter.vector())[:8], torch.zeros(8))  # A has not moved
-    assert float(prior_evidence.departure(adapter, adapter.vector()).abs().max()) == 0.0
+    assert torch.equal(
+        prior_evidence.displacement_from_init(adapter, adapter.vector())[:8], torch.zeros(8)
+    )  # A has not moved
+    assert float(prior_evidence.displacement_from_init(adapter, adapter.vector()).abs().max()) == 0.0
     moved = adapter.vector() + 1.0
-    found = adapter.unflatten(prior_evidence.departure(adapter, moved))
+    found = adapter.unflatten(prior_evidence.displacement_from_init(adapter, moved))
     for name, part in found.items():
         expected = 0.0 if "lora_A" in name else 1.0
         torch.testing.assert_close(part, torch.full_like(part, expected))
     nested = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
     saved = AdapterModel(get_peft_model(nested, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])))
-    for name, part in saved.unflatten(prior_evidence.departure(saved, saved.vector() + 1.0)).items():
+    for name, part in saved.unflatten(prior_evidence.displacement_from_init(saved, saved.vector() + 1.0)).items():
         torch.testing.assert_close(part, torch.full_like(part, 0.0 if "lora_A" in name else 1.0))
     plain = AdapterModel(nn.Linear(2, 2))
-    assert torch.equal(prior_evidence.departure(plain, plain.vector()), plain.vector())
+    assert torch.equal(prior_evidence.displacement_from_init(plain, plain.vector()), plain.vector())
 
 
 UNTOUCHED = [
@@ -162,7 +164,7 @@ def test_an_untouched_adapter_has_not_moved(config):
     before = torch.get_rng_state()
     adapter = AdapterModel(get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), config))
     torch.set_rng_state(before)
-    assert float(prior_evidence.departure(adapter, adapter.vector()).abs().max()) == 0.0
+    assert float(prior_evidence.displacement_from_init(adapter, adapter.vector()).abs().max()) == 0.0
     assert torch.equal(torch.get_rng_state(), before)  # looking draws no numbers from the caller's generator
 
 
@@ -179,7 +181,7 @@ def test_departure_of_other_tensors_with_a_known_start():
     }
     for part, config in cases.items():
         adapter = AdapterModel(get_peft_model(copy.deepcopy(base), config))
-        found = adapter.unflatten(prior_evidence.departure(adapter, adapter.vector() + 0.5))
+        found = adapter.unflatten(prior_evidence.displacement_from_init(adapter, adapter.vector() + 0.5))
         (moved,) = [tensor for name, tensor in found.items() if part in name]
         torch.testing.assert_close(moved, torch.full_like(moved, 0.5), msg=part)
 
@@ -236,7 +238,7 @@ def test_a_trained_lora_adapter_that_goes_on_keeps_the_width_of_its_evidence():
     stays = bkf.fit(model, batches, bkf.KalmanConfig(), start="trained", progress=False)
     moves = bkf.fit(model, batches, bkf.KalmanConfig(mean_passes=2), start="trained", progress=False)
     torch.testing.assert_close(moves.state.prior.variance, stays.state.prior.variance, rtol=0, atol=0)
-    gone = stays.mean_vector - prior_evidence.departure(stays.kf.adapter, stays.mean_vector)
+    gone = stays.mean_vector - prior_evidence.displacement_from_init(stays.kf.adapter, stays.mean_vector)
     torch.testing.assert_close(moves.state.prior.mean, gone, rtol=0, atol=0)
 
     def objective(posterior):
@@ -250,7 +252,7 @@ def test_a_trained_lora_adapter_that_goes_on_keeps_the_width_of_its_evidence():
 def test_temperature_is_as_configured_or_as_held_out_data_say():
     model, batches = network(), data(count=8)
     posterior = bkf.fit(model, batches, config_of("full"), start="trained", progress=False)
-    assert posterior.temperature == prior_evidence.TEMPERATURE
+    assert posterior.temperature == prior_evidence.TRAINED_TEMPERATURE
     fixed = dataclasses.replace(config_of("full"), temperature=0.7)
     assert bkf.fit(model, batches, fixed, start="trained", progress=False).temperature == 0.7
     held_out = data(count=30, seed=5)
@@ -264,7 +266,7 @@ def test_temperature_is_as_configured_or_as_held_out_data_say():
     assert calibrated.temperature == heldout_calibration.choose_temperature(torch.stack(list(losses.values())))
     assert calibrated.temperature > tempering.GRID[0]
     assert torch.equal(calibrated.mean_vector, posterior.mean_vector)
-    assert posterior.temperature == prior_evidence.TEMPERATURE  # the first is as it was
+    assert posterior.temperature == prior_evidence.TRAINED_TEMPERATURE  # the first is as it was
 
 
 def test_bad_calibration_data():
@@ -279,7 +281,7 @@ def test_bad_calibration_data():
 def test_dynamics_and_a_width_chosen_by_evidence_exclude_each_other(dynamics):
     batches = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
     name = next(iter(dynamics))
-    with pytest.raises(ValueError, match=rf"data that nothing forgets, got `{name}` {dynamics[name]}"):
+    with pytest.raises(ValueError, match=rf"data that are not forgotten, got `{name}` {dynamics[name]}"):
         bkf.fit(nn.Linear(3, 2), batches, bkf.KalmanConfig(**dynamics), start="trained", progress=False)
     config = bkf.KalmanConfig(**dynamics, initial_variance=0.5)
     assert bkf.fit(nn.Linear(3, 2), batches, config, start="trained", progress=False).state.examples == 4
@@ -294,5 +296,5 @@ def test_the_evidence_of_a_million_parameters_is_not_rounded_away(name):
     belief = config.structure.from_variance(*prior, rank=2)
     state = FilterState(belief, prior, NoiseState(), tempering.init(torch.device("cpu")), True, 0, 0)
     for width in (1e-3, 0.1, 10.0):
-        found = prior_evidence.log_evidence(config, prior_evidence.widened(config, state, width), torch.zeros(size))
+        found = prior_evidence.log_evidence(prior_evidence.scale_prior(state, width), torch.zeros(size))
         assert abs(found) < 0.05

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 
 import bayes_kf as bkf
 from bayes_kf.inference.filtering.state import DivergenceError
-from bayes_kf.inference.fitting import holdout_selection
+from bayes_kf.inference.fitting.selection import holdout_selection
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(90, 3, generator=G).double()
@@ -31,7 +31,7 @@ def network():
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_data_set_is_split_into_seven_eighths_and_the_rest(shuffle):
-    parts = holdout_selection.split(DataLoader(DATA, batch_size=4, shuffle=shuffle, drop_last=True))
+    parts = holdout_selection.split_loader(DataLoader(DATA, batch_size=4, shuffle=shuffle, drop_last=True))
     fitted, held_out = ([inputs.tolist() for inputs, _ in part] for part in parts)
     first, second = ({number for batch in part for number in batch} for part in (fitted, held_out))
     assert not first & second
@@ -41,13 +41,13 @@ def test_a_data_set_is_split_into_seven_eighths_and_the_rest(shuffle):
     again = [inputs.tolist() for inputs, _ in parts.fitted]
     assert (again != fitted) == shuffle  # its own order every time, over the same examples
     assert {number for batch in again for number in batch} == first
-    assert [inputs.tolist() for inputs, _ in parts.held_out] == held_out
+    assert [inputs.tolist() for inputs, _ in parts.heldout] == held_out
 
 
 def test_of_a_list_every_eighth_batch_is_held_out():
-    parts = holdout_selection.split(list(range(17)))
-    assert parts.held_out == [7, 15]
-    assert sorted(parts.fitted + parts.held_out) == list(range(17))
+    parts = holdout_selection.split_loader(list(range(17)))
+    assert parts.heldout == [7, 15]
+    assert sorted(parts.fitted + parts.heldout) == list(range(17))
 
 
 class Streaming(IterableDataset):
@@ -69,7 +69,7 @@ class Streaming(IterableDataset):
     ],
 )
 def test_what_cannot_be_split_is_fitted_once_by_default(loader):
-    assert holdout_selection.split(loader) is None
+    assert holdout_selection.split_loader(loader) is None
     with pytest.raises(
         ValueError, match=r"`loader` must be a DataLoader over a data set or a list of at least 8 batch"
     ):
@@ -113,11 +113,11 @@ def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_bes
     good = bkf.KalmanConfig(initial_logit_sd=3.0)
     stuck = bkf.KalmanConfig(initial_variance=1e-9)
     posterior = bkf.fit(network(), batches(), [stuck, good], progress=False)
-    parts = holdout_selection.split(batches())
+    parts = holdout_selection.split_loader(batches())
     losses, temperatures = [], []
     for config in (stuck, good):
-        alone = bkf.fit(network(), parts.fitted, config, progress=False).calibrate(parts.held_out)
-        losses.append(-float(alone.predict_loader(parts.held_out).log_prob.mean()))
+        alone = bkf.fit(network(), parts.fitted, config, progress=False).calibrate(parts.heldout)
+        losses.append(-float(alone.predict_loader(parts.heldout).log_prob.mean()))
         temperatures.append(alone.temperature)
     torch.testing.assert_close(posterior.history["held_out_log_loss"], torch.tensor(losses).double())
     assert losses[1] < 0.8 * losses[0]
@@ -173,19 +173,23 @@ def test_the_default_tries_a_narrow_prior_only_where_the_careful_one_beats_the_w
     noisy = bkf.fit(model, list(zip(inputs.split(4), coins.split(4), strict=True)), progress=False)
     assert len(noisy.history["held_out_log_loss"]) == 3
     assert noisy.history["held_out_log_loss"].argmin() == 2
-    assert (noisy.config.initial_logit_sd, noisy.config.mean_passes) == (holdout_selection.NARROW, 0)
+    assert (noisy.config.initial_logit_sd, noisy.config.mean_passes) == (holdout_selection.NARROW_LOGIT_SD, 0)
     with torch.no_grad():
         model.weight.zero_()
     clear = bkf.fit(model, list(zip(inputs.split(4), decided.split(4), strict=True)), progress=False)
     assert len(clear.history["held_out_log_loss"]) == 2
-    assert (clear.config.initial_logit_sd, clear.config.mean_passes) == (holdout_selection.WIDE, 3)
+    assert (clear.config.initial_logit_sd, clear.config.mean_passes) == (holdout_selection.WIDE_LOGIT_SD, 3)
 
 
 def test_many_outputs_are_seen_by_sampled_directions():
     torch.manual_seed(0)
     data = list(zip(X.split(5), (torch.arange(90) % 40).split(5), strict=True))
-    assert [c.curvature for c in holdout_selection.default(nn.Linear(3, 40).double(), data)] == ["sampled"] * 3
-    assert [c.curvature for c in holdout_selection.default(nn.Linear(3, 4).double(), batches())] == ["exact"] * 3
+    assert [c.curvature for c in holdout_selection.default_candidates(nn.Linear(3, 40).double(), data)] == [
+        "sampled"
+    ] * 3
+    assert [c.curvature for c in holdout_selection.default_candidates(nn.Linear(3, 4).double(), batches())] == [
+        "exact"
+    ] * 3
 
 
 @pytest.mark.parametrize(("outputs", "expected"), [(40, "sampled"), (4, "exact")])
@@ -201,14 +205,14 @@ def test_so_are_those_of_a_stream_and_of_a_trained_adapter_without_settings(outp
 
 def test_a_candidate_that_diverges_is_left_out(monkeypatch):
     module = sys.modules["bayes_kf.inference.fitting.fit"]  # the package has the function under that name
-    real = module.fit_one
+    real = module.fit_config
 
     def failing(model, loader, config, *rest):
         if config.rank in refused:
             raise DivergenceError(0, "it was told to", None)
         return real(model, loader, config, *rest)
 
-    monkeypatch.setattr(module, "fit_one", failing)
+    monkeypatch.setattr(module, "fit_config", failing)
     configs, refused = [bkf.KalmanConfig(rank=3), bkf.KalmanConfig(rank=4)], {3}
     posterior = bkf.fit(network(), batches(), configs, progress=False)
     assert posterior.config.rank == 4
@@ -234,7 +238,7 @@ def test_a_candidate_that_diverges_is_left_out(monkeypatch):
         (
             [bkf.KalmanConfig()],
             "trained",
-            r"`config` must be one with `start` 'trained', whose mean stays, got several\.",
+            r"`config` must be one KalmanConfig with `start` 'trained', got several\.",
         ),
         (
             [bkf.KalmanConfig(), bkf.KalmanConfig(likelihood="gaussian")],
@@ -258,5 +262,5 @@ def test_a_held_out_batch_without_targets_is_refused_whatever_the_temperature():
 def test_both_parts_keep_how_workers_begin():
     data = TensorDataset(torch.randn(43, 3), torch.arange(43) % 2)
     hook = lambda worker: None  # noqa: E731
-    parts = holdout_selection.split(DataLoader(data, batch_size=8, shuffle=True, worker_init_fn=hook))
-    assert parts.fitted.worker_init_fn is parts.held_out.worker_init_fn is hook
+    parts = holdout_selection.split_loader(DataLoader(data, batch_size=8, shuffle=True, worker_init_fn=hook))
+    assert parts.fitted.worker_init_fn is parts.heldout.worker_init_fn is hook

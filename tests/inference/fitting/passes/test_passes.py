@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.fitting import mean_step
+from bayes_kf.inference.fitting.passes import mean_pass
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.likelihood import LIKELIHOODS
 
@@ -124,9 +124,11 @@ def test_no_pass_ends_worse_than_it_began():
 def test_what_does_not_go_with_passes():
     model, x, y = small("categorical")
     config = bkf.KalmanConfig(passes=2)
-    with pytest.raises(ValueError, match=r"`passes` must be 1 with `start` 'trained', whose mean stays, got 2\."):
+    with pytest.raises(ValueError, match=r"`passes` must be 1 with `start` 'trained', which holds the mean, got 2\."):
         bkf.fit(model, batches_of(x, y), config, start="trained", progress=False)
-    with pytest.raises(ValueError, match=r"`loader` must be iterable anew for each of 2 passes, got list_iterator\."):
+    with pytest.raises(
+        ValueError, match=r"`loader` must allow a new iteration in each of 2 passes, got list_iterator\."
+    ):
         bkf.fit(model, iter(batches_of(x, y)), config, progress=False)
     with pytest.raises(ValueError, match=r"`passes` must be a whole number >= 1, got 0\."):
         bkf.KalmanConfig(passes=0)
@@ -206,7 +208,7 @@ def test_a_step_of_a_mean_pass_is_its_formula(covariance):
     dense = state.belief.covariance_matrix()
     gradient = gradient + 4 / 30 * (mean - adapter.vector()) / 0.3
     moved = dense @ gradient / (1 + 0.7 * gradient @ dense @ gradient)
-    after, found = mean_step.step(config, adapter, state, x[:4], y[:4], 0.7)
+    after, found = mean_pass.natural_gradient_step(config, adapter, state, x[:4], y[:4], 0.7)
     torch.testing.assert_close(after.belief.mean, mean - 0.7 * moved, rtol=1e-9, atol=1e-11)
     assert found == pytest.approx(float(loss.detach()), rel=1e-12)
     assert torch.equal(state.belief.mean, mean)
@@ -252,7 +254,9 @@ def test_at_the_mode_a_batch_of_all_data_moves_nothing():
 def test_what_does_not_go_with_mean_passes():
     model, x, y = small("categorical")
     config = bkf.KalmanConfig(mean_passes=1)
-    with pytest.raises(ValueError, match=r"`loader` must be iterable anew for each of 2 passes, got list_iterator\."):
+    with pytest.raises(
+        ValueError, match=r"`loader` must allow a new iteration in each of 2 passes, got list_iterator\."
+    ):
         bkf.fit(model, iter(batches_of(x, y)), config, progress=False)
     for bad in (-1, 1.0, True):
         with pytest.raises(ValueError, match=r"`mean_passes` must be a whole number >= 0, got "):

@@ -9,7 +9,7 @@ from torch import nn
 
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit
 from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.fitting.filter_bank import Bank, candidates
+from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.models.likelihood import LIKELIHOODS
 
@@ -46,7 +46,7 @@ def test_one_candidate_is_its_filter():
 
 def test_candidates_far_apart_are_their_filters(monkeypatch):
     """Where no candidate may learn from another's passes, each is what it would be alone."""
-    monkeypatch.setattr("bayes_kf.inference.fitting.filter_bank.CLOSE", 0.0)
+    monkeypatch.setattr("bayes_kf.inference.fitting.selection.shared_update.MAX_OUTPUT_SHIFT", 0.0)
     configs = candidates(KalmanConfig(), {"initial_logit_sd": (0.5, 3.0), "covariance": ("diagonal", "full")})
     bank, data = Bank(model_of(), configs), stream()
     together = bank.init(data[0][0])
@@ -66,7 +66,7 @@ def test_candidates_far_apart_are_their_filters(monkeypatch):
 
 def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
     """To first order is exact there, so one linearization serves every candidate."""
-    monkeypatch.setattr("bayes_kf.inference.fitting.filter_bank.CLOSE", torch.inf)
+    monkeypatch.setattr("bayes_kf.inference.fitting.selection.shared_update.MAX_OUTPUT_SHIFT", torch.inf)
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     configs = candidates(KalmanConfig(covariance="full", damping=False), {"initial_logit_sd": (0.5, 3.0, 10.0)})
@@ -128,7 +128,7 @@ TARGETS = {
 def test_an_update_reports_the_average_of_what_candidates_predicted(likelihood, monkeypatch):
     """Weighted by their evidence before it; each candidate's own prediction is taken by a forward pass at its mean."""
     monkeypatch.setattr(
-        "bayes_kf.inference.fitting.filter_bank.NEGLIGIBLE", 0.0
+        "bayes_kf.inference.fitting.selection.shared_update.MIN_RELATIVE_WEIGHT", 0.0
     )  # else what weighs less than a thousandth is left out
     configs = candidates(KalmanConfig(likelihood=likelihood), {"initial_logit_sd": (0.3, 1.0, 3.0)})
     bank, g = Bank(model_of(), configs), torch.Generator().manual_seed(3)
@@ -192,7 +192,7 @@ def test_fit_goes_on_with_the_narrowest_of_what_the_margin_leaves():
 
 def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
     monkeypatch.setattr(
-        "bayes_kf.inference.fitting.filter_bank.CLOSE", 0.0
+        "bayes_kf.inference.fitting.selection.shared_update.MAX_OUTPUT_SHIFT", 0.0
     )  # no shared passes: to the bit what it is alone
     data = stream(count=60)
     grid = {"initial_logit_sd": (0.01, 2.0), "covariance": ["diagonal", "low_rank"]}
@@ -267,7 +267,7 @@ def test_outputs_that_are_not_finite_leave_the_states(monkeypatch):
     torch.manual_seed(0)
     bank = Bank(Cubed(4, 3), candidates(KalmanConfig(covariance="diagonal"), {"initial_variance": (0.1, 0.2)}))
     state = bank.init()
-    with pytest.raises(DivergenceError, match="no candidate of the bank is left") as caught:
+    with pytest.raises(DivergenceError, match="all candidates of the bank diverged") as caught:
         bank.update(state, torch.full((1, 4), 3e13), torch.tensor([0]))
     assert caught.value.state is state.states[0]
 
@@ -324,7 +324,9 @@ def test_margins_that_are_none(margin):
 
 
 def test_tuning_does_not_go_with_a_trained_adapter():
-    with pytest.raises(ValueError, match=r"`tune` must be None with `start` 'trained', which predicts nothing before"):
+    with pytest.raises(
+        ValueError, match=r"`tune` must be None with `start` 'trained', which makes no predictions before"
+    ):
         fit(model_of(), stream(), KalmanConfig(tune={"rank": (3,)}), start="trained", progress=False)
 
 
@@ -334,7 +336,7 @@ def test_tuning_does_not_go_with_a_trained_adapter():
         ([], r"`configs` must hold at least one KalmanConfig, got none\."),
         (
             [KalmanConfig(), KalmanConfig(curvature="sampled")],
-            r"`configs` must agree in `curvature`, got 'exact', 'sampled'\.",
+            r"`configs` must have the same `curvature`, got 'exact', 'sampled'\.",
         ),
         ([KalmanConfig(temperature=1.0)], r"`configs` must have `temperature` 'prequential', got 1\.0\."),
     ],
