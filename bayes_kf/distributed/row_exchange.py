@@ -33,7 +33,7 @@ def exchange_rows(group: Group, shards: ParameterShards, jacobian: Jacobian, siz
     total, terms = sum(sizes), []
     for left, part in jacobian.terms:
         blocks = [
-            DenseBlock(shards.position(shards.rank, _as_slice(block.where)), next(received))
+            DenseBlock(shards.position(shards.rank, _as_slice(block.columns)), next(received))
             if isinstance(block, DenseBlock)
             else _gather_outer(group, shards, block, sizes)
             for block in part.blocks
@@ -51,7 +51,7 @@ def _exchange_stored_rows(
     counts = [block.rows.shape[1] for block in stored]
     widths = []
     for block in stored:
-        position = shards.position(shards.rank, _as_slice(block.where))
+        position = shards.position(shards.rank, _as_slice(block.columns))
         widths.append(position.stop - position.start)
     per_example = sum(count * width for count, width in zip(counts, widths, strict=True))
     parts = _rows_by_receiver(shards, jacobian, stored)
@@ -71,7 +71,7 @@ def _rows_by_receiver(shards: ParameterShards, jacobian: Jacobian, stored: Seque
         columns = [
             torch.cat([block.rows[..., where] for where in held], -1).reshape(-1)
             for block in stored
-            if (held := shards.held_by(process, _as_slice(block.where)))
+            if (held := shards.held_by(process, _as_slice(block.columns)))
         ]
         parts.append(torch.cat(columns) if columns else jacobian.like.new_empty(0))
     return parts
@@ -79,9 +79,9 @@ def _rows_by_receiver(shards: ParameterShards, jacobian: Jacobian, stored: Seque
 
 def _gather_outer(group: Group, shards: ParameterShards, block: OuterProductBlock, sizes: Sequence[int]) -> Block:
     """A block of outer products for all examples, cut to the outputs whose parameters this process holds."""
-    width, held = block.activation.shape[-1], shards.held_by(shards.rank, block.where)
+    width, held = block.activation.shape[-1], shards.held_by(shards.rank, block.columns)
     cotangent, activation = _gather_rows(group, block.cotangent, sizes), _gather_rows(group, block.activation, sizes)
-    position = shards.position(shards.rank, block.where)
+    position = shards.position(shards.rank, block.columns)
     if not held:
         return DenseBlock(position, cotangent[..., :0])
     (own,) = held
@@ -112,7 +112,7 @@ def _block_structure(jacobian: Jacobian) -> list[object]:
     for left, part in jacobian.terms:
         structure.append((left is None, part.shape[1]))
         for block in part.blocks:
-            position = (block.where.start, block.where.stop) if isinstance(block.where, slice) else "tokens"
+            position = (block.columns.start, block.columns.stop) if isinstance(block.columns, slice) else "tokens"
             structure.append((type(block).__name__, position))
     return structure
 
@@ -122,17 +122,17 @@ def _with_common_tokens(group: Group, jacobian: Jacobian) -> Jacobian:
 
     Before, they cover only the tokens that occur in this process's examples.
     """
-    if all(isinstance(block.where, slice) for block in _blocks(jacobian)):
+    if all(isinstance(block.columns, slice) for block in _blocks(jacobian)):
         return jacobian
     terms = []
     for left, part in jacobian.terms:
         blocks: list[Block] = []
         for block in part.blocks:
-            if isinstance(block, DenseBlock) and isinstance(block.where, Tensor):
-                ends = torch.stack([-block.where.min(), block.where.max()])
+            if isinstance(block, DenseBlock) and isinstance(block.columns, Tensor):
+                ends = torch.stack([-block.columns.min(), block.columns.max()])
                 low, high = (max(group.all_gather_int(int(end), ends.device)) for end in ends.tolist())
                 wide = block.rows.new_zeros(*block.rows.shape[:2], high + low + 1)
-                wide[..., block.where + low] = block.rows
+                wide[..., block.columns + low] = block.rows
                 block = DenseBlock(slice(-low, high + 1), wide)
             blocks.append(block)
         terms.append((left, FactoredBlocks(blocks, part.shape)))

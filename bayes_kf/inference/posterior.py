@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.tempering import warn_of_mean_alone
-from bayes_kf.inference.predictive import (
-    arviz_export,
-    generation,
-    heldout_calibration,
-    output_variance,
-    predict,
-)
+from bayes_kf.inference.predictive import arviz_export, generation, heldout_calibration, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction

@@ -121,7 +121,7 @@ class AdapterModel:
     @contextmanager
     def substituted(
         self, tensors: Mapping[str, Tensor], snapshot: Sequence[ModuleState] | None = None
-    ) -> Iterator[None]:
+    ) -> Iterator[Sequence[ModuleState]]:
         """The model with ``tensors`` in the place of its own trainable ones, tied ones in all their places.
 
         Backward passes through checkpointed layers run the layers again, so they belong inside too. On leaving, also
@@ -129,25 +129,23 @@ class AdapterModel:
 
         Args:
             tensors: name -> tensor.
-            snapshot: the modules as they are, from :meth:`snapshot`; without it one is taken.
+            snapshot: the modules before, as this context manager yields it; without it one is taken.
+
+        Yields:
+            The snapshot, for further passes over the same modules.
         """
         with self.lock():
             if snapshot is None:
                 snapshot = take_snapshot(self._modules)
             own = self._place(tensors)
             try:
-                yield
+                yield snapshot
             except BaseException:
                 self._place(own)
                 restore(snapshot)
                 raise
             self._place(own)
             restore_parameters(snapshot)
-
-    def snapshot(self) -> list[ModuleState]:
-        """The present state of the model's modules, for :meth:`substituted`."""
-        with self.lock():
-            return take_snapshot(self._modules)
 
     @contextmanager
     def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

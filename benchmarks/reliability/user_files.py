@@ -34,7 +34,9 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 import bayes_kf as bkf
 from bayes_kf.cli.posterior_folder import Labels, save_posterior
-from bayes_kf.evaluation.report.report import Report, Sections
+from bayes_kf.evaluation.report.contents import Sections
+from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.score import Score
 from bayes_kf.files.atomic_folder import COMMIT, recover
 from bayes_kf.integrations import KalmanTrainer
 from benchmarks.common.result_files import ResultFile, markdown_table
@@ -221,7 +223,7 @@ class Sequence:
     def _report(self, folder: Path) -> None:
         page = folder.resolve() / "report.html"
         try:
-            Report("A report", {}, Sections(scores={"accuracy": self.rng.random()})).save(page)
+            Report("A report", {}, Sections(scores={"accuracy": Score(self.rng.random())})).save(page)
             self.counts["report"] += 1
         except ValueError:
             self.counts["report, refused"] += 1

@@ -219,7 +219,7 @@ class KalmanFilter:
                 jacobian = linearized.jacobian(seen.directions)
             found = None if alike or seen.directions is None else seen.directions.rows_per_example
             rows = widths[where] if found is None else found.tolist()  # as this pass sees them, not a forecast
-            yield Batch(self._outputs_of(piece), targets[where], outputs, start, seen, jacobian, rows)
+            yield Batch(self._outputs_of(piece.inputs), targets[where], outputs, start, seen, jacobian, rows)
 
     def _outputs_of(self, inputs: Inputs) -> Callable[[Tensor, slice], Tensor]:
         """From θ and which examples to their outputs there."""

@@ -36,8 +36,8 @@ def warn_if_methods_disagree(
     if num_samples < max(MIN_DRAWS, sampled.samples.shape[2]):  # linearized draws take a backward pass per output
         return
     some = some_examples(inputs, slice(size), batch_size(inputs))
-    _, some = next(iter(posterior.kf.linearize.chunks(posterior.mean_vector, some)))  # those that fit in memory
-    size = batch_size(some)
+    _, chunk = posterior.kf.linearize.chunks(posterior.mean_vector, some)[0]  # the examples that fit in memory
+    some, size = chunk.inputs, chunk.size
     generator = torch.Generator(device=posterior.adapter.device).manual_seed(posterior.config.seed + 1)
     linearized = predict_from_covariance(posterior, some, "linearized", num_samples, generator, None)
     variance = None if sampled.variance is None else sampled.variance[:size]

@@ -149,7 +149,7 @@ def _predict_in_chunks(
         generator.set_state(before)  # an attempt that ran out of memory has used it
         parts = [
             predict_from_covariance(
-                posterior, chunk, method, num_samples, generator, None if targets is None else targets[where]
+                posterior, chunk.inputs, method, num_samples, generator, None if targets is None else targets[where]
             )
             for where, chunk in linearize.chunks(posterior.mean_vector, inputs)
         ]

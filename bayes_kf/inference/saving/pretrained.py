@@ -25,7 +25,6 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior, 
 from bayes_kf.inference.saving import model_card
 from bayes_kf.inference.saving.adapter_files import find_or_attach, write_adapter
 from bayes_kf.inference.saving.base_fingerprint import BaseSnapshot
-from bayes_kf.inference.saving.base_fingerprint import fingerprint as fingerprint
 from bayes_kf.inference.saving.file_names import ADAPTER_FILES, CARD_FILE, DRAWS, MODEL_FILE, POSTERIOR, STATE_FILE
 from bayes_kf.inference.saving.state_file import make_state, read_state, with_prefix, write_state
 from bayes_kf.models.peft_adapters.in_use import is_peft

@@ -258,7 +258,7 @@ def test_rows_of_a_table_are_those_of_the_tokens_seen():
     adapter = AdapterModel(model)
     jacobian = Linearizer(adapter)(adapter.vector(), TEXT).jacobian()
     name = next(n for n in adapter.names if "word_embeddings" in n)
-    widths = {block.width for _, part in jacobian.terms for block in part.blocks}
+    widths = {block.rows.shape[-1] for _, part in jacobian.terms for block in part.blocks}
     assert len(IDS.unique()) * 8 in widths
     assert 20 * 8 not in widths
     assert adapter.shapes[adapter.names.index(name)] == (20, 8)
