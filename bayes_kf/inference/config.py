@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from bayes_kf.files.checksums import SUMS_FILE, is_listed
+from bayes_kf.files.checksums import CHECKSUMS_FILE, is_listed
 from bayes_kf.files.staging import staging
 from bayes_kf.inference.config_field import (
     check_forgetting,
@@ -389,7 +389,7 @@ class KalmanConfig:
         """For data that come once: the first 200 examples choose among three widths of the prior by evidence.
 
         ``fit`` without settings takes this where its loader cannot be split. What a stream can teach differs: on
-        some tasks a prior of 3 logits learns fastest, on others it learns noise (``benchmarks/bench_online.py``).
+        some tasks a prior of 3 logits learns fastest, on others it learns noise (``benchmarks/bench/run_online.py``).
         Among widths that one standard error does not tell apart the narrowest goes on. How frequent the classes are
         can be learned on all, so their log odds have a prior of one logit under each.
         """
@@ -454,7 +454,7 @@ class KalmanConfig:
                 raise ValueError(f"`folder` must hold no link {CONFIG_FILE}, got one in {folder}.")
             if self.from_pretrained(folder) == self:
                 return
-            if is_listed(Path(folder), CONFIG_FILE) and (Path(folder) / SUMS_FILE).is_file():
+            if is_listed(Path(folder), CONFIG_FILE) and (Path(folder) / CHECKSUMS_FILE).is_file():
                 raise ValueError(f"`folder` must not be a posterior's, which has settings of its own, got {folder}.")
         Path(folder).mkdir(parents=True, exist_ok=True)
         with staging(Path(folder)) as stage:

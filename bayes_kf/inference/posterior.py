@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Posterior(GaussianPosterior):
     """A Gaussian posterior over the trainable tensors of a model, with everything needed to use it.
 
-    It has the attributes and the moments of :class:`GaussianPosterior`: ``kf``, ``state``, ``history``, ``mean``,
+    It has the attributes and the moments of ``GaussianPosterior``: ``kf``, ``state``, ``history``, ``mean``,
     ``variance``, ``covariance_matrix()``, ``sample(num_samples)``.
 
     Example:
@@ -158,11 +158,7 @@ class Posterior(GaussianPosterior):
         return self.kf
 
     def apply_to(self, model: nn.Module) -> None:
-        """Write the posterior mean into the trainable tensors of ``model``, in place.
-
-        Raises:
-            ValueError: if it has other trainable tensors.
-        """
+        """Write the posterior mean into ``model``, in place; ValueError if it has other trainable tensors."""
         other = AdapterModel(model)
         if (other.names, other.shapes) != (self.adapter.names, self.adapter.shapes):
             raise ValueError("`model` must have the trainable tensors that the posterior was fitted on, got others.")

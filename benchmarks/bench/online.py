@@ -1,4 +1,4 @@
-"""The online bench: one example at a time, predicted first and learned from afterwards, once (LoKO's Tables 1 to 3)."""
+"""The online bench: one pass, one example at a time, each predicted before the update (LoKO's Tables 1 to 3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBE = 40  # AdamW steps timed before and after a pass
 
 
 class Pass(NamedTuple):
-    """What a pass saw before each example was learned from, up to a divergence."""
+    """Correctness and log losses of a pass before each update, up to a divergence."""
 
     correct: Tensor
     losses: Tensor
@@ -34,16 +34,16 @@ class Pass(NamedTuple):
 def measure(
     row: Row, problem: Problem, adapter: str, choice: Mapping[str, Any], split: Split, seed: int, adamw: Row | None
 ) -> dict[str, Any]:
-    """What the file keeps of a pass of a row.
+    """The numbers of a row's pass that the results file keeps.
 
     Args:
         row: the optimizer.
         problem: the data set.
         adapter: the kind of its trainable tensors.
         choice: the row's setting.
-        split: the stream, and what is predicted afterwards.
-        seed: of the network's start, and of what the row draws.
-        adamw: timed before and after; None: not.
+        split: the stream and the held-out examples.
+        seed: of the network's start and of the row's random numbers.
+        adamw: row whose steps are timed before and after; None: no timing.
     """
     model = problem.model(adapter, seed)
     before = probe(problem, split.stream, adamw)
@@ -63,7 +63,7 @@ def measure(
 
 
 def run(learner: Learner, stream: Stream) -> Pass:
-    """A pass, up to the example where the learner cannot go on, if any."""
+    """A pass, up to the example on which the learner diverges, if any."""
     correct: list[Tensor] = []
     losses: list[Tensor] = []
     cause = None
@@ -83,7 +83,7 @@ def run(learner: Learner, stream: Stream) -> Pass:
 
 
 def summary(found: Pass, total: int) -> dict[str, Any]:
-    """Numbers of a pass. After a divergence nothing is predicted: what is left of the stream counts as wrong."""
+    """Numbers of a pass; examples after a divergence count as wrong."""
     kept: dict[str, Any] = {
         "steps": len(found.losses),
         "online_accuracy": found.correct.double().sum().item() / total,
@@ -97,7 +97,7 @@ def summary(found: Pass, total: int) -> dict[str, Any]:
 
 
 def probe(problem: Problem, stream: Stream, adamw: Row | None) -> tuple[float, float] | None:
-    """Processor and wall seconds of an AdamW step on the problem's own adapter, now."""
+    """Processor and wall seconds of an AdamW step on the problem's own adapter, measured now."""
     if adamw is None:
         return None
     few = stream.first(min(PROBE, len(stream.labels)))

@@ -1,4 +1,4 @@
-"""How the bench's data sets are read: functions of indices, from images or texts that are read once."""
+"""Readers of the bench's data sets: functions of indices over images or texts that are read once."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def images(read: Callable[..., Any]) -> tuple[Read, Read]:
 
 
 def texts(name: str, test: str, pairs: bool = False) -> tuple[Read, Read]:
-    """``train`` and ``test`` of a data set of texts, whose rows end with their label.
+    """``train`` and ``test`` of a data set of texts, whose rows end with the label.
 
     Args:
         name: of its file.
-        test: the split that is tested on.
-        pairs: whether a row begins with two texts.
+        test: the test split.
+        pairs: whether a row starts with two texts.
     """
     kept = functools.cache(lambda: rows_of(name))
 

@@ -38,7 +38,7 @@ LABELS = {
 
 
 def draw_figure(cells: Cells, rows: Mapping[str, Row], path: Path) -> None:
-    """Means over tasks and seeds; bars are standard deviations over seeds."""
+    """Draw means over tasks and seeds; bars are standard deviations over seeds."""
     shown = [line for line in lines(cells, rows) if (line.row, line.variant) in STYLES]
     shots = sorted({int(key.split("/")[2]) for key in cells})
     if not shown:

@@ -1,4 +1,4 @@
-"""Images with names: the data sets that the small CLIP of the few-shot bench is trained and tested on.
+"""Images with class names: the data sets of the small CLIP's training and tests.
 
 All are grey, (N, 1, 28, 28), float32 in [-1, 1], read from ../shared/data or $BAYES_KF_DATA.
 """
@@ -44,12 +44,12 @@ KATAKANA = (
     "ra ri ru re ro wa wi we wo n"
 )
 DRAWERS = 20  # of every Omniglot character
-KEPT_DRAWERS = 16  # whose drawings are learned; the others are for tests
-STROKE = 5  # pixels of 105, that thin lines are widened to
+KEPT_DRAWERS = 16  # in the training set; the others are in the test set
+STROKE = 5  # width of thin lines, in pixels of 105
 
 
 class Named(NamedTuple):
-    """Images (N, 1, 28, 28), labels (N,), and the name of every class as it stands in a prompt."""
+    """Images (N, 1, 28, 28), labels (N,), and the name of every class in a prompt."""
 
     images: Tensor
     labels: Tensor
@@ -109,7 +109,7 @@ def photographs(split: str) -> Named:
 
 
 def characters(split: str) -> Named:
-    """Omniglot's characters of both small parts, drawn white on black; those of the last drawers are the test's."""
+    """Omniglot's characters of both small parts, white on black; the last drawers are the test set."""
     images, labels, names = [], [], []
     for part, skipped in ((1, ()), (2, ("Greek", "Latin"))):  # these two are in both parts
         folder = data_folder() / "omniglot-small"
@@ -139,7 +139,7 @@ def handwritten_letters() -> Named:
 
 
 def character_name(alphabet: str, number: int) -> str:
-    """What an Omniglot character is called; by its number where its alphabet is not spelled out here."""
+    """The name of an Omniglot character, or its number if its alphabet is not listed here."""
     if alphabet == "Latin":
         return f"letter {chr(ord('a') + number - 1)}"
     if alphabet == "Greek":
@@ -150,7 +150,7 @@ def character_name(alphabet: str, number: int) -> str:
 
 
 def _shrunk(ink: np.ndarray) -> Tensor:
-    """Drawings of 105x105 as 28x28, their lines widened before they would vanish."""
+    """Drawings of 105x105 resized to 28x28; thin lines are widened first."""
     wide = F.max_pool2d(torch.from_numpy(ink).float(), STROKE, stride=1, padding=STROKE // 2)
     return F.interpolate(wide, size=(28, 28), mode="area") * 2 - 1
 

@@ -1,4 +1,4 @@
-"""Cells of the few-shot bench as Markdown."""
+"""Results of the few-shot bench as Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIX = {"": "", "scaled": " + temperature", "mean": ", mean only", "post hoc":
 
 
 class Line(NamedTuple):
-    """A row of the tables: a way to learn, and which of its predictions."""
+    """A row of the tables: a method and one of its predictions."""
 
     row: str
     variant: str
@@ -38,7 +38,7 @@ def harmonic(found: Mapping[str, Any]) -> float:
 
 
 def auroc(found: Mapping[str, Any]) -> float:
-    """Mean over the foreign sets."""
+    """Mean AUROC over the out-of-distribution sets."""
     return sum(found["foreign"].values()) / len(found["foreign"])
 
 
@@ -55,7 +55,7 @@ SCORES: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 
 def lines(cells: Cells, rows: Mapping[str, Row]) -> list[Line]:
-    """What there is to show, in the order of the rows."""
+    """The measured lines, in the order of the rows."""
     found = []
     for name, row in rows.items():
         variants = [cell["variants"] for key, cell in cells.items() if key.split("/")[1] == name]
@@ -65,7 +65,7 @@ def lines(cells: Cells, rows: Mapping[str, Row]) -> list[Line]:
 
 
 def whole(cells: Cells, name: str) -> bool:
-    """Whether a row has all cells that any row has, so that its means over tasks and shots can be compared."""
+    """Whether a row has every cell that any row has, so that its means over tasks and shots are comparable."""
     places = {key: key.split("/") for key in cells}
     own = {(task, shots, seed) for task, row, shots, seed in places.values() if row == name}
     return own == {(task, shots, seed) for task, _, shots, seed in places.values()}
@@ -74,7 +74,7 @@ def whole(cells: Cells, name: str) -> bool:
 def values(
     cells: Cells, line: Line, score: Callable[[Mapping[str, Any]], float], task: str | None, shots: int | None
 ) -> dict[int, float]:
-    """Seed -> a score's mean over tasks and shots, for the seeds that have as many cells as any other."""
+    """Seed -> mean of a score over tasks and shots, for the seeds with the most cells."""
     found: dict[int, list[float]] = {}
     for key, cell in cells.items():
         of_task, row, of_shots, seed = key.split("/")
@@ -145,14 +145,14 @@ def _by_shots(
 
 
 def _tried(cells: Cells, name: str, task: str | None = None, shots: int | None = None) -> list[Mapping[str, Any]]:
-    """What a row tried in its cells."""
+    """The settings that a row tried in its cells."""
     places = {key: key.split("/") for key in cells}
     kept = [key for key, (of, row, number, _) in places.items() if row == name and task in (None, of)]
     return [tried for key in kept if shots in (None, int(places[key][2])) for tried in cells[key]["tried"]]
 
 
 def _by_setting(cells: Cells, name: str, row: Row, tasks: list[str]) -> list[str]:
-    """Accuracy on test images and under shift of every setting, by task, at most and at all shots."""
+    """Accuracy of every setting on test and shifted images, by task, at the most shots and over all shots."""
     most = max(int(key.split("/")[2]) for key in cells)
     table = []
     for choice in row.grid:
@@ -172,7 +172,7 @@ def _mean(numbers: Iterable[float]) -> str:
 
 
 def _grids(rows: Mapping[str, Row]) -> list[str]:
-    """What each row chose among."""
+    """The grid of each row."""
     table = []
     for row in rows.values():
         settings = [", ".join(f"{name} {_text(value)}" for name, value in choice.items()) for choice in row.grid]

@@ -1,6 +1,7 @@
-"""Tasks of the few-shot bench: what is learned and tested, what shifts, and what is foreign to it.
+"""Tasks of the few-shot bench: training pool, test images, shifted and out-of-distribution images.
 
-A new task is a function that returns a :class:`Task`, and a line in ``TASKS``.
+A new task is a function that returns a :class:`Task`, and a line in ``TASKS``. The first sentence of its docstring is a
+title in the table.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from benchmarks.few_shot.images import (
 )
 
 SHOTS = (1, 2, 4, 8, 16)
-MOST_VALIDATION = 4  # shots of a class that settings are chosen on, at most; CoOp's and CLIP-LoRA's rule
-TESTED, SHIFTED, FOREIGN = 500, 200, 150  # images of each set, at most
-SPLIT_SEED = 12_345  # of what is tested on, the same for every seed
+MOST_VALIDATION = 4  # most validation shots of a class; CoOp's and CLIP-LoRA's rule
+TESTED, SHIFTED, FOREIGN = 500, 200, 150  # most images of each set
+SPLIT_SEED = 12_345  # of the test images, the same for every seed
 
 
 class Task(NamedTuple):
@@ -34,10 +35,10 @@ class Task(NamedTuple):
 
     Attributes:
         title: for tables.
-        pool: where shots are drawn from.
+        pool: images and labels from which shots are drawn.
         test: images like those of the pool.
         shifts: name -> images of the same classes that differ from those of the pool.
-        foreign: name -> images of none of the classes, (N, 1, 28, 28).
+        foreign: name -> out-of-distribution images, of none of the classes, (N, 1, 28, 28).
     """
 
     title: str
@@ -48,14 +49,14 @@ class Task(NamedTuple):
 
 
 class Shots(NamedTuple):
-    """Images and labels to choose settings on, and to learn."""
+    """Validation shots, to choose settings, and training shots."""
 
     validation: Named
     training: Named
 
 
 def draw(pool: Named, shots: int, seed: int) -> Shots:
-    """Validation shots of every class, drawn first, and then training shots."""
+    """Validation shots of every class, drawn first, and training shots."""
     generator = torch.Generator().manual_seed(seed)
     kept = min(shots, MOST_VALIDATION)
     validation, training = [], []
@@ -72,12 +73,12 @@ def draw(pool: Named, shots: int, seed: int) -> Shots:
 
 
 def relabelled(found: Named, share: float, seed: int) -> Named:
-    """The same images, a share of their labels replaced by another class's.
+    """The same images with a share of their labels replaced by other classes.
 
     Args:
         found: images and labels.
         share: of the labels, 0 to 1; rounded down to whole images.
-        seed: of which, and of what they become.
+        seed: of the replaced labels and of the new ones.
     """
     generator = torch.Generator().manual_seed(seed)
     labels, classes = found.labels.clone(), len(found.names)
@@ -119,7 +120,7 @@ def syllables() -> Task:
 def garments() -> Task:
     """Clothes, which the backbone has not seen at all."""
     found = clothes()
-    order = torch.cat([torch.nonzero(found.labels == label).squeeze(1)[:30] for label in range(10)])  # 4 + 16 and some
+    order = torch.cat([torch.nonzero(found.labels == label).squeeze(1)[:30] for label in range(10)])  # more than 4 + 16
     rest = torch.ones(len(found.labels), dtype=torch.bool)
     rest[order] = False
     test = found.at(rest)
@@ -138,17 +139,17 @@ TASKS: dict[str, Callable[[], Task]] = {
     "digits": digits,
     "garments": garments,
 }
-BENCH = ("letters", "syllables", "digits")  # those that are run by default
+BENCH = ("letters", "syllables", "digits")  # tasks of a default run
 
 
 def _some(found: Named, number: int) -> Named:
-    """So many of its images, drawn once and for all."""
+    """A fixed random choice of at most ``number`` images."""
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     return found.at(order[:number])
 
 
 def _halves(found: Named) -> tuple[Named, Named]:
-    """Half of a set without a split to draw shots from, and images of the other to test on."""
+    """Two halves of a data set without an official split: the pool, and test images."""
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     cut = len(order) // 2
     return found.at(order[:cut]), found.at(order[cut : cut + TESTED])

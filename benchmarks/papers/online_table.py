@@ -1,4 +1,4 @@
-"""The result file of ``online.py`` as Markdown: a row for each learner, and filters against the best AdamW."""
+"""The results of ``online.py`` as Markdown: a row for each learner, and each filter against the best AdamW."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _line(cells: Cells, row: str, best: bool) -> list[str]:
 
 
 def _comparison(cells: Cells, rows: Sequence[str], best: str) -> list[str]:
-    """Each row against the best AdamW on the seeds that both have and neither diverged on."""
+    """Each row against the best AdamW, on the seeds that both have and on which neither diverged."""
     lines = []
     for row in rows:
         ours, theirs = _seeds(cells, row), _seeds(cells, best)
@@ -104,7 +104,7 @@ def _comparison(cells: Cells, rows: Sequence[str], best: str) -> list[str]:
 
 
 def _correct(cell: Mapping[str, Any]) -> np.ndarray:
-    """Success on each example, (T,) bool."""
+    """Whether each example was predicted correctly, (T,) bool."""
     bits = np.frombuffer(base64.b64decode(cell["correct"]), dtype=np.uint8)
     return np.unpackbits(bits, count=cell["steps"]).astype(bool)
 
@@ -118,5 +118,5 @@ def _name(row: str) -> str:
 
 
 def _seeds(cells: Cells, row: str) -> dict[str, Mapping[str, Any]]:
-    """The cells of a row by seed."""
+    """The cells of a row, by seed."""
     return {key.rpartition("/")[2]: cell for key, cell in cells.items() if key.rpartition("/")[0] == row}

@@ -13,7 +13,7 @@ SIMULATIONS = 39
 POPULATION = 100_000
 SIZES, CLASSES = (30, 100, 1000), (3, 10)
 REPEATS = 100
-ALARMS = {  # verdict -> how the sentences begin that would be false
+ALARMS = {  # verdict -> beginnings of the sentences that would be false
     "foreign inputs of the same kind": ("The model is less certain of", "The model is more certain of"),
     "errors that doubt says nothing of": ("Uncertainty detects errors", "Uncertainty is lower for errors"),
     "people whose doubt is another": ("The model is uncertain where", "The model is most certain where"),
@@ -23,7 +23,7 @@ ALARMS = {  # verdict -> how the sentences begin that would be false
 
 
 def population(rng: np.random.Generator, size: int, classes: int) -> dict[str, Tensor]:
-    """Draws of class probabilities (S, N, C), people's shares, and probabilities of flatter foreign inputs."""
+    """Draws of class probabilities (S, N, C), people's shares, labels, and flatter foreign probabilities."""
     logits = torch.from_numpy(2.0 * rng.normal(size=(size, classes)))
     draws = (logits + torch.from_numpy(0.7 * rng.normal(size=(MEMBERS, size, classes)))).softmax(-1)
     mean = draws.mean(0)
@@ -36,7 +36,7 @@ def population(rng: np.random.Generator, size: int, classes: int) -> dict[str, T
 
 
 def page(found: dict[str, Tensor], sets: ev.ConformalSets) -> ev.Report:
-    """The report on what :func:`population` gave."""
+    """The report on a :func:`population`."""
     return ev.evaluate_predictions(
         found["draws"].mean(0),
         found["targets"],
@@ -49,7 +49,7 @@ def page(found: dict[str, Tensor], sets: ev.ConformalSets) -> ev.Report:
 
 
 def coverage(size: int, classes: int) -> dict[str, float]:
-    """Shares of data sets in which intervals cover, of every score of a page that has one here."""
+    """Shares of data sets in which the interval of a score of the page covers its true value."""
     known = population(np.random.default_rng(11), 500, classes)
     sets = ev.ConformalSets.fit(known["draws"].mean(0), known["targets"])
     true = page(population(np.random.default_rng(7), POPULATION, classes), sets).scores
@@ -66,7 +66,7 @@ def coverage(size: int, classes: int) -> dict[str, float]:
 
 
 def alarms(size: int, classes: int) -> dict[str, float]:
-    """Shares of data sets in which a verdict says what is not so."""
+    """Shares of data sets in which a verdict is false."""
     counts = dict.fromkeys([*ALARMS, "right forecasts", "equal models"], 0)
     for seed in range(2 * REPEATS):
         rng = np.random.default_rng([seed, size, classes, 1])

@@ -1,4 +1,4 @@
-"""The result file of ``posterior_quality.py`` as Markdown: a table for each data set, and who is best where."""
+"""The results of ``run.py`` as Markdown: a table for each data set, and a comparison with the best other row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.quality.problems import PROBLEMS
 from benchmarks.quality.rows import ROWS
 
 Cells = Mapping[str, Mapping[str, Any]]
-# rows set against the best others
+# rows that are compared with the best other row
 OURS = {"default": "default", "sampled": "sampled", "post-hoc": "post hoc", "post-hoc-on": "post hoc, on"}
 
 LEGEND = (
@@ -70,7 +70,7 @@ def _table(cells: Cells, data: str, rows: Sequence[str]) -> list[str]:
 
 
 def _notes(cells: Cells, data: str) -> list[str]:
-    """Rates that were chosen, and why rows could not run."""
+    """Chosen rates, and the reasons that rows could not run."""
     lines = []
     for key, cell in cells.items():
         place, kind, what = key.split("/")
@@ -87,7 +87,7 @@ def _notes(cells: Cells, data: str) -> list[str]:
 
 
 def _summary(cells: Cells) -> list[str]:
-    """NLL and ECE of the package's main rows against the best other row, over the seeds that both have."""
+    """NLL and ECE of the package's main rows and the best other row, over the seeds that both have."""
     lines = []
     for data in PROBLEMS:
         for (ours, name), score in itertools.product(OURS.items(), ("nll", "ece")):
@@ -152,5 +152,5 @@ def _mean(found: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def _seeds(cells: Cells, data: str, row: str) -> dict[str, Mapping[str, Any]]:
-    """The cells of a row by seed."""
+    """The cells of a row, by seed."""
     return {key.rpartition("/")[2]: cell for key, cell in cells.items() if key.startswith(f"{data}/{row}/")}

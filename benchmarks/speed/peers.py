@@ -1,7 +1,7 @@
-"""What ``speed.py`` times: AdamW, the filter with three curvatures, and the methods of other packages.
+"""The methods of ``run.py``: AdamW, the filter with three curvatures, and methods of other packages.
 
-Each function takes a model of its own and two batches, and returns a :class:`Running`: whole steps on the second batch.
-IVON's package, ivon-opt, is under the GPL and in no extra: it is measured where it is installed. laplace-torch fits a
+Each function takes its own model and two batches, and returns a :class:`Running`: whole steps on the second batch.
+IVON's package, ivon-opt, is under the GPL and in no extra; it is measured if it is installed. laplace-torch fits a
 covariance at a fixed mean, and ``jacrev`` is the Jacobian alone: neither is a whole step.
 """
 
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 import bayes_kf as bkf
 from benchmarks.speed.models import Batch, logits, trainable
 
-RATE = 1e-4  # small, so that a hundred steps on one batch leave the model about as it was
+RATE = 1e-4  # small, so that a hundred steps on one batch hardly change the model
 EPSILON = 1e-3  # probability that `truncated` leaves out
-PRIOR_SD = 0.1  # of the peers that ask for one
+PRIOR_SD = 0.1  # for peers that need one
 
 
 class Running(NamedTuple):
-    """A method at work.
+    """A method with its model.
 
     Attributes:
         step: one whole step.
-        state: what a step changes, as one vector; it must differ after the first step.
-        facts: what is to be kept of the last step, besides its time.
+        state: the vector that a step changes; it must differ after the first step.
+        facts: further numbers of the last step.
     """
 
     step: Callable[[], None]
@@ -55,7 +55,7 @@ def adamw(model: nn.Module, _: Batch, batch: Batch) -> Running:
 
 
 def kalman(curvature: str, covariance: str = "diagonal") -> Make:
-    """The filter: ``update`` from the state after another batch, always the same one."""
+    """The filter: ``update`` from the state after another batch, the same state each time."""
 
     def make(model: nn.Module, before: Batch, batch: Batch) -> Running:
         kf = bkf.KalmanFilter(model, _config(curvature, covariance))
@@ -148,7 +148,7 @@ def laplace_fit(structure: str) -> Make:
     def make(model: nn.Module, _: Batch, batch: Batch) -> Running:
         with warnings.catch_warnings(action="ignore"):
             from laplace import Laplace
-        key = next(iter(batch.inputs))  # where it looks for the batch size
+        key = next(iter(batch.inputs))  # laplace-torch reads the batch size from this key
         fitted = Laplace(_Logits(model), "classification", "all", structure, dict_key_x=key)
         loader = _Loader(batch)
 
@@ -178,7 +178,7 @@ def jacrev(model: nn.Module, _: Batch, batch: Batch) -> Running:
 
 
 class Method(NamedTuple):
-    """How a method is made and called, the package it needs, and whether eager attention suits it better than SDPA."""
+    """A method's constructor, title, required package, and whether it needs eager attention in the place of SDPA."""
 
     make: Make
     title: str
@@ -202,7 +202,7 @@ METHODS: dict[str, Method] = {
 
 
 def installed(name: str) -> str | None:
-    """Version of the package that a method needs; "" for none, None where it is absent."""
+    """Version of the package that a method needs; "" for none, None if it is absent."""
     package = METHODS[name].package
     try:
         return version(package) if package else ""
@@ -211,7 +211,7 @@ def installed(name: str) -> str | None:
 
 
 class _Logits(nn.Module):
-    """From a mapping to a tensor."""
+    """A model that takes a mapping and returns a tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class _Logits(nn.Module):
 
 
 class _Loader:
-    """One batch as laplace-torch reads them."""
+    """One batch as a loader for laplace-torch."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch, self.dataset = {**batch.inputs, "labels": batch.labels}, range(len(batch.labels))
@@ -236,7 +236,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 
 def _seen(info: Any) -> dict[str, float]:
-    """How many classes hold 1 − ε of the probability, how right the model is, and whether the guard stepped in."""
+    """The number of classes with 1 − ε of the probability, the accuracy, and the guard's damping."""
     ordered = info.outputs.softmax(1).sort(1, descending=True).values
     kept = (ordered.cumsum(1) < 1 - EPSILON).sum(1) + 1
     facts = {"kept_classes": kept.double().mean().item(), "damping": float(info.damping)}

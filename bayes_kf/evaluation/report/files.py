@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bayes_kf.files.staging import clear_abandoned, staging
+from bayes_kf.files.staging import remove_abandoned, staging
 
 PAGE_MARK = "<!-- written by bayes_kf -->\n"  # last line of a page
 SHEET_MARK = "bayes_kf"  # PNG keyword Software of a sheet
@@ -42,7 +42,7 @@ def write_page(page: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     """
     check_page(page)
     page.parent.mkdir(parents=True, exist_ok=True)
-    clear_abandoned(page.parent)
+    remove_abandoned(page.parent)
     with staging(page.parent) as stage:
         for suffix, write in writers.items():
             write(stage / f"report{suffix}")

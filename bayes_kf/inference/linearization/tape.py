@@ -74,13 +74,15 @@ class Tape:
                 head = head or call
         if head is None or head.input.ndim != 2 or not head.input.requires_grad or modules.count(head.module) > 1:
             return None
+        linear = head.module
+        assert isinstance(linear, nn.Linear)
         with torch.no_grad():
-            weight, bias = (None if t is None else t.double() for t in (head.module.weight, head.module.bias))
-            linear = torch.nn.functional.linear(head.input.double(), weight, bias)  # type: ignore[arg-type]
+            weight, bias = linear.weight, None if linear.bias is None else linear.bias.double()
+            product = torch.nn.functional.linear(head.input.double(), weight.double(), bias)
             outputs = self.outputs.double()
-            if not bool((linear - outputs).abs().max() <= HEAD_RTOL * outputs.abs().max()):
+            if not bool((product - outputs).abs().max() <= HEAD_RTOL * outputs.abs().max()):
                 return None
-        self.head_weight = head.module.weight.detach()  # type: ignore[operator]
+        self.head_weight = weight.detach()
         return head
 
     def cotangents(self, seed: Tensor, at: Tensor | None = None, *, keep: bool) -> Cotangents:

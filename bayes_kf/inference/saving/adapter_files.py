@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.saving import base_fingerprint
 from bayes_kf.inference.saving.base_fingerprint import BaseSnapshot
-from bayes_kf.inference.saving.file_names import ADAPTER_FILES, CARD_FILE, MODEL_FILE, PLAIN
+from bayes_kf.inference.saving.file_names import ADAPTER_FILES, CARD_FILE, IGNORED_SETTINGS, MODEL_FILE
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.adapter_tensors import CHANGING, active_adapter, check_name
 from bayes_kf.models.peft_adapters.in_use import is_peft
@@ -81,9 +81,11 @@ def find_or_attach(
         base_fingerprint.check_frozen_tensors(base_model, metadata, tensors)
         return adapter
     if is_peft(base_model):
-        raise ValueError("`base_model` must be without adapters or have the posterior's own trainable, got others.")
+        raise ValueError("`base_model` must have no adapter, or the posterior's as the only trainable one, got others.")
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
-        raise ValueError(f"`folder` must hold {' and '.join(ADAPTER_FILES)} to add the adapter, got {folder} without.")
+        raise ValueError(
+            f"`folder` must hold {' and '.join(ADAPTER_FILES)} to add the adapter, got {folder} without them."
+        )
     check_name(metadata["adapter"], "`folder` must hold an adapter")
     _check_adapter_file(folder / ADAPTER_FILES[1])
     if recognized is None:
@@ -123,7 +125,7 @@ def _attach(
         parameter.requires_grad_(path in metadata["names"])
     adapter = AdapterModel(model)
     if list(adapter.names) != metadata["names"] or [list(shape) for shape in adapter.shapes] != metadata["shapes"]:
-        raise ValueError(f"`folder` must hold the adapter that its belief is about, got another in {folder}.")
+        raise ValueError(f"`folder` must hold the adapter of its posterior, got another in {folder}.")
     base_fingerprint.check_frozen_tensors(model, metadata, tensors)
     mean = tensors["belief.mean"]
     if mean.shape == (adapter.num_parameters,):  # else `make_state` refuses it and says why
@@ -171,7 +173,7 @@ def _peft_config(folder: Path) -> PeftConfig:
 
 
 def _as_json(config: PeftConfig) -> dict[str, Any]:
-    settings = {name: value for name, value in config.to_dict().items() if name not in PLAIN}
+    settings = {name: value for name, value in config.to_dict().items() if name not in IGNORED_SETTINGS}
     sets = {name: sorted(value) for name, value in settings.items() if isinstance(value, set)}
     return dict(json.loads(json.dumps(settings | sets, default=str)))
 

@@ -43,7 +43,7 @@ def fingerprint(model: nn.Module, skip: set[str]) -> str:
 def fingerprints(adapter: AdapterModel) -> dict[str, Any]:
     """All fingerprints of a model, as the metadata of the state file holds them."""
     trainable, model = set(adapter.names), adapter.model
-    changed = adapter_tensors.initialized(model)
+    changed = adapter_tensors.changed_base_weights(model)
     return {
         "base_fingerprint": fingerprint(model, trainable),
         "base": base_of(model, trainable),
@@ -57,7 +57,8 @@ def initialized_samples(adapter: AdapterModel) -> dict[str, Tensor]:
     """Elements of the weights that LoRA's initialization changed, under the weights' names in the base."""
     tensors = adapter.model.state_dict()
     return {
-        PREFIX + base: _elements(tensors[name]) for name, base in adapter_tensors.initialized(adapter.model).items()
+        PREFIX + base: _elements(tensors[name])
+        for name, base in adapter_tensors.changed_base_weights(adapter.model).items()
     }
 
 
@@ -65,7 +66,7 @@ def base_of(model: nn.Module, skip: set[str]) -> str:
     """Fingerprint of the base's tensors but those in ``skip``; replicated layers count once."""
     tensors = model.state_dict(keep_vars=True)
     skipped = {id(tensors[name]) for name in skip if name in tensors}  # shared tensors have several names
-    named = {base: tensors[name] for name, base in adapter_tensors.parts(model).base.items()}
+    named = {base: tensors[name] for name, base in adapter_tensors.tensor_names(model).base.items()}
     return _fingerprint({base: tensor for base, tensor in named.items() if id(tensor) not in skipped})
 
 
@@ -73,7 +74,7 @@ def frozen_adapter_of(model: nn.Module, trainable: set[str]) -> str:
     """Fingerprint of the active adapter's frozen tensors; it does not depend on the adapter's name."""
     tensors, name = model.state_dict(keep_vars=True), adapter_tensors.active_adapter(model)
     skipped = {id(tensors[path]) for path in trainable if path in tensors}  # shared tensors have several names
-    own = [path for path in adapter_tensors.parts(model).adapter if id(tensors[path]) not in skipped]
+    own = [path for path in adapter_tensors.tensor_names(model).adapter if id(tensors[path]) not in skipped]
     return _fingerprint(
         {".".join("" if step == name else step for step in path.split(".")): tensors[path] for path in own}
     )
@@ -95,7 +96,7 @@ def recognize(model: nn.Module, metadata: Mapping[str, Any], has_adapter: bool) 
         return True
     changed = set(metadata["initialized"])
     if has_adapter:
-        changed = {name for name, base in adapter_tensors.parts(model).base.items() if base in changed}
+        changed = {name for name, base in adapter_tensors.tensor_names(model).base.items() if base in changed}
     return None if changed and base_of(model, skip | changed) == metadata["base_unchanged"] else False
 
 
@@ -115,12 +116,12 @@ def check_frozen_tensors(model: nn.Module, metadata: Mapping[str, Any], tensors:
     if frozen_adapter_of(model, names) != metadata["frozen_adapter"]:
         raise ValueError("`base_model` must have the adapter's frozen tensors as they were fitted, got others.")
     own = model.state_dict()
-    for name, base in adapter_tensors.initialized(model).items():
+    for name, base in adapter_tensors.changed_base_weights(model).items():
         saved = tensors.get(PREFIX + base)
         if saved is None or not _is_close(_elements(own[name]), saved):
             raise ValueError(
-                "`base_model` must be the base before LoRA's initialization or after it, got one whose "
-                f"{base} becomes another."
+                "`base_model` must be the base before or after LoRA's initialization, got one that gets "
+                f"another {base} by it."
             )
 
 

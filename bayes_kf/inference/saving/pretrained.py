@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.files.atomic_folder import check_target, read_whole, recover, write_files
-from bayes_kf.files.checksums import SUMS_FILE, check_sums, digest, write_lines, write_sums
+from bayes_kf.files.atomic_folder import check_target, read_consistently, recover, write_files
+from bayes_kf.files.checksums import CHECKSUMS_FILE, digest, verify_checksums, write_checksums, write_digests
 from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
@@ -52,7 +52,7 @@ def save(
         _write_posterior(posterior, target, folder.resolve().name, scores)
         if write_more is not None:
             write_more(target)
-        write_sums(target)
+        write_checksums(target)
 
     write_files(folder, write, POSTERIOR)
 
@@ -60,8 +60,7 @@ def save(
 def save_with(posterior: GaussianPosterior, folder: Path, write_others: Callable[[Path], None]) -> None:
     """Write settings, state and model card together with the files of another library.
 
-    Those files replace others of their names, whoever wrote them, as that library does; but a ``README.md`` that
-    somebody wrote stays.
+    Those files replace any files of their names, as that library does; but an edited ``README.md`` stays.
 
     Args:
         posterior: the posterior.
@@ -73,9 +72,9 @@ def save_with(posterior: GaussianPosterior, folder: Path, write_others: Callable
         write_others(target)
         _write_posterior(posterior, target, folder.resolve().name)  # replaces PEFT's empty model card
         weights = [name for name in ADAPTER_FILES[1:] if (target / name).is_file()]
-        write_sums(target, (CONFIG_FILE, *weights, STATE_FILE))
+        write_checksums(target, (CONFIG_FILE, *weights, STATE_FILE))
 
-    own = (STATE_FILE, CONFIG_FILE, SUMS_FILE, CARD_FILE)
+    own = (STATE_FILE, CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE)
     write_files(folder, write, replace(POSTERIOR, overwrites=lambda name: name not in own))
 
 
@@ -89,7 +88,7 @@ def export_draws(posterior: GaussianPosterior, folder: Path, draws: Tensor) -> l
         for index, draw in enumerate(draws):
             write_adapter(posterior.adapter, draw, target / f"draw_{index}")
             names += [f"draw_{index}/{name}" for name in ADAPTER_FILES]
-        write_lines(target / DRAWS.sums, {name: digest(target / name) for name in names})
+        write_digests(target / DRAWS.checksums, {name: digest(target / name) for name in names})
 
     write_files(folder, write, DRAWS)
     return [folder / f"draw_{index}" for index in range(len(draws))]
@@ -130,7 +129,7 @@ def load(folder: Path, base_model: nn.Module) -> Loaded:
             snapshot.restore()
             raise
 
-    return read_whole(folder, read, lambda loaded: snapshot.restore())
+    return read_consistently(folder, read, lambda loaded: snapshot.restore())
 
 
 def _write_posterior(
@@ -145,7 +144,7 @@ def _write_posterior(
 def _load(folder: Path, base_model: nn.Module, snapshot: BaseSnapshot) -> Loaded:
     config = KalmanConfig.from_pretrained(folder)
     tensors, metadata = read_state(folder / STATE_FILE)
-    check_sums(folder)
+    verify_checksums(folder)
     adapter = find_or_attach(folder, base_model, metadata, tensors, snapshot)
     if list(adapter.names) != metadata["names"] or [list(s) for s in adapter.shapes] != metadata["shapes"]:
         raise ValueError(f"`base_model` must have the trainable tensors of {folder}, got others.")
@@ -156,7 +155,7 @@ def _load(folder: Path, base_model: nn.Module, snapshot: BaseSnapshot) -> Loaded
         state = make_state(kf, tensors, metadata)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"`folder` must hold a belief that fits its settings, got {folder / STATE_FILE}: {error}."
+            f"`folder` must hold a state that fits its settings, got {folder / STATE_FILE}: {error}."
         ) from error
     if state.examples and torch.equal(state.belief.mean, state.prior.mean):  # fitted with `start` "trained"
         history = as_training_series(history)  # an earlier version saved these series under the names of a stream

@@ -42,20 +42,20 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(json.loads((file.metadata() or {})["bayes_kf"]))
-            # clones lie where torch puts tensors: products depend on that, in the last bit
+            # a clone has torch's own memory alignment, on which the last bit of a product depends
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"`folder` must hold a readable {STATE_FILE}, got {path}: {error}.") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"`folder` must be of format {FORMAT}, got {metadata.get('format')}; a newer bayes_kf wrote it?"
+            f"`folder` must be of format {FORMAT}, got {metadata.get('format')}; did a newer bayes_kf write it?"
         )
     missing = [name for name in REQUIRED if name not in metadata]
     if missing:
         raise ValueError(f"`folder` must hold a {STATE_FILE} with {', '.join(missing)}, got none in {path}.")
     for name, tensor in tensors.items():
         if name.startswith(("belief.", "prior.")) and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"`folder` must hold a finite belief, got NaN or infinity in {name} of {path}.")
+            raise ValueError(f"`folder` must hold finite tensors, got NaN or infinity in {name} of {path}.")
     return tensors, metadata
 
 
@@ -76,8 +76,10 @@ def make_state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str,
     )
     _check_tensors(kf, state)
     counts = (state.step, state.examples, state.noise.step, state.scores.updates)
-    if not all(type(count) is int and count >= 0 for count in counts) or type(state.scaled) is not bool:
-        raise ValueError(f"its counts are {counts}, its prior scaled: {state.scaled!r}")
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"its counts are {counts}, not whole numbers >= 0")
+    if type(state.scaled) is not bool:
+        raise ValueError(f"`scaled` is {state.scaled!r}, not true or false")
     if not bool((state.belief.scales() > 0).all()) or not bool((state.prior.variance > 0).all()):
         raise ValueError("its variances are not positive")
     return state

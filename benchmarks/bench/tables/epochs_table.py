@@ -1,4 +1,4 @@
-"""Cells of the optimizer bench as Markdown: losses and gradient norms after every epoch."""
+"""Results of the optimizer bench as Markdown: losses and gradient norms after every epoch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _line(entry: Entry, level: float | None) -> list[str]:
 
 
 def _last(entry: Entry, name: str) -> list[float]:
-    """After the last epoch, of the seeds that came there."""
+    """Mean ± sd after the last epoch, over the seeds that did not diverge."""
     return [cell[name][-1] for cell in entry.cells.values() if "cause" not in cell]
 
 

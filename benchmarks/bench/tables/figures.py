@@ -1,4 +1,4 @@
-"""Learning curves of both benches: mean over seeds, every row with a colour, a line and, where few points, a mark."""
+"""Learning curves of both benches: means over seeds; every row has its colour, line and marker."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OTHERS: dict[str, Any] = {"color": SKY, "linestyle": "-", "linewidth": 1.0, "mar
 
 
 def draw_online(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], path: Path) -> None:
-    """Average online accuracy above, moving average of the loss below, a column for each problem."""
+    """Draw average online accuracy (top) and moving average of the loss (bottom), a column for each problem."""
     found = _found(cells, rows, problems, online.CRITERIA, "online")
     shown = [problem for problem in problems if found[problem.name]]
     if not shown:
@@ -62,7 +62,7 @@ def draw_online(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], 
 
 
 def draw_epochs(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], path: Path) -> None:
-    """Training loss, test loss and gradient norm by epoch, a column for each problem."""
+    """Draw training loss, test loss and gradient norm by epoch, a column for each problem."""
     found = _found(cells, rows, problems, epochs.CRITERIA, "train")
     shown = [problem for problem in problems if found[problem.name]]
     if not shown:
@@ -86,7 +86,7 @@ def draw_epochs(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], 
 
 
 def _pair(pair: np.ndarray, problem: Problem, found: Sequence[Entry], first: bool) -> None:
-    """Accuracy above, loss below, of a problem."""
+    """Draw accuracy (top) and loss (bottom) of a problem."""
     for entry in found:
         style = {key: value for key, value in style_of(entry.row).items() if key != "marker"}
         for ax, name in zip(pair, ("accuracy", "loss"), strict=True):
@@ -100,7 +100,7 @@ def _pair(pair: np.ndarray, problem: Problem, found: Sequence[Entry], first: boo
 
 
 def style_of(row: Row) -> dict[str, Any]:
-    """A row's colour, line and mark; rows that are not the bench's own share one."""
+    """A row's colour, line and marker; rows of other folders share one style."""
     return STYLES.get(row.name, OTHERS)
 
 
@@ -115,14 +115,14 @@ def _found(
 
 
 def _mean_curve(entry: Entry, name: str) -> tuple[list[int], np.ndarray]:
-    """Mean over the seeds, as far as all of them came."""
+    """Mean over the seeds, up to the first divergence."""
     curves = [cell["curve"] for cell in entry.cells.values()]
     common = min(len(curve["steps"]) for curve in curves)
     return curves[0]["steps"][:common], np.mean([curve[name][:common] for curve in curves], axis=0)
 
 
 def _robust_top(ax: Any) -> None:
-    """An axis that one row's explosion does not stretch."""
+    """Limit the axis so that one diverging row does not stretch it."""
     ends = sorted(float(np.max(line.get_ydata())) for line in ax.get_lines() if len(line.get_ydata()))
     if ends:
         ax.set_ylim(0, 1.1 * ends[(len(ends) - 1) * 3 // 4])

@@ -1,4 +1,4 @@
-"""Cells of the online bench as Markdown: LoKO's Tables 1 to 3, its claim, and every data set in detail."""
+"""Results of the online bench as Markdown: LoKO's Tables 1 to 3, its claim, and every data set in detail."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def render(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem]) -> li
 
 
 def level(adamw: Entry | None) -> float | None:
-    """The loss that AdamW has over the last quarter of its stream, mean over seeds; None where it has none."""
+    """AdamW's mean loss over the last quarter of its stream and over seeds; None without a complete run."""
     if adamw is None or adamw.diverged:
         return None
     curves = [cell["curve"]["loss"] for cell in adamw.cells.values()]
@@ -70,7 +70,7 @@ def level(adamw: Entry | None) -> float | None:
 
 
 def steps_to(entry: Entry, loss: float | None) -> str:
-    """Steps until the moving average is down to a loss, mean over the seeds that came there, and how many did."""
+    """Steps until the moving average reaches a loss: mean over the seeds that reach it, and their number."""
     if loss is None:
         return "–"
     found = []
@@ -108,7 +108,7 @@ def _percent(entry: Entry | None, best: float) -> str:
 
 
 def _claim(found: dict[str, dict[str, list[Entry]]], problems: Sequence[Problem]) -> list[str]:
-    """Which of LoKO, AdamW and AdaGrad is best on each problem, and this package's default beside it."""
+    """The best of LoKO, AdamW and AdaGrad on each problem, beside this package's default."""
     lines, at_least, loko_best, complete = [], 0, 0, 0
     for problem in problems:
         of = found[problem.name]
@@ -143,7 +143,7 @@ def _difference(first: Entry, second: Entry) -> tuple[float, float]:
 
 
 def _details(found: dict[str, list[Entry]], problem: Problem) -> list[str]:
-    """Everything about a problem, a line for each setting that was chosen."""
+    """All numbers of a problem, a line for each chosen setting."""
     flat = [entry for some in found.values() for entry in some]
     cell = next(iter(flat[0].cells.values()))
     loss = level(by_criterion(found.get("adamw", []), "online"))
