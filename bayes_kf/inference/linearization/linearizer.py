@@ -237,8 +237,8 @@ class Linearizer:
             return False
         if self._max_bytes is None:
             warnings.warn(
-                f"Memory ran out on {size} examples: they are learned and predicted in smaller pieces from now on, "
-                "which takes longer and may change results slightly. `bytes_budget` sets their size.",
+                f"Memory ran out on {size} examples: batches are divided into smaller chunks from now on, which takes "
+                "longer and may change results slightly. `bytes_budget` sets their size.",
                 stacklevel=2,
             )
         self._max_bytes = self._budget(plan, size) // 2
