@@ -213,7 +213,7 @@ class AdapterModel:
         return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The caller's autocast, inside :meth:`full_precision`; casts are not cached, else they would stay until its end."""
+        """The caller's autocast, inside :meth:`full_precision`. Casts are not cached, or they would outlive the pass."""
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)
