@@ -213,7 +213,7 @@ class AdapterModel:
         return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The caller's autocast, inside :meth:`full_precision`. Casts are not cached, or they would outlive the pass."""
+        """The caller's autocast, inside :meth:`full_precision`. Casts are not cached, else they would outlive it."""
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)
