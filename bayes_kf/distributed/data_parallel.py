@@ -18,19 +18,25 @@ from bayes_kf.distributed.batch_shards import Share
 from bayes_kf.distributed.distributed_filter import FilterOfMany
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.filtering.linearization_check import MOST_DIVERGENCE, TRUSTED, error, is_small
-from bayes_kf.inference.filtering.measurement import Batch, Part, Tally
+from bayes_kf.inference.filtering.linearization_check import (
+    MAX_DIVERGENCE,
+    TRUST_RADIUS,
+    is_small_change,
+    linearization_error,
+)
+from bayes_kf.inference.filtering.measurement import Measurement, MeasurementBlock
 from bayes_kf.inference.filtering.measurement_update import (
     DAMPING_STEP,
-    LEAST_PART,
     MAX_DAMPINGS,
-    ROUNDING,
+    MIN_BLOCK_EXAMPLES,
+    OBJECTIVE_RTOL,
     check_finite,
-    scored,
-    warn_untaken,
+    score_temperatures,
+    warn_of_refused_steps,
 )
-from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
 
 WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
@@ -43,14 +49,14 @@ class Sums(NamedTuple):
         precision: diag(JᵀVJ), (n,).
         gradient: Jᵀ(y − π), (n,).
         log_prob: Σ log p(y | μ).
-        scores: log losses by temperature and their squared differences.
+        temperature_scores: log losses by temperature and their squared differences.
         examples: how many.
     """
 
     precision: Tensor
     gradient: Tensor
     log_prob: Tensor
-    scores: TemperatureState
+    temperature_scores: TemperatureState
     examples: int
 
 
@@ -94,13 +100,15 @@ class DataParallelFilter(FilterOfMany):
             raise ValueError("`gate_quantile` and `noise_variance` must be None and a number for sums over processes.")
 
     def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
-        before, tally = self.kf._predicted(state), Tally()
-        after, damping, steps = self._learned(before, share, tally, whole=True)
+        before, builder = self.kf._predict(state), UpdateInfoBuilder()
+        after, damping, steps = self._learned(before, share, builder, whole=True)
         after = after._replace(noise=before.noise._replace(step=before.noise.step + 1), step=before.step + 1)
-        info = tally.info(float((after.belief.mean - before.belief.mean).norm()), relinearized=steps - 1)
+        info = builder.build(float((after.belief.mean - before.belief.mean).norm()), relinearized=steps - 1)
         return after, info._replace(damping=damping)
 
-    def _learned(self, state: FilterState, share: Share, tally: Tally, whole: bool) -> tuple[FilterState, float, int]:
+    def _learned(
+        self, state: FilterState, share: Share, builder: UpdateInfoBuilder, whole: bool
+    ) -> tuple[FilterState, float, int]:
         """The state after a global batch, the least damping of its steps, and how often it was linearized.
 
         At once, or where that is too far for one step, its halves one after the other.
@@ -108,39 +116,46 @@ class DataParallelFilter(FilterOfMany):
         Args:
             state: before it.
             share: of the batch.
-            tally: of the update.
-            whole: whether this is the update's batch and no part of it, so that ``tally`` takes in its outputs.
+            builder: of the update.
+            whole: whether this is the update's batch and no part of it, so that ``builder`` takes in its outputs.
         """
-        batches, sums = self._linearized(state, share, tally, whole)
+        batches, sums = self._linearized(state, share, builder, whole)
         size = sums.examples
-        belief, damping, held = self._condition(state, batches, sums, tally)
-        if held or size < 2 * LEAST_PART:
-            scores = _joined(state.scores, sums.scores) if isinstance(self.config.temperature, str) else state.scores
-            return state._replace(belief=belief, scores=scores, examples=state.examples + size), damping, 1
+        belief, damping, held = self._condition(state, batches, sums, builder)
+        if held or size < 2 * MIN_BLOCK_EXAMPLES:
+            scores = (
+                _joined(state.temperature_scores, sums.temperature_scores)
+                if isinstance(self.config.temperature, str)
+                else state.temperature_scores
+            )
+            return state._replace(belief=belief, temperature_scores=scores, examples=state.examples + size), damping, 1
         least, steps = 1.0, 1
         for where in (slice(0, size // 2), slice(size // 2, size)):
-            state, damping, more = self._learned(state, share.some(where, self.group.rank), tally, whole=False)
+            state, damping, more = self._learned(state, share.some(where, self.group.rank), builder, whole=False)
             least, steps = min(least, damping), steps + more
         return state, least, steps
 
     def _linearized(
-        self, before: FilterState, share: Share, tally: Tally, whole: bool
-    ) -> tuple[list[tuple[Batch, Part]], Sums]:
+        self, before: FilterState, share: Share, builder: UpdateInfoBuilder, whole: bool
+    ) -> tuple[list[tuple[Measurement, MeasurementBlock]], Sums]:
         """This process's pieces of a global batch, and the sums over all processes."""
         size, first = share.sizes[self.group.rank], sum(share.sizes[: self.group.rank])
-        pieces: list[tuple[Batch, Part]] = []
+        pieces: list[tuple[Measurement, MeasurementBlock]] = []
         failed = None
         own = Sums(torch.zeros_like(before.belief.mean), torch.zeros_like(before.belief.mean), *self._nothing(), 0)
         try:
             if size and share.inputs is not None:
                 self.kf.linearize.prepare(before.belief.mean, share.inputs)
                 shifted = before._replace(examples=before.examples + first)  # so that no two draw the same probes
-                for batch in list(self.kf._observed(shifted, share.inputs, share.targets, before.belief.mean)):
+                targets = self.kf._check_targets(shifted, size, share.targets)
+                for batch in list(self.kf._measure(shifted, share.inputs, targets, before.belief.mean)):
                     if whole:
-                        tally.piece(batch.outputs, batch.targets, noise.likelihood(self.config, before.noise))
-                    tally.linearized(batch)
+                        builder.add_outputs(
+                            batch.outputs, batch.targets, noise.likelihood(self.config.noise_settings, before.noise)
+                        )
+                    builder.add_linearization(len(batch.targets), batch.projected.lumped)
                     numbered = shifted._replace(examples=shifted.examples + own.examples)
-                    part = Part.of(batch.seen, batch.jacobian, slice(0, len(batch.targets)), max(batch.widths))
+                    part = batch.block(slice(0, len(batch.targets)), max(batch.rows_per_example))
                     pieces.append((batch, part))
                     own = self._added(own, numbered, batch, part)
         except Exception as raised:  # whatever it is, the others must not wait for this process
@@ -155,14 +170,16 @@ class DataParallelFilter(FilterOfMany):
         device = self.adapter.device
         return torch.zeros((), dtype=torch.float64, device=device), tempering.init(device)
 
-    def _added(self, sums: Sums, state: FilterState, batch: Batch, part: Part) -> Sums:
+    def _added(self, sums: Sums, state: FilterState, batch: Measurement, part: MeasurementBlock) -> Sums:
         """The sums with a piece of this process's examples."""
         everything = slice(0, len(batch.targets))
         output_cov = state.belief.output_covariance(part.jacobian).to(part.outputs.dtype)
-        scores = scored(self.config, state._replace(scores=sums.scores), batch, everything, part, output_cov)
+        scores = score_temperatures(
+            self.config, state._replace(temperature_scores=sums.temperature_scores), batch, everything, part, output_cov
+        )
         factor, residual = part.family.whiten(part.outputs.double(), part.targets)
         seen = part.jacobian.left_multiply(factor)
-        curved = seen if part.probes is None else part.pulled.left_multiply(part.probes.factor(part.outputs))
+        curved = seen if part.probes is None else part.directions.left_multiply(part.probes.factor(part.outputs))
         return Sums(
             sums.precision + curved.column_squares(),
             sums.gradient + seen.rmatvec(residual.to(seen.like)),
@@ -173,13 +190,17 @@ class DataParallelFilter(FilterOfMany):
 
     def _summed(self, own: Sums, examples: int) -> Sums:
         size = len(tempering.GRID)
-        numbers = [own.log_prob.view(1), own.scores.total, own.scores.differences.flatten()]
+        numbers = [own.log_prob.view(1), own.temperature_scores.total, own.temperature_scores.differences.flatten()]
         log_prob, total, differences = self.group.total(torch.cat(numbers)).split([1, size, size**2])
         scores = TemperatureState(0, total, differences.view(size, size))
         return Sums(self.group.total(own.precision), self.group.total(own.gradient), log_prob[0], scores, examples)
 
     def _condition(
-        self, state: FilterState, pieces: list[tuple[Batch, Part]], sums: Sums, tally: Tally
+        self,
+        state: FilterState,
+        pieces: list[tuple[Measurement, MeasurementBlock]],
+        sums: Sums,
+        builder: UpdateInfoBuilder,
     ) -> tuple[DiagonalGaussian, float, bool]:
         """The belief after the batch, its damping, and whether the linearization held, without a refused step.
 
@@ -187,17 +208,17 @@ class DataParallelFilter(FilterOfMany):
         belief stays as it was.
         """
         damping, prior = 1.0, _diagonal(state)
-        dampings = MAX_DAMPINGS if sums.examples < 2 * LEAST_PART else 0
+        dampings = MAX_DAMPINGS if sums.examples < 2 * MIN_BLOCK_EXAMPLES else 0
         for attempt in range(dampings + 1):
             variance = prior.variance / (1.0 + damping * sums.precision * prior.variance)
             found = prior._replace(mean=prior.mean + variance * damping * sums.gradient, variance=variance)
-            accepted, held = self._judged(state, found, pieces, sums, tally) if self.config.damping else (True, True)
+            accepted, held = self._judged(state, found, pieces, sums, builder) if self.config.damping else (True, True)
             if accepted:
                 break
             if attempt == dampings:
                 if dampings:
                     check_finite("the mean", found.mean)
-                    warn_untaken()
+                    warn_of_refused_steps()
                 return prior, 0.0, False
             damping *= DAMPING_STEP
         check_finite("the mean", found.mean)
@@ -208,30 +229,32 @@ class DataParallelFilter(FilterOfMany):
         self,
         state: FilterState,
         found: DiagonalGaussian,
-        pieces: list[tuple[Batch, Part]],
+        pieces: list[tuple[Measurement, MeasurementBlock]],
         sums: Sums,
-        tally: Tally,
+        builder: UpdateInfoBuilder,
     ) -> tuple[bool, bool]:
         """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ over all processes, and the linearization holds after it.
 
         Both without a look where it moves no output far.
         """
-        family, step = noise.likelihood(self.config, state.noise), found.mean - state.belief.mean
+        family, step = noise.likelihood(self.config.noise_settings, state.noise), found.mean - state.belief.mean
         finite = bool(torch.isfinite(found.mean).all())
-        small = finite and all(is_small(batch.jacobian.matvec(step), family, TRUSTED) for batch, _ in pieces)
+        small = finite and all(
+            is_small_change(batch.jacobian.matvec(step), family, TRUST_RADIUS) for batch, _ in pieces
+        )
         if sum(self.group.numbers(int(not small), self.adapter.device)) == 0:
             return True, True
         sent = torch.zeros(2, dtype=torch.float64, device=self.adapter.device)  # log loss, and how far from linear
         for batch, part in pieces if finite else []:
             everything = slice(0, len(batch.targets))
             moved = batch.outputs_at(found.mean, everything)
-            tally.checked(len(batch.targets))
+            builder.add_check(len(batch.targets))
             sent[0] -= family.log_prob(moved, batch.targets).double().sum()
-            sent[1] += error(batch, everything, part, found.mean, moved) * len(batch.targets)
+            sent[1] += linearization_error(batch, everything, part, found.mean, moved) * len(batch.targets)
         loss, apart = self.group.total(sent if finite else sent + torch.inf).tolist()
         penalty = 0.5 * float((step.square() / _diagonal(state).variance).sum())
         before = -float(sums.log_prob)
-        return loss + penalty <= before + ROUNDING * (1.0 + abs(before)), apart / sums.examples < MOST_DIVERGENCE
+        return loss + penalty <= before + OBJECTIVE_RTOL * (1.0 + abs(before)), apart / sums.examples < MAX_DIVERGENCE
 
 
 def _diagonal(state: FilterState) -> DiagonalGaussian:

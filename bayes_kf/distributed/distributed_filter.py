@@ -15,7 +15,8 @@ from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, to_device
@@ -59,7 +60,7 @@ class FilterOfMany(ABC):
                 self.shares.remember(to_device(inputs, self.adapter.device))
             if self.group.rank == 0:
                 measured = self.kf.init(inputs)
-                if not measured.scaled:
+                if not measured.prior_is_scaled:
                     raise ValueError(
                         "`inputs` must be given on the first process: the prior's scale is measured there."
                     )
@@ -68,7 +69,7 @@ class FilterOfMany(ABC):
             failed = error
         self.shares.all_or_none(failed)
         start = DiagonalGaussian(state.prior.mean, self.group.total(variance))
-        return self.shard(state._replace(belief=self.kf._belief(start), prior=start, scaled=True))
+        return self.shard(state._replace(belief=self.kf._prior_belief(start), prior=start, prior_is_scaled=True))
 
     def update(
         self, state: FilterState, inputs: Inputs | None, targets: torch.Tensor | None

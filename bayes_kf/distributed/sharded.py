@@ -24,14 +24,15 @@ from bayes_kf.distributed.distributed_filter import FilterOfMany
 from bayes_kf.distributed.parameter_shards import Columns
 from bayes_kf.distributed.row_exchange import columns_for_rows
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering import gradient_penalty
-from bayes_kf.inference.filtering.measurement import Batch
+from bayes_kf.inference.filtering.gradient_penalty import PenalizedState
+from bayes_kf.inference.filtering.measurement import Measurement
 from bayes_kf.inference.filtering.measurement_update import check_finite
-from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.inference.measurement_model.output_directions import num_rows, see
+from bayes_kf.inference.measurement_model.output_directions import num_rows, project_outputs
 
 SHARDED = ("diagonal", "diagonal_information", "diagonal_mixed", "low_rank")
 
@@ -80,11 +81,11 @@ class ShardedFilter(FilterOfMany):
 
     def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
         with parameter_sums.sharded(self.group.total):
-            before = self.kf._predicted(state)
+            before = self.kf._predict(state)
         start, size = before.belief.mean, sum(share.sizes)
         targets = self.group.rows(share.targets, share.sizes)
 
-        def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
+        def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Measurement]:
             with parameter_sums.unsharded():
                 batch = self._observed(now, share.some(where, self.group.rank) if where != slice(0, size) else share)
             yield batch
@@ -93,9 +94,9 @@ class ShardedFilter(FilterOfMany):
             raise AssertionError("all of a global batch is linearized where it begins")
 
         with parameter_sums.sharded(self.group.total):
-            return self.kf._learned(gradient_penalty.Sides(before), start, targets, observe, outputs)
+            return self.kf._update_measured(PenalizedState(before), start, targets, observe, outputs)
 
-    def _observed(self, state: FilterState, share: Share) -> Batch:
+    def _observed(self, state: FilterState, share: Share) -> Measurement:
         """The global batch over this process's columns, linearized at the state's mean."""
         kf, sizes = self.kf, share.sizes
         assert share.inputs is not None  # an example is always at hand
@@ -110,19 +111,25 @@ class ShardedFilter(FilterOfMany):
         outputs = self.group.rows(linearized.outputs[here], sizes)
         targets = self.group.rows(share.targets, sizes)
         check_finite("the outputs", outputs)
-        family = noise.likelihood(self.config, state.noise)
+        family = noise.likelihood(self.config.noise_settings, state.noise)
         targets = family.check(outputs, targets)
-        seen = see(self.config, family, outputs, targets, self.config.seed + state.examples)
+        projected = project_outputs(
+            self.config.curvature_settings, family, outputs, targets, self.config.seed + state.examples
+        )
         first = sum(sizes[: self.group.rank]) if sizes[self.group.rank] else 0
-        own = _directions(seen.directions, first, linearized.outputs)
+        own = _directions(projected.directions, first, linearized.outputs)
         if own is None and family.name == "categorical":
             jacobian = linearized.softmax_jacobian()
         else:
             jacobian = linearized.jacobian(own)
         jacobian = columns_for_rows(self.group, self.columns, jacobian.examples(here), sizes)
-        needed = None if seen.directions is None else seen.directions.rows_per_example
-        rows = [num_rows(self.config, outputs.shape[1])] * sum(sizes) if needed is None else needed.tolist()
-        return Batch(self._outputs_of(share), targets, outputs, state.belief.mean, seen, jacobian, rows)
+        needed = None if projected.directions is None else projected.directions.rows_per_example
+        rows = (
+            [num_rows(self.config.curvature_settings, outputs.shape[1])] * sum(sizes)
+            if needed is None
+            else needed.tolist()
+        )
+        return Measurement(self._outputs_of(share), targets, outputs, state.belief.mean, projected, jacobian, rows)
 
     def _outputs_of(self, share: Share) -> Callable[[Tensor, slice], Tensor]:
         """From a shard of θ and which examples of the global batch to their outputs."""

@@ -17,7 +17,7 @@ from bayes_kf.inference.filtering import predictive_density, tempering
 from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
 from bayes_kf.inference.fitting import noise_refit
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.inference.measurement_model.output_directions import MANY
+from bayes_kf.inference.measurement_model.output_directions import MAX_EXACT_OUTPUTS
 from bayes_kf.inference.predictive import arviz_export, prediction
 from bayes_kf.inference.predictive.output_variance import output_variance
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction
@@ -291,7 +291,7 @@ class Posterior:
         """As :meth:`calibrate`, without its warning."""
         if self.config.noise_variance == "estimated":
             return self._calibrate_noise(loader)
-        family, losses = noise.likelihood(self.config, self.state.noise), list[Tensor]()
+        family, losses = noise.likelihood(self.config.noise_settings, self.state.noise), list[Tensor]()
         seen = 0
         for inputs, targets in self._held_out(loader):
             with self.adapter.full_precision():
@@ -301,7 +301,11 @@ class Posterior:
 
     def _calibrate_noise(self, loader: Iterable[Any]) -> Posterior:
         """:meth:`calibrate` of a Gaussian likelihood whose σ² is estimated."""
-        family, residuals, covariances = noise.likelihood(self.config, self.state.noise), list[Tensor](), list[Tensor]()
+        family, residuals, covariances = (
+            noise.likelihood(self.config.noise_settings, self.state.noise),
+            list[Tensor](),
+            list[Tensor](),
+        )
         for inputs, targets in self._held_out(loader):
             with self.adapter.full_precision():
                 for where, piece in self.kf.linearize.chunks(self.mean_vector, inputs):
@@ -322,7 +326,7 @@ class Posterior:
         chosen = tempering.choose_held_out(torch.stack(losses))
         variance = variances[tempering.GRID.index(chosen)]
         count = torch.full_like(variance, noise_refit.HELD_OUT_COUNT + len(residual))
-        state = self.state._replace(noise=noise.settled(self.state.noise, variance, count))
+        state = self.state._replace(noise=noise.with_variance(self.state.noise, variance, count))
         return replace(self._with(temperature=chosen), state=state)
 
     def calibrate_softmax(self, loader: Iterable[Any]) -> Posterior:
@@ -340,7 +344,7 @@ class Posterior:
             ValueError: for a likelihood that has no softmax; when the loader yields nothing, or a batch without targets
                 or one that does not fit.
         """
-        family = noise.likelihood(self.config, self.state.noise)
+        family = noise.likelihood(self.config.noise_settings, self.state.noise)
         if not isinstance(family, Categorical):
             raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {family.name!r}.")
         losses = tempering.SOFTMAX_PRIOR
@@ -518,7 +522,7 @@ class Posterior:
     def _piece(
         self, inputs: Inputs, method: str, num_samples: int, generator: torch.Generator, targets: Tensor | None
     ) -> Prediction:
-        family = noise.likelihood(self.config, self.state.noise)
+        family = noise.likelihood(self.config.noise_settings, self.state.noise)
         if method == "mean":
             outputs = self.scaled_logits(self.adapter.outputs(self.mean_vector, inputs))
             return prediction.point(family, outputs, _checked(family, outputs, targets))
@@ -540,17 +544,17 @@ class Posterior:
 
     def _by_differences(self, inputs: Inputs, num_samples: int) -> bool:
         """Whether draws of the linearized outputs cost less by forward passes than through their covariance."""
-        family = noise.likelihood(self.config, self.state.noise)
+        family = noise.likelihood(self.config.noise_settings, self.state.noise)
         if isinstance(family, Gaussian) or not self.adapter.is_precise:
             return False
         passes = self.kf.linearize.num_backward_passes(self.mean_vector, inputs)
-        return num_samples < passes or self.kf.linearize.num_outputs > MANY
+        return num_samples < passes or self.kf.linearize.num_outputs > MAX_EXACT_OUTPUTS
 
     def _differenced(
         self, inputs: Inputs, num_samples: int, generator: torch.Generator, targets: Tensor | None
     ) -> Prediction:
         """Linearized predictions from draws δ of the parameters, and f ± Jδ by differences: J P Jᵀ is never formed."""
-        family = noise.likelihood(self.config, self.state.noise)
+        family = noise.likelihood(self.config.noise_settings, self.state.noise)
         outputs = self.adapter.outputs(self.mean_vector, inputs)
         changes = self._responses(inputs, -(-num_samples // 2), generator, self.temperature)
         draws = self.scaled_logits(outputs + torch.cat([changes, -changes])[:num_samples])
@@ -607,7 +611,7 @@ class Posterior:
         linearized = self._piece(few, "linearized", num_samples, own, None)
         variance = None if sampled.variance is None else sampled.variance[:size]
         first = replace(sampled, samples=sampled.samples[:, :size], variance=variance)
-        family = noise.likelihood(self.config, self.state.noise)
+        family = noise.likelihood(self.config.noise_settings, self.state.noise)
         if isinstance(family, Gaussian):  # what both are compared in is the linearized model's own spread
             first, linearized = linearized, first
         apart, expected = prediction.disagreement(family, first, linearized)
@@ -622,7 +626,7 @@ class Posterior:
     def _sampled(
         self, inputs: Inputs, num_samples: int, generator: torch.Generator, targets: Tensor | None
     ) -> Prediction:
-        family = noise.likelihood(self.config, self.state.noise)
+        family = noise.likelihood(self.config.noise_settings, self.state.noise)
         draws = self.sample(num_samples, generator)
         outputs = outputs_of_draws(self.adapter, draws, inputs, self._draws_at_once(inputs))
         outputs = self.scaled_logits(outputs)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config
-from bayes_kf.inference.filtering import gradient_penalty
+from bayes_kf.inference.filtering.gradient_penalty import PenalizedState, penalized_update
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.linearization_check import is_small
-from bayes_kf.inference.filtering.measurement import Batch, Tally
-from bayes_kf.inference.filtering.measurement_update import Learned
-from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.filtering.linearization_check import is_small_change
+from bayes_kf.inference.filtering.measurement import Measurement
+from bayes_kf.inference.filtering.measurement_update import UpdatedStates
+from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import prediction
@@ -132,11 +133,11 @@ class Bank:
         for number, now in enumerate(state.states):
             if now is None:
                 continue
-            total = now.scores.total
+            total = now.temperature_scores.total
             if since is not None:
                 before = since.states[number]
                 assert before is not None  # what diverged stays so
-                total = (total - before.scores.total).nan_to_num(math.inf)  # of two infinite ones
+                total = (total - before.temperature_scores.total).nan_to_num(math.inf)  # of two infinite ones
             found[number] = max(-float(total.min()), -sys.float_info.max)
         return found
 
@@ -191,7 +192,7 @@ class Bank:
         found = [self.posterior(state, number).predict(inputs, targets=targets, **settings) for number in numbers]
         best = state.states[self.best(state)]
         assert best is not None  # its weight is the largest
-        family = noise.likelihood(self.filters[0].config, best.noise)
+        family = noise.likelihood(self.filters[0].config.noise_settings, best.noise)
         return prediction.average(family, found, (weights[numbers] / weights[numbers].sum()).tolist())
 
     def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
@@ -224,7 +225,7 @@ class Bank:
     def _averaged(
         self,
         info: UpdateInfo,
-        begun: Sequence[gradient_penalty.Sides | None],
+        begun: Sequence[PenalizedState | None],
         leader: int,
         evidence: Tensor,
         inputs: Inputs,
@@ -236,15 +237,15 @@ class Bank:
             return info
         weights = evidence.softmax(0)
         counts = (weights >= NEGLIGIBLE * weights.max()).tolist()
-        states = {i: sides.plain for i, sides in enumerate(begun) if sides is not None and counts[i]}
-        start, outputs, log_probs = first.plain.belief.mean, [], []
+        states = {i: sides.unpenalized for i, sides in enumerate(begun) if sides is not None and counts[i]}
+        start, outputs, log_probs = first.unpenalized.belief.mean, [], []
         apart = {i: not torch.equal(state.belief.mean, start) for i, state in states.items() if i != leader}
         if not any(apart.values()):
             return info
         for number, state in states.items():
             mean = state.belief.mean
             outputs.append(self.adapter.outputs(mean, inputs) if apart.get(number) else info.outputs)
-            family = noise.likelihood(self.filters[number].config, state.noise)
+            family = noise.likelihood(self.filters[number].config.noise_settings, state.noise)
             checked = family.check(outputs[-1], targets)
             log_probs.append(family.log_prob(outputs[-1], checked))
         log_weights = evidence[list(states)].log_softmax(0).to(outputs[0])
@@ -252,34 +253,34 @@ class Bank:
         log_loss = -(torch.stack(log_probs) + log_weights[:, None]).logsumexp(0)
         return info._replace(outputs=mixed, log_loss=log_loss, correct=family.correct(mixed, checked))
 
-    def _begun(
-        self, kf: KalmanFilter, state: FilterState, inputs: Inputs, targets: Tensor
-    ) -> gradient_penalty.Sides | None:
+    def _begun(self, kf: KalmanFilter, state: FilterState, inputs: Inputs, targets: Tensor) -> PenalizedState | None:
         try:
-            return kf._begun(state, inputs, targets)
+            return kf._start_update(state, inputs, targets)
         except DIVERGED:
             return None
 
     def _together(
-        self, begun: list[gradient_penalty.Sides | None], leader: int, inputs: Inputs, targets: Tensor
+        self, begun: list[PenalizedState | None], leader: int, inputs: Inputs, targets: Tensor
     ) -> tuple[list[FilterState | None], list[bool], UpdateInfo]:
         """All candidates after the batch, which of them took passes of their own, and what the leader saw."""
         first, ahead = begun[leader], self.filters[leader]
         assert first is not None
         learning, apart = list(begun), [False] * len(begun)
 
-        def learn(batch: Batch, sides: gradient_penalty.Sides, tally: Tally) -> tuple[gradient_penalty.Sides, Learned]:
-            moved, learned = gradient_penalty.learn(ahead.config, sides, batch, tally)
+        def learn(
+            batch: Measurement, sides: PenalizedState, tally: UpdateInfoBuilder
+        ) -> tuple[PenalizedState, UpdatedStates]:
+            moved, learned = penalized_update(ahead.config, sides, batch, tally)
             for number, kf in enumerate(self.filters):
                 now = learning[number]
                 if number == leader or now is None or apart[number]:
                     continue
                 apart[number] = not _close(kf, now, batch)
                 if not apart[number]:
-                    learning[number], apart[number] = _attempt(kf, now, batch, learned.examples)
+                    learning[number], apart[number] = _attempt(kf, now, batch, learned.num_examples)
             return moved, learned
 
-        led, info = ahead._through(first, first.plain.belief.mean, inputs, targets, learn)
+        led, info = ahead._update_from(first, first.unpenalized.belief.mean, inputs, targets, learn)
         after: list[FilterState | None] = [None] * len(begun)
         for number, kf in enumerate(self.filters):
             before, moved = begun[number], learning[number]
@@ -288,15 +289,13 @@ class Bank:
             elif apart[number] and before is not None:
                 after[number] = self._alone(kf, before, inputs, targets)
             elif moved is not None and before is not None:
-                after[number] = kf._ended(before.plain, moved)
+                after[number] = kf._finish_update(before.unpenalized, moved)
         return after, apart, info
 
-    def _alone(
-        self, kf: KalmanFilter, begun: gradient_penalty.Sides, inputs: Inputs, targets: Tensor
-    ) -> FilterState | None:
+    def _alone(self, kf: KalmanFilter, begun: PenalizedState, inputs: Inputs, targets: Tensor) -> FilterState | None:
         """A candidate after the batch by passes of its own; None where it diverged."""
         try:
-            return kf._through(begun, begun.plain.belief.mean, inputs, targets)[0]
+            return kf._update_from(begun, begun.unpenalized.belief.mean, inputs, targets)[0]
         except DIVERGED:
             return None
 
@@ -317,26 +316,26 @@ def _width(state: FilterState | None) -> float:
     return math.inf if state is None else float(state.prior.variance.double().sum())
 
 
-def _close(kf: KalmanFilter, sides: gradient_penalty.Sides, batch: Batch) -> bool:
+def _close(kf: KalmanFilter, sides: PenalizedState, batch: Measurement) -> bool:
     """Whether the batch, linearized elsewhere, serves at the means of a candidate to first order."""
-    for state in filter(None, (sides.plain, sides.tight)):
-        if state.belief.mean is batch.start:
+    for state in filter(None, (sides.unpenalized, sides.penalized)):
+        if state.belief.mean is batch.point:
             continue
-        shift = batch.jacobian.matvec(state.belief.mean - batch.start)
-        if not is_small(shift, noise.likelihood(kf.config, state.noise), CLOSE):
+        shift = batch.jacobian.matvec(state.belief.mean - batch.point)
+        if not is_small_change(shift, noise.likelihood(kf.config.noise_settings, state.noise), CLOSE):
             return False
     return True
 
 
 def _attempt(
-    kf: KalmanFilter, sides: gradient_penalty.Sides, batch: Batch, most: int
-) -> tuple[gradient_penalty.Sides | None, bool]:
+    kf: KalmanFilter, sides: PenalizedState, batch: Measurement, most: int
+) -> tuple[PenalizedState | None, bool]:
     """A candidate after the first ``most`` examples of a piece, and whether they were too far for it to learn them all.
 
     None where it diverged.
     """
     try:
-        moved, learned = gradient_penalty.learn(kf.config, sides, batch, Tally(), most)
+        moved, learned = penalized_update(kf.config, sides, batch, UpdateInfoBuilder(), most)
     except DIVERGED:
         return None, False
-    return moved, learned.examples < most
+    return moved, learned.num_examples < most

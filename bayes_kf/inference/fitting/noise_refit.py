@@ -1,7 +1,7 @@
 """σ² of a Gaussian likelihood estimated again at the mean that is kept, and the covariance that goes with it.
 
-The filter's running estimate (``noise.absorb``) is of predictions made on the way. Once a mean has been fitted, by more
-passes or elsewhere, its residuals on the N examples say
+The filter's running estimate (``noise.update_variance``) is of predictions made on the way. Once a mean has been
+fitted, by more passes or elsewhere, its residuals on the N examples say
 
     σ² = SSE / (N − γ),    γ = Σ_i (1 − P_ii / p₀_i) = tr(J P Jᵀ) / σ²,
 
@@ -78,7 +78,7 @@ def refitted(
         found = at(config, state, variance, leverage)
         if same(last, variance):
             break
-    return found._replace(noise=noise.settled(state.noise, variance, count - gamma))
+    return found._replace(noise=noise.with_variance(state.noise, variance, count - gamma))
 
 
 def at(config: KalmanConfig, state: FilterState, variance: Tensor, leverage: Tensor | None = None) -> FilterState:
@@ -86,7 +86,7 @@ def at(config: KalmanConfig, state: FilterState, variance: Tensor, leverage: Ten
     assert state.noise.variance is not None
     ratio = float((_shares(state, leverage) * state.noise.variance / variance).sum())
     return rescaled(config, state, ratio)._replace(
-        noise=noise.settled(state.noise, variance, torch.zeros_like(variance))
+        noise=noise.with_variance(state.noise, variance, torch.zeros_like(variance))
     )
 
 

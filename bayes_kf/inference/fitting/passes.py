@@ -236,7 +236,7 @@ def _lowered(
 @torch.no_grad()
 def _objective(kf: KalmanFilter, state: FilterState, mean: Tensor, loader: Iterable[Any]) -> float:
     """−log p(y, θ) at a mean, up to a constant, with the prior and the noise of a state."""
-    family, total = noise.likelihood(kf.config, state.noise), 0.0
+    family, total = noise.likelihood(kf.config.noise_settings, state.noise), 0.0
     for index, batch in enumerate(loader):
         inputs, targets = complete(batch, index)
         outputs = kf.adapter.outputs(mean, to_device(inputs, kf.adapter.device))

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.filtering.state import UpdateInfo
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 
 WINDOW = 100  # updates behind the numbers in the progress bar
 SEEN = "training_"  # before the names of series about data that the adapter had learned before the pass

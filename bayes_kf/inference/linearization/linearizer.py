@@ -44,7 +44,7 @@ class Linearizer:
     Example:
         >>> adapter = AdapterModel(torch.nn.Linear(3, 2, bias=False))
         >>> x = torch.tensor([[1.0, 2.0, 3.0]])
-        >>> Linearizer(adapter)(adapter.vector(), x).pull().dense()[0]
+        >>> Linearizer(adapter)(adapter.vector(), x).jacobian().dense()[0]
         tensor([[1., 2., 3., 0., 0., 0.],
                 [0., 0., 0., 1., 2., 3.]])
     """

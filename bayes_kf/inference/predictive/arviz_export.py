@@ -62,7 +62,7 @@ def named_draws(adapter: AdapterModel, draws: Tensor) -> dict[str, np.ndarray]:
 
 def predictive_groups(posterior: Posterior, draws: Tensor, loader: Iterable[Any], generator: torch.Generator) -> Groups:
     """What the adapters ``draws`` (S, n), the same for all batches, say about a loader's targets."""
-    adapter, family = posterior.adapter, noise.likelihood(posterior.config, posterior.state.noise)
+    adapter, family = posterior.adapter, noise.likelihood(posterior.config.noise_settings, posterior.state.noise)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, batch in enumerate(loader):
         inputs, targets = split_batch(batch)

@@ -54,7 +54,7 @@ class KalmanModel:
         prior, self.temperature = posterior.state.prior, posterior.temperature
         self.prior_mean = self.adapter.unflatten(prior.mean)
         self.prior_sd = self.adapter.unflatten((self.temperature * prior.variance).sqrt())
-        self.family = noise.likelihood(posterior.config, posterior.state.noise)
+        self.family = noise.likelihood(posterior.config.noise_settings, posterior.state.noise)
 
     def __call__(self, inputs: Inputs, targets: Tensor | None = None, num_data: int | None = None) -> Tensor:
         """Sample θ and y; see the class."""

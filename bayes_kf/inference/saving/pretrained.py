@@ -152,16 +152,16 @@ def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any
         belief=kf.config.structure(**_fields(tensors, "belief.")),
         prior=DiagonalGaussian(**_fields(tensors, "prior.")),
         noise=NoiseState(step=metadata["noise_step"], **_fields(tensors, "noise.")),
-        scores=_scores(metadata["scored"], _fields(tensors, "scores.")),
-        scaled=metadata["scaled"],
+        temperature_scores=_scores(metadata["scored"], _fields(tensors, "scores.")),
+        prior_is_scaled=metadata["scaled"],
         step=metadata["step"],
         examples=metadata["examples"],
     )
     empty = torch.empty(kf.adapter.num_parameters, dtype=kf.adapter.dtype, device="meta")
     start = DiagonalGaussian(empty, empty)
-    alike = {"belief": (state.belief._asdict(), kf._belief(start)._asdict())}
+    alike = {"belief": (state.belief._asdict(), kf._prior_belief(start)._asdict())}
     alike |= {"prior": (state.prior._asdict(), start._asdict())}
-    alike |= {"scores": (state.scores._asdict(), tempering.init(torch.device("cpu"))._asdict())}
+    alike |= {"scores": (state.temperature_scores._asdict(), tempering.init(torch.device("cpu"))._asdict())}
     for part, (found, expected) in alike.items():
         for name, own in found.items():
             like = expected[name]
@@ -176,9 +176,9 @@ def _state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str, Any
                 and not own.cpu().equal(like)
             ):
                 raise ValueError(f"{part}.{name} is {own.tolist()}, not {like.tolist()}")
-    counts = (state.step, state.examples, state.noise.step, state.scores.updates)
-    if not all(type(count) is int and count >= 0 for count in counts) or type(state.scaled) is not bool:
-        raise ValueError(f"its counts are {counts}, its prior scaled: {state.scaled!r}")
+    counts = (state.step, state.examples, state.noise.step, state.temperature_scores.updates)
+    if not all(type(count) is int and count >= 0 for count in counts) or type(state.prior_is_scaled) is not bool:
+        raise ValueError(f"its counts are {counts}, its prior scaled: {state.prior_is_scaled!r}")
     if not bool((state.belief.scales() > 0).all()) or not bool((state.prior.variance > 0).all()):
         raise ValueError("its variances are not positive")
     return state
@@ -212,7 +212,7 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
     parts: dict[str, Any] = {f"belief.{k}": v for k, v in state.belief._asdict().items()}
     parts |= {f"prior.{k}": v for k, v in state.prior._asdict().items()}
     parts |= {f"noise.{k}": v for k, v in state.noise._asdict().items()}
-    parts |= {f"scores.{k}": v for k, v in state.scores._asdict().items()}
+    parts |= {f"scores.{k}": v for k, v in state.temperature_scores._asdict().items()}
     parts |= {f"history.{k}": v for k, v in posterior.history.items()}
     parts |= base_fingerprint.samples(posterior.adapter)
     return {k: v.detach().cpu().clone().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
@@ -230,8 +230,8 @@ def _metadata(posterior: Posterior, folder: Path) -> dict[str, str]:
         "adapter_settings": _adapter_settings(adapter.model),
         "step": state.step,
         "examples": state.examples,
-        "scaled": state.scaled,
-        "scored": state.scores.updates,
+        "scaled": state.prior_is_scaled,
+        "scored": state.temperature_scores.updates,
         "noise_step": state.noise.step,
         "editable": {name: digest(folder / name) for name in EDITABLE if (folder / name).is_file()},
     }
