@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 from bayes_kf import __version__
 
 project, author = "bayes_kf", "The bayes_kf developers"
+copyright = f"2026, {author}. MIT licence"
 version = release = __version__
 extensions = [
     "myst_nb",
@@ -23,7 +24,6 @@ exclude_patterns = ["docs/conf.py", "docs/_ext", ".venv", ".git"]
 html_static_path, html_css_files = ["_static"], ["site.css"]
 html_theme, html_title = "furo", f"bayes_kf {version}"
 nb_execution_mode = "off"  # the notebooks are stored executed; the tests run them
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

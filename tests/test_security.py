@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import bayes_kf as bkf
 from bayes_kf.data.text import text_tokenizer
-from bayes_kf.files.checksums import check_sums
+from bayes_kf.files.checksums import verify_checksums
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
 PACKAGE = Path(bkf.__file__).parent
@@ -114,5 +114,5 @@ def test_checksums_stay_in_their_folder(name, folder):
     (folder.parent / "outside").write_text("x")
     with (folder / "SHA256SUMS").open("a") as file:
         file.write(f"{'0' * 64}  {name}\n")
-    with pytest.raises(ValueError, match=r"`folder` must hold a sound SHA256SUMS, got line \d of"):
-        check_sums(folder)
+    with pytest.raises(ValueError, match=r"`folder` must hold a valid SHA256SUMS, got line \d of"):
+        verify_checksums(folder)

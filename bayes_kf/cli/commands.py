@@ -17,7 +17,7 @@ from bayes_kf.data import LabelledData
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.fitting.fit import fit, fit_default
-from bayes_kf.inference.fitting.progress import shows_bars
+from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
 
 
@@ -40,7 +40,7 @@ def run_fit(args: argparse.Namespace) -> None:
     if gives_settings(args):
         posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
     else:  # as the library without settings
-        posterior = fit_default(model, data.loader, args.start, shows_bars(progress), settings.seed)
+        posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
         tempering.warn_of_mean_alone(posterior.temperature)
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:

@@ -31,7 +31,7 @@ from bayes_kf.evaluation.posterior_report import class_predictions
 from bayes_kf.evaluation.recalibration.scaling import RECALIBRATIONS
 from bayes_kf.evaluation.report.files import check_page
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.fitting.progress import shows_bars
+from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.batch import Inputs, split_batch
 
@@ -250,7 +250,7 @@ def _check_model_and_data(args: argparse.Namespace, *, needed: bool, what: Path)
 
 def _watched(loader: Iterable[Any], name: str, quiet: bool) -> Iterator[Any]:
     """Batches behind a bar that appears with the first of them."""
-    yield from tqdm(loader, desc=name, unit="batch", disable=not shows_bars(False if quiet else None))
+    yield from tqdm(loader, desc=name, unit="batch", disable=not shows_progress(False if quiet else None))
 
 
 def _inputs(loader: Iterable[Any]) -> Iterator[Inputs]:

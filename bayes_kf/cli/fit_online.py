@@ -30,10 +30,10 @@ from bayes_kf.data.text import text_tokenizer
 from bayes_kf.evaluation import DriftDetector
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
-from bayes_kf.inference.fitting.checkpointing import ONE_PASS
-from bayes_kf.inference.fitting.filter_bank import Bank, candidates
+from bayes_kf.inference.fitting.checkpointing import SINGLE_PASS
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES
-from bayes_kf.inference.fitting.progress import shows_bars
+from bayes_kf.inference.fitting.progress import shows_progress
+from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.batch import Inputs
 
@@ -54,7 +54,7 @@ def run_online(args: argparse.Namespace) -> None:
     """``bayes-kf fit --online``."""
     _check(args)
     settings, labels = read_settings(args), Labels(tuple(args.classes), len(args.classes))
-    for name, plain in ONE_PASS.items():
+    for name, plain in SINGLE_PASS.items():
         if name != "tune" and getattr(settings, name) != plain:
             raise ValueError(f"`--online` learns in one pass, with `{name}` {plain}, got {getattr(settings, name)!r}.")
     folder, device = model_folder(args.model), read_device(args.device)
@@ -106,7 +106,7 @@ class _Learner:
     def run(self, lines: TextIO) -> None:
         """Learns all lines; if an error ends it earlier, what was learned is saved."""
         waiting: list[Line] = []  # until there are enough to choose settings and measure the prior's scale on
-        shown = shows_bars(False if self.args.quiet else None)
+        shown = shows_progress(False if self.args.quiet else None)
         bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=not shown)
         try:
             with bar:

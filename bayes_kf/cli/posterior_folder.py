@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bayes_kf.files.atomic_folder import read_whole, recover
-from bayes_kf.files.checksums import check_sums, is_listed
+from bayes_kf.files.atomic_folder import read_consistently, recover
+from bayes_kf.files.checksums import is_listed, verify_checksums
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.inference.saving.file_names import HEAD_FILE, HISTORY_FILE, STREAM_FILE
@@ -75,7 +75,7 @@ def save_posterior(
         if new_head:
             save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
 
-    pretrained.save(posterior, folder, extra=write)
+    pretrained.save(posterior, folder, write_more=write)
 
 
 def read_labels(folder: Path) -> Labels | None:
@@ -84,14 +84,14 @@ def read_labels(folder: Path) -> Labels | None:
     Raises:
         ValueError: if it, or another file of the folder, is damaged.
     """
-    return read_whole(folder, _read_labels)
+    return read_consistently(folder, _read_labels)
 
 
 def _read_labels(folder: Path) -> Labels | None:
     path = folder / LABELS_FILE
     if not is_listed(folder, LABELS_FILE):  # somebody else's, if any
         return None
-    check_sums(folder)
+    verify_checksums(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names, num_outputs = content["class_names"], content["num_outputs"]
@@ -106,7 +106,7 @@ def _read_labels(folder: Path) -> Labels | None:
 
 def read_new_head(folder: Path) -> dict[str, Tensor]:
     """The tensors that a new head started from; none where the base model had its own."""
-    return read_whole(folder, _read_new_head)
+    return read_consistently(folder, _read_new_head)
 
 
 def _read_new_head(folder: Path) -> dict[str, Tensor]:

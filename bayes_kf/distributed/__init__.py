@@ -1,7 +1,7 @@
 """The filter on several processes of torch.distributed.
 
-``fit`` is a pass over a loader; ``ShardedFilter`` is exact and divides the belief, ``DataParallelFilter`` sums two
-vectors; ``merge_scores`` evaluates together.
+``fit`` makes one pass over a loader. ``ShardedFilter`` is exact and divides the belief among the processes;
+``DataParallelFilter`` keeps the whole belief on each and sums two vectors. ``merge_scores`` joins evaluations.
 """
 
 from bayes_kf.distributed.data_parallel import DataParallelFilter

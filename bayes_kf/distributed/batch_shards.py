@@ -1,4 +1,4 @@
-"""What every process has of a global batch, known to fit on all of them before any goes on."""
+"""The examples of a global batch that each process has, checked on all processes before any of them continues."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, to_device
 
 
-class Share(NamedTuple):
-    """This process's part of a global batch.
+class BatchShard(NamedTuple):
+    """The examples of a global batch that this process has.
 
     Attributes:
-        inputs: of its examples; where it has none, of one that it saw before, if any.
+        inputs: of these examples. If there are none: of one example from an earlier batch, or None.
         targets: (B_r,) or (B_r, m).
-        sizes: how many examples each process has.
+        sizes: the number of examples of every process.
     """
 
     inputs: Inputs | None
     targets: Tensor
     sizes: list[int]
 
-    def some(self, where: slice, rank: int) -> Share:
-        """What process ``rank``, whose share this is, has of some examples of the global batch.
+    def subset(self, where: slice, rank: int) -> BatchShard:
+        """The examples of process ``rank`` among a slice of the global batch.
 
-        Without any of them it keeps one example of its own at hand, if it has one.
+        If the process has none of them, the inputs are its first example.
         """
         counts = _overlaps(self.sizes, where)
         start = min(self.sizes[rank], max(0, where.start - sum(self.sizes[:rank])))
@@ -37,85 +37,97 @@ class Share(NamedTuple):
         inputs = self.inputs
         if inputs is not None:
             inputs = some_examples(inputs, slice(start, stop) if counts[rank] else slice(0, 1), batch_size(inputs))
-        return Share(inputs, self.targets[start:stop], counts)
+        return BatchShard(inputs, self.targets[start:stop], counts)
 
 
-class Shares:
-    """Takes in each process's examples, so that an error on one ends the step on all.
+class BatchShards:
+    """Checks the examples of every process, so that an error on one process ends the step on all of them.
 
     Args:
         group: the processes.
         adapter: the model.
-        needs_one: whether a process that has no examples of a batch needs some other to go through the motions with.
+        needs_example: whether a process without examples needs one of an earlier batch to take part in a step.
     """
 
-    def __init__(self, group: Group, adapter: AdapterModel, needs_one: bool) -> None:
-        self.group, self.adapter, self._needs_one = group, adapter, needs_one
-        self._seen: Inputs | None = None  # an example, for batches of which this process has none
+    def __init__(self, group: Group, adapter: AdapterModel, needs_example: bool) -> None:
+        self.group, self.adapter, self._needs_example = group, adapter, needs_example
+        self._spare: Inputs | None = None  # one example, for batches of which this process has none
 
-    def take(self, inputs: Inputs | None, targets: Tensor | None) -> Share:
-        """This process's examples once all processes know that theirs fit."""
-        failed: Exception | None = None
-        size, given, labels = 0, None, None
-        try:
-            if (inputs is None) != (targets is None):
-                raise ValueError("`inputs` and `targets` must both be given, or neither.")
-            if inputs is not None and targets is not None:
-                check_inputs(inputs)
-                given, labels = to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
-                size = batch_size(given)
-                if len(labels) != size:
-                    raise ValueError(f"`targets` must have one entry per example ({size}), got {len(labels)}.")
-                self.remember(given)
-            elif self._seen is None and self._needs_one:
-                raise ValueError("`inputs` must be given in the first update, or to `init`: nothing was seen yet.")
-            else:
-                given = self._seen
-        except Exception as error:  # whatever it is, the others must not wait for this process
-            failed = error
-        sizes = self.group.numbers(-1 if failed else size, self.adapter.device)
-        if failed is not None:
-            raise failed
-        if min(sizes) < 0:
-            raise OtherProcessError(f"process {sizes.index(-1)} could not use its examples; nothing was learned")
-        if sum(sizes) == 0:
-            raise ValueError("`inputs` must be given on one process at least, got none anywhere.")
-        return Share(given, self._received(labels), sizes)
-
-    def _received(self, labels: Tensor | None) -> Tensor:
-        """Targets in the form that all processes send them in."""
-        device, numbers = self.adapter.device, self.group.numbers
-        width = max(numbers(0 if labels is None or labels.ndim == 1 else labels.shape[1], device))
-        floating = max(numbers(int(labels is not None and labels.is_floating_point()), device))
-        kind, wanted = self.adapter.dtype if floating else torch.int64, (width,) if width else ()
-        alike = labels is None or tuple(labels.shape[1:]) == wanted
-        if not all(numbers(int(alike), device)):
-            got = "" if labels is None else f", here {tuple(labels.shape)}"
-            raise ValueError(f"`targets` must be of one shape but for the examples on every process, got several{got}.")
-        if labels is None:
-            return torch.empty((0, width) if width else 0, dtype=kind, device=device)
-        return labels.to(kind)
-
-    def remember(self, inputs: Inputs) -> None:
-        """Keep an example."""
-        size = batch_size(inputs)
-        if size:
-            self._seen = some_examples(inputs, slice(0, 1), size)
-
-    def all_or_none(self, failed: Exception | None) -> None:
-        """Go on where every process can.
+    def check(self, inputs: Inputs | None, targets: Tensor | None) -> BatchShard:
+        """This process's shard of a global batch, once the shards of all processes are valid.
 
         Raises:
-            Exception: this process's own, or an OtherProcessError.
+            ValueError: if the inputs or targets of this process do not fit, or no process has any.
+            OtherProcessError: if those of another process do not fit.
         """
-        flags = self.group.numbers(int(failed is not None), self.adapter.device)
-        if failed is not None:
-            raise failed
+        failure: Exception | None = None
+        size, local_inputs, labels = 0, None, None
+        try:
+            size, local_inputs, labels = self._check_local(inputs, targets)
+        except Exception as raised:  # of any kind, or the other processes would wait for this one
+            failure = raised
+        sizes = self.group.all_gather_int(-1 if failure else size, self.adapter.device)
+        if failure is not None:
+            raise failure
+        if min(sizes) < 0:
+            raise OtherProcessError(f"process {sizes.index(-1)} could not use its examples; the belief is unchanged")
+        if sum(sizes) == 0:
+            raise ValueError("`inputs` must be given on at least one process, got none on all of them.")
+        return BatchShard(local_inputs, self._with_common_dtype(labels), sizes)
+
+    def remember(self, inputs: Inputs) -> None:
+        """Keep one example for batches of which this process has none."""
+        size = batch_size(inputs)
+        if size:
+            self._spare = some_examples(inputs, slice(0, 1), size)
+
+    def raise_together(self, failure: Exception | None) -> None:
+        """Return if no process has an error.
+
+        Raises:
+            Exception: the error of this process.
+            OtherProcessError: if only other processes have one.
+        """
+        flags = self.group.all_gather_int(int(failure is not None), self.adapter.device)
+        if failure is not None:
+            raise failure
         if any(flags):
-            raise OtherProcessError(f"process {flags.index(1)} could not go on; see its own error")
+            raise OtherProcessError(f"process {flags.index(1)} could not continue; its own error says why")
+
+    def _check_local(self, inputs: Inputs | None, targets: Tensor | None) -> tuple[int, Inputs | None, Tensor | None]:
+        """The number of examples of this process, its inputs and its targets, on the model's device."""
+        if (inputs is None) != (targets is None):
+            raise ValueError("`inputs` and `targets` must both be given or both be None.")
+        if inputs is None or targets is None:
+            if self._spare is None and self._needs_example:
+                raise ValueError("`inputs` must be given in the first update or to `init`, got None in both.")
+            return 0, self._spare, None
+        check_inputs(inputs)
+        inputs, targets = to_device(inputs, self.adapter.device), targets.to(self.adapter.device)
+        size = batch_size(inputs)
+        if len(targets) != size:
+            raise ValueError(f"`targets` must have one entry per example ({size}), got {len(targets)}.")
+        self.remember(inputs)
+        return size, inputs, targets
+
+    def _with_common_dtype(self, labels: Tensor | None) -> Tensor:
+        """Targets with the shape and dtype that all processes use."""
+        device, gather = self.adapter.device, self.group.all_gather_int
+        width = max(gather(0 if labels is None or labels.ndim == 1 else labels.shape[1], device))
+        floating = max(gather(int(labels is not None and labels.is_floating_point()), device))
+        dtype, shape = self.adapter.dtype if floating else torch.int64, (width,) if width else ()
+        fits = labels is None or tuple(labels.shape[1:]) == shape
+        if not all(gather(int(fits), device)):
+            local = "" if labels is None else f", here {tuple(labels.shape)}"
+            raise ValueError(
+                f"`targets` must have the same shape per example on all processes, got different ones{local}."
+            )
+        if labels is None:
+            return torch.empty((0, width) if width else 0, dtype=dtype, device=device)
+        return labels.to(dtype)
 
 
 def _overlaps(sizes: list[int], where: slice) -> list[int]:
-    """How many of some examples of a global batch each process has."""
+    """The number of examples that each process has in a slice of the global batch."""
     ends = list(itertools.accumulate(sizes))
     return [max(0, min(where.stop, end) - max(where.start, end - size)) for end, size in zip(ends, sizes, strict=True)]

@@ -1,23 +1,20 @@
-"""The information form on several processes: two vectors of length n are summed, and nothing else of that size is sent.
+"""The information form on several processes: each update sums two vectors of length n over the processes.
 
-The precision of a diagonal belief in information form grows by diag(JᵀVJ), its mean moves by P Jᵀ(y − π): both are sums
-over examples, whoever has them. Every process holds the whole belief. A global batch is learned from at once, expanded
-at the mean before it, as the natural gradient does. Where that is too far for one step (``trust``), its first half is
-learned instead, and then the second, linearized again. Innovations, which need rows of different processes beside each
-other, are not known.
+The precision of a diagonal belief in information form grows by diag(JᵀVJ), and its mean moves by P Jᵀ(y − π). Both are
+sums over examples. Every process holds the whole belief. The filter conditions on a whole global batch at once,
+expanded at the mean before it (the natural gradient step). If the linearization does not hold for that step
+(``linearization_check``), it conditions on the first half of the batch, linearizes again, and conditions on the second
+half. Innovations are not computed: they need the Jacobian rows of all processes together.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
-from bayes_kf.distributed.batch_shards import Share
-from bayes_kf.distributed.distributed_filter import FilterOfMany
+from bayes_kf.distributed.batch_shards import BatchShard
+from bayes_kf.distributed.batch_sums import BatchSums
+from bayes_kf.distributed.distributed_filter import DistributedFilter
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.linearization_check import (
     MAX_DIVERGENCE,
     TRUST_RADIUS,
@@ -25,244 +22,229 @@ from bayes_kf.inference.filtering.linearization_check import (
     linearization_error,
 )
 from bayes_kf.inference.filtering.measurement import Measurement, MeasurementBlock
-from bayes_kf.inference.filtering.measurement_update import (
+from bayes_kf.inference.filtering.measurement_update import check_finite, score_temperatures
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.step_guard import (
     DAMPING_STEP,
     MAX_DAMPINGS,
     MIN_BLOCK_EXAMPLES,
     OBJECTIVE_RTOL,
-    check_finite,
-    score_temperatures,
     warn_of_refused_steps,
 )
-from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
 
-WANTED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
+NEEDED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
 
 
-class Sums(NamedTuple):
-    """Sums over the examples of one process, or of all.
+class DataParallelFilter(DistributedFilter):
+    """A filter in information form over the processes of a group; each holds the whole belief.
 
-    Attributes:
-        precision: diag(JᵀVJ), (n,).
-        gradient: Jᵀ(y − π), (n,).
-        log_prob: Σ log p(y | μ).
-        temperature_scores: log losses by temperature and their squared differences.
-        examples: how many.
-    """
-
-    precision: Tensor
-    gradient: Tensor
-    log_prob: Tensor
-    temperature_scores: TemperatureState
-    examples: int
-
-
-class DataParallelFilter(FilterOfMany):
-    """A filter in information form over the processes of a group, the belief whole on each.
-
-    Sends 2n numbers a process and update, whatever the batch, where :class:`ShardedFilter` sends rows. The result is
-    that of ``KalmanConfig(covariance="diagonal_information", expansion="mean")`` on one process that is given all
-    examples at once (there, batches of more than 192 rows are learned in parts, one after the other; here, only those
-    that are too far for one step). Draws that price
-    temperatures and probe curvature are others than there. ``info`` is about this process's examples, and knows no
-    innovation.
+    Each process sends 2n numbers in an update, whatever the size of the batch; :class:`ShardedFilter` sends Jacobian
+    rows. The result equals that of ``KalmanConfig(covariance="diagonal_information", expansion="mean")`` on one process
+    that conditions on all examples at once. A single process divides batches of more than 192 rows; this filter divides
+    a batch only if its linearization does not hold. The random numbers for temperature scores and curvature probes
+    differ from those of one process. ``info`` describes the examples of this process and has no innovation.
 
     Args:
         model: the same on every process.
-        config: the settings; as above, without a gate or an estimated noise variance.
+        config: the settings above, without a gate or an estimated noise variance.
         group: of torch.distributed; by default that of ``init_process_group``.
 
     Raises:
         ValueError: for another config.
-        RuntimeError: where torch.distributed was not initialized, or the processes' models or settings differ.
+        RuntimeError: if torch.distributed is not initialized, or the models or settings of the processes differ.
     """
 
-    NEEDS_AN_EXAMPLE = False
+    NEEDS_EXAMPLE = False
 
     def shard(self, state: FilterState) -> FilterState:
-        """The state as it is: every process holds all of it."""
+        """The state itself: every process holds all of it."""
         return state
 
     def gather(self, state: FilterState) -> FilterState:
-        """The state as it is."""
+        """The state itself."""
         return state
 
-    def _check(self) -> None:
-        for name, value in WANTED.items():
+    def _check_config(self) -> None:
+        for name, value in NEEDED.items():
             if getattr(self.config, name) != value:
                 raise ValueError(
-                    f"`{name}` must be {value!r} for sums over processes, got {getattr(self.config, name)!r}."
+                    f"`{name}` must be {value!r} for a DataParallelFilter, got {getattr(self.config, name)!r}."
                 )
-        if self.config.gate_quantile is not None or self.config.noise_variance == "estimated":
-            raise ValueError("`gate_quantile` and `noise_variance` must be None and a number for sums over processes.")
+        if self.config.gate_quantile is not None:
+            raise ValueError(f"`gate_quantile` must be None for a DataParallelFilter, got {self.config.gate_quantile}.")
+        if self.config.noise_variance == "estimated":
+            raise ValueError("`noise_variance` must be a number for a DataParallelFilter, got 'estimated'.")
 
-    def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
+    def _update(self, state: FilterState, batch: BatchShard) -> tuple[FilterState, UpdateInfo]:
         before, builder = self.kf._predict(state), UpdateInfoBuilder()
-        after, damping, steps = self._learned(before, share, builder, whole=True)
+        after, damping, linearizations = self._measurement_update(before, batch, builder, is_whole=True)
         after = after._replace(noise=before.noise._replace(step=before.noise.step + 1), step=before.step + 1)
-        info = builder.build(float((after.belief.mean - before.belief.mean).norm()), relinearized=steps - 1)
-        return after, info._replace(damping=damping)
+        step_norm = float((after.belief.mean - before.belief.mean).norm())
+        return after, builder.build(step_norm, relinearized=linearizations - 1)._replace(damping=damping)
 
-    def _learned(
-        self, state: FilterState, share: Share, builder: UpdateInfoBuilder, whole: bool
+    def _measurement_update(
+        self, state: FilterState, batch: BatchShard, builder: UpdateInfoBuilder, is_whole: bool
     ) -> tuple[FilterState, float, int]:
-        """The state after a global batch, the least damping of its steps, and how often it was linearized.
+        """The state after a global batch, the smallest damping, and the number of linearizations.
 
-        At once, or where that is too far for one step, its halves one after the other.
+        The update takes the batch at once. If its linearization does not hold, it takes the two halves in turn.
 
         Args:
-            state: before it.
-            share: of the batch.
+            state: before the batch.
+            batch: this process's shard of it.
             builder: of the update.
-            whole: whether this is the update's batch and no part of it, so that ``builder`` takes in its outputs.
+            is_whole: whether ``batch`` is the whole batch of the update; if so, ``builder`` records its outputs.
         """
-        batches, sums = self._linearized(state, share, builder, whole)
+        pieces, sums = self._linearize(state, batch, builder, is_whole)
         size = sums.examples
-        belief, damping, held = self._condition(state, batches, sums, builder)
-        if held or size < 2 * MIN_BLOCK_EXAMPLES:
-            scores = (
-                _joined(state.temperature_scores, sums.temperature_scores)
-                if isinstance(self.config.temperature, str)
-                else state.temperature_scores
-            )
+        belief, damping, holds = self._condition(state, pieces, sums, builder)
+        if holds or size < 2 * MIN_BLOCK_EXAMPLES:
+            is_scored = isinstance(self.config.temperature, str)
+            scores = sums.added_scores(state.temperature_scores) if is_scored else state.temperature_scores
             return state._replace(belief=belief, temperature_scores=scores, examples=state.examples + size), damping, 1
-        least, steps = 1.0, 1
+        smallest, linearizations = 1.0, 1
         for where in (slice(0, size // 2), slice(size // 2, size)):
-            state, damping, more = self._learned(state, share.some(where, self.group.rank), builder, whole=False)
-            least, steps = min(least, damping), steps + more
-        return state, least, steps
+            half = batch.subset(where, self.group.rank)
+            state, damping, more = self._measurement_update(state, half, builder, is_whole=False)
+            smallest, linearizations = min(smallest, damping), linearizations + more
+        return state, smallest, linearizations
 
-    def _linearized(
-        self, before: FilterState, share: Share, builder: UpdateInfoBuilder, whole: bool
-    ) -> tuple[list[tuple[Measurement, MeasurementBlock]], Sums]:
-        """This process's pieces of a global batch, and the sums over all processes."""
-        size, first = share.sizes[self.group.rank], sum(share.sizes[: self.group.rank])
+    def _linearize(
+        self, before: FilterState, batch: BatchShard, builder: UpdateInfoBuilder, is_whole: bool
+    ) -> tuple[list[tuple[Measurement, MeasurementBlock]], BatchSums]:
+        """This process's linearized pieces of a global batch, and the sums over all processes."""
         pieces: list[tuple[Measurement, MeasurementBlock]] = []
-        failed = None
-        own = Sums(torch.zeros_like(before.belief.mean), torch.zeros_like(before.belief.mean), *self._nothing(), 0)
+        own, failure = BatchSums.zeros(before.belief.mean), None
         try:
-            if size and share.inputs is not None:
-                self.kf.linearize.prepare(before.belief.mean, share.inputs)
-                shifted = before._replace(examples=before.examples + first)  # so that no two draw the same probes
-                targets = self.kf._check_targets(shifted, size, share.targets)
-                for batch in list(self.kf._measure(shifted, share.inputs, targets, before.belief.mean)):
-                    if whole:
-                        builder.add_outputs(
-                            batch.outputs, batch.targets, noise.likelihood(self.config.noise_settings, before.noise)
-                        )
-                    builder.add_linearization(len(batch.targets), batch.projected.lumped)
-                    numbered = shifted._replace(examples=shifted.examples + own.examples)
-                    part = batch.block(slice(0, len(batch.targets)), max(batch.rows_per_example))
-                    pieces.append((batch, part))
-                    own = self._added(own, numbered, batch, part)
-        except Exception as raised:  # whatever it is, the others must not wait for this process
-            failed = raised
-        self.shares.all_or_none(failed)
-        sums = self._summed(own, sum(share.sizes))
+            if batch.sizes[self.group.rank] and batch.inputs is not None:
+                own = self._linearize_local(before, batch, builder, is_whole, pieces)
+        except Exception as raised:  # of any kind, or the other processes would wait for this one
+            failure = raised
+        self.batch_shards.raise_together(failure)
+        sums = own.over_processes(self.group, sum(batch.sizes))
         check_finite("the precision", sums.precision)
         check_finite("the gradient", sums.gradient)
         return pieces, sums
 
-    def _nothing(self) -> tuple[Tensor, TemperatureState]:
-        device = self.adapter.device
-        return torch.zeros((), dtype=torch.float64, device=device), tempering.init(device)
+    def _linearize_local(
+        self,
+        before: FilterState,
+        batch: BatchShard,
+        builder: UpdateInfoBuilder,
+        is_whole: bool,
+        pieces: list[tuple[Measurement, MeasurementBlock]],
+    ) -> BatchSums:
+        """The sums over this process's examples; appends their linearized pieces to ``pieces``."""
+        assert batch.inputs is not None
+        self.kf.linearize.prepare(before.belief.mean, batch.inputs)
+        first, own = sum(batch.sizes[: self.group.rank]), BatchSums.zeros(before.belief.mean)
+        shifted = before._replace(examples=before.examples + first)  # so that no two processes draw the same probes
+        targets = self.kf._check_targets(shifted, batch.sizes[self.group.rank], batch.targets)
+        for piece in list(self.kf._measure(shifted, batch.inputs, targets, before.belief.mean)):
+            if is_whole:
+                builder.add_outputs(
+                    piece.outputs, piece.targets, noise.likelihood(self.config.noise_settings, before.noise)
+                )
+            builder.add_linearization(len(piece.targets), piece.projected.lumped)
+            numbered = shifted._replace(examples=shifted.examples + own.examples)
+            block = piece.block(slice(0, len(piece.targets)), max(piece.rows_per_example))
+            pieces.append((piece, block))
+            own = self._add_piece(own, numbered, piece, block)
+        return own
 
-    def _added(self, sums: Sums, state: FilterState, batch: Measurement, part: MeasurementBlock) -> Sums:
-        """The sums with a piece of this process's examples."""
-        everything = slice(0, len(batch.targets))
-        output_cov = state.belief.output_covariance(part.jacobian).to(part.outputs.dtype)
+    def _add_piece(self, sums: BatchSums, state: FilterState, piece: Measurement, block: MeasurementBlock) -> BatchSums:
+        """The sums with one more piece of this process's examples."""
+        everything = slice(0, len(piece.targets))
+        output_cov = state.belief.output_covariance(block.jacobian).to(block.outputs.dtype)
         scores = score_temperatures(
-            self.config, state._replace(temperature_scores=sums.temperature_scores), batch, everything, part, output_cov
+            self.config,
+            state._replace(temperature_scores=sums.temperature_scores),
+            piece,
+            everything,
+            block,
+            output_cov,
         )
-        factor, residual = part.family.whiten(part.outputs.double(), part.targets)
-        seen = part.jacobian.left_multiply(factor)
-        curved = seen if part.probes is None else part.directions.left_multiply(part.probes.factor(part.outputs))
-        return Sums(
-            sums.precision + curved.column_squares(),
-            sums.gradient + seen.rmatvec(residual.to(seen.like)),
-            sums.log_prob + part.family.log_prob(part.outputs, part.targets).double().sum(),
+        factor, residual = block.family.whiten(block.outputs.double(), block.targets)
+        whitened = block.jacobian.left_multiply(factor)
+        curvature = (
+            whitened if block.probes is None else block.directions.left_multiply(block.probes.factor(block.outputs))
+        )
+        return BatchSums(
+            sums.precision + curvature.column_squares(),
+            sums.gradient + whitened.rmatvec(residual.to(whitened.like)),
+            sums.log_prob + block.family.log_prob(block.outputs, block.targets).double().sum(),
             scores,
-            sums.examples + len(batch.targets),
+            sums.examples + len(piece.targets),
         )
-
-    def _summed(self, own: Sums, examples: int) -> Sums:
-        size = len(tempering.GRID)
-        numbers = [own.log_prob.view(1), own.temperature_scores.total, own.temperature_scores.differences.flatten()]
-        log_prob, total, differences = self.group.total(torch.cat(numbers)).split([1, size, size**2])
-        scores = TemperatureState(0, total, differences.view(size, size))
-        return Sums(self.group.total(own.precision), self.group.total(own.gradient), log_prob[0], scores, examples)
 
     def _condition(
         self,
         state: FilterState,
         pieces: list[tuple[Measurement, MeasurementBlock]],
-        sums: Sums,
+        sums: BatchSums,
         builder: UpdateInfoBuilder,
     ) -> tuple[DiagonalGaussian, float, bool]:
-        """The belief after the batch, its damping, and whether the linearization held, without a refused step.
+        """The belief after the batch, its damping, and whether the linearization holds and no step was rejected.
 
-        A batch that can be halved is not damped. A smaller one is, until the objective falls; where it never does, the
-        belief stays as it was.
+        A batch that can be halved is not damped. A smaller batch is damped until the objective decreases; if it never
+        does, the belief stays the same.
         """
-        damping, prior = 1.0, _diagonal(state)
-        dampings = MAX_DAMPINGS if sums.examples < 2 * MIN_BLOCK_EXAMPLES else 0
-        for attempt in range(dampings + 1):
+        damping, prior = 1.0, _diagonal_belief(state)
+        max_dampings = MAX_DAMPINGS if sums.examples < 2 * MIN_BLOCK_EXAMPLES else 0
+        for attempt in range(max_dampings + 1):
             variance = prior.variance / (1.0 + damping * sums.precision * prior.variance)
-            found = prior._replace(mean=prior.mean + variance * damping * sums.gradient, variance=variance)
-            accepted, held = self._judged(state, found, pieces, sums, builder) if self.config.damping else (True, True)
+            after = prior._replace(mean=prior.mean + variance * damping * sums.gradient, variance=variance)
+            accepted, holds = (
+                self._check_step(state, after, pieces, sums, builder) if self.config.damping else (True, True)
+            )
             if accepted:
                 break
-            if attempt == dampings:
-                if dampings:
-                    check_finite("the mean", found.mean)
+            if attempt == max_dampings:
+                if max_dampings:
+                    check_finite("the mean", after.mean)
                     warn_of_refused_steps()
                 return prior, 0.0, False
             damping *= DAMPING_STEP
-        check_finite("the mean", found.mean)
-        check_finite("the variance", found.variance)
-        return found, damping, held
+        check_finite("the mean", after.mean)
+        check_finite("the variance", after.variance)
+        return after, damping, holds
 
-    def _judged(
+    def _check_step(
         self,
         state: FilterState,
-        found: DiagonalGaussian,
+        after: DiagonalGaussian,
         pieces: list[tuple[Measurement, MeasurementBlock]],
-        sums: Sums,
+        sums: BatchSums,
         builder: UpdateInfoBuilder,
     ) -> tuple[bool, bool]:
-        """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ over all processes, and the linearization holds after it.
+        """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ over all processes, and its linearization holds.
 
-        Both without a look where it moves no output far.
+        A step that changes no output by ``TRUST_RADIUS`` or more passes without a forward pass.
         """
-        family, step = noise.likelihood(self.config.noise_settings, state.noise), found.mean - state.belief.mean
-        finite = bool(torch.isfinite(found.mean).all())
-        small = finite and all(
-            is_small_change(batch.jacobian.matvec(step), family, TRUST_RADIUS) for batch, _ in pieces
+        family, step = noise.likelihood(self.config.noise_settings, state.noise), after.mean - state.belief.mean
+        is_finite = bool(torch.isfinite(after.mean).all())
+        is_trusted = is_finite and all(
+            is_small_change(piece.jacobian.matvec(step), family, TRUST_RADIUS) for piece, _ in pieces
         )
-        if sum(self.group.numbers(int(not small), self.adapter.device)) == 0:
+        if sum(self.group.all_gather_int(int(not is_trusted), self.adapter.device)) == 0:
             return True, True
-        sent = torch.zeros(2, dtype=torch.float64, device=self.adapter.device)  # log loss, and how far from linear
-        for batch, part in pieces if finite else []:
-            everything = slice(0, len(batch.targets))
-            moved = batch.outputs_at(found.mean, everything)
-            builder.add_check(len(batch.targets))
-            sent[0] -= family.log_prob(moved, batch.targets).double().sum()
-            sent[1] += linearization_error(batch, everything, part, found.mean, moved) * len(batch.targets)
-        loss, apart = self.group.total(sent if finite else sent + torch.inf).tolist()
-        penalty = 0.5 * float((step.square() / _diagonal(state).variance).sum())
+        local = torch.zeros(2, dtype=torch.float64, device=self.adapter.device)  # log loss, divergence from linear
+        for piece, block in pieces if is_finite else []:
+            everything = slice(0, len(piece.targets))
+            outputs = piece.outputs_at(after.mean, everything)
+            builder.add_check(len(piece.targets))
+            local[0] -= family.log_prob(outputs, piece.targets).double().sum()
+            local[1] += linearization_error(piece, everything, block, after.mean, outputs) * len(piece.targets)
+        loss, divergence = self.group.all_reduce(local if is_finite else local + torch.inf).tolist()
+        penalty = 0.5 * float((step.square() / _diagonal_belief(state).variance).sum())
         before = -float(sums.log_prob)
-        return loss + penalty <= before + OBJECTIVE_RTOL * (1.0 + abs(before)), apart / sums.examples < MAX_DIVERGENCE
+        is_lower = loss + penalty <= before + OBJECTIVE_RTOL * (1.0 + abs(before))
+        return is_lower, divergence / sums.examples < MAX_DIVERGENCE
 
 
-def _diagonal(state: FilterState) -> DiagonalGaussian:
-    """The belief of a state, whose structure ``WANTED`` makes diagonal."""
+def _diagonal_belief(state: FilterState) -> DiagonalGaussian:
+    """The belief of a state, which is diagonal by ``NEEDED``."""
     assert isinstance(state.belief, DiagonalGaussian)
     return state.belief
-
-
-def _joined(scores: TemperatureState, new: TemperatureState) -> TemperatureState:
-    """The scores with those of one more batch."""
-    return TemperatureState(scores.updates + 1, scores.total + new.total, scores.differences + new.differences)

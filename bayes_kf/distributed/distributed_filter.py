@@ -1,4 +1,4 @@
-"""What filters on several processes share: the same calls as one filter, each process with its own examples."""
+"""The base class of filters on several processes: the calls of one filter, each process with its own examples."""
 
 from __future__ import annotations
 
@@ -10,87 +10,86 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayes_kf.distributed.batch_shards import Share, Shares
+from bayes_kf.distributed.batch_shards import BatchShard, BatchShards
 from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
+from bayes_kf.inference.fitting.checkpointing import SINGLE_PASS
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, to_device
 
 
-class FilterOfMany(ABC):
+class DistributedFilter(ABC):
     """A filter over the processes of a group; arguments and errors as for :class:`ShardedFilter`."""
 
-    NEEDS_AN_EXAMPLE = True
+    NEEDS_EXAMPLE = True  # whether a process without examples needs one to take part in an update
 
     def __init__(self, model: nn.Module | AdapterModel, config: KalmanConfig | None = None, group: Any = None) -> None:
         self.group, self.config = Group(group), KalmanConfig() if config is None else config
         check_config(self.config)
-        for name, plain in (("tune", None), ("passes", 1), ("mean_passes", 0), ("gradient_penalty", 0.0)):
-            if getattr(self.config, name) != plain:
-                raise ValueError(f"`{name}` must be {plain} on several processes, got {getattr(self.config, name)!r}.")
-        self._check()
+        for name, needed in (SINGLE_PASS | {"gradient_penalty": 0.0}).items():
+            if getattr(self.config, name) != needed:
+                raise ValueError(f"`{name}` must be {needed} on several processes, got {getattr(self.config, name)!r}.")
+        self._check_config()
         self.kf = KalmanFilter(model, self.config)
         self.adapter = self.kf.adapter
         mean = self.adapter.vector()
         sums = float(mean.double().sum()), float(mean.double().square().sum())
         names = self.adapter.names, self.adapter.shapes
-        self.group.check_alike("`model` and `config`", self.config, *names, *sums, device=mean.device)
-        self.shares = Shares(self.group, self.adapter, self.NEEDS_AN_EXAMPLE)
-        self._prepare()
+        self.group.check_equal("`model` and `config`", self.config, *names, *sums, device=mean.device)
+        self.batch_shards = BatchShards(self.group, self.adapter, self.NEEDS_EXAMPLE)
 
     def init(self, inputs: Inputs | None = None) -> FilterState:
-        """This process's share of the prior.
+        """This process's shard of the prior.
 
         Args:
-            inputs: a batch to measure the prior's scale on, see :meth:`KalmanFilter.init`. Those of the first process
-                count; the others may give none, or their own.
+            inputs: a batch to measure the scale of the prior on, see :meth:`KalmanFilter.init`. Only those of the first
+                process are measured; the other processes may give None.
 
         Raises:
-            ValueError: where the first process gives none and the prior needs them; an OtherProcessError elsewhere.
+            ValueError: on the first process, if the prior needs inputs and it has none.
+            OtherProcessError: on the other processes, in the same case.
         """
-        failed, state = None, self.kf.init()
+        failure, state = None, self.kf.init()
         variance = torch.zeros_like(state.prior.variance)
         try:
             if inputs is not None:
-                self.shares.remember(to_device(inputs, self.adapter.device))
+                self.batch_shards.remember(to_device(inputs, self.adapter.device))
             if self.group.rank == 0:
                 measured = self.kf.init(inputs)
                 if not measured.prior_is_scaled:
-                    raise ValueError(
-                        "`inputs` must be given on the first process: the prior's scale is measured there."
-                    )
+                    raise ValueError("`inputs` must be given on the first process to scale the prior, got None.")
                 variance = measured.prior.variance
-        except Exception as error:  # whatever it is, the others must not wait for this process
-            failed = error
-        self.shares.all_or_none(failed)
-        start = DiagonalGaussian(state.prior.mean, self.group.total(variance))
-        return self.shard(state._replace(belief=self.kf._prior_belief(start), prior=start, prior_is_scaled=True))
+        except Exception as raised:  # of any kind, or the other processes would wait for this one
+            failure = raised
+        self.batch_shards.raise_together(failure)
+        prior = DiagonalGaussian(state.prior.mean, self.group.all_reduce(variance))
+        return self.shard(state._replace(belief=self.kf._prior_belief(prior), prior=prior, prior_is_scaled=True))
 
     def update(
         self, state: FilterState, inputs: Inputs | None, targets: torch.Tensor | None
     ) -> tuple[FilterState, UpdateInfo]:
-        """The belief after one more global batch, and what was seen on the way.
+        """The state after one global batch, and a report of the update. ``state`` is not changed.
 
         Args:
-            state: this process's share.
-            inputs: this process's examples; None where it has none of this batch.
-            targets: theirs.
+            state: this process's shard of the state.
+            inputs: this process's examples; None if it has none of this batch.
+            targets: their targets.
 
         Raises:
-            ValueError: for inputs or targets that do not fit.
-            OtherProcessError: where another process raised an error before anything was learned.
-            DivergenceError: on every process, when the update would leave the finite or the positive.
+            ValueError: if the inputs or targets do not fit.
+            OtherProcessError: if another process raised an error; the belief is unchanged.
+            DivergenceError: on every process, if the update is not finite or a variance is not positive.
         """
         begun = time.perf_counter()
         with self.adapter.full_precision():
-            share = self.shares.take(inputs, targets)
+            batch = self.batch_shards.check(inputs, targets)
             try:
-                after, info = self._update(state, share)
+                after, info = self._update(state, batch)
             except DIVERGED as error:
                 raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
         return after, info._replace(seconds=time.perf_counter() - begun)
@@ -100,36 +99,34 @@ class FilterOfMany(ABC):
         return Posterior(self.kf, self.gather(state))
 
     def save_pretrained(self, state: FilterState, folder: str | Path) -> None:
-        """Write the whole posterior into ``folder``, as :meth:`Posterior.save_pretrained` does, from the first process.
+        """Save the whole posterior into ``folder`` from the first process, as :meth:`Posterior.save_pretrained` does.
 
-        Every process returns once it is there.
+        Every process returns after the folder is written.
 
         Raises:
-            OSError, ValueError: on the first process, where it cannot be written; on the others an OtherProcessError.
+            OSError, ValueError: on the first process, if the folder cannot be written.
+            OtherProcessError: on the other processes, in the same case.
         """
-        whole, failed = self.posterior(state), None
+        whole, failure = self.posterior(state), None
         if self.group.rank == 0:
             try:
                 whole.save_pretrained(folder)
-            except (OSError, ValueError) as error:
-                failed = error
-        self.shares.all_or_none(failed)
+            except (OSError, ValueError) as raised:
+                failure = raised
+        self.batch_shards.raise_together(failure)
 
     @abstractmethod
     def shard(self, state: FilterState) -> FilterState:
-        """This process's share of a whole state: of one that was saved, say."""
+        """This process's shard of a whole state, for example of a saved one."""
 
     @abstractmethod
     def gather(self, state: FilterState) -> FilterState:
         """The whole state, on every process."""
 
     @abstractmethod
-    def _check(self) -> None:
-        """Whether this form serves the config."""
+    def _check_config(self) -> None:
+        """Raise ValueError if this filter does not support the config."""
 
     @abstractmethod
-    def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
-        """The state after a batch that fits, and the report."""
-
-    def _prepare(self) -> None:  # noqa: B027 (not every form needs more)
-        """What else a form needs."""
+    def _update(self, state: FilterState, batch: BatchShard) -> tuple[FilterState, UpdateInfo]:
+        """The state after a valid global batch, and a report of the update."""

@@ -1,4 +1,4 @@
-"""A pass over a loader on several processes, and scores of all of them."""
+"""Fits and scores on several processes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayes_kf.distributed.data_parallel import DataParallelFilter
-from bayes_kf.distributed.distributed_filter import FilterOfMany
+from bayes_kf.distributed.distributed_filter import DistributedFilter
 from bayes_kf.distributed.process_group import Group
 from bayes_kf.distributed.sharded import ShardedFilter
 from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES, complete, first, length, located, scaling
-from bayes_kf.inference.fitting.progress import Bar, Record, shows_bars
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
+from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
+from bayes_kf.inference.fitting.loop import Callback, LoopStep, every_updates, inputs_and_targets, run_loop
+from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
+from bayes_kf.models.batch import Inputs
 from bayes_kf.models.peft_adapters.in_use import is_peft
+from bayes_kf.validation import check_one_of, check_whole
 
-FORMS: dict[str, type[FilterOfMany]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}
+FORMS: dict[str, type[DistributedFilter]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}
 
 
 def fit(
@@ -37,63 +42,46 @@ def fit(
     every: int = 100,
     progress: bool | None = None,
 ) -> Posterior:
-    """The posterior after one pass over what the processes of a group were given, whole on every one of them.
+    """The posterior after one pass over the loaders of all processes of a group; every process gets the whole of it.
 
-    Update k learns the k-th batch of every process together, process after process. Shares may be of different
-    lengths: a process that has come to its end goes on with the others, with nothing to add. With Accelerate, prepare
-    the loader with ``even_batches=False``: otherwise it repeats examples, which would then count twice.
+    Update k takes the k-th batch of every process as one global batch, ordered by process. The loaders may have
+    different lengths: a process whose loader has ended takes part in the remaining updates without examples. With
+    Accelerate, prepare the loader with ``even_batches=False``; otherwise it repeats examples, which then count twice.
 
     Args:
         model: the same on every process; its weights are not changed.
-        loader: this process's share: batches ``(inputs, targets)`` or mappings with ``labels``.
-        config: the settings, the same on every process; by default those that ``form`` serves.
+        loader: this process's batches, ``(inputs, targets)`` or mappings with ``labels``.
+        config: the settings, the same on every process; by default settings that ``form`` supports.
         form: "sharded" (:class:`ShardedFilter`) or "data_parallel" (:class:`DataParallelFilter`).
         group: of torch.distributed; by default that of ``init_process_group``.
-        checkpoint: a folder that the first process keeps a whole posterior in, written anew every so many updates and
-            in the end; other files in it stay as they are. None: none.
+        checkpoint: a folder in which the first process saves the whole posterior after every ``every`` updates and at
+            the end; other files in it are not changed. None: no checkpoints.
         every: updates between checkpoints.
-        progress: whether the first process shows a bar; None: only where standard error is a terminal, or in a
+        progress: whether the first process shows a progress bar. None: only if standard error is a terminal, or in a
             notebook.
 
     Raises:
-        ValueError: for a bad argument, or a batch that does not fit, with its index.
-        OtherProcessError: where another process raised an error; the last checkpoint is whole.
-        DivergenceError: on every process, when an update had to be refused.
+        ValueError: for an invalid argument, or a batch that does not fit, with its index.
+        OtherProcessError: if another process raised an error; the last checkpoint stays complete.
+        DivergenceError: on every process, if the filter refuses an update.
     """
-    if form not in FORMS:
-        raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}.")
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"`every` must be a whole number >= 1, got {every!r}.")
+    check_one_of("form", form, FORMS)
+    check_whole("every", every)
     if config is None:
         information: dict[str, Any] = {"covariance": "diagonal_information", "expansion": "mean"}
         config = KalmanConfig(**(information if form == "data_parallel" else {}))
     kf = FORMS[form](model, config, group)
-    failed, few = None, []
-    batches: Iterator[Any] = iter(())
-    try:
-        batches = iter(loader)
-        few = first(batches, SCALE_EXAMPLES)
-        inputs = scaling(kf.kf, few) if few else None
-        if checkpoint is not None and kf.group.rank == 0:
-            check_folder(Path(checkpoint), of_peft=is_peft(kf.adapter.model))
-    except Exception as error:  # whatever it is, the others must not wait for this process
-        failed = error
-    kf.shares.all_or_none(failed)
-    if not few and kf.group.rank == 0:
-        failed = ValueError("`loader` must yield at least one batch on the first process, got none.")
-    kf.shares.all_or_none(failed)
-    state, record = kf.init(inputs), Record(config.likelihood)
-    shown = shows_bars(progress) and kf.group.rank == 0
-    with Bar(length(loader) if shown else None, f"fit on {kf.group.size} processes", shown) as bar:
-        for share in _together(kf, itertools.chain(few, batches)):
-            with located(bar.done):
-                state, info = kf.update(state, *share)
-            if len(info.log_loss):
-                record.add(info)
-            bar.advance(record.summary() if record.per_update["dof"] else "")
-            if checkpoint is not None and bar.done % every == 0:
-                kf.save_pretrained(state, checkpoint)
-    posterior = Posterior(kf.kf, kf.gather(state), record.history() if record.per_update["dof"] else {})
+    batches, inputs = _open_together(kf, loader, checkpoint)
+    state, history = kf.init(inputs), FitHistory(config.likelihood)
+    callbacks: list[Callback[FilterState, UpdateInfo]] = [_record_own_examples(history)]
+    if checkpoint is not None:
+        folder = checkpoint
+        callbacks.append(every_updates(every, lambda state: kf.save_pretrained(state, folder)))
+    shown = shows_progress(progress) and kf.group.rank == 0
+    with ProgressBar(num_batches(loader) if shown else None, f"fit on {kf.group.size} processes", shown) as bar:
+        shards = _global_batches(kf, batches)
+        state = run_loop(shards, state, kf.update, callbacks, bar, history.summary, split=lambda shard, _: shard)
+    posterior = Posterior(kf.kf, kf.gather(state), {} if history.is_empty else history.series())
     if kf.group.rank == 0 and isinstance(config.temperature, str):
         tempering.warn_of_mean_alone(posterior.temperature)
     if checkpoint is not None:
@@ -102,31 +90,62 @@ def fit(
 
 
 def merge_scores(scores: StreamingScores, group: Any = None) -> None:
-    """Make the scores of each process, which saw its own examples, those of all examples.
+    """Replace each process's scores by the scores over the examples of all processes.
 
     Args:
-        scores: with the same settings on every process; changed.
+        scores: with the same settings on every process; changed in place.
         group: of torch.distributed; by default that of ``init_process_group``.
 
     Raises:
-        RuntimeError: where torch.distributed was not initialized, or the processes' scores are not of the same shapes.
+        RuntimeError: if torch.distributed is not initialized, or the shapes of the scores differ between processes.
     """
-    among = Group(group)
+    processes = Group(group)
     shapes = {name: tuple(total.shape) for name, total in scores.state.items()}
-    among.check_alike("`scores`", sorted(shapes.items()), device=torch.device("cpu"))
-    scores.load_state({name: among.total(total) for name, total in sorted(scores.state.items())})
+    processes.check_equal("`scores`", sorted(shapes.items()), device=torch.device("cpu"))
+    scores.load_state({name: processes.all_reduce(total) for name, total in sorted(scores.state.items())})
 
 
-def _together(kf: FilterOfMany, batches: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-    """This process's batches; nothing, once they are over and as long as another process has some."""
+def _open_together(
+    kf: DistributedFilter, loader: Iterable[Any], checkpoint: str | Path | None
+) -> tuple[Iterator[Any], Inputs | None]:
+    """This process's batches, and the inputs that scale the prior, once every process has opened its loader."""
+    failure, few, inputs = None, list[Any](), None
+    batches: Iterator[Any] = iter(())
+    try:
+        batches = iter(loader)
+        few = first_batches(batches)
+        inputs = scale_inputs(kf.kf, few) if few else None
+        if checkpoint is not None and kf.group.rank == 0:
+            check_folder(Path(checkpoint), of_peft=is_peft(kf.adapter.model))
+    except Exception as raised:  # of any kind, or the other processes would wait for this one
+        failure = raised
+    kf.batch_shards.raise_together(failure)
+    if not few and kf.group.rank == 0:
+        failure = ValueError("`loader` must yield at least one batch on the first process, got none.")
+    kf.batch_shards.raise_together(failure)
+    return itertools.chain(few, batches), inputs
+
+
+def _record_own_examples(history: FitHistory) -> Callback[FilterState, UpdateInfo]:
+    """A callback that records the updates to which this process contributes examples."""
+
+    def callback(step: LoopStep[FilterState, UpdateInfo]) -> None:
+        if len(step.info.log_loss):
+            history.add(step.info)
+
+    return callback
+
+
+def _global_batches(kf: DistributedFilter, batches: Iterator[Any]) -> Iterator[tuple[Inputs | None, Tensor | None]]:
+    """This process's batches, then (None, None) until the loaders of all processes have ended."""
     for number in itertools.count():
-        failed, share = None, None
+        failure, shard = None, None
         try:
             batch = next(batches, None)
-            share = None if batch is None else complete(batch, number)
-        except Exception as error:  # whatever it is, the others must not wait for this process
-            failed = error
-        kf.shares.all_or_none(failed)
-        if not any(kf.group.numbers(int(share is not None), kf.adapter.device)):
+            shard = None if batch is None else inputs_and_targets(batch, number)
+        except Exception as raised:  # of any kind, or the other processes would wait for this one
+            failure = raised
+        kf.batch_shards.raise_together(failure)
+        if not any(kf.group.all_gather_int(int(shard is not None), kf.adapter.device)):
             return
-        yield share or (None, None)
+        yield shard or (None, None)

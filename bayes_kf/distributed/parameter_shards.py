@@ -1,4 +1,4 @@
-"""Which process holds which parameters: of every tensor some whole rows."""
+"""The division of the parameters among processes: each process holds some whole rows of every tensor."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from torch import Tensor
 from bayes_kf.models.adapter import AdapterModel
 
 
-class Columns:
+class ParameterShards:
     """Parameters divided among processes as evenly as whole rows of tensors allow.
 
-    A row of a tensor (out, ...) is what belongs to one index of its first dimension, so that the rows g ⊗ a of a
-    Linear's Jacobian stay outer products in every process.
+    A row of a tensor (out, ...) is one index of its first dimension. With whole rows, the Jacobian rows g ⊗ a of a
+    Linear stay outer products in every process.
 
     Args:
         adapter: the model.
-        size: number of processes.
-        rank: this one.
+        size: the number of processes.
+        rank: the number of this process.
+
+    Attributes:
+        slices: for each process, the slices of θ that it holds, tensor by tensor.
+        counts: the number of parameters that each process holds.
     """
 
     def __init__(self, adapter: AdapterModel, size: int, rank: int) -> None:
         self.size, self.rank = size, rank
         held = [0] * size
-        self.pieces: list[list[slice]] = [[] for _ in range(size)]  # of θ, tensor by tensor
+        self.slices: list[list[slice]] = [[] for _ in range(size)]
         for where, shape in zip(adapter.slices().values(), adapter.shapes, strict=True):
             rows = shape[0] if len(shape) else 1
             width = (where.stop - where.start) // max(rows, 1)
@@ -37,42 +41,42 @@ class Columns:
             for process, (count, end) in enumerate(zip(counts, ends, strict=True)):
                 held[process] += count * width
                 first, last = where.start + (end - count) * width, where.start + end * width
-                self.pieces[process].append(slice(first, last))
+                self.slices[process].append(slice(first, last))
         self.counts = tuple(held)
 
     @property
-    def own(self) -> int:
-        """How many parameters this process holds."""
+    def num_own(self) -> int:
+        """The number of parameters that this process holds."""
         return self.counts[self.rank]
 
-    def of(self, process: int, where: slice) -> list[slice]:
-        """The parts of θ[where] that a process holds, relative to ``where``; neighbours are one."""
-        found: list[slice] = []
-        for piece in self.pieces[process]:
+    def held_by(self, process: int, where: slice) -> list[slice]:
+        """The slices of θ[where] that a process holds, relative to ``where``; adjacent slices are joined."""
+        held: list[slice] = []
+        for piece in self.slices[process]:
             first, last = max(piece.start, where.start), min(piece.stop, where.stop)
-            if first < last and found and found[-1].stop == first - where.start:
-                found[-1] = slice(found[-1].start, last - where.start)
+            if first < last and held and held[-1].stop == first - where.start:
+                held[-1] = slice(held[-1].start, last - where.start)
             elif first < last:
-                found.append(slice(first - where.start, last - where.start))
-        return found
+                held.append(slice(first - where.start, last - where.start))
+        return held
 
-    def place(self, process: int, where: slice) -> slice:
-        """Where what a process holds of θ[where] lies in its shard."""
-        before = sum(_overlap(piece, slice(0, where.start)) for piece in self.pieces[process])
-        return slice(before, before + sum(_overlap(piece, where) for piece in self.pieces[process]))
+    def position(self, process: int, where: slice) -> slice:
+        """The slice of a process's shard that holds its part of θ[where]."""
+        before = sum(_overlap(piece, slice(0, where.start)) for piece in self.slices[process])
+        return slice(before, before + sum(_overlap(piece, where) for piece in self.slices[process]))
 
     def shard(self, values: Tensor) -> Tensor:
-        """This process's part of values of all parameters, (n, ...)."""
-        return torch.cat([values[piece] for piece in self.pieces[self.rank]])
+        """This process's shard of values for all parameters, (n, ...)."""
+        return torch.cat([values[piece] for piece in self.slices[self.rank]])
 
-    def whole(self, shards: Sequence[Tensor]) -> Tensor:
-        """Values of all parameters, (n, ...), from every process's part."""
-        found = shards[0].new_empty(sum(self.counts), *shards[0].shape[1:])
-        for pieces, shard in zip(self.pieces, shards, strict=True):
-            lengths = [piece.stop - piece.start for piece in pieces]
-            for piece, part in zip(pieces, shard.split(lengths), strict=True):
-                found[piece] = part
-        return found
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        """Values for all parameters, (n, ...), from the shards of all processes."""
+        whole = shards[0].new_empty(sum(self.counts), *shards[0].shape[1:])
+        for slices, shard in zip(self.slices, shards, strict=True):
+            lengths = [piece.stop - piece.start for piece in slices]
+            for piece, part in zip(slices, shard.split(lengths), strict=True):
+                whole[piece] = part
+        return whole
 
 
 def _overlap(first: slice, second: slice) -> int:

@@ -1,4 +1,4 @@
-"""What processes tell each other: sums, rows that each has some of, and columns for rows."""
+"""Collectives among the processes of a torch.distributed group."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from torch import Tensor
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the group could not go on with this step; its own error says why."""
+    """Another process of the group failed in this step; its own error says why."""
 
 
 class Group:
-    """A process group of torch.distributed, and the bytes that this process sent.
+    """A process group of torch.distributed that counts the bytes this process sends.
 
     Args:
         group: the process group; by default the one of ``torch.distributed.init_process_group``.
 
+    Attributes:
+        rank: the number of this process.
+        size: the number of processes.
+        bytes_sent: bytes that this process has sent.
+
     Raises:
-        RuntimeError: where torch.distributed was not initialized.
+        RuntimeError: if torch.distributed is not initialized.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -34,63 +39,62 @@ class Group:
         on_gpus = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else None
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, the same bits in each."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, with the same bits in each of them."""
         if self.size == 1:
             return tensor
-        found = tensor.to(self._device or tensor.device).contiguous().clone()
-        dist.all_reduce(found, group=self.group)
-        self.bytes_sent += 2 * (self.size - 1) * _bytes(found) // self.size  # of a ring
-        return found.to(tensor.device)
+        result = tensor.to(self._device or tensor.device).contiguous().clone()
+        dist.all_reduce(result, group=self.group)
+        self.bytes_sent += 2 * (self.size - 1) * _num_bytes(result) // self.size  # of a ring
+        return result.to(tensor.device)
 
-    def numbers(self, number: int, device: torch.device) -> list[int]:
-        """An integer of every process."""
-        found = torch.zeros(self.size, dtype=torch.int64, device=device)
-        found[self.rank] = number
-        return self.total(found).tolist()
+    def all_gather_int(self, number: int, device: torch.device) -> list[int]:
+        """One integer from every process, in the order of their ranks."""
+        numbers = torch.zeros(self.size, dtype=torch.int64, device=device)
+        numbers[self.rank] = number
+        return self.all_reduce(numbers).tolist()
 
-    def check_alike(self, what: str, *parts: Any, device: torch.device) -> None:
-        """That something reads the same in every process.
+    def check_equal(self, name: str, *values: Any, device: torch.device) -> None:
+        """Check that the values have the same ``repr`` in all processes.
 
         Raises:
-            RuntimeError: in all of them, where it does not.
+            RuntimeError: in every process, if they differ.
         """
-        digest = hashlib.sha256(repr(parts).encode()).digest()
-        if len(set(self.numbers(int.from_bytes(digest[:6], "big"), device))) > 1:
-            raise RuntimeError(f"{what} must be the same in every process, and is not.")
+        digest = hashlib.sha256(repr(values).encode()).digest()
+        if len(set(self.all_gather_int(int.from_bytes(digest[:6], "big"), device))) > 1:
+            raise RuntimeError(f"{name} must be the same in every process, got different ones.")
 
-    def rows(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Rows of all processes, in their order.
+    def all_gather_rows(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The rows of all processes, in the order of their ranks.
 
         Args:
-            tensor: this process's, (B_r, ...).
-            sizes: how many rows each process has.
+            tensor: the rows of this process, (B_r, ...).
+            sizes: the number of rows of every process.
         """
         if self.size == 1:
             return tensor
-        most = max(sizes)
-        padded = tensor.new_zeros(most, *tensor.shape[1:])
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
-        found = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(found, padded, group=self.group)
-        self.bytes_sent += (self.size - 1) * _bytes(padded)
-        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, group=self.group)
+        self.bytes_sent += (self.size - 1) * _num_bytes(padded)
+        return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
-    def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-        """A flat tensor for every process against one from every process.
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """The tensors that the other processes send to this one, one from each process.
 
         Args:
-            parts: for each process, 1-d.
-            lengths: of what each process sends to this one.
+            parts: the 1-D tensors that this process sends, one to each process.
+            lengths: the lengths of the tensors that this process receives.
         """
         if self.size == 1:
             return list(parts)
         sent = torch.cat(list(parts))
         received = sent.new_empty(sum(lengths))
         dist.all_to_all_single(received, sent, list(lengths), [len(part) for part in parts], group=self.group)
-        self.bytes_sent += _bytes(sent) - _bytes(parts[self.rank])
+        self.bytes_sent += _num_bytes(sent) - _num_bytes(parts[self.rank])
         return list(received.split(list(lengths)))
 
 
-def _bytes(tensor: Tensor) -> int:
+def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Rows of a Jacobian against columns: from some examples with all parameters to all examples with some parameters."""
+"""Exchange of Jacobian rows: from some examples with all parameters to all examples with some parameters."""
 
 from __future__ import annotations
 
@@ -7,122 +7,132 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bayes_kf.distributed.parameter_shards import Columns
+from bayes_kf.distributed.parameter_shards import ParameterShards
 from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.linearization.jacobian import FactoredBlocks, Jacobian
 from bayes_kf.inference.linearization.jacobian_blocks import Block, DenseBlock, OuterProductBlock
 
 
-def columns_for_rows(group: Group, columns: Columns, jacobian: Jacobian, sizes: Sequence[int]) -> Jacobian:
-    """The rows of all processes' examples, over the parameters of this one.
+def exchange_rows(group: Group, shards: ParameterShards, jacobian: Jacobian, sizes: Sequence[int]) -> Jacobian:
+    """The Jacobian rows of all processes' examples, over the parameters of this process.
 
-    Stored rows are sent to the processes that hold their columns; outer products and factors on the left go to all.
+    Stored rows go to the processes that hold their columns. Outer products and left factors go to all processes.
 
     Args:
         group: the processes.
-        columns: who holds which parameters.
+        shards: the division of the parameters.
         jacobian: of this process's examples, over all parameters.
-        sizes: how many examples each process has.
+        sizes: the number of examples of every process.
 
     Raises:
-        RuntimeError: where processes' Jacobians are not made of the same blocks.
+        RuntimeError: if the Jacobians of the processes do not consist of the same blocks.
     """
-    group.check_alike("what a model's Jacobian is made of", *_made_of(jacobian), device=jacobian.like.device)
+    group.check_equal("the block structure of the Jacobian", *_block_structure(jacobian), device=jacobian.like.device)
     jacobian = _with_common_tokens(group, jacobian)
-    received = iter(_exchanged(group, columns, jacobian, sizes))
+    received = iter(_exchange_stored_rows(group, shards, jacobian, sizes))
     total, terms = sum(sizes), []
     for left, part in jacobian.terms:
         blocks = [
-            DenseBlock(columns.place(columns.rank, _span(block.where)), next(received))
+            DenseBlock(shards.position(shards.rank, _as_slice(block.columns)), next(received))
             if isinstance(block, DenseBlock)
-            else _outer(group, columns, block, sizes)
+            else _gather_outer(group, shards, block, sizes)
             for block in part.blocks
         ]
-        left = None if left is None else _rows(group, left, sizes)
+        left = None if left is None else _gather_rows(group, left, sizes)
         terms.append((left, FactoredBlocks(blocks, (total, part.shape[1]))))
-    return Jacobian(terms, total, jacobian.num_rows, columns.own)
+    return Jacobian(terms, total, jacobian.num_rows, shards.num_own)
 
 
-def _exchanged(group: Group, columns: Columns, jacobian: Jacobian, sizes: Sequence[int]) -> Iterator[Tensor]:
-    """The stored rows of every block for all examples over this process's columns."""
+def _exchange_stored_rows(
+    group: Group, shards: ParameterShards, jacobian: Jacobian, sizes: Sequence[int]
+) -> Iterator[Tensor]:
+    """The stored rows of every block, for all examples and the columns of this process."""
     stored = [block for block in _blocks(jacobian) if isinstance(block, DenseBlock)]
-    parts = []
-    for process in range(columns.size):
-        sent = [
-            torch.cat([block.rows[..., p] for p in columns.of(process, _span(block.where))], -1).reshape(-1)
-            for block in stored
-            if columns.of(process, _span(block.where))
-        ]
-        parts.append(torch.cat(sent) if sent else jacobian.like.new_empty(0))
     counts = [block.rows.shape[1] for block in stored]
     widths = []
     for block in stored:
-        place = columns.place(columns.rank, _span(block.where))
-        widths.append(place.stop - place.start)
-    each = sum(count * width for count, width in zip(counts, widths, strict=True))
-    found = group.exchange(parts, [size * each for size in sizes])
+        position = shards.position(shards.rank, _as_slice(block.columns))
+        widths.append(position.stop - position.start)
+    per_example = sum(count * width for count, width in zip(counts, widths, strict=True))
+    parts = _rows_by_receiver(shards, jacobian, stored)
+    received = group.all_to_all(parts, [size * per_example for size in sizes])
     split = [
         flat.split([size * c * w for c, w in zip(counts, widths, strict=True)])
-        for flat, size in zip(found, sizes, strict=True)
+        for flat, size in zip(received, sizes, strict=True)
     ]
     for number, (count, width) in enumerate(zip(counts, widths, strict=True)):
-        of_all = [rows[number].view(size, count, width) for rows, size in zip(split, sizes, strict=True)]
-        yield torch.cat(of_all)
+        yield torch.cat([rows[number].view(size, count, width) for rows, size in zip(split, sizes, strict=True)])
 
 
-def _outer(group: Group, columns: Columns, block: OuterProductBlock, sizes: Sequence[int]) -> Block:
+def _rows_by_receiver(shards: ParameterShards, jacobian: Jacobian, stored: Sequence[DenseBlock]) -> list[Tensor]:
+    """For each process, the flattened columns of this process's rows that it holds."""
+    parts = []
+    for process in range(shards.size):
+        columns = [
+            torch.cat([block.rows[..., where] for where in held], -1).reshape(-1)
+            for block in stored
+            if (held := shards.held_by(process, _as_slice(block.columns)))
+        ]
+        parts.append(torch.cat(columns) if columns else jacobian.like.new_empty(0))
+    return parts
+
+
+def _gather_outer(group: Group, shards: ParameterShards, block: OuterProductBlock, sizes: Sequence[int]) -> Block:
     """A block of outer products for all examples, cut to the outputs whose parameters this process holds."""
-    width, where = block.activation.shape[-1], columns.of(columns.rank, block.where)
-    cotangent, activation = _rows(group, block.cotangent, sizes), _rows(group, block.activation, sizes)
-    place = columns.place(columns.rank, block.where)
-    if not where:
-        return DenseBlock(place, cotangent[..., :0])
-    (own,) = where
-    return OuterProductBlock(place, cotangent[..., own.start // width : own.stop // width], activation)
+    width, held = block.activation.shape[-1], shards.held_by(shards.rank, block.columns)
+    cotangent, activation = _gather_rows(group, block.cotangent, sizes), _gather_rows(group, block.activation, sizes)
+    position = shards.position(shards.rank, block.columns)
+    if not held:
+        return DenseBlock(position, cotangent[..., :0])
+    (own,) = held
+    return OuterProductBlock(position, cotangent[..., own.start // width : own.stop // width], activation)
 
 
-def _rows(group: Group, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """All processes' rows; what is the same for all examples is not sent."""
-    same = tensor.stride(0) == 0
-    flags = group.numbers(int(same), tensor.device)
+def _gather_rows(group: Group, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The rows of all processes; a tensor that is equal for all examples is not sent."""
+    expanded = tensor.stride(0) == 0
+    flags = group.all_gather_int(int(expanded), tensor.device)
     if all(flags) and len(tensor):
         return tensor[:1].expand(sum(sizes), *tensor.shape[1:])
-    return group.rows(tensor, sizes)
+    return group.all_gather_rows(tensor, sizes)
 
 
 def _blocks(jacobian: Jacobian) -> list[Block]:
     return [block for _, part in jacobian.terms for block in part.blocks]
 
 
-def _span(where: slice | Tensor) -> slice:
-    assert isinstance(where, slice)  # tables of tokens were spread out before
+def _as_slice(where: slice | Tensor) -> slice:
+    assert isinstance(where, slice)  # rows of embedding tables are dense by now
     return where
 
 
-def _made_of(jacobian: Jacobian) -> list[object]:
-    """Kinds and places of the blocks, and rows of an example."""
-    found: list[object] = [jacobian.num_rows]
+def _block_structure(jacobian: Jacobian) -> list[object]:
+    """The number of rows per example, and the kinds and positions of the blocks."""
+    structure: list[object] = [jacobian.num_rows]
     for left, part in jacobian.terms:
-        found.append((left is None, part.shape[1]))
+        structure.append((left is None, part.shape[1]))
         for block in part.blocks:
-            place = (block.where.start, block.where.stop) if isinstance(block.where, slice) else "tokens"
-            found.append((type(block).__name__, place))
-    return found
+            position = (block.columns.start, block.columns.stop) if isinstance(block.columns, slice) else "tokens"
+            structure.append((type(block).__name__, position))
+    return structure
 
 
 def _with_common_tokens(group: Group, jacobian: Jacobian) -> Jacobian:
-    """Rows of embedding tables, which hold the tokens that an example's own batch looked up, over whole tables."""
-    if all(isinstance(block.where, slice) for block in _blocks(jacobian)):
+    """The Jacobian with the rows of embedding tables stored over the token range of all processes.
+
+    Before, they cover only the tokens that occur in this process's examples.
+    """
+    if all(isinstance(block.columns, slice) for block in _blocks(jacobian)):
         return jacobian
     terms = []
     for left, part in jacobian.terms:
         blocks: list[Block] = []
         for block in part.blocks:
-            if isinstance(block, DenseBlock) and isinstance(block.where, Tensor):
-                ends = torch.stack([-block.where.min(), block.where.max()])
-                low, high = (max(group.numbers(int(end), ends.device)) for end in ends.tolist())
+            if isinstance(block, DenseBlock) and isinstance(block.columns, Tensor):
+                ends = torch.stack([-block.columns.min(), block.columns.max()])
+                low, high = (max(group.all_gather_int(int(end), ends.device)) for end in ends.tolist())
                 wide = block.rows.new_zeros(*block.rows.shape[:2], high + low + 1)
-                wide[..., block.where + low] = block.rows
+                wide[..., block.columns + low] = block.rows
                 block = DenseBlock(slice(-low, high + 1), wide)
             blocks.append(block)
         terms.append((left, FactoredBlocks(blocks, part.shape)))

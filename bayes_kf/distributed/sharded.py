@@ -1,28 +1,31 @@
-"""The exact filter on several processes: each linearizes its share of a batch and holds its share of the belief.
+"""The exact filter on several processes, each of which linearizes its examples and holds its shard of the belief.
 
-An update of a global batch, whose examples lie process after process, is that of one process on the whole batch up to
-the order in which sums are made:
+The examples of a global batch are ordered by process. An update with it equals that of one process with the whole
+batch, up to the order of summation:
 
-1. the mean is gathered (n numbers) and every process linearizes its own examples;
-2. outputs, targets and directions are shared (B·m numbers), rows of the Jacobian sent to who holds their columns
-   (B·c·n numbers in all, all-to-all);
-3. every process conditions its shard of the belief on all rows; Gram matrices (B·c)² and the like are summed.
+1. Every process gathers the mean (n numbers) and linearizes its own examples.
+2. The processes share outputs, targets and output directions (B·m numbers). Each row of the Jacobian goes to the
+   processes that hold its columns (all-to-all, B·c·n numbers in all).
+3. Every process conditions its shard of the belief on all rows. Gram matrices (B·c)² and similar terms are summed over
+   the processes.
 
-Where the rest of a batch is linearized again, 1 to 3 are done again for it.
+If the filter linearizes the rest of a batch again, it repeats these steps for the rest.
 
-A process holds n/R of every vector and factor of the belief, and of the rows B·c·n/R. Ours.
+Of R processes, each holds n/R entries of every vector and factor of the belief, and B·c·n/R numbers of the rows. Ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from bayes_kf.distributed.batch_shards import Share
-from bayes_kf.distributed.distributed_filter import FilterOfMany
-from bayes_kf.distributed.parameter_shards import Columns
-from bayes_kf.distributed.row_exchange import columns_for_rows
+from bayes_kf.distributed.batch_shards import BatchShard
+from bayes_kf.distributed.distributed_filter import DistributedFilter
+from bayes_kf.distributed.parameter_shards import ParameterShards
+from bayes_kf.distributed.row_exchange import exchange_rows
+from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.gradient_penalty import PenalizedState
 from bayes_kf.inference.filtering.measurement import Measurement
@@ -30,19 +33,21 @@ from bayes_kf.inference.filtering.measurement_update import check_finite
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.linearization import parameter_sums
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.output_directions import num_rows, project_outputs
+from bayes_kf.models.adapter import AdapterModel
 
 SHARDED = ("diagonal", "diagonal_information", "diagonal_mixed", "low_rank")
 
 
-class ShardedFilter(FilterOfMany):
-    """A :class:`KalmanFilter` over the processes of a group; the model lies on each, the belief is divided among them.
+class ShardedFilter(DistributedFilter):
+    """A :class:`KalmanFilter` over the processes of a group; each has the whole model and a shard of the belief.
 
-    Every process makes the same calls, each with its own examples. Results are those of one filter that is given all
-    examples, process after process, but for rounding. Only where "truncated" curvature meets a batch of more than 192
-    rows may parts of the batch, which are learned one after the other, be cut elsewhere.
+    All processes make the same calls, each with its own examples. The results equal those of one filter with all
+    examples, ordered by process, up to rounding. One exception: with "truncated" curvature and a batch of more than 192
+    rows, the batch may be divided at other examples.
 
     Args:
         model: the same on every process.
@@ -50,8 +55,8 @@ class ShardedFilter(FilterOfMany):
         group: of torch.distributed; by default that of ``init_process_group``.
 
     Raises:
-        ValueError: for a config that cannot be divided.
-        RuntimeError: where torch.distributed was not initialized, or the processes' models or settings differ.
+        ValueError: if the config cannot be sharded.
+        RuntimeError: if torch.distributed is not initialized, or the models or settings of the processes differ.
 
     Example (``torchrun --nproc-per-node 4 script.py``)::
 
@@ -63,92 +68,99 @@ class ShardedFilter(FilterOfMany):
         posterior = kf.posterior(state)  # whole, on every process
     """
 
-    def _prepare(self) -> None:
-        self.columns = Columns(self.adapter, self.group.size, self.group.rank)
+    def __init__(self, model: nn.Module | AdapterModel, config: KalmanConfig | None = None, group: Any = None) -> None:
+        super().__init__(model, config, group)
+        self.parameter_shards = ParameterShards(self.adapter, self.group.size, self.group.rank)
 
     def shard(self, state: FilterState) -> FilterState:
-        """This process's share of a whole state: of one that was saved, say."""
-        return _over(state, self.columns.shard)
+        """This process's shard of a whole state, for example of a saved one."""
+        return _map_parameters(state, self.parameter_shards.shard)
 
     def gather(self, state: FilterState) -> FilterState:
         """The whole state, on every process."""
-        return _over(state, self._gathered)
+        return _map_parameters(state, self._gather_vector)
 
-    def _check(self) -> None:
+    def _check_config(self) -> None:
         if self.config.covariance not in SHARDED:
-            wanted = ", ".join(SHARDED)
-            raise ValueError(f"`covariance` must be one of {wanted} to be divided, got {self.config.covariance!r}.")
+            raise ValueError(
+                f"`covariance` must be one of {', '.join(SHARDED)} to be sharded, got {self.config.covariance!r}."
+            )
 
-    def _update(self, state: FilterState, share: Share) -> tuple[FilterState, UpdateInfo]:
-        with parameter_sums.sharded(self.group.total):
+    def _update(self, state: FilterState, batch: BatchShard) -> tuple[FilterState, UpdateInfo]:
+        with parameter_sums.sharded(self.group.all_reduce):
             before = self.kf._predict(state)
-        start, size = before.belief.mean, sum(share.sizes)
-        targets = self.group.rows(share.targets, share.sizes)
+        point, size = before.belief.mean, sum(batch.sizes)
+        targets = self.group.all_gather_rows(batch.targets, batch.sizes)
 
-        def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Measurement]:
+        def measure(now: FilterState, where: slice, mean: Tensor) -> Iterator[Measurement]:
+            part = batch if where == slice(0, size) else batch.subset(where, self.group.rank)
             with parameter_sums.unsharded():
-                batch = self._observed(now, share.some(where, self.group.rank) if where != slice(0, size) else share)
-            yield batch
+                measurement = self._measure(now, part)
+            yield measurement
 
-        def outputs(where: slice) -> Tensor:
-            raise AssertionError("all of a global batch is linearized where it begins")
+        def outputs_at_point(where: slice) -> Tensor:
+            raise AssertionError("the first linearization covers the whole global batch")
 
-        with parameter_sums.sharded(self.group.total):
-            return self.kf._update_measured(PenalizedState(before), start, targets, observe, outputs)
+        with parameter_sums.sharded(self.group.all_reduce):
+            return self.kf._update_measured(PenalizedState(before), point, targets, measure, outputs_at_point)
 
-    def _observed(self, state: FilterState, share: Share) -> Measurement:
-        """The global batch over this process's columns, linearized at the state's mean."""
-        kf, sizes = self.kf, share.sizes
-        assert share.inputs is not None  # an example is always at hand
-        mean, here = self._gathered(state.belief.mean), slice(0, sizes[self.group.rank])
-        linearized, failed = None, None
-        try:
-            linearized = kf.linearize(mean, share.inputs)
-        except Exception as error:  # whatever it is, the others must not wait for this process
-            failed = error
-        self.shares.all_or_none(failed)
-        assert linearized is not None
-        outputs = self.group.rows(linearized.outputs[here], sizes)
-        targets = self.group.rows(share.targets, sizes)
+    def _measure(self, state: FilterState, batch: BatchShard) -> Measurement:
+        """The global batch over this process's parameters, linearized at the state's mean."""
+        sizes, rank = batch.sizes, self.group.rank
+        linearized = self._linearize(state, batch)
+        outputs = self.group.all_gather_rows(linearized.outputs[: sizes[rank]], sizes)
+        targets = self.group.all_gather_rows(batch.targets, sizes)
         check_finite("the outputs", outputs)
         family = noise.likelihood(self.config.noise_settings, state.noise)
         targets = family.check(outputs, targets)
-        projected = project_outputs(
-            self.config.curvature_settings, family, outputs, targets, self.config.seed + state.examples
-        )
-        first = sum(sizes[: self.group.rank]) if sizes[self.group.rank] else 0
-        own = _directions(projected.directions, first, linearized.outputs)
+        seed = self.config.seed + state.examples
+        projected = project_outputs(self.config.curvature_settings, family, outputs, targets, seed)
+        first = sum(sizes[:rank]) if sizes[rank] else 0
+        own = _local_directions(projected.directions, first, linearized.outputs)
         if own is None and family.name == "categorical":
             jacobian = linearized.softmax_jacobian()
         else:
             jacobian = linearized.jacobian(own)
-        jacobian = columns_for_rows(self.group, self.columns, jacobian.examples(here), sizes)
+        jacobian = exchange_rows(self.group, self.parameter_shards, jacobian.examples(slice(0, sizes[rank])), sizes)
         needed = None if projected.directions is None else projected.directions.rows_per_example
         rows = (
             [num_rows(self.config.curvature_settings, outputs.shape[1])] * sum(sizes)
             if needed is None
             else needed.tolist()
         )
-        return Measurement(self._outputs_of(share), targets, outputs, state.belief.mean, projected, jacobian, rows)
+        return Measurement(self._outputs_of(batch), targets, outputs, state.belief.mean, projected, jacobian, rows)
 
-    def _outputs_of(self, share: Share) -> Callable[[Tensor, slice], Tensor]:
-        """From a shard of θ and which examples of the global batch to their outputs."""
+    def _linearize(self, state: FilterState, batch: BatchShard) -> LinearizedBatch:
+        """This process's examples, linearized at the state's mean, once every process has linearized its own."""
+        assert batch.inputs is not None  # `NEEDS_EXAMPLE`
+        mean, linearized, failure = self._gather_vector(state.belief.mean), None, None
+        try:
+            linearized = self.kf.linearize(mean, batch.inputs)
+        except Exception as raised:  # of any kind, or the other processes would wait for this one
+            failure = raised
+        self.batch_shards.raise_together(failure)
+        assert linearized is not None
+        return linearized
+
+    def _outputs_of(self, batch: BatchShard) -> Callable[[Tensor, slice], Tensor]:
+        """The function from a shard of θ and a slice of the global batch to the outputs of all its examples."""
 
         def outputs_at(mean: Tensor, which: slice) -> Tensor:
-            whole, some = self._gathered(mean), share.some(which, self.group.rank)
-            assert some.inputs is not None
-            found = self.adapter.outputs(whole, some.inputs)[: some.sizes[self.group.rank]]
-            return self.group.rows(found, some.sizes)
+            whole, part = self._gather_vector(mean), batch.subset(which, self.group.rank)
+            assert part.inputs is not None
+            outputs = self.adapter.outputs(whole, part.inputs)[: part.sizes[self.group.rank]]
+            return self.group.all_gather_rows(outputs, part.sizes)
 
         return outputs_at
 
-    def _gathered(self, shard: Tensor) -> Tensor:
-        counts = self.columns.counts
-        return self.columns.whole(list(self.group.rows(shard, counts).split(list(counts))))
+    def _gather_vector(self, shard: Tensor) -> Tensor:
+        """Values for all parameters, (n, ...), from this process's shard of them."""
+        counts = self.parameter_shards.counts
+        return self.parameter_shards.join(list(self.group.all_gather_rows(shard, counts).split(list(counts))))
 
 
-def _directions(directions: Directions | None, first: int, outputs: Tensor) -> Directions | None:
-    """Those of the examples from ``first`` on, as many as there are ``outputs``."""
+def _local_directions(directions: Directions | None, first: int, outputs: Tensor) -> Directions | None:
+    """The output directions of ``len(outputs)`` examples of the global batch, from number ``first`` on."""
     if directions is None:
         return None
 
@@ -159,12 +171,11 @@ def _directions(directions: Directions | None, first: int, outputs: Tensor) -> D
     return Directions(directions.num_rows, seeds, needed)
 
 
-def _over(state: FilterState, change: Callable[[Tensor], Tensor]) -> FilterState:
-    """A state with every tensor that runs over parameters changed: the first dimension of those of a belief."""
+def _map_parameters(state: FilterState, function: Callable[[Tensor], Tensor]) -> FilterState:
+    """The state with a function applied to every tensor whose first dimension runs over the parameters."""
 
-    def changed(name: str, values: Tensor) -> Tensor:
-        return values if name == "gram" else change(values)  # of low rank, over its columns
+    def apply(name: str, values: Tensor) -> Tensor:
+        return values if name == "gram" else function(values)  # "gram" runs over the low-rank columns
 
-    tensors = {name: changed(name, values) for name, values in state.belief._asdict().items()}
-    belief = type(state.belief)(**tensors)
-    return state._replace(belief=belief, prior=DiagonalGaussian(*map(change, state.prior)))
+    belief = type(state.belief)(**{name: apply(name, values) for name, values in state.belief._asdict().items()})
+    return state._replace(belief=belief, prior=DiagonalGaussian(*map(function, state.prior)))

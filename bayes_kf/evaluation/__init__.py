@@ -1,7 +1,7 @@
-"""Whether to believe predictions: scores, calibration with its null band, uncertainty, figures and a report.
+"""Evaluation of predictions: scores, calibration with null bands, uncertainty, figures and reports.
 
-Knows tensors (or NumPy arrays) of probabilities, samples and targets, nothing of models or filters. Numbers come back
-as floats, series as float64 tensors on the CPU.
+All functions take tensors or NumPy arrays of probabilities, samples and targets; none needs a model or a filter. They
+return numbers as floats and series as float64 tensors on the CPU.
 """
 
 from bayes_kf.evaluation.calibration.errors import (
@@ -73,10 +73,12 @@ from bayes_kf.evaluation.online.prequential import (
     running_accuracy,
 )
 from bayes_kf.evaluation.plots.comparison import forest_plot, online_comparison
-from bayes_kf.evaluation.plots.online import innovation_plot, online_curves, output_variance_plot, variance_by_tensor
+from bayes_kf.evaluation.plots.human_agreement import human_entropy_plot
+from bayes_kf.evaluation.plots.online import innovation_plot, online_curves
 from bayes_kf.evaluation.plots.regression import coverage_plot, pit_histogram, quantile_coverage_plot
 from bayes_kf.evaluation.plots.reliability import entropy_histogram, reliability_diagram
 from bayes_kf.evaluation.plots.selective import risk_coverage_plot, shift_plot
+from bayes_kf.evaluation.plots.tensor_variance import output_variance_plot, variance_by_tensor
 from bayes_kf.evaluation.posterior_report import evaluate
 from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
 from bayes_kf.evaluation.recalibration.conformal_intervals import Bounds, ConformalIntervals
@@ -116,7 +118,6 @@ from bayes_kf.evaluation.regression_report import evaluate_regression
 from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import CalibrationNull, CalibrationTest, NullComparison
 from bayes_kf.evaluation.score import Interval, Score
-from bayes_kf.evaluation.sections.human_agreement import human_entropy_plot
 
 Calibrated = NullComparison  # the name of earlier releases
 

@@ -1,4 +1,4 @@
-"""The report on a posterior: predict a loader, then look at the predictions."""
+"""The report on a posterior, from its predictions for a loader."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.classification.entropy import EntropyParts
-from bayes_kf.evaluation.classification_report import evaluate_predictions
-from bayes_kf.evaluation.inputs import Array
+from bayes_kf.evaluation.classification_report import classification_report
+from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
+from bayes_kf.evaluation.options import EvaluationOptions
 from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
 from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
-from bayes_kf.evaluation.regression_report import evaluate_regression
+from bayes_kf.evaluation.regression_report import make_forecast, regression_report
 from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.resampling.null_test import NullSettings
 
 
 def evaluate(
@@ -38,68 +40,39 @@ def evaluate(
 ) -> Report:
     """Report on a posterior's predictions for a loader.
 
-    Bernoulli outputs count as two-class problems, N·m of them, which intervals and bands take as independent: where the
-    m outputs of an example err together, those are up to √m too narrow. A posterior without class probabilities
-    (Gaussian, Poisson) gets a regression report. Where the posterior says which tensors its outputs' variance comes
-    from (`output_variance`), the first batch is asked for.
+    Bernoulli outputs count as N·m problems of two classes. Intervals and null bands assume that these are independent;
+    they are up to √m too narrow if the errors of the m outputs of an example are correlated. A posterior without class
+    probabilities (Gaussian, Poisson) gets a regression report. If the posterior has a method `output_variance`, the
+    report shows its result for the first batch.
 
     Args:
-        posterior: Anything with `predict_loader`, `config` and `history`, see `PosteriorLike`.
-        loader: Known inputs with their targets, in whatever form the posterior takes.
-        ood: Name to loader of foreign inputs; their targets are not looked at and may be missing.
-        examples: Texts or images of the loader's examples in its order, to be shown; see `evaluate_predictions`.
-        human: Shares of people who gave each label, (N, C).
+        posterior: Any object with `predict_loader`, `config` and `history`; see `PosteriorLike`.
+        loader: In-distribution inputs with their targets, in any form that the posterior takes.
+        ood: Name to loader of out-of-distribution inputs; their targets are ignored and may be missing.
+        examples: Texts or images of the loader's examples in their order, to be shown; see `evaluate_predictions`.
+        human: Shares of people's answers, (N, C).
         recalibration: A recalibration fitted on other examples.
         conformal: Conformal sets fitted on other examples.
         ordered: Whether the classes have an order.
-        top_k: How many of the most probable classes count together.
-        method: How to predict, as the posterior names it.
-        num_samples: Draws for each prediction. With few the log loss is too high, see `Posterior.predict`.
+        top_k: Numbers of most probable classes that count together.
+        method: Prediction method, as the posterior names it.
+        num_samples: Number of draws for each prediction. With few draws the log loss is too high; see
+            `Posterior.predict`.
         num_bins: Number of bins of all calibration errors.
-        num_simulations: Number of simulated data sets behind each null band, at least 39.
+        num_simulations: Number of simulated data sets for each null band, at least 39.
         class_names: Names of the classes.
         title: Title of the page.
-        seed: Seed of the predictions' draws and of the simulated bands.
+        seed: Seed of the predictions' draws and of the simulated null bands.
 
     Raises:
-        ValueError: If the loader has no targets, what only classifiers have is given for a regression, or a prediction
-            is malformed.
+        ValueError: If the loader has no targets, an option for class probabilities is given for a regression, or a
+            prediction is malformed.
     """
-    generator = torch.Generator().manual_seed(seed)
-    how: dict[str, Any] = {"method": method, "num_samples": num_samples, "generator": generator}
-    first: list[Any] = []
-    prediction = posterior.predict_loader(_remembering(loader, first), **how)
-    if prediction.targets is None:
-        raise ValueError("`loader` must give targets, got inputs only.")
-    explain = getattr(posterior, "output_variance", None)
-    shared: dict[str, Any] = {
-        "log_prob": prediction.log_prob,
-        "history": posterior.history,
-        "parameter_variance": getattr(posterior, "variance", None),
-        "output_variance": explain(first[0]) if explain is not None and first else None,
-        "config": _settings(posterior.config) | {"method": method, "num_samples": num_samples},
-        "title": title,
-        "seed": seed,
-    }
-    if prediction.probs is None:
-        only = {"ood": ood, "human": human, "recalibration": recalibration, "conformal": conformal}
-        for name, given in only.items():
-            if given is not None and given != {}:
-                raise ValueError(f"`{name}` must be None for a posterior without class probabilities, got one.")
-        for name, unused in {"ordered": ordered, "top_k": top_k, "class_names": class_names}.items():
-            if unused:
-                raise ValueError(
-                    f"`{name}` is for class probabilities, which this posterior has none of, got {unused!r}."
-                )
-        return _noted(_regression(prediction, shared | {"num_simulations": num_simulations}), posterior)
-    bernoulli = getattr(posterior.config, "likelihood", None) == "bernoulli"
-    foreign = {name: posterior.predict_loader(other, **how) for name, other in (ood or {}).items()}
-    probs, targets = class_predictions(posterior, prediction, "posterior")
-    report = evaluate_predictions(
-        probs,
-        targets,
-        uncertainty=_parts(prediction, bernoulli),
-        ood={name: _foreign_probs(name, found, bernoulli) for name, found in foreign.items()},
+    options = EvaluationOptions(
+        null=NullSettings(num_bins, num_simulations, seed),
+        title=title,
+        config=_settings(posterior.config) | {"method": method, "num_samples": num_samples},
+        ood=ood or {},
         examples=examples,
         human=human,
         recalibration=recalibration,
@@ -107,41 +80,66 @@ def evaluate(
         ordered=ordered,
         top_k=top_k,
         class_names=class_names,
-        num_bins=num_bins,
-        num_simulations=num_simulations,
-        **shared,
     )
-    return _noted(report, posterior)
-
-
-def _noted(report: Report, posterior: PosteriorLike) -> Report:
-    """The report with what the posterior says of itself (`notes`, sentences) among its verdicts."""
-    notes = list(getattr(posterior, "notes", ()))
+    report = _report(posterior, loader, options, method=method, num_samples=num_samples)
+    notes = list(getattr(posterior, "notes", ()))  # the posterior's own remarks, sentences
     return replace(report, sections=replace(report.sections, verdict=report.sections.verdict + notes))
 
 
-def _remembering(loader: Any, first: list[Any]) -> Any:
-    """The loader, its first batch put aside as it passes; what cannot be gone through is left to the posterior."""
+def _report(posterior: PosteriorLike, loader: Any, options: EvaluationOptions, **method: Any) -> Report:
+    """The report of the kind that the posterior's likelihood asks for."""
+    generator = torch.Generator().manual_seed(options.null.seed)
+    first: list[Any] = []
+    prediction = posterior.predict_loader(_remember_first(loader, first), **method, generator=generator)
+    if prediction.targets is None:
+        raise ValueError("`loader` must give targets, got inputs only.")
+    explain = getattr(posterior, "output_variance", None)
+    options = replace(
+        options,
+        history=posterior.history,
+        parameter_variance=getattr(posterior, "variance", None),
+        output_variance=explain(first[0]) if explain is not None and first else None,
+    )
+    if prediction.probs is None:
+        options.check_no_classes()
+        return _regression(prediction, options)
+    is_bernoulli = _is_bernoulli(posterior)
+    ood = {
+        name: posterior.predict_loader(inputs, **method, generator=generator) for name, inputs in options.ood.items()
+    }
+    options = replace(options, ood={name: _ood_probs(name, ood[name], is_bernoulli) for name in ood})
+    probs, targets = class_predictions(posterior, prediction, "posterior")
+    checked = as_probs(probs)
+    return classification_report(
+        checked,
+        as_targets(targets, checked),
+        options,
+        log_prob=prediction.log_prob,
+        uncertainty=_entropy_parts(prediction, is_bernoulli),
+    )
+
+
+def _regression(prediction: LoaderPrediction, options: EvaluationOptions) -> Report:
+    """The report on predictions of real values."""
+    if prediction.mean is None or prediction.targets is None:
+        raise ValueError("`posterior` must predict probs or a mean, got neither.")
+    forecast = make_forecast(prediction.mean, prediction.targets, prediction.variance, prediction.samples)
+    return regression_report(forecast, options, log_prob=prediction.log_prob)
+
+
+def _remember_first(loader: Any, first: list[Any]) -> Any:
+    """The loader, which appends its first batch to ``first``; a loader that is not iterable is returned unchanged."""
     if not isinstance(loader, Iterable) or isinstance(loader, Mapping):
         return loader
-    return _passing(loader, first)
+    return _batches(loader, first)
 
 
-def _passing(loader: Iterable[Any], first: list[Any]) -> Iterator[Any]:
-    """Yields every batch; the first one is also put into ``first``."""
+def _batches(loader: Iterable[Any], first: list[Any]) -> Iterator[Any]:
+    """Yields every batch, and appends the first one to ``first``."""
     for batch in loader:
         if not first:
             first.append(batch)
         yield batch
-
-
-def _regression(prediction: LoaderPrediction, shared: dict[str, Any]) -> Report:
-    """The report on real values."""
-    if prediction.mean is None or prediction.targets is None:
-        raise ValueError("`posterior` must predict probs or a mean, got neither.")
-    return evaluate_regression(
-        prediction.mean, prediction.targets, variance=prediction.variance, samples=prediction.samples, **shared
-    )
 
 
 def class_predictions(posterior: PosteriorLike, prediction: LoaderPrediction, name: str) -> tuple[Tensor, Tensor]:
@@ -154,29 +152,34 @@ def class_predictions(posterior: PosteriorLike, prediction: LoaderPrediction, na
         raise ValueError("`loader` must give targets, got inputs only.")
     if prediction.probs is None:
         raise ValueError(f"`{name}` must predict class probabilities, got none.")
-    if getattr(posterior.config, "likelihood", None) == "bernoulli":
+    if _is_bernoulli(posterior):
         return _two_classes(prediction.probs), _labels(prediction.targets)
     return prediction.probs, prediction.targets
 
 
-def _foreign_probs(name: str, prediction: LoaderPrediction, bernoulli: bool) -> Tensor:
-    """Class probabilities of a foreign set."""
+def _is_bernoulli(posterior: PosteriorLike) -> bool:
+    """Whether the outputs are independent zeros and ones."""
+    return getattr(posterior.config, "likelihood", None) == "bernoulli"
+
+
+def _ood_probs(name: str, prediction: LoaderPrediction, is_bernoulli: bool) -> Tensor:
+    """Class probabilities of an out-of-distribution set."""
     if prediction.probs is None:
         raise ValueError(f"`posterior` must predict probs for ood[{name!r}] too, got none.")
-    return _two_classes(prediction.probs) if bernoulli else prediction.probs
+    return _two_classes(prediction.probs) if is_bernoulli else prediction.probs
 
 
-def _parts(prediction: LoaderPrediction, bernoulli: bool) -> EntropyParts | None:
-    """The three entropies, where the posterior gives all of them; of Bernoulli outputs of an answer."""
+def _entropy_parts(prediction: LoaderPrediction, is_bernoulli: bool) -> EntropyParts | None:
+    """The three entropies if the posterior predicts all of them; for Bernoulli outputs the mean over the outputs."""
     if prediction.entropy is None or prediction.aleatoric is None or prediction.epistemic is None:
         return None
     parts = (prediction.entropy, prediction.aleatoric, prediction.epistemic)
-    answers = prediction.probs.shape[1] if bernoulli and prediction.probs is not None else 1  # entropies are sums
-    return EntropyParts(*(part / answers for part in parts))
+    num_outputs = prediction.probs.shape[1] if is_bernoulli and prediction.probs is not None else 1  # sums over outputs
+    return EntropyParts(*(part / num_outputs for part in parts))
 
 
 def _two_classes(probs: Tensor) -> Tensor:
-    """Probabilities of one, (N,) or (N, m), as those of zero and one, (N·m, 2)."""
+    """Probabilities of one, (N,) or (N, m), as probabilities of zero and one, (N·m, 2)."""
     ones = probs.flatten().double()
     return torch.stack([1 - ones, ones], dim=1)
 
@@ -190,5 +193,5 @@ def _labels(targets: Tensor) -> Tensor:
 
 
 def _settings(config: Any) -> dict[str, object]:
-    """The fields of a dataclass, or nothing."""
+    """The fields of a dataclass; empty for any other object."""
     return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}

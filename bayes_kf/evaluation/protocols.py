@@ -1,4 +1,4 @@
-"""What `evaluate` needs of a posterior; anything with these attributes will do."""
+"""Protocols of the posteriors and predictions that `evaluate` accepts."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -9,27 +9,27 @@ from torch import Tensor
 
 @runtime_checkable
 class LoaderPrediction(Protocol):
-    """Predictions for a whole loader, in its order. What does not apply is None."""
+    """Predictions for all examples of a loader, in order. Attributes that do not apply are None."""
 
     @property
     def probs(self) -> Tensor | None:
-        """Class probabilities (N, C); for Bernoulli outputs the probability of one, (N,) or (N, m); else None."""
+        """Class probabilities (N, C); for Bernoulli outputs the probability of class one, (N,) or (N, m); else None."""
 
     @property
     def targets(self) -> Tensor | None:
-        """Targets (N, ...), or None where the loader has none."""
+        """Targets (N, ...), or None if the loader has none."""
 
     @property
     def entropy(self) -> Tensor | None:
-        """Entropy of the averaged prediction, (N,), nats."""
+        """Total entropy: of the mean prediction, (N,), nats."""
 
     @property
     def aleatoric(self) -> Tensor | None:
-        """Average entropy of the draws, (N,), nats."""
+        """Aleatoric entropy: mean entropy of the draws, (N,), nats."""
 
     @property
     def epistemic(self) -> Tensor | None:
-        """Mutual information of label and parameters, (N,), nats."""
+        """Epistemic entropy: mutual information of label and parameters, (N,), nats."""
 
     @property
     def log_prob(self) -> Tensor | None:
@@ -37,32 +37,40 @@ class LoaderPrediction(Protocol):
 
     @property
     def mean(self) -> Tensor | None:
-        """Predictive mean of a real target, (N, m)."""
+        """Predictive mean of real targets, (N, m)."""
 
     @property
     def variance(self) -> Tensor | None:
-        """Predictive variance of a real target, noise included, (N, m)."""
+        """Predictive variance of real targets, with observation noise, (N, m)."""
 
     @property
     def samples(self) -> Tensor | None:
-        """Draws of a real target, noise included, (S, N, m)."""
+        """Draws of real targets, with observation noise, (S, N, m)."""
 
 
 class PosteriorLike(Protocol):
-    """A belief that predicts a loader.
+    """A posterior that predicts the examples of a loader.
 
-    May also have `variance`, tensor name to posterior variances, and `notes`, sentences for the page.
+    Optional attributes: `variance`, tensor name to posterior variances; `notes`, sentences for the report;
+    `output_variance`, a method from a batch to the contribution of each tensor to the variance of the outputs.
     """
 
     @property
     def config(self) -> Any:
-        """The settings, a dataclass with a `likelihood`, or None."""
+        """The configuration, a dataclass with a field `likelihood`, or None."""
 
     @property
     def history(self) -> Mapping[str, Tensor] | None:
-        """Series recorded while learning: log_loss and correct for each example, innovation and dof for each update."""
+        """Series of the fit: log_loss and correct for each example, innovation and dof for each update."""
 
     def predict_loader(
         self, loader: Any, *, method: str, num_samples: int, generator: torch.Generator
     ) -> LoaderPrediction:
-        """Predictions for every example of the loader."""
+        """Predictions for every example of the loader.
+
+        Args:
+            loader: Batches in the form that the posterior accepts.
+            method: Name of the predictive method.
+            num_samples: Number of draws for each prediction.
+            generator: Source of the random draws.
+        """

@@ -1,26 +1,23 @@
-"""The report on predictions of real values."""
+"""The report on a regression, from its predictions alone."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_float
+from bayes_kf.evaluation.options import EvaluationOptions
 from bayes_kf.evaluation.regression.scores import check_same_shape
-from bayes_kf.evaluation.report.html_page import fingerprint
+from bayes_kf.evaluation.report.provenance import fingerprint
 from bayes_kf.evaluation.report.report import Report
-from bayes_kf.evaluation.resampling.null_test import check_simulation
+from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.sections.online import stream_sections
 from bayes_kf.evaluation.sections.regression import (
     Forecast,
-    Simulation,
     coverage_section,
     error_section,
     pit_section,
     spread_section,
 )
-
-LEVEL = 0.95
 
 
 def evaluate_regression(
@@ -38,27 +35,27 @@ def evaluate_regression(
     num_simulations: int = 1000,
     seed: int = 0,
 ) -> Report:
-    """Report on predicted real values, wherever they come from.
+    """Report on predictions of real values by any model.
 
-    Coverage of the 50, 80 and 95 % intervals, CRPS and PIT values are taken from `samples` where given, else from
-    N(mean, variance). The bands of chance take all targets as independent; outputs of one example that err together
-    make them too narrow. Without `variance` the spread is that of the samples. Counts need samples: N(mean, variance)
-    is not their distribution.
+    Coverage of the 50, 80 and 95 % intervals, CRPS and PIT values are computed from `samples`, or from N(mean,
+    variance) if there are none. The null bands assume independent targets; they are too narrow if the errors of the
+    outputs of one example are correlated. Without `variance`, the variances are those of the samples. Predictions of
+    counts need samples, because N(mean, variance) is not their distribution.
 
     Args:
         mean: Predictive means, (N,) or (N, m).
-        targets: What came, of the same shape; (N,) and (N, 1) count as the same.
+        targets: Observed values, of the same shape; (N,) and (N, 1) count as the same.
         variance: Predictive variances, noise included, of the same shape as the means.
         samples: Draws of the target, noise included, (S, N) or (S, N, m).
         log_prob: Predictive log density of each example's target, (N,). A joint one of m outputs is divided among them.
-            Without it the log loss is that of N(mean, variance), where there are variances.
-        history: Series of the stream: "log_loss" for each example, "innovation", "dof" for each update.
+            Without it, the log loss is that of N(mean, variance) if there are variances.
+        history: Series of a stream: "log_loss" for each example, "innovation", "dof" for each update.
         parameter_variance: Name to posterior variances of each tensor.
-        output_variance: Name to what each tensor contributes to the variance of the outputs.
+        output_variance: Name to contribution of each tensor to the variance of the outputs.
         config: Settings to print.
         title: Title of the page.
-        num_simulations: Number of simulated data sets behind the bands that are simulated, at least 39.
-        seed: Seed of the simulation, and of the places that PIT values take among samples.
+        num_simulations: Number of simulated data sets for each simulated null band, at least 39.
+        seed: Seed of the simulation, and of the randomized PIT values of samples.
 
     Raises:
         ValueError: If an argument is malformed, or neither `variance` nor `samples` is given.
@@ -69,26 +66,37 @@ def evaluate_regression(
         >>> report.scores["coverage_95"], report.scores["rmse"] > 1.5
         (0.75, True)
     """
-    check_simulation(num_simulations, LEVEL)
-    forecast, chance = _forecast(mean, targets, variance, samples), Simulation(num_simulations, seed)
-    sections = (
-        error_section(forecast, log_prob)
-        + spread_section(forecast, chance)
-        + coverage_section(forecast)
-        + pit_section(forecast, chance)
-        + stream_sections(history, parameter_variance, output_variance)
+    options = EvaluationOptions(
+        null=NullSettings(num_simulations=num_simulations, seed=seed),
+        title=title,
+        config=config or {},
+        history=history,
+        parameter_variance=parameter_variance,
+        output_variance=output_variance,
     )
-    settings = {**(config or {}), **asdict(chance)}
+    return regression_report(make_forecast(mean, targets, variance, samples), options, log_prob=log_prob)
+
+
+def regression_report(forecast: Forecast, options: EvaluationOptions, *, log_prob: Array | None = None) -> Report:
+    """The report on checked predictions of real values; see `evaluate_regression`."""
+    null = options.null
+    sections = error_section(forecast, log_prob) + spread_section(forecast, null) + coverage_section(forecast)
+    sections += pit_section(forecast, null)
+    sections += stream_sections(options.history, options.parameter_variance, options.output_variance)
     return Report(
-        title=title or "Evaluation of a regression",
-        config={name: str(value) for name, value in settings.items()},
+        title=options.title or "Evaluation of a regression",
+        config=options.printed_config(num_simulations=null.num_simulations, seed=null.seed),
         sections=sections,
         fingerprints={"predictions": fingerprint(forecast.mean), "targets": fingerprint(forecast.targets)},
     )
 
 
-def _forecast(mean: Array, targets: Array, variance: Array | None, samples: Array | None) -> Forecast:
-    """All of them in the shape of the means."""
+def make_forecast(mean: Array, targets: Array, variance: Array | None, samples: Array | None) -> Forecast:
+    """Checked predictions and targets, all in the shape of the means.
+
+    Raises:
+        ValueError: If an array is malformed, or neither `variance` nor `samples` is given.
+    """
     if variance is None and samples is None:
         raise ValueError("`variance` or `samples` must be given for the coverage of intervals, got neither.")
     predicted = as_float(mean, "mean")
@@ -98,17 +106,17 @@ def _forecast(mean: Array, targets: Array, variance: Array | None, samples: Arra
     check_same_shape(observed, predicted, "mean")
     spread_var = None if variance is None else _like(as_float(variance, "variance"), predicted)
     draws = None if samples is None else as_float(samples, "samples")
-    if draws is not None and _fits(draws, predicted):
+    if draws is not None and _is_column(draws, predicted):
         draws = draws.reshape(len(draws), *predicted.shape)
     return Forecast(predicted, observed, spread_var, draws)
 
 
 def _like(values: Tensor, mean: Tensor) -> Tensor:
-    """Values (N,) as (N, 1), or the reverse, where the means have that shape; else as they are."""
-    same = values.shape[:1] == mean.shape[:1] and values.numel() == mean.numel() == mean.shape[0]
-    return values.reshape(mean.shape) if same else values
+    """Values (N,) as (N, 1) or the reverse, if the means have that shape; other values unchanged."""
+    is_column = values.shape[:1] == mean.shape[:1] and values.numel() == mean.numel() == mean.shape[0]
+    return values.reshape(mean.shape) if is_column else values
 
 
-def _fits(draws: Tensor, mean: Tensor) -> bool:
-    """Whether (S, N) and (S, N, 1) differ only in the last, single axis."""
+def _is_column(draws: Tensor, mean: Tensor) -> bool:
+    """Whether draws (S, N) or (S, N, 1) and means (N,) or (N, 1) differ at most in the last axis."""
     return draws.ndim > 1 and draws.shape[1] == mean.shape[0] and draws[0].numel() == mean.numel() == mean.shape[0]

@@ -1,1 +1,1 @@
-"""Files written as a whole: staging, atomic commits, ownership, checksums. Knows nothing of posteriors and reports."""
+"""Files written as a whole: staging folders, atomic saves, ownership, checksums."""

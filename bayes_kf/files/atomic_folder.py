@@ -1,14 +1,14 @@
-"""Several files written into a folder as one, among files of other people.
+"""Several files are written into a folder as one change, beside files of other programs.
 
-A save never removes or changes a file that the package did not write. Ours are the files that a file of checksums
-lists and whose content still is what it says; the save refuses to take any other file's place.
+A save never removes or changes a file that the package did not write. A file is ours if a checksums file of ours lists
+it with its present content. The save refuses to take the place of any other file.
 
 1. All new files are written into a hidden staging folder inside the folder (:mod:`bayes_kf.files.staging`).
-2. Files in the way are looked at. Where one is not ours, the save ends with a ValueError, and nothing has changed.
-3. The staging folder, with a plan of what is to be replaced and removed, is renamed to ``.bayes_kf-commit``. From this
-   one step on the save counts: readers take a file from there if it is there.
-4. Its files are renamed to their places one by one, old files of ours that are not needed any more are removed, and
-   ``.bayes_kf-commit`` goes. If the process is killed before that, the next save or start completes it.
+2. The save checks the files in their places. If one is not ours, it ends with a ValueError, and nothing has changed.
+3. The staging folder, with a plan of what is replaced and removed, is renamed to ``.bayes_kf-commit``. This single step
+   commits the save: from then on, readers take a file from that folder if it is there.
+4. The files are renamed to their places one by one. Our old files that are not needed any more are removed, and then
+   ``.bayes_kf-commit``. If the process is killed before the end, the next save or start completes this step.
 """
 
 from __future__ import annotations
@@ -25,109 +25,114 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from bayes_kf.files.checksums import SUMS_FILE
+from bayes_kf.files.checksums import CHECKSUMS_FILE
 from bayes_kf.files.ownership import (
-    Kind,
-    Plan,
-    blocked_above,
-    conflicts_of,
-    exists,
+    SaveKind,
+    SavePlan,
+    file_conflict,
+    find_conflicts,
+    make_plan,
     owned_files,
-    planned,
-    reason_against,
-    refuse,
+    parent_conflict,
+    path_exists,
+    raise_conflicts,
 )
-from bayes_kf.files.staging import clear_abandoned, locked, staging, synchronize, synchronize_entries
+from bayes_kf.files.staging import folder_lock, remove_abandoned, staging, sync_entries, sync_files
 
 COMMIT, PLAN, FILES = ".bayes_kf-commit", "plan.json", "files"
-READING = 20.0  # seconds in which a reader tries again where every time a save comes between
+READ_TIMEOUT = 20.0  # seconds in which a reader tries again, if another save happens in every attempt
 T = TypeVar("T")
 
 
-def write_files(folder: Path, write: Callable[[Path], None], kind: Kind) -> None:
-    """Let ``write`` fill an empty folder, then put its files into ``folder``, all or none.
+def write_files(folder: Path, write: Callable[[Path], None], kind: SaveKind) -> None:
+    """Write files into ``folder``, all or none.
+
+    Args:
+        folder: made if missing.
+        write: writes the files into an empty folder that it gets.
+        kind: of the save.
 
     Raises:
-        ValueError: where ``folder`` is a file, or a file in the way is not ours; nothing has changed then.
-        OSError: where something cannot be written; what was there stays.
+        ValueError: if ``folder`` is a file, or a file in the way is not ours; nothing has changed then.
+        OSError: if something cannot be written; the old files stay.
     """
-    folder = _resolved(folder)
-    made = _make(folder)
+    folder = _resolve(folder)
+    made = _make_folders(folder)
     try:
         with staging(folder) as stage:
             files = stage / FILES
             files.mkdir()
             try:
                 write(files)
-            except SafetensorError as error:  # what it makes of a full disk
+            except SafetensorError as error:  # safetensors raises it if the disk is full
                 raise OSError(f"{folder} could not be written: {error}") from error
             for file in files.rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors makes files that only their owner can read
-            with locked(folder):
-                _complete(folder)
-                clear_abandoned(folder)
-                plan = planned(folder, files, kind)
-                (stage / PLAN).write_text(json.dumps(plan._asdict()), encoding="utf-8")
-                synchronize(stage)
+            with folder_lock(folder):
+                _complete_commit(folder)
+                remove_abandoned(folder)
+                plan = make_plan(folder, files, kind)
+                (stage / PLAN).write_text(json.dumps(plan.to_json()), encoding="utf-8")
+                sync_files(stage)
                 os.rename(stage, folder / COMMIT)
                 _carry_out(folder, plan)
     except BaseException:
-        for path in made:  # innermost first; one that holds something stays
+        for path in made:  # innermost first; rmdir fails on a folder that is not empty
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
 
 
-def check_target(folder: Path, names: Iterable[str], kind: Kind) -> None:
-    """Raise ValueError where a save of these files into ``folder`` would be refused."""
-    folder = _resolved(folder)
+def check_target(folder: Path, names: Iterable[str], kind: SaveKind) -> None:
+    """Raise ValueError if a save of these files into ``folder`` would be refused."""
+    folder = _resolve(folder)
     if folder.exists():
-        found, _ = conflicts_of(folder, [*names, kind.sums], owned_files(folder, kind), kind)
-        refuse(folder, found)
+        conflicts, _ = find_conflicts(folder, [*names, kind.checksums], owned_files(folder, kind), kind)
+        raise_conflicts(folder, conflicts)
 
 
 def recover(folder: Path) -> None:
-    """Complete a save that was killed after it counted, and clear away what others that were killed left."""
-    folder = _resolved(folder)
+    """Complete a committed save that was killed, and remove the staging folders of saves that were killed earlier."""
+    folder = _resolve(folder)
     if folder.is_dir() and any(path.name.startswith(".bayes_kf-") for path in folder.iterdir()):
-        with locked(folder):
-            _complete(folder)
-            clear_abandoned(folder)
+        with folder_lock(folder):
+            _complete_commit(folder)
+            remove_abandoned(folder)
 
 
-def read_whole(folder: Path, read: Callable[[Path], T], undo: Callable[[T], None] = lambda found: None) -> T:
-    """What ``read`` finds in a folder with one posterior's files, while other processes may save into ``folder``.
+def read_consistently(folder: Path, read: Callable[[Path], T], undo: Callable[[T], None] = lambda result: None) -> T:
+    """The result of ``read`` on the files of one posterior, while other processes may save into ``folder``.
 
-    Reading changes nothing in ``folder``, which may be read-only.
+    It changes nothing in ``folder``, which may be read-only.
 
     Args:
-        folder: where posteriors are saved.
-        read: called with ``folder``, or where a save into it is not complete, with a copy; again where a save came
-            between.
-        undo: called with what was read before that.
+        folder: the posterior's.
+        read: gets ``folder``, or a copy of it if a save has not been completed. It is called again if another save
+            happens meanwhile.
+        undo: gets the result of an attempt that is repeated.
     """
-    end = time.monotonic() + READING
+    end = time.monotonic() + READ_TIMEOUT
     while True:
-        before = _stamp(folder)
+        before = _version(folder)
         try:
-            with _readable(folder) as source:
-                found = read(source)
+            with _whole_folder(folder) as source:
+                result = read(source)
         except (ValueError, OSError):
-            if _stamp(folder) == before or time.monotonic() > end:
+            if _version(folder) == before or time.monotonic() > end:
                 raise
             continue
-        if _stamp(folder) == before:
-            return found
-        undo(found)
+        if _version(folder) == before:
+            return result
+        undo(result)
         if time.monotonic() > end:
             raise ValueError(f"`folder` must not be saved into all the time while it is read, got that in {folder}.")
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[Path]:
-    """A folder with a whole posterior's files: ``folder``, or a copy with those of a save that is not complete."""
-    plan = _pending(folder)
-    if plan is None or plan.sums != SUMS_FILE:
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder with all files of one posterior: ``folder``, or a copy that includes the files of a pending save."""
+    plan = _pending_plan(folder)
+    if plan is None or plan.checksums != CHECKSUMS_FILE:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="bayes_kf-") as scratch:
@@ -135,26 +140,26 @@ def _readable(folder: Path) -> Iterator[Path]:
         copy.mkdir()
         for path in [*folder.iterdir(), *(folder / COMMIT / FILES).glob("*")]:  # the later ones take precedence
             if path.is_file() and path.name not in plan.removes:
-                with contextlib.suppress(FileNotFoundError):  # another process completes the save: the stamp tells
+                with contextlib.suppress(FileNotFoundError):  # another process completes the save: `_version` changes
                     shutil.copyfile(path, copy / path.name)
         yield copy
 
 
-def _stamp(folder: Path) -> tuple[tuple[int, int] | None, ...]:
-    """Changes with every save of a posterior, so that a reader knows whether all it read is of one."""
-    return tuple(_identity(path) for path in (folder / SUMS_FILE, folder / COMMIT / PLAN))
+def _version(folder: Path) -> tuple[tuple[int, int] | None, ...]:
+    """A value that changes with every save of a posterior into ``folder``."""
+    return tuple(_inode_and_time(path) for path in (folder / CHECKSUMS_FILE, folder / COMMIT / PLAN))
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _inode_and_time(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
-def _resolved(folder: Path) -> Path:
-    """A folder behind links: a link to a folder stays one."""
+def _resolve(folder: Path) -> Path:
+    """The folder that a link points to, so that the link stays."""
     try:
         folder = folder.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
@@ -164,8 +169,8 @@ def _resolved(folder: Path) -> Path:
     return folder
 
 
-def _make(folder: Path) -> list[Path]:
-    """Make a folder and those above it; the new ones, innermost first."""
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it, and return the new ones, innermost first."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return new
@@ -174,51 +179,45 @@ def _make(folder: Path) -> list[Path]:
 # ---- from the staging folder to their places ----
 
 
-def _pending(folder: Path) -> Plan | None:
-    """The plan of a save that counts and is not complete."""
+def _pending_plan(folder: Path) -> SavePlan | None:
+    """The plan of a save that is committed and not complete."""
     path = folder / COMMIT / PLAN
     try:
-        plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
-        names = [plan.sums, *plan.replaces, *plan.removes, *plan.overwrites]
-        digests = [*plan.replaces.values(), *plan.removes.values()]
-        if not all(isinstance(text, str) for text in names + digests):
-            raise ValueError("not all names and digests are strings")
-        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-        if outside:
-            raise ValueError(f"{outside[0]!r} is outside")
+        return SavePlan.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"`folder` must hold a sound {COMMIT}/{PLAN} or none, got {path}: {error}.") from error
-    return plan
+        raise ValueError(f"`folder` must hold a valid {COMMIT}/{PLAN} or none, got {path}: {error}.") from error
 
 
-def _complete(folder: Path) -> None:
-    """Carry out what a process planned that was killed.
+def _complete_commit(folder: Path) -> None:
+    """Carry out the plan of a process that was killed.
 
     Raises:
-        ValueError: where somebody has put a file in its way meanwhile.
+        ValueError: if a file is in the way that somebody has written since.
     """
-    plan = _pending(folder)
+    plan = _pending_plan(folder)
     if plan is None:
-        if exists(folder / COMMIT):
-            refuse(folder, {COMMIT: "not written by bayes_kf"})
+        if path_exists(folder / COMMIT):
+            raise_conflicts(folder, {COMMIT: "not written by bayes_kf"})
         return
-    waiting = {name: noted for name, noted in plan.replaces.items() if (folder / COMMIT / FILES / name).is_file()}
-    refuse(folder, {name: reason for name in waiting if (reason := blocked_above(folder, name))})
-    strict = {name: noted or None for name, noted in waiting.items() if name not in plan.overwrites}
-    late = {name: reason_against(folder / name, noted) for name, noted in strict.items() if exists(folder / name)}
-    refuse(folder, {name: reason for name, reason in late.items() if reason})
+    waiting = {name: saved for name, saved in plan.replaces.items() if (folder / COMMIT / FILES / name).is_file()}
+    raise_conflicts(folder, {name: reason for name in waiting if (reason := parent_conflict(folder, name))})
+    checked = {name: saved or None for name, saved in waiting.items() if name not in plan.overwrites}
+    conflicts = {
+        name: file_conflict(folder / name, saved) for name, saved in checked.items() if path_exists(folder / name)
+    }
+    raise_conflicts(folder, {name: reason for name, reason in conflicts.items() if reason})
     removes = {
-        name: noted
-        for name, noted in plan.removes.items()
-        if exists(folder / name) and not blocked_above(folder, name) and not reason_against(folder / name, noted)
+        name: saved
+        for name, saved in plan.removes.items()
+        if path_exists(folder / name) and not parent_conflict(folder, name) and not file_conflict(folder / name, saved)
     }
     _carry_out(folder, plan._replace(replaces=waiting, removes=removes))
 
 
-def _carry_out(folder: Path, plan: Plan) -> None:
-    """Move every file to its place, remove what is not needed any more, and end the save."""
+def _carry_out(folder: Path, plan: SavePlan) -> None:
+    """Move every file to its place, remove old files, and end the save."""
     for name in plan.replaces:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / COMMIT / FILES / name, folder / name)
@@ -226,8 +225,8 @@ def _carry_out(folder: Path, plan: Plan) -> None:
         path = folder / name
         path.unlink()
         if path.parent != folder:
-            with contextlib.suppress(OSError):  # holds something else
+            with contextlib.suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
-    synchronize_entries(folder)
+    sync_entries(folder)
     with staging(folder) as scratch:
         os.rename(folder / COMMIT, scratch / COMMIT)

@@ -1,4 +1,4 @@
-"""Whose the files of a folder are: only those that an earlier save wrote, and nobody changed since, are replaced."""
+"""Which files of a folder a save may replace: only those that an earlier save wrote and that are unchanged since."""
 
 from __future__ import annotations
 
@@ -9,139 +9,176 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
-from bayes_kf.files.checksums import digest, read_sums
-
-Keeps = Callable[[Path, Path], bool]
+from bayes_kf.files.checksums import digest, read_checksums
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What one kind of save writes.
+class SaveKind:
+    """The files that one kind of save writes.
 
     Attributes:
-        sums: its file of checksums.
-        names: a pattern that all files match that a save lists there; only such files are ever removed.
-        editable: folder -> digests of further files as they were saved, which people may edit.
-        keeps: name -> whether a file that is not ours stays in the place of a new one, given both; if not, the save
-            is refused.
-        warned: names of these whose staying is warned of.
-        overwrites: whether a file of that name is replaced whoever wrote it.
+        checksums: name of its checksums file.
+        names: a pattern of all files that the checksums file may list; only such files are ever removed.
+        editable: folder -> name -> digest, at the time of the save, of further files that people may edit.
+        may_keep: name -> whether a file of that name that is not ours stays instead of the new one, given the paths of
+            both; if not, the save is refused.
+        warn_if_kept: names of files whose staying causes a warning.
+        overwrites: whether a file of that name is replaced even if it is not ours.
     """
 
-    sums: str
+    checksums: str
     names: re.Pattern[str]
     editable: Callable[[Path], dict[str, str]] = lambda folder: {}
-    keeps: Mapping[str, Keeps] = field(default_factory=dict)
-    warned: Collection[str] = ()
+    may_keep: Mapping[str, Callable[[Path, Path], bool]] = field(default_factory=dict)
+    warn_if_kept: Collection[str] = ()
     overwrites: Callable[[str], bool] = lambda name: False
 
 
-class Plan(NamedTuple):
-    """A save, once everything is written.
+class SavePlan(NamedTuple):
+    """The changes that a save makes to a folder, once all new files are written.
 
     Attributes:
-        sums: of its kind.
-        replaces: name -> the digest of the file of ours in its place, "" where there is none.
-        overwrites: names among these whose place is taken whatever is there.
-        removes: name -> digest of files of ours that are not needed any more.
+        checksums: name of the checksums file.
+        replaces: name of a new file -> digest of our old file of that name, "" if there is none.
+        overwrites: names of new files that replace any file of that name.
+        removes: name -> digest of our old files that are not needed any more.
     """
 
-    sums: str
+    checksums: str
     replaces: dict[str, str]
     overwrites: list[str]
     removes: dict[str, str]
 
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a staging folder holds it."""
+        fields = self._asdict()
+        return {"sums": fields.pop("checksums")} | fields
 
-def planned(folder: Path, files: Path, kind: Kind) -> Plan:
-    """What is to be done with ``files``; those that make way for a file that is not ours are removed from there.
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """The plan that :meth:`to_json` gave.
+
+        Raises:
+            ValueError, TypeError, AttributeError: if it is no plan, or a name is outside the folder.
+        """
+        fields = dict(value)
+        plan = cls(checksums=fields.pop("sums", None), **fields)
+        names = [plan.checksums, *plan.replaces, *plan.removes, *plan.overwrites]
+        digests = [*plan.replaces.values(), *plan.removes.values()]
+        if not all(isinstance(text, str) for text in names + digests):
+            raise ValueError("not all names and digests are strings")
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise ValueError(f"{outside[0]!r} is outside")
+        return plan
+
+
+def make_plan(folder: Path, files: Path, kind: SaveKind) -> SavePlan:
+    """The plan to move the new files in ``files`` into ``folder``.
+
+    If a file stays, the new file of that name is removed from ``files``.
 
     Raises:
-        ValueError: where a file in the way is not ours.
+        ValueError: if a file in the way is not ours.
     """
     owned = owned_files(folder, kind)
     names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file())
-    conflicts, kept = conflicts_of(folder, names, owned, kind, files)
-    obsolete = {name: noted for name, noted in owned.items() if name not in names and exists(folder / name)}
-    conflicts |= {name: reason for name, noted in obsolete.items() if (reason := reason_against(folder / name, noted))}
-    refuse(folder, conflicts)
+    conflicts, kept = find_conflicts(folder, names, owned, kind, files)
+    obsolete = {name: saved for name, saved in owned.items() if name not in names and path_exists(folder / name)}
+    conflicts |= {name: reason for name, saved in obsolete.items() if (reason := file_conflict(folder / name, saved))}
+    raise_conflicts(folder, conflicts)
     for name in kept:
         (files / name).unlink()
-        if name in kind.warned:
+        if name in kind.warn_if_kept:
             warnings.warn(
-                f"{folder / name} was edited, or bayes_kf did not write it, and stays as it is: it may say nothing "
-                "about the posterior saved beside it.",
+                f"{folder / name} was edited, or bayes_kf did not write it, and stays as it is: it may "
+                "describe another posterior than the one saved beside it.",
                 UserWarning,
                 stacklevel=2,
             )
-    names = [name for name in names if name not in kept and name != kind.sums] + [kind.sums]  # which comes last
-    replaces = {name: owned.get(name, "") if exists(folder / name) else "" for name in names}
-    return Plan(kind.sums, replaces, [name for name in names if kind.overwrites(name)], obsolete)
+    names = [name for name in names if name not in kept and name != kind.checksums] + [kind.checksums]  # it comes last
+    replaces = {name: owned.get(name, "") if path_exists(folder / name) else "" for name in names}
+    return SavePlan(kind.checksums, replaces, [name for name in names if kind.overwrites(name)], obsolete)
 
 
-def owned_files(folder: Path, kind: Kind) -> dict[str, str]:
+def owned_files(folder: Path, kind: SaveKind) -> dict[str, str]:
     """Name -> digest of the files that an earlier save of this kind wrote.
 
     Raises:
-        ValueError: where one was changed since: a posterior that somebody edited is not replaced.
+        ValueError: if one was changed since: a posterior that somebody edited is not replaced.
     """
-    path = folder / kind.sums
+    path = folder / kind.checksums
     try:
-        listed = read_sums(path) if not path.is_symlink() and path.is_file() else {}
+        listed = read_checksums(path) if not path.is_symlink() and path.is_file() else {}
     except ValueError:
         listed = {}
     if not listed or not all(kind.names.fullmatch(name) for name in listed):
-        return {}  # none, or somebody else's checksums
+        return {}  # there is no list, or another program wrote it
     changed = {
         name: reason
-        for name, noted in listed.items()
-        if not kind.overwrites(name) and exists(folder / name) and (reason := reason_against(folder / name, noted))
+        for name, saved in listed.items()
+        if not kind.overwrites(name) and path_exists(folder / name) and (reason := file_conflict(folder / name, saved))
     }
-    refuse(folder, changed)
-    return listed | kind.editable(folder) | {kind.sums: digest(path)}
+    raise_conflicts(folder, changed)
+    return listed | kind.editable(folder) | {kind.checksums: digest(path)}
 
 
-def conflicts_of(
-    folder: Path, names: Iterable[str], owned: Mapping[str, str], kind: Kind, files: Path | None = None
+def find_conflicts(
+    folder: Path, names: Iterable[str], owned: Mapping[str, str], kind: SaveKind, files: Path | None = None
 ) -> tuple[dict[str, str], list[str]]:
-    """Name -> why a file in its way cannot be replaced; and the names of new files that make way."""
-    found, kept = {}, []
+    """Name -> reason for each new file whose place cannot be taken, and the names of files that stay.
+
+    Args:
+        folder: where the new files go.
+        names: of the new files.
+        owned: name -> digest of the files that may be replaced.
+        kind: of the save.
+        files: holds the new files; None before they are written.
+    """
+    conflicts, kept = {}, []
     for name in names:
-        reason = blocked_above(folder, name)
-        if not reason and exists(folder / name):
-            reason = reason_against(folder / name, owned.get(name), kind.overwrites(name))
-            if reason and name in kind.keeps and (files is None or kind.keeps[name](folder / name, files / name)):
+        reason = parent_conflict(folder, name)
+        if not reason and path_exists(folder / name):
+            reason = file_conflict(folder / name, owned.get(name), kind.overwrites(name))
+            if reason and name in kind.may_keep and (files is None or kind.may_keep[name](folder / name, files / name)):
                 kept.append(name)
                 continue
         if reason:
-            found[name] = reason
-    return found, kept
+            conflicts[name] = reason
+    return conflicts, kept
 
 
-def blocked_above(folder: Path, name: str) -> str:
-    """Why a file cannot lie where its name says, "" where it can: a link or a file is in the place of a folder."""
+def parent_conflict(folder: Path, name: str) -> str:
+    """Why the folders above a file cannot be made: a link or a file has the name of one. "" if they can."""
     parts = PurePosixPath(name).parts
-    above = [folder.joinpath(*parts[: k + 1]) for k in range(len(parts) - 1)]
-    wrong = [path for path in above if exists(path) and (path.is_symlink() or not path.is_dir())]
+    parents = [folder.joinpath(*parts[: k + 1]) for k in range(len(parts) - 1)]
+    wrong = [path for path in parents if path_exists(path) and (path.is_symlink() or not path.is_dir())]
     return f"{wrong[0].name} is no folder" if wrong else ""
 
 
-def reason_against(path: Path, noted: str | None, whoever: bool = False) -> str:
-    """Why a file is not to be replaced, "" where it may be."""
+def file_conflict(path: Path, saved: str | None, overwrite: bool = False) -> str:
+    """Why a file must not be replaced, "" if it may be.
+
+    Args:
+        path: of the file.
+        saved: digest of the file when an earlier save wrote it; None if no save did.
+        overwrite: whether it may be replaced even if no save wrote it.
+    """
     if path.is_symlink():
         return "a link"
     if not path.is_file():
         return "not a file"
-    if whoever:
+    if overwrite:
         return ""
-    if noted is None or digest(path) != noted:
-        return "not written by bayes_kf" if noted is None else "changed since it was saved"
+    if saved is None or digest(path) != saved:
+        return "not written by bayes_kf" if saved is None else "changed since it was saved"
     return "" if path.stat().st_mode & stat.S_IWUSR else "read-only"
 
 
-def refuse(folder: Path, conflicts: Mapping[str, str]) -> None:
-    """Raise ValueError for any files, name -> reason, that cannot be replaced."""
+def raise_conflicts(folder: Path, conflicts: Mapping[str, str]) -> None:
+    """Raise ValueError if there are any conflicts, name -> reason."""
     if conflicts:
         text = ", ".join(f"{name} ({reason})" for name, reason in conflicts.items())
         raise ValueError(
@@ -150,6 +187,6 @@ def refuse(folder: Path, conflicts: Mapping[str, str]) -> None:
         )
 
 
-def exists(path: Path) -> bool:
-    """Whether anything is there, if only a link that leads nowhere."""
+def path_exists(path: Path) -> bool:
+    """Whether a path exists; a broken link does."""
     return os.path.lexists(path)

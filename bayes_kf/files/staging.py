@@ -1,8 +1,8 @@
-"""Files prepared in a hidden folder beside their final places, so that each is there whole or not at all.
+"""Hidden staging folders, in which files are written before they are moved to their places.
 
-A staging folder is called ``.bayes_kf-save-`` and eight random characters and holds a marker file. Its process locks it
-while it lives. One that a killed process left is removed by the next save into the same folder; one that a living
-process is writing, and a folder of that name without the marker, is left alone.
+The name of a staging folder is ``.bayes_kf-save-`` and eight random characters. It holds a marker file, and its process
+locks it. The next save into the same folder removes the staging folders of killed processes. It leaves alone those that
+a living process has locked, and folders of such a name without the marker.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if sys.platform != "win32":
 PREFIX = ".bayes_kf-save-"
 NAME = re.compile(re.escape(PREFIX) + r"[a-z0-9_]{8}")
 MARKER = "unfinished-save-of-bayes_kf"
-OLD = 24 * 3600.0  # seconds after which a staging folder is abandoned where folders cannot be locked
-PATIENCE = 60.0  # seconds to wait for another process's save
-HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # by another process
+ABANDONED_AGE = 24 * 3600.0  # seconds after which a staging folder counts as abandoned if folders cannot be locked
+LOCK_TIMEOUT = 60.0  # seconds to wait for another process's save
+LOCKED_ERRORS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # another process holds the lock
 
 
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A new staging folder in ``folder``, which is removed in the end; what was moved out of it stays."""
+    """A new staging folder in ``folder``; it is removed at the end, with the files that are still in it."""
     while True:
         stage = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         with _open(stage) as handle:
             _lock(handle, wait=True)
             try:
                 (stage / MARKER).touch()
-            except FileNotFoundError:  # another process took it for an abandoned one before it was locked
+            except FileNotFoundError:  # another process removed it as abandoned before it was locked
                 continue
             try:
                 yield stage
@@ -47,25 +47,25 @@ def staging(folder: Path) -> Iterator[Path]:
             return
 
 
-def clear_abandoned(folder: Path) -> None:
-    """Remove the staging folders in ``folder`` that a killed process left."""
+def remove_abandoned(folder: Path) -> None:
+    """Remove the staging folders of killed processes from ``folder``."""
     for path in [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]:
         if path.is_symlink() or not path.is_dir() or not _is_marked(path):
             continue
         with contextlib.suppress(FileNotFoundError), _open(path) as handle:
-            if _abandoned(handle, path):
+            if _is_abandoned(handle, path):
                 _remove(path)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` against other processes' saves.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from saving into ``folder``.
 
     Raises:
-        OSError: when another process holds it for a minute.
+        OSError: if another process holds the lock for a minute.
     """
     with _open(folder) as handle:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + LOCK_TIMEOUT
         while _lock(handle) is False:
             if time.monotonic() > end:
                 raise OSError(errno.EBUSY, "another process has been saving into it for a minute", str(folder))
@@ -73,24 +73,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def synchronize(folder: Path) -> None:
-    """Put everything in ``folder`` on the disk, so that a later rename cannot come before it."""
+def sync_files(folder: Path) -> None:
+    """Write all files in ``folder`` to the disk, so that a later rename cannot reach the disk before them."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-    synchronize_entries(folder)
+    sync_entries(folder)
 
 
-def synchronize_entries(folder: Path) -> None:
-    """Put the names in ``folder`` on the disk, where the system can."""
+def sync_entries(folder: Path) -> None:
+    """Write the names in ``folder`` to the disk, if the system can."""
     with _open(folder) as handle, contextlib.suppress(OSError):
         if handle is not None:
             os.fsync(handle)
 
 
 def _remove(stage: Path) -> None:
-    """Remove a staging folder, its marker last: until then it is known for what it is."""
+    """Remove a staging folder, its marker last, so that a process killed here leaves a folder with the marker."""
     with contextlib.suppress(OSError):
         for path in stage.iterdir():
             if path.name == MARKER:
@@ -104,20 +104,20 @@ def _remove(stage: Path) -> None:
 
 
 def _is_marked(path: Path) -> bool:
-    """Whether a folder of that name is ours: killed at once, it is still empty."""
+    """Whether a folder of that name is a staging folder; one whose process was killed at once is empty."""
     return (path / MARKER).is_file() or not any(path.iterdir())
 
 
-def _abandoned(handle: int | None, path: Path) -> bool:
-    taken = _lock(handle)
-    if taken is None:
-        return time.time() - path.stat().st_mtime > OLD
-    return taken
+def _is_abandoned(handle: int | None, path: Path) -> bool:
+    locked = _lock(handle)
+    if locked is None:
+        return time.time() - path.stat().st_mtime > ABANDONED_AGE
+    return locked
 
 
 @contextlib.contextmanager
 def _open(folder: Path) -> Iterator[int | None]:
-    """A handle of a folder; None on Windows, which has none."""
+    """A file descriptor of a folder; None on Windows, which has none."""
     if sys.platform == "win32":
         yield None
         return
@@ -129,11 +129,11 @@ def _open(folder: Path) -> Iterator[int | None]:
 
 
 def _lock(handle: int | None, wait: bool = False) -> bool | None:
-    """Whether the folder could be locked; None where folders cannot be."""
+    """Whether this call locked the folder; None if folders cannot be locked."""
     if sys.platform == "win32" or handle is None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return False if error.errno in HELD else None
+        return False if error.errno in LOCKED_ERRORS else None
     return True

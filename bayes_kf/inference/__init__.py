@@ -5,9 +5,9 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.divergence import FitDivergenceError
-from bayes_kf.inference.fitting.filter_bank import Bank
 from bayes_kf.inference.fitting.fit import fit
 from bayes_kf.inference.fitting.merging import merge
+from bayes_kf.inference.fitting.selection.filter_bank import Bank
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
 

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from bayes_kf.files.checksums import SUMS_FILE, is_listed
+from bayes_kf.files.checksums import CHECKSUMS_FILE, is_listed
 from bayes_kf.files.staging import staging
 from bayes_kf.inference.config_field import (
     check_forgetting,
@@ -454,7 +454,7 @@ class KalmanConfig:
                 raise ValueError(f"`folder` must hold no link {CONFIG_FILE}, got one in {folder}.")
             if self.from_pretrained(folder) == self:
                 return
-            if is_listed(Path(folder), CONFIG_FILE) and (Path(folder) / SUMS_FILE).is_file():
+            if is_listed(Path(folder), CONFIG_FILE) and (Path(folder) / CHECKSUMS_FILE).is_file():
                 raise ValueError(f"`folder` must not be a posterior's, which has settings of its own, got {folder}.")
         Path(folder).mkdir(parents=True, exist_ok=True)
         with staging(Path(folder)) as stage:

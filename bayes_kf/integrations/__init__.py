@@ -1,4 +1,4 @@
-"""Where users already are: transformers' Trainer."""
+"""Integrations with other libraries: transformers' Trainer."""
 
 from bayes_kf.integrations.metrics import calibration_metrics
 from bayes_kf.integrations.trainer import KalmanTrainer

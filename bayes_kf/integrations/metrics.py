@@ -1,4 +1,4 @@
-"""Calibration as a metric of transformers' evaluation loop."""
+"""Calibration metrics for transformers' evaluation loop."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from bayes_kf.evaluation import accuracy, brier_score, calibration_test, entropy
 
 
 def calibration_metrics(prediction: Any) -> dict[str, float]:
-    """Accuracy, log loss, Brier score, ECE with what chance alone would show, and mean entropy of a classifier.
+    """Accuracy, log loss, Brier score, mean entropy and ECE with its null band, of a classifier.
 
     Args:
         prediction: transformers' ``EvalPrediction``: ``predictions`` are logits or log probabilities (N, m), or a tuple
-            that begins with them; ``label_ids`` are labels (N,).
+            whose first item they are; ``label_ids`` are labels (N,).
 
     Returns:
-        ``accuracy``, ``log_loss`` and ``entropy`` (nats), ``brier``, ``ece``, and ``ece_chance_low`` and
-        ``ece_chance_high``, which hold 95 % of the ECE of a perfectly calibrated model with the same confidences.
+        ``accuracy``, ``log_loss`` and ``entropy`` (nats), ``brier``, ``ece``, and the ends of its 95 % null band,
+        ``ece_chance_low`` and ``ece_chance_high``: the ECE of a perfectly calibrated model with the same confidences.
 
     Raises:
-        ValueError: when there are not N labels for predictions (N, m).
+        ValueError: if the predictions are not (N, m) or the labels not (N,).
 
     Example:
         >>> from transformers import EvalPrediction
-        >>> found = calibration_metrics(EvalPrediction(np.zeros((4, 2)), np.array([0, 1, 0, 1])))
-        >>> round(found["log_loss"], 4), round(found["ece"], 4)
+        >>> metrics = calibration_metrics(EvalPrediction(np.zeros((4, 2)), np.array([0, 1, 0, 1])))
+        >>> round(metrics["log_loss"], 4), round(metrics["ece"], 4)
         (0.6931, 0.0)
     """
     outputs = prediction.predictions

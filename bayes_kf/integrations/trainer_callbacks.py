@@ -1,4 +1,4 @@
-"""What KalmanTrainer is made of besides a Trainer: no optimizer, a count of epochs, sums of scores, checks."""
+"""The callbacks of a KalmanTrainer, its optimizer without effect, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bayes_kf.models.adapter import AdapterModel
 
 
 class NoOptimizer(torch.optim.Optimizer):
-    """In the optimizer's place: its steps do nothing, for the filter has moved the mean already."""
+    """An optimizer whose steps do nothing, since the filter has already moved the mean."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.0})
@@ -24,22 +24,22 @@ class NoOptimizer(torch.optim.Optimizer):
         """Does nothing."""
 
 
-class Epochs(TrainerCallback):
+class EpochCounter(TrainerCallback):
     """Counts epochs as they begin.
 
     Attributes:
-        epoch: the one that is running, from 0.
+        epoch: the index of the current epoch, from 0.
     """
 
     def __init__(self) -> None:
         self.epoch = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start from where a checkpoint was."""
+        """Start from the epoch of a checkpoint."""
         self.epoch = int(state.epoch or 0) - 1
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Counts the epoch that begins."""
+        """Count the epoch."""
         self.epoch += 1
 
 
@@ -54,19 +54,19 @@ class EpochEnd(TrainerCallback):
         self._function = function
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call it."""
+        """Call the function."""
         self._function()
 
 
-class Window:
-    """Sums of the scores of updates, for logging."""
+class ScoreWindow:
+    """Sums of the scores of the updates since the last log entry."""
 
     def __init__(self) -> None:
         self._examples = self._correct = self._innovation = self._degrees = 0.0
         self._classes = False
 
     def add(self, info: UpdateInfo) -> None:
-        """Adds the scores of an update."""
+        """Add the scores of an update."""
         self._examples += len(info.log_loss)
         self._innovation += info.innovation
         self._degrees += info.degrees_of_freedom
@@ -78,23 +78,23 @@ class Window:
         """``online_accuracy``, of predictions before their update, and ``innovation``, 1 for a consistent filter."""
         if not self._examples:
             return {}
-        found = {"online_accuracy": self._correct / self._examples} if self._classes else {}
-        return found | ({"innovation": self._innovation / self._degrees} if self._degrees else {})
+        scores = {"online_accuracy": self._correct / self._examples} if self._classes else {}
+        return scores | ({"innovation": self._innovation / self._degrees} if self._degrees else {})
 
 
 def check_model(model: object) -> None:
-    """Raise ValueError for a reading of a language model, which Trainer cannot call."""
+    """Raise ValueError for an AdapterModel, which Trainer cannot call."""
     if isinstance(model, AdapterModel):
         raise ValueError(
-            f"`model` must be a torch module for KalmanTrainer, got {type(model).__name__}, a reading of one; "
+            f"`model` must be a torch module for KalmanTrainer, got {type(model).__name__}, which is an AdapterModel; "
             "`bayes_kf.fit` takes it."
         )
 
 
 def check_arguments(trainer: Trainer) -> None:
-    """Raise ValueError for what a filter has no use for."""
+    """Raise ValueError for arguments of Trainer that a filter does not support."""
     args = trainer.args
-    wrong = {
+    unsupported = {
         "one process and one device": args.world_size > 1 or args.n_gpu > 1,
         "no DeepSpeed and no FSDP": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
         "no `label_smoothing_factor`": args.label_smoothing_factor != 0,
@@ -102,13 +102,13 @@ def check_arguments(trainer: Trainer) -> None:
         "no `optimizers`": trainer.optimizer is not None or trainer.lr_scheduler is not None,
         "no `compute_loss_func`": trainer.compute_loss_func is not None,
     }
-    for wanted, found in wrong.items():
-        if found:
-            raise ValueError(f"KalmanTrainer needs {wanted}, got that.")
+    for needed, given in unsupported.items():
+        if given:
+            raise ValueError(f"KalmanTrainer needs {needed}, got other arguments.")
 
 
 def check_passes(config: KalmanConfig) -> None:
-    """Raise ValueError for settings under which a second epoch would count data twice."""
+    """Raise ValueError for settings that do not allow a second epoch."""
     try:
         dataclasses.replace(config, mean_passes=1)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is believed: adapters as Gaussian latent states, their priors and likelihoods."""
+"""Latent states: adapters as vectors θ, their priors and their likelihoods."""
 
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.batch import Inputs, to_device
-from bayes_kf.models.eval_mode import (
-    check_unpacked,
-    checkpointing_in_eval_mode,
-    checkpointing_layers,
-    four_bit_on_cpu,
-    has_fused_path,
-    without_fused_path,
-)
+from bayes_kf.models.eval_mode import EvalMode
 from bayes_kf.models.forward import as_matrix, cast_inputs
+from bayes_kf.models.model_lock import model_lock
 from bayes_kf.models.module_restoring import ModuleState, restore, restore_parameters, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
 from bayes_kf.models.trainable_tensors import table, tensor_places, trainable_tensors, warn_if_large
 
 UNKNOWN = "not yet known"  # how a tensor is linearized, before the first batch
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of models that are in use
-_creating_lock = threading.Lock()
 
 
 class AdapterModel:
@@ -40,6 +30,14 @@ class AdapterModel:
 
     Args:
         model: the user's module; base weights frozen, adapter tensors trainable.
+
+    Attributes:
+        names: of the tensors, with their ``shapes``, ``dtypes`` and ``sizes`` in the same order.
+        num_parameters: n, the length of θ.
+        owners: name -> every module and attribute that holds the tensor.
+        eval_mode: context managers in which the model is in eval mode, see ``models.eval_mode.EvalMode``.
+        linearized_by: name -> how the tensor is linearized, see :meth:`describe`.
+        dtype: of θ, float64 if any tensor has it, else float32.
 
     Raises:
         ValueError: if no tensor is trainable, if trainable tensors are offloaded or on several devices, if adapters
@@ -54,7 +52,7 @@ class AdapterModel:
 
     def __init__(self, model: nn.Module) -> None:
         trainable = trainable_tensors(model)
-        adapter_tensors.check(model)
+        adapter_tensors.check_supported(model)
         self.model = model
         self.names: tuple[str, ...] = tuple(trainable)
         self.shapes: tuple[torch.Size, ...] = tuple(p.shape for p in trainable.values())
@@ -64,9 +62,7 @@ class AdapterModel:
         ends = itertools.accumulate(self.sizes)
         self._slices = {n: slice(end - size, end) for n, end, size in zip(self.names, ends, self.sizes, strict=True)}
         self._modules = list(model.modules())  # walking through them takes milliseconds
-        self._has_fused_path = has_fused_path(self._modules)
-        self._four_bit = four_bit_on_cpu(self._modules)
-        self._checkpointing = checkpointing_layers(self._modules)
+        self.eval_mode = EvalMode(model)
         self.owners = tensor_places(model, trainable)
         self.linearized_by: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # see describe
         self._autocast: torch.dtype | None = None  # of the caller, inside `full_precision`
@@ -87,7 +83,7 @@ class AdapterModel:
 
     def vector(self) -> Tensor:
         """A copy of the model's present trainable tensors as one vector, (n,)."""
-        with self.lock():
+        with model_lock(self.model):
             return self.flatten({name: self.model.get_parameter(name).detach() for name in self.names})
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -121,7 +117,7 @@ class AdapterModel:
     @contextmanager
     def substituted(
         self, tensors: Mapping[str, Tensor], snapshot: Sequence[ModuleState] | None = None
-    ) -> Iterator[None]:
+    ) -> Iterator[Sequence[ModuleState]]:
         """The model with ``tensors`` in the place of its own trainable ones, tied ones in all their places.
 
         Backward passes through checkpointed layers run the layers again, so they belong inside too. On leaving, also
@@ -129,14 +125,17 @@ class AdapterModel:
 
         Args:
             tensors: name -> tensor.
-            snapshot: the modules as they are, from :meth:`snapshot`; without it one is taken.
+            snapshot: the modules before, as this context manager yields it; without it one is taken.
+
+        Yields:
+            The snapshot, for further passes over the same modules.
         """
-        with self.lock():
+        with model_lock(self.model):
             if snapshot is None:
                 snapshot = take_snapshot(self._modules)
             own = self._place(tensors)
             try:
-                yield
+                yield snapshot
             except BaseException:
                 self._place(own)
                 restore(snapshot)
@@ -144,25 +143,15 @@ class AdapterModel:
             self._place(own)
             restore_parameters(snapshot)
 
-    def snapshot(self) -> list[ModuleState]:
-        """The present state of the model's modules, for :meth:`substituted`."""
-        with self.lock():
-            return take_snapshot(self._modules)
-
     @contextmanager
     def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """As :meth:`substituted`, for reading modules without running them."""
-        with self.lock():
+        with model_lock(self.model):
             own = self._place(tensors)
             try:
                 yield
             finally:
                 self._place(own)
-
-    def lock(self) -> threading.RLock:
-        """The lock of the model: while its tensors or modes are replaced, other threads wait."""
-        with _creating_lock:
-            return _locks.setdefault(self.model, threading.RLock())
 
     def _place(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Puts tensors into the model, and returns those that were there; as torch.func.functional_call does."""
@@ -186,35 +175,6 @@ class AdapterModel:
         finally:
             for parameter, gradient in held:
                 parameter.grad = gradient
-
-    @contextmanager
-    def eval_mode(self) -> Iterator[None]:
-        """Inside, every module is in eval mode; afterwards each has its own mode again, also after an error.
-
-        Three kinds of layers are exceptions, see ``models.eval_mode``.
-
-        Raises:
-            ValueError: if 4-bit weights were packed for inference.
-        """
-        with self.lock():
-            if self._four_bit:
-                check_unpacked(self._four_bit)
-            changed: list[nn.Module] = []
-            recomputed: list[nn.Module] = []
-            for module in self._modules:
-                if module.training and module in self._checkpointing and module.gradient_checkpointing:
-                    recomputed.append(module)
-                elif module.training != (module in self._four_bit):
-                    changed.append(module)
-            fused = without_fused_path() if self._has_fused_path else nullcontext()
-            try:
-                for module in changed:
-                    module.training = not module.training
-                with fused, checkpointing_in_eval_mode(recomputed) if recomputed else nullcontext():
-                    yield
-            finally:
-                for module in changed:
-                    module.training = not module.training
 
     def describe(self) -> str:
         """A table of the trainable tensors: name, shape, the kind of module that holds it, and how it is linearized.
@@ -262,18 +222,18 @@ class AdapterModel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)
 
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
+    def full_precision(self) -> AbstractContextManager[object]:
         """Confines the caller's autocast, if it is on, to the model's forward passes: nothing else is rounded.
 
         It encloses a whole computation, so other threads wait outside.
         """
-        with self.lock():
-            kind, outside = self.device.type, self._autocast
-            if not torch.is_autocast_enabled(kind):
-                yield
-                return
-            self._autocast = torch.get_autocast_dtype(kind)
+        kind = self.device.type
+        return self._confined_autocast(kind) if torch.is_autocast_enabled(kind) else model_lock(self.model)
+
+    @contextmanager
+    def _confined_autocast(self, kind: str) -> Iterator[None]:
+        with model_lock(self.model):
+            outside, self._autocast = self._autocast, torch.get_autocast_dtype(kind)
             try:
                 with torch.autocast(kind, enabled=False):
                     yield

@@ -1,4 +1,4 @@
-"""What eval mode needs beside ``module.eval()`` so that adapters act and gradients flow.
+"""Eval mode in which adapters act and gradients flow. Three kinds of layers need more than ``module.eval()``.
 
 - Torch's encoder layers take a fused path in eval mode that ignores adapters: :func:`without_fused_path`.
 - Layers of transformers with gradient checkpointing recompute in training mode alone:
@@ -10,16 +10,68 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from bayes_kf.models.model_lock import model_lock
+
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 _lock = threading.Lock()
 _num_inside, _enabled_before = 0, True
+
+
+class EvalMode:
+    """Context managers in which every module of a model is in eval mode.
+
+    Afterwards, also after an error, each module has its own mode again. Other threads wait outside.
+
+    Args:
+        model: its modules are listed once.
+
+    Raises:
+        ValueError: on entering, if 4-bit weights were packed for inference.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with EvalMode(model)():
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._modules = model, list(model.modules())
+        self._has_fused_path = has_fused_path(self._modules)
+        self._four_bit = four_bit_on_cpu(self._modules)
+        self._checkpointing = checkpointing_layers(self._modules)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """A context manager for one use."""
+        with model_lock(self._model):
+            if self._four_bit:
+                check_unpacked(self._four_bit)
+            changed: list[nn.Module] = []
+            recomputed: list[nn.Module] = []
+            for module in self._modules:
+                if module.training and module in self._checkpointing and module.gradient_checkpointing:
+                    recomputed.append(module)
+                elif module.training != (module in self._four_bit):
+                    changed.append(module)
+            fused = without_fused_path() if self._has_fused_path else nullcontext()
+            try:
+                for module in changed:
+                    module.training = not module.training
+                with fused, checkpointing_in_eval_mode(recomputed) if recomputed else nullcontext():
+                    yield
+            finally:
+                for module in changed:
+                    module.training = not module.training
 
 
 def has_fused_path(modules: Iterable[nn.Module]) -> bool:

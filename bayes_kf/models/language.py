@@ -1,8 +1,9 @@
-"""What a causal language model says, read as classes: of the next token, among option tokens, among option texts.
+"""Causal language models as classifiers: over the next token, over option tokens, over option texts.
 
-Each is an :class:`AdapterModel` over the model itself, so that everything that takes a model takes it: ``bkf.fit``,
-``KalmanFilter``, ``Posterior.predict``; and what is saved is an ordinary PEFT adapter of the language model. After
-loading, ``posterior.reading(OptionTokens(model, options))`` reads it so again. The reading is ours.
+Each class is an :class:`AdapterModel` of the language model itself. So ``bkf.fit``, ``KalmanFilter`` and
+``Posterior.predict`` accept it like any model, and the saved adapter is an ordinary PEFT adapter of the language model.
+After loading, ``posterior.with_adapter(OptionTokens(model, options))`` uses it as a classifier again. These classes
+are our own.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
-IGNORED = -100  # label of a token that is not learned, as transformers marks it
+IGNORED = -100  # label of a token that is not a target, as in transformers
 
 
 class NextToken(AdapterModel):
-    """The next token after one place of each sequence, as a class of the whole vocabulary.
+    """The next token after one position of each sequence; every token of the vocabulary is a class.
 
-    Inputs are a mapping with ``input_ids`` (B, T) and ``place`` (B,), the index of the last token that is given;
-    ``attention_mask`` (B, T) where there is padding. Targets are token ids (B,). Large vocabularies want
-    ``KalmanConfig(curvature="sampled")``. :func:`next_token_examples` makes such examples of sequences.
+    Inputs are a mapping with ``input_ids`` (B, T), ``place`` (B,), the index of the last token of the context, and
+    ``attention_mask`` (B, T) if there is padding. Targets are token ids (B,). For large vocabularies use
+    ``KalmanConfig(curvature="sampled")``. :func:`next_token_examples` makes such batches from sequences.
 
     Args:
         model: a causal language model, called with ``input_ids`` and ``attention_mask``, that returns ``logits``
             (B, T, V).
 
     Raises:
-        ValueError: when no tensor is trainable.
+        ValueError: if no tensor is trainable.
     """
 
     def run(self, inputs: Inputs) -> Tensor:
@@ -44,17 +45,17 @@ class NextToken(AdapterModel):
 
 
 class OptionTokens(AdapterModel):
-    """A choice among single tokens (A, B, C, D; yes, no) after a prompt, as a class for each.
+    """A choice among single tokens (A, B, C, D; yes, no) after a prompt; each is a class.
 
-    Inputs are a mapping with ``input_ids`` (B, T) and, where prompts were padded on either side, ``attention_mask``.
-    Targets are indices into ``options`` (B,). What other tokens would have had is not looked at.
+    Inputs are a mapping with ``input_ids`` (B, T) and, if prompts are padded on either side, ``attention_mask``.
+    Targets are indices into ``options`` (B,). The logits of other tokens are ignored.
 
     Args:
         model: as for :class:`NextToken`.
         options: the tokens' ids, at least two.
 
     Raises:
-        ValueError: for fewer than two options or repeated ones, or when no tensor is trainable.
+        ValueError: for fewer than two options or repeated ones, or if no tensor is trainable.
 
     Example:
         >>> class Last(nn.Module):  # a language model over 5 tokens that looks at the last one
@@ -84,18 +85,19 @@ class OptionTokens(AdapterModel):
 
 
 class OptionTexts(AdapterModel):
-    """A choice among texts, as a class for each: its logit is the log-likelihood of its tokens after the prompt.
+    """A choice among texts; each is a class, and its logit is the log-likelihood of its tokens after the prompt.
 
     Inputs are a mapping with ``input_ids`` (B, m, T): the prompt with each option; ``scored`` (B, m, T), true for the
     option's own tokens; and ``attention_mask`` (B, m, T). :func:`option_examples` makes such inputs. Targets are
-    indices of options (B,). Linearized on the general path, a backward pass for each example and option.
+    indices of options (B,). Its Jacobian takes a backward pass for each example and option.
 
     Args:
         model: as for :class:`NextToken`.
-        per_token: whether a log-likelihood is divided by the option's number of tokens, so that long ones may win.
+        per_token: whether a log-likelihood is divided by the option's number of tokens, so that long
+            options can win.
 
     Raises:
-        ValueError: when no tensor is trainable.
+        ValueError: if no tensor is trainable.
     """
 
     def __init__(self, model: nn.Module, per_token: bool = False) -> None:
@@ -124,24 +126,24 @@ class OptionTexts(AdapterModel):
 
 
 class Examples(NamedTuple):
-    """Inputs of a reading, and targets."""
+    """A batch for one of the classes above."""
 
     inputs: dict[str, Tensor]
     targets: Tensor
 
 
 def next_token_examples(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Iterator[Examples]:
-    """One batch for each sequence of a batch: the sequence once for every token of it that is learned.
+    """One batch for each sequence: the sequence is repeated for each of its tokens that has a label.
 
-    Sequences are cut after the last token that any of theirs needs, so a prompt is not followed by padding.
+    A sequence is cut after the last token that its labels need, so no padding follows it.
 
     Args:
         input_ids: (B, T).
-        labels: (B, T): the tokens themselves where they are learned, -100 in prompts and padding.
-        attention_mask: (B, T), for padding on the left; None: none.
+        labels: (B, T): the tokens to learn, and -100 for prompts and padding.
+        attention_mask: (B, T), for padding on the left; None if there is no padding.
 
     Raises:
-        ValueError: for shapes that differ.
+        ValueError: if the shapes differ.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7, 8]])
@@ -169,12 +171,12 @@ def option_examples(tokenizer: Any, prompts: Sequence[str], options: Sequence[Se
     """Inputs of :class:`OptionTexts` from texts.
 
     Args:
-        tokenizer: of transformers; its padding token, or 0 where it has none, fills what is not attended to.
-        prompts: B of them.
-        options: of each the m texts that may follow, with their leading space where they have one.
+        tokenizer: of transformers; masked positions hold its padding token, or 0 if it has none.
+        prompts: B texts.
+        options: for each prompt the m texts that may follow, with their leading space if they have one.
 
     Raises:
-        ValueError: where prompts and options do not fit, or one of either has no token.
+        ValueError: if the numbers of prompts and options differ, or a text has no token.
     """
     counts = {len(some) for some in options}
     if len(prompts) != len(options) or len(counts) != 1:
@@ -213,10 +215,10 @@ def _mapping(inputs: Inputs, *names: str) -> dict[str, Tensor]:
 
 
 def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
-    """Logits of the language model at all places, (B, T, V)."""
+    """Logits of the language model at all positions, (B, T, V)."""
     own = {name: given[name] for name in ("input_ids", "attention_mask", "position_ids") if name in given}
     source: Tensor | None = None
-    if learns_prompt(adapter.model):  # PEFT leaves `position_ids` out there, with a warning
+    if learns_prompt(adapter.model):  # PEFT ignores `position_ids` then, with a warning
         own.pop("position_ids", None)
         source = _source_columns(own.get("attention_mask"))
         if source is not None:
@@ -229,7 +231,7 @@ def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
     logits = found["logits"] if isinstance(found, Mapping) else getattr(found, "logits", found)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise ValueError("`model` must return logits of shape (sequences, tokens, vocabulary).")
-    virtual = logits.shape[1] - own["input_ids"].shape[1]  # learned prompts stand in front of the tokens
+    virtual = logits.shape[1] - own["input_ids"].shape[1]  # learned prompts precede the tokens
     if virtual < 0:
         raise ValueError(
             f"`model` must return logits of all {own['input_ids'].shape[1]} tokens, got those of {logits.shape[1]}."
@@ -242,14 +244,14 @@ def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
 
 
 def learns_prompt(model: nn.Module) -> bool:
-    """Whether the active adapter of a model is of virtual tokens (prompt tuning, p-tuning, prefix tuning, CPT)."""
+    """Whether the active adapter of a model has virtual tokens (prompt tuning, p-tuning, prefix tuning, CPT)."""
     return is_peft(model) and bool(getattr(model.active_peft_config, "is_prompt_learning", False))
 
 
 def _source_columns(mask: Tensor | None) -> Tensor | None:
-    """Which column of each sequence comes where, (B, T), so that padding on the left follows the tokens.
+    """The order of columns, (B, T), that moves padding on the left behind the tokens; None if there is none.
 
-    Virtual tokens then stand directly in front of a text however it was padded. None where nothing has to move.
+    Virtual tokens then directly precede a text, however it is padded.
     """
     if mask is None or bool(mask[:, 0].all()):
         return None
@@ -259,7 +261,7 @@ def _source_columns(mask: Tensor | None) -> Tensor | None:
 
 
 def _counts_padding(model: nn.Module, mask: Tensor | None) -> bool:
-    """Whether a text begins with padding, whose places a model that is not told better counts."""
+    """Whether a text begins with padding, which a model without ``position_ids`` counts as positions."""
     if mask is None or bool(mask[:, 0].all()):
         return False
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -267,7 +269,7 @@ def _counts_padding(model: nn.Module, mask: Tensor | None) -> bool:
 
 
 def _last(given: Mapping[str, Tensor]) -> Tensor:
-    """Index of the last token that is attended to, (B,)."""
+    """Index of the last token that is not masked, (B,)."""
     ids, mask = given["input_ids"], given.get("attention_mask")
     if mask is None:
         return torch.full((len(ids),), ids.shape[1] - 1)

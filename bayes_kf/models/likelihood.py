@@ -1,8 +1,9 @@
-"""What is observed given the outputs: mean, residual, variance, whitening factor, density.
+"""Likelihoods p(y | η) of targets given raw outputs: mean, residual, variance, whitening factor, density.
 
-Every likelihood is an exponential family in its canonical link, so that with raw outputs η, mean π = h(η) and
-variance V = ∂π/∂η the gradient of log p(y | η) is the residual e = y − π and the Fisher information is V.
-``whiten`` gives W and u with WᵀW = V and Wᵀu = e, *exactly*, without inverting anything.
+Every likelihood is an exponential family in its canonical link. With raw outputs η, mean π = h(η) and variance
+V = ∂π/∂η, the gradient of log p(y | η) is the residual e = y − π and the Fisher information is V. ``whiten`` returns W
+and u with WᵀW = V and Wᵀu = e, *exactly*, without a matrix inverse. To add a likelihood, write a class with the same
+methods and enter it in ``LIKELIHOODS``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import pyro.distributions as dist
 
-LOG_FLOOR = -60.0  # log-probabilities below this are raised to it inside `whiten` alone: V changes by < 1e-26
+LOG_FLOOR = -60.0  # smallest log-probability in `whiten`; it changes V by less than 1e-26
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Categorical:
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """e = onehot(y) − π, (B, m)."""
         onehot = torch.nn.functional.one_hot(targets, outputs.shape[-1])
-        return onehot.to(outputs.dtype) - self.mean(outputs)
+        return onehot.to(outputs.dtype) - outputs.softmax(-1)
 
     def variance(self, outputs: Tensor) -> Tensor:
         """V = diag(π) − ππᵀ, (B, m, m)."""
@@ -80,7 +81,7 @@ class Categorical:
         return (outputs.log_softmax(-1) + log_weights[:, None, None]).logsumexp(0)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Whether the most probable class is the target, (B,) of 0 and 1."""
+        """Whether the most probable class is the target, (B,), 0 or 1."""
         return (outputs.argmax(-1) == targets).to(outputs.dtype)
 
 
@@ -131,7 +132,7 @@ class Bernoulli:
         return (yes + log_weights[:, None, None]).logsumexp(0) - (no + log_weights[:, None, None]).logsumexp(0)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Share of the m answers that are right, (B,)."""
+        """Share of the m answers that are correct, (B,)."""
         return ((outputs > 0) == (targets > 0.5)).to(outputs.dtype).mean(-1)
 
 
@@ -182,7 +183,7 @@ class Gaussian:
         return (outputs * log_weights.exp()[:, None, None]).sum(0)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """None: a real target is never simply right."""
+        """None: correctness is not defined for a real target."""
         return None
 
 
@@ -231,7 +232,7 @@ class Poisson:
         return (outputs + log_weights[:, None, None]).logsumexp(0)
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """None: a count is never simply right."""
+        """None: correctness is not defined for a count."""
         return None
 
 
@@ -241,7 +242,7 @@ LIKELIHOODS = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": G
 
 
 def _check_shape(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Finite targets in the outputs' shape and dtype; (B,) is read as (B, 1) for one output."""
+    """Finite targets in the outputs' shape and dtype, or ValueError; (B,) becomes (B, 1) for one output."""
     if targets.shape == outputs.shape[:1] and outputs.shape[1] == 1:
         targets = targets.unsqueeze(-1)
     if targets.shape != outputs.shape:

@@ -1,4 +1,4 @@
-"""Small networks to learn with: a bundled vision transformer for digits, its LoRA form, and LeNet-5."""
+"""Small networks for examples and tests: a bundled vision transformer for digits, with LoRA or without; LeNet-5."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LENET_INITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Draws inside come from `seed` and leave the global generator as it was; None draws from the global one."""
+    """Inside, random numbers come from `seed` and the global generator is unchanged; None uses the global generator."""
     if seed is None:
         yield
         return
@@ -64,8 +64,8 @@ def digits_vit(
 ) -> ViTForImageClassification:
     """A small vision transformer for handwritten digits, in evaluation mode, with weights trained on MNIST.
 
-    The bundled weights were made by `scripts/train_backbone.py`; its settings and measured scores are the metadata of
-    the weights file. Inputs are float (B, 1, 28, 28), white ink on black, (grey / 255 - 0.5) / 0.5.
+    `scripts/train_backbone.py` made the bundled weights; the metadata of the weights file has its settings and scores.
+    Inputs are float (B, 1, 28, 28), white ink on black, (grey / 255 - 0.5) / 0.5.
 
     Args:
         pretrained: False gives a fresh initialization, and then `weights` must be None.
@@ -87,13 +87,13 @@ def digits_vit(
     if pretrained:
         return _load_digits_vit(Path(DIGITS_VIT if weights is None else weights))
     if weights is not None:
-        raise ValueError(f"`weights` must be None where `pretrained` is False, got {weights}.")
+        raise ValueError(f"`weights` must be None if `pretrained` is False, got {weights}.")
     with _seeded(seed):
         return ViTForImageClassification(digits_vit_config()).eval()
 
 
 def _load_digits_vit(path: Path) -> ViTForImageClassification:
-    """The digit transformer with the tensors of a safetensors file; every name and shape must agree."""
+    """The digit transformer with the tensors of a safetensors file, which must have its names and shapes."""
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"`weights` must be a safetensors file or a folder with model.safetensors, got {path}.")
@@ -114,7 +114,7 @@ def _load_digits_vit(path: Path) -> ViTForImageClassification:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bar or loading report from transformers inside; its settings are put back."""
+    """Inside, transformers shows no progress bar or loading report; afterwards its settings are restored."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -139,8 +139,8 @@ def lora_digits_vit(
 ) -> PeftModel:
     """The digit transformer with a LoRA adapter on its attention, in evaluation mode.
 
-    Each target W becomes W + (alpha / rank) B A with B = 0 at first, so outputs start as the frozen model's. At rank 4
-    on queries and values, 4,096 numbers are trainable, 4,746 with the head.
+    Each target W becomes W + (alpha / rank) B A. B is zero at first, so the outputs are those of the frozen model. At
+    rank 4 on queries and values, 4,096 numbers are trainable; 4,746 with the head.
 
     Args:
         rank: of B A.
@@ -150,7 +150,7 @@ def lora_digits_vit(
         pretrained: as for `digits_vit`.
         weights: as for `digits_vit`.
         use_dora: adds DoRA's magnitudes.
-        seed: of the adapter's A, and of the base where `pretrained` is False.
+        seed: of the adapter's A, and of the base if `pretrained` is False.
 
     Returns:
         A PEFT model; only the adapter, and the head if asked, require gradients.
@@ -178,12 +178,12 @@ def lora_digits_vit(
     )
     with _seeded(seed):
         model = get_peft_model(base, config)
-    assert isinstance(model, PeftModel)  # a mixed model comes only where mixed=True
+    assert isinstance(model, PeftModel)  # a mixed model needs mixed=True
     return model.eval()
 
 
 def _queries_and_values(model: nn.Module) -> list[str]:
-    """What this release of transformers calls the attention's query and value projections."""
+    """The names of the query and value projections in this release of transformers."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return ["query", "value"] if "query" in names else ["q_proj", "v_proj"]
 
@@ -209,7 +209,7 @@ class LeNet5(nn.Sequential):
 
 
 def lenet5(seed: int | None = None, *, init: LeNetInit = "xavier_uniform") -> LeNet5:
-    """A fresh LeNet-5 of the LoKO paper's online experiments; biases start at zero.
+    """A new LeNet-5, as in the LoKO paper's online experiments; its biases are zero.
 
     Args:
         seed: of the initialization; None draws from the global generator.

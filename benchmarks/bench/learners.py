@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayes_kf import Bank, KalmanConfig, KalmanFilter, Posterior
 from bayes_kf.inference.filtering.state import DIVERGED
-from bayes_kf.inference.fitting import mean_step
+from bayes_kf.inference.fitting.passes import mean_pass
 from benchmarks.common.learners import Inputs, logits
 
 
@@ -104,7 +104,7 @@ class KalmanLearner:
     """A filter; it predicts with the posterior (linearized), and its mean is the point.
 
     Several epochs count no example twice: the first is the filter's, in later ones only the mean moves, by
-    natural-gradient steps under the covariance that the first left (``bayes_kf.inference.fitting.mean_step``).
+    natural-gradient steps under the covariance that the first left (``bayes_kf.inference.fitting.passes.mean_pass``).
 
     Args:
         model: what learns; changed by :meth:`settle` alone.
@@ -126,8 +126,10 @@ class KalmanLearner:
             return info.outputs
         outputs = self.kf.adapter.outputs(self.state.belief.mean, inputs)
         check_finite(outputs)
-        rate = mean_step.RATE * (1.0 - self._done)
-        self.state, _ = mean_step.step(self.kf.config, self.kf.adapter, self.state, inputs, labels, rate)
+        rate = mean_pass.STEP_SIZE * (1.0 - self._done)
+        self.state, _ = mean_pass.natural_gradient_step(
+            self.kf.config, self.kf.adapter, self.state, inputs, labels, rate
+        )
         self._done = min(1.0, self._done + len(labels) * self._per_example)
         return outputs
 

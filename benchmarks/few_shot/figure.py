@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from bayes_kf.evaluation.plots.reliability import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from bayes_kf.evaluation.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from benchmarks.few_shot.learn import Row
 from benchmarks.few_shot.table import SCORES, Cells, Line, lines, values
 

@@ -166,7 +166,7 @@ def _bayesian(posterior: bkf.Posterior, model: ClipClassifier, setting: Setting,
     return {"predict": predict, "facts": {"temperatures": temperatures, "streamed": posterior.temperature}}
 
 
-ONE_PASS = {"mean_passes": 0}
+SINGLE_PASS = {"mean_passes": 0}
 ADAPTIVE = {"noise": "ema_taylor", "beta": 0.8}  # R starts from I; 20 updates must be enough
 GATED = {"gate_quantile": 0.99}
 ROBUST = ADAPTIVE | GATED
@@ -193,9 +193,9 @@ ROWS: dict[str, Row] = {
     "tip-adapter": Row("Tip-Adapter-F", tip_adapter, TIP),
     "features": Row("feature adapters, AdamW", feature_adamw, RATES),
     "kalman-features": Row("**ours**: feature adapters, class prompts", kalman(False), WIDE),
-    "online-features": Row("ours: feature adapters, class prompts, one pass", kalman(False, **ONE_PASS), WIDE),
+    "online-features": Row("ours: feature adapters, class prompts, one pass", kalman(False, **SINGLE_PASS), WIDE),
     "robust-features": Row(
-        "ours: feature adapters, class prompts, one pass, robust", kalman(False, **ONE_PASS | ROBUST), WIDE
+        "ours: feature adapters, class prompts, one pass, robust", kalman(False, **SINGLE_PASS | ROBUST), WIDE
     ),
     "kalman-lora": Row("**ours**: LoRA, class prompts", kalman(True), BY_MODULES),
     "kalman-wide": Row("**ours**: LoRA on all matrices, class prompts", kalman(True, WIDE_LORA), BY_MODULES),

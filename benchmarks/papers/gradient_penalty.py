@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
-from bayes_kf.evaluation.plots.reliability import BLUE, GREY, VERMILLION
+from bayes_kf.evaluation.plots.style import BLUE, GREY, VERMILLION
 from bayes_kf.inference.config import PENALTIES
 from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
 from bayes_kf.models.zoo import lenet5, lora_digits_vit

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
-from bayes_kf.evaluation.plots.reliability import BLUE, GREY, VERMILLION
+from bayes_kf.evaluation.plots.style import BLUE, GREY, VERMILLION
 from benchmarks.bench.registry.problems import TUNING_SEED, found_problems
 from benchmarks.common.learners import frozen_pass, kalman_pass
 from benchmarks.common.result_files import RESULTS, ResultFile, markdown_table

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import drift_alarm, moving_average
-from bayes_kf.inference.fitting.filter_bank import candidates
+from bayes_kf.inference.fitting.selection.filter_bank import candidates
 from bayes_kf.models.zoo import lora_digits_vit
 from benchmarks.common.data import mnist
 from benchmarks.common.learners import SCALE_EXAMPLES, Pass, Stream, check_finite, frozen_pass, gradient_pass, quiet_bar

@@ -32,8 +32,9 @@ from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
 from bayes_kf.evaluation.classification.score_summary import PRIMARY, STATISTICS
 from bayes_kf.evaluation.classification.scores import brier_scores, log_losses
 from bayes_kf.evaluation.resampling.null_test import NullSettings
-from bayes_kf.evaluation.sections.classification import _mean_scores
-from bayes_kf.evaluation.sections.verdicts import calibration_verdict
+from bayes_kf.evaluation.score import Score, flatten_scores
+from bayes_kf.evaluation.sections.classification import mean_scores
+from bayes_kf.evaluation.sections.verdicts.calibration import calibration_verdict
 from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.quality import page_simulation
 
@@ -42,7 +43,7 @@ SIZES = (30, 100, 300, 1000, 5000)
 CLASSES = (2, 10, 100)
 SPREADS = (1.0, 4.0)  # of the logits
 COVERED = 0.9
-CHANCE = NullSettings(15, 39, 0)
+NUM_BINS = 15
 
 
 def draw(rng: np.random.Generator, size: int, classes: int, kind: str, spread: float) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def truth(probs: Tensor, targets: Tensor) -> dict[str, float]:
 def intervals(probs: Tensor, targets: Tensor) -> dict[str, tuple[float, float, float]]:
     """Value and ends of every score that has an interval in this data set."""
     confidence, hit = top_confidence(probs, targets, 1)
-    scores = _mean_scores(probs, targets, None, CHANCE, True)
+    scores = flatten_scores(mean_scores(probs, targets, None, NUM_BINS, True))
     low, high = ev.calibration_interval(probs, targets)
     scores |= {
         "confidence_gap": (confidence - hit).mean().item(),
@@ -133,12 +134,12 @@ def verdicts(size: int, classes: int, kind: str, spread: float) -> dict[str, flo
         probs, targets = draw(np.random.default_rng([seed, size, classes]), size, classes, kind, spread)
         confidence, hit = top_confidence(probs, targets, 1)
         tests = profile_tests(
-            exact_profile(confidence, hit), tuple(STATISTICS.values()), NullSettings(15, 199, seed), 0.95
+            exact_profile(confidence, hit), tuple(STATISTICS.values()), NullSettings(NUM_BINS, 199, seed), 0.95
         )
-        scores = {"confidence": confidence.mean().item(), "accuracy": hit.mean().item()}
+        scores = {"confidence": Score(confidence.mean().item()), "accuracy": Score(hit.mean().item())}
         outside = []
         for name, test in zip(STATISTICS, tests, strict=True):
-            scores |= {name: test.value, f"{name}_null_low": test.null_low, f"{name}_null_high": test.null_high}
+            scores[name] = test.score()
             outside.append(not test.null_low - 1e-9 <= test.value <= test.null_high + 1e-9)
             counts[name] += outside[-1]
         said = calibration_verdict(scores, size)

@@ -14,11 +14,11 @@ POPULATION = 100_000
 SIZES, CLASSES = (30, 100, 1000), (3, 10)
 REPEATS = 100
 ALARMS = {  # verdict -> how the sentences begin that would be false
-    "foreign inputs of the same kind": ("Foreign inputs “same” have", "The model is surer of foreign inputs “same”"),
-    "errors that doubt says nothing of": ("Doubt finds errors", "Doubt is lower at errors"),
-    "people whose doubt is another": ("The model doubts where", "The model is surest where"),
-    "consistent innovations": ("The filter was surer", "The filter was less sure"),
-    "independent innovations (1 %)": ("Large innovations come in runs",),
+    "foreign inputs of the same kind": ("The model is less certain of", "The model is more certain of"),
+    "errors that doubt says nothing of": ("Uncertainty detects errors", "Uncertainty is lower for errors"),
+    "people whose doubt is another": ("The model is uncertain where", "The model is most certain where"),
+    "consistent innovations": ("The filter was over-confident", "The filter was under-confident"),
+    "independent innovations (1 %)": ("The squared innovations are autocorrelated",),
 }
 
 
@@ -82,8 +82,8 @@ def alarms(size: int, classes: int) -> dict[str, float]:
         mean = torch.from_numpy(rng.normal(size=size))
         values = mean + torch.from_numpy(rng.normal(size=size))
         forecast = ev.evaluate_regression(mean, values, variance=torch.ones(size), num_simulations=SIMULATIONS)
-        evenly = ("Targets fall evenly", "Too few targets")
-        counts["right forecasts"] += not any(sentence.startswith(evenly) for sentence in forecast.sections.verdict)
+        uniform = ("No deviation of the PIT values", "Too few targets")
+        counts["right forecasts"] += not any(sentence.startswith(uniform) for sentence in forecast.sections.verdict)
         blurred = torch.from_numpy(0.3 * rng.normal(size=(2, size, classes)))
         models = {f"model {k}": (probs.log() + blurred[k]).softmax(1) for k in range(2)}
         compared = ev.compare_predictions(models, found["targets"])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.fitting import holdout_selection
+from bayes_kf.inference.fitting.selection import holdout_selection
 from benchmarks.common.learners import Inputs, Stream, logits
 from benchmarks.quality.problems import Setting
 
@@ -211,7 +211,7 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
 
 def curvature(setting: Setting) -> str:
     """Which directions of the outputs a single pass sees: those that ``fit`` chooses without settings."""
-    return "sampled" if setting.classes > holdout_selection.MANY else "exact"
+    return "sampled" if setting.classes > holdout_selection.MAX_EXACT_OUTPUTS else "exact"
 
 
 def kalman(make: Callable[..., bkf.KalmanConfig], sampling: bool = True) -> Learn:

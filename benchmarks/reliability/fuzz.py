@@ -40,7 +40,7 @@ from bayes_kf.cli.posterior_folder import LABELS_FILE, read_labels
 from bayes_kf.cli.stream_files import STREAM_FILE, where
 from bayes_kf.data import open_dataset, read_predictions
 from bayes_kf.data.text import text_data
-from bayes_kf.files.checksums import write_sums
+from bayes_kf.files.checksums import write_checksums
 from bayes_kf.inference.saving.file_names import STATE_FILE
 from benchmarks.common.result_files import ResultFile, markdown_table
 
@@ -156,7 +156,7 @@ def readers() -> list[Reader]:
     def streamed(folder: Path) -> Any:
         (folder / LABELS_FILE).write_bytes(labels)
         (folder / STATE_FILE).write_bytes(b"")  # that there is one is all that is asked here
-        write_sums(folder)
+        write_checksums(folder)
         return where(Namespace(output=folder, classes=["a", "b"], alarm=50.0))
 
     return [

@@ -46,7 +46,7 @@ pytest_add_cli_args_test_selection = [
     "tests/inference",
     "tests/evaluation",
     "--ignore=tests/inference/linearization/test_memory.py",
-    "--deselect=tests/inference/predictive/test_arviz_export.py::test_draws_of_a_bent_model_are_compared_with_the_linearized_one",
+    "--deselect=tests/inference/predictive/test_arviz_export.py::test_draws_of_a_nonlinear_model_are_compared_with_the_linearized_one",
 ]
 process_isolation = "forkserver"
 track_dependencies = false

@@ -232,7 +232,7 @@ class _Run:
             self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).jacobian(),
         )
         widest = float(belief.output_covariance(jacobian).diagonal(dim1=1, dim2=2).max())
-        posterior = self.posterior._with(temperature=min(0.01, 0.1 / widest))
+        posterior = self.posterior.with_settings(temperature=min(0.01, 0.1 / widest))
         one = posterior.predict(self.inputs, "probit").probs
         two = posterior.predict(self.inputs, "linearized", num_samples=2000).probs
         assert one is not None
@@ -264,7 +264,7 @@ class _Run:
 
     def _loaded(self, base: nn.Module) -> None:
         loaded = bkf.Posterior.from_pretrained(self.folder / "saved", base)
-        loaded = loaded.reading(self._read(loaded.adapter.model)) if self.reads else loaded
+        loaded = loaded.with_adapter(self._read(loaded.adapter.model)) if self.reads else loaded
         for method in ("mean", "linearized"):
             _near(loaded.predict(self.inputs, method).probs, self.posterior.predict(self.inputs, method).probs)
 

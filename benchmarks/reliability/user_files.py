@@ -1,21 +1,21 @@
-"""Random sequences of saves, loads, exports, merges and kills in folders that hold other people's files.
+"""Random sequences of saves, loads, exports, merges and kills in folders that also hold a user's own files.
 
-A sequence takes place in a few folders (with spaces and umlauts in their names, one inside another, one behind a link).
-At random, posteriors of several kinds are saved there by every writer of the package, over nothing, over each other and
-over files that somebody else put there: of any name, also of ours; links, also to nowhere; read-only ones; files of
-ours that were edited or cut in half. Some saves are killed at a random change to the file system. After every step
+A sequence uses a few folders (with spaces and umlauts in their names, one inside another, one behind a link). At
+random, every writer of the package saves posteriors of several kinds there: into an empty folder, over each other, and
+over a user's files, which may have any name, also one of the package's; may be links, also dangling ones; may be
+read-only; or may be files of the package that were edited or cut in half. Some saves are killed at a random change to
+the file system. After every step
 
-- what was not written by the package is there, bit for bit, with its mode and its links;
-- a save that was refused has changed nothing;
-- every folder opens as the posterior that was saved last, or after a kill as that or the one before.
+- every file that the package did not write is unchanged, bit for bit, with its mode and its links;
+- a refused save has changed nothing;
+- every folder opens as the posterior that was saved last or, after a kill, as that one or the one before.
 
-    python benchmarks/foreign_files.py                  # 500 sequences, a few minutes; results/foreign_files.md
-    python benchmarks/foreign_files.py --sequences 20
+    python -m benchmarks.reliability.user_files                  # 500 sequences, a few minutes
+    python -m benchmarks.reliability.user_files --sequences 20   # both write results/foreign_files.md
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import random
@@ -34,15 +34,18 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 import bayes_kf as bkf
 from bayes_kf.cli.posterior_folder import Labels, save_posterior
-from bayes_kf.evaluation.report.report import Report, Sections
+from bayes_kf.evaluation.report.contents import Sections
+from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.score import Score
 from bayes_kf.files.atomic_folder import COMMIT, recover
 from bayes_kf.integrations import KalmanTrainer
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.reliability.folder_snapshots import Tree, killed_at, snapshot
 
 STEPS = 12  # of a sequence
 FOLDERS = ("p", "mein Ordner, ü", "p/inner", "link")
-NAMES = (  # of files that somebody else puts into a folder; some are names of ours
+NAMES = (  # of a user's files; some are the package's own names
     "notes.md", "tokenizer.json", "Übersicht (1).txt", "checkpoint-500/optimizer.pt", "draw_0/notes", "draw_1",
     ".bayes_kf-save-mynotes_", "README.md", "SHA256SUMS", "SHA256SUMS.draws", "labels.json", "stream.json",
     "adapter_config.json", "adapter_model.safetensors", "model.safetensors", "kalman_config.json",
@@ -84,7 +87,7 @@ CONFIG = bkf.KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_pri
 
 @functools.cache
 def _posteriors() -> dict[str, tuple[bkf.Posterior, Callable[[], nn.Module]]]:
-    """Each with how to make its base model."""
+    """Posteriors by name, each with a function that makes its base model."""
     made: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
         "plain": (_plain, _plain),
         "adapter": (_adapted, _frozen),
@@ -113,20 +116,20 @@ def _trainer() -> KalmanTrainer:
 
 
 class Sequence:
-    """One sequence: what other people put where, and what every folder should open as."""
+    """One sequence: the user's files by path, and the posteriors that each folder may open as."""
 
     def __init__(self, root: Path, rng: random.Random) -> None:
         self.root, self.rng = root, rng
-        self.theirs: Tree = {}
-        self.holds: dict[Path, set[str]] = {}  # a folder -> what it may open as
-        self.spoiled: set[Path] = set()  # folders in which a file of ours was edited
+        self.users: Tree = {}
+        self.holds: dict[Path, set[str]] = {}  # folder -> names of the posteriors that it may open as
+        self.spoiled: set[Path] = set()  # folders in which a file of the package was edited
         self.counts: Counter[str] = Counter()
         (root / "behind").mkdir()
         (root / "link").symlink_to("behind")
-        self.theirs["link"] = "behind"
+        self.users["link"] = "behind"
 
     def step(self) -> None:
-        """One thing that a user does, and a look at everything."""
+        """One random action, and a check of all folders."""
         folder = self.root / self.rng.choice(FOLDERS)
         roll = self.rng.random()
         if roll < 0.25:
@@ -139,10 +142,10 @@ class Sequence:
             self._report(folder)
         else:
             self._save(folder)
-        self._look()
+        self._check()
 
     def _save(self, folder: Path) -> None:
-        """A posterior or draws, by one of the writers, which may be killed."""
+        """Save a posterior or draws by one of the writers, which may be killed."""
         way = self.rng.choice(["save", "save", "command", "draws", "pass", "merge", "trainer"])
         name, work = self._writer(way, folder)
         real, before, refused = folder.resolve(), snapshot(self.root), ""
@@ -166,7 +169,7 @@ class Sequence:
             assert refused.startswith("`"), refused
             after = snapshot(self.root)
             changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-            finished = any(COMMIT in path for path in changed)  # what a kill had left was completed first
+            finished = any(COMMIT in path for path in changed)  # the save that a kill interrupted was completed first
             assert finished or all(".bayes_kf-save-" in path for path in changed), (refused, changed)
             return
         self.counts[way] += 1
@@ -176,13 +179,13 @@ class Sequence:
             self._now_holds(real, name)
 
     def _now_holds(self, folder: Path, name: str) -> None:
-        """A posterior was saved; a merged one of as many batches passes for a pass that is done."""
+        """Note a saved posterior. A merged one of as many batches also counts as a completed pass."""
         same = self.holds.get(folder, set()) & {"merged"} if name == "pass" else set()
         self.holds[folder] = {name} | same
         self.spoiled.discard(folder)
 
     def _writer(self, way: str, folder: Path) -> tuple[str, Callable[[], object]]:
-        """The posterior that is there afterwards, "" for none, and what writes it."""
+        """The name of the posterior in the folder afterwards ("" for none), and the function that writes it."""
         posteriors = _posteriors()
         name = self.rng.choice([name for name in posteriors if name not in ("pass", "merged", "trainer")])
         posterior = posteriors[name][0]
@@ -202,14 +205,14 @@ class Sequence:
         return name, lambda: posterior.save_pretrained(folder)
 
     def _save_trainer(self, folder: Path) -> None:
-        """Only where no file of somebody else's has a name that Trainer itself overwrites."""
+        """Save a trainer's model, unless a user's file has a name that Trainer itself overwrites."""
         real = folder.resolve()
-        if any(os.path.lexists(real / name) and self._key(real / name) in self.theirs for name in TRAINERS):
+        if any(os.path.lexists(real / name) and self._key(real / name) in self.users for name in TRAINERS):
             raise ValueError("`folder` has files that Trainer overwrites")
         _trainer().save_model(str(folder))
 
     def _start(self, folder: Path) -> None:
-        """What a pass does before it goes on; refused where somebody put a file in the way of a save after a kill."""
+        """Recover a folder as a resumed pass does; refused if a user's file blocks a save that was killed."""
         before = snapshot(self.root)
         try:
             recover(folder)
@@ -221,13 +224,13 @@ class Sequence:
     def _report(self, folder: Path) -> None:
         page = folder.resolve() / "report.html"
         try:
-            Report("A report", {}, Sections(scores={"accuracy": self.rng.random()})).save(page)
+            Report("A report", {}, Sections(scores={"accuracy": Score(self.rng.random())})).save(page)
             self.counts["report"] += 1
         except ValueError:
             self.counts["report, refused"] += 1
 
     def _put(self, folder: Path) -> None:
-        """A file or a link of somebody else's, where nothing is."""
+        """Put a user's file or link at a free path."""
         path = folder.resolve() / self.rng.choice(NAMES)
         if os.path.lexists(path) or any(os.path.lexists(p) and not p.is_dir() for p in path.parents):
             return
@@ -237,17 +240,17 @@ class Sequence:
         if kind in ("link", "dangling"):
             target = self.root / "outside"
             target.write_text("outside")
-            self.theirs[self._key(target)] = (target.stat().st_mode, target.read_bytes())
+            self.users[self._key(target)] = (target.stat().st_mode, target.read_bytes())
             path.symlink_to(target if kind == "link" else "nowhere")
-            self.theirs[self._key(path)] = str(path.readlink())
+            self.users[self._key(path)] = str(path.readlink())
         else:
             path.write_bytes(self.rng.randbytes(20))
             path.chmod(0o444 if kind == "read-only" else 0o644)
-            self.theirs[self._key(path)] = (path.stat().st_mode, path.read_bytes())
+            self.users[self._key(path)] = (path.stat().st_mode, path.read_bytes())
 
     def _edit(self, folder: Path) -> None:
-        """A file of ours becomes somebody else's: edited, cut in half, or another posterior's."""
-        files = [p for p in folder.glob("*") if p.is_file() and not p.is_symlink() and self._key(p) not in self.theirs]
+        """Edit a file of the package or cut it in half; it then counts as the user's."""
+        files = [p for p in folder.glob("*") if p.is_file() and not p.is_symlink() and self._key(p) not in self.users]
         if not files:
             return
         path = self.rng.choice(sorted(files))
@@ -255,21 +258,21 @@ class Sequence:
         path.write_bytes(self.rng.choice([whole[: len(whole) // 2], whole + b" "]))
         if path.read_bytes() == whole:
             return
-        if not path.name.startswith("report."):  # an earlier report is replaced, whoever edited it
-            self.theirs[self._key(path)] = (path.stat().st_mode, path.read_bytes())
+        if not path.name.startswith("report."):  # a report replaces an earlier one, edited or not
+            self.users[self._key(path)] = (path.stat().st_mode, path.read_bytes())
         self.spoiled.add(folder)
         self.counts["edit"] += 1
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = snapshot(self.root)
-        for name, what in self.theirs.items():
+        for name, what in self.users.items():
             assert now.get(name) == what, f"{name} is not as it was"
         for folder in list(self.holds):
             if folder not in self.spoiled:
                 self._settle(folder)
 
     def _settle(self, folder: Path) -> None:
-        """Find out which of what a folder may hold it does."""
+        """Reduce the posteriors that a folder may open as to those that it does open as."""
         if folder in self.spoiled:
             return
         found = {name for name in self.holds[folder] if self._opens_as(folder, name)}
@@ -293,10 +296,10 @@ class Sequence:
 
 
 def run(sequences: int, seed: int = 0, progress: bool = True) -> Counter[str]:
-    """So many sequences, and what happened in them how often.
+    """Counts of actions over ``sequences`` sequences.
 
     Raises:
-        AssertionError: for a file that is not as somebody left it, or a folder that opens as nothing it should.
+        AssertionError: if a user's file was changed, or a folder opens as no posterior that it may.
     """
     counts: Counter[str] = Counter()
     _posteriors()
@@ -316,11 +319,8 @@ def run(sequences: int, seed: int = 0, progress: bool = True) -> Counter[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0, help="of the first sequence (default: %(default)s)")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    command = Command(__doc__).option("--sequences", type=int, default=500, help="number of sequences (%(default)s)")
+    args = command.option("--seed", type=int, default=0, help="of the first sequence (%(default)s)").parse()
     file, begun = ResultFile("foreign_files"), time.perf_counter()
     file.begin()
     counts = run(args.sequences, args.seed)

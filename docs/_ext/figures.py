@@ -50,7 +50,7 @@ def architecture():
     left.set_xlim(0, 7.6)
     right.set_xlim(0, 5.6)
     left.text(0, 8.5, "Parts: arrows point to what is imported", weight="bold", fontsize=11.5)
-    _box(left, 0, 7.3, 7.6, 0.8, "cli, demo, integrations, distributed, data", face="#f6f6f6")
+    _box(left, 0, 7.3, 7.6, 0.8, "cli, integrations, distributed, data", face="#f6f6f6")
     inference = (
         ("fitting", "loops over loaders, selection, checkpoints"),
         ("posterior, saving, predictive", "a fitted Gaussian: predictions, draws, a folder"),

@@ -4,7 +4,7 @@ The directive `results` takes the name of a results page and three options: `sec
 stands under; `rows`, which rows, separated by semicolons; `columns`, which columns, each with a new heading after "=".
 
 The role `result` takes the name of a JSON file and one number of its cells: "kills 200.killed_while_writing" is that of
-the cell "200"; "fuzz sum *.cases" a sum over cells; "mutation 100 * all.rate |.1f" is scaled and has a format.
+the cell "200"; "fuzz sum *.cases" a sum over cells; "mutation 100 * all.rate as .1f" is scaled and has a format.
 """
 
 import json
@@ -40,6 +40,13 @@ def _found(wanted: str, among: list[str], what: str) -> int:
     raise ValueError(f"`{what}` must be one of {among}, got {wanted!r}.")
 
 
+def _is_numeric(column: tuple[str, ...]) -> bool:
+    """Whether most cells of a column are numbers, which are set to the right."""
+    return 2 * sum(bool(re.match(r"[*+\-−–]*\d", cell)) for cell in column) > sum(
+        cell not in ("", "–") for cell in column
+    )
+
+
 def sections(text: str) -> dict[str, list[list[str]]]:
     """The tables of a results page by heading, each the first below it: lines of cells, without the rule."""
     tables: dict[str, list[list[str]]] = {}
@@ -69,7 +76,9 @@ def table(name: str, section: str = "", rows: str = "", columns: str = "") -> st
         asked = [part.split("=") for part in columns.split(";")]
         places = [0] + [_found(part[0].strip(), head[1:], "columns") + 1 for part in asked]
         titles = [head[0], *(part[-1].strip() for part in asked)]
-    lines = [titles, ["---", *["--:"] * (len(places) - 1)], *[[line[place] for place in places] for line in body]]
+    lines = [[line[place] for place in places] for line in body]
+    rule = ["---", *("--:" if _is_numeric(column) else "---" for column in list(zip(*lines, strict=True))[1:])]
+    lines = [titles, rule, *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -83,7 +92,7 @@ def provenance(name: str) -> str:
 
 def number(expression: str) -> str:
     """One number of a results file; the module's docstring has the grammar."""
-    expression, _, form = expression.partition("|")
+    expression, _, form = expression.partition(" as ")
     name, rest = expression.split(maxsplit=1)
     cells = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["cells"]
     factor = re.match(r"([\d.]+) \* ", rest)

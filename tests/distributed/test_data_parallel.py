@@ -126,10 +126,14 @@ def test_the_number_of_processes_does_not_matter_for_a_large_batch(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"covariance": "low_rank"}, r"`covariance` must be 'diagonal_information' for sums over processes, got 'low"),
-        ({"expansion": "mode"}, r"`expansion` must be 'mean' for sums over processes, got 'mode'"),
-        ({"noise": "identity"}, r"`noise` must be 'exponential_family' for sums over processes"),
-        ({"gate_quantile": 0.9}, r"`gate_quantile` and `noise_variance` must be None and a number"),
+        ({"covariance": "low_rank"}, r"`covariance` must be 'diagonal_information' for a DataParallelFilter, got 'low"),
+        ({"expansion": "mode"}, r"`expansion` must be 'mean' for a DataParallelFilter, got 'mode'"),
+        ({"noise": "identity"}, r"`noise` must be 'exponential_family' for a DataParallelFilter"),
+        ({"gate_quantile": 0.9}, r"`gate_quantile` must be None for a DataParallelFilter, got 0\.9"),
+        (
+            {"likelihood": "gaussian", "noise_variance": "estimated"},
+            r"`noise_variance` must be a number for a DataParallelFilter, got 'estimated'",
+        ),
     ],
 )
 def test_settings_that_are_not_sums(setting, message, alone):

@@ -144,7 +144,10 @@ def of_another_shape():
 
 def test_targets_of_several_shapes_are_told_everywhere(tmp_path):
     errors = [process["error"] for process in run(2, broken, tmp_path, 2, of_another_shape, tmp_path)]
-    assert all(error.startswith("ValueError: `targets` must be of one shape but for the examples") for error in errors)
+    assert all(
+        error.startswith("ValueError: `targets` must have the same shape per example on all processes")
+        for error in errors
+    )
     assert "here (8,)" in errors[0]
     assert "here (3, 2)" in errors[1]
 
@@ -183,15 +186,15 @@ def test_arguments_are_checked(alone):
     ):
         with pytest.raises(ValueError, match=rf"`{name}` must be .* on several processes"):
             distributed.ShardedFilter(cases.network(), bkf.KalmanConfig(**{name: value}))
-    with pytest.raises(ValueError, match=r"`covariance` must be one of diagonal, .*low_rank to be divided, got 'full'"):
+    with pytest.raises(ValueError, match=r"`covariance` must be one of diagonal, .*low_rank to be sharded, got 'full'"):
         distributed.ShardedFilter(cases.network(), bkf.KalmanConfig(covariance="full"))
     kf = distributed.ShardedFilter(cases.network())
     with pytest.raises(ValueError, match=r"`inputs` must be given on the first process"):
         kf.init()
     state = kf.init(X[:8])
-    with pytest.raises(ValueError, match=r"`inputs` and `targets` must both be given, or neither"):
+    with pytest.raises(ValueError, match=r"`inputs` and `targets` must both be given or both be None"):
         kf.update(state, X[:3], None)
-    with pytest.raises(ValueError, match=r"`inputs` must be given on one process at least, got none anywhere"):
+    with pytest.raises(ValueError, match=r"`inputs` must be given on at least one process, got none on all"):
         kf.update(state, None, None)
 
 
@@ -215,5 +218,5 @@ def differing(rank, size):
 def test_models_must_be_alike(tmp_path):
     found = run(2, differing, tmp_path, 2)
     assert [process["error"] for process in found] == [
-        "`model` and `config` must be the same in every process, and is not."
+        "`model` and `config` must be the same in every process, got different ones."
     ] * 2

@@ -28,5 +28,6 @@ def test_it_builds_and_holds_what_is_public(tmp_path):
     for page in (ROOT / "docs").glob("*/*.md"):
         text = (docs / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
         assert f"{page.parent.name}/{page.stem}.html" in index, "a page that the navigation does not reach"
+        assert "{result" not in text, "a number or a table that was not read"
         assert "docs/images/" not in text.replace("_images/", ""), "a picture that was not found"
     assert "Alias for field" not in (docs / "reference" / "evaluation.html").read_text()

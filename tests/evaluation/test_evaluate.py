@@ -120,7 +120,7 @@ def test_several_posteriors_on_one_page():
     assert all(spec.table is not None for spec in report.sections.drawings.values())
     for posteriors, loader, message in (
         ({"a": first}, known, r"^`posteriors` must hold at least two, got 1\.$"),
-        ({"a": first, "b": second}, iter([]), r"^`loader` must be something to go through more than once"),
+        ({"a": first, "b": second}, iter([]), r"^`loader` must be iterable more than once, got an iterator\.$"),
         ({"a": probs, "b": probs}, known, r"^`posteriors` must hold at least one posterior"),
         (
             {"a": first, "b": FakePosterior("gaussian")},
@@ -210,7 +210,9 @@ def test_what_a_regression_has_no_use_for_is_refused_and_the_simulations_are_tho
         nn.Linear(3, 1), [(x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)], config, progress=False
     )
     for unused in ({"ordered": True}, {"top_k": (5,)}, {"class_names": ["a"]}):
-        with pytest.raises(ValueError, match=rf"`{next(iter(unused))}` is for class probabilities"):
+        with pytest.raises(
+            ValueError, match=rf"^`{next(iter(unused))}` must be left out for a posterior without class probabilities"
+        ):
             ev.evaluate(posterior, [(x, y)], **unused)
     with pytest.raises(ValueError, match="`num_simulations` must be at least 39"):
         ev.evaluate(posterior, [(x, y)], num_simulations=1)

@@ -1,4 +1,4 @@
-"""Posteriors saved among files of other people, and whatever kills the process meanwhile."""
+"""Posteriors saved beside other files, by processes that are killed, stopped or run at the same time."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 import bayes_kf as bkf
 from bayes_kf.files import atomic_folder, staging
 from bayes_kf.files.checksums import digest
-from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving import state_file
 from benchmarks.reliability.folder_snapshots import killed_at, snapshot
 
 SAVING = """
@@ -45,14 +45,14 @@ def posterior(value):
 
 
 def value(folder):
-    """Which posterior a folder opens as; its files are all of one."""
+    """The number of the posterior that a folder opens as; all its files are of that one."""
     found = bkf.Posterior.from_pretrained(folder, torch.nn.Linear(3, 2))
     assert found.mean_vector.unique().tolist() == [found.state.step]
     return found.state.step
 
 
-def foreign(folder):
-    """Files of other people: beside, below, hidden, links; some of names that a posterior might have."""
+def write_other_files(folder):
+    """Write files that are not ours: beside, below, hidden, links; some have names of a posterior's files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "my notes, übrigens.md").write_text("x")
@@ -67,7 +67,7 @@ def foreign(folder):
     return snapshot(folder)
 
 
-def theirs(folder, names):
+def snapshot_of(folder, names):
     return {name: what for name, what in snapshot(folder).items() if name in names}
 
 
@@ -75,19 +75,19 @@ OURS = {"README.md", "SHA256SUMS", "kalman_config.json", "kalman_state.safetenso
 
 
 @POSIX
-def test_a_save_changes_no_file_that_it_did_not_write(tmp_path):
+def test_save_leaves_other_files_unchanged(tmp_path):
     folder = tmp_path / "with ünicode and spaces"
-    before = foreign(folder)
+    before = write_other_files(folder)
     for number in (1, 2):
         posterior(number).save_pretrained(folder)
-        assert theirs(folder, before) == before
+        assert snapshot_of(folder, before) == before
         assert set(snapshot(folder)) == before.keys() | OURS
         assert value(folder) == number
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("name", sorted(OURS - {"README.md"}))
-def test_a_file_in_the_way_is_refused_before_anything_changes(name, tmp_path):
+def test_save_refuses_a_file_in_the_way_and_changes_nothing(name, tmp_path):
     (tmp_path / name).write_text("mine")
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=rf"`folder` must have no other files .* got {re.escape(name)} \(not written"):
@@ -113,7 +113,7 @@ def test_a_file_in_the_way_is_refused_before_anything_changes(name, tmp_path):
     ],
     ids=["read-only", "dangling", "moved", "folder"],
 )
-def test_what_is_no_plain_file_of_ours_is_refused(make, reason, tmp_path):
+def test_save_refuses_links_folders_and_read_only_files(make, reason, tmp_path):
     posterior(1).save_pretrained(tmp_path)
     make(tmp_path / "model.safetensors")
     before = snapshot(tmp_path)
@@ -123,7 +123,7 @@ def test_what_is_no_plain_file_of_ours_is_refused(make, reason, tmp_path):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["a README of one's own", "an edited card"])
-def test_a_readme_that_somebody_wrote_stays(first, tmp_path):
+def test_an_edited_readme_stays(first, tmp_path):
     if not first:
         posterior(1).save_pretrained(tmp_path)
         posterior(2).save_pretrained(tmp_path)  # an untouched card is replaced
@@ -143,7 +143,7 @@ def adapter(rank=1):
     return bkf.Posterior(kf, kf.init())
 
 
-def test_an_edited_adapter_config_stays_while_it_says_the_same(tmp_path):
+def test_an_edited_adapter_config_stays_if_it_describes_the_same_adapter(tmp_path):
     adapter().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     edited = json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "me/my-base", "revision": "v2"})
@@ -156,7 +156,7 @@ def test_an_edited_adapter_config_stays_while_it_says_the_same(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_another_posterior_s_files_go_and_nothing_else(tmp_path):
+def test_only_files_of_the_old_posterior_are_removed(tmp_path):
     from bayes_kf.cli.posterior_folder import Labels, read_labels, save_posterior
 
     save_posterior(posterior(1), tmp_path, Labels(("a", "b"), 2), {}, {"stream.json": "{}"})
@@ -175,7 +175,7 @@ def test_another_posterior_s_files_go_and_nothing_else(tmp_path):
     }
 
 
-def test_checksums_that_somebody_made_anew_make_no_file_ours(tmp_path):
+def test_rewritten_checksums_do_not_make_a_file_ours(tmp_path):
     posterior(1).save_pretrained(tmp_path)
     (tmp_path / "notes.md").write_text("x")
     names = [path.name for path in tmp_path.iterdir() if path.name != "SHA256SUMS"]
@@ -186,7 +186,7 @@ def test_checksums_that_somebody_made_anew_make_no_file_ours(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_draws_lie_beside_a_posterior(tmp_path):
+def test_draws_are_saved_beside_a_posterior(tmp_path):
     kept = adapter()
     kept.save_pretrained(tmp_path)
     (tmp_path / "notes").write_text("x")
@@ -208,7 +208,7 @@ def test_draws_lie_beside_a_posterior(tmp_path):
 
 
 @POSIX
-def test_draws_do_not_go_through_links(tmp_path):
+def test_draws_are_not_written_through_links(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "draws").mkdir()
     (tmp_path / "draws" / "draw_0").symlink_to(tmp_path / "elsewhere")
@@ -218,7 +218,7 @@ def test_draws_do_not_go_through_links(tmp_path):
 
 
 @POSIX
-def test_folders_behind_links(tmp_path):
+def test_a_link_to_a_folder_is_followed(tmp_path):
     (tmp_path / "new").symlink_to(tmp_path / "not" / "yet")
     posterior(1).save_pretrained(tmp_path / "new")
     assert (value(tmp_path / "not" / "yet"), (tmp_path / "new").is_symlink()) == (1, True)
@@ -229,11 +229,11 @@ def test_folders_behind_links(tmp_path):
             posterior(1).save_pretrained(tmp_path / name)
 
 
-def test_what_is_made_for_a_save_that_fails_goes_again(tmp_path, monkeypatch):
+def test_a_failed_save_removes_the_folders_it_made(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(pretrained, "save_file", full_disk)
+    monkeypatch.setattr(state_file, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         posterior(1).save_pretrained(tmp_path / "new" / "folder")
     assert not any(tmp_path.iterdir())
@@ -243,16 +243,16 @@ def test_what_is_made_for_a_save_that_fails_goes_again(tmp_path, monkeypatch):
 
 
 @POSIX
-def test_killed_at_every_step_it_opens_as_the_old_or_the_new(tmp_path):
-    """A process that ends at its first, second, ... change to the file system, until it comes to the end."""
+def test_killed_at_every_step_the_folder_opens_as_the_old_or_the_new(tmp_path):
+    """A process is killed at its first, second, ... change to the file system, until it completes the save."""
     folder = tmp_path / "posterior"
-    before = foreign(folder)
+    before = write_other_files(folder)
     posterior(1).save_pretrained(folder)
     seen, step = [], 0
     while True:
         step += 1
         done = not killed_at(step, lambda: posterior(2).save_pretrained(folder))
-        assert theirs(folder, before) == before
+        assert snapshot_of(folder, before) == before
         seen.append(value(folder))  # read where half of it is in its place
         posterior(1).save_pretrained(folder)
         assert set(snapshot(folder)) == before.keys() | OURS  # nothing of it is left
@@ -265,7 +265,7 @@ def test_killed_at_every_step_it_opens_as_the_old_or_the_new(tmp_path):
 
 
 @POSIX
-def test_killed_at_every_step_draws_are_all_old_or_all_new_after_the_next_start(tmp_path):
+def test_killed_at_every_step_draws_are_all_old_or_all_new_after_recovery(tmp_path):
     old, new = adapter(), adapter()
     g = torch.Generator()
     wanted = []
@@ -298,7 +298,7 @@ def half_moved(folder):
 
 
 @POSIX
-def test_reading_changes_nothing_and_a_start_completes(tmp_path):
+def test_reading_changes_nothing_and_recovery_completes_the_save(tmp_path):
     folder = half_moved(tmp_path / "posterior")
     before = snapshot(folder)
     assert value(folder) == 2
@@ -309,7 +309,7 @@ def test_reading_changes_nothing_and_a_start_completes(tmp_path):
 
 
 @POSIX
-def test_a_pass_goes_on_from_a_save_that_was_not_complete(tmp_path):
+def test_a_fit_continues_from_an_incomplete_save(tmp_path):
     folder = half_moved(tmp_path / "posterior")
     with pytest.raises(ValueError, match="`loader` must yield the 2 batches"):  # so it was read as the second one
         bkf.fit(torch.nn.Linear(3, 2), [], posterior(1).config, checkpoint=folder, progress=False)
@@ -317,7 +317,7 @@ def test_a_pass_goes_on_from_a_save_that_was_not_complete(tmp_path):
 
 
 @POSIX
-def test_what_somebody_puts_in_the_way_after_a_kill_is_kept(tmp_path):
+def test_a_file_put_in_the_way_after_a_kill_is_kept(tmp_path):
     folder = half_moved(tmp_path / "posterior")
     name = next(path.name for path in (folder / atomic_folder.COMMIT / "files").glob("kalman_state*"))
     (folder / name).write_text("mine")
@@ -340,7 +340,7 @@ def test_what_somebody_puts_in_the_way_after_a_kill_is_kept(tmp_path):
         '{"sums": "SHA256SUMS", "replaces": {"/outside": ""}, "overwrites": [], "removes": {}}',
     ],
 )
-def test_a_plan_that_somebody_made_up_is_refused(plan, tmp_path):
+def test_an_invalid_plan_is_refused(plan, tmp_path):
     (tmp_path / "outside").write_text("x")
     folder = tmp_path / "folder"
     posterior(1).save_pretrained(folder)
@@ -352,13 +352,13 @@ def test_a_plan_that_somebody_made_up_is_refused(plan, tmp_path):
         lambda: posterior(2).save_pretrained(folder),
         lambda: atomic_folder.recover(folder),
     ):
-        with pytest.raises(ValueError, match=r"`folder` must hold a sound \.bayes_kf-commit/plan\.json"):
+        with pytest.raises(ValueError, match=r"`folder` must hold a valid \.bayes_kf-commit/plan\.json"):
             use()
     assert snapshot(tmp_path) == before
 
 
 @POSIX
-def test_a_plan_does_not_reach_through_links(tmp_path):
+def test_a_plan_is_not_carried_out_through_links(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "file").write_text("x")
     folder = tmp_path / "folder"
@@ -375,7 +375,7 @@ def test_a_plan_does_not_reach_through_links(tmp_path):
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["file"]
 
 
-def test_a_folder_of_that_name_is_not_taken_for_a_save(tmp_path):
+def test_a_folder_with_the_name_of_a_commit_is_refused(tmp_path):
     (tmp_path / atomic_folder.COMMIT).mkdir()
     (tmp_path / atomic_folder.COMMIT / "own").write_text("x")
     before = snapshot(tmp_path)
@@ -385,8 +385,8 @@ def test_a_folder_of_that_name_is_not_taken_for_a_save(tmp_path):
 
 
 @POSIX
-def test_stopped_or_killed_while_saving_the_last_or_the_one_before_is_there(tmp_path):
-    """A process that does nothing but save, looked at in twenty of its moments and killed twice."""
+def test_a_stopped_or_killed_process_leaves_its_last_posterior_or_the_one_before(tmp_path):
+    """A process that saves all the time is stopped twenty times, read, and killed twice."""
     target = tmp_path / "posterior"
     command = [sys.executable, "-c", SAVING, str(target)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -409,7 +409,7 @@ def test_stopped_or_killed_while_saving_the_last_or_the_one_before_is_there(tmp_
         assert not last or step() in (last[-1], last[-1] + 1)
 
 
-def test_two_that_save_and_one_that_reads_at_the_same_time(tmp_path):
+def test_two_threads_save_while_one_reads(tmp_path):
     values, failed = (1, 2), []
     posterior(1).save_pretrained(tmp_path)
 
@@ -437,10 +437,10 @@ def test_two_that_save_and_one_that_reads_at_the_same_time(tmp_path):
 
 
 @POSIX
-def test_what_a_living_process_stages_is_left_alone(tmp_path):
+def test_the_staging_folder_of_a_living_process_stays(tmp_path):
     with staging.staging(tmp_path) as stage:
         (stage / "file").write_text("x")
-        staging.clear_abandoned(tmp_path)
+        staging.remove_abandoned(tmp_path)
         assert (stage / "file").is_file()
         posterior(1).save_pretrained(tmp_path)
         assert (stage / "file").is_file()
@@ -448,35 +448,35 @@ def test_what_a_living_process_stages_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_what_a_killed_process_staged_goes(marked, tmp_path, monkeypatch):
+def test_the_staging_folder_of_a_killed_process_is_removed(marked, tmp_path, monkeypatch):
     stage = tmp_path / f"{staging.PREFIX}abcdefgh"
     stage.mkdir()
     if marked:
         (stage / staging.MARKER).touch()
         (stage / "half").write_text("x")
-    staging.clear_abandoned(tmp_path)
+    staging.remove_abandoned(tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_where_folders_cannot_be_locked_only_old_ones_go(tmp_path, monkeypatch):
+def test_without_locks_only_old_staging_folders_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "_lock", lambda handle, wait=False: None)
     stage = tmp_path / f"{staging.PREFIX}abcdefgh"
     stage.mkdir()
     (stage / staging.MARKER).touch()
-    staging.clear_abandoned(tmp_path)
+    staging.remove_abandoned(tmp_path)
     assert stage.exists()
     os.utime(stage, (0, 0))
-    staging.clear_abandoned(tmp_path)
+    staging.remove_abandoned(tmp_path)
     assert not stage.exists()
     posterior(1).save_pretrained(tmp_path / "p")  # and saves go on without locks
     assert value(tmp_path / "p") == 1
 
 
 @POSIX
-def test_a_save_waits_for_another_and_then_says_so(tmp_path, monkeypatch):
+def test_a_save_waits_for_another_and_then_raises(tmp_path, monkeypatch):
     posterior(1).save_pretrained(tmp_path)
-    monkeypatch.setattr(staging, "PATIENCE", 0.05)
-    with staging.locked(tmp_path), pytest.raises(OSError, match="another process has been saving into it"):
+    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.05)
+    with staging.folder_lock(tmp_path), pytest.raises(OSError, match="another process has been saving into it"):
         posterior(2).save_pretrained(tmp_path)
     assert value(tmp_path) == 1
     assert set(snapshot(tmp_path)) == OURS
@@ -485,7 +485,7 @@ def test_a_save_waits_for_another_and_then_says_so(tmp_path, monkeypatch):
 # ---- settings alone ----
 
 
-def test_settings_alone_do_not_spoil_a_posterior(tmp_path):
+def test_saving_settings_alone_does_not_damage_a_posterior(tmp_path):
     posterior(1).save_pretrained(tmp_path / "p")
     with pytest.raises(ValueError, match=r"`folder` must not be a posterior's, which has settings of its own, got .*p"):
         bkf.KalmanConfig(rank=3).save_pretrained(tmp_path / "p")
@@ -501,7 +501,7 @@ def test_settings_alone_do_not_spoil_a_posterior(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["someone/some-model", None, Path("folder")])
-def test_a_base_model_is_a_model(base, tmp_path):
+def test_a_base_model_must_be_a_module(base, tmp_path):
     posterior(1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^`base_model` must be the model itself, a torch module"):
         bkf.Posterior.from_pretrained(tmp_path, base)

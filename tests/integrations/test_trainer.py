@@ -23,7 +23,7 @@ from transformers import (
 import bayes_kf as bkf
 from bayes_kf.evaluation import calibration_test
 from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.fitting import mean_step
+from bayes_kf.inference.fitting.passes import mean_pass
 from bayes_kf.integrations import KalmanTrainer, calibration_metrics
 from bayes_kf.integrations.trainer import SCALE_EXAMPLES
 from bayes_kf.models.batch import split_batch
@@ -101,7 +101,7 @@ def by_hand(batches, config, epochs=1, model=None):
             state, _ = kf.update(state, inputs, targets)
         else:
             rate = 1.0 - (index / per_epoch - 1.0) / (epochs - 1.0)
-            state, _ = mean_step.step(config, kf.adapter, state, inputs, targets, rate)
+            state, _ = mean_pass.natural_gradient_step(config, kf.adapter, state, inputs, targets, rate)
     return state
 
 
@@ -150,7 +150,7 @@ def test_so_does_an_epoch_that_max_steps_cuts_short(tmp_path):
     state = by_hand(batches[:11], config)
     for step, batch in enumerate(batches[11:17]):
         inputs, targets = split_batch(batch)
-        state, _ = mean_step.step(config, kf.adapter, state, inputs, targets, 1.0 - step / 6)
+        state, _ = mean_pass.natural_gradient_step(config, kf.adapter, state, inputs, targets, 1.0 - step / 6)
     torch.testing.assert_close(found.posterior.mean_vector, state.belief.mean, rtol=1e-5, atol=1e-7)
 
 
@@ -313,7 +313,8 @@ def test_readings_of_language_models_and_mappings_are_refused(tmp_path):
             return {"logits": self.table(input_ids)}
 
     message = (
-        r"`model` must be a torch module for KalmanTrainer, got NextToken, a reading of one; `bayes_kf\.fit` takes"
+        r"`model` must be a torch module for KalmanTrainer, got NextToken, which is an AdapterModel; "
+        r"`bayes_kf\.fit` takes it"
     )
     with pytest.raises(ValueError, match=message):
         KalmanTrainer(NextToken(Language()))
@@ -567,7 +568,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
 def test_the_same_data_twice(tmp_path):
     found, _ = trained(tmp_path)
-    with pytest.raises(ValueError, match="`train_dataset` must be another one to go on with"):
+    with pytest.raises(ValueError, match="`train_dataset` must be a new one to continue training"):
         found.train()
     found.train_dataset = sentences(12, seed=5)
     found.train()
@@ -649,7 +650,7 @@ def test_what_was_learned_in_part_is_not_learned_again(tmp_path):
         trainer.train()
     learned = trainer.posterior.state.examples
     assert 0 < learned <= 56
-    with pytest.raises(ValueError, match="`train_dataset` must be another one to go on with"):
+    with pytest.raises(ValueError, match="`train_dataset` must be a new one to continue training"):
         trainer.train()
     assert trainer.posterior.state.examples == learned
 

@@ -64,7 +64,7 @@ def test_linear_responses_are_the_jacobian_times_the_steps(case, dtype, toleranc
     at = exact.vector()
     steps = 0.02 * torch.randn(5, exact.num_parameters, generator=torch.Generator().manual_seed(1)).double()
     if dtype == torch.float32 and case == "convolutions":
-        share = module.DIFFERENCES[dtype]
+        share = module.STEP_SHARE[dtype]
         ends = torch.stack([exact.outputs(at + share * step, double) for step in steps])
         expected = (ends - exact.outputs(at, double)) / share
     else:

@@ -160,7 +160,7 @@ def test_a_choice_is_learned_saved_and_read_again(tmp_path):
     assert accuracy > common + 0.1
     posterior.save_pretrained(tmp_path / "posterior")
     loaded = bkf.Posterior.from_pretrained(tmp_path / "posterior", lm.base())
-    again = loaded.reading(OptionTokens(loaded.adapter.model, [YES, NO])).predict(held, targets=labels)
+    again = loaded.with_adapter(OptionTokens(loaded.adapter.model, [YES, NO])).predict(held, targets=labels)
     assert torch.equal(again.probs, learned.probs)
     report = bkf.evaluate(posterior, [(held, labels)], num_simulations=100)
     assert report.scores["accuracy"] == pytest.approx(accuracy)

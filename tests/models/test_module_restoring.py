@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bayes_kf as bkf
-from benchmarks import _peft_cases as cases
+from benchmarks.reliability import peft_cases as cases
 
 CASES = {case.name: case for case in cases.CASES}
 NAMES = ("LORA MultiheadAttention", "LORA target_parameters", "LORA modules_to_save with batch norm", "LORA use_dora")

@@ -101,7 +101,7 @@ def test_weights_of_another_architecture(tmp_path, change, problem):
 
 
 def test_weights_without_pretrained():
-    with pytest.raises(ValueError, match=r"`weights` must be None where `pretrained` is False, got here"):
+    with pytest.raises(ValueError, match=r"`weights` must be None if `pretrained` is False, got here"):
         digits_vit(pretrained=False, weights="here")
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from bayes_kf.files.atomic_folder import check_target, recover, write_files
-from bayes_kf.files.checksums import SUMS_FILE, write_sums
-from bayes_kf.files.ownership import Kind
+from bayes_kf.files.checksums import CHECKSUMS_FILE, write_checksums
+from bayes_kf.files.ownership import SaveKind
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.fitting.progress import shows_bars
+from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
 from tutorials.digits_demo.data import FULL, QUICK, DemoData, Size, demo_data, save_arrays
@@ -31,7 +31,7 @@ WRITTEN = (
     *("demo.md", "demo.json", "reliability.png", "online.png"),
     *(f"{name}.npz" for name in ("stream", "heldout", "corrupted")),
 )
-KIND = Kind(SUMS_FILE, re.compile("|".join(re.escape(name) for name in WRITTEN)))
+KIND = SaveKind(CHECKSUMS_FILE, re.compile("|".join(re.escape(name) for name in WRITTEN)))
 OURS, ADAMW = "bayes_kf, one pass", "LoRA + AdamW"
 
 __all__ = ["ADAMW", "FULL", "OURS", "QUICK", "RATES", "Row", "Size", "caption", "markdown_table", "run_demo"]
@@ -58,7 +58,7 @@ def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: 
     recover(folder)
     check_target(folder, WRITTEN, KIND)
     check_folder(folder / "posterior", of_peft=True)
-    data, shown = demo_data(size, seed), shows_bars(progress)
+    data, shown = demo_data(size, seed), shows_progress(progress)
     with one_thread():
         frozen = frozen_row("frozen model", data, shown)
         adamw = best_adamw_row(ADAMW, data, RANK, seed, shown)
@@ -90,7 +90,7 @@ def _save(folder: Path, rows: list[Row], posterior: Posterior, data: DemoData, s
         save_reliability([named[OURS], named[ADAMW]], target / "reliability.png")
         save_online_curves(rows, target / "online.png")
         named[OURS].report.save(target / "report.html")
-        write_sums(target)
+        write_checksums(target)
 
     posterior.save_pretrained(folder / "posterior")
     write_files(folder, write, KIND)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bayes_kf.evaluation import moving_average
-from bayes_kf.evaluation.plots.reliability import BLUE, GREEN, GREY, VERMILLION
+from bayes_kf.evaluation.plots.style import BLUE, GREEN, GREY, VERMILLION
 from tutorials.digits_demo.methods import Row
 
 DPI = 130

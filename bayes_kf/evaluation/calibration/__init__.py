@@ -1,1 +1,1 @@
-"""Calibration errors, their intervals and their null distribution."""
+"""Calibration errors, their null distributions, and confidence intervals."""

@@ -1,14 +1,14 @@
-"""Confidence intervals in closed form: of proportions, means, AUROCs and rank correlations.
+"""Confidence intervals in closed form of proportions and means.
 
-Each was simulated over sizes from 30, numbers of classes and kinds of miscalibration
-(`benchmarks/interval_coverage.py`) and covers the true value in at least 90 % of data sets where it says 95. Scores for
-which no such interval is known have none: calibration errors, AUPR, FPR@95, the area under the risk-coverage curve,
-squared errors and log densities.
+Simulations over sample sizes from 30, numbers of classes and kinds of miscalibration
+(`benchmarks/quality/interval_coverage.py`) show that each nominal 95 % interval covers the true value in at least 90 %
+of data sets. Scores for which no such interval is known have none: calibration errors, AUPR, FPR@95, the area under the
+risk-coverage curve, squared errors and log densities.
 
-Means use the distribution that a Bayesian bootstrap gives the mean when one more example is added: the upper end adds
-one at the largest value that an example may have, the lower end one at the least. A Beta (or Gamma) distribution of
-the same mean and variance takes the place of resampling. For zeros and ones this is exactly Clopper and Pearson's
-interval, so 3 right of 3 give 29 % to 100 %; the ordinary bootstrap gives 100 % to 100 % there.
+Intervals of means use the distribution that a Bayesian bootstrap gives the mean after one more example is added: with
+the largest possible value for the upper end, with the smallest for the lower end. A Beta (or Gamma) distribution of the
+same mean and variance replaces the resampling. For zeros and ones the result is exactly Clopper and Pearson's interval:
+3 correct of 3 give 29 % to 100 %, where the ordinary bootstrap gives 100 % to 100 %.
 """
 
 import math
@@ -18,26 +18,25 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.confidence_profile import top_confidence
-from bayes_kf.evaluation.calibration.errors import check_binned
+from bayes_kf.evaluation.calibration.statistics import check_binned
 from bayes_kf.evaluation.inputs import Array, as_targets, as_vector, check_choice, check_fraction
 from bayes_kf.evaluation.score import Interval
 
-FEWEST_LOSSES = 50  # fewer log losses have no interval: with 30, 86 to 90 % were covered where labels are noisy
-LEAST_LOSS_PROB = torch.finfo(torch.float32).tiny  # bounds the loss of a label that was given probability zero
-FEWEST_RANKED = 10  # pairs of which a rank correlation has an interval
-ROUNDING = 1e-9
+MIN_LOSSES = 50  # fewer log losses have no interval: 30 with noisy labels had a coverage of 86 to 90 %
+MIN_LOSS_PROB = torch.finfo(torch.float32).tiny  # bounds the loss of a label of probability zero
+ROUNDING = 1e-9  # by which a value may exceed its bounds
 
 
 def mean_interval(values: Array, *, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95) -> Interval:
-    """Interval of the mean of per-example scores that lie between known bounds.
+    """Confidence interval of the mean of per-example scores with known bounds.
 
-    Of zeros and ones it is Clopper and Pearson's. Scores without bounds are refused: a few examples never tell how
-    large the rare ones are.
+    For zeros and ones it is Clopper and Pearson's interval. Bounds are required, because a few examples carry no
+    information about the size of rare values.
 
     Args:
-        values: One score an example, (N,).
-        bounds: Least and largest value that a score may have.
-        level: Probability that the interval covers the mean of the population.
+        values: One score per example, (N,).
+        bounds: Smallest and largest possible score.
+        level: Probability that the interval covers the population mean.
 
     Raises:
         ValueError: If an argument is malformed or a value lies outside the bounds.
@@ -55,29 +54,28 @@ def mean_interval(values: Array, *, bounds: tuple[float, float] = (0.0, 1.0), le
     if not (math.isfinite(least) and math.isfinite(most) and least < most):
         raise ValueError(f"`bounds` must be two finite numbers, the smaller first, got {bounds!r}.")
     if vector.min() < least - ROUNDING or vector.max() > most + ROUNDING:
-        found = f"{vector.min():.3g}..{vector.max():.3g}"
-        raise ValueError(f"`values` must lie in {least:g}..{most:g}, the `bounds`, got values in {found}.")
+        got = f"{vector.min():.3g}..{vector.max():.3g}"
+        raise ValueError(f"`values` must lie in {least:g}..{most:g}, the `bounds`, got values in {got}.")
     return bounded_interval(vector.sum().item(), vector.square().sum().item(), len(vector), least, most, level)
 
 
 def calibration_interval(
     probs: Array, targets: Array, statistic: str = "gap", *, top_k: int = 1, level: float = 0.95
 ) -> Interval:
-    """Interval of the confidence gap, mean confidence minus accuracy.
+    """Confidence interval of the confidence gap, mean confidence minus accuracy.
 
-    Calibration errors have none: they are positive by chance alone, and bootstrap intervals of them were seen to cover
-    the true error in 0 to 90 % of data sets where they said 95. Whether an error is more than chance is what
-    `calibration_test` answers.
+    Calibration errors have no interval: they are biased upwards, and nominal 95 % bootstrap intervals covered the true
+    error in 0 to 90 % of simulated data sets. Use `calibration_test` to test whether an error is significant.
 
     Args:
         probs: Class probabilities, (N, C).
         targets: Class indices, (N,).
-        statistic: "gap".
-        top_k: How many of the most probable classes count together.
-        level: Probability that the interval covers the gap of the population.
+        statistic: "gap", the only one with an interval.
+        top_k: k of the confidence, the total probability of the k most probable classes.
+        level: Probability that the interval covers the population gap.
 
     Raises:
-        ValueError: If an argument is malformed, or for the other statistics.
+        ValueError: If an argument is malformed or the statistic is another one.
 
     Example:
         >>> low, high = calibration_interval(torch.tensor([[0.9, 0.1]] * 100), torch.tensor([0, 1] * 50))
@@ -92,15 +90,15 @@ def calibration_interval(
 
 
 def proportion_interval(hits: float, count: float, level: float) -> Interval:
-    """Clopper and Pearson's interval of `hits` of `count`, which never covers less often than it says.
+    """Clopper and Pearson's interval of `hits` of `count`, whose coverage is never below `level`.
 
-    Wilson's covers in 84 % of data sets where the true share is about 0.2/N from 0 or 1.
+    Wilson's 95 % interval has a coverage of 84 % for true proportions about 0.2/N from 0 or 1.
     """
     return bounded_interval(hits, hits, count, 0.0, 1.0, level)
 
 
 def bounded_interval(total: float, squares: float, count: float, least: float, most: float, level: float) -> Interval:
-    """Interval of the mean of values in `least`..`most`, from their number, sum and sum of squares."""
+    """Interval of the mean of values in `least`..`most` from their number, sum and sum of squares."""
     width, tail = most - least, (1 - level) / 2
     first = (total - count * least) / width
     second = (squares - 2 * least * total + count * least**2) / width**2
@@ -111,40 +109,40 @@ def bounded_interval(total: float, squares: float, count: float, least: float, m
 
 
 def loss_interval(
-    total: float, squares: float, cubes: float, count: float, unseen: float, level: float
+    total: float, squares: float, cubes: float, count: float, runner_up: float, level: float
 ) -> Interval | None:
-    """Interval of the mean of losses from zero up, from their number and sums of powers.
+    """Interval of the mean of non-negative losses from their number and sums of powers.
 
     Args:
         total: Σ l.
         squares: Σ l².
         cubes: Σ l³.
         count: Number of losses.
-        unseen: What an error costs that has not happened yet. The upper end adds one example of this loss or of
-            Σ l³ / Σ l², whichever is larger.
-        level: Probability inside.
+        runner_up: Loss of an error that the data may not contain yet, see `runner_up_losses`. The upper end adds one
+            example with the larger of this loss and Σ l³ / Σ l².
+        level: Probability that the interval covers the population mean.
 
     Returns:
-        The interval, or None of infinite losses and of fewer than 50.
+        The interval, or None if the losses are infinite or fewer than 50.
     """
-    if count < FEWEST_LOSSES or not math.isfinite(total):
+    if count < MIN_LOSSES or not math.isfinite(total):
         return None
     mean, tail = total / count, (1 - level) / 2
-    added = max(unseen, cubes / squares if squares > 0 else 0.0)
+    added = max(runner_up, cubes / squares if squares > 0 else 0.0)
     low = min(_gamma_end(total, squares, count, 0.0, tail), mean)
     return Interval(low, max(_gamma_end(total, squares, count, added, 1 - tail), mean))
 
 
 def skewed_interval(values: Tensor, level: float, *, below: float = math.inf, above: float = -math.inf) -> Interval:
-    """Interval of the mean of values (N,) without bounds: Student's, corrected for skewness by Hall's transformation.
+    """Interval of the mean of values (N,) without bounds: Student's interval with Hall's correction for skewness.
 
-    Upper and lower end are those of N + 1 values. The one that is added lies as far above or below the mean as
-    deviations on that side weighted by their squares do on average, or at `above` and `below` where those are further
-    away. Fewer than 50 values say nothing: their interval is infinite.
+    Each end is computed from N + 1 values. The added value lies on the side of that end; its distance from the mean is
+    the average of the deviations on that side weighted by their squares, or that of `above` or `below` if larger. Fewer
+    than 50 values have an infinite interval.
 
     Reference: Hall, *On the removal of skewness by transformation*, 1992.
     """
-    if len(values) < FEWEST_LOSSES:
+    if len(values) < MIN_LOSSES:
         return Interval(-math.inf, math.inf)
     mean, deviation, tail = values.mean().item(), values - values.mean(), (1 - level) / 2
     return Interval(
@@ -153,71 +151,33 @@ def skewed_interval(values: Tensor, level: float, *, below: float = math.inf, ab
 
 
 def difference_interval(change: Tensor, first: Tensor, second: Tensor, level: float) -> Interval:
-    """Interval of the mean of log losses under `first` less those under `second`, paired by example.
+    """Interval of the mean paired difference of log losses, `first` minus `second`.
 
-    A difference that has not been seen yet may be as large as that of the two most probable labels of either model.
+    The added values (see `skewed_interval`) are the extreme differences over the two most probable labels of either
+    model.
 
     Args:
-        change: The differences, (N,).
+        change: The differences of the losses, (N,).
         first: Class probabilities, (N, C).
-        second: Class probabilities of as many examples, (N, C) or of other classes, which bound nothing.
-        level: Probability inside.
+        second: Class probabilities of the same examples, (N, C), or (N, C') without such bounds.
+        level: Probability that the interval covers the population mean.
     """
     if first.shape != second.shape:
         return skewed_interval(change, level)
-    chosen = torch.cat([first.topk(2, dim=1).indices, second.topk(2, dim=1).indices], dim=1)  # (N, 4)
-    logs = [p.gather(1, chosen).clamp(min=LEAST_LOSS_PROB).log() for p in (first, second)]
+    candidates = torch.cat([first.topk(2, dim=1).indices, second.topk(2, dim=1).indices], dim=1)  # (N, 4)
+    logs = [p.gather(1, candidates).clamp(min=MIN_LOSS_PROB).log() for p in (first, second)]
     possible = logs[1] - logs[0]
     below, above = possible.amin(dim=1).mean().item(), possible.amax(dim=1).mean().item()
     return skewed_interval(change, level, below=below, above=above)
 
 
-def auroc_interval(negatives: Tensor, positives: Tensor, level: float) -> Interval | None:
-    """Interval of the AUROC of scores (n,) and (m,): the values that a score test does not reject.
-
-    Newcombe's method 5 with Hanley and McNeil's variance, which is not zero where both kinds never mix; where
-    DeLong's estimate is larger the variance is multiplied by their ratio. None without a positive or a negative.
-
-    References: Hanley, McNeil 1982; DeLong et al. 1988; Newcombe 2006.
-    """
-    n, m = len(negatives), len(positives)
-    if n == 0 or m == 0:
-        return None
-    low, high = negatives.numpy(), positives.numpy()
-    ranks = scipy.stats.rankdata(torch.cat([positives, negatives]).numpy())
-    above, below = (ranks[:m] - scipy.stats.rankdata(high)) / n, 1 - (ranks[m:] - scipy.stats.rankdata(low)) / m
-    value = float(above.mean())
-    delong = (above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0)
-    modelled = _auroc_variance(value, n, m)
-    scale = scipy.stats.norm.ppf((1 + level) / 2) ** 2 * (max(1.0, delong / modelled) if modelled > 0 else 1.0)
-
-    def rejected(truth: float) -> float:
-        return (truth - value) ** 2 - scale * _auroc_variance(truth, n, m)
-
-    inside = min(max(value, ROUNDING), 1 - ROUNDING)  # at 0 and 1 the test is exact by any of them
-    ends = [end if rejected(inside) > 0 else scipy.optimize.brentq(rejected, inside, end) for end in (0.0, 1.0)]
-    return Interval(min(ends[0], value), max(ends[1], value))
-
-
-def rank_correlation_interval(value: float, count: int, level: float) -> Interval | None:
-    """Fisher's interval of Spearman's rank correlation with Bonett and Wright's variance; None of less than ten pairs.
-
-    The centre is at most 1 − 1/N from zero, so that a sample in perfect order is not certain.
-    """
-    if count < FEWEST_RANKED or math.isnan(value):
-        return None
-    centre = math.atanh(max(-1 + 1 / count, min(value, 1 - 1 / count)))
-    half = scipy.stats.norm.ppf((1 + level) / 2) * math.sqrt((1 + value**2 / 2) / (count - 3))
-    return Interval(min(math.tanh(centre - half), value), max(math.tanh(centre + half), value))
-
-
-def unseen_losses(probs: Tensor) -> Tensor:
-    """−log of the second largest probability, (N,): what an example costs at least where the top label is wrong."""
-    return -probs.topk(2, dim=1).values[:, 1].clamp(min=LEAST_LOSS_PROB).log()
+def runner_up_losses(probs: Tensor) -> Tensor:
+    """−log of the second largest probability, (N,): the smallest loss of an example whose top label is wrong."""
+    return -probs.topk(2, dim=1).values[:, 1].clamp(min=MIN_LOSS_PROB).log()
 
 
 def _beta_end(first: float, second: float, count: float, added: float, share: float) -> float:
-    """Quantile of the Beta distribution of the mean of values in 0..1, one example at 0 or 1 added."""
+    """Quantile of the Beta distribution of the mean of values in 0..1 after one example, 0 or 1, is added."""
     mean = (first + added) / (count + 1)
     if not 0 < mean < 1:
         return min(max(mean, 0.0), 1.0)
@@ -229,7 +189,7 @@ def _beta_end(first: float, second: float, count: float, added: float, share: fl
 
 
 def _gamma_end(first: float, second: float, count: float, added: float, share: float) -> float:
-    """Quantile of the Gamma distribution of the mean of losses, one example of the loss `added` more."""
+    """Quantile of the Gamma distribution of the mean of losses after one example with the loss `added`."""
     mean = (first + added) / (count + 1)
     variance = ((second + added**2) / (count + 1) - mean**2) / (count + 2)
     if mean <= 0 or variance <= 0:
@@ -238,27 +198,20 @@ def _gamma_end(first: float, second: float, count: float, added: float, share: f
 
 
 def _skewed_end(deviation: Tensor, least_added: float, tail: float) -> float:
-    """How far the mean may lie in the direction of positive deviations (N,)."""
+    """Distance of the upper end from the mean, from deviations (N,); the lower end takes them with the other sign."""
     squares = deviation.clamp(min=0).square().sum().item()
     cubes = deviation.clamp(min=0).pow(3).sum().item()
     added = max(cubes / squares if squares > 0 else 0.0, least_added)
     number = len(deviation) + 1
     mean = added / number
     values = torch.cat([deviation, deviation.new_tensor([added])]) - mean
-    spread = values.std().item()
-    if spread <= 0:
+    sd = values.std().item()
+    if sd <= 0:
         return 0.0
     root = number**0.5
-    skewness = values.pow(3).mean().item() / spread**3 / root
+    skewness = values.pow(3).mean().item() / sd**3 / root
     quantile = float(scipy.stats.t.isf(tail, number - 1))
     if abs(skewness) > 1e-6:
         inner = 1 + skewness * (quantile + skewness / 6)
         quantile = (math.copysign(abs(inner) ** (1 / 3), inner) - 1) / skewness * 3
-    return max(0.0, mean + spread / root * quantile)
-
-
-def _auroc_variance(truth: float, num_negatives: int, num_positives: int) -> float:
-    """Hanley and McNeil's variance, as Newcombe makes it symmetric in both numbers."""
-    half = (num_negatives + num_positives) / 2 - 1
-    room = 1 + half * (1 - truth) / (2 - truth) + half * truth / (1 + truth)
-    return truth * (1 - truth) * room / (num_negatives * num_positives)
+    return max(0.0, mean + sd / root * quantile)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bayes_kf.evaluation.calibration.confidence_profile import (
     Profile,
+    coarse_profile,
     exact_profile,
-    groups_of,
-    narrow_profile,
-    simulated_profile_hits,
+    profile_bins,
+    simulate_profile_hits,
     top_confidence,
 )
-from bayes_kf.evaluation.calibration.errors import (
+from bayes_kf.evaluation.calibration.statistics import (
     CLASSWISE,
     STATISTICS,
     Statistic,
@@ -25,7 +25,7 @@ from bayes_kf.evaluation.calibration.errors import (
     profile_statistic,
 )
 from bayes_kf.evaluation.inputs import Array, as_targets, check_choice
-from bayes_kf.evaluation.resampling.binning import Binning, Kind, class_cells, observed_hits, simulated_hits
+from bayes_kf.evaluation.resampling.binning import Binning, Kind, classwise_bins, observed_hits, simulate_hits
 from bayes_kf.evaluation.resampling.null_test import (
     CalibrationNull,
     NullComparison,
@@ -83,13 +83,13 @@ def calibration_null(
     checked = _checked(probs, statistic, num_bins, binning, kind, top_k)
     check_simulation(num_simulations, level)
     if kind == "classwise":
-        cells = class_cells(checked, num_bins, binning)
-        hits = simulated_hits(cells, checked, _num_classwise_simulations(num_simulations, len(checked)), seed)
-        return summarize_null(class_statistic(statistic, cells, hits), level)
-    profile = narrow_profile(exact_profile(*top_confidence(checked, None, top_k)), num_bins)
-    hits = simulated_profile_hits(profile, num_simulations, seed)
+        bins = classwise_bins(checked, num_bins, binning)
+        hits = simulate_hits(bins, checked, _num_classwise_simulations(num_simulations, len(checked)), seed)
+        return summarize_null(class_statistic(statistic, bins, hits), level)
+    profile = coarse_profile(exact_profile(*top_confidence(checked, None, top_k)), num_bins)
+    hits = simulate_profile_hits(profile, num_simulations, seed)
     return summarize_null(
-        profile_statistic(statistic, profile._replace(hits=hits), groups_of(profile, num_bins, binning)), level
+        profile_statistic(statistic, profile._replace(hits=hits), profile_bins(profile, num_bins, binning)), level
     )
 
 
@@ -171,12 +171,12 @@ def reliability_band(
     checked = check_binned(probs, num_bins, binning, "confidence", 1)
     check_simulation(num_simulations, level)
     exact = exact_profile(*top_confidence(checked, None, 1))
-    groups = groups_of(exact, num_bins, binning)
-    narrow = narrow_profile(exact, num_bins)
-    hits = simulated_profile_hits(narrow, num_simulations, seed)
-    index = (torch.searchsorted(exact.place, narrow.place, right=True) - 1).clamp(min=0)
-    shares = groups._replace(bins=groups.bins[index]).sums(hits) / groups.sums(exact.counts)  # (R, bins)
-    low, high = null_quantiles(shares, ((1 - level) / 2, (1 + level) / 2))
+    bins = profile_bins(exact, num_bins, binning)
+    narrow = coarse_profile(exact, num_bins)
+    hits = simulate_profile_hits(narrow, num_simulations, seed)
+    cell = (torch.searchsorted(exact.confidence, narrow.confidence, right=True) - 1).clamp(min=0)
+    accuracy = bins._replace(cell_bins=bins.cell_bins[cell]).sums(hits) / bins.sums(exact.counts)  # (R, bins)
+    low, high = null_quantiles(accuracy, ((1 - level) / 2, (1 + level) / 2))
     return low, high
 
 
@@ -184,14 +184,14 @@ def profile_tests(
     profile: Profile, statistics: tuple[tuple[str, Binning], ...], settings: NullSettings, level: float
 ) -> list[NullComparison]:
     """Statistics of a profile, each with its null band; one simulation serves them all."""
-    narrow = narrow_profile(profile, settings.num_bins)
-    hits = simulated_profile_hits(narrow, settings.num_simulations, settings.seed)
+    narrow = coarse_profile(profile, settings.num_bins)
+    hits = simulate_profile_hits(narrow, settings.num_simulations, settings.seed)
     comparisons = []
     for name, binning in statistics:
-        groups = groups_of(narrow, settings.num_bins, binning)
-        value = profile_statistic(name, profile, groups_of(profile, settings.num_bins, binning))
+        bins = profile_bins(narrow, settings.num_bins, binning)
+        value = profile_statistic(name, profile, profile_bins(profile, settings.num_bins, binning))
         observed_first = narrow._replace(hits=torch.cat([narrow.hits[None], hits]))  # together: on the same smooth grid
-        errors = profile_statistic(name, observed_first, groups)
+        errors = profile_statistic(name, observed_first, bins)
         compared, null = errors[0], errors[1:]
         if name == "smooth":  # the coarser grid of several data sets shifts very small errors
             compared, null = value, (null + value - compared).clamp(min=0)
@@ -208,14 +208,14 @@ def classwise_tests(
     level: float,
 ) -> list[NullComparison]:
     """Classwise statistics, each with its null band; one simulation serves them all."""
-    cells = class_cells(probs, settings.num_bins, binning)
-    observed = observed_hits(cells, labels)
+    bins = classwise_bins(probs, settings.num_bins, binning)
+    observed = observed_hits(bins, labels)
     num_simulations = _num_classwise_simulations(settings.num_simulations, len(probs))
-    simulated = simulated_hits(cells, probs, num_simulations, settings.seed)
+    simulated = simulate_hits(bins, probs, num_simulations, settings.seed)
     comparisons = []
     for name in statistics:
-        value = class_statistic(name, cells, observed)
-        comparisons.append(compare_to_null(value, value, class_statistic(name, cells, simulated), level))
+        value = class_statistic(name, bins, observed)
+        comparisons.append(compare_to_null(value, value, class_statistic(name, bins, simulated), level))
     return comparisons
 
 

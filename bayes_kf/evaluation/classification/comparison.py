@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.intervals import (
-    FEWEST_LOSSES,
+    MIN_LOSSES,
     Interval,
     bounded_interval,
     difference_interval,
@@ -131,7 +131,7 @@ def _interval(score: str, change: Tensor, first: Tensor, second: Tensor, level: 
         return Interval(0.0, 0.0)
     if score == "nll":
         return difference_interval(change, first, second, level)
-    if score == "accuracy" or len(change) < FEWEST_LOSSES or first.shape != second.shape:
+    if score == "accuracy" or len(change) < MIN_LOSSES or first.shape != second.shape:
         most = 1.0 if score == "accuracy" else 2.0
         return bounded_interval(change.sum().item(), change.square().sum().item(), len(change), -most, most, level)
     shift = first.square().sum(dim=1) - second.square().sum(dim=1)

@@ -10,9 +10,9 @@ from torch import Tensor
 from bayes_kf.evaluation.calibration.intervals import (
     bounded_interval,
     loss_interval,
-    rank_correlation_interval,
-    unseen_losses,
+    runner_up_losses,
 )
+from bayes_kf.evaluation.calibration.rank_intervals import rank_correlation_interval
 from bayes_kf.evaluation.classification.entropy import entropy
 from bayes_kf.evaluation.inputs import Array, as_probs, check_fraction
 from bayes_kf.evaluation.score import Interval, Score
@@ -64,17 +64,17 @@ def human_agreement(probs: Array, human: Array, *, level: float = 0.95) -> Human
         >>> round(found.nll.value, 4), round(found.total_variation.value, 4), round(found.entropy_spearman.value, 4)
         (0.6133, 0.1333, 0.5)
     """
-    predicted, answers = checked_human(probs, human)
+    predicted, answers = check_human(probs, human)
     check_fraction(level, "level")
     losses = human_losses(predicted, answers)  # (N, 3)
-    count, unseen = len(losses), unseen_losses(predicted).mean().item()
+    count, unseen = len(losses), runner_up_losses(predicted).mean().item()
     powers = [losses[:, :2].clamp(min=0).pow(k).sum(dim=0).tolist() for k in (1, 2, 3)]
     nll, kl = (
         loss_interval(first, second, third, count, unseen, level) for first, second, third in zip(*powers, strict=True)
     )
     distance = losses[:, 2]
     apart = bounded_interval(distance.sum().item(), distance.square().sum().item(), count, 0.0, 1.0, level)
-    spearman, pearson = entropy_correlations(doubt(predicted), doubt(answers))
+    spearman, pearson = entropy_correlations(rounded_entropy(predicted), rounded_entropy(answers))
     means = losses.mean(dim=0).tolist()
     return HumanAgreement(
         _estimate(means[0], nll),
@@ -90,7 +90,7 @@ def _estimate(value: float, interval: Interval | None) -> Estimate:
     return Estimate(value, *(interval or (math.nan, math.nan)))
 
 
-def checked_human(probs: Array, human: Array) -> tuple[Tensor, Tensor]:
+def check_human(probs: Array, human: Array) -> tuple[Tensor, Tensor]:
     """Both as float64 (N, C) of one shape."""
     predicted, answers = as_probs(probs), as_probs(human, "human")
     if answers.shape != predicted.shape:
@@ -106,7 +106,7 @@ def human_losses(probs: Tensor, human: Tensor) -> Tensor:
     return torch.stack([column.sum(dim=1) for column in columns], dim=1)
 
 
-def doubt(probs: Tensor) -> Tensor:
+def rounded_entropy(probs: Tensor) -> Tensor:
     """Entropy of each row, (N,), such that rows of the same numbers in another order have exactly the same one."""
     return entropy(probs.sort(dim=1).values).round(decimals=DECIMALS)
 

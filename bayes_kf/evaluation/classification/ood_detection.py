@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.intervals import auroc_interval
+from bayes_kf.evaluation.calibration.rank_intervals import auroc_interval
 from bayes_kf.evaluation.inputs import Array, as_vector, check_fraction
 from bayes_kf.evaluation.score import Interval, Score
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
-from bayes_kf.evaluation.resampling.binning import class_cells
+from bayes_kf.evaluation.resampling.binning import classwise_bins
 
 
 class BrierParts(NamedTuple):
@@ -123,7 +123,7 @@ def brier_decomposition(probs: Array, targets: Array, num_bins: int = 15) -> Bri
     checked = as_probs(probs)
     labels = as_targets(targets, checked)
     check_positive_int(num_bins, "num_bins")
-    cells = class_cells(checked, num_bins, "equal_width")
+    cells = classwise_bins(checked, num_bins, "equal_width")
     flat = cells.index.flatten()
     own = cells.index.gather(1, labels[:, None])[:, 0]
     chosen = checked.gather(1, labels[:, None])[:, 0]
@@ -132,9 +132,9 @@ def brier_decomposition(probs: Array, targets: Array, num_bins: int = 15) -> Bri
         checked.shape[1],
         cells.counts,
         cells.confidence_sum,
-        torch.bincount(flat, weights=checked.square().flatten(), minlength=cells.num_cells),
-        torch.bincount(own, minlength=cells.num_cells).double(),
-        torch.bincount(own, weights=chosen, minlength=cells.num_cells),
+        torch.bincount(flat, weights=checked.square().flatten(), minlength=cells.num_bins_total),
+        torch.bincount(own, minlength=cells.num_bins_total).double(),
+        torch.bincount(own, weights=chosen, minlength=cells.num_bins_total),
     )
 
 

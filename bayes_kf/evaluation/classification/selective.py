@@ -134,7 +134,7 @@ def accuracy_at_coverage(confidence: Array, correct: Array, coverages: Sequence[
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     risk = risk_coverage(confidence, correct).risk
-    return 1 - risk[kept_at(coverages, len(risk)) - 1]
+    return 1 - risk[num_retained(coverages, len(risk)) - 1]
 
 
 def selective_intervals(
@@ -162,11 +162,11 @@ def selective_intervals(
     """
     check_fraction(level, "level")
     shares = accuracy_at_coverage(confidence, correct, coverages).tolist()
-    kept = kept_at(coverages, len(as_vector(confidence, "confidence"))).tolist()
+    kept = num_retained(coverages, len(as_vector(confidence, "confidence"))).tolist()
     return SelectiveIntervals(tuple(proportion_interval(a * k, k, level) for a, k in zip(shares, kept, strict=True)))
 
 
-def kept_at(coverages: Sequence[float], num_examples: int) -> Tensor:
+def num_retained(coverages: Sequence[float], num_examples: int) -> Tensor:
     """Least numbers of predictions that make at least these shares, (K,)."""
     shares = as_vector(torch.as_tensor(coverages, dtype=torch.float64), "coverages")
     if shares.min() <= 0 or shares.max() > 1:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.confidence_profile import Profile, stream_edges, top_confidence
-from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, unseen_losses
+from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, runner_up_losses
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_from, spiegelhalter_parts
 from bayes_kf.evaluation.classification.score_summary import LEVEL, brier_part_scores, calibration_scores
 from bayes_kf.evaluation.classification.scores import brier_parts, brier_scores, log_losses, ranked_probability_scores
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
-from bayes_kf.evaluation.resampling.binning import class_cells, observed_hits, place, simulated_hits
+from bayes_kf.evaluation.resampling.binning import bin_index, classwise_bins, observed_hits, simulate_hits
 from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation, compare_to_null
 from bayes_kf.evaluation.score import Interval, Score, flatten_scores
 
@@ -164,7 +164,7 @@ class StreamingScores:
         ranked = ranked_probability_scores(probs, labels) if self.ordered else torch.zeros_like(hit)
         entropy = torch.special.entr(probs).sum(dim=1).clamp(min=0)
         losses, brier = log_losses(probs, labels), brier_scores(probs, labels)
-        values = torch.stack([hit, losses, brier, ranked, confidence, entropy, unseen_losses(probs)])
+        values = torch.stack([hit, losses, brier, ranked, confidence, entropy, runner_up_losses(probs)])
         state["examples"] += len(labels)
         state["sums"] += values.sum(dim=1)
         state["squares"] += values.square().sum(dim=1)
@@ -177,16 +177,16 @@ class StreamingScores:
 
     def _add_profile(self, total: Tensor, confidence: Tensor, hit: Tensor) -> None:
         """Counts, sums and hits of the narrow cells."""
-        index = place(confidence, self._edges)
+        index = bin_index(confidence, self._edges)
         for row, weights in zip(total, (None, confidence, hit), strict=True):
             row += torch.bincount(index, weights, minlength=len(row))
 
     def _add_classes(self, state: dict[str, Tensor], probs: Tensor, labels: Tensor) -> None:
         """Sums over the cells of every class, and hits of drawn labels."""
-        cells = class_cells(probs, self.num_bins, "equal_width")
+        cells = classwise_bins(probs, self.num_bins, "equal_width")
         own = cells.index.gather(1, labels[:, None])[:, 0]
         chosen = probs.gather(1, labels[:, None])[:, 0]
-        size = cells.num_cells
+        size = cells.num_bins_total
         state["classes"] += torch.stack(
             [
                 cells.counts,
@@ -199,7 +199,7 @@ class StreamingScores:
         if self.num_label_draws:
             seen = self.num_examples + round(state["examples"].item())
             seed = _mixed_seed(self.seed, seen, probs, labels)
-            state["class_draws"] += simulated_hits(cells, probs, self.num_label_draws, seed)
+            state["class_draws"] += simulate_hits(cells, probs, self.num_label_draws, seed)
 
     def _mean_scores(self) -> dict[str, Score]:
         """Means with their intervals."""

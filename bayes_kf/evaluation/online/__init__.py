@@ -1,1 +1,1 @@
-"""Scores of streams: prequential loss, innovations, drift."""
+"""Scores of streams: prequential loss, innovations, drift detection."""

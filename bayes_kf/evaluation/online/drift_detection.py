@@ -1,4 +1,4 @@
-"""An alarm for classifiers that have become less right than they say, with a guaranteed rate of false alarms."""
+"""Drift detection for classifiers whose accuracy falls below their confidence, with a bound on false alarms."""
 
 import math
 import sys
@@ -10,18 +10,17 @@ from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 
-MIXTURES = (0.05, 0.2, 0.8)  # shares of the uniform distribution in the alternatives
-LARGEST = sys.float_info.max
+MIXTURES = (0.05, 0.2, 0.8)  # ε_j: weights of the uniform distribution in the alternatives
+MAX_STATISTIC = sys.float_info.max
 
 
 class DriftAlarm(NamedTuple):
-    """A detector's course over a stream of T examples.
+    """The statistic of a drift detector over a stream of T examples, and its alarms.
 
     Attributes:
-        statistic: R after each example, (T,), at most three times the threshold. It starts again at zero after an
-            alarm.
-        threshold: at which an alarm is raised, the least mean number of examples between false alarms.
-        alarms: indices of the examples that raised one, (A,).
+        statistic: R after each example, (T,), at most three times the threshold. It restarts from zero after an alarm.
+        threshold: Value of R that raises an alarm; a lower bound on the mean number of examples between false alarms.
+        alarms: Indices of the examples that raised an alarm, (A,).
     """
 
     statistic: Tensor
@@ -30,14 +29,14 @@ class DriftAlarm(NamedTuple):
 
 
 class DriftDetector:
-    """The detector of :func:`drift_alarm`, one example at a time.
+    """The detector of `drift_alarm` for one example at a time.
 
     Args:
-        run_length: as there.
-        current: R_j of an earlier one to go on from, (3,); zero by default.
+        run_length: A, a lower bound on the mean number of examples between false alarms.
+        current: Statistics R_j of an earlier detector to continue from, (3,); zeros by default.
 
     Raises:
-        ValueError: if ``run_length`` is not above one, or ``current`` is not three finite numbers >= 0.
+        ValueError: If `run_length` is not above one or `current` is not three finite numbers >= 0.
 
     Example:
         >>> detector = DriftDetector(run_length=50.0)
@@ -59,42 +58,46 @@ class DriftDetector:
         return sum(self.current) / len(self.current)
 
     def update(self, prob: float, num_classes: int) -> bool:
-        """Take in the probability that was predicted for a label that came; whether that raises an alarm.
+        """Whether this example raises an alarm; after an alarm, the next example restarts the statistic from zero.
 
-        After one the statistic starts again at zero, with the next example.
+        Args:
+            prob: Predicted probability of the observed label.
+            num_classes: C.
+
+        Raises:
+            ValueError: If `prob` is not a probability.
         """
         if not 0 <= prob <= 1 + 1e-6:
             raise ValueError(f"`prob` must be a probability, got {prob!r}.")
         before = [0.0] * len(MIXTURES) if self.statistic >= self.run_length else self.current
         if prob == 0:
-            self.current = [min(self.run_length, LARGEST)] * len(MIXTURES)
+            self.current = [min(self.run_length, MAX_STATISTIC)] * len(MIXTURES)
         else:
             ratios = [1 - share + share / num_classes / prob for share in MIXTURES]
-            most = min(len(MIXTURES) * self.run_length, LARGEST)  # one alone that reaches it raises an alarm
-            self.current = [min((value + 1) * ratio, most) for value, ratio in zip(before, ratios, strict=True)]
+            limit = min(len(MIXTURES) * self.run_length, MAX_STATISTIC)  # one R_j at the limit raises the alarm alone
+            self.current = [min((value + 1) * ratio, limit) for value, ratio in zip(before, ratios, strict=True)]
         return self.statistic >= self.run_length
 
 
 def drift_alarm(probs: Array, labels: Array, run_length: float = 10_000.0) -> DriftAlarm:
-    """A Shiryaev-Roberts detector of labels that the predictions made too unlikely.
+    """Alarms of a Shiryaev-Roberts detector for labels that are less probable than predicted.
 
-    Example t has likelihood ratios e_j = ((1 − ε_j) π_t(y_t) + ε_j/C) / π_t(y_t) of mixtures of the prediction with the
-    uniform distribution to the prediction itself. If labels follow the predictions, each e_j has mean one whatever the
-    past, R_t = mean_j R_jt with R_jt = (R_j,t−1 + 1) e_j has mean t, and so an alarm at R ≥ A comes at most once in A
-    examples on average, and with probability at most T/A within T. Nothing is assumed of the stream or the model. An
-    alarm without a change means that the predictions were overconfident all along.
+    Example t has likelihood ratios e_j = ((1 − ε_j) π_t(y_t) + ε_j/C) / π_t(y_t): mixtures of the prediction π_t with
+    the uniform distribution against the prediction. If the labels follow the predictions, every e_j has conditional
+    mean one. Then R_t = mean_j R_jt with R_jt = (R_j,t−1 + 1) e_j has mean t, so an alarm at R ≥ A occurs at most once
+    in A examples on average, and within T examples with probability at most T/A. The bound needs no assumption about
+    the stream or the model. An alarm without a change of the stream means that the predictions were over-confident.
 
     Args:
-        probs: probabilities predicted before each label was learned from, (T, C).
-        labels: (T,).
-        run_length: A, least mean number of examples between false alarms.
+        probs: Probabilities predicted before the update with each label, (T, C).
+        labels: Class indices, (T,).
+        run_length: A, a lower bound on the mean number of examples between false alarms.
 
     Raises:
-        ValueError: if shapes do not fit, rows are no distributions, or ``run_length`` is not above one.
+        ValueError: If shapes do not fit, rows are not distributions, or `run_length` is not above one.
 
-    References:
-        Roberts, *A Comparison of Some Control Chart Procedures*, Technometrics 1966; the bound on false alarms for
-        ratios of mean one: Shin, Ramdas, Rinaldo, *E-detectors*, 2022 (arXiv:2203.03532).
+    References: Roberts, *A Comparison of Some Control Chart Procedures*, Technometrics 1966; the bound on false alarms:
+    Shin, Ramdas, Rinaldo, *E-detectors*, 2022 (arXiv:2203.03532).
 
     Example:
         >>> probs = torch.tensor([[0.99, 0.01]]).repeat(40, 1)
@@ -106,9 +109,9 @@ def drift_alarm(probs: Array, labels: Array, run_length: float = 10_000.0) -> Dr
     detector = DriftDetector(run_length)
     predicted = as_probs(probs)
     observed = as_targets(labels, predicted, "labels")
-    chosen = (predicted / predicted.sum(1, keepdim=True)).gather(1, observed.unsqueeze(1)).squeeze(1)
-    statistic, alarms = torch.empty(len(chosen), dtype=predicted.dtype), []
-    for t, prob in enumerate(chosen.tolist()):
+    label_probs = (predicted / predicted.sum(1, keepdim=True)).gather(1, observed.unsqueeze(1)).squeeze(1)
+    statistic, alarms = torch.empty(len(label_probs), dtype=predicted.dtype), []
+    for t, prob in enumerate(label_probs.tolist()):
         if detector.update(prob, predicted.shape[1]):
             alarms.append(t)
         statistic[t] = detector.statistic

@@ -1,4 +1,4 @@
-"""Is a filter's uncertainty consistent with the errors it makes?"""
+"""Consistency of a filter: normalized innovations squared (NIS) and their whiteness."""
 
 from typing import NamedTuple
 
@@ -12,26 +12,26 @@ from bayes_kf.evaluation.online.prequential import check_window
 
 
 class InnovationHealth(NamedTuple):
-    """Windowed innovation ratio and its band; every field (T − window + 1,)."""
+    """Windowed innovation ratio with its null band (consistent filter); every field is (T − window + 1,)."""
 
-    step: Tensor  # number of updates seen at the end of the window
+    step: Tensor  # number of updates at the end of the window
     ratio: Tensor  # about one for a consistent filter
     low: Tensor
     high: Tensor
 
 
 def innovation_health(nis: Array, dof: Array | int, window: int = 100, level: float = 0.95) -> InnovationHealth:
-    """Windowed normalized innovation squared per degree of freedom, with the band of a consistent filter.
+    """Windowed normalized innovation squared per degree of freedom, with its null band (consistent filter).
 
     For a consistent linear-Gaussian filter ν_k = uᵀS⁻¹u is χ² with d_k degrees of freedom, independently over k, so
-    Σν / Σd over a window lies between the quantiles of χ²(Σd) / Σd. Above the band the filter is surer than its
-    errors allow; below, less sure. Windows overlap, so neighbouring ratios are strongly dependent.
+    Σν / Σd over a window has the distribution χ²(Σd) / Σd. Above the band the filter is over-confident, below it
+    under-confident. Windows overlap, so neighbouring ratios are strongly dependent.
 
     Args:
         nis: ν of each update, (T,).
         dof: Degrees of freedom of each update, (T,), or one number for all.
-        window: Updates in a window, at most T.
-        level: Probability that a consistent filter stays in the band, at each step.
+        window: Number of updates in a window, at most T.
+        level: Probability of the band at each step.
 
     Raises:
         ValueError: If a value is negative or not finite, a shape differs, or the window does not fit.
@@ -54,24 +54,24 @@ def innovation_health(nis: Array, dof: Array | int, window: int = 100, level: fl
 
 
 class Whiteness(NamedTuple):
-    """Whether innovations follow each other at random."""
+    """Ljung and Box's test of independent innovations."""
 
     autocorrelation: Tensor  # of the ranks, lag 1 first, (lags,)
-    statistic: float  # Ljung and Box's Q
+    statistic: float  # Q
     p_value: float
 
 
 def innovation_whiteness(nis: Array, dof: Array | int = 1, lags: int = 10) -> Whiteness:
     """Ljung and Box's test that the squared innovations of a filter are independent of each other.
 
-    A consistent filter leaves nothing in its innovations that earlier ones foretell. A small p value says that it does:
-    dynamics that are too slow or too quick, or data that come in runs. Each ν is first put on the scale of its own χ²
-    distribution; ranks take the place of the values, because the innovations of classifiers have heavy tails.
+    The innovations of a consistent filter are white: earlier ones do not predict later ones. A small p-value means that
+    the dynamics are too slow or too fast, or that similar examples follow each other. The test uses ranks, because the
+    innovations of classifiers have heavy tails; each ν is first transformed by its own χ² distribution.
 
     Args:
         nis: ν of each update, (T,).
         dof: Degrees of freedom of each update, (T,), or one number for all.
-        lags: Number of autocorrelations, below T.
+        lags: Number of autocorrelations, at most T − 2.
 
     Raises:
         ValueError: If a value is negative or not finite, a shape differs, or there are too few updates for the lags.
@@ -94,18 +94,18 @@ def innovation_whiteness(nis: Array, dof: Array | int = 1, lags: int = 10) -> Wh
         raise ValueError(f"`lags` must be below the number of updates less one, {length - 1}, got {lags}.")
     ranks = torch.as_tensor(_ranks(innovations.numpy(), degrees.numpy()))
     ranks = ranks - ranks.mean()
-    total = ranks.square().sum().clamp_min(1e-300)  # all alike: nothing correlates
-    found = torch.stack([(ranks[lag:] * ranks[:-lag]).sum() for lag in range(1, lags + 1)]) / total
-    left = length - torch.arange(1, lags + 1, dtype=torch.float64)
-    statistic = length * (length + 2) * (found.square() / left).sum().item()
-    return Whiteness(found, statistic, float(scipy.stats.chi2.sf(statistic, lags)))
+    total = ranks.square().sum().clamp_min(1e-300)  # avoids 0/0 if all ranks are equal
+    autocorrelation = torch.stack([(ranks[lag:] * ranks[:-lag]).sum() for lag in range(1, lags + 1)]) / total
+    num_pairs = length - torch.arange(1, lags + 1, dtype=torch.float64)
+    statistic = length * (length + 2) * (autocorrelation.square() / num_pairs).sum().item()
+    return Whiteness(autocorrelation, statistic, float(scipy.stats.chi2.sf(statistic, lags)))
 
 
 def _ranks(nis: np.ndarray, dof: np.ndarray) -> np.ndarray:
-    """Ranks of innovations, each on the scale of its own χ² distribution.
+    """Ranks of the innovations, each transformed by its own χ² distribution.
 
-    They are those of the values where all have the same one. Far out, where probabilities are zero in floating point,
-    they follow Wilson and Hilferty's normal approximation.
+    If all degrees of freedom are equal, these are the ranks of the values. In the far tail, where probabilities
+    underflow to zero, Wilson and Hilferty's normal approximation decides.
     """
     if dof.min() == dof.max():
         return np.asarray(scipy.stats.rankdata(nis))
@@ -113,13 +113,13 @@ def _ranks(nis: np.ndarray, dof: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         exact = np.where(below < above, np.log(below), -np.log(above))
     normal = (np.cbrt(nis / dof) - (1 - 2 / (9 * dof))) / np.sqrt(2 / (9 * dof))
-    far = np.where(np.isfinite(exact), 0.0, normal)
-    order = np.unique(np.stack([exact, far], axis=1), axis=0, return_inverse=True)[1]
+    tail = np.where(np.isfinite(exact), 0.0, normal)
+    order = np.unique(np.stack([exact, tail], axis=1), axis=0, return_inverse=True)[1]
     return np.asarray(scipy.stats.rankdata(order.ravel()))
 
 
 def _checked(nis: Array, dof: Array | int) -> tuple[Tensor, Tensor]:
-    """Both as float64 (T,)."""
+    """NIS and degrees of freedom as float64 (T,); raises a ValueError if they are malformed."""
     innovations = as_vector(nis, "nis")
     if innovations.min() < 0:
         raise ValueError(f"`nis` must not be negative, got {innovations.min().item():.3g}.")

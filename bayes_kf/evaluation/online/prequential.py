@@ -1,4 +1,4 @@
-"""Scores of a stream: each example is predicted first and learned from afterwards."""
+"""Prequential scores of a stream: every example is predicted before the update with it."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from bayes_kf.evaluation.inputs import Array, as_vector, check_positive_int
 
 
 def running_accuracy(correct: Array) -> Tensor:
-    """acc(k) = (1/k) Σ_{i≤k} [prediction i was right], for k = 1 … T, (T,).
+    """acc(k) = (1/k) Σ_{i≤k} [prediction i is correct], for k = 1 … T, (T,).
 
     Args:
-        correct: One (or True) where the prediction before the update was right, else zero, (T,); of several answers
-            the share that were right.
+        correct: One (or True) if the prediction before the update was correct, else zero, (T,); for several targets
+            per example, the share of correct ones.
 
     Raises:
-        ValueError: If the vector is empty, or holds anything below zero or above one.
+        ValueError: If the vector is empty, or holds a value below zero or above one.
 
     Reference: the average online accuracy of LoKO.
 
@@ -47,14 +47,14 @@ def prequential_log_loss(log_loss: Array) -> Tensor:
 
 
 def prequential_regret(log_loss: Array, reference: Array) -> Tensor:
-    """Σ_{i≤k} (loss_i − reference_i) for k = 1 … T, (T,), in nats: what has been lost against a reference so far.
+    """Cumulative regret Σ_{i≤k} (loss_i − reference_i) for k = 1 … T, (T,), in nats.
 
-    Against the best of several runs, or against a constant such as the entropy of the labels, a bounded regret means
-    that the stream has been learned as well as the reference knows it.
+    The reference may be the best of several runs, or a constant such as the entropy of the labels. A bounded regret
+    means that the model predicts as well as the reference in the long run.
 
     Args:
         log_loss: Log loss of each example before its update, (T,); may be infinite.
-        reference: That of the reference on the same examples, (T,), finite.
+        reference: Log loss of the reference on the same examples, (T,), finite.
 
     Raises:
         ValueError: If a vector is malformed or they differ in length.
@@ -87,11 +87,11 @@ def moving_average(values: Array, window: int) -> Tensor:
     """
     vector = as_vector(values, "values", allow_infinite=True)
     check_window(window, len(vector))
-    return vector.unfold(0, window, 1).mean(dim=1)  # no running sum: one infinite value must not poison what follows
+    return vector.unfold(0, window, 1).mean(dim=1)  # with a running sum, one infinite value would spoil all later means
 
 
 def check_window(window: int, length: int) -> None:
-    """Refuses a window that is no positive integer or longer than the stream."""
+    """Raises a ValueError unless the window is a positive integer, at most the length of the stream."""
     check_positive_int(window, "window")
     if window > length:
         raise ValueError(f"`window` must be at most the number of values, {length}, got {window}.")

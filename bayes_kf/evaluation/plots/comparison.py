@@ -1,4 +1,4 @@
-"""Figures of several models side by side. Each draws on `ax` (or a new one) and returns it."""
+"""Figures that compare models. Each draws on `ax` (or a new one) and returns it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from bayes_kf.evaluation.classification.comparison import Difference
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.online.prequential import moving_average, running_accuracy
-from bayes_kf.evaluation.plots.reliability import COLOURS, LINES, VERMILLION, _axes
+from bayes_kf.evaluation.plots.style import COLOURS, LINES, VERMILLION, axes_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,15 +19,15 @@ SERIES = {"correct": "running accuracy", "log_loss": "log loss, mean of {window}
 
 
 def forest_plot(differences: Sequence[Difference], *, label: str = "difference", ax: Axes | None = None) -> Axes:
-    """Differences as points with their intervals, one line a pair; filled where zero is left out, hollow where tied.
+    """Forest plot: differences with their intervals, one row for each pair; a filled point differs clearly from zero.
 
     Args:
-        differences: As `compare_predictions` gives them; those that are not finite are written, not drawn.
-        label: What the horizontal axis shows.
+        differences: Differences as `compare_predictions` returns them; one that is not finite is written as text.
+        label: Label of the horizontal axis.
         ax: Where to draw.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no differences.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def forest_plot(differences: Sequence[Difference], *, label: str = "difference",
     """
     if not differences:
         raise ValueError("`differences` must hold at least one, got none.")
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for place, difference in enumerate(differences):
         if not np.isfinite([difference.value, difference.low, difference.high]).all():
             ax.text(0.5, place, f"{difference.value:+}", transform=ax.get_yaxis_transform(), ha="center", va="center")
@@ -58,12 +58,12 @@ def forest_plot(differences: Sequence[Difference], *, label: str = "difference",
 def online_comparison(
     histories: Mapping[str, Mapping[str, Array]], series: str = "correct", *, window: int = 100, ax: Axes | None = None
 ) -> Axes:
-    """The course of several runs over the same stream: running accuracy, or the moving mean of the log loss.
+    """Running accuracy, or moving mean of the log loss, of several runs over the same stream.
 
     Args:
         histories: Name of a run to its series, which must hold `series`.
-        series: "correct" (running accuracy acc(k), as LoKO's figures show it) or "log_loss".
-        window: Examples in the moving mean of the log loss, at most the length of the shortest run.
+        series: "correct" (running accuracy acc(k), as in the figures of LoKO) or "log_loss".
+        window: Number of examples in the moving mean of the log loss, at most the length of the shortest run.
         ax: Where to draw.
 
     Raises:
@@ -81,7 +81,7 @@ def online_comparison(
         raise ValueError("`histories` must hold at least one run, got none.")
     if series not in SERIES:
         raise ValueError(f"`series` must be one of {', '.join(SERIES)}, got {series!r}.")
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for i, (name, history) in enumerate(histories.items()):
         if series not in history:
             raise ValueError(f"`histories` must hold {series} for every run, got {sorted(history)} for {name!r}.")

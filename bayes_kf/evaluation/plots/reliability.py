@@ -1,10 +1,8 @@
-"""Figures of predictions: reliability and entropies. Each draws on `ax` (or a new one) and returns it.
-
-Colours are those of Okabe and Ito; what a colour tells is also told by a hatch, a line style or a place.
-"""
+"""Reliability diagram and histogram of entropies. Each draws on `ax` (or a new one) and returns it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +12,14 @@ import torch
 from bayes_kf.evaluation.calibration.errors import ReliabilityBins, reliability_bins
 from bayes_kf.evaluation.calibration.null_distribution import calibration_test, reliability_band
 from bayes_kf.evaluation.inputs import Array, as_vector, check_positive_int
+from bayes_kf.evaluation.plots.style import COLOURS, GREY, HATCHES, LINES, SKY, VERMILLION, axes_or_new
 from bayes_kf.evaluation.resampling.binning import Binning
-from bayes_kf.evaluation.resampling.null_test import NullComparison
+from bayes_kf.evaluation.score import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#595959"
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-LINES = ("-", "--", "-.", ":")
-HATCHES = ("", "///", "\\\\\\", "...", "xxx", "+++")
-SLIMMEST_BAR = 0.008  # an equal-mass bin that holds one value only has no width of its own
+MIN_BAR_WIDTH = 0.008  # an equal-mass bin of equal values has no width of its own
 
 
 def reliability_diagram(
@@ -38,14 +32,14 @@ def reliability_diagram(
     seed: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Accuracy against confidence bin by bin, with the 95 % band of chance in each bin, counts above, and the ECE.
+    """Accuracy against confidence in bins, with the 95 % null band of each bin, the counts, and the ECE.
 
     Args:
         probs: Class probabilities, (N, C).
         targets: Class indices, (N,).
         num_bins: Number of bins.
         binning: "equal_width" or "equal_mass".
-        num_simulations: Number of simulated data sets behind the bands, at least 39.
+        num_simulations: Number of simulated data sets for the null bands, at least 39.
         seed: Seed of the simulation.
         ax: Where to draw.
 
@@ -64,7 +58,7 @@ def reliability_diagram(
     settings |= {"num_simulations": num_simulations, "seed": seed}
     low, high = reliability_band(probs, **settings)
     ece = calibration_test(probs, targets, **settings)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     used = bins.counts > 0
     left, width = _bar_places(bins.edges[:-1][used], bins.edges[1:][used])
     ax.bar(left, bins.accuracy[used].numpy(), width, align="edge", color=SKY, edgecolor="black", label="accuracy")
@@ -72,29 +66,30 @@ def reliability_diagram(
         "facecolor": "none",
         "edgecolor": VERMILLION,
         "hatch": "////",
-        "label": "calibrated: 95 % of chance",
+        "label": "95 % null band (perfect calibration)",
     }
     ax.bar(left, (high - low)[used].numpy(), width, low[used].numpy(), align="edge", linewidth=0.8, **band)
     ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="confidence = accuracy")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    ax.legend(loc="upper left", fontsize=8, title=ece_text(ece), title_fontsize=9, alignment="left")
+    ax.legend(loc="upper left", fontsize=8, title=ece_text(ece.score()), title_fontsize=9, alignment="left")
     _count_strip(ax, bins, left, width)
     return ax
 
 
-def ece_text(ece: NullComparison) -> str:
-    """The error and its band, as drawn into the reliability diagram."""
-    return f"ECE {ece.value:.3f}; chance alone {ece.null_low:.3f}–{ece.null_high:.3f}"
+def ece_text(ece: Score) -> str:
+    """The ECE and its null band, as written in the reliability diagram."""
+    low, high = ece.null_band or (math.nan, math.nan)
+    return f"ECE {ece.value:.3f}, null band {low:.3f}–{high:.3f}"
 
 
 def entropy_histogram(
     entropy_id: Array, entropy_ood: Mapping[str, Array] | None = None, *, num_bins: int = 30, ax: Axes | None = None
 ) -> Axes:
-    """Densities of predictive entropy, of known inputs and of each foreign set, on common bins.
+    """Densities of predictive entropy of in-distribution inputs and of each out-of-distribution set, on common bins.
 
     Args:
-        entropy_id: Entropy of each known input in nats, (N,).
-        entropy_ood: Name to entropy of each foreign input, (M,).
+        entropy_id: Entropy of each in-distribution input in nats, (N,).
+        entropy_ood: Name to entropy of each out-of-distribution input, (M,).
         num_bins: Number of bins.
         ax: Where to draw.
 
@@ -116,12 +111,12 @@ def entropy_histogram(
     }
     top = max(float(values.max()) for values in groups.values())
     edges = np.linspace(0, max(top, 1e-6), num_bins + 1)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for i, (name, values) in enumerate(groups.items()):
         colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
         density, _ = np.histogram(values, edges, density=True)
         label, hatch = f"{name} ({len(values):,})", HATCHES[i % len(HATCHES)]
-        face = "none" if hatch else (colour, 0.2)  # in SVG a translucent face makes its hatch translucent too
+        face = "none" if hatch else (colour, 0.2)  # in SVG a translucent face also makes its hatch translucent
         fill: dict[str, Any] = {"fill": True, "facecolor": face, "edgecolor": colour, "hatch": hatch}
         ax.stairs(density, edges, linestyle=line, linewidth=1.6, label=label, **fill)
     ax.set(xlim=(0, edges[-1]), xlabel="predictive entropy (nats)", ylabel="density")
@@ -130,23 +125,14 @@ def entropy_histogram(
     return ax
 
 
-def _axes(ax: Axes | None) -> Axes:
-    """The axes given, or those of a new figure."""
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(layout="constrained")[1]
-
-
 def _bar_places(low: torch.Tensor, high: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Left edge and width of each bar, never too slim to be seen nor outside the axes."""
-    width = (high - low).clamp(min=SLIMMEST_BAR)
+    """Left edge and width of each bar: wide enough to be visible, and inside the axes."""
+    width = (high - low).clamp(min=MIN_BAR_WIDTH)
     return torch.minimum(low, 1 - width).numpy(), width.numpy()
 
 
 def _count_strip(ax: Axes, bins: ReliabilityBins, left: np.ndarray, width: np.ndarray) -> None:
-    """A small histogram of the counts above the diagram, with numbers where there is room."""
+    """A small histogram of the counts above the diagram; bars that are wide enough show their count."""
     from matplotlib.ticker import MaxNLocator
 
     strip = ax.inset_axes((0, 1.03, 1, 0.16), sharex=ax)

@@ -1,4 +1,4 @@
-"""Figures of what uncertainty is good for. Each draws on `ax` (or a new one) and returns it."""
+"""Risk-coverage curves and scores under corruption. Each draws on `ax` (or a new one) and returns it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 from bayes_kf.evaluation.classification.corruption_shift import ShiftScores
 from bayes_kf.evaluation.classification.selective import RiskCoverage, aurc, best_risk_coverage, risk_coverage
 from bayes_kf.evaluation.inputs import Array
-from bayes_kf.evaluation.plots.reliability import BLUE, COLOURS, GREY, LINES, VERMILLION, _axes
+from bayes_kf.evaluation.plots.style import BLUE, COLOURS, GREY, LINES, VERMILLION, axes_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_POINTS = 500  # of a curve; more cannot be seen
+MAX_POINTS = 500  # of a curve; more points look the same
 
 Selection = tuple[Array, Array]
 
 
 def risk_coverage_plot(selections: Mapping[str, Selection] | Selection, *, ax: Axes | None = None) -> Axes:
-    """Share of errors among the most confident predictions against the share that is kept.
+    """Risk-coverage curve: share of errors among the most confident predictions against their share of all.
 
-    A thin grey line under each curve shows the best possible order of the same predictions: what lies between them is
-    the excess AURC. Curves of more than 500 predictions are drawn at 500 of them, the last included.
+    A thin grey line under each curve shows the best possible order of the same predictions; the area between both is
+    the excess AURC. A curve has at most 500 points, the last prediction included.
 
     Args:
-        selections: Name to confidence, (N,), and correctness (ones and zeros, (N,)), or one such pair.
+        selections: One pair of confidence (N,) and correctness (zeros and ones, (N,)), or name to such a pair.
         ax: Where to draw.
 
     Raises:
-        ValueError: If there is none or a vector is malformed.
+        ValueError: If there is no pair or a vector is malformed.
 
     Example:
         >>> import torch
@@ -44,16 +44,16 @@ def risk_coverage_plot(selections: Mapping[str, Selection] | Selection, *, ax: A
     named = selections if isinstance(selections, Mapping) else {"": selections}
     if not named:
         raise ValueError("`selections` must hold at least one, got none.")
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for i, (name, (confidence, correct)) in enumerate(named.items()):
         area = f"AURC {aurc(confidence, correct):.3f}"
         label = f"{name}: {area}".replace("$", r"\$") if name else area
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
         _curve(ax, risk_coverage(confidence, correct), linewidth=1.6, label=label, **style)
     for i, (_, correct) in enumerate(named.values()):
-        only_once = {"label": "best possible order"} if i == 0 else {}
-        _curve(ax, best_risk_coverage(correct), color=GREY, linewidth=0.9, **only_once)
-    ax.set(xlim=(0, 1), xlabel="share of predictions kept, most confident first", ylabel="share of errors among them")
+        label_once = {"label": "best possible order"} if i == 0 else {}
+        _curve(ax, best_risk_coverage(correct), color=GREY, linewidth=0.9, **label_once)
+    ax.set(xlim=(0, 1), xlabel="coverage: share of most confident predictions", ylabel="share of errors among them")
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
@@ -61,11 +61,11 @@ def risk_coverage_plot(selections: Mapping[str, Selection] | Selection, *, ax: A
 
 
 def shift_plot(curve: Sequence[ShiftScores], *, ax: Axes | None = None) -> Axes:
-    """Calibration error over severity with its 95 % band of chance (left scale), and accuracy (right scale).
+    """Calibration error with its 95 % null band (left axis) and accuracy (right axis) against the severity of a shift.
 
     Args:
-        curve: As `shift_curve` gives it.
-        ax: Where to draw; the right scale is a twin of it.
+        curve: Scores of each severity, as `shift_curve` returns them.
+        ax: Where to draw; the right axis is its twin.
 
     Raises:
         ValueError: If there is no severity.
@@ -85,8 +85,8 @@ def shift_plot(curve: Sequence[ShiftScores], *, ax: Axes | None = None) -> Axes:
     low, high = (np.array([getattr(row.ece, end) for row in curve]) for end in ("null_low", "null_high"))
     width = 0.5 * (np.diff(severity).min() if len(curve) > 1 else 1.0)
     band: dict[str, Any] = {"facecolor": "none", "edgecolor": VERMILLION, "hatch": "////", "linewidth": 0.8}
-    ax = _axes(ax)
-    ax.bar(severity, high - low, width, low, label="calibrated: 95 % of chance", **band)
+    ax = axes_or_new(ax)
+    ax.bar(severity, high - low, width, low, label="95 % null band", **band)
     ece = [row.ece.value for row in curve]
     ax.plot(severity, ece, "o-", color=VERMILLION, markeredgecolor="black", label="ECE")
     ax.set(xlabel="severity of the shift", xticks=severity)
@@ -103,7 +103,7 @@ def shift_plot(curve: Sequence[ShiftScores], *, ax: Axes | None = None) -> Axes:
 
 
 def _curve(ax: Axes, curve: RiskCoverage, **style: Any) -> None:
-    """One curve, thinned to its ends and what can be seen between them."""
+    """One curve, thinned to `MAX_POINTS` points."""
     size = len(curve.risk)
-    points = np.linspace(0, size - 1, min(size, MOST_POINTS)).round().astype(np.int64)
+    points = np.linspace(0, size - 1, min(size, MAX_POINTS)).round().astype(np.int64)
     ax.plot(curve.coverage[points].numpy(), curve.risk[points].numpy(), **style)

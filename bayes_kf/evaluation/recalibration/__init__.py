@@ -1,1 +1,1 @@
-"""Maps and conformal sets that are fitted on held-out data."""
+"""Recalibration maps and conformal prediction, fitted on held-out data."""

@@ -1,4 +1,4 @@
-"""Split-conformal intervals of real values; what they promise stands in `conformal`."""
+"""Split-conformal intervals of real targets, with the coverage that `conformal_sets` describes."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,12 +19,12 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class ConformalIntervals:
-    """Intervals mean ± threshold · scale that hold a real target with probability `level`. Make it with `fit`.
+    """Intervals mean ± threshold · scale that contain a real target with probability `level`. Create it with `fit`.
 
     Attributes:
-        level: Probability that a target is inside.
-        threshold: The ⌈(n + 1) level⌉-th smallest |target − mean|/scale of the fit; infinite where n is too small.
-        is_scaled: Whether a scale was given for each example.
+        level: Probability that a target is in its interval.
+        threshold: The ⌈(n + 1) level⌉-th smallest |target − mean|/scale of the fit; infinite if n is too small.
+        is_scaled: Whether the fit had a scale for each example.
         split: Name of the examples of the fit.
         num_examples: n.
 
@@ -47,28 +47,28 @@ class ConformalIntervals:
         level: float = 0.9,
         split: str = "calibration",
     ) -> "ConformalIntervals":
-        """The threshold from the errors of known targets.
+        """The intervals whose threshold is the conformal quantile of the scaled errors.
 
         Args:
             mean: Predicted means, (N,).
-            targets: What came, (N,).
-            scale: Positive widths, (N,), for example predictive standard deviations; all one by default.
-            level: Probability that a target is to be inside its interval.
+            targets: Observed targets, (N,).
+            scale: Positive scales, (N,), for example predictive standard deviations; ones by default.
+            level: Required probability that a target is in its interval.
             split: Name of these examples, for the report.
 
         Raises:
             ValueError: If an argument is malformed.
 
         Example:
-            >>> found = ConformalIntervals.fit(torch.zeros(4), torch.tensor([1.0, -3.0, 2.0, 0.5]), level=0.75)
-            >>> found.intervals(torch.tensor([5.0]))
+            >>> conformal = ConformalIntervals.fit(torch.zeros(4), torch.tensor([1.0, -3.0, 2.0, 0.5]), level=0.75)
+            >>> conformal.intervals(torch.tensor([5.0]))
             Bounds(low=tensor([2.], dtype=torch.float64), high=tensor([8.], dtype=torch.float64))
         """
         check_fraction(level, "level")
-        centre, widths = _centre_and_widths(mean, scale)
+        center, scales = _center_and_scales(mean, scale)
         observed = as_vector(targets, "targets")
-        _check_length(observed, centre, "targets")
-        scores = (observed - centre).abs() / widths
+        _check_length(observed, center, "targets")
+        scores = (observed - center).abs() / scales
         return cls(level, conformal_threshold(scores, level), scale is not None, split, len(scores))
 
     def intervals(self, mean: Array, scale: Array | None = None) -> Bounds:
@@ -76,31 +76,31 @@ class ConformalIntervals:
 
         Args:
             mean: Predicted means, (N,).
-            scale: Positive widths, (N,), just where the fit had them.
+            scale: Positive scales, (N,); required if the fit had them, not allowed otherwise.
 
         Raises:
             ValueError: If an argument is malformed.
         """
         if (scale is not None) != self.is_scaled:
-            wanted, got = ("given", "none") if self.is_scaled else ("left out", "one")
-            raise ValueError(f"`scale` must be {wanted} as it was for the fit, got {got}.")
-        centre, widths = _centre_and_widths(mean, scale)
-        return Bounds(centre - self.threshold * widths, centre + self.threshold * widths)
+            needed, got = ("given", "none") if self.is_scaled else ("left out", "one")
+            raise ValueError(f"`scale` must be {needed} as it was for the fit, got {got}.")
+        center, scales = _center_and_scales(mean, scale)
+        return Bounds(center - self.threshold * scales, center + self.threshold * scales)
 
 
-def _centre_and_widths(mean: Array, scale: Array | None) -> tuple[Tensor, Tensor]:
-    """Means and positive widths, each (N,)."""
-    centre = as_vector(mean, "mean")
+def _center_and_scales(mean: Array, scale: Array | None) -> tuple[Tensor, Tensor]:
+    """Means and positive scales, each (N,)."""
+    center = as_vector(mean, "mean")
     if scale is None:
-        return centre, torch.ones_like(centre)
-    widths = as_vector(scale, "scale")
-    _check_length(widths, centre, "scale")
-    if widths.min() <= 0:
-        raise ValueError(f"`scale` must be positive, got {widths.min().item():.3g}.")
-    return centre, widths
+        return center, torch.ones_like(center)
+    scales = as_vector(scale, "scale")
+    _check_length(scales, center, "scale")
+    if scales.min() <= 0:
+        raise ValueError(f"`scale` must be positive, got {scales.min().item():.3g}.")
+    return center, scales
 
 
 def _check_length(values: Tensor, mean: Tensor, name: str) -> None:
-    """Refuses a vector of another length than the means."""
+    """Raises a ValueError unless the vector has the length of the means."""
     if len(values) != len(mean):
         raise ValueError(f"`{name}` must have shape ({len(mean)},) as `mean` has, got ({len(values)},).")

@@ -1,9 +1,9 @@
-"""Split-conformal prediction: sets that hold the truth as often as they should, whatever the model is worth.
+"""Split-conformal prediction sets, whose coverage is valid for any model.
 
-They are fitted on examples that the model did not learn from. If those and the new ones are exchangeable (drawn from
-the same source, say), a new target is inside with probability at least `level`, and at most `level` + 1/(n + 1) where
-no two scores tie; n is the number of examples of the fit. That holds on average over fits and examples, not for each
-class or input.
+The fit needs held-out examples that the model was not trained on. If they and the new examples are exchangeable (for
+example drawn from the same distribution), a new label is in its set with probability at least `level`, and at most
+`level` + 1/(n + 1) if no scores tie; n is the number of examples of the fit. This coverage is marginal: it holds on
+average over fits and examples, not for each class or input.
 """
 
 import math
@@ -23,45 +23,45 @@ from bayes_kf.evaluation.inputs import (
     check_fraction,
     check_positive_int,
 )
-from bayes_kf.evaluation.recalibration.vector_scaling import of_classes
+from bayes_kf.evaluation.recalibration.log_probs import check_num_classes
 
-Score = Literal["lac", "aps"]
+ConformityScore = Literal["lac", "aps"]
 SCORES = ("lac", "aps")
 
 
 class SetCoverage(NamedTuple):
-    """What prediction sets did on a test set."""
+    """Coverage and size of prediction sets on a test set."""
 
-    coverage: float  # share of labels inside their sets
-    mean_size: float  # classes in a set
-    empty: float  # share of sets that hold no class
+    coverage: float  # share of labels that are in their sets
+    mean_size: float  # mean number of classes in a set
+    empty: float  # share of empty sets
 
 
 @dataclass(frozen=True)
 class ConformalSets:
-    """Sets of classes that hold the label with probability `level`. Make it with `fit`.
+    """Sets of classes that contain the label with probability `level`. Create it with `fit`.
 
-    A class belongs to the set where its score does not exceed the threshold. Scores: "lac" is 1 − p_c, which makes
-    small sets; "aps" is the probability of all classes before c in descending order plus u p_c, u uniform and one for
-    each example, which makes sets grow with how hard the input is. Sets of either may be empty. Among classes of equal
-    probability the first ones come first.
+    A class is in the set if its conformity score is at most the threshold. The score "lac" is 1 − p_c and gives small
+    sets. The score "aps" is the total probability of the classes before c in descending order plus u p_c, with one
+    uniform number u per example; its sets grow with the difficulty of the input. Both may give empty sets. Classes of
+    equal probability are ordered by their index.
 
     Attributes:
-        level: Probability that a label is inside.
+        level: Probability that a label is in its set.
         score: "lac" or "aps".
-        threshold: The ⌈(n + 1) level⌉-th smallest score of the n labels of the fit; infinite where n is too small, and
-            sets then hold every class.
+        threshold: The ⌈(n + 1) level⌉-th smallest score of the n labels of the fit. If n is too small it is infinite,
+            and every set contains every class.
         num_classes: C.
         split: Name of the examples of the fit.
         num_examples: n.
-        seed: Of the random numbers of "aps"; those of the fit and of the sets differ.
+        seed: Seed of the uniform numbers of "aps"; the fit and the sets use different numbers.
 
     Reference: lac: Sadinle, Lei, Wasserman 2019; aps: Romano, Sesia, Candès, *Classification with valid and adaptive
     coverage*, 2020; both: Angelopoulos, Bates 2023.
     """
 
     level: float
-    score: Score
+    score: ConformityScore
     threshold: float
     num_classes: int
     split: str
@@ -75,19 +75,19 @@ class ConformalSets:
         targets: Array,
         *,
         level: float = 0.9,
-        score: Score = "lac",
+        score: ConformityScore = "lac",
         split: str = "calibration",
         seed: int = 0,
     ) -> "ConformalSets":
-        """The threshold from the scores of known labels.
+        """The sets whose threshold is the conformal quantile of the labels' scores.
 
         Args:
             probs: Class probabilities, (N, C).
             targets: Class indices, (N,).
-            level: Probability that a label is to be inside its set.
+            level: Required probability that a label is in its set.
             score: "lac" or "aps".
             split: Name of these examples, for the report.
-            seed: Of the random numbers of "aps".
+            seed: Seed of the uniform numbers of "aps".
 
         Raises:
             ValueError: If an argument is malformed.
@@ -101,28 +101,28 @@ class ConformalSets:
         check_choice(score, "score", SCORES)
         checked = as_probs(probs)
         labels = as_targets(targets, checked)
-        of_labels = _scores(checked, score, [seed, 0]).gather(1, labels[:, None])[:, 0]
-        return cls(level, score, conformal_threshold(of_labels, level), checked.shape[1], split, len(labels), seed)
+        label_scores = _scores(checked, score, [seed, 0]).gather(1, labels[:, None])[:, 0]
+        return cls(level, score, conformal_threshold(label_scores, level), checked.shape[1], split, len(labels), seed)
 
     def sets(self, probs: Array) -> Tensor:
-        """Which classes belong to each example's set, bool (N, C).
+        """Membership of each class in each example's set, bool (N, C).
 
-        Every call draws the same random numbers, so hand in all examples of a test at once.
+        Every call draws the same uniform numbers, so pass all test examples in one call.
 
         Args:
             probs: Class probabilities, (N, C).
 
         Raises:
-            ValueError: If they are malformed or of another number of classes.
+            ValueError: If they are malformed or have another number of classes than the fit.
         """
-        return _scores(of_classes(probs, self.num_classes), self.score, [self.seed, 1]) <= self.threshold
+        return _scores(check_num_classes(probs, self.num_classes), self.score, [self.seed, 1]) <= self.threshold
 
 
 def coverage_and_size(sets: Array, targets: Array) -> SetCoverage:
-    """Share of labels inside their sets, mean number of classes in a set, and share of empty sets.
+    """Share of labels in their sets, mean number of classes in a set, and share of empty sets.
 
     Args:
-        sets: Which classes belong to each example's set, bool (N, C).
+        sets: Membership of each class in each example's set, bool (N, C).
         targets: Class indices, (N,).
 
     Raises:
@@ -135,24 +135,24 @@ def coverage_and_size(sets: Array, targets: Array) -> SetCoverage:
     members = torch.as_tensor(sets).detach().cpu()
     if members.dtype != torch.bool or members.ndim != 2 or members.numel() == 0:
         raise ValueError(f"`sets` must be a boolean (N, C), got {members.dtype} of shape {tuple(members.shape)}.")
-    covered, size = set_columns(members, as_targets(targets, members))
+    covered, size = coverage_and_sizes(members, as_targets(targets, members))
     return SetCoverage(covered.mean().item(), size.mean().item(), (size == 0).double().mean().item())
 
 
 def conformal_coverage_null(
     level: float, num_fitted: int, num_examples: int, probability: float = 0.95
 ) -> tuple[float, float]:
-    """Lowest and highest coverage that conformal sets or intervals would show on a test set by chance alone.
+    """Null band of the coverage of conformal sets or intervals on a test set: lowest and highest value.
 
-    With k = ⌈(n + 1) level⌉ and scores that do not tie, the number of targets inside follows the beta-binomial law of k
-    and n + 1 − k, whatever the model: the threshold varies with the n examples of the fit, the count with those of the
-    test. An end belongs to the band where more than half of its probability does, as in `coverage_null`.
+    If no scores tie, the number of covered targets has a beta-binomial distribution with parameters k = ⌈(n + 1) level⌉
+    and n + 1 − k for any model: the threshold varies with the n examples of the fit, the count with the test examples.
+    An end is in the band if more than half of its probability is, as in `coverage_null`.
 
     Args:
-        level: Probability that a target is to be inside.
-        num_fitted: n, examples of the fit.
-        num_examples: Examples of the test.
-        probability: That of the band.
+        level: Required probability that a target is covered.
+        num_fitted: n, number of examples of the fit.
+        num_examples: Number of test examples.
+        probability: Probability of the band.
 
     Raises:
         ValueError: If a number is not positive or a level not between 0 and 1.
@@ -170,31 +170,31 @@ def conformal_coverage_null(
     rank = _rank(level, num_fitted)
     if rank > num_fitted:
         return 1.0, 1.0
-    chance, tail = scipy.stats.betabinom(num_examples, rank, num_fitted + 1 - rank), (1 - probability) / 2
-    low, high = chance.ppf(tail), chance.ppf(1 - tail)
-    low += chance.cdf(low) - chance.pmf(low) / 2 < tail
-    high -= chance.sf(high) + chance.pmf(high) / 2 < tail
+    covered, tail = scipy.stats.betabinom(num_examples, rank, num_fitted + 1 - rank), (1 - probability) / 2
+    low, high = covered.ppf(tail), covered.ppf(1 - tail)
+    low += covered.cdf(low) - covered.pmf(low) / 2 < tail
+    high -= covered.sf(high) + covered.pmf(high) / 2 < tail
     return float(low) / num_examples, float(high) / num_examples
 
 
 def conformal_threshold(scores: Tensor, level: float) -> float:
-    """The ⌈(n + 1) level⌉-th smallest of the scores (n,); infinite where there are too few."""
+    """The ⌈(n + 1) level⌉-th smallest of the scores (n,); infinite if n is too small."""
     rank = _rank(level, len(scores))
     return scores.kthvalue(rank).values.item() if rank <= len(scores) else math.inf
 
 
-def set_columns(sets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each label is inside its set, and the size of each set, both float64 (N,)."""
+def coverage_and_sizes(sets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each label is in its set, and the size of each set, both float64 (N,)."""
     return sets.gather(1, labels[:, None])[:, 0].double(), sets.sum(dim=1).double()
 
 
 def _rank(level: float, num_examples: int) -> int:
-    """⌈(n + 1) level⌉, at least one; a product a rounding above a whole number is that."""
+    """⌈(n + 1) level⌉, at least one; a product within rounding of a whole number is not rounded up."""
     return max(1, math.ceil((num_examples + 1) * level - 1e-9))
 
 
-def _scores(probs: Tensor, score: Score, seed: list[int]) -> Tensor:
-    """The score of every class, (N, C)."""
+def _scores(probs: Tensor, score: ConformityScore, seed: list[int]) -> Tensor:
+    """The conformity score of every class, (N, C)."""
     if score == "lac":
         return 1 - probs
     ordered, order = probs.sort(dim=1, descending=True, stable=True)

@@ -1,9 +1,8 @@
-"""Recalibration: maps of class probabilities, fitted on examples that are neither learned from nor tested on.
+"""Recalibration: maps of class probabilities, fitted on held-out examples (neither training nor test data).
 
-Fits take the largest likelihood from probabilities alone: log p stands for logits, which differ from it by a number
-that is equal for all classes of an example. Probabilities below 1.4e-45, the smallest that float32 can tell from zero,
-count as that. On the examples of the fit no map's log loss exceeds that of the probabilities as they came, divided by
-their sum.
+The fits maximize the likelihood. They need probabilities only: log p replaces the logits, which differ from it by a
+constant per example. Probabilities below 1.4e-45, the smallest positive float32, count as 1.4e-45. On the examples of
+the fit, no map has a higher log loss than the original probabilities.
 """
 
 from dataclasses import dataclass
@@ -15,20 +14,20 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
-from bayes_kf.evaluation.recalibration.vector_scaling import (
-    VectorScaling,
-    fitted_on,
+from bayes_kf.evaluation.recalibration.log_probs import (
+    check_num_classes,
+    describe_fit,
     log_probs,
-    logs_and_labels,
-    mean_log_loss,
-    of_classes,
+    log_probs_and_labels,
+    mean_cross_entropy,
 )
+from bayes_kf.evaluation.recalibration.vector_scaling import VectorScaling
 
-COLDEST, HOTTEST = 0.01, 100.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 
 
 class Recalibration(Protocol):
-    """What every recalibration offers."""
+    """A fitted map of class probabilities."""
 
     @property
     def split(self) -> str:
@@ -36,11 +35,11 @@ class Recalibration(Protocol):
 
     @property
     def num_examples(self) -> int:
-        """Number of the examples of the fit."""
+        """Number of examples of the fit."""
 
     @classmethod
     def fit(cls, probs: Array, targets: Array, split: str = "calibration") -> "Recalibration":
-        """Fitted to class probabilities, (N, C), and class indices, (N,)."""
+        """The map fitted to class probabilities, (N, C), and class indices, (N,)."""
 
     def __call__(self, probs: Array) -> Tensor:
         """Recalibrated probabilities, (N, C), float64."""
@@ -51,10 +50,10 @@ class Recalibration(Protocol):
 
 @dataclass(frozen=True)
 class TemperatureScaling:
-    """Probabilities p_c^(1/T), divided by their sum: less sure with T above one, surer below. Make it with `fit`.
+    """Probabilities p_c^(1/T), normalized: less confident if T > 1, more if T < 1. Create it with `fit`.
 
     Attributes:
-        temperature: T, from 1/100 to 100; where every label is the most probable class it is 1/100, the surest allowed.
+        temperature: T, from 1/100 to 100; 1/100 if every label is the most probable class.
         split: Name of the examples of the fit.
         num_examples: Their number.
 
@@ -67,7 +66,7 @@ class TemperatureScaling:
 
     @classmethod
     def fit(cls, probs: Array, targets: Array, split: str = "calibration") -> "TemperatureScaling":
-        """The temperature of least log loss, which is convex in 1/T.
+        """The temperature that minimizes the log loss, which is convex in 1/T.
 
         Args:
             probs: Class probabilities, (N, C).
@@ -78,25 +77,25 @@ class TemperatureScaling:
             ValueError: If an argument is malformed.
 
         Example:
-            >>> found = TemperatureScaling.fit(torch.tensor([[0.9, 0.1]] * 4), torch.tensor([0, 0, 0, 1]))
-            >>> round(found.temperature, 4)
+            >>> scaling = TemperatureScaling.fit(torch.tensor([[0.9, 0.1]] * 4), torch.tensor([0, 0, 0, 1]))
+            >>> round(scaling.temperature, 4)
             2.0
         """
-        logs, labels = logs_and_labels(probs, targets)
-        chosen = logs.gather(1, labels[:, None])[:, 0]
+        logs, labels = log_probs_and_labels(probs, targets)
+        label_logs = logs.gather(1, labels[:, None])[:, 0]
 
-        def slope(inverse: float) -> float:  # of the mean log loss; it rises with 1/T
+        def slope(inverse: float) -> float:  # of the mean log loss; increases with 1/T
             scaled = (inverse * logs).softmax(dim=1)
-            return ((scaled * logs).sum(dim=1) - chosen).mean().item()
+            return ((scaled * logs).sum(dim=1) - label_logs).mean().item()
 
-        low, high = 1 / HOTTEST, 1 / COLDEST
+        low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
         if slope(low) >= 0:
             inverse = low
         elif slope(high) <= 0:
             inverse = high
         else:
             inverse = float(scipy.optimize.brentq(slope, low, high, xtol=1e-14, rtol=1e-14))
-        if mean_log_loss(inverse * logs, labels) > mean_log_loss(logs, labels):  # by rounding only
+        if mean_cross_entropy(inverse * logs, labels) > mean_cross_entropy(logs, labels):  # rounding only
             inverse = 1.0
         return cls(1 / inverse, split, len(labels))
 
@@ -109,19 +108,19 @@ class TemperatureScaling:
         effect = "makes predictions less sure" if self.temperature > 1 else "makes predictions surer"
         if self.temperature == 1:
             effect = "changes nothing"
-        where = fitted_on(self.split, self.num_examples)
-        return f"Temperature scaling, {where}: T = {self.temperature:.3f}, which {effect}."
+        fit = describe_fit(self.split, self.num_examples)
+        return f"Temperature scaling, {fit}: T = {self.temperature:.3f}, which {effect}."
 
 
 @dataclass(frozen=True, eq=False)
 class IsotonicCalibration:
-    """Each class's probability through a rising curve of its own, then divided by the sum. Make it with `fit`.
+    """A non-decreasing map of each class's probability, then normalization. Create it with `fit`.
 
-    A row in which every class becomes zero keeps the probabilities as they came. Curves often start at exactly zero, so
-    on other examples some label may have probability zero, and the log loss be infinite.
+    If every class of an example maps to zero, the example keeps its original probabilities. The maps often start at
+    exactly zero, so on new examples a label may get probability zero and the log loss may be infinite.
 
     Attributes:
-        curves: Places and heights of each class's curve, straight in between.
+        curves: Points (x, y) of each class's piecewise linear map.
         split: Name of the examples of the fit.
         num_examples: Their number.
 
@@ -134,10 +133,10 @@ class IsotonicCalibration:
 
     @classmethod
     def fit(cls, probs: Array, targets: Array, split: str = "calibration") -> "IsotonicCalibration":
-        """For every class, the rising curve nearest to whether the label is that class.
+        """The isotonic regression of [label = c] on the probability of class c, for every class c.
 
-        Such curves also have the largest Σ (y log q − q) of all rising ones, for each class, and dividing by the sums,
-        whose mean is one, can only gain: that is why the log loss of the fit is never worse.
+        Isotonic regression also maximizes Σ (y log q − q) over all non-decreasing maps, and normalization by sums whose
+        mean is one can only increase the likelihood. So the log loss on the fitted examples is never worse.
 
         Args:
             probs: Class probabilities, (N, C).
@@ -164,15 +163,15 @@ class IsotonicCalibration:
 
     def __call__(self, probs: Array) -> Tensor:
         """Recalibrated probabilities, (N, C), float64."""
-        checked = of_classes(probs, len(self.curves))
+        checked = check_num_classes(probs, len(self.curves))
         columns = [np.interp(p.numpy(), *curve) for p, curve in zip(checked.unbind(dim=1), self.curves, strict=True)]
-        heights = torch.from_numpy(np.stack(columns, axis=1))
-        total = heights.sum(dim=1, keepdim=True)
-        return torch.where(total > 0, heights / total, checked / checked.sum(dim=1, keepdim=True))
+        mapped = torch.from_numpy(np.stack(columns, axis=1))
+        total = mapped.sum(dim=1, keepdim=True)
+        return torch.where(total > 0, mapped / total, checked / checked.sum(dim=1, keepdim=True))
 
     def describe(self) -> str:
         """One sentence for the report."""
-        return f"Isotonic calibration, {fitted_on(self.split, self.num_examples)}: a rising curve for each class."
+        return f"Isotonic calibration, {describe_fit(self.split, self.num_examples)}: a rising curve for each class."
 
 
 RECALIBRATIONS: dict[str, type[Recalibration]] = {

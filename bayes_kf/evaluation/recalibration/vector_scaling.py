@@ -1,4 +1,4 @@
-"""Vector scaling, and what every fit from probabilities alone needs: log p in place of logits."""
+"""Vector scaling: a scale and a bias for each class."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,25 @@ import scipy
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
+from bayes_kf.evaluation.inputs import Array
+from bayes_kf.evaluation.recalibration.log_probs import (
+    check_num_classes,
+    describe_fit,
+    log_probs,
+    log_probs_and_labels,
+    mean_cross_entropy,
+)
 
-FLOOR = 1.4e-45  # the smallest number that float32 can tell from zero
-BLOCK = 2**22  # numbers of a block of examples while sums are taken
+BLOCK = 2**22  # probabilities per block of examples: bounds memory
 
 
 @dataclass(frozen=True, eq=False)
 class VectorScaling:
-    """Softmax of w_c log p_c + b_c: a scale and a bias for each class. Make it with `fit`; see `recalibration`.
+    """Softmax of w_c log p_c + b_c: a scale and a bias for each class. Create it with `fit`.
 
     Attributes:
         scale: w, (C,).
-        bias: b, (C,), its mean zero.
+        bias: b, (C,), with mean zero.
         split: Name of the examples of the fit.
         num_examples: Their number.
 
@@ -33,16 +39,16 @@ class VectorScaling:
 
     @classmethod
     def fit(cls, probs: Array, targets: Array, split: str = "calibration", penalty: float = 0.01) -> "VectorScaling":
-        """The scales and biases of least Σ log loss + (penalty/2) Σ_c [(w_c − 1)² + b_c²], which is convex.
+        """The scales and biases that minimize Σ log loss + (penalty/2) Σ_c [(w_c − 1)² + b_c²], which is convex.
 
-        The penalty is that of a prior with standard deviation 10 around the probabilities as they are. Without it the
-        fit is maximum likelihood, and runs off where a class never comes or can be told without an error.
+        The default penalty is a Gaussian prior with standard deviation 10 around the identity. A penalty of zero gives
+        the maximum likelihood fit, which diverges if a class is absent or can be separated without an error.
 
         Args:
             probs: Class probabilities, (N, C).
             targets: Class indices, (N,).
             split: Name of these examples, for the report.
-            penalty: Weight of the distance to the identity, not negative.
+            penalty: Weight of the squared distance to the identity, not negative.
 
         Raises:
             ValueError: If an argument is malformed.
@@ -54,10 +60,10 @@ class VectorScaling:
         """
         if not 0 <= penalty < float("inf"):
             raise ValueError(f"`penalty` must be finite and not negative, got {penalty!r}.")
-        logs, labels = logs_and_labels(probs, targets)
+        logs, labels = log_probs_and_labels(probs, targets)
         objective = _Objective(logs, labels, penalty)
         identity = np.repeat([1.0, 0.0], logs.shape[1])
-        found = scipy.optimize.minimize(
+        optimum = scipy.optimize.minimize(
             objective.value,
             identity,
             jac=objective.gradient,
@@ -65,27 +71,27 @@ class VectorScaling:
             method="trust-exact",
             options={"gtol": 1e-10},
         )
-        scale, bias = torch.from_numpy(found.x).chunk(2)
-        if not mean_log_loss(scale * logs + bias, labels) <= mean_log_loss(logs, labels):  # by rounding only
+        scale, bias = torch.from_numpy(optimum.x).chunk(2)
+        if not mean_cross_entropy(scale * logs + bias, labels) <= mean_cross_entropy(logs, labels):  # rounding only
             scale, bias = torch.from_numpy(identity).chunk(2)
         return cls(scale.clone(), bias - bias.mean(), split, len(labels))
 
     def __call__(self, probs: Array) -> Tensor:
         """Recalibrated probabilities, (N, C), float64."""
-        checked = of_classes(probs, len(self.scale))
+        checked = check_num_classes(probs, len(self.scale))
         return (self.scale * log_probs(checked) + self.bias).softmax(dim=1)
 
     def describe(self) -> str:
         """One sentence for the report."""
         scale, bias = (f"{values.min():.2f} to {values.max():.2f}" for values in (self.scale, self.bias))
-        where = fitted_on(self.split, self.num_examples)
+        where = describe_fit(self.split, self.num_examples)
         return f"Vector scaling, {where}: scales from {scale}, biases from {bias}.".replace("-", "−")
 
 
 class _Objective:
-    """Σ log loss + penalty at scales and biases θ = (w, b), divided by N, with gradient and Hessian.
+    """Σ log loss + penalty at θ = (w, b), divided by N, with gradient and Hessian.
 
-    The loss does not see a shift of all biases; (Σ b)²/2 is added, which is zero at the best of them.
+    A shift of all biases leaves the loss unchanged; the added term (Σ b)²/2 selects the biases with mean zero.
     """
 
     def __init__(self, logs: Tensor, labels: Tensor, penalty: float):
@@ -97,7 +103,7 @@ class _Objective:
 
     def value(self, theta: np.ndarray) -> float:
         """The objective at θ."""
-        losses = sum(len(y) * mean_log_loss(_outputs(theta, z), y) for z, y in self.blocks)
+        losses = sum(len(y) * mean_cross_entropy(_logits(theta, z), y) for z, y in self.blocks)
         distance = self.penalty / 2 * np.square(theta - self.identity).sum()
         return float(losses + distance + theta[self.num_classes :].sum() ** 2 / 2) / self.num_examples
 
@@ -106,20 +112,20 @@ class _Objective:
         total = self.penalty * (theta - self.identity)
         total[self.num_classes :] += theta[self.num_classes :].sum()
         for z, y in self.blocks:
-            excess = _outputs(theta, z).softmax(dim=1)
-            excess[torch.arange(len(y)), y] -= 1
-            total += torch.cat([(excess * z).sum(dim=0), excess.sum(dim=0)]).numpy()
+            residual = _logits(theta, z).softmax(dim=1)
+            residual[torch.arange(len(y)), y] -= 1
+            total += torch.cat([(residual * z).sum(dim=0), residual.sum(dim=0)]).numpy()
         return total / self.num_examples
 
     def hessian(self, theta: np.ndarray) -> np.ndarray:
-        """Its Hessian, (2C, 2C)."""
+        """The Hessian of the objective, (2C, 2C)."""
         size = self.num_classes
         total = self.penalty * torch.eye(2 * size, dtype=torch.float64)
         total[size:, size:] += 1
         for z, _ in self.blocks:
-            p = _outputs(theta, z).softmax(dim=1)
-            both = torch.cat([p * z, p], dim=1)  # (n, 2C)
-            total -= both.T @ both
+            p = _logits(theta, z).softmax(dim=1)
+            moments = torch.cat([p * z, p], dim=1)  # (n, 2C)
+            total -= moments.T @ moments
             squares, mixed, plain = ((p * weight).sum(dim=0) for weight in (z * z, z, torch.ones_like(z)))
             total[:size, :size].diagonal().add_(squares)
             total[:size, size:].diagonal().add_(mixed)
@@ -128,36 +134,7 @@ class _Objective:
         return (total / self.num_examples).numpy()
 
 
-def log_probs(probs: Tensor) -> Tensor:
-    """Logarithms of checked probabilities, those below the floor as that."""
-    return probs.clamp(min=FLOOR).log()
-
-
-def logs_and_labels(probs: Array, targets: Array) -> tuple[Tensor, Tensor]:
-    """Logarithms of the probabilities, (N, C), and class indices, (N,)."""
-    checked = as_probs(probs)
-    return log_probs(checked), as_targets(targets, checked)
-
-
-def mean_log_loss(outputs: Tensor, labels: Tensor) -> float:
-    """Mean of −log softmax(outputs) at the labels."""
-    return -outputs.log_softmax(dim=1).gather(1, labels[:, None]).mean().item()
-
-
-def of_classes(probs: Array, num_classes: int) -> Tensor:
-    """Checked probabilities of as many classes as a fit had."""
-    checked = as_probs(probs)
-    if checked.shape[1] != num_classes:
-        raise ValueError(f"`probs` must have the {num_classes} classes of the fit, got {checked.shape[1]}.")
-    return checked
-
-
-def fitted_on(split: str, num_examples: int) -> str:
-    """The examples of a fit, in words."""
-    return f"fitted on “{split}”, {num_examples:,} examples"
-
-
-def _outputs(theta: np.ndarray, logs: Tensor) -> Tensor:
-    """Outputs w ⊙ log p + b, (N, C)."""
+def _logits(theta: np.ndarray, logs: Tensor) -> Tensor:
+    """Logits w ⊙ log p + b, (N, C)."""
     scale, bias = torch.from_numpy(theta).chunk(2)
     return scale * logs + bias

@@ -1,1 +1,1 @@
-"""Scores of predicted numbers: CRPS, PIT, coverage, ENCE."""
+"""Scores of predicted real values: CRPS, PIT, coverage, quantiles, ENCE."""

@@ -1,7 +1,7 @@
-"""Is the predicted spread as large as the errors, where it is small and where it is large?
+"""Calibration of predicted variances: predicted standard deviation against root mean squared error, bin by bin.
 
-Bins of equal mass by predicted variance: they start at the sorted variances number 0, n/b, 2n/b, …; equal variances are
-never split, so one variance for all is one bin. All outputs of all examples count as targets of their own.
+Bins of equal mass by predicted variance start at the sorted variances number 0, n/b, 2n/b, …. Equal variances share a
+bin, so if all variances are equal there is one bin. Every output of every example counts as a target.
 """
 
 from typing import NamedTuple
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_float, check_positive_int
-from bayes_kf.evaluation.regression.scores import checked_gaussian
-from bayes_kf.evaluation.resampling.binning import place
+from bayes_kf.evaluation.regression.scores import check_gaussian
+from bayes_kf.evaluation.resampling.binning import bin_index
 from bayes_kf.evaluation.resampling.null_test import NullComparison, check_simulation, compare_to_null
 
 
 class SpreadBins(NamedTuple):
-    """Predicted and found spread in bins of equal mass, none of them empty; each field (bins,)."""
+    """Predicted and observed standard deviations in bins of equal mass, none of them empty; each field is (bins,)."""
 
     counts: Tensor  # int64
     predicted_sd: Tensor  # root of the mean predicted variance
@@ -25,7 +25,7 @@ class SpreadBins(NamedTuple):
 
 
 def sharpness(variance: Array) -> float:
-    """Root of the mean predictive variance, in the targets' unit; among equally calibrated forecasts lower is better.
+    """Root mean predictive variance, in the targets' unit; of equally calibrated forecasts, lower is better.
 
     Args:
         variance: Predictive variances (noise included), any shape, not negative.
@@ -46,13 +46,13 @@ def sharpness(variance: Array) -> float:
 
 
 def spread_bins(mean: Array, variance: Array, targets: Array, num_bins: int = 10) -> SpreadBins:
-    """Root mean variance beside root mean squared error in bins of equal mass by predicted variance.
+    """Root mean variance and root mean squared error in bins of equal mass by predicted variance.
 
     Args:
         mean: Predictive means, (N,) or (N, m).
         variance: Predictive variances (noise included), of the same shape, positive.
-        targets: What came, of the same shape.
-        num_bins: Number of bins, at most; see the module's text.
+        targets: Observed targets, of the same shape.
+        num_bins: Maximum number of bins, see the description of this module.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -64,24 +64,24 @@ def spread_bins(mean: Array, variance: Array, targets: Array, num_bins: int = 10
         ([1.0, 2.0], [1.0, 3.1623])
     """
     check_positive_int(num_bins, "num_bins")
-    location, spread_var, observed = (values.flatten() for values in checked_gaussian(mean, variance, targets))
-    index = _bins(spread_var, num_bins)
+    center, predictive_var, observed = (values.flatten() for values in check_gaussian(mean, variance, targets))
+    index = _bins(predictive_var, num_bins)
     counts = torch.bincount(index)
-    predicted_var = torch.bincount(index, weights=spread_var) / counts
-    found_var = torch.bincount(index, weights=(observed - location).square()) / counts
-    return SpreadBins(counts, predicted_var.sqrt(), found_var.sqrt())
+    predicted_var = torch.bincount(index, weights=predictive_var) / counts
+    error_var = torch.bincount(index, weights=(observed - center).square()) / counts
+    return SpreadBins(counts, predicted_var.sqrt(), error_var.sqrt())
 
 
 def expected_normalized_calibration_error(mean: Array, variance: Array, targets: Array, num_bins: int = 10) -> float:
-    """ENCE: mean over bins of |predicted sd − found sd| / predicted sd, see `spread_bins`.
+    """ENCE: mean over bins of |predicted sd − RMSE| / predicted sd, see `spread_bins`.
 
-    Chance alone makes this positive: read it beside `ence_test`.
+    The ENCE of calibrated forecasts is positive in a finite sample; `ence_test` gives its null band.
 
     Args:
         mean: Predictive means, (N,) or (N, m).
         variance: Predictive variances (noise included), of the same shape, positive.
-        targets: What came, of the same shape.
-        num_bins: Number of bins, at most; see the module's text.
+        targets: Observed targets, of the same shape.
+        num_bins: Maximum number of bins, see the description of this module.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -106,18 +106,18 @@ def ence_test(
     level: float = 0.95,
     seed: int = 0,
 ) -> NullComparison:
-    """ENCE beside what it would be if every target came from N(mean, variance), with a one-sided p-value.
+    """ENCE with its null band, for targets drawn from N(mean, variance), and a one-sided p-value.
 
-    A bin's squared errors Σ v_i z_i² are drawn as a scaled χ² of the same mean and variance, which is exact where the
-    variances of a bin are equal: the cost does not grow with the number of targets.
+    The sum of a bin's squared errors, Σ v_i z_i², is drawn from a scaled χ² distribution of the same mean and variance,
+    which is exact if the variances of the bin are equal. The cost does not depend on the number of targets.
 
     Args:
         mean: Predictive means, (N,) or (N, m).
         variance: Predictive variances (noise included), of the same shape, positive.
-        targets: What came, of the same shape.
-        num_bins: Number of bins, at most; see the module's text.
+        targets: Observed targets, of the same shape.
+        num_bins: Maximum number of bins, see the description of this module.
         num_simulations: Number of simulated data sets, at least 2/(1 − level) − 1.
-        level: Probability inside the interval.
+        level: Probability inside the null band.
         seed: Seed of the simulation.
 
     Raises:
@@ -132,21 +132,22 @@ def ence_test(
     """
     check_simulation(num_simulations, level)
     value = torch.tensor(expected_normalized_calibration_error(mean, variance, targets, num_bins), dtype=torch.float64)
-    spread_var = as_float(variance, "variance").flatten()
-    index = _bins(spread_var, num_bins)
-    dof = torch.bincount(index, weights=spread_var).square() / torch.bincount(index, weights=spread_var.square())
+    predictive_var = as_float(variance, "variance").flatten()
+    index = _bins(predictive_var, num_bins)
+    sums, square_sums = (torch.bincount(index, weights=w) for w in (predictive_var, predictive_var.square()))
+    dof = sums.square() / square_sums
     squares = np.random.default_rng(seed).chisquare(dof.numpy(), (num_simulations, len(dof)))
-    ratio = torch.from_numpy(squares).div(dof).sqrt()  # found over predicted sd, (R, bins)
+    ratio = torch.from_numpy(squares).div(dof).sqrt()  # simulated over predicted sd, (R, bins)
     return compare_to_null(value, value, (1 - ratio).abs().mean(dim=1), level)
 
 
 def _ence(bins: SpreadBins) -> Tensor:
-    """The error of these bins."""
+    """The ENCE of the bins."""
     return (1 - bins.found_sd / bins.predicted_sd).abs().mean()
 
 
 def _bins(variance: Tensor, num_bins: int) -> Tensor:
-    """The bin of each variance (n,), counted without gaps."""
+    """The bin of each variance (n,); no bin is empty."""
     starts = torch.arange(num_bins) * len(variance) // num_bins
     edges = torch.cat([variance.sort().values[starts].unique(), variance.max()[None]])
-    return place(variance, edges)
+    return bin_index(variance, edges)

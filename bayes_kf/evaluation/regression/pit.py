@@ -1,10 +1,12 @@
-"""Where targets fall in their own predicted distributions: the probability integral transform, and tests on it.
+"""The probability integral transform (PIT) of targets, and tests of its uniformity.
 
-The PIT value of a target is its predicted distribution function at what came. Right forecasts make it uniform on
-[0, 1]: too many values near both ends mean forecasts that are too narrow, too many in the middle too wide ones, too
-many at one end a bias. The share of values up to q is the share of targets below their predicted q-quantile.
+The PIT value of a target is its predictive distribution function at the target. Calibrated forecasts give uniform
+values on [0, 1]. Too many values near both ends mean that forecasts are too narrow, too many in the middle that they
+are too wide, too many at one end that they are biased. The share of values up to q is the share of targets below their
+predicted q-quantile.
 
-Tests and bands take values as independent; outputs of one example that err together make them too strict.
+Tests and bands assume independent values. If the errors of an example's outputs are correlated, the tests reject too
+often.
 """
 
 from typing import Literal
@@ -15,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_float, check_choice, check_positive_int
-from bayes_kf.evaluation.regression.scores import checked_gaussian, sample_blocks
+from bayes_kf.evaluation.regression.scores import check_gaussian, sample_blocks
 from bayes_kf.evaluation.resampling.null_test import CalibrationTest
 
 NUM_BINS = 20
-FEWEST_IN_BIN = 5  # expected in a bin for the χ² distribution to hold
+MIN_PER_BIN = 5  # values expected per bin, for the χ² approximation
 
 PITMethod = Literal["ks", "chi2"]
 PIT_METHODS = ("ks", "chi2")
@@ -31,7 +33,7 @@ def pit_gaussian(mean: Array, variance: Array, targets: Array) -> Tensor:
     Args:
         mean: Predictive means, (N,) or (N, m).
         variance: Predictive variances (noise included), of the same shape, positive.
-        targets: What came, of the same shape.
+        targets: Observed targets, of the same shape.
 
     Raises:
         ValueError: If a shape differs, a value is not finite, or a variance is not positive.
@@ -42,21 +44,21 @@ def pit_gaussian(mean: Array, variance: Array, targets: Array) -> Tensor:
         >>> pit_gaussian(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 1.0]))
         tensor([0.5000, 0.8413], dtype=torch.float64)
     """
-    location, spread_var, observed = checked_gaussian(mean, variance, targets)
-    return torch.special.ndtr((observed - location) / spread_var.sqrt())
+    center, predictive_var, observed = check_gaussian(mean, variance, targets)
+    return torch.special.ndtr((observed - center) / predictive_var.sqrt())
 
 
 def pit_samples(samples: Array, targets: Array, seed: int = 0) -> Tensor:
     """(rank + u)/(S + 1) of each target among its S draws, u uniform, in the targets' shape.
 
-    The rank is the number of draws below the target; among draws equal to it (counts) each place is as likely. So the
-    values are exactly uniform where targets and draws come from the same distribution, whatever S is, discrete ones
-    included.
+    The rank is the number of draws below the target; if draws equal the target (counts), each rank among them is
+    equally likely. So the values are exactly uniform for any S, continuous or discrete, if targets and draws have the
+    same distribution.
 
     Args:
         samples: Draws of the *target* (noise included), (S, N) or (S, N, m).
-        targets: What came, (N,) or (N, m).
-        seed: Seed of u and of the places among equals.
+        targets: Observed targets, (N,) or (N, m).
+        seed: Seed of u and of the ranks among equal draws.
 
     Raises:
         ValueError: If a shape differs, a value is not finite, or there is no draw.
@@ -70,22 +72,22 @@ def pit_samples(samples: Array, targets: Array, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for draws, observed in sample_blocks(samples, targets, fewest=1):
-        below, places = (draws < observed).sum(dim=0), (draws == observed).sum(dim=0) + 1
+    for draws, observed in sample_blocks(samples, targets, min_draws=1):
+        below, ranks = (draws < observed).sum(dim=0), (draws == observed).sum(dim=0) + 1
         uniform = torch.rand(observed.shape, generator=generator, dtype=torch.float64)
-        parts.append((below + places * uniform) / (len(draws) + 1))
+        parts.append((below + ranks * uniform) / (len(draws) + 1))
     return torch.cat(parts).reshape(torch.as_tensor(targets).shape)
 
 
 def pit_test(pit: Array, method: PITMethod = "ks", num_bins: int = NUM_BINS) -> CalibrationTest:
-    """Are the values uniform? The statistic and its p-value.
+    """Statistic and p-value of a test that the PIT values are uniform.
 
     Args:
         pit: PIT values between 0 and 1, any shape.
-        method: "ks": the Kolmogorov-Smirnov test (the largest distance between the values' distribution function and
-            the diagonal), which needs no bins and holds for any number of values. "chi2": Pearson's test on the counts
-            of equal bins, which sees any shape that the histogram shows, but needs 5 values a bin.
-        num_bins: Bins of "chi2".
+        method: "ks" is the Kolmogorov-Smirnov test (the largest distance between the empirical distribution function
+            and the diagonal); it needs no bins and is exact for any number of values. "chi2" is Pearson's test on the
+            counts of equal bins; it responds to every deviation of the histogram, but needs 5 values per bin.
+        num_bins: Number of bins of "chi2".
 
     Raises:
         ValueError: If a value lies outside 0 to 1, the method is unknown, or bins would hold fewer than 5 values.
@@ -98,11 +100,11 @@ def pit_test(pit: Array, method: PITMethod = "ks", num_bins: int = NUM_BINS) -> 
     values = as_pit(pit)
     check_choice(method, "method", PIT_METHODS)
     if method == "ks":
-        found = scipy.stats.kstest(values.numpy(), "uniform")
-        return CalibrationTest(float(found.statistic), float(found.pvalue))
+        ks = scipy.stats.kstest(values.numpy(), "uniform")
+        return CalibrationTest(float(ks.statistic), float(ks.pvalue))
     check_positive_int(num_bins, "num_bins")
-    if num_bins < 2 or len(values) < FEWEST_IN_BIN * num_bins:
-        most = len(values) // FEWEST_IN_BIN
+    if num_bins < 2 or len(values) < MIN_PER_BIN * num_bins:
+        most = len(values) // MIN_PER_BIN
         raise ValueError(
             f"`num_bins` must be 2 to {most}, so that 5 of {len(values)} values fall in each, got {num_bins}."
         )
@@ -111,11 +113,11 @@ def pit_test(pit: Array, method: PITMethod = "ks", num_bins: int = NUM_BINS) -> 
 
 
 def ks_null(num_values: int, level: float = 0.95) -> tuple[float, float]:
-    """Central interval of the Kolmogorov-Smirnov statistic of this many independent uniform values.
+    """Null band: central interval of the Kolmogorov-Smirnov statistic of independent uniform values.
 
     Args:
         num_values: Number of PIT values.
-        level: Probability inside the interval.
+        level: Probability inside the null band.
 
     Raises:
         ValueError: If the number is not positive.
@@ -126,13 +128,12 @@ def ks_null(num_values: int, level: float = 0.95) -> tuple[float, float]:
         (0.047, 0.146)
     """
     check_positive_int(num_values, "num_values")
-    return float(scipy.stats.kstwo.ppf((1 - level) / 2, num_values)), float(
-        scipy.stats.kstwo.ppf((1 + level) / 2, num_values)
-    )
+    low, high = (float(scipy.stats.kstwo.ppf(share, num_values)) for share in ((1 - level) / 2, (1 + level) / 2))
+    return low, high
 
 
 def pit_counts(pit: Array, num_bins: int = NUM_BINS) -> Tensor:
-    """Number of PIT values in each of equal bins, (num_bins,) int64; a value of exactly 1 lies in the last one.
+    """Number of PIT values in each of `num_bins` equal bins, (num_bins,) int64; 1 belongs to the last bin.
 
     Args:
         pit: PIT values between 0 and 1, any shape.
@@ -150,7 +151,7 @@ def pit_counts(pit: Array, num_bins: int = NUM_BINS) -> Tensor:
 
 
 def as_pit(pit: Array) -> Tensor:
-    """PIT values as a float64 vector."""
+    """PIT values as a float64 vector; raises a ValueError for values outside 0..1."""
     values = as_float(pit, "pit").flatten()
     if values.min() < 0 or values.max() > 1:
         raise ValueError(f"`pit` must lie in 0..1, got values in {values.min():.3g}..{values.max():.3g}.")

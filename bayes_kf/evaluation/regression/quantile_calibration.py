@@ -1,4 +1,4 @@
-"""Are predicted quantiles where they should be? The share of targets below each, and what chance alone would show."""
+"""Calibration of predicted quantiles: the share of targets below each, with its null band."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ QUANTILES = tuple(k / 20 for k in range(1, 20))
 
 
 class QuantileCoverage(NamedTuple):
-    """Share of targets at or below their predicted quantiles; both fields (Q,)."""
+    """Share of targets at or below each predicted quantile; both fields are (Q,)."""
 
     quantiles: Tensor
     coverage: Tensor
@@ -24,10 +24,10 @@ class QuantileCoverage(NamedTuple):
 def quantile_coverage(pit: Array, quantiles: Sequence[float] = QUANTILES) -> QuantileCoverage:
     """Share of targets at or below each predicted quantile.
 
-    Its band of chance is `coverage_null(quantiles, num_targets)`.
+    Its null band is `coverage_null(quantiles, num_targets)`.
 
     Args:
-        pit: PIT values between 0 and 1, any shape: of `pit_gaussian` or `pit_samples`.
+        pit: PIT values between 0 and 1, any shape, from `pit_gaussian` or `pit_samples`.
         quantiles: Levels of the quantiles, strictly between 0 and 1.
 
     Raises:
@@ -42,25 +42,25 @@ def quantile_coverage(pit: Array, quantiles: Sequence[float] = QUANTILES) -> Qua
 
 
 def quantile_calibration_error(pit: Array, quantiles: Sequence[float] = QUANTILES) -> float:
-    """Mean over the quantiles of |share of targets below − level of the quantile|, between 0 and 1.
+    """Mean over the quantiles of |share of targets below the quantile − its level|, between 0 and 1.
 
-    Chance alone makes this positive: read it beside `quantile_calibration_test`.
+    The error of calibrated forecasts is positive in a finite sample; `quantile_calibration_test` gives its null band.
 
     Args:
-        pit: PIT values between 0 and 1, any shape: of `pit_gaussian` or `pit_samples`.
+        pit: PIT values between 0 and 1, any shape, from `pit_gaussian` or `pit_samples`.
         quantiles: Levels of the quantiles, strictly between 0 and 1.
 
     Raises:
         ValueError: If a value lies outside 0 to 1.
 
-    Reference: Kuleshov, Fenner, Ermon 2018, with absolute in place of squared differences.
+    Reference: Kuleshov, Fenner, Ermon 2018, with absolute instead of squared differences.
 
     Example:
         >>> round(quantile_calibration_error(torch.tensor([0.2, 0.4, 0.9, 0.95]), (0.25, 0.5, 0.75)), 4)
         0.0833
     """
-    found = quantile_coverage(pit, quantiles)
-    return (found.coverage - found.quantiles).abs().mean().item()
+    observed = quantile_coverage(pit, quantiles)
+    return (observed.coverage - observed.quantiles).abs().mean().item()
 
 
 def quantile_calibration_test(
@@ -71,15 +71,15 @@ def quantile_calibration_test(
     level: float = 0.95,
     seed: int = 0,
 ) -> NullComparison:
-    """The mean absolute quantile error beside what right forecasts would show, with a one-sided p-value.
+    """The mean absolute quantile error with its null band (calibrated forecasts) and a one-sided p-value.
 
-    Counts between the quantiles are multinomial where forecasts are right, and are drawn as such.
+    Under calibrated forecasts, the counts of targets between the quantiles are multinomial; the simulation draws them.
 
     Args:
-        pit: PIT values between 0 and 1, any shape: of `pit_gaussian` or `pit_samples`.
+        pit: PIT values between 0 and 1, any shape, from `pit_gaussian` or `pit_samples`.
         quantiles: Levels of the quantiles, strictly between 0 and 1.
         num_simulations: Number of simulated data sets, at least 2/(1 − level) − 1.
-        level: Probability inside the interval.
+        level: Probability inside the null band.
         seed: Seed of the simulation.
 
     Raises:
@@ -101,9 +101,9 @@ def quantile_calibration_test(
 
 
 def _as_quantiles(quantiles: Sequence[float]) -> Tensor:
-    """Levels as a float64 vector."""
+    """Levels as a float64 vector; raises a ValueError for levels outside 0..1."""
     levels = as_vector(torch.as_tensor(quantiles, dtype=torch.float64), "quantiles")
     if levels.min() <= 0 or levels.max() >= 1:
-        found = f"{levels.min():.3g}..{levels.max():.3g}"
-        raise ValueError(f"`quantiles` must lie strictly between 0 and 1, got values in {found}.")
+        got = f"{levels.min():.3g}..{levels.max():.3g}"
+        raise ValueError(f"`quantiles` must lie strictly between 0 and 1, got values in {got}.")
     return levels

@@ -1,4 +1,4 @@
-"""Scores of predicted real values: errors, log scores and the coverage of intervals."""
+"""Scores of predicted real values: RMSE, log loss and coverage of intervals."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,22 +11,22 @@ from torch import Tensor
 from bayes_kf.evaluation.inputs import Array, as_float, as_vector, check_fraction, check_positive_int
 
 LEVELS = (0.5, 0.8, 0.95)
-BLOCK = 2**22  # draws held at a time as float64
+BLOCK = 2**22  # draws per block in float64: bounds memory
 
 
 class Coverage(NamedTuple):
-    """Share of targets inside central intervals; both fields (L,)."""
+    """Share of targets inside central intervals; both fields are (L,)."""
 
     levels: Tensor
     coverage: Tensor
 
 
 def rmse(mean: Array, targets: Array) -> float:
-    """Root of the mean squared error over all examples and outputs, in the targets' unit.
+    """Root mean squared error over all examples and outputs, in the targets' unit.
 
     Args:
         mean: Predicted means, (N,) or (N, m).
-        targets: What came, of the same shape.
+        targets: Observed targets, of the same shape.
 
     Raises:
         ValueError: If a value is not finite or the shapes differ.
@@ -37,7 +37,7 @@ def rmse(mean: Array, targets: Array) -> float:
     """
     predicted, observed = as_float(mean, "mean"), as_float(targets, "targets")
     check_same_shape(observed, predicted, "mean")
-    return math.sqrt((predicted - observed).square().mean().item())  # torch's own is not rounded right on all CPUs
+    return math.sqrt((predicted - observed).square().mean().item())  # torch's sqrt is inexact on some CPUs
 
 
 def mean_log_loss(log_prob: Array) -> float:
@@ -62,7 +62,7 @@ def gaussian_log_loss(mean: Array, variance: Array, targets: Array) -> float:
     Args:
         mean: Predictive means, (N,) or (N, m).
         variance: Predictive variances (noise included), of the same shape, positive.
-        targets: What came, of the same shape.
+        targets: Observed targets, of the same shape.
 
     Raises:
         ValueError: If a shape differs, a value is not finite, or a variance is not positive.
@@ -71,19 +71,19 @@ def gaussian_log_loss(mean: Array, variance: Array, targets: Array) -> float:
         >>> round(gaussian_log_loss(torch.zeros(2), torch.ones(2), torch.tensor([1.0, -1.0])), 4)
         1.4189
     """
-    return gaussian_log_losses(*checked_gaussian(mean, variance, targets)).mean().item()
+    return gaussian_log_losses(*check_gaussian(mean, variance, targets)).mean().item()
 
 
 def interval_coverage(samples: Array, targets: Array, levels: Sequence[float] = LEVELS) -> Coverage:
-    """Share of targets inside the central interval of their own predictive samples, at each level.
+    """Share of targets inside the central interval of their predictive samples, at each level.
 
-    The q-quantile of S samples is read at position q(S + 1) of the sorted samples, between neighbours linearly, for
-    which the k-th of S covers k/(S + 1) on average. Ends count as inside, so counts (Poisson) are covered a little too
-    often. A level needs S ≥ 2/(1 − level) − 1 samples: 39 for 95 %.
+    The q-quantile of S samples is at position q(S + 1) of the sorted samples, interpolated linearly (Weibull's
+    definition: the k-th of S samples covers k/(S + 1) on average). The ends are part of the interval, so intervals of
+    counts (Poisson) cover slightly too many targets. A level needs S ≥ 2/(1 − level) − 1 samples: 39 for 95 %.
 
     Args:
         samples: Draws of the *target* (noise included), (S, N) or (S, N, m).
-        targets: What came, (N,) or (N, m).
+        targets: Observed targets, (N,) or (N, m).
         levels: Levels of the intervals.
 
     Raises:
@@ -111,7 +111,7 @@ def gaussian_coverage(mean: Array, variance: Array, targets: Array, levels: Sequ
     Args:
         mean: Predictive means, (N,) or (N, m).
         variance: Predictive variances (noise included), of the same shape, positive.
-        targets: What came, of the same shape.
+        targets: Observed targets, of the same shape.
         levels: Levels of the intervals.
 
     Raises:
@@ -121,21 +121,21 @@ def gaussian_coverage(mean: Array, variance: Array, targets: Array, levels: Sequ
         >>> gaussian_coverage(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 1.0])).coverage
         tensor([0.5000, 1.0000, 1.0000], dtype=torch.float64)
     """
-    location, spread_var, observed = checked_gaussian(mean, variance, targets)
-    rank = torch.special.ndtr((observed - location) / spread_var.sqrt())
-    shares = [((rank - 0.5).abs() <= 0.5 - _tail(level)).double().mean() for level in levels]
+    center, predictive_var, observed = check_gaussian(mean, variance, targets)
+    pit = torch.special.ndtr((observed - center) / predictive_var.sqrt())
+    shares = [((pit - 0.5).abs() <= 0.5 - _tail(level)).double().mean() for level in levels]
     return Coverage(torch.tensor(levels, dtype=torch.float64), torch.stack(shares))
 
 
 def coverage_null(levels: Array, num_targets: int, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Lowest and highest coverage that right intervals would show over this many independent targets, each (L,).
+    """Null band of the coverage of calibrated intervals over independent targets: lowest and highest, each (L,).
 
-    Ends are whole numbers of targets. One belongs to the band where more than half of its probability does, so that the
-    band holds as near to `level` as whole numbers allow: the two would otherwise hold 98 % of 100 targets.
+    The ends are whole numbers of targets. An end is in the band if more than half of its probability is, so the band
+    has a probability as near to `level` as whole numbers allow.
 
     Args:
         levels: Levels of the intervals, (L,), from 0 to 1.
-        num_targets: Number of targets that were covered or not.
+        num_targets: Number of targets.
         level: Probability of the binomial band.
 
     Raises:
@@ -151,15 +151,15 @@ def coverage_null(levels: Array, num_targets: int, level: float = 0.95) -> tuple
     shares = as_vector(levels, "levels")
     if shares.min() < 0 or shares.max() > 1:
         raise ValueError(f"`levels` must lie in 0..1, got values in {shares.min():.3g}..{shares.max():.3g}.")
-    chance, tail = scipy.stats.binom(num_targets, shares.numpy()), (1 - level) / 2
-    low, high = (torch.as_tensor(chance.ppf(q)) for q in (tail, 1 - tail))
-    low += torch.as_tensor(chance.cdf(low) - chance.pmf(low) / 2 < tail).double()
-    high -= torch.as_tensor(chance.sf(high) + chance.pmf(high) / 2 < tail).double()
+    covered, tail = scipy.stats.binom(num_targets, shares.numpy()), (1 - level) / 2
+    low, high = (torch.as_tensor(covered.ppf(q)) for q in (tail, 1 - tail))
+    low += torch.as_tensor(covered.cdf(low) - covered.pmf(low) / 2 < tail).double()
+    high -= torch.as_tensor(covered.sf(high) + covered.pmf(high) / 2 < tail).double()
     return low / num_targets, high / num_targets
 
 
 def _tail(level: float) -> float:
-    """Probability left out on each side of a central interval."""
+    """Tail probability on each side of a central interval."""
     check_fraction(level, "levels")
     return (1 - level) / 2
 
@@ -177,30 +177,30 @@ def _quantile(ordered: Tensor, q: float) -> Tensor:
 
 
 def check_same_shape(targets: Tensor, other: Tensor, name: str) -> None:
-    """Refuses targets of another shape; broadcasting (N,) against (N, 1) would compare all with all."""
+    """Raises a ValueError if the shapes differ: broadcasting (N,) against (N, 1) would compare all pairs."""
     if targets.shape != other.shape:
-        wanted, got = tuple(other.shape), tuple(targets.shape)
-        raise ValueError(f"`targets` must have the shape of `{name}`, {wanted}, got {got}.")
+        expected, got = tuple(other.shape), tuple(targets.shape)
+        raise ValueError(f"`targets` must have the shape of `{name}`, {expected}, got {got}.")
 
 
-def checked_gaussian(mean: Array, variance: Array, targets: Array) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, positive variances and targets of one shape, in this order."""
-    location, spread_var = as_float(mean, "mean"), as_float(variance, "variance")
+def check_gaussian(mean: Array, variance: Array, targets: Array) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, variances and targets in float64; raises a ValueError unless shapes agree and variances are positive."""
+    center, predictive_var = as_float(mean, "mean"), as_float(variance, "variance")
     observed = as_float(targets, "targets")
-    check_same_shape(observed, location, "mean")
-    check_same_shape(observed, spread_var, "variance")
-    if spread_var.min() <= 0:
-        raise ValueError(f"`variance` must be positive, got {spread_var.min().item():.3g}.")
-    return location, spread_var, observed
+    check_same_shape(observed, center, "mean")
+    check_same_shape(observed, predictive_var, "variance")
+    if predictive_var.min() <= 0:
+        raise ValueError(f"`variance` must be positive, got {predictive_var.min().item():.3g}.")
+    return center, predictive_var, observed
 
 
-def sample_blocks(samples: Array, targets: Array, fewest: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws (S, n) and targets (n,) in float64, a block of targets at a time; refuses fewer draws than `fewest`."""
+def sample_blocks(samples: Array, targets: Array, min_draws: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of draws (S, n) and targets (n,) in float64; raises a ValueError for fewer draws than `min_draws`."""
     draws, observed = torch.as_tensor(samples).detach(), as_float(targets, "targets")
-    if draws.ndim == 0 or len(draws) < fewest:
+    if draws.ndim == 0 or len(draws) < min_draws:
         got = f"shape {tuple(draws.shape)}"
         raise ValueError(
-            f"`samples` must hold at least {fewest} draws of every target, (S, N) or (S, N, m), got {got}."
+            f"`samples` must hold at least {min_draws} draws of every target, (S, N) or (S, N, m), got {got}."
         )
     check_same_shape(observed, draws[0], "samples[0]")
     columns, flat = draws.reshape(len(draws), -1), observed.flatten()

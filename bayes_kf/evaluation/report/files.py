@@ -1,4 +1,4 @@
-"""The files of a report: the page, its numbers and its sheet of figures, which replace those of an earlier report."""
+"""Files of a report: the page, its numbers (.json) and its sheet of figures (.png)."""
 
 import json
 import os
@@ -6,45 +6,47 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bayes_kf.files.staging import clear_abandoned, staging
+from bayes_kf.files.staging import remove_abandoned, staging
 
-PAGE_MARK = "<!-- written by bayes_kf -->\n"  # at the end of a page
-SHEET_MARK = "bayes_kf"  # the sheet's PNG keyword Software
-NUMBERS = {"title", "scores", "not_finite", "verdict", "sizes", "config", "fingerprints"}
+PAGE_MARK = "<!-- written by bayes_kf -->\n"  # last line of a page
+SHEET_MARK = "bayes_kf"  # PNG keyword Software of a sheet
+JSON_KEYS = {"title", "scores", "not_finite", "verdict", "sizes", "config", "fingerprints"}
 
 
 def check_page(page: Path, name: str = "path") -> None:
-    """Raise ValueError where a report cannot be saved to ``page``.
+    """Check that a report can be saved to ``page``.
 
-    It must end in .html, and what is there of this name with .html, .json or .png must be of an earlier report.
+    Raises:
+        ValueError: If the path does not end in .html, or if a file of this name with .html, .json or .png exists and
+            belongs to no earlier report.
     """
     if page.suffix != ".html":
         raise ValueError(f"`{name}` must end in .html, got {str(page)!r}.")
     for path in (page, page.with_suffix(".json"), page.with_suffix(".png")):
         if os.path.lexists(path) and not _is_ours(path):
             raise ValueError(
-                f"`{name}` must be a new name or that of an earlier report, got {page}, where {path.name} is not of a "
-                "report: move it away, or take another name."
+                f"`{name}` must be a new name or that of an earlier report, got {page}, where {path.name} belongs to "
+                "no report: move it, or choose another name."
             )
 
 
 def write_page(page: Path, writers: dict[str, Callable[[Path], None]]) -> None:
-    """Write files of a report, each whole or not at all.
+    """Write the files of a report; each file is replaced atomically.
 
     Args:
-        page: where the page goes.
-        writers: suffix -> what writes that file. A file of an earlier report that has no writer now is removed.
+        page: Path of the page.
+        writers: Suffix to the function that writes that file. A sheet of an earlier report without a writer is removed.
 
     Raises:
-        ValueError: as :func:`check_page`; nothing has changed then.
+        ValueError: As :func:`check_page`; nothing has changed then.
     """
     check_page(page)
     page.parent.mkdir(parents=True, exist_ok=True)
-    clear_abandoned(page.parent)
+    remove_abandoned(page.parent)
     with staging(page.parent) as stage:
         for suffix, write in writers.items():
             write(stage / f"report{suffix}")
-        check_page(page)  # drawing takes a while
+        check_page(page)  # again: writing took a while
         for suffix in writers:
             os.replace(stage / f"report{suffix}", page.with_suffix(suffix))
     if ".png" not in writers:
@@ -52,8 +54,8 @@ def write_page(page: Path, writers: dict[str, Callable[[Path], None]]) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a report wrote a file."""
-    from PIL import Image  # takes a while to import
+    """Whether a report wrote this file."""
+    from PIL import Image  # slow to import
 
     if path.is_symlink() or not path.is_file():
         return False
@@ -62,7 +64,7 @@ def _is_ours(path: Path) -> bool:
             return path.read_bytes().endswith(PAGE_MARK.encode())
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
-            return isinstance(content, dict) and content.keys() >= NUMBERS
+            return isinstance(content, dict) and content.keys() >= JSON_KEYS
         with Image.open(path) as sheet:
             return re.match(SHEET_MARK, str(sheet.info.get("Software", ""))) is not None
     except (OSError, ValueError, RecursionError, Image.DecompressionBombError):

@@ -1,26 +1,38 @@
-"""Tables as the page shows them: text in cells, beside it the number that sorts them."""
+"""Tables of the page: each cell has its text and, if it is a number, the value that sorts it."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
-MISSING = ("", "not defined", "–", "—")
-NUMBER = re.compile(
-    r"(?:[<>≈] ?)?"
-    r"(?P<sign>[+−-]?)(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|∞)(?:[eE](?P<power>[+−-]?\d+))?"
-    r"(?: ?%)?"
-    r"(?: (?:to|±|\().*)?"  # the further end of an interval
-)
+import numpy as np
 
 
 class Cell(NamedTuple):
-    """What a cell shows."""
+    """Text of a cell, with the number that sorts it."""
 
     text: str
-    value: str = ""  # the number that sorts it, as JavaScript reads it; none where it is not defined
+    value: float | None = None  # None: the cell is text; NaN: a number that is not defined, sorted last
     note: str = ""
-    is_outside: bool = False
+    is_outside: bool = False  # outside the null band
+
+    @property
+    def sort_key(self) -> str:
+        """The value as JavaScript reads it, empty for text and NaN.
+
+        Example:
+            >>> [Cell("", value).sort_key for value in (1200.0, 0.1, float("-inf"), float("nan"), None)]
+            ['1200', '0.1', '-Infinity', '', '']
+        """
+        if self.value is None or math.isnan(self.value):
+            return ""
+        if math.isinf(self.value):
+            return "Infinity" if self.value > 0 else "-Infinity"
+        return repr(float(self.value)).removesuffix(".0")
+
+
+CellContent: TypeAlias = Cell | float | int | str
+EMPTY = Cell("", math.nan)
 
 
 class Column(NamedTuple):
@@ -30,68 +42,98 @@ class Column(NamedTuple):
     is_number: bool
 
 
-class TableView(NamedTuple):
-    """A table ready for the template."""
+@dataclass(frozen=True)
+class Table:
+    """A table, folded at the end of the page; an open one stands before the scores."""
 
     caption: str
-    columns: tuple[Column, ...]
+    header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    is_open: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a row whose length differs from the header's."""
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(
+                    f"`rows` must hold {len(self.header)} cells each, as the header of {self.caption!r} does, "
+                    f"got {len(row)}."
+                )
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Columns of which every cell has a value, and some cell one that is not NaN, are columns of numbers."""
+        return tuple(Column(name, _are_numbers([row[i] for row in self.rows])) for i, name in enumerate(self.header))
 
 
-def table_view(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> TableView:
-    """The table with what sorts it: a column of numbers, or of cells that start with one, by number, others by text.
+def make_table(
+    caption: str, header: Iterable[str], rows: Iterable[Sequence[CellContent]], *, is_open: bool = False
+) -> Table:
+    """A table of numbers and texts.
+
+    Args:
+        caption: Title of the table.
+        header: Name of each column.
+        rows: A number or text for each column; a `Cell` where the text of a number is special.
+        is_open: Whether the table stands unfolded before the scores.
+
+    Raises:
+        ValueError: If a row has more or fewer cells than the header.
 
     Example:
-        >>> view = table_view("Sizes", ("Name", "Size"), [("b", "1,200"), ("a", "not defined")])
-        >>> view.columns[1].is_number, [row[1].value for row in view.rows]
-        (True, ['1200', ''])
+        >>> table = make_table("Sizes", ("Name", "Size"), [("b", 1200), ("a", float("nan"))])
+        >>> table.columns[1].is_number, [row[1].text for row in table.rows], [row[1].sort_key for row in table.rows]
+        (True, ['1,200', 'not defined'], ['1200', ''])
     """
-    lines = [tuple(row) for row in rows]
-    wrong = [len(line) for line in lines if len(line) != len(header)]
-    if wrong:
-        raise ValueError(
-            f"`rows` must hold {len(header)} cells each, as the header of {caption!r} does, got {wrong[0]}."
-        )
-    columns = [_sort_values([line[place] for line in lines]) for place in range(len(header))]
-    return TableView(
-        caption,
-        tuple(Column(name, values is not None) for name, values in zip(header, columns, strict=True)),
-        tuple(
-            tuple(Cell(text, "" if values is None else values[i]) for text, values in zip(line, columns, strict=True))
-            for i, line in enumerate(lines)
-        ),
-    )
+    return Table(caption, tuple(header), tuple(tuple(_cell(content) for content in row) for row in rows), is_open)
 
 
-def sort_value(value: float) -> str:
-    """A number as JavaScript reads it, nothing for NaN.
+def range_cell(low: float, high: float, *, decimals: int | None = None, note: str = "") -> Cell:
+    """A range such as "0.1000 to 0.2000", sorted by its lower end.
+
+    Args:
+        low: Lower end.
+        high: Upper end.
+        decimals: Number of decimals; without it both ends are written as `number` writes them.
+        note: Remark under the range.
+    """
+    if math.isnan(low) and math.isnan(high):
+        return Cell(number(math.nan), math.nan, note)
+    ends = [number(end) if decimals is None else f"{end:.{decimals}f}" for end in (low, high)]
+    return Cell(" to ".join(ends), low, note)
+
+
+def number(value: float) -> str:
+    """A number with four decimals (fewer for large ones, two digits of small ones), or words for what is not finite.
+
+    Values up to 1e-9 are written as zero because sums of scores are no more exact.
 
     Example:
-        >>> sort_value(1200.0), sort_value(0.1), sort_value(float("-inf")), sort_value(float("nan"))
-        ('1200', '0.1', '-Infinity', '')
+        >>> number(0.12345), number(1234.5), number(0.0000123), number(float("inf")), number(float("nan"))
+        ('0.1235', '1234', '0.000012', '∞', 'not defined')
     """
     if math.isnan(value):
-        return ""
+        return "not defined"
     if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return repr(float(value)).removesuffix(".0")
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
+    if 1e-9 < abs(value) < 1e-3:
+        text = np.format_float_positional(value, precision=2, fractional=False, trim="-")
+    return (text if float(text) else text.lstrip("-")).replace("-", "−")
 
 
-def _sort_values(texts: Sequence[str]) -> list[str] | None:
-    """What sorts the cells of a column, or None where one of them is no number."""
-    values = [math.nan if text.strip() in MISSING else _read(text.strip()) for text in texts]
-    if any(value is None for value in values) or all(text.strip() in MISSING for text in texts):
-        return None
-    return [sort_value(value) for value in values if value is not None]
+def _cell(content: CellContent) -> Cell:
+    """A number or text as a cell."""
+    if isinstance(content, Cell):
+        return content
+    if isinstance(content, str):
+        return Cell(content)
+    return Cell(f"{content:,}" if isinstance(content, int) else number(content), content)
 
 
-def _read(text: str) -> float | None:
-    """The number that a text starts with, or None."""
-    found = NUMBER.fullmatch(text)
-    if found is None:
-        return None
-    digits = found["digits"]
-    size = math.inf if digits == "∞" else float(digits.replace(",", ""))
-    if found["power"]:
-        size *= 10.0 ** int(found["power"].replace("−", "-"))
-    return -size if found["sign"] in ("-", "−") else size
+def _are_numbers(cells: Sequence[Cell]) -> bool:
+    """Whether all cells have a value and one of them is not NaN."""
+    values = [cell.value for cell in cells]
+    return all(value is not None for value in values) and any(
+        value is not None and not math.isnan(value) for value in values
+    )

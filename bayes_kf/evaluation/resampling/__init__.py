@@ -1,1 +1,1 @@
-"""Bins and simulated nulls. They know no score."""
+"""Bins and simulated null distributions, independent of any score."""

@@ -20,14 +20,14 @@ class NullSettings:
     """How calibration is binned, and how its null distribution is simulated.
 
     Attributes:
-        num_bins: Number of bins.
+        num_bins: Number of bins of classification errors; regression has bins of its own.
         num_simulations: Number of simulated data sets.
         seed: Seed of the simulation.
     """
 
-    num_bins: int
-    num_simulations: int
-    seed: int
+    num_bins: int = 15
+    num_simulations: int = 1000
+    seed: int = 0
 
 
 class CalibrationNull(NamedTuple):

@@ -1,4 +1,4 @@
-"""The examples that a report shows: those it is least sure of, and those it is most wrong about."""
+"""Section with examples: the most uncertain predictions, and the most confident wrong ones."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from bayes_kf.evaluation.classification.entropy import entropy
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
+from bayes_kf.evaluation.report.contents import Example, Gallery, Picture, Sections
 from bayes_kf.evaluation.report.html_page import data_uri
-from bayes_kf.evaluation.report.report import Example, Gallery, Picture, Sections
 
 if TYPE_CHECKING:
     from PIL import Image
 
-LONGEST_TEXT = 300  # characters
-LARGEST_SIDE = 160  # pixels; larger images are shrunk to it
-SMALL_SIDE = 128  # smaller images are enlarged by the largest whole number that stays below it
+MAX_TEXT_LENGTH = 300  # characters
+MAX_SIDE = 160  # pixels; larger images are reduced to it
+ENLARGED_SIDE = 128  # pixels; smaller images are enlarged by the largest whole factor up to it
 CHANNELS = (1, 3, 4)
 PLAIN_MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "P": "RGBA", "PA": "RGBA"}
 NUMERIC_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -29,25 +29,25 @@ NUMERIC_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def example_section(
     probs: Array, targets: Array, examples: Any, class_names: Sequence[str] | None = None, *, num_examples: int = 12
 ) -> Sections:
-    """The examples with the highest predictive entropy, and the wrong ones with the highest confidence.
+    """The examples with the highest predictive entropy, and the wrong predictions with the highest confidence.
 
-    Among equals the earlier ones are taken. Only what is shown is read: `examples` may be anything with a length that
-    gives its i-th element as `examples[i]`. Texts are cut at 300 characters. Images are shrunk to 160 pixels or
-    enlarged by a whole number, and lose their metadata. Pixels of type uint8 or bool are shown as they are, and so are
-    floats if all that are shown lie within 0..1. Other numbers, such as those of standardized images, are rescaled
-    image by image, the least to black and the greatest to white.
+    Ties are resolved in favour of earlier examples. `examples` may be any object with a length that returns its i-th
+    element as `examples[i]`; only the examples shown are read. Texts are cut at 300 characters. Images are reduced to
+    160 pixels or enlarged by a whole factor, and their metadata are removed. Pixels of type uint8 or bool are shown
+    unchanged; so are floats if all shown ones lie within 0..1. Other numbers, such as standardized pixels, are rescaled
+    in each image: the smallest value becomes black and the largest becomes white.
 
     Args:
         probs: Class probabilities, (N, C).
         targets: Class indices, (N,).
-        examples: N texts, or N images: an array (N, H, W), (N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels (where
-            both fit, channels come first), or a sequence of such single images or of PIL images. A tuple of texts is
-            shown as lines.
-        class_names: C names; their numbers without.
-        num_examples: Most examples of each kind.
+        examples: N texts, or N images: an array (N, H, W), (N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels (if
+            both orders fit, channels come first), or a sequence of such single images or of PIL images. A tuple of
+            texts is shown as lines.
+        class_names: C names; by default the class indices.
+        num_examples: Largest number of examples of each kind.
 
     Raises:
-        ValueError: If there are not N examples or C names, or one to be shown is neither text nor image.
+        ValueError: If there are not N examples or C names, or an example to be shown is neither text nor image.
 
     Example:
         >>> probs = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]])
@@ -60,11 +60,10 @@ def example_section(
     check_positive_int(num_examples, "num_examples")
     items = _checked(examples, len(checked))
     names = _names(class_names, checked.shape[1])
-    doubt, (confidence, predicted) = entropy(checked), checked.max(dim=1)
+    entropies, (confidence, predicted) = entropy(checked), checked.max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()
-    uncertain = _first(doubt, num_examples).tolist()
-    mistaken = wrong[_first(confidence[wrong], num_examples)].tolist()
-    shown = _shown(items, sorted({*uncertain, *mistaken}))
+    uncertain = _largest(entropies, num_examples).tolist()
+    mistaken = wrong[_largest(confidence[wrong], num_examples)].tolist()
     described = {
         index: Example(
             index=index,
@@ -73,32 +72,34 @@ def example_section(
             is_right=bool(predicted[index] == labels[index]),
             label_probability=checked[index, labels[index]].item(),
             probability=confidence[index].item(),
-            entropy=doubt[index].item(),
+            entropy=entropies[index].item(),
             text=text,
             image=image,
         )
-        for index, (text, image) in shown.items()
+        for index, (text, image) in _texts_or_pictures(items, sorted({*uncertain, *mistaken})).items()
     }
-    doubted = f"The {len(uncertain):,} of {len(checked):,} examples with the highest predictive entropy."
-    missed = f"The {len(mistaken):,} of {len(wrong):,} wrong predictions with the highest confidence."
-    if not mistaken:
-        missed = "No prediction is wrong."
+    uncertain_note = f"The {len(uncertain):,} of {len(checked):,} examples with the highest predictive entropy."
+    wrong_note = f"The {len(mistaken):,} of {len(wrong):,} wrong predictions with the highest confidence."
     return Sections(
         galleries=[
-            Gallery("Most uncertain", doubted, tuple(described[index] for index in uncertain)),
-            Gallery("Most wrong", missed, tuple(described[index] for index in mistaken)),
+            Gallery("Most uncertain", uncertain_note, tuple(described[index] for index in uncertain)),
+            Gallery(
+                "Most wrong",
+                wrong_note if mistaken else "No prediction is wrong.",
+                tuple(described[index] for index in mistaken),
+            ),
         ]
     )
 
 
 def _checked(examples: Any, num_examples: int) -> Any:
-    """The examples, if there can be one for each prediction."""
+    """The examples, checked: a sequence with one element for each prediction."""
     from PIL import Image
 
     is_sequence = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")
     if isinstance(examples, str | bytes | Mapping | Image.Image) or not is_sequence:
         raise ValueError(f"`examples` must be a sequence of texts or images, got {type(examples).__name__}.")
-    # the [] of a pandas column goes by label, not by place
+    # a pandas column looks up [] by label, not by position
     items = examples.to_numpy() if hasattr(examples, "to_numpy") else examples
     of_numbers = isinstance(items, Tensor) or (isinstance(items, np.ndarray) and items.dtype.kind not in "OUT")
     if of_numbers and items.ndim not in (3, 4):
@@ -110,40 +111,40 @@ def _checked(examples: Any, num_examples: int) -> Any:
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names of the classes, or their numbers."""
+    """Names of the classes, by default their indices."""
     names = [str(c) for c in range(num_classes)] if class_names is None else [str(name) for name in class_names]
     if len(names) != num_classes:
         raise ValueError(f"`class_names` must hold {num_classes} names, got {len(names)}.")
     return names
 
 
-def _first(values: Tensor, count: int) -> Tensor:
-    """Places of the greatest values, earlier ones first among equals."""
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Indices of the largest values; equal ones in their order."""
     return values.sort(descending=True, stable=True).indices[:count]
 
 
-def _shown(items: Any, indices: list[int]) -> dict[int, tuple[str, Picture | None]]:
-    """Each of these examples as a text or a picture."""
+def _texts_or_pictures(items: Any, indices: list[int]) -> dict[int, tuple[str, Picture | None]]:
+    """Each of these examples as a text or a picture, by its index."""
     read = {index: _read(items[index], index) for index in indices}
     floats = [pixels for pixels in read.values() if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f"]
     is_unit = all(pixels.min() >= 0 and pixels.max() <= 1 for pixels in floats)
-    found: dict[int, tuple[str, Picture | None]] = {}
+    shown: dict[int, tuple[str, Picture | None]] = {}
     for index, example in read.items():
         if isinstance(example, str):
-            found[index] = (example, None)
+            shown[index] = (example, None)
         else:
-            found[index] = ("", _picture(_image(example, is_unit) if isinstance(example, np.ndarray) else example))
-    return found
+            shown[index] = ("", _picture(_image(example, is_unit) if isinstance(example, np.ndarray) else example))
+    return shown
 
 
 def _read(example: Any, index: int) -> str | np.ndarray | Image.Image:
-    """A text, cut; pixels (H, W) or (H, W, channels), uint8 or not yet scaled; or a PIL image."""
+    """A text, cut to its maximum length; pixels (H, W) or (H, W, channels), uint8 or not yet scaled; or a PIL image."""
     from PIL import Image
 
     if isinstance(example, tuple | list) and example and all(isinstance(part, str) for part in example):
         example = "\n".join(example)
     if isinstance(example, str):
-        return example if len(example) <= LONGEST_TEXT else example[: LONGEST_TEXT - 1].rstrip() + "…"
+        return example if len(example) <= MAX_TEXT_LENGTH else example[: MAX_TEXT_LENGTH - 1].rstrip() + "…"
     if isinstance(example, Image.Image):
         return _pixels(np.asarray(example), index) if example.mode in NUMERIC_MODES else example
     if isinstance(example, Tensor):
@@ -155,7 +156,7 @@ def _read(example: Any, index: int) -> str | np.ndarray | Image.Image:
 
 
 def _pixels(values: np.ndarray, index: int) -> np.ndarray:
-    """Pixels (H, W) or (H, W, channels), as uint8 where they need no scaling."""
+    """Pixels (H, W) or (H, W, channels), as uint8 if they need no scaling."""
     if values.dtype.kind not in "buif":
         raise ValueError(f"`examples` must hold numbers as pixels, got {values.dtype} in example {index}.")
     if values.ndim == 3 and values.shape[0] in CHANNELS:
@@ -173,7 +174,7 @@ def _pixels(values: np.ndarray, index: int) -> np.ndarray:
 
 
 def _image(pixels: np.ndarray, is_unit: bool) -> Image.Image:
-    """Pixels as an image; those that are neither uint8 nor floats within 0..1 are rescaled."""
+    """Pixels as an image, rescaled unless they are uint8 or floats within 0..1."""
     from PIL import Image
 
     if pixels.dtype == np.uint8:
@@ -185,15 +186,15 @@ def _image(pixels: np.ndarray, is_unit: bool) -> Image.Image:
 
 
 def _picture(image: Image.Image) -> Picture:
-    """The image at the size it is shown in, without its metadata."""
+    """The image at its displayed size, without its metadata."""
     from PIL import Image, ImageOps
 
     plain = ImageOps.exif_transpose(image)
     plain = plain.convert(PLAIN_MODES.get(plain.mode, "RGB"))
     plain.info.clear()
-    if max(plain.size) > LARGEST_SIDE:
-        plain.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-    factor = max(1, SMALL_SIDE // max(plain.size))
+    if max(plain.size) > MAX_SIDE:
+        plain.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    factor = max(1, ENLARGED_SIDE // max(plain.size))
     buffer = io.BytesIO()
     plain.save(buffer, format="PNG")
     width, height = plain.size

@@ -1,4 +1,4 @@
-"""What a report says about the stream a posterior learned from and about the belief itself."""
+"""Sections on the stream that a posterior was fitted to, and on the variance of each tensor."""
 
 from collections.abc import Mapping
 
@@ -7,15 +7,17 @@ import torch
 from bayes_kf.evaluation.inputs import Array, as_float
 from bayes_kf.evaluation.online.innovations import innovation_health, innovation_whiteness
 from bayes_kf.evaluation.online.prequential import moving_average, prequential_log_loss, running_accuracy
-from bayes_kf.evaluation.plots.online import innovation_plot, online_curves, output_variance_plot, variance_by_tensor
-from bayes_kf.evaluation.report.html_page import table_text
-from bayes_kf.evaluation.report.report import FigureSpec, Sections, Table
-from bayes_kf.evaluation.sections.verdicts import innovation_verdict, whiteness_verdict
+from bayes_kf.evaluation.plots.online import innovation_plot, online_curves
+from bayes_kf.evaluation.plots.tensor_variance import output_variance_plot, variance_by_tensor
+from bayes_kf.evaluation.report.contents import FigureSpec, Sections
+from bayes_kf.evaluation.report.sortable_tables import Cell, Table, make_table
+from bayes_kf.evaluation.score import Interval, Score
+from bayes_kf.evaluation.sections.verdicts.online import innovation_verdict, whiteness_verdict
 
-WINDOW = 100  # of a long stream
-WINDOWS = 5  # at least so many windows in a stream: with one of all its values there is no course to draw
+MAX_WINDOW = 100
+MIN_WINDOWS = 5  # in a short stream the window is smaller, so that the curve has several independent points
 LAGS = 10
-FEWEST_WHITE = 100  # updates for the test of whiteness: with 30 it was wrong in 5 % of streams, not in 1 %
+MIN_WHITENESS_UPDATES = 100  # with 30 updates the test at 1 % is wrong in 5 % of streams
 MAX_TENSORS = 40
 TABLE_ROWS = 20
 
@@ -25,96 +27,112 @@ def stream_sections(
     parameter_variance: Mapping[str, Array] | None,
     output_variance: Mapping[str, float] | None = None,
 ) -> Sections:
-    """Scores and figures of whatever series are there."""
-    sections = Sections()
+    """Scores and figures of the series and variances that are given."""
     recorded = {name: values for name, values in (history or {}).items() if len(values)}
-    _add_online(sections, recorded)
+    sections = _learning_section(recorded)
     if "innovation" in recorded and "dof" in recorded:
-        _add_innovations(sections, recorded["innovation"], recorded["dof"])
+        sections += _innovation_section(recorded["innovation"], recorded["dof"])
     if parameter_variance:
-        height = 1.4 + 0.24 * min(len(parameter_variance), MAX_TENSORS)
-        sections.drawings["variance"] = FigureSpec(
-            title="Posterior variance by tensor",
-            alt=f"Points: mean posterior variance of each of {len(parameter_variance)} tensors, logarithmic scale.",
-            draw=lambda ax: variance_by_tensor(parameter_variance, max_tensors=MAX_TENSORS, ax=ax),
-            height=max(2.4, height),
-            table=_tensor_table(
-                "Mean posterior variance",
-                {name: as_float(v, "parameter_variance").mean().item() for name, v in parameter_variance.items()},
-            ),
-        )
+        sections += Sections(drawings={"variance": _variance_figure(parameter_variance)})
     if output_variance:
-        _add_output_variance(sections, output_variance)
+        sections += Sections(drawings={"output_variance": _output_variance_figure(output_variance)})
     return sections
-
-
-def _add_output_variance(sections: Sections, contributions: Mapping[str, float]) -> None:
-    """What each tensor contributes to the variance of the outputs."""
-    total = sum(contributions.values())
-    largest = max(contributions, key=lambda name: contributions[name])
-    share = f" with {contributions[largest] / total:.0%}" if total > 0 else ""
-    table = _tensor_table("Contribution to the variance of the outputs", {**contributions, "all tensors": total})
-    sections.drawings["output_variance"] = FigureSpec(
-        title="Variance of the outputs by tensor",
-        alt=f"Bars: what each of {len(contributions)} tensors contributes to the outputs' variance, {total:.3g} in "
-        f"all. The largest is {largest}{share}.",
-        draw=lambda ax: output_variance_plot(contributions, max_tensors=MAX_TENSORS, ax=ax),
-        height=max(2.4, 1.4 + 0.24 * min(len(contributions), MAX_TENSORS)),
-        table=table,
-    )
 
 
 def window_of(length: int) -> int:
     """Values in a moving mean over a series of ``length``."""
-    return max(1, min(WINDOW, length // WINDOWS))
-
-
-def _add_online(sections: Sections, history: Mapping[str, Array]) -> None:
-    """Running accuracy and log loss."""
-    series = {name: history[name] for name in ("correct", "log_loss") if name in history}
-    words = []
-    if "correct" in series:
-        sections.scores["online_accuracy"] = running_accuracy(series["correct"])[-1].item()
-        words.append(f"running accuracy ends at {sections.scores['online_accuracy']:.3f}")
-    if "log_loss" in series:
-        sections.scores["prequential_log_loss"] = prequential_log_loss(series["log_loss"])[-1].item()
-        words.append(f"log loss is {sections.scores['prequential_log_loss']:.3f} nats on average")
-    if series:
-        length = min(len(values) for values in series.values())
-        sections.drawings["online"] = FigureSpec(
-            title="Learning online",
-            alt=f"Curves over {length:,} examples: {', '.join(words)}.",
-            draw=lambda ax: online_curves(series, window=window_of(length), ax=ax),
-            table=_online_table(series, length),
-        )
-
-
-def _add_innovations(sections: Sections, nis: Array, dof: Array) -> None:
-    """Innovation ratio of the whole stream, and its course."""
-    length = len(nis)
-    whole = innovation_health(nis, dof, window=length)
-    scores = {"": whole.ratio, "_null_low": whole.low, "_null_high": whole.high}
-    sections.scores |= {f"innovation_ratio{suffix}": value.item() for suffix, value in scores.items()}
-    sections.verdict.append(innovation_verdict(sections.scores))
-    if length >= FEWEST_WHITE:
-        sections.scores["innovation_whiteness_p"] = innovation_whiteness(nis, dof, LAGS).p_value
-        sections.verdict.append(whiteness_verdict(sections.scores))
-    sections.drawings["innovation"] = FigureSpec(
-        title="Innovation health",
-        alt="Curve: " + innovation_verdict(sections.scores),
-        draw=lambda ax: innovation_plot(nis, dof, window=window_of(length), ax=ax),
-        table=_innovation_table(nis, dof, window_of(length)),
-    )
+    return max(1, min(MAX_WINDOW, length // MIN_WINDOWS))
 
 
 def even_steps(length: int) -> list[int]:
-    """At most `TABLE_ROWS` places of a series, evenly spaced, the last one among them."""
+    """At most `TABLE_ROWS` evenly spaced indices of a series, including the last one."""
     rows = min(TABLE_ROWS, length)
     return [(k + 1) * length // rows - 1 for k in range(rows)]
 
 
+def _learning_section(history: Mapping[str, Array]) -> Sections:
+    """Running accuracy and log loss."""
+    series = {name: history[name] for name in ("correct", "log_loss") if name in history}
+    if not series:
+        return Sections()
+    scores: dict[str, Score] = {}
+    results = []
+    if "correct" in series:
+        accuracy = running_accuracy(series["correct"])[-1].item()
+        scores["online_accuracy"] = Score(accuracy)
+        results.append(f"the final running accuracy is {accuracy:.3f}")
+    if "log_loss" in series:
+        loss = prequential_log_loss(series["log_loss"])[-1].item()
+        scores["prequential_log_loss"] = Score(loss)
+        results.append(f"the mean log loss is {loss:.3f} nats")
+    length = min(len(values) for values in series.values())
+    figure = FigureSpec(
+        title="Learning online",
+        alt=f"Curves over {length:,} examples: {', '.join(results)}.",
+        draw=lambda ax: online_curves(series, window=window_of(length), ax=ax),
+        table=_online_table(series, length),
+    )
+    return Sections(scores=scores, drawings={"online": figure})
+
+
+def _innovation_section(nis: Array, dof: Array) -> Sections:
+    """Innovation ratio of the whole stream, test of whiteness, and the ratio in windows."""
+    length = len(nis)
+    whole = innovation_health(nis, dof, window=length)
+    ratio = Score(whole.ratio.item(), null_band=Interval(whole.low.item(), whole.high.item()))
+    sentence = innovation_verdict(ratio)
+    figure = FigureSpec(
+        title="Innovation consistency",
+        alt=f"Curve over the stream. {sentence}",
+        draw=lambda ax: innovation_plot(nis, dof, window=window_of(length), ax=ax),
+        table=_innovation_table(nis, dof, window_of(length)),
+    )
+    section = Sections(
+        scores={"innovation_ratio": ratio},
+        tested=["innovation_ratio"],
+        verdict=[sentence],
+        drawings={"innovation": figure},
+    )
+    if length >= MIN_WHITENESS_UPDATES:
+        p_value = innovation_whiteness(nis, dof, LAGS).p_value
+        section += Sections(scores={"innovation_whiteness_p": Score(p_value)}, verdict=[whiteness_verdict(p_value)])
+    return section
+
+
+def _variance_figure(variance: Mapping[str, Array]) -> FigureSpec:
+    """Mean posterior variance of each tensor."""
+    means = {name: as_float(values, "parameter_variance").mean().item() for name, values in variance.items()}
+    return FigureSpec(
+        title="Posterior variance by tensor",
+        alt=f"Mean posterior variance of each of {len(means)} tensors on a logarithmic scale.",
+        draw=lambda ax: variance_by_tensor(variance, max_tensors=MAX_TENSORS, ax=ax),
+        height=_tensor_height(len(means)),
+        table=_tensor_table("Mean posterior variance", means),
+    )
+
+
+def _output_variance_figure(contributions: Mapping[str, float]) -> FigureSpec:
+    """Contribution of each tensor to the variance of the outputs."""
+    total = sum(contributions.values())
+    largest = max(contributions, key=lambda name: contributions[name])
+    share = f", {100 * contributions[largest] / total:.0f} %" if total > 0 else ""
+    return FigureSpec(
+        title="Variance of the outputs by tensor",
+        alt=f"Contributions of {len(contributions)} tensors to the variance of the outputs, {total:.3g} in total. The "
+        f"largest is that of {largest}{share}.",
+        draw=lambda ax: output_variance_plot(contributions, max_tensors=MAX_TENSORS, ax=ax),
+        height=_tensor_height(len(contributions)),
+        table=_tensor_table("Contribution to the variance of the outputs", {**contributions, "all tensors": total}),
+    )
+
+
+def _tensor_height(num_tensors: int) -> float:
+    """Height of a figure with a row for each tensor, in inches."""
+    return max(2.4, 1.4 + 0.24 * min(num_tensors, MAX_TENSORS))
+
+
 def _online_table(series: Mapping[str, Array], length: int) -> Table:
-    """The curves at even steps; the moving mean begins with its first full window."""
+    """The curves at even steps; the moving mean starts with its first full window."""
     columns = {}
     if "correct" in series:
         columns["Running accuracy"] = running_accuracy(series["correct"])
@@ -122,21 +140,21 @@ def _online_table(series: Mapping[str, Array], length: int) -> Table:
         window = window_of(length)
         full = moving_average(series["log_loss"], window)
         columns[f"Log loss, mean of {window}"] = torch.cat([full.new_full((window - 1,), torch.nan), full])
-    rows = [table_text((k + 1, *(column[k].item() for column in columns.values()))) for k in even_steps(length)]
-    return Table("Learning online", ("Examples seen", *columns), tuple(rows))
+    rows = [(k + 1, *(column[k].item() for column in columns.values())) for k in even_steps(length)]
+    return make_table("Learning online", ("Examples seen", *columns), rows)
 
 
 def _innovation_table(nis: Array, dof: Array, window: int) -> Table:
-    """The ratio and its band at even steps."""
+    """The ratio and its null band at even steps."""
     health = innovation_health(nis, dof, window)
     rows = [
-        table_text((int(health.step[k]), health.ratio[k].item(), health.low[k].item(), health.high[k].item()))
+        (int(health.step[k]), health.ratio[k].item(), health.low[k].item(), health.high[k].item())
         for k in even_steps(len(health.ratio))
     ]
-    return Table("Innovation health", ("Updates", "Ratio", "Band from", "to"), tuple(rows))
+    return make_table("Innovation consistency", ("Updates", "Ratio", "Null band from", "to"), rows)
 
 
 def _tensor_table(quantity: str, values: Mapping[str, float]) -> Table:
     """A number for each tensor."""
-    rows = tuple((name, f"{value:.3g}") for name, value in values.items())
-    return Table(f"{quantity} by tensor", ("Tensor", quantity), rows)
+    rows = [(name, Cell(f"{value:.3g}", value)) for name, value in values.items()]
+    return make_table(f"{quantity} by tensor", ("Tensor", quantity), rows)

@@ -1,7 +1,7 @@
-"""The parts of a report on what uncertainty is good for: withholding predictions, finding errors, recalibration."""
+"""Sections on selective prediction, error detection, recalibration and conformal sets."""
 
 import math
-from typing import Any
+from dataclasses import asdict
 
 from torch import Tensor
 
@@ -22,20 +22,20 @@ from bayes_kf.evaluation.classification.selective import (
     aurc,
     best_risk_coverage,
     excess_aurc,
-    kept_at,
+    num_retained,
     risk_coverage,
     selective_intervals,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 from bayes_kf.evaluation.plots.selective import risk_coverage_plot
-from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, set_columns
+from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets, conformal_coverage_null, coverage_and_sizes
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
-from bayes_kf.evaluation.report.html_page import table_text
-from bayes_kf.evaluation.report.report import FigureSpec, Sections, Table
+from bayes_kf.evaluation.report.contents import FigureSpec, Sections
+from bayes_kf.evaluation.report.sortable_tables import Cell, Table, make_table
 from bayes_kf.evaluation.resampling.null_test import NullSettings
-from bayes_kf.evaluation.score import Interval, Score, flatten_scores
-from bayes_kf.evaluation.sections.classification import bounded, of_losses
-from bayes_kf.evaluation.sections.verdicts import (
+from bayes_kf.evaluation.score import Interval, Score
+from bayes_kf.evaluation.sections.classification import loss_interval_of, mean_score
+from bayes_kf.evaluation.sections.verdicts.selective import (
     conformal_verdict,
     error_verdict,
     recalibration_verdict,
@@ -46,9 +46,9 @@ TABLE_ROWS = 20
 
 
 def usefulness_section(probs: Array, targets: Array) -> Sections:
-    """Selective prediction by confidence, and detection of errors by entropy and by confidence, with intervals.
+    """Selective prediction by confidence, and error detection by entropy and by confidence, with intervals.
 
-    Of two classes entropy and confidence make the same order, and errors are detected by entropy alone.
+    For two classes entropy and confidence rank the examples alike, so errors are detected by entropy alone.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -61,8 +61,8 @@ def usefulness_section(probs: Array, targets: Array) -> Sections:
         >>> import torch
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.7, 0.3]])
         >>> section = usefulness_section(probs, torch.tensor([0, 0, 1, 0]))
-        >>> section.scores["aurc"], section.scores["accuracy_at_80"], section.scores["error_entropy_auroc"]
-        (0.0625, 0.75, 1.0)
+        >>> [section.scores[name].value for name in ("aurc", "accuracy_at_80", "error_entropy_auroc")]
+        [0.0625, 0.75, 1.0]
     """
     checked = as_probs(probs)
     correct = checked.argmax(dim=1) == as_targets(targets, checked)
@@ -74,42 +74,41 @@ def recalibration_section(
     targets: Array,
     recalibration: Recalibration | None,
     conformal: ConformalSets | None,
-    chance: NullSettings,
+    settings: NullSettings,
 ) -> Sections:
-    """What a recalibration would change, and what conformal sets cover, both fitted on other examples.
+    """Effect of a recalibration, and coverage of conformal sets; both were fitted on other examples.
 
     Args:
-        probs: Class probabilities as they came, (N, C).
+        probs: Class probabilities before recalibration, (N, C).
         targets: Class indices, (N,).
-        recalibration: A map of probabilities.
-        conformal: Sets, asked for with the probabilities as they came.
-        chance: How calibration is binned and chance simulated.
+        recalibration: Recalibration of the probabilities, or None.
+        conformal: Conformal sets of the probabilities before recalibration, or None.
+        settings: Bins and simulation of the ECE's null band.
 
     Raises:
-        ValueError: If an argument is malformed or has other classes than the fit.
+        ValueError: If an argument is malformed or the number of classes differs from the fit's.
     """
     checked = as_probs(probs)
     labels, sections = as_targets(targets, checked), Sections()
     if recalibration is not None:
-        sections += _recalibrated(checked, labels, recalibration, chance)
+        sections += _recalibrated(checked, labels, recalibration, settings)
     if conformal is not None:
         sections += _covered(checked, labels, conformal)
     return sections
 
 
 def _selective_section(probs: Tensor, correct: Tensor) -> Sections:
-    """Risk over coverage, by confidence."""
+    """Risk and coverage by confidence."""
     confidence = max_probability(probs)
     intervals = selective_intervals(confidence, correct, level=LEVEL)
-    scores = {"aurc": aurc(confidence, correct), "aurc_excess": excess_aurc(confidence, correct)}
-    kept = accuracy_at_coverage(confidence, correct).tolist()
-    for coverage, share, interval in zip(COVERAGES, kept, intervals.accuracy, strict=True):
-        name = f"accuracy_at_{round(100 * coverage)}"
-        scores |= Score(share, interval).flat(name)
+    scores = {"aurc": Score(aurc(confidence, correct)), "aurc_excess": Score(excess_aurc(confidence, correct))}
+    accuracies = accuracy_at_coverage(confidence, correct).tolist()
+    for coverage, accuracy, interval in zip(COVERAGES, accuracies, intervals.accuracy, strict=True):
+        scores[f"accuracy_at_{round(100 * coverage)}"] = Score(accuracy, interval)
     sentence = selective_verdict(scores, correct.double().mean().item())
     figure = FigureSpec(
         title="Risk and coverage",
-        alt=f"Share of errors against share of predictions kept. {sentence}",
+        alt=f"Share of errors against coverage. {sentence}",
         draw=lambda ax: risk_coverage_plot((confidence, correct), ax=ax),
         table=_risk_table(confidence, correct),
     )
@@ -121,72 +120,63 @@ def _error_section(probs: Tensor, correct: Tensor) -> Sections:
     detectors = {"entropy": entropy(probs)}
     if probs.shape[1] > 2:
         detectors["confidence"] = 1 - max_probability(probs)
-    scores: dict[str, float] = {}
+    scores: dict[str, Score] = {}
     for name, values in detectors.items():
         intervals = error_detection_intervals(values, correct, level=LEVEL)
-        scores |= flatten_scores(detection_scores(f"error_{name}", error_detection(values, correct), intervals))
+        scores |= detection_scores(f"error_{name}", error_detection(values, correct), intervals)
     return Sections(scores=scores, verdict=[error_verdict(scores, int((~correct).sum()), int(correct.sum()))])
 
 
 def _risk_table(confidence: Tensor, correct: Tensor) -> Table:
-    """The curve and the best possible one, at even steps."""
+    """The risk-coverage curve and the best possible one, at even steps."""
     curve, best = risk_coverage(confidence, correct), best_risk_coverage(correct)
     steps = min(TABLE_ROWS, len(correct))
-    places = kept_at([(k + 1) / steps for k in range(steps)], len(correct)) - 1
+    places = num_retained([(k + 1) / steps for k in range(steps)], len(correct)) - 1
     columns = (curve.coverage, curve.risk, best.risk)
     rows = [
-        table_text((f"{100 * share:.1f} %", k + 1, risk, least))
+        (Cell(f"{100 * share:.1f} %", share), k + 1, risk, least)
         for k, share, risk, least in zip(places.tolist(), *(column[places].tolist() for column in columns), strict=True)
     ]
-    header = ("Predictions kept", "Number", "Share of errors", "Best possible order")
-    return Table("Risk and coverage", header, tuple(rows))
+    header = ("Coverage", "Number", "Share of errors", "Best possible order")
+    return make_table("Risk and coverage", header, rows)
 
 
-def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, chance: NullSettings) -> Sections:
+def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, settings: NullSettings) -> Sections:
     """Scores after the recalibration, and the paired change of the log loss."""
     after = recalibration(probs)
     losses, before = log_losses(after, labels), log_losses(probs, labels)
-    hits, brier = (after.argmax(dim=1) == labels).double(), brier_scores(after, labels)
-    columns = {
-        "recalibrated_accuracy": (hits, bounded(hits, 1.0)),
-        "recalibrated_nll": (losses, of_losses(losses, after)),
-        "recalibrated_brier": (brier, bounded(brier, 2.0)),
+    hits = (after.argmax(dim=1) == labels).double()
+    scores = {
+        "recalibrated_accuracy": mean_score(hits, 1.0),
+        "recalibrated_nll": Score(losses.mean().item(), loss_interval_of(losses, after)),
+        "recalibrated_brier": mean_score(brier_scores(after, labels), 2.0),
     }
-    scores: dict[str, float] = {}
-    for name, (values, interval) in columns.items():
-        scores |= Score(values.mean().item(), interval).flat(name)
     if before.isfinite().all() and losses.isfinite().all():
         change = losses - before
-        ends = difference_interval(change, after, probs, LEVEL)
-        score = Score(change.mean().item(), ends if math.isfinite(ends.high) else None)
-        scores |= score.flat("recalibrated_nll_change")
-    settings: dict[str, Any] = {
-        "num_bins": chance.num_bins,
-        "num_simulations": chance.num_simulations,
-        "seed": chance.seed,
-    }
-    scores |= calibration_test(after, labels, level=LEVEL, **settings).score().flat("recalibrated_ece")
-    was = expected_calibration_error(probs, labels, chance.num_bins)
+        interval = difference_interval(change, after, probs, LEVEL)
+        known = interval if math.isfinite(interval.high) else None
+        scores["recalibrated_nll_change"] = Score(change.mean().item(), known)
+    scores["recalibrated_ece"] = calibration_test(after, labels, level=LEVEL, **asdict(settings)).score()
+    ece_before = expected_calibration_error(probs, labels, settings.num_bins)
     return Sections(
         scores=scores,
-        verdict=[recalibration_verdict(recalibration.describe(), scores, was)],
+        verdict=[recalibration_verdict(recalibration.describe(), scores, ece_before)],
         sizes={f"examples of the recalibration, “{recalibration.split}”": recalibration.num_examples},
     )
 
 
 def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets) -> Sections:
-    """Coverage of conformal sets beside what chance alone would show, and their size."""
-    covered, size = set_columns(conformal.sets(probs), labels)
-    band = Interval(*conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL))
-    scores = flatten_scores(
-        {
-            "conformal_coverage": Score(covered.mean().item(), null_band=band),
-            "conformal_size": Score(size.mean().item(), bounded(size, probs.shape[1])),
-            "conformal_empty": Score((size == 0).double().mean().item()),
-        }
-    )
+    """Coverage of conformal sets beside its null band, and their size."""
+    covered, size = coverage_and_sizes(conformal.sets(probs), labels)
+    null_band = conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL)
+    scores = {
+        "conformal_coverage": Score(covered.mean().item(), null_band=Interval(*null_band)),
+        "conformal_size": mean_score(size, probs.shape[1]),
+        "conformal_empty": Score((size == 0).double().mean().item()),
+    }
     return Sections(
         scores=scores,
+        tested=["conformal_coverage"],
         verdict=[conformal_verdict(scores, conformal.level, conformal.split, conformal.num_examples)],
         sizes={f"examples of the conformal sets ({conformal.score}), “{conformal.split}”": conformal.num_examples},
     )

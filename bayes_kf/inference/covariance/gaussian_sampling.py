@@ -14,6 +14,21 @@ def semidefinite(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
 
 
+def normal_draws_by_example(num_samples: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard normal noise (S, B, m) for a ``shape`` of (B, m), drawn example after example.
+
+    The noise of an example depends on how many examples precede it, not on how these are divided into batches.
+    """
+    size, num_outputs = shape
+
+    def draw() -> Tensor:
+        return torch.randn(
+            (num_samples, num_outputs), generator=generator, dtype=torch.float64, device=generator.device
+        )
+
+    return torch.stack([draw() for _ in range(size)], 1)
+
+
 def gaussian_draws(
     mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator, noise: Tensor | None = None
 ) -> Tensor:

@@ -239,7 +239,7 @@ class KalmanFilter:
                 jacobian = linearized.jacobian(projected.directions)
             exact = None if alike or projected.directions is None else projected.directions.rows_per_example
             chunk_rows = rows[where] if exact is None else exact.tolist()  # of this pass, not a forecast
-            outputs_at, chunk_targets = self._outputs_of(chunk), targets[where]
+            outputs_at, chunk_targets = self._outputs_of(chunk.inputs), targets[where]
             yield Measurement(
                 outputs_at, chunk_targets, outputs, point, projected, jacobian, chunk_rows, fitted_point, hold_mean
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,30 +12,24 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.config_groups import NoiseSettings
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.covariance.observation import Observation, solve_innovation, whiten_observation
-from bayes_kf.inference.filtering import predictive_density, tempering
+from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.linearization_check import (
     MAX_DIVERGENCE,
-    TRUST_RADIUS,
-    is_small_change,
     linearization_error,
     move_to_mean,
 )
 from bayes_kf.inference.filtering.measurement import Measurement, MeasurementBlock, ObservationPair, next_block
 from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.step_guard import DAMPING_STEP, MIN_BLOCK_EXAMPLES, StepGuard, warn_of_refused_steps
 from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import congruence, diagonal_blocks
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.measurement_model import noise, predictive_density
+from bayes_kf.inference.measurement_model.innovation_gate import gate_precision
 from bayes_kf.inference.measurement_model.mode_expansion import expand_at_mode
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.measurement_model.output_directions import log_odds_direction_square
-
-DAMPING_STEP = 0.25  # an update that the guard refuses is solved again with this much of the precision
-MAX_DAMPINGS = 8
-MIN_BLOCK_EXAMPLES = 16  # blocks are halved down to this size if they are too large for one step
-MAX_INNOVATION_RATIO = 16.0  # innovation over its degrees of freedom, above which an estimated σ² is not trusted
-OBJECTIVE_RTOL = 1e-4  # relative rise of the objective that counts as rounding
 
 
 class UpdatedStates(NamedTuple):
@@ -143,7 +136,7 @@ def _update_block(
     guard = None
     if config.damping and not measurement.fitted_point:
         guard = StepGuard(config.noise_settings, state, measurement, where, block)
-    precision = _gate(config, pair.mean)
+    precision = gate_precision(pair.mean, config.gate_quantile, config.noise_variance == "estimated")
     after, damping, accurate = _condition(belief, pair, guard, precision, measurement.hold_mean)
     if guard is not None and guard.last_mean is after.mean and guard.last_outputs is not None and accurate:
         error = linearization_error(measurement, where, block, after.mean, guard.last_outputs)
@@ -153,59 +146,6 @@ def _update_block(
     noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not blocks
     state = FilterState(after, state.prior, noise_state, scores, True, state.step, state.examples)
     return _BlockUpdate(state, pair.mean, damping, jitter, accurate)
-
-
-class StepGuard:
-    """Accepts a step if it lowers −log p(y | μ) + ½ δᵀP⁻¹δ, the objective that conditioning solves by linearization.
-
-    A step that changes no output by more than ``TRUST_RADIUS`` is accepted without a forward pass.
-
-    Attributes:
-        last_mean: the mean of the last forward pass; None before the first.
-        last_outputs: the outputs there.
-    """
-
-    def __init__(
-        self,
-        settings: NoiseSettings,
-        state: FilterState,
-        measurement: Measurement,
-        where: slice,
-        block: MeasurementBlock,
-    ) -> None:
-        self._family = noise.likelihood(settings, state.noise)
-        self._belief, self._block, self._where = state.belief, block, where
-        self._outputs_at, self._targets = measurement.outputs_at, measurement.targets[where]
-        self._objective_before: Tensor | None = None
-        self.max_dampings = MAX_DAMPINGS if len(block.targets) < 2 * MIN_BLOCK_EXAMPLES else 0  # otherwise halve first
-        self.last_mean: Tensor | None = None
-        self.last_outputs: Tensor | None = None
-
-    def accepts(self, after: GaussianBelief) -> bool:
-        """Whether the step to the mean of ``after`` is accepted."""
-        if not parameter_sums.all_shards_agree(bool(torch.isfinite(after.mean).all())):
-            return False
-        step = after.mean - self._belief.mean
-        if is_small_change(self._block.jacobian.matvec(step), self._family, TRUST_RADIUS):
-            return True
-        penalty = 0.5 * self._belief.quadratic(step)
-        del step
-        if self._objective_before is None:
-            self._objective_before = self._log_loss_before()
-        allowed = self._objective_before + OBJECTIVE_RTOL * (1.0 + self._objective_before.abs())
-        self.last_mean, self.last_outputs = after.mean, self._outputs_at(after.mean, self._where)
-        if not bool(torch.isfinite(self.last_outputs).all()):
-            return False
-        log_loss = -self._family.log_prob(self.last_outputs, self._targets).sum()
-        return bool(log_loss + penalty <= allowed)
-
-    def _log_loss_before(self) -> Tensor:
-        """−log p(y | μ) of the block at the mean before the update."""
-        block = self._block
-        if block.exact:
-            return -block.family.log_prob(block.outputs, block.targets).sum()
-        self.last_mean, self.last_outputs = self._belief.mean, self._outputs_at(self._belief.mean, self._where)
-        return -self._family.log_prob(self.last_outputs, self._targets).sum()
 
 
 def _observe(
@@ -234,24 +174,6 @@ def _observe(
     return ObservationPair(observation, Observation(probed, zeros)), after, jitter
 
 
-def _gate(config: KalmanConfig, observation: Observation) -> float:
-    """The factor on the precision of an observation whose normalized innovation squared ν is above a bound: bound/ν.
-
-    The bound is a quantile of χ² with the degrees of freedom of ν, or ``MAX_INNOVATION_RATIO`` times them while σ² is
-    estimated.
-    """
-    dof = observation.degrees_of_freedom
-    if config.gate_quantile is not None:
-        from scipy.special import gammaincinv
-
-        bound = 2.0 * float(gammaincinv(0.5 * dof, config.gate_quantile))  # of χ²
-    elif config.noise_variance == "estimated":
-        bound = MAX_INNOVATION_RATIO * dof
-    else:
-        return 1.0
-    return min(1.0, bound / max(observation.innovation, bound))
-
-
 def _condition(
     belief: GaussianBelief, pair: ObservationPair, guard: StepGuard | None, precision: float, hold_mean: bool
 ) -> tuple[GaussianBelief, float, bool]:
@@ -271,16 +193,6 @@ def _condition(
         after = pair.update(belief, precision, accumulate=hold_mean)
     check_belief(after)
     return (after.with_mean(belief.mean) if hold_mean else after), precision, attempts == 0
-
-
-def warn_of_refused_steps() -> None:
-    """Warn that an update left out some examples."""
-    warnings.warn(
-        "no step toward some examples lowered −log p(y | μ) + ½ δᵀP⁻¹δ, not even with "
-        f"{DAMPING_STEP**MAX_DAMPINGS:.1g} of their precision: the update left them out (`damping` is 0 in its info). "
-        "The model is far from linear within the belief; a narrower prior may help.",
-        stacklevel=2,
-    )
 
 
 def score_temperatures(

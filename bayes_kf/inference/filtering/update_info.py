@@ -1,4 +1,4 @@
-"""What an update reports, and how the report is put together."""
+"""The report of an update, and its builder."""
 
 from __future__ import annotations
 

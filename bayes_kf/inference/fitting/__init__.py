@@ -1,1 +1,1 @@
-"""Loops over data loaders: passes, selection, checkpoints, the filter bank."""
+"""Fits: from a model and a data loader to a posterior."""

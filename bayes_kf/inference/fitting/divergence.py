@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bayes_kf.inference.filtering.state import DivergenceError
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.posterior import Posterior
 
 
@@ -22,3 +25,16 @@ class FitDivergenceError(DivergenceError):
     def __init__(self, error: DivergenceError, posterior: Posterior) -> None:
         super().__init__(error.step, error.cause, error.state)
         self.posterior = posterior
+
+
+@contextmanager
+def posterior_on_divergence(posterior_before: Callable[[FilterState], Posterior]) -> Iterator[None]:
+    """Raise a :class:`FitDivergenceError` in place of a DivergenceError.
+
+    Args:
+        posterior_before: from the error's state to the posterior before the refused update.
+    """
+    try:
+        yield
+    except DivergenceError as error:
+        raise FitDivergenceError(error, posterior_before(error.state)) from error

@@ -1,4 +1,4 @@
-"""From a model and a loader to a posterior, under one setting or the best of several."""
+"""``fit``: from a model and a data loader to a posterior, under one config or the best of several."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from torch import nn
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.state import DivergenceError
-from bayes_kf.inference.fitting import checkpointing, holdout_selection
-from bayes_kf.inference.fitting.divergence import FitDivergenceError
-from bayes_kf.inference.fitting.loader import length
-from bayes_kf.inference.fitting.passes import fit_one, mean_pass, one_pass
-from bayes_kf.inference.fitting.progress import Bar, Record, shows_bars
+from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
+from bayes_kf.inference.fitting.divergence import posterior_on_divergence
+from bayes_kf.inference.fitting.fit_config import fit_config
+from bayes_kf.inference.fitting.loader import num_batches
+from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
+from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
+from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
+from bayes_kf.inference.fitting.selection import holdout_selection
+from bayes_kf.inference.fitting.selection.holdout_selection import Split
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.validation import did_you_mean
+from bayes_kf.validation import check_one_of
 
 STARTS = ("prior", "trained")
 
@@ -36,38 +40,42 @@ def fit(
     every: int = 100,
     progress: bool | None = None,
 ) -> Posterior:
-    """The posterior over a model's trainable tensors after one pass over a loader, or as many as configured.
+    """The posterior over a model's trainable tensors after one pass over a loader, or as many as the config asks for.
 
     Args:
-        model: a PEFT model or any module with trainable tensors, or a reading of one (``models.language``); its weights
-            are not changed.
+        model: a PEFT model, any module with trainable tensors, or an adapter of a language model (``models.language``);
+            its weights are not changed.
         loader: batches ``(inputs, targets)`` or mappings with ``labels``.
-        config: the settings. Several: each learns seven eighths of the data, the rest says which predicts best and at
-            which temperature, and that one goes on to learn the rest (``select``). None: ``KalmanConfig.dataset`` under
-            a careful and a wide prior, and a narrow one where the careful one did better (``select.default``), where
-            the loader can be split (a DataLoader over a data set, or a list of at least eight batches), else
-            ``KalmanConfig.stream()``, a single pass; with ``start`` "trained" or a ``checkpoint``, ``KalmanConfig()``.
-            Without settings and ``checkpoint``, the curvature of more than 32 outputs is "sampled", and the part that
-            is held out also says what their logits are divided by (``softmax_temperature``).
-        start: "prior": the model's present tensors are the prior mean, and the mean learns online. "trained": they
-            are kept as the posterior mean (an adapter already trained by anything), and the pass gives the covariance
-            of the model linearized there (a Laplace approximation), under a prior as wide as its evidence says
-            unless ``initial_variance`` is given, and with temperature 0.1 unless one is (``post_hoc`` says why;
-            :meth:`Posterior.calibrate` finds a better one on held-out data). With ``mean_passes`` of the configuration
-            the mean then goes on from there toward the mode, for adapters whose training stopped short of it.
-        checkpoint: a folder that the posterior of a single pass is kept in, written every so many updates, in the end,
-            and when the pass is stopped (Ctrl-C, a loader that raises). Called again with the same loader, settings and
-            folder, it goes on after the batches that it has learned, to the bit as if never stopped. None: none.
+        config: the settings.
+
+            Several configs are candidates: each is fitted to seven eighths of the data, the rest chooses the best and
+            its temperature, and the best is then updated with the rest.
+
+            None: if the loader can be split (a DataLoader over a data set, or a list of at least eight batches), the
+            candidates are ``KalmanConfig.dataset`` with a cautious and a wide prior, and with a narrow prior if the
+            cautious one is better. If it cannot be split, ``fit`` makes one pass with ``KalmanConfig.stream()``. With
+            ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. Without a config and a ``checkpoint``,
+            a model with more than 32 outputs gets "sampled" curvature, and held-out data, if any, choose its softmax
+            temperature.
+        start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
+            are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
+            approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given. The
+            temperature is 0.1 unless the config gives a number; :meth:`Posterior.calibrate` finds a better one on
+            held-out data. With ``mean_passes``, the mean then moves on toward the mode, for adapters whose training was
+            stopped early.
+        checkpoint: a folder in which a single pass saves its posterior after every ``every`` updates, at the end, and
+            when it is stopped (Ctrl-C, an error of the loader). A later call with the same loader, config and folder
+            skips the batches of the earlier call; its result equals that of an uninterrupted pass to the bit. None: no
+            checkpoints.
         every: updates between checkpoints.
-        progress: whether to show a bar with online accuracy, log loss and innovation health (its mean over its
-            degrees of freedom: 1 for a consistent filter). None: only where standard error is a terminal, or in a
-            notebook.
+        progress: whether to show a bar with accuracy, log loss and normalized innovation (1 for a consistent filter).
+            None: only if standard error is a terminal, or in a notebook.
 
     Raises:
-        ValueError: for a bad ``start``, an empty loader, one that is used up by the first of several passes, one that
-            cannot be split for several ``config``, or a batch that does not fit, with the batch's index.
+        ValueError: if ``start`` is unknown, the loader is empty, cannot be iterated again for several passes, or cannot
+            be split for several configs, or a batch does not fit; the message gives the number of the batch.
         FitDivergenceError: a :class:`DivergenceError`, if the filter refuses an update; its attribute ``posterior`` is
-            the posterior before that update. With several ``config``: only if all of them diverge.
+            the posterior before that update. With several configs: only if all of them diverge.
 
     Example:
         >>> data = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(5)]
@@ -75,15 +83,12 @@ def fit(
         >>> posterior.mean["weight"].shape, len(posterior.history["log_loss"])
         (torch.Size([1, 3]), 20)
     """
-    if start not in STARTS:
-        raise ValueError(
-            f"`start` must be one of {', '.join(STARTS)}, got {start!r}{did_you_mean(start, STARTS) or '.'}"
-        )
+    check_one_of("start", start, STARTS)
     if config is not None and not isinstance(config, KalmanConfig):
-        config = holdout_selection.check(config)
+        config = holdout_selection.check_candidates(config)
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
-    posterior = _fit(model, loader, config, start, checkpoint, every, shows_bars(progress))
+    posterior = _fit(model, loader, config, start, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
         tempering.warn_of_mean_alone(posterior.temperature)
@@ -99,114 +104,90 @@ def _fit(
     every: int,
     progress: bool,
 ) -> Posterior:
-    """By the way that the settings and the loader ask for."""
+    """The posterior by the kind of fit that the config and the loader allow."""
     if checkpoint is not None:
         if start != "prior":
             raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")
         if config is not None and not isinstance(config, KalmanConfig):
-            raise ValueError("`config` must be one with a `checkpoint`, got several.")
-        return checkpointing.fit_kept(model, loader, config or KalmanConfig(), checkpoint, every, progress)
+            raise ValueError("`config` must be one KalmanConfig with a `checkpoint`, got several.")
+        return fit_with_checkpoints(model, loader, config or KalmanConfig(), checkpoint, every, progress)
     if isinstance(config, KalmanConfig):
-        return fit_one(model, loader, config, start, progress)
+        return fit_config(model, loader, config, start, progress)
     if config is not None and start == "trained":
-        raise ValueError("`config` must be one with `start` 'trained', whose mean stays, got several.")
+        raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
     if config is None:
         return fit_default(model, loader, start, progress)
-    parts = holdout_selection.split(loader)
-    if parts is None:
+    split = holdout_selection.split_loader(loader)
+    if split is None:
         raise ValueError(
             "`loader` must be a DataLoader over a data set or a list of at least 8 batches for several `config`, "
             f"got {type(loader).__name__}."
         )
-    return _fit_best(model, parts, config, progress)
+    return _update_with_heldout(_fit_candidates(model, split, config, progress), split, progress)
 
 
-class _Candidate(NamedTuple):
-    """A setting's posterior of the fitted part, at its best temperature, and its log loss on the held-out part.
+def fit_default(
+    model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
+) -> Posterior:
+    """The result of :func:`fit` without a ``config``; ``seed`` is that of the default settings."""
+    split = None if start == "trained" else holdout_selection.split_loader(loader)
+    if split is None:
+        single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
+        return fit_config(model, loader, single, start, progress, choose_curvature=True)
+    cautious, wide, narrow = holdout_selection.default_candidates(model, split.fitted, seed)
+    fits = _fit_candidates(model, split, [cautious, wide], progress)
+    if fits[0].loss <= fits[1].loss:
+        fits += _fit_candidates(model, split, [narrow], progress, len(fits))
+    return _update_with_heldout(fits, split, progress)
 
-    Without a posterior, and infinite, where the setting diverged.
+
+class _CandidateFit(NamedTuple):
+    """A candidate fitted to most of the data.
+
+    Attributes:
+        loss: its log loss on the held-out part at its best temperature; infinite if it diverged.
+        posterior: at that temperature; None if it diverged.
     """
 
     loss: float
     posterior: Posterior | None
 
 
-def _fit_best(
-    model: nn.Module | AdapterModel, parts: holdout_selection.Parts, configs: Sequence[KalmanConfig], progress: bool
-) -> Posterior:
-    """The candidate that predicts the held-out part best, gone on to learn it too."""
-    tried = _tried(model, parts, configs, progress)
-    return _finished(_best(tried), parts, [candidate.loss for candidate in tried], progress)
-
-
-def fit_default(
-    model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
-) -> Posterior:
-    """What :func:`fit` does without a ``config``; ``seed`` is that of the settings that it chooses.
-
-    Of the default's priors the best is taken; the narrow one is tried where the careful one did better than the wide.
-    """
-    parts = None if start == "trained" else holdout_selection.split(loader)
-    if parts is None:
-        once = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
-        return fit_one(model, loader, once, start, progress, given=False)
-    careful, wide, narrow = holdout_selection.default(model, parts.fitted, seed)
-    tried = _tried(model, parts, [careful, wide], progress)
-    if tried[0].loss <= tried[1].loss:
-        tried += _tried(model, parts, [narrow], progress, len(tried))
-    return _finished(_best(tried), parts, [candidate.loss for candidate in tried], progress)
-
-
-def _tried(
-    model: nn.Module | AdapterModel,
-    parts: holdout_selection.Parts,
-    configs: Sequence[KalmanConfig],
-    progress: bool,
-    before: int = 0,
-) -> list[_Candidate]:
-    """Every setting fitted and scored; ``before`` were so already.
+def _fit_candidates(
+    model: nn.Module | AdapterModel, split: Split, configs: Sequence[KalmanConfig], progress: bool, num_before: int = 0
+) -> list[_CandidateFit]:
+    """Every candidate fitted to most of the data and scored on the rest.
 
     Raises:
-        DivergenceError: when that happened to all.
+        FitDivergenceError: if all of them diverge.
     """
-    found: list[_Candidate] = []
-    failed = None
-    for number, config in enumerate(configs, before + 1):
+    fits: list[_CandidateFit] = []
+    divergence = None
+    for number, config in enumerate(configs, num_before + 1):
         try:
-            fitted = fit_one(model, parts.fitted, config, "prior", progress, f"candidate {number}: ")
+            posterior = fit_config(model, split.fitted, config, "prior", progress, f"candidate {number}: ")
         except DivergenceError as error:
-            failed = error
-            found.append(_Candidate(math.inf, None))
+            divergence = error
+            fits.append(_CandidateFit(math.inf, None))
             continue
-        posterior, loss = holdout_selection.score(fitted, parts.held_out)
-        found.append(_Candidate(loss, posterior))
-    if failed is not None and all(candidate.posterior is None for candidate in found):
-        raise failed
-    return found
+        posterior, loss = holdout_selection.heldout_loss(posterior, split.heldout)
+        fits.append(_CandidateFit(loss, posterior))
+    if divergence is not None and all(fit.posterior is None for fit in fits):
+        raise divergence
+    return fits
 
 
-def _best(tried: Sequence[_Candidate]) -> Posterior:
-    """The one with the least loss, of those that did not diverge."""
-    found = min((c for c in tried if c.posterior is not None), key=lambda candidate: candidate.loss).posterior
-    assert found is not None
-    return found
-
-
-def _finished(best: Posterior, parts: holdout_selection.Parts, losses: Sequence[float], progress: bool) -> Posterior:
-    """A posterior gone on to learn the held-out part too; ``losses`` are kept in its history."""
-    kf, record, refine_again = best.kf, Record(best.config.likelihood), best.config.mean_passes > 0
-    try:
-        with Bar(length(parts.held_out), "the held-out part", progress) as bar:
-            state = one_pass(kf, best.state, parts.held_out, record, bar, hold_mean=refine_again)
-        if refine_again:  # the mean goes on as it did last, now over all examples
-            everything, passes = itertools.chain(parts.fitted, parts.held_out), kf.config.mean_passes
-            with Bar(None, "last mean pass", progress) as bar:
+def _update_with_heldout(fits: Sequence[_CandidateFit], split: Split, progress: bool) -> Posterior:
+    """The best candidate, updated with the held-out part; all losses are in its history."""
+    best = min((fit for fit in fits if fit.posterior is not None), key=lambda fit: fit.loss).posterior
+    assert best is not None
+    kf, history, passes = best.kf, FitHistory(best.config.likelihood), best.config.mean_passes
+    with posterior_on_divergence(lambda _: best):
+        with ProgressBar(num_batches(split.heldout), "the held-out part", progress) as bar:
+            state = filter_pass(kf, best.state, split.heldout, history, bar, hold_mean=passes > 0)
+        if passes:  # the last mean pass again, now over all examples
+            everything = itertools.chain(split.fitted, split.heldout)
+            with ProgressBar(None, "last mean pass", progress) as bar:
                 state, _ = mean_pass(kf, state, everything, passes - 1, passes, bar)
-    except DivergenceError as error:
-        raise FitDivergenceError(error, best) from error
-    later = record.history()
-    history = {
-        name: torch.cat([values, later[name]]) if name in later else values for name, values in best.history.items()
-    }
-    history["held_out_log_loss"] = torch.tensor(losses, dtype=torch.float64)
-    return Posterior(kf, state, history)
+    losses = torch.tensor([fit.loss for fit in fits], dtype=torch.float64)
+    return Posterior(kf, state, history.appended_to(best.history) | {"held_out_log_loss": losses})

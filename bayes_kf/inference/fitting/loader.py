@@ -1,43 +1,47 @@
-"""Batches of a loader: what each must hold, the first of them, and which one an error is about."""
+"""The first batches of a data loader, and the number of all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DivergenceError
+from bayes_kf.inference.fitting.loop import inputs_and_targets
 from bayes_kf.models.batch import Inputs, batch_size, split_batch, to_device
 
-SCALE_EXAMPLES = 32  # inputs that the prior's scale is measured on, taken from the first batches
+SCALE_EXAMPLES = 32  # first examples, on which the scale of the prior is measured
 
 
-@contextmanager
-def located(index: int) -> Iterator[None]:
-    """Errors of a batch say which it was."""
+def num_batches(loader: Iterable[Any]) -> int | None:
+    """The number of batches, or None; a DataLoader over a stream has ``__len__`` but no length."""
     try:
-        yield
-    except DivergenceError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{error} (batch {index} of `loader`)") from error
-    except RuntimeError as error:  # the model's own complaint
-        error.add_note(f"in batch {index} of `loader`")
-        raise
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
-def scaling(kf: KalmanFilter, batches: list[Any]) -> Inputs:
-    """The first batches' inputs together where they can be joined: the prior's scale is measured on them."""
-    pieces = [complete(batch, index)[0] for index, batch in enumerate(batches)]
-    return join([to_device(piece, kf.adapter.device) for piece in pieces])
+def first_batches(batches: Iterator[Any], num_examples: int = SCALE_EXAMPLES) -> list[Any]:
+    """The first batches, which together hold ``num_examples`` examples or all there are."""
+    first, examples = list[Any](), 0
+    for batch in batches:
+        first.append(batch)
+        examples += batch_size(split_batch(batch)[0])
+        if examples >= num_examples:
+            break
+    return first
 
 
-def join(pieces: list[Inputs]) -> Inputs:
-    """Inputs as one batch; the first piece alone where they do not fit together (text padded to different lengths)."""
+def scale_inputs(kf: KalmanFilter, batches: list[Any]) -> Inputs:
+    """The inputs on which the scale of the prior is measured: those of the first batches, concatenated if possible."""
+    pieces = [inputs_and_targets(batch, number)[0] for number, batch in enumerate(batches)]
+    return concatenate_inputs([to_device(piece, kf.adapter.device) for piece in pieces])
+
+
+def concatenate_inputs(pieces: list[Inputs]) -> Inputs:
+    """Inputs as one batch, or the first piece if their shapes differ (text padded to different lengths)."""
     first = pieces[0]
     if isinstance(first, Tensor):
         same = all(isinstance(p, Tensor) and p.shape[1:] == first.shape[1:] for p in pieces)
@@ -54,30 +58,3 @@ def join(pieces: list[Inputs]) -> Inputs:
         else:
             return first
     return joined
-
-
-def first(batches: Iterator[Any], num_examples: int) -> list[Any]:
-    """The first batches that together hold ``num_examples``, or all there are."""
-    first, seen = [], 0
-    for batch in batches:
-        first.append(batch)
-        seen += batch_size(split_batch(batch)[0])
-        if seen >= num_examples:
-            break
-    return first
-
-
-def length(loader: Iterable[Any]) -> int | None:
-    """Number of batches, where the loader knows it; a DataLoader over a stream has ``__len__`` and no length."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def complete(batch: Any, index: int) -> tuple[Inputs, Tensor]:
-    """Inputs and targets of a batch that must have both."""
-    inputs, targets = split_batch(batch)
-    if targets is None:
-        raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")
-    return inputs, targets

@@ -1,8 +1,9 @@
-"""One belief from several that started alike and saw different data.
+"""Merging of posteriors that were fitted to disjoint data from one prior.
 
-p(θ | D₁, …, D_K) ∝ p(θ)^(1−K) Π_k p(θ | D_k) for data that are independent given θ. Of Gaussians the precisions P⁻¹ and
-the P⁻¹μ add up, less K − 1 times the prior's, so that the prior counts once. Exact for models that are linear in θ, as
-each belief is linearized where it learned; covariance structures keep their form. Bayesian committees: Tresp 2000.
+p(θ | D₁, …, D_K) ∝ p(θ)^(1−K) Π_k p(θ | D_k) for data that are independent given θ. The Gaussians' precisions P⁻¹ and
+their P⁻¹μ are added, and K − 1 times those of the prior are subtracted, so that the prior counts once. This is exact
+for models that are linear in θ, since each belief is linearized at its own means. A covariance keeps its structure.
+This is the Bayesian committee machine (Tresp 2000).
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.base_fingerprint import fingerprint
 
-ALIKE = ("seed", "temperature", *TUNING, *BUDGETS)  # settings that may differ
+MAY_DIFFER = ("seed", "temperature", *TUNING, *BUDGETS)  # settings
 
 
 def merge(posteriors: Sequence[Posterior]) -> Posterior:
-    """The posterior given the data of several, which were fitted on disjoint data from one prior.
+    """The posterior given the data of several posteriors, which were fitted to disjoint data from one prior.
 
     They must have the same model, settings and prior: begin each with the same ``state = kf.init(inputs)``, or give
-    ``initial_variance``. What comes back belongs to the first one's model; its temperature is the number that all were
-    given, or else the one under which all their streams together were predicted best, its history is empty.
+    ``initial_variance``. The result belongs to the model of the first and has no history. Its temperature is that of
+    the configs if they all have the same number, or else the one with the least log loss over all their streams.
 
     Args:
         posteriors: at least one.
 
     Raises:
-        ValueError: for none, for others than those, for temperatures that differ without streams, and for settings
-            under which a belief forgets or moves, or estimates its noise: the prior is not in it any more, or the noise
-            is not the same.
+        ValueError: if there are none, they have different models, settings or priors, or their temperatures differ and
+            some have no stream. Also for settings with dynamics or a gradient penalty, under which the belief is not
+            its prior times likelihoods, and for an estimated noise variance, which differs between posteriors.
 
     Example:
         >>> import bayes_kf as bkf
@@ -51,7 +52,7 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
     first = posteriors[0]
     _check_static(first)
     for number, other in enumerate(posteriors[1:], 1):
-        _check_alike(first, other, number)
+        _check_compatible(first, other, number)
     config = replace(first.config, temperature=_temperature(posteriors), tune=None)
     states = [posterior.state for posterior in posteriors]
     device = first.mean_vector.device
@@ -71,45 +72,47 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
 
 
 def _temperature(posteriors: Sequence[Posterior]) -> float | str:
-    """The number that all were given, or else what their streams say together."""
-    found = {posterior.config.temperature for posterior in posteriors}
-    if len(found) == 1:
-        return found.pop()
+    """The temperature of all configs, or "prequential" if they differ and all have a stream."""
+    temperatures = {posterior.config.temperature for posterior in posteriors}
+    if len(temperatures) == 1:
+        return temperatures.pop()
     if all(posterior.state.temperature_scores.updates for posterior in posteriors):
         return "prequential"
-    text = ", ".join(str(value) for value in sorted(found, key=str))
-    raise ValueError(f"`posteriors` must have one temperature, or streams that priced theirs, got {text}.")
+    text = ", ".join(str(value) for value in sorted(temperatures, key=str))
+    raise ValueError(f"`posteriors` must have one temperature, or each a stream that chooses it, got {text}.")
 
 
 def _check_static(posterior: Posterior) -> None:
-    """That what it learned is its prior times likelihoods that do not depend on what else it saw."""
+    """Raise ValueError if the belief is not its prior times likelihoods that depend on nothing else."""
     config = posterior.config
-    still = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0, "gradient_penalty": 0.0}
-    static: dict[str, float | str] = {**still, "noise": "exponential_family"}
-    found = {name: getattr(config, name) for name, value in static.items() if getattr(config, name) != value}
+    needed: dict[str, float | str] = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0}
+    needed |= {"gradient_penalty": 0.0, "noise": "exponential_family"}
+    wrong = {name: getattr(config, name) for name, value in needed.items() if getattr(config, name) != value}
     if config.noise_variance == "estimated":
-        found["noise_variance"] = "estimated"
-    if found:
-        text = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise ValueError(f"`posteriors` must neither forget, move, be penalized nor estimate their noise, got {text}.")
+        wrong["noise_variance"] = "estimated"
+    if wrong:
+        text = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        raise ValueError(f"`posteriors` must have no dynamics, no gradient penalty and no estimated noise, got {text}.")
 
 
-def _check_alike(first: Posterior, other: Posterior, number: int) -> None:
-    changed = ", ".join(name for name in first.config.differences(other.config) if name not in ALIKE)
+def _check_compatible(first: Posterior, other: Posterior, number: int) -> None:
+    """Raise ValueError if posterior ``number`` has other settings, another model or another prior than the first."""
+    changed = ", ".join(name for name in first.config.differences(other.config) if name not in MAY_DIFFER)
     if changed:
         raise ValueError(f"`posteriors` must have the same settings, got another {changed} in number {number}.")
     one, two = first.adapter, other.adapter
     if (one.names, one.shapes) != (two.names, two.shapes):
         raise ValueError(f"`posteriors` must be over the same tensors, got others in number {number}.")
-    if two.model is not one.model and _base(first) != _base(other):
+    if two.model is not one.model and _base_fingerprint(first) != _base_fingerprint(other):
         raise ValueError(f"`posteriors` must have the same frozen weights, got others in number {number}.")
-    mine, theirs = first.state.prior, other.state.prior
-    if not all(torch.equal(a, b.to(a.device)) for a, b in zip(mine, theirs, strict=True)):
+    pairs = zip(first.state.prior, other.state.prior, strict=True)
+    if not all(torch.equal(a, b.to(a.device)) for a, b in pairs):
         raise ValueError(
-            f"`posteriors` must come from one prior, got another in number {number}: begin with one"
+            f"`posteriors` must come from one prior, got another in number {number}; begin with one"
             " `KalmanFilter.init`, or give `initial_variance`."
         )
 
 
-def _base(posterior: Posterior) -> str:
-    return pretrained.fingerprint(posterior.adapter.model, set(posterior.adapter.names))
+def _base_fingerprint(posterior: Posterior) -> str:
+    """The fingerprint of the frozen weights."""
+    return fingerprint(posterior.adapter.model, set(posterior.adapter.names))

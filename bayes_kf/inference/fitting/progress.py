@@ -1,4 +1,4 @@
-"""What a pass over a loader shows while it lasts, and what it keeps of its updates."""
+"""The progress bar of a pass, and the record of its updates."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.filtering.update_info import UpdateInfo
+from bayes_kf.inference.predictive.gaussian_posterior import as_training_series
 
-WINDOW = 100  # updates behind the numbers in the progress bar
-SEEN = "training_"  # before the names of series about data that the adapter had learned before the pass
-OF_PREDICTIONS = ("log_loss", "correct", "innovation", "dof")  # prequential, where the data were new
+SUMMARY_UPDATES = 100  # the latest updates, whose means stand beside the progress bar
 
 
-def shows_bars(progress: bool | None) -> bool:
+def shows_progress(progress: bool | None) -> bool:
     """Whether to show progress bars.
 
     Args:
-        progress: True or False; None: only where standard error is a terminal, or in a notebook.
+        progress: True or False. None: only if standard error is a terminal, or in a notebook.
     """
     if progress is not None:
         return progress
@@ -29,82 +28,98 @@ def shows_bars(progress: bool | None) -> bool:
     return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
-class Bar:
-    """Progress over batches; ``done`` of them."""
+class ProgressBar:
+    """A progress bar over batches.
 
-    def __init__(self, total: int | None, label: str, shown: bool) -> None:
+    Args:
+        total: the number of batches; None if unknown.
+        label: the text before the bar.
+        shown: whether it is visible.
+
+    Attributes:
+        done: the number of batches so far.
+    """
+
+    def __init__(self, total: int | None = None, label: str = "", shown: bool = False) -> None:
         from tqdm.auto import tqdm
 
         self.done, self._bar = 0, tqdm(total=total, disable=not shown, desc=label, unit="batch")
 
     def advance(self, text: str) -> None:
-        """One more batch, and what to say beside the bar."""
+        """Count one more batch and show a text beside the bar."""
         self.done += 1
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
     def skip(self, batches: int) -> None:
-        """Some batches are behind already."""
+        """Count batches that an earlier call processed."""
         self.done += batches
         self._bar.update(batches)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
 
-class Record:
-    """What the updates of a pass reported, and its running summary.
+class FitHistory:
+    """The scores of a pass's updates: series by name, and a summary of the latest.
 
     Args:
         likelihood: of the targets.
-        seen: whether the adapter had learned these data before. Then no score here is of a prediction that came before
-            the example was learned, and the series have names of their own; see :func:`of_seen_data`.
+        trained_on: whether the adapter was trained on these data. If so, no score is prequential, and the series have
+            the names of :func:`~bayes_kf.inference.predictive.gaussian_posterior.as_training_series`.
     """
 
-    def __init__(self, likelihood: str, seen: bool = False) -> None:
-        self.likelihood, self.seen = likelihood, seen
-        self.per_example: dict[str, list[Tensor]] = {"log_loss": [], "correct": []}
-        self.per_update: dict[str, list[float]] = {name: [] for name in ("innovation", "dof", "damping", "seconds")}
-        self._correct = self._seen = 0.0
+    def __init__(self, likelihood: str, trained_on: bool = False) -> None:
+        self.likelihood, self.trained_on = likelihood, trained_on
+        self._per_example: dict[str, list[Tensor]] = {"log_loss": [], "correct": []}
+        self._per_update: dict[str, list[float]] = {name: [] for name in ("innovation", "dof", "damping", "seconds")}
+        self._correct = self._examples = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no update."""
+        return not self._per_update["dof"]
 
     def add(self, info: UpdateInfo) -> None:
-        """Take in an update."""
-        self.per_example["log_loss"].append(info.log_loss.detach().cpu())
+        """Add the scores of an update."""
+        self._per_example["log_loss"].append(info.log_loss.detach().cpu())
         if info.correct is not None:
-            self.per_example["correct"].append(info.correct.detach().cpu())
+            self._per_example["correct"].append(info.correct.detach().cpu())
             self._correct += float(info.correct.sum())
-        self._seen += len(info.log_loss)
+        self._examples += len(info.log_loss)
         update = info._asdict() | {"dof": info.degrees_of_freedom}
-        for name, values in self.per_update.items():
+        for name, values in self._per_update.items():
             values.append(float(update[name]))
 
     def summary(self) -> str:
-        """Accuracy so far; log loss and, of data that were new, innovation of late."""
-        recent = torch.cat(self.per_example["log_loss"][-WINDOW:])
-        if self.seen:
-            accuracy = f"training accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
-            return f"{accuracy}training log loss {recent.mean():.3f}"
-        dof = sum(self.per_update["dof"][-WINDOW:])  # 0 where the only update's candidate diverged in it
-        ratio = sum(self.per_update["innovation"][-WINDOW:]) / max(dof, 1.0)
-        accuracy = f"accuracy {self._correct / self._seen:.3f}, " if self.per_example["correct"] else ""
-        return f"{accuracy}log loss {recent.mean():.3f}, innovation {ratio:.2f}"
+        """The accuracy so far, and the latest log loss and normalized innovation; empty before the first update."""
+        if self.is_empty:
+            return ""
+        log_loss = torch.cat(self._per_example["log_loss"][-SUMMARY_UPDATES:]).mean()
+        prefix = "training " if self.trained_on else ""
+        is_class = bool(self._per_example["correct"])
+        accuracy = f"{prefix}accuracy {self._correct / self._examples:.3f}, " if is_class else ""
+        if self.trained_on:
+            return f"{accuracy}{prefix}log loss {log_loss:.3f}"
+        dof = sum(self._per_update["dof"][-SUMMARY_UPDATES:])  # 0 if the only candidate of the only update diverged
+        ratio = sum(self._per_update["innovation"][-SUMMARY_UPDATES:]) / max(dof, 1.0)
+        return f"{accuracy}log loss {log_loss:.3f}, innovation {ratio:.2f}"
 
-    def history(self) -> dict[str, Tensor]:
-        """Every recorded series as a tensor, by name."""
-        joined = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in self.per_example.items()}
+    def series(self) -> dict[str, Tensor]:
+        """Every recorded series as a 1-D tensor, by name."""
+        joined = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in self._per_example.items()}
         if self.likelihood in ("gaussian", "poisson"):
             del joined["correct"]
-        joined |= {name: torch.tensor(values) for name, values in self.per_update.items()}
-        return of_seen_data(joined) if self.seen else joined
+        joined |= {name: torch.tensor(values) for name, values in self._per_update.items()}
+        return as_training_series(joined) if self.trained_on else joined
 
-
-def of_seen_data(history: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The series under the names for data that the adapter had learned before: ``training_log_loss`` and so on.
-
-    Whatever reads prequential scores (reports, comparisons, the command line) then finds none, also in what is saved.
-    """
-    return {SEEN + name if name in OF_PREDICTIONS else name: values for name, values in history.items()}
+    def appended_to(self, earlier: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The series appended to those of an earlier pass."""
+        if self.is_empty:
+            return earlier
+        series = self.series()
+        return earlier | {k: torch.cat([earlier[k], v]) if k in earlier else v for k, v in series.items()}

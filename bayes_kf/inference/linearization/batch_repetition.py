@@ -1,29 +1,28 @@
-"""How many copies of each example go through the network at once, so that a few passes carry all of their directions.
+"""How often each example of a batch is repeated, so that few backward passes carry all rows of the Jacobian.
 
-A backward pass carries one direction for every row of the batch. Rows are repeated where that is cheaper than more
-passes: for small batches, whose passes cost the same with more rows, and where examples differ in how many directions
-they have, as under truncated curvature, for else the one with the most would keep all others waiting.
+A backward pass carries one direction of the outputs for every row of the batch. Examples are repeated if that costs
+less than more passes: in small batches, whose passes cost the same with more rows, and if examples have different
+numbers of directions, as with truncated curvature, since the others would wait for the example that has most.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-FORWARD_COST = 1.3  # cost of a forward pass that keeps its graph, in backward passes; a small BERT on a CPU
+FORWARD_COST = 1.3  # of a forward pass that records its graph, in backward passes; measured on a small BERT on a CPU
 
 
 class BackwardPass(NamedTuple):
-    """What one backward pass carries.
+    """The directions that one backward pass carries.
 
     Attributes:
-        rows: the rows of the batch that have a direction, (R',); None where all have.
-        example: whose they are, (R',).
-        which: of its directions, (R',).
+        rows: the rows of the batch that have a direction, (R',); None if all have.
+        example: of each of these rows, (R',).
+        which: the direction of the example, (R',).
     """
 
     rows: Tensor | None
@@ -37,51 +36,51 @@ class BatchRepetition(NamedTuple):
     Attributes:
         copies: of each example, (B,), on the CPU.
         example: of each row, (R,), on the CPU, in order.
+        first: row of each example, (B,), on the CPU.
     """
 
     copies: Tensor
     example: Tensor
+    first: Tensor
 
-    @property
-    def first(self) -> Tensor:
-        """The first row of each example, (B,)."""
-        return self.copies.cumsum(0) - self.copies
-
-    def backward_passes(self, number: int, needed: Tensor | None, device: torch.device) -> Iterator[BackwardPass]:
-        """The passes that carry ``needed`` (B,) directions of each example, or ``number`` of all."""
-        alike = [number] * len(self.copies)
-        wanted = torch.tensor(alike if needed is None else needed.tolist())[self.example]
+    def backward_passes(
+        self, num_rows: int, rows_per_example: Tensor | None, device: torch.device
+    ) -> list[BackwardPass]:
+        """The passes that carry ``rows_per_example`` (B,) directions of each example, or ``num_rows`` of all."""
+        alike = [num_rows] * len(self.copies)
+        wanted = torch.tensor(alike if rows_per_example is None else rows_per_example.tolist())[self.example]
         copies, copy = self.copies[self.example], torch.arange(len(self.example)) - self.first[self.example]
-        example = self.example.to(device)
-        for number_of_pass in range(int(wanted.add(copies - 1).floor_divide(copies).max())):
-            which = number_of_pass * copies + copy
+        example, passes = self.example.to(device), []
+        for number in range(int(wanted.add(copies - 1).floor_divide(copies).max())):
+            which = number * copies + copy
             rows = (which < wanted).nonzero().squeeze(1)
             if len(rows) == len(which):
-                yield BackwardPass(None, example, which.to(device))
+                passes.append(BackwardPass(None, example, which.to(device)))
             else:
-                yield BackwardPass(rows.to(device), self.example[rows].to(device), which[rows].to(device))
+                passes.append(BackwardPass(rows.to(device), self.example[rows].to(device), which[rows].to(device)))
+        return passes
 
     @classmethod
     def of(cls, copies: Tensor) -> BatchRepetition:
         """From the copies of each example, (B,)."""
-        return cls(copies, torch.arange(len(copies)).repeat_interleave(copies))
+        return cls(copies, torch.arange(len(copies)).repeat_interleave(copies), copies.cumsum(0) - copies)
 
 
 @functools.lru_cache(maxsize=64)
-def cheapest_repetition(needed: tuple[int, ...], free: int, most: int) -> BatchRepetition:
-    """The layout whose passes take least time.
+def cheapest_repetition(rows_per_example: tuple[int, ...], free: int, most: int) -> BatchRepetition:
+    """The repetition whose passes take least time.
 
     Args:
-        needed: directions of each example, B of them.
-        free: rows up to which a pass costs the same.
-        most: rows that may be there at once, where they are not fewer than the examples.
+        rows_per_example: directions of each example, B numbers.
+        free: the number of rows up to which a pass costs the same.
+        most: the number of rows allowed at once, unless there are more examples.
     """
-    wanted = torch.tensor(needed).clamp_min(1)
+    wanted = torch.tensor(rows_per_example).clamp_min(1)
     longest = int(wanted.max())
     copies_of = range(1, min(longest, most) + 1)
     passes = torch.tensor(sorted({-(-number // k) for number in set(wanted.tolist()) for k in copies_of}))
     copies = -(-wanted // passes.unsqueeze(1))  # (candidates, B)
     rows = copies.sum(1)
     cost = (FORWARD_COST + passes) * rows.clamp_min(free)
-    cost = cost.masked_fill(rows > max(most, len(needed)), torch.inf)
+    cost = cost.masked_fill(rows > max(most, len(rows_per_example)), torch.inf)
     return BatchRepetition.of(copies[int(cost.argmin())])

@@ -1,41 +1,46 @@
-"""Rows of the Jacobian of one or several neighbouring tensors, and their products.
+"""Blocks of columns of the Jacobian, one for a tensor or for several consecutive ones, and their products.
 
-``Rows`` are stored as they are (LoRA's A and B, norms, convolutions): their length is the tensor's size, small for
-adapters. ``Outer`` is a Linear applied to one vector per example (classifiers): a row is g ⊗ a, and only g and a are
-kept, so that a head of m classes on d features costs m + d numbers a row and not m·d.
+A ``DenseBlock`` stores its rows (LoRA's A and B, norms, convolutions): a row is as long as the tensor, which is short
+for adapters. An ``OuterProductBlock`` belongs to a Linear that is applied to one vector per example (a classifier). Its
+row is g ⊗ a, and only g and a are stored: m + d numbers for a head of m classes on d features instead of m·d.
+
+Letters: B examples, c rows per example, s columns of the block, n parameters, J the block's rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-CHUNK_NUMEL = 2**19  # numbers in a temporary
-Pieces = Iterator[tuple[slice, Tensor]]  # some columns of a block at a time
+CHUNK_NUMEL = 2**19  # numbers in a temporary tensor
 
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """Stored rows of the columns ``where`` of θ, (B, c, s)."""
+    """Stored rows of some columns.
 
-    where: slice | Tensor
+    Attributes:
+        columns: of the block in θ, s of them.
+        rows: J, (B, c, s).
+    """
+
+    columns: slice | Tensor
     rows: Tensor
 
     @property
-    def width(self) -> int:
-        """s, the number of columns."""
-        return self.rows.shape[-1]
-
-    @property
     def nbytes(self) -> int:
-        """The bytes that its tensors take."""
+        """Bytes of the stored tensors."""
         return self.rows.untyped_storage().nbytes()
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the block's dtype and device."""
+        return self.rows
+
     def examples(self, which: slice) -> DenseBlock:
-        """Those of some examples (views)."""
+        """The rows of some examples (views)."""
         return replace(self, rows=self.rows[which])
 
     def first_rows(self, count: int) -> DenseBlock:
@@ -43,75 +48,96 @@ class DenseBlock:
         return replace(self, rows=self.rows[:, :count])
 
     def matmul(self, matrix: Tensor) -> Tensor:
-        """J F, (B, c, L) for F (n, L), in F's precision."""
-        table = matrix[self.where]
+        """J F, (B, c, L), for F (n, L), in the dtype of F."""
+        own = matrix[self.columns]  # (s, L)
         if matrix.dtype == self.rows.dtype:
-            return self.rows @ table
-        total = matrix.new_zeros(*self.rows.shape[:2], matrix.shape[1])
-        for part in _pieces(self.width, self.rows.shape[0] * self.rows.shape[1]):
-            total += self.rows[..., part].to(matrix) @ table[part]
-        return total
+            return self.rows @ own
+        size, count, width = self.rows.shape
+        product = matrix.new_zeros(size, count, matrix.shape[1])
+        step = max(1, CHUNK_NUMEL // (size * count))
+        for start in range(0, width, step):
+            product += self.rows[..., start : start + step].to(matrix) @ own[start : start + step]
+        return product
 
-    def rmatmul(self, weights: Tensor) -> Pieces:
-        """Jᵀ w, (s, L) for w (B, c, L)."""
-        yield slice(0, self.width), self.rows.flatten(0, 1).mT @ weights.flatten(0, 1)
+    def rmatmul(self, weights: Tensor, result: Tensor) -> None:
+        """Writes Jᵀw into its rows of ``result`` (n, L), for w (B, c, L)."""
+        result[self.columns] = self.rows.flatten(0, 1).mT @ weights.flatten(0, 1)
 
     def gram(self, variance: Tensor) -> Tensor:
         """J diag(p) Jᵀ, (B·c, B·c), in float64."""
-        rows, root = self.rows.flatten(0, 1), variance[self.where].sqrt()
-        total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-        for part in _pieces(self.width, len(rows)):
-            scaled = rows[:, part].double() * root[part]
-            total.addmm_(scaled, scaled.mT)
-        return total
+        rows, root = self.rows.flatten(0, 1), variance[self.columns].sqrt()
+        gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+        step = max(1, CHUNK_NUMEL // len(rows))
+        for start in range(0, rows.shape[1], step):
+            scaled = rows[:, start : start + step].double() * root[start : start + step]  # J diag(√p)
+            gram.addmm_(scaled, scaled.mT)
+        return gram
 
     def block_gram(self, variance: Tensor) -> Tensor:
-        """J_b diag(p) J_bᵀ of every example, (B, c, c), in float64."""
-        root = variance[self.where].sqrt()
-        total = self.rows.new_zeros(*self.rows.shape[:2], self.rows.shape[1], dtype=torch.float64)
-        for part in _pieces(self.width, self.rows.shape[0] * self.rows.shape[1]):
-            scaled = self.rows[..., part].double() * root[part]
-            total.baddbmm_(scaled, scaled.mT)
-        return total
+        """J_b diag(p) J_bᵀ of every example b, (B, c, c), in float64."""
+        size, count, width = self.rows.shape
+        root = variance[self.columns].sqrt()
+        gram = self.rows.new_zeros(size, count, count, dtype=torch.float64)
+        step = max(1, CHUNK_NUMEL // (size * count))
+        for start in range(0, width, step):
+            scaled = self.rows[..., start : start + step].double() * root[start : start + step]  # J_b diag(√p)
+            gram.baddbmm_(scaled, scaled.mT)
+        return gram
 
-    def column_squares(self, left: Tensor) -> Pieces:
-        """Σ_q (Σ_bc A_qbc J_bc)² by column, (s,), for A (q, B, c)."""
-        rows, left = self.rows.flatten(0, 1), left.flatten(1)
-        for part in _pieces(self.width, len(left)):
-            yield part, (left @ rows[:, part]).square_().sum(0)
+    def column_squares(self, factor: Tensor, result: Tensor) -> None:
+        """Writes Σ_q (Σ_bc A_qbc J_bcs)² into its part of ``result`` (n,), for A (q, B, c)."""
+        rows, flat = self.rows.flatten(0, 1), factor.flatten(1)
+        step = max(1, CHUNK_NUMEL // len(flat))
+        for start in range(0, rows.shape[1], step):
+            self._write(result, start, (flat @ rows[:, start : start + step]).square_().sum(0))
 
-    def example_squares(self, left: Tensor | None) -> Pieces:
-        """Σ_bq (Σ_c W_bqc J_bc)² by column, (s,), for W (B, q, c) or the identity."""
-        num_rows = self.rows.shape[0] * (self.rows.shape[1] if left is None else left.shape[1])
-        for part in _pieces(self.width, num_rows):
-            rows = self.rows[..., part] if left is None else left @ self.rows[..., part]
-            yield part, rows.square().sum((0, 1))
+    def example_squares(self, factor: Tensor | None, result: Tensor) -> None:
+        """Writes Σ_bq (Σ_c W_bqc J_bcs)² into its part of ``result`` (n,), for W (B, q, c) or the identity."""
+        num_rows = self.rows.shape[0] * (self.rows.shape[1] if factor is None else factor.shape[1])
+        step = max(1, CHUNK_NUMEL // num_rows)
+        for start in range(0, self.rows.shape[-1], step):
+            rows = self.rows[..., start : start + step]
+            rows = rows if factor is None else factor @ rows
+            self._write(result, start, rows.square().sum((0, 1)))
+
+    def _write(self, result: Tensor, start: int, values: Tensor) -> None:
+        """Writes values of the block's columns from ``start`` on."""
+        if isinstance(self.columns, slice):
+            result[self.columns][start : start + len(values)] = values
+        else:
+            result[self.columns[start : start + len(values)]] = values
 
     def dense(self) -> Tensor:
-        """The rows, (B, c, s)."""
+        """J, (B, c, s)."""
         return self.rows
 
 
 @dataclass(frozen=True)
 class OuterProductBlock:
-    """Rows g ⊗ a of the columns ``where`` of θ, s = out·in: g (B, c, out), a (B, in)."""
+    """Rows g ⊗ a of some columns, s = out·in.
 
-    where: slice
+    Attributes:
+        columns: of the block in θ, s of them.
+        cotangent: g, (B, c, out), the gradient of the module's output.
+        activation: a, (B, in), the module's input; ones for a bias, with in = 1.
+    """
+
+    columns: slice
     cotangent: Tensor
     activation: Tensor
 
     @property
-    def width(self) -> int:
-        """s, the number of columns."""
-        return self.cotangent.shape[-1] * self.activation.shape[-1]
-
-    @property
     def nbytes(self) -> int:
-        """The bytes that its tensors take."""
+        """Bytes of the stored tensors."""
         return self.cotangent.untyped_storage().nbytes() + self.activation.untyped_storage().nbytes()
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the block's dtype and device."""
+        return self.activation
+
     def examples(self, which: slice) -> OuterProductBlock:
-        """Those of some examples (views)."""
+        """The rows of some examples (views)."""
         return replace(self, cotangent=self.cotangent[which], activation=self.activation[which])
 
     def first_rows(self, count: int) -> OuterProductBlock:
@@ -119,76 +145,70 @@ class OuterProductBlock:
         return replace(self, cotangent=self.cotangent[:, :count])
 
     def matmul(self, matrix: Tensor) -> Tensor:
-        """J F, (B, c, L) for F (n, L), in F's precision."""
-        activation, columns = self.activation.to(matrix), matrix[self.where].unbind(1)
-        products = [activation @ self._table(column).mT for column in columns]  # (B, out) each
+        """J F, (B, c, L), for F (n, L), in the dtype of F: Σ_oi g_bco a_bi F_oiℓ."""
+        activation, width = self.activation.to(matrix), self.activation.shape[-1]
+        products = []
+        for column in matrix[self.columns].unbind(1):
+            products.append(activation @ column.view(-1, width).mT)  # (B, out)
         return self.cotangent.to(matrix) @ torch.stack(products, -1)
 
-    def rmatmul(self, weights: Tensor) -> Pieces:
-        """Jᵀ w, (s, L) for w (B, c, L)."""
-        for part, g in self._parts(weights.shape[-1]):
+    def rmatmul(self, weights: Tensor, result: Tensor) -> None:
+        """Writes Jᵀw into its rows of ``result`` (n, L), for w (B, c, L): Σ_bc g_bco w_bcℓ a_bi."""
+        own, width = result[self.columns], self.activation.shape[-1]
+        step = max(1, CHUNK_NUMEL // max(weights.shape[-1], self.activation.numel()))
+        for start in range(0, self.cotangent.shape[-1], step):
+            g = self.cotangent[..., start : start + step]
             sums = torch.einsum("bco,bcl->lbo", g, weights)
-            yield part, (sums.mT @ self.activation).flatten(1).mT
+            own[start * width : (start + step) * width] = (sums.mT @ self.activation).flatten(1).mT
 
     def gram(self, variance: Tensor) -> Tensor:
-        """J diag(p) Jᵀ, (B·c, B·c), in float64: Σ_o g_bco g_b'c'o Q_obb', Q_o = Σ_i p_oi a_bi a_b'i."""
-        size, c, _ = self.cotangent.shape
-        activation = self.activation.double()
-        pairs = activation.unsqueeze(0) * activation.unsqueeze(1)  # (B, B, in)
-        total = pairs.new_zeros(size, c, size, c)
-        for part, some in self._parts(size * size + size * c):
-            g, inner = some.double(), pairs @ self._table(variance[self.where], part).double().mT  # (B, B, o)
+        """J diag(p) Jᵀ, (B·c, B·c), in float64: Σ_o g_bco g_b'c'o Q_obb', Q_obb' = Σ_i p_oi a_bi a_b'i."""
+        size, count, num_outputs = self.cotangent.shape
+        a, p = self.activation.double(), variance[self.columns].view(num_outputs, -1)  # (out, in)
+        pairs = a.unsqueeze(0) * a.unsqueeze(1)  # (B, B, in)
+        gram = pairs.new_zeros(size, count, size, count)
+        step = max(1, CHUNK_NUMEL // max(size * size + size * count, a.numel()))
+        for start in range(0, num_outputs, step):
+            g = self.cotangent[..., start : start + step].double()
+            inner = pairs @ p[start : start + step].double().mT  # Q, (B, B, out)
             for b in range(size):
-                total[b] += ((g[b] * inner[b].unsqueeze(1)) @ g.mT).transpose(0, 1)
-        return total.view(size * c, size * c)
+                gram[b] += ((g[b] * inner[b].unsqueeze(1)) @ g.mT).transpose(0, 1)
+        return gram.view(size * count, size * count)
 
     def block_gram(self, variance: Tensor) -> Tensor:
-        """J_b diag(p) J_bᵀ of every example, (B, c, c), in float64."""
-        size, c, _ = self.cotangent.shape
-        squares, total = self.activation.double().square(), self.activation.new_zeros(size, c, c, dtype=torch.float64)
-        for part, some in self._parts(size * c):
-            g, own = some.double(), squares @ self._table(variance[self.where], part).double().mT  # (B, o)
-            total.baddbmm_(g * own.unsqueeze(1), g.mT)
-        return total
+        """J_b diag(p) J_bᵀ of every example b, (B, c, c), in float64."""
+        size, count, num_outputs = self.cotangent.shape
+        squares, p = self.activation.double().square(), variance[self.columns].view(num_outputs, -1)  # (out, in)
+        gram = self.activation.new_zeros(size, count, count, dtype=torch.float64)
+        step = max(1, CHUNK_NUMEL // max(size * count, self.activation.numel()))
+        for start in range(0, num_outputs, step):
+            g = self.cotangent[..., start : start + step].double()
+            own = squares @ p[start : start + step].double().mT  # Σ_i p_oi a_bi², (B, out)
+            gram.baddbmm_(g * own.unsqueeze(1), g.mT)
+        return gram
 
-    def column_squares(self, left: Tensor) -> Pieces:
-        """Σ_q (Σ_bc A_qbc J_bc)² by column, (s,), for A (q, B, c)."""
-        for part, g in self._parts(len(left) * len(self.activation)):
-            sums = torch.einsum("qbc,bco->oqb", left, g)
-            inner = sums.mT @ sums  # (o, B, B)
-            yield part, (inner @ self.activation).mul_(self.activation).sum(1).flatten()
+    def column_squares(self, factor: Tensor, result: Tensor) -> None:
+        """Writes Σ_q (Σ_bc A_qbc J_bcs)² into its part of ``result`` (n,), for A (q, B, c)."""
+        own, a, width = result[self.columns], self.activation, self.activation.shape[-1]
+        step = max(1, CHUNK_NUMEL // max(len(factor) * len(a), a.numel()))
+        for start in range(0, self.cotangent.shape[-1], step):
+            sums = torch.einsum("qbc,bco->oqb", factor, self.cotangent[..., start : start + step])
+            inner = sums.mT @ sums  # (out, B, B)
+            own[start * width : (start + step) * width] = (inner @ a).mul_(a).sum(1).flatten()
 
-    def example_squares(self, left: Tensor | None) -> Pieces:
-        """Σ_bq (Σ_c W_bqc J_bc)² by column, (s,), for W (B, q, c) or the identity."""
-        squares = self.activation.square()
-        for part, some in self._parts(self.cotangent.shape[0] * self.cotangent.shape[1]):
-            g = some if left is None else left @ some
-            yield part, (g.square().sum(1).mT @ squares).flatten()
+    def example_squares(self, factor: Tensor | None, result: Tensor) -> None:
+        """Writes Σ_bq (Σ_c W_bqc J_bcs)² into its part of ``result`` (n,), for W (B, q, c) or the identity."""
+        own, squares, width = result[self.columns], self.activation.square(), self.activation.shape[-1]
+        size, count, num_outputs = self.cotangent.shape
+        step = max(1, CHUNK_NUMEL // max(size * count, self.activation.numel()))
+        for start in range(0, num_outputs, step):
+            g = self.cotangent[..., start : start + step]
+            g = g if factor is None else factor @ g
+            own[start * width : (start + step) * width] = (g.square().sum(1).mT @ squares).flatten()
 
     def dense(self) -> Tensor:
-        """The rows, (B, c, s)."""
+        """J, (B, c, s)."""
         return (self.cotangent.unsqueeze(-1) * self.activation[:, None, None, :]).flatten(2)
-
-    def _table(self, values: Tensor, part: slice | None = None) -> Tensor:
-        """Values by column as (out, in), or some of its rows (a view)."""
-        width = self.activation.shape[-1]
-        return (values if part is None else values[part]).view(-1, width)
-
-    def _parts(self, numbers: int) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of some outputs at a time, with their cotangents, so that temporaries stay under ``PIECE`` numbers.
-
-        Args:
-            numbers: of a temporary, per output, beside the examples times the features.
-        """
-        width = self.activation.shape[-1]
-        for outs in _pieces(self.cotangent.shape[-1], max(numbers, self.activation.numel())):
-            yield slice(outs.start * width, outs.stop * width), self.cotangent[..., outs]
 
 
 Block = DenseBlock | OuterProductBlock
-
-
-def _pieces(width: int, rows: int) -> Iterator[slice]:
-    """Ranges of columns whose temporaries stay under ``PIECE`` numbers."""
-    step = max(1, CHUNK_NUMEL // rows)
-    return (slice(start, min(start + step, width)) for start in range(0, width, step))

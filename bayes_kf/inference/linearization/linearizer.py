@@ -1,14 +1,16 @@
-"""Forward passes laid out for the backward passes that follow, in pieces that fit the memory.
+"""Forward passes that record what their backward passes need, in chunks that fit the memory.
 
-Which tensor takes which path to the Jacobian is measured on the first batch (``plan``); what a piece gives is in
-``linearized``.
+The plan, which says how each tensor's rows are computed, is made on the first batch (``rule_check``). The rows of a
+chunk are in ``linearized_batch``.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,30 +18,32 @@ from torch import Tensor
 
 from bayes_kf.inference.linearization.batch_repetition import BatchRepetition, cheapest_repetition
 from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
-from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch, RecordedForward
-from bayes_kf.inference.linearization.memory import give_back, ran_out
+from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
+from bayes_kf.inference.linearization.row_buffer import RecordedForward
 from bayes_kf.inference.linearization.rule_check import LinearizationPlan, make_plan
 from bayes_kf.inference.linearization.tape import Tape
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, batch_size, some_examples
+from bayes_kf.models.batch import Batch, Inputs
 
 T = TypeVar("T")
 RowsPerExample = int | Sequence[int] | None  # of all examples, of each, or one per output
-MAX_PASS_BYTES = 2**23  # of graph that a small batch is repeated up to
-MIN_BUDGET_BYTES = 2**25  # of graph, rows and temporaries; larger batches go through in pieces
-GRAPHS = 3  # or so many times what the graph of the batch takes
-VECTORS = 2  # or as much as so many vectors of parameters: conditioning, which follows every piece, takes them anyway
-RAGGED = 2  # times as many rows where examples have unlike numbers of directions
+
+MAX_PASS_BYTES = 2**23  # of graph; a small batch is repeated up to this size
+MIN_BUDGET_BYTES = 2**25  # of graph, rows and temporaries; larger batches are divided into chunks
+BUDGET_IN_GRAPHS = 3  # or this many times the graph of the batch
+BUDGET_IN_VECTORS = 2  # or this many vectors of parameters, which the measurement update takes anyway
+UNEVEN = 2  # times as many rows may be there if examples have different numbers of directions
+OUT_OF_MEMORY = re.compile("not enough memory|can't allocate memory|out of memory", re.IGNORECASE)  # messages of torch
 
 
 class Linearizer:
-    """Outputs and their Jacobian at a point, for one :class:`AdapterModel`.
+    """Outputs of an :class:`AdapterModel` and their Jacobian at θ.
 
     Args:
         adapter: the model.
-        outputs_per_pass: of each example, in one backward pass; chosen from the sizes by default.
-        bytes_budget: what the graph, rows and temporaries of a piece of a batch may take; by default 32 MiB, or three
-            times the graph of the whole batch, or two vectors of parameters, where that is more.
+        outputs_per_pass: directions of each example in one backward pass; by default chosen from the sizes.
+        bytes_budget: bytes that the graph, rows and temporaries of a chunk may take; by default 32 MiB, or three times
+            the graph of the whole batch, or two vectors of parameters, whichever is most.
 
     Example:
         >>> adapter = AdapterModel(torch.nn.Linear(3, 2, bias=False))
@@ -54,141 +58,137 @@ class Linearizer:
     ) -> None:
         self.adapter, self.outputs_per_pass, self.bytes_budget = adapter, outputs_per_pass, bytes_budget
         self._plan: LinearizationPlan | None = None
-        self._refused: set[str] = set()  # tensors whose hooks gave wrong rows once
-        self._most: int | None = None  # bytes, after memory ran out
+        self._refused: set[str] = set()  # tensors whose hooks have given wrong rows
+        self._max_bytes: int | None = None  # of a chunk, after memory ran out
 
-    def __call__(self, vector: Tensor, inputs: Inputs, *, rows_per_example: RowsPerExample = None) -> LinearizedBatch:
-        """The outputs at θ = ``vector`` with their graph.
+    def __call__(
+        self, vector: Tensor, batch: Batch | Inputs, *, rows_per_example: RowsPerExample = None
+    ) -> LinearizedBatch:
+        """The outputs at θ = ``vector``, with their graph.
 
         Args:
             vector: θ, (n,).
-            inputs: a batch of B examples.
-            rows_per_example: rows of the Jacobian that will be asked for; one per output by default. Only
-                speed depends on it.
+            batch: of B examples.
+            rows_per_example: rows of the Jacobian that will be asked for, one per output by default. Only speed
+                depends on it.
         """
-
-        def graph(wrong: Sequence[str] = ()) -> RecordedForward:
-            self._refuse(wrong)
-            plan = self._planned(vector, inputs)
-            size = batch_size(inputs)
-            repetition = self._repetition(plan, _each(rows_per_example, size, plan))
-            repeated = inputs if len(repetition.example) == size else some_examples(inputs, repetition.example, size)
-            modules = {module for module, _ in plan.hooked.values()} | ({plan.head} if plan.head else set())
-            with self.adapter.full_precision(), self.adapter.eval_mode(), torch.enable_grad():
-                tape = Tape(self.adapter, self.adapter.leaves(vector), repeated, modules, plan.plain)
-            return RecordedForward(plan, tape, repetition)
-
-        return LinearizedBatch(self.adapter, graph)
+        record = functools.partial(self._record, vector, Batch.of(batch), rows_per_example)
+        return LinearizedBatch(self.adapter, record)
 
     @property
     def num_outputs(self) -> int:
         """m, or 0 before the first batch."""
         return self._plan.num_outputs if self._plan else 0
 
-    def prepare(self, vector: Tensor, inputs: Inputs) -> int:
-        """The number of outputs, m, found with the path of every tensor on the first batch."""
-        return self._planned(vector, inputs).num_outputs
+    def prepare(self, vector: Tensor, batch: Batch | Inputs) -> int:
+        """The number of outputs, m. The first batch, on which the plan is made, determines it."""
+        return self._planned(vector, Batch.of(batch)).num_outputs
 
-    def num_backward_passes(self, vector: Tensor, inputs: Inputs) -> int:
-        """Backward passes over a batch that the rows of all outputs take."""
-        return _each(None, 1, self._planned(vector, inputs))[0]
+    def num_backward_passes(self, vector: Tensor, batch: Batch | Inputs) -> int:
+        """Backward passes that the rows of all outputs take."""
+        return _rows_of_each(None, 1, self._planned(vector, Batch.of(batch)))[0]
 
-    def max_chunk_size(self, vector: Tensor, inputs: Inputs) -> int:
-        """How many examples' graphs fit the budget."""
-        plan = self._planned(vector, inputs)
-        return max(1, self._budget(plan, batch_size(inputs)) // plan.bytes_each)
+    def max_chunk_size(self, vector: Tensor, batch: Batch | Inputs) -> int:
+        """The number of examples whose graphs fit the budget."""
+        batch = Batch.of(batch)
+        plan = self._planned(vector, batch)
+        return max(1, self._budget(plan, batch.size) // plan.bytes_each)
 
-    def fits_one_pass(self, vector: Tensor, inputs: Inputs, count: int) -> bool:
-        """Whether ``count`` directions of every example go through in one backward pass of a small batch."""
-        plan = self._planned(vector, inputs)
-        return count == 1 or (self._repeats(plan) and batch_size(inputs) * count * plan.bytes_each <= MAX_PASS_BYTES)
+    def fits_one_pass(self, vector: Tensor, batch: Batch | Inputs, count: int) -> bool:
+        """Whether one backward pass carries ``count`` directions of every example of a small batch."""
+        batch = Batch.of(batch)
+        plan = self._planned(vector, batch)
+        return count == 1 or (self._may_repeat(plan) and batch.size * count * plan.bytes_each <= MAX_PASS_BYTES)
 
     def chunks(
         self,
         vector: Tensor,
-        inputs: Inputs,
+        batch: Batch | Inputs,
         rows_per_example: RowsPerExample = None,
         cuts: Sequence[int] = (),
-    ) -> Iterator[tuple[slice, Inputs]]:
-        """A batch in pieces whose graph and rows stay under ``bytes_budget``, and where they lie.
+    ) -> list[tuple[slice, Batch]]:
+        """Chunks of a batch whose graph and rows fit ``bytes_budget``, with their places in the batch.
+
+        A chunk has at least one example, whatever that takes.
 
         Args:
             vector: θ, (n,).
-            inputs: the batch.
-            rows_per_example: directions of all examples or of each, all outputs by default.
-            cuts: where pieces should end, in ascending order; they end elsewhere only where the budget forces that.
-
-        A piece has at least one example, whatever that takes.
+            batch: of B examples.
+            rows_per_example: rows of the Jacobian that will be asked for, one per output by default.
+            cuts: where chunks should end, ascending; they end elsewhere only if the budget requires it.
         """
-        size, plan = batch_size(inputs), self._planned(vector, inputs)
-        bounds = self._bounds(plan, _each(rows_per_example, size, plan), cuts)
-        if bounds == [0, size]:
-            yield slice(0, size), inputs
-            return
-        for where in (slice(*ends) for ends in itertools.pairwise(bounds)):
-            yield where, some_examples(inputs, where, size)
+        batch = Batch.of(batch)
+        plan = self._planned(vector, batch)
+        bounds = self._bounds(plan, _rows_of_each(rows_per_example, batch.size, plan), cuts)
+        if len(bounds) == 2:
+            return [(slice(0, batch.size), batch)]
+        return [(slice(*ends), batch[slice(*ends)]) for ends in itertools.pairwise(bounds)]
 
     def retry_in_smaller_chunks(self, call: Callable[[], T], size: int) -> T:
-        """What ``call`` returns; called again, on pieces of half the bytes, as long as memory runs out.
+        """The result of ``call``, which is called again, with half the bytes for a chunk, while memory runs out.
 
-        Smaller pieces stay for later batches. Warns the first time.
+        Later batches are divided in the same way. Warns the first time.
 
         Args:
-            call: goes through a batch by :meth:`pieces`, and changes nothing where it raises.
+            call: goes through a batch by :meth:`chunks`, and changes nothing if it raises.
             size: of the batch.
         """
         while True:
             try:
                 return call()
             except (RuntimeError, MemoryError) as error:
-                if not ran_out(error) or not self._halved(size):
+                if not _ran_out_of_memory(error) or not self._halve_chunks(size):
                     raise
-            give_back()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
-    def _halved(self, size: int) -> bool:
-        """Make pieces half as large; False where they are single examples already, or nothing is known yet."""
-        plan = self._plan
-        if plan is None or size == 1 or (self._most is not None and self._most < plan.bytes_each):
-            return False
-        if self._most is None:
-            warnings.warn(
-                f"Memory ran out on {size} examples: they are learned and predicted in smaller pieces from now on, "
-                "which takes longer and may change results slightly. `bytes_budget` sets their size.",
-                stacklevel=2,
-            )
-        self._most = self._budget(plan, size) // 2
-        return True
-
-    def gradient(self, vector: Tensor, inputs: Inputs, cotangent: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Jᵀw summed over a batch, (n,), in float64: one forward and one backward pass for each of its pieces.
+    def gradient(self, vector: Tensor, batch: Batch | Inputs, cotangent: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Jᵀw summed over a batch, (n,), in float64: one forward and one backward pass for each chunk.
 
         Args:
             vector: θ, (n,).
-            inputs: the batch.
-            cotangent: from some examples' outputs (b, m), and where they lie in the batch, to their w (b, m).
+            batch: of B examples.
+            cotangent: from the outputs of a chunk, (b, m), and its place in the batch to its w, (b, m).
         """
-        plan, total = self._planned(vector, inputs), torch.zeros_like(vector, dtype=torch.float64)
-        for where, piece in self.chunks(vector, inputs, 1):
+        batch = Batch.of(batch)
+        plan, total = self._planned(vector, batch), torch.zeros_like(vector, dtype=torch.float64)
+        for where, chunk in self.chunks(vector, batch, 1):
             with self.adapter.full_precision(), self.adapter.eval_mode(), torch.enable_grad():
                 leaves = self.adapter.leaves(vector)
-                tape = Tape(self.adapter, leaves, piece, set(), plan.plain)
+                tape = Tape(self.adapter, leaves, chunk.inputs, set(), plan.plain)
                 seed = cotangent(tape.outputs.detach().to(self.adapter.dtype), where)
-                found = tape.gradients(seed.to(tape.outputs), self.adapter.names, keep=False)
-            known = zip(leaves.items(), found, strict=True)
-            total += self.adapter.flatten({k: torch.zeros_like(t) if g is None else g for (k, t), g in known})
+                gradients = tape.gradients(seed.to(tape.outputs), self.adapter.names, keep=False)
+            named = zip(leaves.items(), gradients, strict=True)
+            total += self.adapter.flatten({k: torch.zeros_like(t) if g is None else g for (k, t), g in named})
         return total
 
-    def _planned(self, vector: Tensor, inputs: Inputs) -> LinearizationPlan:
-        """The plan, made on the first batch and where it does not serve."""
-        if self._plan is None or not self._plan.serves(batch_size(inputs)):
+    def _record(
+        self, vector: Tensor, batch: Batch, rows_per_example: RowsPerExample, wrong: Sequence[str]
+    ) -> RecordedForward:
+        """A forward pass at θ, with examples repeated and modules hooked, but not those of ``wrong`` tensors."""
+        if wrong:
+            self._refuse(wrong)
+        plan = self._planned(vector, batch)
+        repetition = self._repetition(plan, _rows_of_each(rows_per_example, batch.size, plan))
+        rows = batch if len(repetition.example) == batch.size else batch[repetition.example]
+        modules = set() if plan.head is None else {plan.head}
+        for hooked in plan.hooked.values():
+            modules.add(hooked.module)
+        with self.adapter.full_precision(), self.adapter.eval_mode(), torch.enable_grad():
+            tape = Tape(self.adapter, self.adapter.leaves(vector), rows.inputs, modules, plan.plain)
+        return RecordedForward(plan, tape, repetition)
+
+    def _planned(self, vector: Tensor, batch: Batch) -> LinearizationPlan:
+        """The plan; made on the first batch, and again for each size if examples may not be repeated."""
+        plan = self._plan
+        if plan is None or not (plan.repeatable or plan.size == batch.size):
             with self.adapter.full_precision(), self.adapter.eval_mode(), torch.enable_grad():
-                self._plan = make_plan(self.adapter, vector, inputs)
+                self._plan = plan = make_plan(self.adapter, vector, batch)
             self._refuse(())
-        assert self._plan is not None
-        return self._plan
+        return self._plan or plan
 
     def _refuse(self, names: Sequence[str]) -> None:
-        """Take some tensors' rows by the general path from now on."""
+        """Computes the rows of some tensors by the general path from now on."""
         self._refused.update(names)
         if self._plan is None or self._refused.isdisjoint(self._plan.hooked):
             return
@@ -196,47 +196,67 @@ class Linearizer:
         self._plan = self._plan.without(general)
         self.adapter.linearized_by |= dict.fromkeys(general, "general")
 
-    def _repeats(self, plan: LinearizationPlan) -> bool:
-        """Whether examples may be repeated in a batch."""
+    def _may_repeat(self, plan: LinearizationPlan) -> bool:
+        """Whether examples may be repeated in a batch, with every tensor hooked or unused."""
         return plan.repeatable and len(plan.hooked) + len(plan.unused) == len(self.adapter.names)
 
     def _repetition(self, plan: LinearizationPlan, counts: list[int]) -> BatchRepetition:
-        """How often each example is repeated for ``counts`` directions."""
-        if not self._repeats(plan):
+        """How often each example is repeated for its number of directions."""
+        if not self._may_repeat(plan):
             return BatchRepetition.of(torch.ones(len(counts), dtype=torch.int64))
         if self.outputs_per_pass:
             return BatchRepetition.of(torch.tensor(counts).clamp(1, self.outputs_per_pass))
         free = max(1, MAX_PASS_BYTES // plan.bytes_each)
         most = max(free, len(counts))
-        return cheapest_repetition(tuple(counts), free, most if min(counts) == max(counts) else most * RAGGED)
+        return cheapest_repetition(tuple(counts), free, most if min(counts) == max(counts) else most * UNEVEN)
 
     def _budget(self, plan: LinearizationPlan, size: int) -> int:
-        vectors = VECTORS * self.adapter.num_parameters * self.adapter.dtype.itemsize
-        wanted = self.bytes_budget or max(MIN_BUDGET_BYTES, GRAPHS * size * plan.bytes_each, vectors)
-        return wanted if self._most is None else min(wanted, self._most)
+        vectors = BUDGET_IN_VECTORS * self.adapter.num_parameters * self.adapter.dtype.itemsize
+        budget = self.bytes_budget or max(MIN_BUDGET_BYTES, BUDGET_IN_GRAPHS * size * plan.bytes_each, vectors)
+        return budget if self._max_bytes is None else min(budget, self._max_bytes)
 
     def _bounds(self, plan: LinearizationPlan, counts: list[int], cuts: Sequence[int]) -> list[int]:
-        """Where pieces begin and end whose graph, rows and temporaries fit the budget."""
-        repeated = self._repeats(plan) and max(counts) > 1
-        shared = (MAX_PASS_BYTES if repeated else 0) + 2 * 8 * CHUNK_NUMEL
+        """Where chunks begin and end whose graph, rows and temporaries fit the budget."""
+        shared = (MAX_PASS_BYTES if self._may_repeat(plan) and max(counts) > 1 else 0) + 2 * 8 * CHUNK_NUMEL
         room = self._budget(plan, len(counts)) - shared
-        graph = plan.bytes_each * (1 if min(counts) == max(counts) else RAGGED)
-        sizes = [graph + number * plan.row_numbers * self.adapter.dtype.itemsize for number in counts]
+        graph = plan.bytes_each * (1 if min(counts) == max(counts) else UNEVEN)
+        row = plan.row_numbers * self.adapter.dtype.itemsize
         bounds, total = [0], 0
-        for number, bytes_each in enumerate(sizes):
-            if total + bytes_each > room and number > bounds[-1]:
+        for number, count in enumerate(counts):
+            size = graph + count * row
+            if total + size > room and number > bounds[-1]:
                 bounds.append(max((cut for cut in cuts if bounds[-1] < cut <= number), default=number))
-                total = sum(sizes[bounds[-1] : number])
-            total += bytes_each
-        return [*bounds, len(sizes)]
+                total = (number - bounds[-1]) * graph + sum(counts[bounds[-1] : number]) * row
+            total += size
+        return [*bounds, len(counts)]
+
+    def _halve_chunks(self, size: int) -> bool:
+        """Halves the bytes of a chunk; False if chunks are single examples already, or there is no plan."""
+        plan = self._plan
+        if plan is None or size == 1 or (self._max_bytes is not None and self._max_bytes < plan.bytes_each):
+            return False
+        if self._max_bytes is None:
+            warnings.warn(
+                f"Memory ran out on {size} examples: they are learned and predicted in smaller pieces from now on, "
+                "which takes longer and may change results slightly. `bytes_budget` sets their size.",
+                stacklevel=2,
+            )
+        self._max_bytes = self._budget(plan, size) // 2
+        return True
 
 
-def _each(rows_per_example: RowsPerExample, size: int, plan: LinearizationPlan) -> list[int]:
-    """Passes for the directions of each example, B of them; the head's features give all outputs."""
+def _rows_of_each(rows_per_example: RowsPerExample, size: int, plan: LinearizationPlan) -> list[int]:
+    """Backward passes for the rows of each of B examples; the head's features give the rows of all outputs."""
     if rows_per_example is None:
         rows_per_example = plan.num_outputs
-    passes = [rows_per_example] * size if isinstance(rows_per_example, int) else list(rows_per_example)
-    if plan.head is None or min(passes) < plan.num_outputs - 1:
-        return passes
+    counts = [rows_per_example] * size if isinstance(rows_per_example, int) else list(rows_per_example)
+    if plan.head is None or min(counts) < plan.num_outputs - 1:
+        return counts
     features = plan.head.get_parameter("weight").shape[1]
-    return [min(number, features) for number in passes]
+    return [min(count, features) for count in counts]
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a CPU or an accelerator."""
+    # accelerate's `should_reduce_batch_size` lacks torch's message on Windows, and would be imported without memory
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)) is not None

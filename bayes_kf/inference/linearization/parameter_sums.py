@@ -1,8 +1,8 @@
-"""Sums over parameters, where every process of a group holds some of them; in one process nothing is added.
+"""Sums over all parameters, each process of a group holding a shard of them; in one process they are already whole.
 
-A covariance structure is written for whole vectors. What it sums over parameters it passes through :func:`total`, and
-what it decides by looking at parameters through :func:`agreed`, so that the same code serves the shard of a belief:
-``bayes_kf.distributed`` says which process holds what, and how sums are made.
+A covariance structure is written for whole vectors. It passes its sums over parameters through :func:`sum_over_shards`
+and its decisions about all parameters through :func:`all_shards_agree`. So the same code works on a shard of θ.
+``bayes_kf.distributed`` decides which process holds which parameters, and how tensors are summed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _sum: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("sum over proce
 
 
 @contextmanager
-def sharded(over_processes: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def sharded(sum_over_processes: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, vectors of parameters are shards; the argument sums a tensor over all processes."""
-    token = _sum.set(over_processes)
+    token = _sum.set(sum_over_processes)
     try:
         yield
     finally:
@@ -43,18 +43,20 @@ def is_sharded() -> bool:
 
 
 def sum_over_shards(tensor: Tensor) -> Tensor:
-    """A sum over this process's parameters made into that over all parameters."""
-    over_processes = _sum.get()
-    return tensor if over_processes is None else over_processes(tensor)
+    """A sum over all parameters, from one over this process's parameters."""
+    sum_over_processes = _sum.get()
+    return tensor if sum_over_processes is None else sum_over_processes(tensor)
 
 
-def all_shards_agree(holds: bool) -> bool:
-    """Whether something holds of all parameters, given whether it does of this process's."""
-    if not is_sharded():
-        return holds
-    return float(sum_over_shards(torch.tensor(0.0 if holds else 1.0))) == 0.0
+def all_shards_agree(condition: bool) -> bool:
+    """Whether a condition is true for all parameters, from whether it is for this process's."""
+    if _sum.get() is None:
+        return condition
+    return float(sum_over_shards(torch.tensor(0.0 if condition else 1.0))) == 0.0
 
 
 def norm(vector: Tensor) -> float:
     """Euclidean length of a vector of parameters, (n,)."""
-    return float(sum_over_shards(vector.double().square().sum()).sqrt()) if is_sharded() else float(vector.norm())
+    if _sum.get() is None:
+        return float(vector.norm())
+    return float(sum_over_shards(vector.double().square().sum()).sqrt())

@@ -1,7 +1,7 @@
-"""Per-example gradients of a module's tensors from a call of it and the cotangent g of what came out.
+"""Per-example gradients of a module's tensors, from a call of the module and the cotangent g of its output.
 
-A rule takes the call, g (R, ...) and the tensor's shape, and returns the rows of R examples, (R, size); for embedding
-tables only the columns of the tokens that were looked up, see ``columns``.
+A rule takes the call, g (R, ...) and the tensor, and returns the gradients of R examples, (R, size). For embedding
+tables these have only the columns of the tokens in the batch, see :func:`columns`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class ModuleCall(NamedTuple):
     """One call of a module in a forward pass.
 
     Attributes:
-        module: what was called.
+        module: the module.
         input: its first argument, (R, ...).
         kwargs: its keyword arguments.
-        output: what came out, in the graph.
+        output: its output, in the graph.
     """
 
     module: nn.Module
@@ -33,99 +33,95 @@ class ModuleCall(NamedTuple):
 
 
 def columns(call: ModuleCall) -> Tensor | None:
-    """Which columns of a flattened tensor its rows are about; None for all of them."""
+    """The columns of the flattened tensor that the rows of a call have; None for all columns."""
     if not isinstance(call.module, nn.Embedding):
         return None
     width = torch.arange(call.module.embedding_dim, device=call.input.device)
     return (call.input.unique().unsqueeze(-1) * call.module.embedding_dim + width).flatten()
 
 
-def _linear_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _linear_weight(call: ModuleCall, cotangent: Tensor, weight: Tensor) -> Tensor:
     """Σ_t g_t ⊗ a_t."""
-    size = len(call.input)
-    g, a = cotangent.reshape(size, -1, shape[0]), call.input.to(cotangent.dtype).reshape(size, -1, shape[1])
+    size, (out_features, in_features) = len(call.input), weight.shape
+    g = cotangent.reshape(size, -1, out_features)  # (R, T, out)
+    a = call.input.to(cotangent.dtype).reshape(size, -1, in_features)  # (R, T, in)
     return (g.mT @ a).flatten(1)
 
 
-def _linear_bias(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _linear_bias(call: ModuleCall, cotangent: Tensor, bias: Tensor) -> Tensor:
     """Σ_t g_t."""
-    return cotangent.reshape(len(call.input), -1, shape[0]).sum(1)
+    return cotangent.reshape(len(call.input), -1, bias.shape[0]).sum(1)
 
 
-def _conv_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Patches times cotangents, summed over places, group by group."""
+def _conv_weight(call: ModuleCall, cotangent: Tensor, weight: Tensor) -> Tensor:
+    """Σ_t g_t ⊗ patch_t over the places t, group by group."""
     conv, size = call.module, len(call.input)
     assert isinstance(conv, nn.Conv2d)
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         raise RuntimeError("padding mode without a rule")
     patches = F.unfold(call.input.to(cotangent.dtype), conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-    patches = patches.view(size, conv.groups, -1, patches.shape[-1])  # (R, g, in/g·kh·kw, L)
-    cotangent = cotangent.reshape(size, conv.groups, shape[0] // conv.groups, -1)  # (R, g, out/g, L)
-    return (cotangent @ patches.mT).flatten(1)
+    patches = patches.view(size, conv.groups, -1, patches.shape[-1])  # (R, groups, in/groups·kh·kw, T)
+    g = cotangent.reshape(size, conv.groups, weight.shape[0] // conv.groups, -1)  # (R, groups, out/groups, T)
+    return (g @ patches.mT).flatten(1)
 
 
-def _conv_bias(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _conv_bias(call: ModuleCall, cotangent: Tensor, bias: Tensor) -> Tensor:
     """Σ_t g_t over the places t."""
     return cotangent.flatten(2).sum(2)
 
 
-def _norm_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _norm_weight(call: ModuleCall, cotangent: Tensor, weight: Tensor) -> Tensor:
     """Σ_t g_t ∘ x̂_t, x̂ the normalized input."""
     norm = call.module
     assert isinstance(norm, nn.LayerNorm)
     normalized = F.layer_norm(call.input.to(cotangent.dtype), norm.normalized_shape, eps=norm.eps)
-    return _sum_places(cotangent * normalized, shape)
+    return _sum_places(cotangent * normalized, weight)
 
 
-def _norm_bias(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _norm_bias(call: ModuleCall, cotangent: Tensor, bias: Tensor) -> Tensor:
     """Σ_t g_t."""
-    return _sum_places(cotangent, shape)
+    return _sum_places(cotangent, bias)
 
 
-def _embedding_weight(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Σ of g_t over the places t of every token that occurs in the batch."""
-    table, size, width = call.module, len(call.input), shape[1]
+def _embedding_weight(call: ModuleCall, cotangent: Tensor, weight: Tensor) -> Tensor:
+    """Σ of g_t over the places t of each token in the batch."""
+    table, size, width = call.module, len(call.input), weight.shape[1]
     assert isinstance(table, nn.Embedding)
     if table.max_norm is not None or table.scale_grad_by_freq:
         raise RuntimeError("embedding option without a rule")
     tokens = call.input.unique()
     places = torch.searchsorted(tokens, call.input.reshape(size, -1).contiguous()).unsqueeze(-1)  # (R, T, 1)
-    cotangent = cotangent.reshape(size, -1, width)
+    g = cotangent.reshape(size, -1, width)  # (R, T, width)
     if table.padding_idx is not None:
-        cotangent = cotangent * (call.input.reshape(size, -1, 1) != table.padding_idx)
-    rows = cotangent.new_zeros(size, len(tokens), width)
-    return rows.scatter_add_(1, places.expand_as(cotangent), cotangent).flatten(1)
+        g = g * (call.input.reshape(size, -1, 1) != table.padding_idx)
+    rows = g.new_zeros(size, len(tokens), width)
+    return rows.scatter_add_(1, places.expand_as(g), g).flatten(1)
 
 
-def _linear_magnitude(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
+def _linear_magnitude(call: ModuleCall, cotangent: Tensor, magnitude: Tensor) -> Tensor:
     """Σ_t g_t ∘ (base_t + low-rank_t)/‖w‖, which is (out + base)/magnitude (DoRA; its norm is a constant)."""
     base, out = call.kwargs["base_result"].detach(), call.output.detach()
     if call.kwargs["base_layer"].bias is not None:
         base = base - call.kwargs["base_layer"].bias.detach()
-    slope = (out + base).to(cotangent.dtype) / _weight(call).to(cotangent.dtype)
-    return _sum_places(cotangent * slope, shape)
+    slope = (out + base).to(cotangent.dtype) / magnitude.detach().to(cotangent.dtype)
+    return _sum_places(cotangent * slope, magnitude)
 
 
-def _conv_magnitude(call: ModuleCall, cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """As :func:`_linear_magnitude`, with the channels in the second place; its shape is (1, out, 1, 1)."""
+def _conv_magnitude(call: ModuleCall, cotangent: Tensor, magnitude: Tensor) -> Tensor:
+    """As :func:`_linear_magnitude`, with the channels in the second place; the magnitude is (1, out, 1, 1)."""
     base, out, bias = call.kwargs["base_result"].detach(), call.output.detach(), call.kwargs["base_layer"].bias
     if bias is not None:
         base = base - bias.detach().view(1, -1, 1, 1)
-    slope = (out + base).to(cotangent.dtype) / _weight(call).to(cotangent.dtype)
+    slope = (out + base).to(cotangent.dtype) / magnitude.detach().to(cotangent.dtype)
     return (cotangent * slope).flatten(2).sum(2)
 
 
-def _weight(call: ModuleCall) -> Tensor:
-    weight: Tensor = call.module.weight  # type: ignore[assignment]
-    return weight.detach()
+def _sum_places(values: Tensor, parameter: Tensor) -> Tensor:
+    """The sum over all dimensions between the example and the tensor's own, (R, size)."""
+    return values.reshape(len(values), -1, parameter.numel()).sum(1)
 
 
-def _sum_places(values: Tensor, shape: torch.Size) -> Tensor:
-    """Summed over all between the example and the tensor's own dimensions, (R, size)."""
-    return values.reshape(len(values), -1, shape.numel()).sum(1)
-
-
-Rule = Callable[[ModuleCall, Tensor, torch.Size], Tensor]
+Rule = Callable[[ModuleCall, Tensor, Tensor], Tensor]
 
 RULES: dict[type[nn.Module], dict[str, Rule]] = {
     nn.Linear: {"weight": _linear_weight, "bias": _linear_bias},
@@ -134,9 +130,11 @@ RULES: dict[type[nn.Module], dict[str, Rule]] = {
     nn.Embedding: {"weight": _embedding_weight},
 }
 
+RULES_THAT_READ_MODULES = (_linear_magnitude, _conv_magnitude)  # the bias of the base layer
+
 
 def rules(module: nn.Module) -> Mapping[str, Rule]:
-    """By name, how a module applies the tensors that it has a rule for."""
+    """Attribute -> rule, for the tensors of a module that have one."""
     return RULES.get(type(module)) or _rules_of_peft().get(type(module), {})
 
 
@@ -146,3 +144,25 @@ def _rules_of_peft() -> Mapping[type[nn.Module], Mapping[str, Rule]]:
     from peft.tuners.lora.dora import DoraConv2dLayer, DoraLinearLayer
 
     return {DoraLinearLayer: {"weight": _linear_magnitude}, DoraConv2dLayer: {"weight": _conv_magnitude}}
+
+
+@torch.no_grad()
+def per_example_rows(
+    calls: list[tuple[ModuleCall, Tensor]], rule: Rule, parameter: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """Per-example gradients of one tensor, from all calls of its module and the gradients of their outputs.
+
+    Returns:
+        The columns of the flattened tensor that the rows have, None for all, and the rows (R, columns).
+    """
+    if len(calls) == 1:
+        call, g = calls[0]
+        return columns(call), rule(call, g, parameter)
+    rows = [_all_columns(call, rule(call, g, parameter), parameter) for call, g in calls]
+    return None, torch.stack(rows).sum(0)
+
+
+def _all_columns(call: ModuleCall, rows: Tensor, parameter: Tensor) -> Tensor:
+    """Rows over all columns of a tensor, if a rule gave those of the tokens in the batch."""
+    own = columns(call)
+    return rows if own is None else rows.new_zeros(len(rows), parameter.numel()).index_copy_(1, own, rows)

@@ -1,11 +1,11 @@
-"""Whether rows of watched modules may have come in another order than the examples, and a check that they did not.
+"""Whether hooked modules may have got rows in another order than the examples, and a check that they did not.
 
-The plan is checked on the first batch. A model that sorts its examples (by length, say) or sends them to experts may do
-so only on a later one. Such a model has an operation in its graph that can move rows: indexing, gathering, packing. The
-graph is looked through for those after every forward pass, which takes no time beside it. Where there is one, one more
-backward pass carries a random number for every row: its gradient is the rows of the Jacobian summed with these
-numbers, and with probability one no other order of rows gives the same. Products with permutation matrices are not
-recognized. Ours.
+The plan is checked on the first batch. A model that sorts its examples (by length, for example) or sends them to
+experts may do so only on a later batch. Then its graph has an operation that can move rows: indexing, gathering,
+packing. The graph is searched for these after every forward pass, which takes little time. If there is one, one more
+backward pass carries a random weight for every row. Its gradient is the weighted sum of the rows of the Jacobian, and
+with probability one no other order of rows gives the same sum. Products with permutation matrices are not recognized.
+This check is our own.
 """
 
 from __future__ import annotations
@@ -21,28 +21,37 @@ from bayes_kf.inference.linearization.rule_check import tolerance
 from bayes_kf.models.adapter import AdapterModel
 
 MOVING = ("Index", "Gather", "Scatter", "Sort", "Topk", "Take", "Masked", "Pack", "Pad", "Embedding", "CopySlices")
-JOINING = ("Cat", "Stack", "Split", "Unbind")  # along the first dimension
-OF_LINEAR = ("MatMul4Bit", "MatMul8bitLt")  # bitsandbytes' own functions
+JOINING = ("Cat", "Stack", "Split", "Unbind")  # move rows only along the first dimension
+LINEAR = ("MatMul4Bit", "MatMul8bitLt")  # bitsandbytes' own functions
 HARMLESS = ("MaskedFill", "ConstantPad", "ReplicationPad", "ReflectionPad", "MaskedSoftmax")
+
+_may_move: dict[str, bool] = {}  # by the name of an operation, whether a node of it has to be looked at
 
 
 def may_move_rows(outputs: Tensor) -> bool:
-    """Whether an operation behind some outputs could put rows into another order."""
+    """Whether an operation in the graph of some outputs could change the order of rows."""
     ahead, seen = [outputs.grad_fn], set()
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if _moves(node):
+        name = node.name()
+        suspect = _may_move.get(name)
+        if suspect is None:
+            kind = name.rpartition("::")[2]
+            suspect = _may_move[name] = not kind.startswith(HARMLESS) and kind.startswith(MOVING + JOINING)
+        if (suspect or isinstance(node, BackwardCFunction)) and _moves(node):
             return True
-        ahead.extend(before for before, _ in node.next_functions)
+        for before, _ in node.next_functions:
+            ahead.append(before)
     return False
 
 
 def _moves(node: Any) -> bool:
-    if isinstance(node, BackwardCFunction):  # somebody's own function: not known
-        return not type(node).__name__.startswith(OF_LINEAR)
+    """Whether a node of the graph could change the order of rows."""
+    if isinstance(node, BackwardCFunction):  # a custom function, about which nothing is known
+        return not type(node).__name__.startswith(LINEAR)
     kind = node.name().rpartition("::")[2]
     if kind.startswith(HARMLESS):
         return False
@@ -57,7 +66,7 @@ def _moves(node: Any) -> bool:
 
 
 def _keeps_rows(node: Any, kind: str) -> bool:
-    """Whether an indexing takes something of every row, in order: ``x[arange(len(x)), places]``."""
+    """Whether an indexing selects something from every row, in order: ``x[arange(len(x)), places]``."""
     indices = getattr(node, "_saved_indices", ()) if kind.startswith("IndexBackward") else ()
     first, sizes = indices[0] if indices else None, getattr(node, "_saved_self_sym_sizes", ())
     if first is None or first.dtype == torch.bool or first.ndim != 1 or not sizes or len(first) != int(sizes[0]):
@@ -66,18 +75,18 @@ def _keeps_rows(node: Any, kind: str) -> bool:
 
 
 def wrong_tensors(adapter: AdapterModel, jacobian: Jacobian, weights: Tensor, exact: dict[str, Tensor]) -> list[str]:
-    """The tensors whose rows are not those of autograd.
+    """The tensors whose rows differ from autograd's.
 
     Args:
         adapter: the model.
         jacobian: of a batch, with c rows an example.
         weights: random numbers, (B, c).
-        exact: the gradient of every checked tensor for those weights.
+        exact: the gradient of every checked tensor for these weights.
     """
-    found, slices = jacobian.rmatvec(weights), adapter.slices()
+    sums, slices = jacobian.rmatvec(weights), adapter.slices()
     wrong = []
     for name, gradient in exact.items():
-        own = found[slices[name]].to(gradient.dtype)
+        own = sums[slices[name]].to(gradient.dtype)
         allowed = tolerance(gradient.dtype) * torch.maximum(gradient.norm(), own.norm())
         if not bool((own - gradient.flatten()).norm() <= allowed):
             wrong.append(name)

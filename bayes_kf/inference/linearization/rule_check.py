@@ -1,4 +1,4 @@
-"""Which tensors may take their rows from hooks, found on the first batch by comparison with plain autograd."""
+"""The linearization plan: which tensors take their rows from hooks, checked on the first batch against autograd."""
 
 from __future__ import annotations
 
@@ -9,35 +9,55 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.linearization.per_example_gradients import rules
-from bayes_kf.inference.linearization.tape import Arrived, Tape, by_module, is_outer, tensor_rows
+from bayes_kf.inference.linearization.per_example_gradients import (
+    RULES_THAT_READ_MODULES,
+    Rule,
+    per_example_rows,
+    rules,
+)
+from bayes_kf.inference.linearization.tape import Cotangents, Tape, by_module, is_outer_product
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, batch_size, some_examples
+from bayes_kf.models.batch import Batch, Inputs
 
-Hooked = Mapping[str, tuple[nn.Module, str]]  # tensor name -> (module, attribute)
+NUM_CHECKED = 4  # examples: the check takes some eight passes over them
+MIN_CHECKED_ROWS = 3  # a batch is repeated to at least this many rows before they are checked
+OVERHEAD = 1.3  # memory of a pass over what its graph stores: hooked outputs, temporaries; measured on a small BERT
+MAX_TOLERANCE = 0.05  # of a gradient's norm, whatever the dtype
 
-FEW = 4  # examples: the check takes some eight passes over them
-CHECKED_ROWS = 3  # a batch is repeated to at least this many before its rows are checked
-OVERHEAD = 1.3  # of a pass over what it saves: outputs that are watched, temporaries; seen on a small BERT
-LARGEST_TOLERANCE = 0.05  # of a gradient's length, whatever the dtype
+REFUSED = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)  # raised by models that need their own batch
+
+
+class HookedTensor(NamedTuple):
+    """A tensor whose rows come from a hook on its module.
+
+    Attributes:
+        module: the module that applies the tensor.
+        attribute: the module's name for the tensor.
+        rule: for the per-example gradients of the tensor.
+    """
+
+    module: nn.Module
+    attribute: str
+    rule: Rule
 
 
 class LinearizationPlan(NamedTuple):
     """How one model is linearized.
 
     Attributes:
-        hooked: the tensors whose rows come from hooks.
-        unused: the tensors that no output of the checked batch depended on.
+        hooked: name -> tensor whose rows come from hooks.
+        unused: the tensors that no output of the checked batch depends on.
         num_outputs: m.
-        repeatable: whether a batch may be repeated: the model takes it, and outputs do not depend on the other rows.
+        repeatable: whether examples may be repeated: the model accepts it, and outputs do not depend on other rows.
         size: the batch size of the check.
-        head: the Linear whose output, from one vector per example, is the model's; None where there is none.
-        row_numbers: how many numbers are kept for a row of all hooked tensors.
-        bytes_each: what the graph of one example keeps for the backward pass.
-        plain: whether gradients can be asked for by name; not in layers that run again by the reentrant method.
+        head: the Linear whose output, from one vector per example, is the model's; None if there is none.
+        row_numbers: the numbers stored for a row of all hooked tensors.
+        bytes_each: the bytes that the graph of one example stores for the backward pass.
+        plain: whether gradients can be asked for by name; not in layers with reentrant checkpoints.
+        reads_modules: whether a rule reads other tensors of its module, which must be in place then.
     """
 
-    hooked: Hooked
+    hooked: Mapping[str, HookedTensor]
     unused: frozenset[str]
     num_outputs: int
     repeatable: bool
@@ -46,136 +66,132 @@ class LinearizationPlan(NamedTuple):
     row_numbers: int
     bytes_each: int
     plain: bool
+    reads_modules: bool
 
     def without(self, names: set[str]) -> LinearizationPlan:
-        """The same with no rows from hooks for some tensors."""
-        return self._replace(hooked={name: place for name, place in self.hooked.items() if name not in names})
-
-    def serves(self, size: int) -> bool:
-        """Whether the check holds for batches of ``size``; without repetition it is known for its own size only."""
-        return self.repeatable or size == self.size
+        """The plan with no rows from hooks for some tensors."""
+        return self._replace(hooked={name: hooked for name, hooked in self.hooked.items() if name not in names})
 
 
-def owners(adapter: AdapterModel) -> dict[str, tuple[nn.Module, str]]:
-    """Trainable tensors that belong, in one place only, to a module with a rule."""
-    return {
-        name: places[0]
-        for name, places in adapter.owners.items()
-        if len(places) == 1 and places[0][1] in rules(places[0][0])
-    }
+def tensors_with_rules(adapter: AdapterModel) -> dict[str, HookedTensor]:
+    """Trainable tensors that belong to one module alone, which has a rule for them."""
+    hooked = {}
+    for name, places in adapter.owners.items():
+        module, attribute = places[0]
+        rule = rules(module).get(attribute)
+        if len(places) == 1 and rule is not None:
+            hooked[name] = HookedTensor(module, attribute, rule)
+    return hooked
 
 
-def make_plan(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> LinearizationPlan:
-    """How to linearize a model, found on the first ``FEW`` examples where it takes batches of any size."""
-    size = batch_size(inputs)
-    if size > FEW:
+def make_plan(adapter: AdapterModel, vector: Tensor, batch: Batch) -> LinearizationPlan:
+    """How to linearize a model, checked on a few examples if the model accepts batches of any size."""
+    if batch.size > NUM_CHECKED:
         try:
-            plan = _make_plan(adapter, vector, some_examples(inputs, slice(FEW), size))
-        except (RuntimeError, MemoryError, ValueError, TypeError, IndexError):  # a model that takes what it was given
+            plan = _make_plan(adapter, vector, batch[:NUM_CHECKED])
+        except REFUSED:
             plan = None
         if plan is not None and plan.repeatable:
             return plan
-    return _make_plan(adapter, vector, inputs)
+    return _make_plan(adapter, vector, batch)
 
 
-def _make_plan(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> LinearizationPlan:
-    """Which tensors may take the hooks, found by comparing one example's rows with plain autograd.
+def _make_plan(adapter: AdapterModel, vector: Tensor, batch: Batch) -> LinearizationPlan:
+    """The tensors that may take hooks, found by comparing one example's rows with plain autograd.
 
-    The outputs of one example of a repeated batch are pulled back. A tensor passes when that example's row is the
-    gradient that autograd gives and every other row is zero, so modules that are fed something else than examples
-    first, or tensors that are also used elsewhere, are found out whatever they are called.
+    The gradient of one example's outputs, in a repeated batch, must be that example's row, and all other rows must be
+    zero. So modules whose input does not have examples first, and tensors that are also used elsewhere, are detected
+    whatever their names.
     """
-    hooked, size = owners(adapter), batch_size(inputs)
+    candidates = tensors_with_rules(adapter)
     generator = torch.Generator(device=vector.device).manual_seed(0)
     noise = torch.randn(vector.shape, generator=generator, dtype=vector.dtype, device=vector.device)
-    leaves = adapter.leaves(vector + 0.05 * noise)  # LoRA's A is invisible while B is zero
-    modules = {module for module, _ in hooked.values()}
+    leaves = adapter.leaves(vector + 0.05 * noise)  # LoRA's A has no effect while B is zero
+    modules = {hooked.module for hooked in candidates.values()}
     modules |= {module for module in adapter.model.modules() if type(module) is nn.Linear}  # one may be the head
     held = [*adapter.model.parameters(), *leaves.values()]
     with _saved_bytes({tensor.untyped_storage().data_ptr() for tensor in held}) as saved:
-        single = adapter.call(leaves, inputs)
-    batch, times = _checked_batch(inputs, size)
-    plain = _is_plain(adapter, leaves, inputs)
+        single = adapter.call(leaves, batch.inputs)
+    repeated, times = _repeated(batch)
+    plain = _is_plain(adapter, leaves, batch.inputs)
     try:
-        tape = Tape(adapter, leaves, batch, modules, plain)
-        repeatable = len(tape.outputs) == times * size and _same(tape.outputs[:size], single)
-    except (RuntimeError, MemoryError, ValueError, TypeError, IndexError):  # a model that takes what it was given
+        tape = Tape(adapter, leaves, repeated.inputs, modules, plain)
+        repeatable = len(tape.outputs) == times * batch.size and _is_close(tape.outputs[: batch.size], single)
+    except REFUSED:
         repeatable = False
     if not repeatable:
-        tape = Tape(adapter, leaves, inputs, modules, plain)
+        tape = Tape(adapter, leaves, batch.inputs, modules, plain)
     seed = torch.zeros_like(tape.outputs)
     seed[-1] = torch.randn(seed.shape[1], generator=generator, device=vector.device).to(seed.dtype)
-    arrived = by_module(tape.cotangents(seed, keep=True))
+    calls = by_module(tape.cotangents(seed, keep=True))
     exact = dict(zip(adapter.names, tape.gradients(seed, adapter.names, keep=False), strict=True))
-    chosen, numbers = {}, 0
+    hooked, row_numbers = {}, 0
     with adapter.substituted(leaves):
-        for name, (module, attribute) in hooked.items():
-            stored = _checked(arrived.get(module, []), attribute, leaves[name].shape, exact[name], len(seed))
-            if stored and module not in tape.overwritten:  # in place: rows would be those of what came after
-                chosen[name], numbers = hooked[name], numbers + stored
+        for name, candidate in candidates.items():
+            stored = _stored_numbers(calls.get(candidate.module, []), candidate, leaves[name], exact[name], len(seed))
+            if stored and candidate.module not in tape.overwritten:  # else the output is that of a later operation
+                hooked[name], row_numbers = candidate, row_numbers + stored
     unused = frozenset(name for name, gradient in exact.items() if gradient is None)
     adapter.linearized_by = {
-        name: "hooks" if name in chosen else "unused" if name in unused else "general" for name in adapter.names
+        name: "hooks" if name in hooked else "unused" if name in unused else "general" for name in adapter.names
     }
-    head = tape.head
     return LinearizationPlan(
-        chosen,
-        unused,
-        seed.shape[1],
-        repeatable,
-        size,
-        head and head.module,
-        numbers,
-        1 + int(OVERHEAD * saved()) // size,
-        plain,
+        hooked=hooked,
+        unused=unused,
+        num_outputs=seed.shape[1],
+        repeatable=repeatable,
+        size=batch.size,
+        head=tape.head and tape.head.module,
+        row_numbers=row_numbers,
+        bytes_each=1 + int(OVERHEAD * saved()) // batch.size,
+        plain=plain,
+        reads_modules=any(tensor.rule in RULES_THAT_READ_MODULES for tensor in hooked.values()),
     )
 
 
-def _checked(arrived: Arrived, attribute: str, shape: torch.Size, exact: Tensor | None, num_rows: int) -> int:
-    """Numbers kept per row of a tensor whose rule gives what autograd gives; 0 where it does not."""
-    if not arrived or exact is None:
+def _stored_numbers(
+    calls: Cotangents, candidate: HookedTensor, parameter: Tensor, exact: Tensor | None, num_rows: int
+) -> int:
+    """The numbers stored per row of a tensor; 0 if its rule does not give autograd's gradient.
+
+    Args:
+        calls: of the tensor's module, each with the gradient of its output.
+        candidate: the tensor's module and rule.
+        parameter: the tensor.
+        exact: its gradient by autograd; None if there is none.
+        num_rows: of the batch.
+    """
+    if not calls or exact is None:
         return 0
     try:
-        where, rows = tensor_rows(arrived, attribute, shape)
-    except (RuntimeError, IndexError, KeyError):  # an option that the rule does not know
+        columns, rows = per_example_rows(calls, candidate.rule, parameter)
+    except (RuntimeError, IndexError, KeyError):  # an option that the rule does not support
         return 0
-    stored = arrived[0][1].shape[-1] if is_outer(arrived) else rows.shape[1]
-    if where is not None:
-        rows = rows.new_zeros(len(rows), shape.numel()).index_copy_(1, where, rows)
-    return stored if len(rows) == num_rows and _agrees(rows, exact.flatten()) else 0
-
-
-def repeat(inputs: Inputs, size: int, times: int) -> Inputs:
-    """Inputs with every batched tensor repeated ``times`` times along the batch."""
-    if times == 1:
-        return inputs
-    if isinstance(inputs, Tensor):
-        return inputs.repeat(times, *[1] * (inputs.ndim - 1))
-    return {
-        k: v.repeat(times, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v
-        for k, v in inputs.items()
-    }
+    stored = calls[0][1].shape[-1] if is_outer_product(calls) else rows.shape[1]
+    if columns is not None:
+        rows = rows.new_zeros(len(rows), parameter.numel()).index_copy_(1, columns, rows)
+    return stored if len(rows) == num_rows and _only_last_row_is(exact.flatten(), rows) else 0
 
 
 @contextmanager
 def _saved_bytes(parameters: set[int]) -> Iterator[Callable[[], int]]:
-    """Counts what autograd keeps for the backward pass, every storage once, those of ``parameters`` not."""
-    seen: dict[int, int] = {}
+    """Counts the bytes that autograd saves for the backward pass, each storage once; not those of ``parameters``."""
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided:  # a sparse mask or projection of an adapter
             return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(seen.values())
+        yield lambda: sum(sizes.values())
 
 
 def _is_plain(adapter: AdapterModel, leaves: Mapping[str, Tensor], inputs: Inputs) -> bool:
-    """Whether autograd.grad reaches what a plain backward pass reaches; not through reentrant checkpoints."""
+    """Whether autograd.grad reaches the same tensors as backward(); through reentrant checkpoints it does not."""
     tape = Tape(adapter, leaves, inputs, set(), True)
     seed = torch.ones_like(tape.outputs)
     try:
@@ -187,26 +203,26 @@ def _is_plain(adapter: AdapterModel, leaves: Mapping[str, Tensor], inputs: Input
     return all((a is None) == (b is None) for a, b in zip(asked, reached, strict=True))
 
 
-def _checked_batch(inputs: Inputs, size: int) -> tuple[Inputs, int]:
-    """The batch repeated, at least once, to a number of rows that no other dimension of the inputs has."""
-    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+def _repeated(batch: Batch) -> tuple[Batch, int]:
+    """The batch repeated, at least twice, to a number of rows that no other dimension of the inputs has."""
+    tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
     lengths = {length for t in tensors if isinstance(t, Tensor) for length in t.shape[1:]}
-    times = next(
-        t for t in range(2, len(lengths) + CHECKED_ROWS + 3) if t * size >= CHECKED_ROWS and t * size not in lengths
-    )
-    return repeat(inputs, size, times), times
+    times = 2
+    while times * batch.size < MIN_CHECKED_ROWS or times * batch.size in lengths:
+        times += 1
+    return batch[torch.arange(batch.size).repeat(times)], times
 
 
-def _same(outputs: Tensor, single: Tensor) -> bool:
+def _is_close(outputs: Tensor, single: Tensor) -> bool:
     return bool((outputs - single).abs().max() <= tolerance(single.dtype) * (1e-3 + single.abs().max()))
 
 
-def _agrees(rows: Tensor, exact: Tensor) -> bool:
-    """Whether the last row is ``exact`` and the others vanish beside it."""
+def _only_last_row_is(exact: Tensor, rows: Tensor) -> bool:
+    """Whether the last row is ``exact`` and all others are zero, up to rounding."""
     allowed = tolerance(exact.dtype) * exact.norm()
     return bool((rows[-1] - exact).norm() <= allowed and rows[:-1].norm() <= allowed)
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far rows may lie from autograd's, relative to its gradient's length."""
-    return min(64 * torch.finfo(dtype).eps ** 0.75, LARGEST_TOLERANCE)
+    """The distance of rows from autograd's gradient that is allowed, relative to the gradient's norm."""
+    return min(64 * torch.finfo(dtype).eps ** 0.75, MAX_TOLERANCE)

@@ -1,34 +1,43 @@
-"""Forward passes that remember what watched modules saw, and backward passes to what came out of them."""
+"""A recorded forward pass: the calls of hooked modules, and backward passes to the outputs of these calls."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.linearization.per_example_gradients import ModuleCall, columns, rules
+from bayes_kf.inference.linearization.per_example_gradients import ModuleCall
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
+from bayes_kf.models.module_restoring import ModuleState
 
-SAME = 0.05  # of the outputs, by which they may miss the head's, in whatever precision it ran
-Arrived = list[tuple[ModuleCall, Tensor]]  # calls and the cotangents of what came out of them
+HEAD_RTOL = 0.05  # by which a Linear's product may differ from the model's outputs, whatever precision computed them
+
+Cotangents = list[tuple[ModuleCall, Tensor]]  # calls, each with the gradient of its output
 
 
 class Tape:
     """A forward pass at given tensors, ready for several backward passes.
 
-    The adapter's tensors are in place, and modules watched, during all of these: checkpointed layers run again.
+    Checkpointed layers run again in a backward pass. So the adapter's tensors are in place, and modules are hooked,
+    during all passes.
 
     Args:
         adapter: the model.
-        leaves: tensor name -> leaf that asks for gradients.
-        inputs: a batch.
-        modules: to be watched.
-        plain: see :class:`Plan`.
+        leaves: tensor name -> leaf that requires gradients.
+        inputs: of a batch.
+        modules: to hook.
+        plain: see :class:`LinearizationPlan`.
+
+    Attributes:
+        outputs: η of every row, (R, m), in the graph.
+        head: the call of the classifier, see :meth:`_find_head`; None if there is none.
+        head_weight: W of that Linear, (m, d), detached.
+        overwritten: modules whose outputs were changed in place.
     """
 
     def __init__(
@@ -36,129 +45,124 @@ class Tape:
     ) -> None:
         self.adapter, self.leaves, self.modules, self.plain = adapter, leaves, modules, plain
         self._calls: list[ModuleCall] = []
-        self._arrived: Arrived = []
-        self._before = adapter.snapshot()  # once for all passes, as it takes longer than placing tensors
-        versions: list[int] = []
-
-        def remember(call: ModuleCall) -> None:
-            self._calls.append(call)
-            versions.append(call.output._version)
-
-        with self._watching(remember):
+        self._versions: list[int] = []
+        self._arrived: Cotangents = []
+        self._recording = True
+        self._snapshot: Sequence[ModuleState] | None = None  # taken once, since that takes longer than substitution
+        self.head_weight: Tensor | None = None
+        with self._substituted(hooks=True):
             self.outputs = adapter.run(inputs)
-        seen = list(zip(self._calls, versions, strict=True))
-        self.overwritten = {call.module for call, version in seen if call.output._version != version}
-        self._calls = [call for call in self._calls if call.output.requires_grad]
-        self.head = self._head()
+            self._recording = False
+            recorded, self._calls = self._calls, []
+            self.overwritten: set[nn.Module] = set()
+            for call, version in zip(recorded, self._versions, strict=True):
+                if call.output._version != version:
+                    self.overwritten.add(call.module)
+                if call.output.requires_grad:
+                    self._calls.append(call)
+            self.head = self._find_head()
 
-    def _head(self) -> ModuleCall | None:
-        """The only call of a Linear on one vector per example whose output *is* the model's, where there is one."""
-        found = [call for call in self._calls if call.output is self.outputs and type(call.module) is nn.Linear]
-        if not found or found[0].input.ndim != 2 or not found[0].input.requires_grad:
+    def _find_head(self) -> ModuleCall | None:
+        """The only call of a Linear, on one vector per example, whose output *is* the model's; None if there is none.
+
+        The product is computed again, because a hook may have changed the output since.
+        """
+        head, modules = None, []
+        for call in self._calls:
+            modules.append(call.module)
+            if call.output is self.outputs and type(call.module) is nn.Linear:
+                head = head or call
+        if head is None or head.input.ndim != 2 or not head.input.requires_grad or modules.count(head.module) > 1:
             return None
-        head = found[0]
-        if sum(call.module is head.module for call in self._calls) > 1:
-            return None
-        with torch.no_grad(), self.adapter.swapped(self.leaves):  # nothing, a hook say, has changed it since
-            weight, bias = (None if t is None else t.double() for t in (head.module.weight, head.module.bias))
-            linear = torch.nn.functional.linear(head.input.double(), weight, bias)  # type: ignore[arg-type]
+        linear = head.module
+        assert isinstance(linear, nn.Linear)
+        with torch.no_grad():
+            weight, bias = linear.weight, None if linear.bias is None else linear.bias.double()
+            product = torch.nn.functional.linear(head.input.double(), weight.double(), bias)
             outputs = self.outputs.double()
-            same = bool((linear - outputs).abs().max() <= SAME * outputs.abs().max())
-        return head if same else None
+            if not bool((product - outputs).abs().max() <= HEAD_RTOL * outputs.abs().max()):
+                return None
+        self.head_weight = weight.detach()
+        return head
 
-    def cotangents(self, seed: Tensor, at: Tensor | None = None, *, keep: bool) -> Arrived:
-        """The gradient of (seed · outputs), or of (seed · at), in what came out of every call that it reaches.
+    def cotangents(self, seed: Tensor, at: Tensor | None = None, *, keep: bool) -> Cotangents:
+        """The gradient of (seed · outputs), or of (seed · at), in the output of every call that it reaches.
 
         Args:
-            seed: shaped as the outputs (or ``at``).
-            at: a tensor of the graph in the place of the outputs.
+            seed: in the shape of the outputs (or of ``at``).
+            at: a tensor of the graph instead of the outputs.
             keep: whether more backward passes follow.
         """
         end = self.outputs if at is None else at
         if self.plain and not self._calls:
             return []
         if self.plain:
-            ends = [call.output for call in self._calls]
-            with self._watching(None):
-                found = torch.autograd.grad(end, ends, seed, retain_graph=keep, allow_unused=True)
-            return [(call, g) for call, g in zip(self._calls, found, strict=True) if g is not None]
+            ends = []
+            for call in self._calls:
+                ends.append(call.output)
+            with self._substituted(hooks=False):
+                gradients = torch.autograd.grad(end, ends, seed, retain_graph=keep, allow_unused=True)
+            arrived = []
+            for call, gradient in zip(self._calls, gradients, strict=True):
+                if gradient is not None:
+                    arrived.append((call, gradient))
+            return arrived
         self._arrived = []
-        with self.adapter.preserved_gradients(), self._watching(lambda call: None):
+        with self.adapter.preserved_gradients(), self._substituted(hooks=True):
             end.backward(seed, retain_graph=keep)
         for leaf in self.leaves.values():
             leaf.grad = None
         return self._arrived
 
     def gradients(self, seed: Tensor, names: Sequence[str], *, keep: bool) -> list[Tensor | None]:
-        """The gradient of (seed · outputs) in named tensors, None where the outputs do not depend on one."""
+        """The gradient of (seed · outputs) with respect to named tensors; None for tensors without effect."""
         chosen = [self.leaves[name] for name in names]
         if self.plain:
-            with self._watching(None):
+            with self._substituted(hooks=False):
                 return list(torch.autograd.grad(self.outputs, chosen, seed, retain_graph=keep, allow_unused=True))
-        with self.adapter.preserved_gradients(), self._watching(None):
+        with self.adapter.preserved_gradients(), self._substituted(hooks=False):
             self.outputs.backward(seed, retain_graph=keep)
-        found = [leaf.grad for leaf in chosen]
+        gradients = [leaf.grad for leaf in chosen]
         for leaf in self.leaves.values():
             leaf.grad = None
-        return found
+        return gradients
 
     @contextmanager
-    def _watching(self, see: Callable[[ModuleCall], Any] | None) -> Iterator[None]:
-        """The adapter's tensors in place and, unless ``see`` is None, every call of a watched module shown to it."""
-
-        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if see is None or not args or not isinstance(output, Tensor):  # called by keyword: not known, not chosen
-                return
-            call = ModuleCall(module, args[0], kwargs, output)
-            see(call)
-            if not self.plain and output.requires_grad:
-                output.register_hook(lambda g: self._arrived.append((call, g)))
-
-        watched = self.modules if see is not None else ()
-        handles = [module.register_forward_hook(remember, with_kwargs=True) for module in watched]
-        try:
-            with _eager(), self.adapter.substituted(self.leaves, self._before):
+    def _substituted(self, hooks: bool) -> Iterator[None]:
+        """The adapter's tensors in place, compiled modules uncompiled and, with ``hooks``, the modules hooked."""
+        compiled = "torch._dynamo" in sys.modules  # else nothing was compiled, and the import takes seconds
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # compiled graphs lack modules
+        with eager, self.adapter.substituted(self.leaves, self._snapshot) as self._snapshot:
+            handles = []
+            if hooks:
+                for module in self.modules:
+                    handles.append(module.register_forward_hook(self._on_forward, with_kwargs=True))
+            try:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Records a call. Calls by keyword alone are unknown, so their tensors are not hooked."""
+        if not args or not isinstance(output, Tensor):
+            return
+        call = ModuleCall(module, args[0], kwargs, output)
+        if self._recording:
+            self._calls.append(call)
+            self._versions.append(output._version)
+        if not self.plain and output.requires_grad:
+            output.register_hook(lambda gradient: self._arrived.append((call, gradient)))
 
 
-def is_outer(arrived: Arrived) -> bool:
-    """Whether rows are outer products: of a Linear called once, on one vector per example."""
-    return len(arrived) == 1 and type(arrived[0][0].module) is nn.Linear and arrived[0][0].input.ndim == 2
+def by_module(arrived: Cotangents) -> dict[nn.Module, Cotangents]:
+    """The calls of each module."""
+    calls: dict[nn.Module, Cotangents] = {}
+    for call, gradient in arrived:
+        calls.setdefault(call.module, []).append((call, gradient))
+    return calls
 
 
-def by_module(arrived: Arrived) -> dict[nn.Module, Arrived]:
-    """What arrived at every module."""
-    found: dict[nn.Module, Arrived] = {}
-    for call, g in arrived:
-        found.setdefault(call.module, []).append((call, g))
-    return found
-
-
-@torch.no_grad()
-def tensor_rows(arrived: Arrived, attribute: str, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
-    """Per-example gradients of one tensor of the module that ``arrived`` is about.
-
-    Returns:
-        The columns of the flattened tensor that the rows are about, None for all, and the rows (R, columns).
-    """
-    rule = rules(arrived[0][0].module)[attribute]
-    if len(arrived) == 1:
-        call, g = arrived[0]
-        return columns(call), rule(call, g, shape)
-    return None, torch.stack([_whole(call, rule(call, g, shape), shape) for call, g in arrived]).sum(0)
-
-
-def _whole(call: ModuleCall, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Rows over all columns of a tensor where a rule gave those that the batch looked up."""
-    where = columns(call)
-    return rows if where is None else rows.new_zeros(len(rows), shape.numel()).index_copy_(1, where, rows)
-
-
-def _eager() -> AbstractContextManager[None]:
-    """Compiled modules run uncompiled inside, for a compiled graph has no modules to watch."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+def is_outer_product(calls: Cotangents) -> bool:
+    """Whether a module's rows are outer products: those of a Linear called once, on one vector per example."""
+    return len(calls) == 1 and type(calls[0][0].module) is nn.Linear and calls[0][0].input.ndim == 2

@@ -148,14 +148,14 @@ def _likely_classes(
     chosen = chosen.scatter(1, last, torch.where(unlikely.unsqueeze(-1), label, chosen.gather(1, last)))
     needed = needed + unlikely
     valid = torch.arange(count, device=outputs.device) < needed.unsqueeze(-1)  # (B, count)
-    taken = torch.zeros_like(outputs, dtype=torch.int8).scatter_add_(1, chosen, valid.to(torch.int8))
+    is_chosen = torch.zeros_like(outputs, dtype=torch.int8).scatter_add_(1, chosen, valid.to(torch.int8))
 
     def project(others: Tensor, which: slice) -> Tensor:
-        rest = others.masked_fill(taken[which] > 0, float("-inf")).logsumexp(-1, keepdim=True)
+        rest = others.masked_fill(is_chosen[which] > 0, float("-inf")).logsumexp(-1, keepdim=True)
         return torch.cat([rest, others.gather(-1, chosen[which]).masked_fill(~valid[which], MASKED_LOGIT)], -1)
 
     coarse = project(outputs, slice(None))
-    shares = outputs.masked_fill(taken > 0, float("-inf")).softmax(-1)
+    shares = outputs.masked_fill(is_chosen > 0, float("-inf")).softmax(-1)
 
     def seeds(example: Tensor, which: Tensor) -> Tensor:
         before = (which - 1).clamp_min(0)

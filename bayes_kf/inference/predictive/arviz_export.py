@@ -1,32 +1,43 @@
-"""Draws from a belief, and what they predict, as the groups of ArviZ."""
+"""Draws from a posterior, and their predictions, as ArviZ data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.measurement_model import noise
-from bayes_kf.inference.predictive import prediction
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
+from bayes_kf.inference.predictive.predictive_distributions import from_draws
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
-
 Groups = dict[str, dict[str, np.ndarray]]
-MANY_COUNTS = 1e6  # rate above which a Poisson is drawn as a Gaussian; far above, torch's own draws are not counts
-FEWEST_DRAWS = 4  # of a chain, below which ArviZ has no R̂
-TARGET = "target"  # the variable that observed_data, posterior_predictive and log_likelihood share
+MAX_POISSON_RATE = 1e6  # above it a Poisson is drawn as a Gaussian: torch's own draws are no counts far above it
+MIN_CHAIN = 4  # draws of a chain from which ArviZ computes R̂
+TARGET = "target"  # the variable of observed_data, posterior_predictive and log_likelihood
+
+
+def to_arviz(
+    posterior: GaussianPosterior, num_samples: int, generator: torch.Generator | None, loader: Iterable[Any] | None
+) -> Any:
+    """Draws and, with a loader, their predictions as ArviZ data; see :meth:`Posterior.to_arviz`."""
+    generator = posterior.generator(generator)
+    draws = posterior.sample(num_samples, generator)
+    groups = {"posterior": named_draws(posterior.adapter, draws)}
+    if loader is not None:
+        with posterior.adapter.full_precision():
+            groups |= predictive_groups(posterior, draws, loader, generator)
+    return inference_data(groups)
 
 
 def inference_data(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
-    """ArviZ data of these groups, whichever ``from_dict`` the installed version has."""
+    """ArviZ data of these groups, by the ``from_dict`` of the installed version."""
     import arviz
 
     if int(arviz.__version__.split(".")[0]) >= 1:
@@ -35,15 +46,15 @@ def inference_data(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
 
 
 def num_chains(num_samples: int) -> int:
-    """How many chains independent draws are given as: ArviZ takes R̂ from at least two, of four draws or more.
+    """Number of chains into which independent draws are divided: ArviZ needs two of four draws for R̂.
 
-    The least divisor of the number of draws that allows for that, two for even ones; 1 where there is none.
+    It is the smallest divisor of the number of draws, from 2 on, that leaves at least four draws per chain; else 1.
 
     Example:
         >>> num_chains(500), num_chains(9), num_chains(15), num_chains(7)
         (2, 1, 3, 1)
     """
-    return next((count for count in range(2, num_samples // FEWEST_DRAWS + 1) if num_samples % count == 0), 1)
+    return next((count for count in range(2, num_samples // MIN_CHAIN + 1) if num_samples % count == 0), 1)
 
 
 def in_chains(values: np.ndarray) -> np.ndarray:
@@ -60,9 +71,21 @@ def named_draws(adapter: AdapterModel, draws: Tensor) -> dict[str, np.ndarray]:
     }
 
 
-def predictive_groups(posterior: Posterior, draws: Tensor, loader: Iterable[Any], generator: torch.Generator) -> Groups:
-    """What the adapters ``draws`` (S, n), the same for all batches, say about a loader's targets."""
-    adapter, family = posterior.adapter, noise.likelihood(posterior.config.noise_settings, posterior.state.noise)
+def predictive_groups(
+    posterior: GaussianPosterior, draws: Tensor, loader: Iterable[Any], generator: torch.Generator
+) -> Groups:
+    """Predictions of the targets of a loader by drawn adapters.
+
+    Args:
+        posterior: the posterior.
+        draws: parameters of the adapters, (S, n); they are the same for all batches.
+        loader: batches with targets.
+        generator: source of the drawn targets.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
+    """
+    adapter, family = posterior.adapter, posterior.likelihood
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, batch in enumerate(loader):
         inputs, targets = split_batch(batch)
@@ -71,16 +94,16 @@ def predictive_groups(posterior: Posterior, draws: Tensor, loader: Iterable[Any]
             raise ValueError(f"`loader` must yield tensors of targets with every batch, got {kind} in batch {index}.")
         check_inputs(inputs)
         inputs = to_device(inputs, adapter.device)
-        outputs = outputs_of_draws(adapter, draws, inputs, posterior._draws_at_once(inputs))  # (S, B, m)
+        outputs = outputs_of_draws(adapter, draws, inputs, posterior.adapters_at_once(inputs))  # (S, B, m)
         outputs = posterior.scaled_logits(outputs)
         if index == 0:
-            posterior._compare(inputs, prediction.mixture(family, outputs, None))
-        known = family.check(outputs[0], targets.to(adapter.device))
-        log_prob = family.log_prob(outputs, known)
+            warn_if_methods_disagree(posterior, inputs, from_draws(family, outputs, None), stacklevel=5)
+        checked = family.check(outputs[0], targets.to(adapter.device))
+        log_prob = family.log_prob(outputs, checked)
         drawn = draw_targets(family, outputs, generator)
-        if outputs.shape[-1] == 1:  # one output is no axis: ArviZ wants targets and log-likelihoods of one shape
-            known, drawn = known.squeeze(-1), drawn.squeeze(-1)
-        parts.append((known.cpu(), drawn.cpu(), log_prob.cpu()))
+        if outputs.shape[-1] == 1:  # ArviZ needs targets and log-likelihoods of one shape
+            checked, drawn = checked.squeeze(-1), drawn.squeeze(-1)
+        parts.append((checked.cpu(), drawn.cpu(), log_prob.cpu()))
     if not parts:
         raise ValueError("`loader` must yield at least one batch, got none.")
     observed, predicted, log_probs = zip(*parts, strict=True)
@@ -93,7 +116,7 @@ def predictive_groups(posterior: Posterior, draws: Tensor, loader: Iterable[Any]
 
 
 def draw_targets(family: Likelihood, outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """A target from each of the outputs (S, B, m): classes (S, B), else (S, B, m), on the generator's device."""
+    """A target drawn from each of the outputs (S, B, m): classes (S, B), else (S, B, m), on the generator's device."""
     mean = family.mean(outputs).to(generator.device)
     if family.name == "categorical":
         return torch.multinomial(mean.flatten(0, 1), 1, replacement=True, generator=generator).view(mean.shape[:-1])
@@ -102,8 +125,8 @@ def draw_targets(family: Likelihood, outputs: Tensor, generator: torch.Generator
     if isinstance(family, Gaussian):
         unit = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return mean + family.noise_variance.to(mean).sqrt() * unit
-    few = torch.poisson(mean.clamp_max(MANY_COUNTS), generator=generator)
-    if bool((mean <= MANY_COUNTS).all()):
-        return few
+    counts = torch.poisson(mean.clamp_max(MAX_POISSON_RATE), generator=generator)
+    if bool((mean <= MAX_POISSON_RATE).all()):
+        return counts
     unit = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    return torch.where(mean <= MANY_COUNTS, few, (mean + mean.sqrt() * unit).round())
+    return torch.where(mean <= MAX_POISSON_RATE, counts, (mean + mean.sqrt() * unit).round())

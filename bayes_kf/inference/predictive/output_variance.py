@@ -1,38 +1,46 @@
-"""Where the uncertainty of predictions sits: what each tensor contributes to the variance of the outputs."""
+"""The contribution of each tensor to the variance of the outputs."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
+import torch
+from torch import Tensor
+
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
-from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.models.batch import batch_size, check_inputs, some_examples, split_batch, to_device
 
-MAX_DIRECTIONS = 16  # outputs looked at; of more, evenly spaced ones
+MAX_EXAMPLES = 8  # the first examples of a batch
+MAX_OUTPUTS = 16  # of more outputs, as many evenly spaced ones
 
 
-def output_variance(
-    adapter: AdapterModel, belief: GaussianBelief, batch: LinearizedBatch, centred: bool
-) -> dict[str, float]:
-    """Mean over examples and outputs of J_t (P Jᵀ)_t for each tensor t; they add up to the mean of J P Jᵀ.
+def output_variance(posterior: GaussianPosterior, batch: Any) -> dict[str, float]:
+    """Tensor name -> its contribution to the variance of the outputs; see :meth:`Posterior.output_variance`."""
+    inputs, _ = split_batch(batch)
+    check_inputs(inputs)
+    size = batch_size(inputs)
+    some = some_examples(inputs, slice(0, min(size, MAX_EXAMPLES)), size)
+    with posterior.adapter.full_precision():
+        linearized = posterior.kf.linearize(posterior.mean_vector, to_device(some, posterior.adapter.device))
+        contributions = parameter_contributions(posterior, linearized)
+    slices = posterior.adapter.slices()
+    return {name: posterior.temperature * contributions[where].sum().item() for name, where in slices.items()}
 
-    The covariance of two tensors counts once for each of them, so a contribution may be negative. Without covariances
-    (J_t P_tt J_tᵀ) the numbers can add up to many times the variance, where tensors make up for each other.
 
-    Args:
-        adapter: the model.
-        belief: over the parameters.
-        batch: examples that went forward at the belief's mean.
-        centred: whether outputs count less their mean over the outputs, as softmax sees them.
+def parameter_contributions(posterior: GaussianPosterior, linearized: LinearizedBatch) -> Tensor:
+    """Mean over examples and outputs of J_i (P Jᵀ)_i for each parameter i, (n,); its sum is the mean of J P Jᵀ.
+
+    The covariance of two parameters counts once for each of them, so a contribution may be negative. Without
+    covariances, J_i P_ii J_i could add up to many times the variance, since parameters compensate each other.
     """
-    num_outputs = batch.outputs.shape[1]
-    chosen = torch.linspace(0, num_outputs - 1, min(num_outputs, MAX_DIRECTIONS)).round().long()
-    seeds = torch.eye(num_outputs, dtype=batch.outputs.dtype, device=batch.outputs.device)[chosen]
-    if centred and num_outputs > 1:
-        seeds = seeds - 1.0 / num_outputs
-    rows = batch.jacobian(Directions(len(seeds), lambda _, which: seeds[which])).dense()  # (B, c, n)
-    flat = rows.flatten(0, 1)
-    both = flat.double() * torch.stack([belief.product(row) for row in flat]).double()
-    each = both.sum(0) / len(flat)  # (n,), what every number contributes
-    return {name: each[where].sum().item() for name, where in adapter.slices().items()}
+    num_outputs = linearized.outputs.shape[1]
+    chosen = torch.linspace(0, num_outputs - 1, min(num_outputs, MAX_OUTPUTS)).round().long()
+    directions = torch.eye(num_outputs, dtype=linearized.outputs.dtype, device=linearized.outputs.device)[chosen]
+    if posterior.config.likelihood == "categorical" and num_outputs > 1:
+        directions = directions - 1.0 / num_outputs  # softmax ignores the mean of the outputs
+    jacobian = linearized.jacobian(Directions(len(directions), lambda _, which: directions[which])).dense()  # (B, c, n)
+    rows = jacobian.flatten(0, 1)
+    products = rows.double() * torch.stack([posterior.state.belief.product(row) for row in rows]).double()
+    return products.sum(0) / len(rows)

@@ -1,10 +1,9 @@
-"""The adapter as a Pyro model and its belief as a Pyro guide; both sample one site per tensor, under its name."""
+"""The adapter as a Pyro model and its posterior as a Pyro guide; both have one sample site per tensor."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pyro
 import pyro.distributions as dist
@@ -15,46 +14,43 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Inputs, batch_size, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
 
 _COUNTER = itertools.count()
 
 
 class KalmanModel:
-    """The Pyro model that the posterior belongs to, N(μ, T·P), one site for each tensor.
+    """The Pyro model whose posterior is N(μ, T·P), with one sample site for each tensor.
 
-    With the filter's prior N(μ₀, diag(p₀)) and the posterior's temperature T
+    With the filter's prior N(μ₀, diag(p₀)) and the temperature T of the posterior, the model is
 
         θ ~ N(μ₀, T·diag(p₀)),    p(y | x, θ)^(1/T) in place of the likelihood.
 
-    Prior and likelihood are both raised to the power 1/T. Of a linear-Gaussian model this has the posterior
-    N(μ, T·P) exactly, for every T: SVI starts at its optimum, and NUTS finds the guide's covariance. The negative
-    ELBO is that of the tempered model. Multiply it by T to compare temperatures. At T = 1 it is the plain model.
+    Prior and likelihood are both raised to the power 1/T. A linear-Gaussian model then has the posterior N(μ, T·P)
+    exactly, for every T: SVI starts at its optimum, and NUTS finds the guide's covariance. The negative ELBO is that of
+    the tempered model; multiply it by T to compare temperatures. At T = 1 it is the plain model.
 
-    Called ``(inputs, targets=None, num_data=None)``; returns a draw of ``y``, which the temperature does not flatten.
-    The raw outputs η are the deterministic site ``outputs``, (B, m), inside the plate ``data`` (dimension −1). Without
-    targets they are divided by the posterior's ``softmax_temperature``, as in its predictions: ``Predictive`` with the
-    guide draws what ``posterior.predict(method="sampled")`` draws. With ``num_data``, a batch stands for that many
-    examples (for SVI on minibatches). Plates outside (``Predictive(parallel=True)``,
-    ``Trace_ELBO(vectorize_particles=True)``) draw many adapters, which run in one batched forward pass.
+    A call ``(inputs, targets=None, num_data=None)`` returns a draw of ``y``; the temperature does not flatten its
+    distribution. The raw outputs η are the deterministic site ``outputs``, (B, m), inside the plate ``data`` (dimension
+    −1). Without targets they are divided by ``softmax_temperature``, so that ``Predictive`` with the guide has the
+    distribution of ``posterior.predict(method="sampled")``. With ``num_data``, a batch stands for that many examples
+    (for SVI on minibatches). Outer plates (``Predictive(parallel=True)``, ``Trace_ELBO(vectorize_particles=True)``)
+    draw many adapters, which run in one batched forward pass.
 
-    The user's module is not turned into a Pyro module: its tensors are replaced for the length of a call.
+    The user's module does not become a Pyro module: its tensors are replaced during a call.
 
     Args:
-        posterior: gives the module, the prior, the likelihood and the temperature.
+        posterior: it provides the module, the prior, the likelihood and the temperature.
     """
 
-    def __init__(self, posterior: Posterior) -> None:
+    def __init__(self, posterior: GaussianPosterior) -> None:
         self.adapter, self._posterior = posterior.adapter, posterior
         prior, self.temperature = posterior.state.prior, posterior.temperature
         self.prior_mean = self.adapter.unflatten(prior.mean)
         self.prior_sd = self.adapter.unflatten((self.temperature * prior.variance).sqrt())
-        self.family = noise.likelihood(posterior.config.noise_settings, posterior.state.noise)
+        self.family = posterior.likelihood
 
     def __call__(self, inputs: Inputs, targets: Tensor | None = None, num_data: int | None = None) -> Tensor:
         """Sample θ and y; see the class."""
@@ -79,7 +75,7 @@ class KalmanModel:
         """Raw outputs, (*plates, B, m), of tensors whose leading dimensions are the plates around the call."""
         shapes = dict(zip(self.adapter.names, self.adapter.shapes, strict=True))
         leading = {name: site.shape[: site.dim() - len(shapes[name])] for name, site in sites.items()}
-        # dimension -1 is the data's, where a tensor has 1; Pyro leaves that 1 out of the draws it is given
+        # dimension -1 belongs to the data and has size 1 in a tensor; Pyro omits that 1 from given draws
         leading = {name: batch[:-1] if batch and batch[-1] == 1 else batch for name, batch in leading.items()}
         plates = torch.broadcast_shapes(*leading.values())
         flat = [
@@ -87,27 +83,27 @@ class KalmanModel:
             for name, site in sites.items()
         ]
         draws = torch.cat(flat, 1)  # (S, n)
-        at_once = None if len(draws) == 1 else self._posterior._draws_at_once(inputs)
+        at_once = None if len(draws) == 1 else self._posterior.adapters_at_once(inputs)
         outputs = outputs_of_draws(self.adapter, draws, inputs, at_once, gradients=torch.is_grad_enabled())
         return outputs.reshape(*plates, *outputs.shape[1:])
 
 
 class KalmanGuide(PyroModule):
-    """The belief as a guide: same sites as :class:`KalmanModel`, drawn from N(μ, temperature·P).
+    """A Pyro guide with the sites of :class:`KalmanModel`, drawn from N(μ, temperature·P).
 
-    Its mean ``loc`` and spread ``scale`` are Pyro parameters that start at the belief, so SVI goes on from there. A
-    diagonal belief has the standard deviations as its scale. A correlated one draws θ = loc + P^(1/2) z with
-    z ~ N(0, scale²): its correlations stay and the scale along its axes learns. Each guide keeps its parameters under
-    a name of its own in the parameter store, so several posteriors can be used in one process.
+    Its ``loc`` and ``scale`` are Pyro parameters that start at the posterior, so SVI continues from there. With a
+    diagonal covariance the scale is the standard deviation of each parameter. Otherwise θ = loc + P^(1/2) z with
+    z ~ N(0, scale²): the correlations stay, and SVI fits the scale along the axes. Each guide has its own name in the
+    parameter store, so several posteriors can be used in one process.
 
     Args:
-        posterior: the belief to start from; it is not changed by training the guide.
+        posterior: the start; training the guide does not change it.
     """
 
     loc: Tensor  # a PyroParam, read as the constrained tensor
     scale: Tensor
 
-    def __init__(self, posterior: Posterior) -> None:
+    def __init__(self, posterior: GaussianPosterior) -> None:
         super().__init__(name=f"kalman_guide_{next(_COUNTER)}")
         self._adapter, belief = posterior.adapter, posterior.state.belief
         spread = posterior.temperature**0.5
@@ -125,7 +121,7 @@ class KalmanGuide(PyroModule):
     def forward(
         self, inputs: Inputs | None = None, targets: Tensor | None = None, num_data: int | None = None
     ) -> dict[str, Tensor]:
-        """Sample every site; the arguments are the model's and are not used. Returns name -> draw."""
+        """A draw of every site, name -> tensor; the arguments are those of the model and are not used."""
         return self._sample_sites() if self._root is None else self._sample_joint(self._root)
 
     def _sample_sites(self) -> dict[str, Tensor]:
@@ -135,10 +131,10 @@ class KalmanGuide(PyroModule):
         }
 
     def _sample_joint(self, root: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """All tensors at once from an auxiliary site, then each as a point mass at its part."""
+        """Draw all tensors at once from an auxiliary site; the site of each tensor is a point mass at its part."""
         standard = dist.Normal(torch.zeros_like(self.loc), self.scale).to_event(1)
         noise = pyro.sample(f"{self._pyro_name}_joint", standard, infer={"is_auxiliary": True})
-        plates = noise.shape[:-1]  # of several draws at once
+        plates = noise.shape[:-1]
         split = (self.loc + root(noise)).split(self._adapter.sizes, -1)
         zeros = torch.zeros(plates, dtype=noise.dtype, device=noise.device)
         parts = {
@@ -146,7 +142,7 @@ class KalmanGuide(PyroModule):
             for name, part, shape in zip(self._adapter.names, split, self._adapter.shapes, strict=True)
         }
         densities = dict.fromkeys(parts, zeros)
-        densities[self._adapter.names[0]] = zeros - self._log_volume  # of the map from noise to parameters, once
+        densities[self._adapter.names[0]] = zeros - self._log_volume  # Jacobian of the map z -> θ, counted once
         return {
             name: pyro.sample(name, dist.Delta(part, densities[name], event_dim=part.dim() - len(plates)))
             for name, part in parts.items()

@@ -1,1 +1,1 @@
-"""A posterior as a folder on disk."""
+"""Posteriors as folders on disk."""

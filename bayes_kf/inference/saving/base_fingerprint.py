@@ -1,12 +1,13 @@
-"""What a belief is about besides its own tensors: the frozen weights of the base, and those of the adapter.
+"""Fingerprints of the frozen weights that a posterior was fitted with: those of the base and of the adapter.
 
-A fingerprint is a SHA-256 over shapes, dtypes and up to 4,096 evenly spaced elements of every tensor. The base's leaves
-out what is trained, and goes by the names that its tensors have without the adapter, so that it is the same on the
-base alone and on a PEFT model around it. The adapter's is over its frozen tensors: projections (VeRA), buffers of
-``modules_to_save`` (batch norm), masks.
+A fingerprint is a SHA-256 over shapes, dtypes and up to 4,096 evenly spaced elements of every tensor. The fingerprint
+of the base leaves out the trained tensors and uses the names that tensors have without the adapter, so it is the same
+for the base alone and for a PEFT model around it. The fingerprint of the adapter is over its frozen tensors:
+projections (VeRA), buffers of ``modules_to_save`` (batch norm), masks.
 
-LoRA's "pissa" and "olora" change the weights that they are put on. PEFT does so again when it adds the adapter to the
-base, up to rounding; so up to 4,096 elements of each such weight are saved, and compared after the adapter was added.
+LoRA's initializations "pissa" and "olora" change the weights of the base. PEFT repeats the change when it adds the
+adapter to the base, up to rounding. So up to 4,096 elements of each such weight are saved, and compared after the
+adapter has been added.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.module_restoring import restore, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
 
-SAMPLED = 4096  # elements of a tensor that its fingerprint reads
-PREFIX = "initialized."  # of the saved elements of weights that LoRA's initialization changed
-ROUNDING = 1e-3  # of a weight's root mean square, within which an initialization counts as repeated
+MAX_ELEMENTS = 4096  # of a tensor that its fingerprint reads
+PREFIX = "initialized."  # of the names of saved elements of weights that LoRA's initialization changed
+TOLERANCE = 1e-3  # of a weight's root mean square, within which PEFT has repeated an initialization
 
 
 def fingerprint(model: nn.Module, skip: set[str]) -> str:
-    """Over every tensor but those in ``skip``, in the order of the model and without names.
+    """Fingerprint of all tensors but those in ``skip``, in the order of the model and without names.
 
-    Folders of version 0.x have it alone; of a model with an adapter it holds the adapter's frozen tensors too.
+    Folders of version 0.x have only this one. It includes the frozen tensors of an adapter.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -39,82 +40,93 @@ def fingerprint(model: nn.Module, skip: set[str]) -> str:
     return digest.hexdigest()
 
 
-def noted(adapter: AdapterModel) -> dict[str, Any]:
-    """What is saved of a model, as JSON."""
+def fingerprints(adapter: AdapterModel) -> dict[str, Any]:
+    """All fingerprints of a model, as the metadata of the state file holds them."""
     trainable, model = set(adapter.names), adapter.model
-    changed = adapter_tensors.initialized(model)
+    changed = adapter_tensors.changed_base_weights(model)
     return {
         "base_fingerprint": fingerprint(model, trainable),
-        "base": of_base(model, trainable),
-        "base_unchanged": of_base(model, trainable | set(changed)) if changed else "",
+        "base": base_of(model, trainable),
+        "base_unchanged": base_of(model, trainable | set(changed)) if changed else "",
         "initialized": sorted(changed.values()),
-        "frozen_adapter": of_adapter(model, trainable),
+        "frozen_adapter": frozen_adapter_of(model, trainable),
     }
 
 
-def samples(adapter: AdapterModel) -> dict[str, Tensor]:
-    """Elements of the weights that LoRA's initialization changed, under their names in the base."""
+def initialized_samples(adapter: AdapterModel) -> dict[str, Tensor]:
+    """Elements of the weights that LoRA's initialization changed, under the weights' names in the base."""
     tensors = adapter.model.state_dict()
-    return {PREFIX + base: _picked(tensors[name]) for name, base in adapter_tensors.initialized(adapter.model).items()}
+    return {
+        PREFIX + base: _elements(tensors[name])
+        for name, base in adapter_tensors.changed_base_weights(adapter.model).items()
+    }
 
 
-def of_base(model: nn.Module, skip: set[str]) -> str:
-    """Of the base's tensors but those in ``skip``, by their names in the base; replicated layers once."""
+def base_of(model: nn.Module, skip: set[str]) -> str:
+    """Fingerprint of the base's tensors but those in ``skip``; replicated layers count once."""
     tensors = model.state_dict(keep_vars=True)
-    skipped = {id(tensors[name]) for name in skip if name in tensors}  # under all the names that they have
-    named = {base: tensors[name] for name, base in adapter_tensors.parts(model).base.items()}
-    return _of({base: tensor for base, tensor in named.items() if id(tensor) not in skipped})
+    skipped = {id(tensors[name]) for name in skip if name in tensors}  # shared tensors have several names
+    named = {base: tensors[name] for name, base in adapter_tensors.tensor_names(model).base.items()}
+    return _fingerprint({base: tensor for base, tensor in named.items() if id(tensor) not in skipped})
 
 
-def of_adapter(model: nn.Module, trainable: set[str]) -> str:
-    """Of the active adapter's tensors that are not trained, whatever its name."""
+def frozen_adapter_of(model: nn.Module, trainable: set[str]) -> str:
+    """Fingerprint of the active adapter's frozen tensors; it does not depend on the adapter's name."""
     tensors, name = model.state_dict(keep_vars=True), adapter_tensors.active_adapter(model)
-    skipped = {id(tensors[path]) for path in trainable if path in tensors}  # under all the names that they have
-    own = [path for path in adapter_tensors.parts(model).adapter if id(tensors[path]) not in skipped]
-    return _of({".".join("" if step == name else step for step in path.split(".")): tensors[path] for path in own})
+    skipped = {id(tensors[path]) for path in trainable if path in tensors}  # shared tensors have several names
+    own = [path for path in adapter_tensors.tensor_names(model).adapter if id(tensors[path]) not in skipped]
+    return _fingerprint(
+        {".".join("" if step == name else step for step in path.split(".")): tensors[path] for path in own}
+    )
 
 
-def recognized(model: nn.Module, metadata: Mapping[str, Any], complete: bool) -> bool | None:
-    """Whether a model has the frozen weights that a belief was fitted on; None before LoRA's initialization.
+def recognize(model: nn.Module, metadata: Mapping[str, Any], has_adapter: bool) -> bool | None:
+    """Whether a model has the frozen weights of a fit; None if it has them before LoRA's initialization.
 
     Args:
         model: with the adapter or without.
-        metadata: of the belief's folder.
-        complete: whether the adapter is on it.
+        metadata: of the state file.
+        has_adapter: whether the adapter is on the model.
     """
     names = metadata["names"]
-    skip = set(names) if complete else {base_name(name) for name in names}
+    skip = set(names) if has_adapter else {base_name(name) for name in names}
     if "base" not in metadata:
         return fingerprint(model, skip) == metadata["base_fingerprint"]
-    if of_base(model, skip) == metadata["base"]:
+    if base_of(model, skip) == metadata["base"]:
         return True
     changed = set(metadata["initialized"])
-    if complete:
-        changed = {name for name, base in adapter_tensors.parts(model).base.items() if base in changed}
-    return None if changed and of_base(model, skip | changed) == metadata["base_unchanged"] else False
+    if has_adapter:
+        changed = {name for name, base in adapter_tensors.tensor_names(model).base.items() if base in changed}
+    return None if changed and base_of(model, skip | changed) == metadata["base_unchanged"] else False
 
 
-def check(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where a model with its adapter on has other frozen tensors than the belief was fitted with."""
+def check_frozen_tensors(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a model with its adapter has other frozen tensors than in the fit.
+
+    Args:
+        model: with the adapter.
+        metadata: of the state file.
+        tensors: of the state file.
+    """
     names = set(metadata["names"])
     if "frozen_adapter" not in metadata:
         if fingerprint(model, names) != metadata["base_fingerprint"]:
             raise ValueError("`base_model` must have the adapter's frozen tensors as they were fitted, got others.")
         return
-    if of_adapter(model, names) != metadata["frozen_adapter"]:
+    if frozen_adapter_of(model, names) != metadata["frozen_adapter"]:
         raise ValueError("`base_model` must have the adapter's frozen tensors as they were fitted, got others.")
     own = model.state_dict()
-    for name, base in adapter_tensors.initialized(model).items():
+    for name, base in adapter_tensors.changed_base_weights(model).items():
         saved = tensors.get(PREFIX + base)
-        if saved is None or not _close(_picked(own[name]), saved):
+        if saved is None or not _is_close(_elements(own[name]), saved):
             raise ValueError(
-                "`base_model` must be the base before LoRA's initialization or after it, got one whose "
-                f"{base} becomes another."
+                "`base_model` must be the base before or after LoRA's initialization, got one that gets "
+                f"another {base} by it."
             )
 
 
-class Before:
-    """A base as it is before PEFT adds an adapter: modules, values, and which tensors are trainable.
+class BaseSnapshot:
+    """A base model before PEFT adds an adapter: its modules, its values, and which tensors are trainable.
 
     Args:
         base: the model.
@@ -123,55 +135,55 @@ class Before:
     def __init__(self, base: nn.Module) -> None:
         self._base, self._modules = base, take_snapshot(base.modules())
         self._values = [(parameter, parameter.data, parameter.requires_grad) for parameter in base.parameters()]
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
 
-    def hold(self, names: Iterable[str]) -> None:
-        """Keep copies of these weights, which PEFT will change in place."""
-        found = [self._base.get_parameter(name) for name in names]
-        self._held = [(parameter, parameter.detach().clone()) for parameter in found]
+    def copy_weights(self, names: Iterable[str]) -> None:
+        """Copy these weights, which PEFT will change in place."""
+        parameters = [self._base.get_parameter(name) for name in names]
+        self._copies = [(parameter, parameter.detach().clone()) for parameter in parameters]
 
     def restore(self) -> None:
-        """Put it all back."""
+        """Restore the base model, in place."""
         restore(self._modules)
         for parameter, data, trainable in self._values:
             parameter.data = data
             parameter.requires_grad_(trainable)
-        for weight, values in self._held:
+        for weight, values in self._copies:
             weight.data.copy_(values)
 
 
 def base_name(name: str) -> str:
-    """A tensor's name in the model before PEFT wrapped it."""
+    """The name of a tensor in the model before PEFT wrapped it."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
 
 
-def _of(named: Mapping[str, Tensor]) -> str:
-    digest, seen = hashlib.sha256(), set()
+def _fingerprint(named: Mapping[str, Tensor]) -> str:
+    digest, added = hashlib.sha256(), set()
     for name, tensor in sorted(named.items()):
-        if id(tensor) not in seen:  # a replicated layer has the tensors of the first
+        if id(tensor) not in added:  # replicated layers share their tensors
             _add(digest, name, tensor)
-        seen.add(id(tensor))
+        added.add(id(tensor))
     return digest.hexdigest()
 
 
 def _add(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-    picked = _picked(tensor)
-    digest.update(picked.view(torch.uint8).numpy().tobytes() if len(picked) else b"")
+    elements = _elements(tensor)
+    digest.update(elements.view(torch.uint8).numpy().tobytes() if len(elements) else b"")
 
 
-def _picked(tensor: Tensor) -> Tensor:
-    """Evenly spaced elements, on the CPU; of a sparse tensor the values behind the places."""
+def _elements(tensor: Tensor) -> Tensor:
+    """Evenly spaced elements, on the CPU; for a sparse tensor, of its indices followed by its values."""
     tensor = tensor.detach()
     if tensor.is_sparse:
         tensor = tensor.coalesce()
         tensor = torch.cat([tensor.indices().flatten().to(tensor.dtype), tensor.values().flatten()])
     flat = tensor.reshape(-1)
-    return flat[:: max(1, -(-len(flat) // SAMPLED))].cpu().contiguous().clone()
+    return flat[:: max(1, -(-len(flat) // MAX_ELEMENTS))].cpu().contiguous().clone()
 
 
-def _close(found: Tensor, saved: Tensor) -> bool:
-    if found.shape != saved.shape:
+def _is_close(elements: Tensor, saved: Tensor) -> bool:
+    if elements.shape != saved.shape:
         return False
-    one, two = found.double(), saved.double()
-    return bool((one - two).abs().max() <= ROUNDING * two.square().mean().sqrt())
+    one, two = elements.double(), saved.double()
+    return bool((one - two).abs().max() <= TOLERANCE * two.square().mean().sqrt())

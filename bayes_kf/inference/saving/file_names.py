@@ -1,4 +1,4 @@
-"""The names of the files of a posterior and of exported draws, and whose files of these names may be."""
+"""The names of the files of a posterior and of exported draws, and which existing files a save may replace."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from bayes_kf.files.checksums import EDITABLE, SUMS_FILE
-from bayes_kf.files.ownership import Kind
+from bayes_kf.files.checksums import CHECKSUMS_FILE, EDITABLE
+from bayes_kf.files.ownership import SaveKind
 from bayes_kf.inference.config import CONFIG_FILE
 
 STATE_FILE = "kalman_state.safetensors"
@@ -18,27 +18,29 @@ CARD_FILE, MODEL_FILE = "README.md", "model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
 STREAM_FILE = "stream.json"
-PLAIN = (  # settings of an adapter that change no output, or that PEFT reads off the base
+IGNORED_SETTINGS = (  # settings of an adapter that change no output, or that PEFT reads from the base
     *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
     *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
 )
 
 
-def _as_saved(folder: Path) -> dict[str, str]:
-    """Digests of the files that people may edit, as they were saved: the state's file says them."""
+def _editable_digests(folder: Path) -> dict[str, str]:
+    """Name -> digest, when they were saved, of the files that people may edit; the state file records them."""
     try:
         with safe_open(folder / STATE_FILE, framework="pt") as file:
-            noted = json.loads((file.metadata() or {})["bayes_kf"]).get("editable", {})
+            saved = json.loads((file.metadata() or {})["bayes_kf"]).get("editable", {})
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RecursionError):
         return {}
-    return {name: noted[name] for name in EDITABLE if isinstance(noted, dict) and isinstance(noted.get(name), str)}
+    return {name: saved[name] for name in EDITABLE if isinstance(saved, dict) and isinstance(saved.get(name), str)}
 
 
 def _same_adapter(path: Path, new: Path) -> bool:
-    """Whether two ``adapter_config.json`` mean the same: with the base's name edited, say."""
+    """Whether two ``adapter_config.json`` describe the same adapter, if only the base's name was edited, say."""
 
     def settings(file: Path) -> dict[str, Any]:
-        return {name: value for name, value in json.loads(file.read_text("utf-8")).items() if name not in PLAIN}
+        return {
+            name: value for name, value in json.loads(file.read_text("utf-8")).items() if name not in IGNORED_SETTINGS
+        }
 
     try:
         one, two = settings(path), settings(new)
@@ -48,13 +50,14 @@ def _same_adapter(path: Path, new: Path) -> bool:
 
 
 _OWN = (CONFIG_FILE, STATE_FILE, MODEL_FILE, ADAPTER_FILES[1], LABELS_FILE, HEAD_FILE, HISTORY_FILE, STREAM_FILE)
-POSTERIOR = Kind(
-    sums=SUMS_FILE,
+POSTERIOR = SaveKind(
+    checksums=CHECKSUMS_FILE,
     names=re.compile("|".join(re.escape(name) for name in _OWN)),
-    editable=_as_saved,
-    keeps={CARD_FILE: lambda path, new: True, ADAPTER_FILES[0]: _same_adapter},
-    warned={CARD_FILE},
+    editable=_editable_digests,
+    may_keep={CARD_FILE: lambda path, new: True, ADAPTER_FILES[0]: _same_adapter},
+    warn_if_kept={CARD_FILE},
 )
-DRAWS = Kind(
-    sums=f"{SUMS_FILE}.draws", names=re.compile(rf"draw_\d+/({'|'.join(re.escape(name) for name in ADAPTER_FILES)})")
+DRAWS = SaveKind(
+    checksums=f"{CHECKSUMS_FILE}.draws",
+    names=re.compile(rf"draw_\d+/({'|'.join(re.escape(name) for name in ADAPTER_FILES)})"),
 )

@@ -1,15 +1,13 @@
-"""The model card of a saved posterior: what it is, what it was fitted on, how well it does, how to open it."""
+"""The model card of a saved posterior."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.peft_adapters.in_use import is_peft
-
-if TYPE_CHECKING:
-    from bayes_kf.inference.posterior import Posterior
 
 TAGS = ["bayes_kf", "uncertainty", "calibration", "kalman-filter"]
 SCORES = {
@@ -37,39 +35,32 @@ The posterior mean alone is an ordinary PEFT adapter: `PeftModel.from_pretrained
 """
 
 
-def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None = None) -> str:
-    """The card, Markdown with the metadata that the Hub reads.
+def text(posterior: GaussianPosterior, folder: str, scores: Mapping[str, float] | None = None) -> str:
+    """The card in Markdown, with the metadata that the Hub reads.
 
     Args:
-        posterior: what is saved.
-        folder: its name, for the code.
-        scores: of an evaluation, as ``Report.scores``, with their bands where they have them.
+        posterior: the saved posterior.
+        folder: name of its folder, for the code example.
+        scores: of an evaluation, as ``Report.scores``; intervals and null bands are shown for those that have them.
     """
     from huggingface_hub import ModelCardData
 
-    adapter, state, base = posterior.adapter, posterior.state, _base(posterior)
-    of_peft = is_peft(adapter.model)
+    base, of_peft = _base_name(posterior), is_peft(posterior.adapter.model)
     data = ModelCardData(
         library_name="peft" if of_peft else "bayes_kf", base_model=base, tags=TAGS + (["lora"] if of_peft else [])
     )
-    learned = f"{state.examples:,} examples in {state.step:,} updates"
-    divisor = posterior.softmax_temperature
-    divided = "" if divisor == 1.0 else f" Logits are divided by {divisor:g} in predictions."
-    noted = "".join(f" {note}" for note in posterior.notes)
-    shown = {name: getattr(posterior.config, name) for name in SETTINGS}
     lines = [
         "---",
         data.to_yaml().strip(),
         "---",
         "",
-        f"# A posterior over {adapter.num_parameters:,} adapter parameters",
+        f"# A posterior over {posterior.adapter.num_parameters:,} adapter parameters",
         "",
-        f"A Gaussian belief over the trainable tensors of {f'`{base}`' if base else 'a model'}, fitted with bayes_kf "
-        f"on {learned}. Its covariance is used at temperature {posterior.temperature:g}.{divided}{noted}",
+        _summary(posterior, base),
         "",
         "| setting | value |",
         "| --- | --- |",
-        *(f"| {name} | {value} |" for name, value in shown.items()),
+        *(f"| {name} | {getattr(posterior.config, name)} |" for name in SETTINGS),
         "",
     ]
     if scores:
@@ -78,8 +69,21 @@ def text(posterior: Posterior, folder: str, scores: Mapping[str, float] | None =
     return "\n".join(lines) + (ADAPTER.format(folder=folder) if of_peft else "")
 
 
-def _base(posterior: Posterior) -> str | None:
-    """The base model's name on the Hub; None where it has none, or is a folder of somebody's machine."""
+def _summary(posterior: GaussianPosterior, base: str | None) -> str:
+    """The first paragraph: base model, size of the data, temperatures, and warnings about the predictions."""
+    model, state = f"`{base}`" if base else "a model", posterior.state
+    sentences = [
+        f"A Gaussian posterior over the trainable tensors of {model}, fitted with bayes_kf on "
+        f"{state.examples:,} examples in {state.step:,} updates.",
+        f"Its covariance is used at temperature {posterior.temperature:g}.",
+    ]
+    if posterior.softmax_temperature != 1.0:
+        sentences.append(f"Logits are divided by {posterior.softmax_temperature:g} in predictions.")
+    return " ".join([*sentences, *posterior.notes])
+
+
+def _base_name(posterior: GaussianPosterior) -> str | None:
+    """The base model's name on the Hub; None if it has none, or is a local folder."""
     config: Any = getattr(posterior.adapter.model, "peft_config", {})
     name = next((c.base_model_name_or_path for c in config.values()), None) if isinstance(config, dict) else None
     if not isinstance(name, str) or name in ("", "None") or Path(name).is_absolute() or name.count("/") > 1:
@@ -88,15 +92,15 @@ def _base(posterior: Posterior) -> str | None:
 
 
 def _table(scores: Mapping[str, float]) -> list[str]:
-    """Main scores, their 95 % intervals, and what a calibrated model would show."""
+    """Main scores, their 95 % intervals and their null bands."""
     rows = []
     for name, title in SCORES.items():
         if name not in scores:
             continue
         band = [scores.get(f"{name}_{end}") for end in ("low", "high")]
-        chance = [scores.get(f"{name}_null_{end}") for end in ("low", "high")]
-        rows.append(f"| {title} | {scores[name]:.4g} | {_range(band)} | {_range(chance)} |")
-    head = ["| score | value | 95 % interval | a calibrated model |", "| --- | --: | --- | --- |"]
+        null_band = [scores.get(f"{name}_null_{end}") for end in ("low", "high")]
+        rows.append(f"| {title} | {scores[name]:.4g} | {_range(band)} | {_range(null_band)} |")
+    head = ["| score | value | 95 % interval | null band (perfect calibration) |", "| --- | --: | --- | --- |"]
     return [*head, *rows]
 
 

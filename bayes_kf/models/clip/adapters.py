@@ -1,4 +1,4 @@
-"""What learns in a CLIP: bottlenecks behind an encoder, LoRA inside; prompts, and checkpoints from a folder."""
+"""Trainable parts of a CLIP (feature adapters behind an encoder, LoRA inside), prompts, and local checkpoints."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ ENCODERS = {"vision": "vision_model", "text": "text_model"}
 class FeatureAdapter(nn.Module):
     """A bottleneck behind an encoder, from features (..., d) to features (..., d).
 
-    "residual": f + U gelu(D f + b) + c with U and c zero at the start, so that learning starts from the frozen model
-    (the form of Houlsby et al. 2019, behind the encoder instead of inside it). "blend": (1 − α) f + α relu(U relu(D f))
-    from a random U: CLIP-Adapter (Gao et al. 2021; there a bottleneck of d/4 and α = 0.2).
+    "residual": f + U gelu(D f + b) + c, with U and c zero at first, so the features are those of the frozen model (the
+    form of Houlsby et al. 2019, behind the encoder instead of inside it). "blend": (1 − α) f + α relu(U relu(D f)) with
+    a random U (CLIP-Adapter, Gao et al. 2021, which uses a bottleneck of d/4 and α = 0.2).
 
     Args:
         width: d.
         bottleneck: rows of D; a quarter of ``width`` by default.
         form: "residual" or "blend".
         blend: α of "blend", in (0, 1].
-        seed: of the first weights.
+        seed: of the initial weights.
 
     Raises:
         ValueError: for a width or bottleneck below 1, an unknown form, or an α outside (0, 1].
@@ -60,7 +60,7 @@ class FeatureAdapter(nn.Module):
         self.down, self.up = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, width, bias=bias)
         generator = torch.Generator().manual_seed(seed)
         for layer in (self.down, self.up):
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)  # as torch draws it
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)  # torch's default
         if bias:
             for tensor in (self.down.bias, self.up.bias, self.up.weight):
                 nn.init.zeros_(tensor)
@@ -82,10 +82,10 @@ def clip_lora(
     dropout: float = 0.25,
     seed: int = 0,
 ) -> PeftModel:
-    """CLIP with LoRA on the attention of every layer, in eval mode, as CLIP-LoRA has it (Zanella and Ben Ayed 2024).
+    """CLIP with LoRA on the attention of every layer, in eval mode: CLIP-LoRA (Zanella and Ben Ayed 2024).
 
-    Each projection W becomes W + (α/√r) B A with B = 0 at first. CLIP-LoRA's setting is the default; training it as the
-    paper does, by AdamW, needs ``.train()`` for the dropout, which the filter does without.
+    Each projection W becomes W + (α/√r) B A, with B zero at first. The defaults are CLIP-LoRA's settings. To train with
+    AdamW as the paper does, call ``.train()``, which enables the dropout. The filter uses no dropout.
 
     Args:
         clip: a ``transformers.CLIPModel``; PEFT puts its layers into it.
@@ -93,8 +93,8 @@ def clip_lora(
         encoders: "vision", "text", or both.
         projections: linear layers by name: "q_proj", "k_proj", "v_proj", "out_proj", and of the MLP "fc1" and "fc2".
         alpha: α.
-        dropout: of what goes into A, in training mode.
-        seed: of the first A.
+        dropout: of the input of A, in training mode.
+        seed: of the initial A.
 
     Returns:
         A PEFT model; only A and B require gradients.
@@ -119,7 +119,7 @@ def clip_lora(
     towers = "|".join(ENCODERS[name] for name in encoders)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides, a float serves
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         lora_dropout=dropout,
         use_rslora=True,
         target_modules=rf"(.*\.)?({towers})\..*\.({'|'.join(projections)})",
@@ -127,26 +127,26 @@ def clip_lora(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         model = get_peft_model(clip, config)
-    assert isinstance(model, PeftModel)  # a mixed model comes only where mixed=True
+    assert isinstance(model, PeftModel)  # a mixed model needs mixed=True
     return model.eval()
 
 
 def prompt_tokens(
     tokenizer: Any, names: Sequence[str], templates: str | Sequence[str] = "a photo of a {}."
 ) -> dict[str, Tensor]:
-    """Tokens of every class's prompt, as ``ClipClassifier`` takes them.
+    """Tokens of every class's prompt, for ``ClipClassifier``.
 
     Args:
-        tokenizer: of transformers, or called as they are: (texts, padding=True, return_tensors="pt") to ``input_ids``
-            and ``attention_mask``.
+        tokenizer: of transformers, or any function of (texts, padding=True, return_tensors="pt") that returns
+            ``input_ids`` and ``attention_mask``.
         names: of the m classes.
-        templates: one, or K of them, with {} in the place of the name.
+        templates: one template, or K of them, with {} for the name.
 
     Returns:
         ``input_ids`` and ``attention_mask``, (m, T), or (m, K, T) for a sequence of K templates.
 
     Raises:
-        ValueError: when there are no names or templates, or one of these has no {}.
+        ValueError: if there are no names or no templates, or a template has no {}.
 
     Example:
         >>> class Words:
@@ -171,15 +171,15 @@ def prompt_tokens(
 
 
 def load_clip(folder: str | os.PathLike[str]) -> tuple[CLIPModel, CLIPProcessor]:
-    """A CLIP checkpoint of transformers and its processor (tokenizer and image preprocessing), read from a folder.
+    """A CLIP model of transformers and its processor (tokenizer and image preprocessing), from a local folder.
 
     Nothing is downloaded. The model is frozen and in evaluation mode.
 
     Args:
-        folder: with ``config.json``, ``model.safetensors`` and the processor's files, as ``save_pretrained`` makes it.
+        folder: with ``config.json``, ``model.safetensors`` and the processor's files, as ``save_pretrained`` writes it.
 
     Raises:
-        ValueError: when the folder is not there or cannot be read as such.
+        ValueError: if the folder does not exist or does not hold a readable checkpoint.
     """
     from transformers import CLIPModel, CLIPProcessor
 

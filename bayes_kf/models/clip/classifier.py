@@ -1,14 +1,13 @@
 """CLIP with adapters as latent states: a classifier over prompts, and matched pairs of images and texts.
 
 Two observation models of one adapter. *Class prompts*: logits = scale · cos(image, prompt of every class), observed as
-a class label; an ordinary categorical filter. *Matched pairs*: of a batch of images and their own texts, the diagonal
-of the matrix of cosine similarities, observed as ones under Gaussian noise; no other text takes part. The second is
-what we know, from its abstract and summaries, of the Kalman filter for CLIP of arXiv:2511.01694 (ŷ = diag(S),
-y ~ N(ŷ, R), adaptive observation noise, Mahalanobis regulation); the first, and every constant, is ours.
+a class label; an ordinary categorical filter. *Matched pairs*: for a batch of images and their own texts, the diagonal
+S of the cosine similarities, observed as ones under Gaussian noise. The second follows the abstract and summaries of
+the Kalman filter for CLIP of arXiv:2511.01694 (ŷ = diag(S), y ~ N(ŷ, R), adaptive observation noise, Mahalanobis
+regulation). The first, and every constant, is ours.
 
-Both are modules, so that ``fit``, ``KalmanFilter`` and ``evaluate`` take them as they take any other model. A belief
-that was learned from pairs predicts classes through a :class:`ClipClassifier` around the same CLIP, whose tensors have
-the same names.
+Both are modules, so ``fit``, ``KalmanFilter`` and ``evaluate`` accept them like any other model. A posterior fitted to
+pairs predicts classes through a :class:`ClipClassifier` around the same CLIP, whose tensors have the same names.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from bayes_kf.models.clip.encoders import TwoTowers
 
-VISION = ("vision", "visual", "image")  # how names of the image encoder's parts begin
+VISION = ("vision", "visual", "image")  # first letters of the names of the image encoder's modules
 
 Key = tuple[Any, ...]
 
@@ -31,21 +30,21 @@ Key = tuple[Any, ...]
 class ClipClassifier(TwoTowers):
     """Class prompts as a classifier: pixel values (B, C, H, W) to logits (B, m), scale · cos(image, prompt).
 
-    As it stands, a zero-shot classifier (Radford et al. 2021). Features of the prompts are kept while nothing that they
-    depend on is trainable, and are part of the graph when something is; a text adapter is applied to kept features.
-    With several prompts a class, their unit features are averaged.
+    Without adapters it is the zero-shot classifier (Radford et al. 2021). The features of the prompts are cached if
+    nothing that they depend on is trainable; else they are part of the graph. A text adapter is applied to the cached
+    features. If a class has several prompts, their unit features are averaged.
 
     Args:
         clip: see :class:`TwoTowers`.
         input_ids: the prompts' tokens, (m, T), or (m, K, T) for K prompts a class; see ``prompt_tokens``.
         attention_mask: of the same shape; all ones by default.
         image_adapter: see :class:`TwoTowers`.
-        text_adapter: see :class:`TwoTowers`; it is given features (B, m, d), the same for every image, so that its
-            tensors are linearized as cheaply as the image adapter's.
+        text_adapter: see :class:`TwoTowers`; its input is (B, m, d), the same for every image, so its
+            tensors are linearized as fast as the image adapter's.
         logit_scale: the factor on cosines; by default exp of CLIP's own ``logit_scale``.
 
     Raises:
-        ValueError: for tokens of another shape, or a CLIP without a scale where none is given.
+        ValueError: for tokens of another shape, or if neither the CLIP nor ``logit_scale`` gives a scale.
 
     Example:
         >>> from transformers import CLIPConfig, CLIPModel
@@ -80,11 +79,11 @@ class ClipClassifier(TwoTowers):
         self.register_buffer("input_ids", input_ids.detach().clone())
         self.register_buffer("attention_mask", mask.detach().clone())
         self.logit_scale = logit_scale
-        self._kept: tuple[Key, Tensor] | None = None
+        self._cached: tuple[Key, Tensor] | None = None
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, m."""
+        """The number of classes, m."""
         return len(self.input_ids)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -97,29 +96,29 @@ class ClipClassifier(TwoTowers):
         return scale * (F.normalize(adapted, dim=-1) @ image.unsqueeze(-1)).squeeze(-1)
 
     def prompt_features(self) -> Tensor:
-        """What the text encoder says about each class, before an adapter, (m, d)."""
+        """The text encoder's features of each class, before the adapter, (m, d)."""
         key = self._key()
         if key is None:
             return self._encoded_prompts()
-        if self._kept is None or self._kept[0] != key:
+        if self._cached is None or self._cached[0] != key:
             with torch.inference_mode(False), torch.no_grad(), _evaluating(self.clip):
-                self._kept = (key, self._encoded_prompts())
-        return self._kept[1]
+                self._cached = (key, self._encoded_prompts())
+        return self._cached[1]
 
     def forget_prompts(self) -> None:
-        """Encode the prompts again next time: for weights changed through ``.data``, which nothing else tells of."""
-        self._kept = None
+        """Clears the cached prompt features; needed after weights were changed through ``.data``."""
+        self._cached = None
 
     def matched(self, pixel_values: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[dict[str, Tensor], Tensor]:
-        """A batch for :class:`MatchedPairs`: images, each with its class's first prompt, and what is observed.
+        """A batch for :class:`MatchedPairs`: images, each with its class's first prompt, and the targets.
 
         Args:
             pixel_values: (B, C, H, W).
             labels: (B,), in 0..m−1.
-            scale: that of the pairs.
+            scale: of the pairs.
 
         Returns:
-            The inputs, and targets (B, 1), all of them ``scale``.
+            The inputs, and the targets (B, 1), all equal to ``scale``.
         """
         pairs = {"pixel_values": pixel_values}
         for name in ("input_ids", "attention_mask"):
@@ -135,9 +134,9 @@ class ClipClassifier(TwoTowers):
         return F.normalize(found, dim=-1).view(*self.input_ids.shape[:2], -1).mean(1)
 
     def _key(self) -> Key | None:
-        """What kept features depend on; None where that may vary from call to call."""
+        """The state of the tensors that cached features depend on; None if it may change from call to call."""
         tensors = [t for name, t in self.clip.named_parameters() if not _of_images(name)]
-        if any(not isinstance(t, nn.Parameter) or t.requires_grad for t in tensors):  # substituted, or to be learned
+        if any(not isinstance(t, nn.Parameter) or t.requires_grad for t in tensors):  # substituted, or trainable
             return None
         kind = self.input_ids.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -148,19 +147,19 @@ class ClipClassifier(TwoTowers):
 class MatchedPairs(TwoTowers):
     """Images with their own texts: the diagonal of the similarity matrix, (B, 1), scale · cos(image b, text b).
 
-    Observed as ``scale`` · 1 under Gaussian noise (``ClipClassifier.matched`` makes such batches). R is that of the
+    The targets are ``scale`` · 1 with Gaussian noise (``ClipClassifier.matched`` makes such batches). R is that of the
     filter's Gaussian likelihood: a number, "estimated", or with ``noise="ema_taylor"`` the adaptive one, which starts
-    from 1: choose ``scale`` so that 1/scale is a sensible error of a cosine. An image that does not fit its text is an
-    outlier, which ``gate_quantile`` weighs down.
+    from 1. Choose ``scale`` so that 1/scale is a realistic error of a cosine. An image that does not match its text is
+    an outlier, which ``gate_quantile`` down-weights.
 
     Args:
         clip: see :class:`TwoTowers`.
         image_adapter: see :class:`TwoTowers`.
         text_adapter: see :class:`TwoTowers`.
-        scale: of the cosines, so that noise of variance 1 is noise of variance 1/scale² in a cosine.
+        scale: of the cosines; noise of variance 1 is noise of variance 1/scale² in a cosine.
 
     Raises:
-        ValueError: for a scale that is not positive.
+        ValueError: if the scale is not positive.
 
     Example:
         Learn from pairs, then predict classes with the same adapter:
@@ -203,7 +202,7 @@ class MatchedPairs(TwoTowers):
 
 
 def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The mask of prompts, which must be whole numbers (m, T) or (m, K, T) for at least one class."""
+    """The mask of prompts; ValueError unless they are integers (m, T) or (m, K, T) for at least one class."""
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
         got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"`input_ids` must be a tensor of token numbers, got {got}.")
@@ -216,13 +215,13 @@ def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def _of_images(name: str) -> bool:
-    """Whether a tensor belongs to the image encoder; whatever does not say so may belong to the other."""
+    """Whether a tensor belongs to the image encoder, by its name; others may belong to the text encoder."""
     return any(part.startswith(VISION) for part in name.split("."))
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside, for a frozen encoder has no dropout; as they were afterwards."""
+    """Inside, every module is in eval mode, since a frozen encoder has no dropout; afterwards each has its own mode."""
     in_training = [module for module in model.modules() if module.training]
     try:
         for module in in_training:

@@ -14,14 +14,14 @@ class TwoTowers(nn.Module):
 
     Args:
         clip: ``transformers.CLIPModel``, with PEFT's adapters or without, or any module with its two encoders:
-            ``get_image_features(pixel_values=...)`` and ``get_text_features(input_ids=..., attention_mask=...)`` give
-            features (N, d), or an object that holds them as ``pooler_output``. Its tensors are left as they are: freeze
-            what is not to learn (``clip.requires_grad_(False)``; PEFT does).
+            ``get_image_features(pixel_values=...)`` and ``get_text_features(input_ids=..., attention_mask=...)`` return
+            features (N, d), or an object that has them as ``pooler_output``. Its tensors are not changed: freeze those
+            that should not learn (``clip.requires_grad_(False)``; PEFT does).
         image_adapter: from image features (N, d) to image features, see ``FeatureAdapter``; None for none.
         text_adapter: the same for text features, (..., d).
 
     Raises:
-        ValueError: when ``clip`` lacks one of the two.
+        ValueError: if ``clip`` lacks one of the two methods.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class TwoTowers(nn.Module):
         return F.normalize(found if self.text_adapter is None else self.text_adapter(found), dim=-1)
 
     def encoded(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """What the text encoder gives, before an adapter, (N, d)."""
+        """Text features before the adapter, (N, d)."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return _as_features(self.clip.get_text_features(input_ids=input_ids, attention_mask=mask))  # type: ignore[operator]
 
 
 def _as_features(found: Any) -> Tensor:
-    """Features, whether an encoder returns them or an object that holds them."""
+    """The features that an encoder returns, or that the object it returns holds."""
     return found if isinstance(found, Tensor) else found.pooler_output

@@ -1,1 +1,1 @@
-"""The adapter tensors of PEFT models."""
+"""PEFT models: their adapters' tensors, and which models are supported."""

@@ -1,4 +1,4 @@
-"""Whose the tensors of a PEFT model are: the base's or an adapter's; and which PEFT models cannot be fitted."""
+"""Which tensors of a PEFT model belong to the base and which to the adapter; which PEFT models are not supported."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from torch import nn
 
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
-REPEATED = ("pissa", "olora")  # LoRA initializations that change the base, the same way every time
-REFUSED = {  # types whose outputs are no function of the trainable tensors and one example, and why
+REPEATABLE = ("pissa", "olora")  # LoRA initializations that change the base, but in the same way every time
+UNSUPPORTED = {  # types whose outputs are not a function of the trainable tensors and one example, and why
     "LILY": "its layers average over the examples of a batch",
     "CPT": "it changes its own tensors and masks their gradients as it runs",
     "XLORA": "it mixes several adapters, which are not saved with it",
 }
-CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # all that change it, by how their names begin
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # prefixes of all initializations that change the base
 
 
-class Parts(NamedTuple):
+class TensorNames(NamedTuple):
     """Names in a model's state dict.
 
     Attributes:
-        base: of the base's tensors, each with its name in the base alone.
-        adapter: of what else belongs to the active adapter, trainable or not.
+        base: of the base's tensors, each with its name in the base without adapters.
+        adapter: of the other tensors of the active adapter, trainable or not.
     """
 
     base: dict[str, str]
     adapter: list[str]
 
 
-def parts(model: nn.Module) -> Parts:
-    """The tensors of a model; those of adapters that are not active are left out. All are the base's without PEFT."""
+def tensor_names(model: nn.Module) -> TensorNames:
+    """The tensors of the base and of the active adapter; without PEFT all belong to the base."""
     names = list(model.state_dict())
     if not is_peft(model):
-        return Parts({name: name for name in names}, [])
+        return TensorNames({name: name for name in names}, [])
     active, others = active_adapter(model), set(model.peft_config)
     others.discard(active)
     wrappers = {path: inner for path, module in model.named_modules() if (inner := _inner(module))}
     root = ["base_model"] if model.peft_config[active].is_prompt_learning else ["base_model", "model"]
-    found = Parts({}, [])
+    own = TensorNames({}, [])
     for name in names:
         inside, outside = _split(name.split("."), root, wrappers)
         if not outside:
-            found.base[name] = ".".join(inside)
+            own.base[name] = ".".join(inside)
         elif len(outside) < 2 or outside[1] not in others:
-            found.adapter.append(name)
-    return found
+            own.adapter.append(name)
+    return own
 
 
 def _split(steps: list[str], root: list[str], wrappers: dict[str, str]) -> tuple[list[str], list[str]]:
-    """The way to a tensor of the base, or where it leaves the base: the steps within the layer of the adapter."""
+    """The path of a tensor in the base, and the rest of the path if the tensor belongs to an adapter layer."""
     if steps[: len(root)] != root:
         return [], steps[1:] if steps[0] == "base_model" else steps
     inside: list[str] = []
@@ -63,11 +63,11 @@ def _split(steps: list[str], root: list[str], wrappers: dict[str, str]) -> tuple
 
 
 def _inner(module: nn.Module) -> str | None:
-    """The attribute under which a PEFT layer has the layer of the base that it stands for."""
+    """The attribute of a PEFT layer that holds the base layer; None for other modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
-    if isinstance(module, TrainableTokensWrapper):  # whose state dict has the base's embedding in the inner layer
+    if isinstance(module, TrainableTokensWrapper):  # its state dict has the base's embedding in the inner layer
         return "token_adapter"
     if isinstance(module, AuxiliaryTrainingWrapper):
         return "original_module"
@@ -83,17 +83,17 @@ def active_adapter(model: nn.Module) -> str:
     return str(model.active_adapters[0]) if is_peft(model) else ""
 
 
-def initialization(model: nn.Module) -> str:
-    """How LoRA's weights started where that changed the base, in lower case; else empty."""
+def base_changing_init(model: nn.Module) -> str:
+    """LoRA's initialization, in lower case, if it changed the base; else an empty string."""
     if not is_peft(model):
         return ""
     given = str(getattr(model.peft_config[active_adapter(model)], "init_lora_weights", "")).lower()
     return given if given.startswith(CHANGING) else ""
 
 
-def initialized(model: nn.Module) -> dict[str, str]:
-    """The base's weights that LoRA's initialization changed, as in :class:`Parts`."""
-    if not initialization(model):
+def changed_base_weights(model: nn.Module) -> dict[str, str]:
+    """The base's weights that LoRA's initialization changed, as in :class:`TensorNames`."""
+    if not base_changing_init(model):
         return {}
     from peft.tuners.lora import LoraLayer
 
@@ -101,23 +101,23 @@ def initialized(model: nn.Module) -> dict[str, str]:
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and active in m.lora_A]
     changed = {id(getattr(layer.get_base_layer(), "weight", None)) for layer in layers}
     tensors = model.state_dict(keep_vars=True)
-    return {name: base for name, base in parts(model).base.items() if id(tensors[name]) in changed}
+    return {name: base for name, base in tensor_names(model).base.items() if id(tensors[name]) in changed}
 
 
 def check_name(name: object, what: str) -> None:
-    """Raises ValueError where an adapter's name cannot be that of a folder; PEFT saves adapters under their names."""
+    """Raises ValueError if an adapter's name cannot name a folder, since PEFT saves each adapter in one."""
     if not isinstance(name, str) or not all(name.split("/")) or any(c in name for c in ".\\\0"):
         raise ValueError(f"{what} whose name can be a folder's, got {name!r}.")
 
 
-def check(model: nn.Module) -> None:
-    """Raises ValueError where a PEFT model cannot be fitted, saved and read again, before anything is done with it."""
+def check_supported(model: nn.Module) -> None:
+    """Raises ValueError if a PEFT model cannot be fitted, saved and loaded."""
     if not is_peft(model):
         return
     for config in model.peft_config.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if kind in REFUSED:
-            raise ValueError(f"`model` must not have an adapter of PEFT's type {kind}: {REFUSED[kind]}.")
+        if kind in UNSUPPORTED:
+            raise ValueError(f"`model` must not have an adapter of PEFT's type {kind}: {UNSUPPORTED[kind]}.")
     active = list(model.active_adapters)
     if len(active) != 1:
         got = ", ".join(map(repr, active)) or "none"
@@ -126,14 +126,14 @@ def check(model: nn.Module) -> None:
             "`add_weighted_adapter`."
         )
     check_name(active[0], "`model` must have an adapter")
-    known = parts(model)
+    known = tensor_names(model)
     own = {*known.base, *known.adapter}
     tensors = model.state_dict(keep_vars=True)
     other = [name for name, tensor in tensors.items() if name not in own and tensor.requires_grad]
     if other:
         raise ValueError(f"`model` must have no trainable tensors of adapters that are not active, got {other[0]!r}.")
-    start = initialization(model)
-    if start and start not in REPEATED:
+    start = base_changing_init(model)
+    if start and start not in REPEATABLE:
         raise ValueError(
             f"`model` must not have `init_lora_weights` {start!r}, which changes the base in a way that loading cannot "
             "repeat: save the base as it is now, set `init_lora_weights` of `peft_config` to True, and load with that "

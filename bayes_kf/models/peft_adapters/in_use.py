@@ -1,4 +1,4 @@
-"""Whether a model is PEFT's, asked without importing PEFT."""
+"""Whether a model is a PEFT model, without importing PEFT."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def peft_in_use() -> bool:
-    """Whether this process has imported PEFT. Else no model is of it, and nothing here imports it to ask.
+    """Whether this process has imported PEFT; else no model can be a PEFT model.
 
-    That would take longer than importing everything else together.
+    Importing PEFT takes longer than all other imports together.
     """
     return "peft" in sys.modules
 
 
 def is_peft(model: nn.Module) -> TypeGuard[PeftModel]:
-    """Whether a model is PEFT's own."""
+    """Whether a model is a PEFT model."""
     if not peft_in_use():
         return False
-    from peft import PeftModel  # waits, where another thread is still importing it
+    from peft import PeftModel  # waits if another thread is still importing it
 
     return isinstance(model, PeftModel)

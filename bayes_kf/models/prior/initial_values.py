@@ -1,4 +1,4 @@
-"""What PEFT starts an adapter's tensors at, where that does not depend on chance."""
+"""The initial values of an adapter's tensors that PEFT does not draw at random."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.in_use import is_peft, peft_in_use
 
 ZERO_INITS = ("true", "false", "gaussian", "eva")  # of LoRA, after which one factor is zero
-SWITCHES = ("init_weights", "init_ia3_weights")  # by which PEFT starts an adapter at random, for tests
+SWITCHES = ("init_weights", "init_ia3_weights")  # settings by which PEFT draws an adapter at random, for tests
 
 
 def known_initial_values(adapter: AdapterModel) -> dict[str, Tensor | float] | None:
     """Tensor name -> its values when PEFT added the adapter; None for a model without PEFT layers.
 
-    LoRA's B starts at zero and so does its bias; of an embedding A does. A layer of ``modules_to_save`` and of
-    ``LN_TUNING`` starts where its original is. Of other PEFT types those tensors are known that PEFT fills with one
-    number (IA3 with ones, one factor of LoHa with zeros). The rest is drawn or computed from the weights and has no
-    entry; nor have the base's own biases (``bias="all"``), whose old values are gone.
+    LoRA's B and its bias start at zero; for an embedding A does. A layer of ``modules_to_save`` or ``LN_TUNING`` starts
+    as a copy of its original. For other PEFT types, tensors that PEFT fills with one number are known (IA3 with ones,
+    one factor of LoHa with zeros). Tensors that are drawn or computed from the weights have no entry, nor have the
+    base's own biases (``bias="all"``), whose old values are lost.
     """
     if not peft_in_use():
         return None
@@ -32,7 +32,7 @@ def known_initial_values(adapter: AdapterModel) -> dict[str, Tensor | float] | N
     from peft.utils.other import ModulesToSaveWrapper
 
     names = {place: name for name, places in adapter.owners.items() for place in places}
-    found: dict[str, Tensor | float] = {}
+    values: dict[str, Tensor | float] = {}
     wrapped, tried = False, dict[Any, dict[str, float]]()
     for layer in adapter.model.modules():
         if isinstance(layer, ModulesToSaveWrapper):
@@ -46,8 +46,8 @@ def known_initial_values(adapter: AdapterModel) -> dict[str, Tensor | float] | N
         else:
             continue
         wrapped = True
-        found |= dict(pairs)
-    return found if wrapped or is_peft(adapter.model) else None
+        values |= dict(pairs)
+    return values if wrapped or is_peft(adapter.model) else None
 
 
 def _copies(modules: Any, original: nn.Module, names: dict[Any, str]) -> Iterator[tuple[str, Tensor | float]]:
@@ -76,7 +76,7 @@ def _of_lora(layer: Any, names: dict[Any, str], initialization: str) -> Iterator
 def _of_other(
     layer: Any, names: dict[Any, str], model: nn.Module, tried: dict[Any, dict[str, float]]
 ) -> Iterator[tuple[str, Tensor | float]]:
-    """Those that are one number in a layer that PEFT makes anew, on a copy of this layer's base."""
+    """The tensors that hold one number in a new layer, which PEFT makes on a copy of this layer's base."""
     if not is_peft(model):
         return
     active, base = model.active_adapters[0], layer.get_base_layer()
@@ -92,7 +92,7 @@ def _of_other(
 
 
 def _constants(config: Any, base: nn.Module, name: str) -> dict[str, float]:
-    """Path in the layer -> the number that PEFT fills a tensor with."""
+    """Path in the layer -> the number that PEFT fills the tensor with."""
     from peft import inject_adapter_in_model
 
     config = copy.copy(config)
@@ -110,7 +110,7 @@ def _constants(config: Any, base: nn.Module, name: str) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             layer = inject_adapter_in_model(config, holder, name).get_submodule("layer")
-    except Exception:  # a layer that PEFT cannot make alone: then nothing is known of it
+    except Exception:  # a layer that PEFT cannot make alone
         return {}
-    found = {path: p.detach() for path, p in layer.named_parameters() if p.requires_grad and p.numel()}
-    return {path: float(p.flatten()[0]) for path, p in found.items() if bool((p == p.flatten()[0]).all())}
+    initial = {path: p.detach() for path, p in layer.named_parameters() if p.requires_grad and p.numel()}
+    return {path: float(p.flatten()[0]) for path, p in initial.items() if bool((p == p.flatten()[0]).all())}

@@ -1,4 +1,4 @@
-"""How far a prior may let low-rank adapters change the weights that they are added to."""
+"""Upper bounds on the prior variance of adapters, from the weights that they are added to."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.in_use import peft_in_use
-from bayes_kf.models.prior.weight_responses import responses
+from bayes_kf.models.prior.output_sensitivity import output_sensitivities
 
-LARGEST_CHANGE = 2.0  # of a weight by its adapter, prior sd over root mean square; of 0.1 to 4, tried on four streams
-PROBES = 256  # random inputs that a quantized layer's size is measured with: to 1 % where it has 100 outputs
+LARGEST_CHANGE = 2.0  # prior sd of ΔW over the root mean square of W; chosen from 0.1 to 4 on four streams
+NUM_PROBES = 256  # random inputs that measure a quantized weight: to 1 % for a layer with 100 outputs
 
 
 def largest_variances(adapter: AdapterModel) -> dict[str, float]:
-    """Tensor name -> the prior variance under which ΔW = s·BA has twice the size of the frozen W.
+    """Tensor name -> the prior variance for which ΔW = s·BA has twice the size of the frozen W.
 
-    An element of ΔW has variance s² r v a² for variance v in one factor and mean square a² in the other; here that is
-    ``LARGEST_CHANGE``² times the mean square of W's elements. Far beyond it a prior says that pre-training is
-    forgotten; behind a new classifier, which hardly sees the adapter yet, the outputs alone would allow that. Not for
-    factors whose other one is zero, which cannot change anything yet. A quantized or offloaded W is measured by what it
-    does to random inputs. Ours.
+    If one factor has variance v and the other mean square a², an element of ΔW has variance s² r v a². The bound sets
+    it to ``LARGEST_CHANGE``² times the mean square of W. A much wider prior means that pre-training is forgotten. The
+    scale of the outputs alone does not prevent it: a new classifier passes little of the adapter's effect on. A factor
+    has no bound while the other one is zero. A quantized or offloaded W is measured by its outputs for random inputs.
+    This rule is our own.
 
     For LoRA on Linear, convolution, embedding, ``nn.MultiheadAttention`` and parameters (``target_parameters``) this is
     exact. In layers of other PEFT types (AdaLoRA, LoHa, LoKr, VeRA, IA3, OFT, ...) on Linear, convolution and embedding
     each tensor alone may change the layer's outputs for random inputs by twice their size, to first order
-    (``responses``). Not bounded: prompts, ``modules_to_save``, biases and norms of the base, and layers that cannot be
-    called alone.
+    (``output_sensitivity``). Not bounded: prompts, ``modules_to_save``, biases and norms of the base, and layers that
+    cannot be called alone.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
         if isinstance(layer, LoraLayer) and type(layer.lora_A) is nn.ModuleDict:
             bounds = _of_factors(adapter, layer, names)
         elif isinstance(layer, BaseTunerLayer):
-            bounds = {name: LARGEST_CHANGE**2 / share for name, share in responses(adapter, layer).items()}
+            bounds = {name: LARGEST_CHANGE**2 / share for name, share in output_sensitivities(adapter, layer).items()}
         else:
             continue
         found |= {name: min(bound, found.get(name, bound)) for name, bound in bounds.items()}
@@ -57,7 +57,7 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
 
 
 def _of_factors(adapter: AdapterModel, layer: Any, names: Mapping[Any, str]) -> dict[str, float]:
-    """Of one LoRA layer, in closed form."""
+    """The bounds of one LoRA layer, in closed form."""
     size = _size(adapter, layer)
     if size is None:
         return {}
@@ -73,7 +73,7 @@ def _of_factors(adapter: AdapterModel, layer: Any, names: Mapping[Any, str]) -> 
 
 
 def _size(adapter: AdapterModel, layer: Any) -> float | None:
-    """The mean square of the elements of the weight that a LoRA layer changes; None where it is not known."""
+    """The mean square of the weight that a LoRA layer changes; None if unknown."""
     base = layer.get_base_layer()
     if hasattr(layer, "get_param"):  # target_parameters
         weight = layer.get_param()
@@ -84,7 +84,7 @@ def _size(adapter: AdapterModel, layer: Any) -> float | None:
     if weight.is_floating_point() and not weight.is_meta:
         return _mean_square(weight)
     with adapter.eval_mode():
-        return _acting(base, adapter.device)
+        return _mean_square_by_probes(base, adapter.device)
 
 
 def _mean_square(tensor: Tensor) -> float:
@@ -92,14 +92,14 @@ def _mean_square(tensor: Tensor) -> float:
 
 
 @torch.no_grad()
-def _acting(base: nn.Module, device: torch.device) -> float | None:
-    """The mean square of weights that cannot be read, from what the layer does to random signs; None if not linear.
+def _mean_square_by_probes(base: nn.Module, device: torch.device) -> float | None:
+    """The mean square of weights that cannot be read, from outputs for random signs; None if the layer is not linear.
 
-    For inputs z of independent signs E(Wz)ᵢ² = Σⱼ Wᵢⱼ², whichever library keeps W and however.
+    For inputs z of independent signs E(Wz)ᵢ² = Σⱼ Wᵢⱼ², in whatever form W is stored.
     """
     if not isinstance(base, nn.Linear):
         return None
     generator = torch.Generator(device=device).manual_seed(0)
-    z = torch.randint(0, 2, (PROBES, base.in_features), generator=generator, device=device).float() * 2.0 - 1.0
-    moved = base(z) - base(torch.zeros_like(z[:1]))
-    return _mean_square(moved) / base.in_features
+    z = torch.randint(0, 2, (NUM_PROBES, base.in_features), generator=generator, device=device).float() * 2.0 - 1.0
+    products = base(z) - base(torch.zeros_like(z[:1]))
+    return _mean_square(products) / base.in_features

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf import KalmanConfig
-from bayes_kf.inference.fitting.filter_bank import candidates
+from bayes_kf.inference.fitting.selection.filter_bank import candidates
 from benchmarks.bench.learners import BankLearner, KalmanLearner, Learner
 
 TITLE = "**ours (default)**, not tuned"

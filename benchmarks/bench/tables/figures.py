@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from bayes_kf.evaluation.plots.reliability import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from bayes_kf.evaluation.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from benchmarks.bench import epochs, online
 from benchmarks.bench.registry.optimizers import Row
 from benchmarks.bench.registry.problems import Problem

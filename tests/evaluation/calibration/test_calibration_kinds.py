@@ -12,11 +12,11 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.calibration.confidence_profile import MAX_CELLS, exact_profile, groups_of, narrow_profile
-from bayes_kf.evaluation.calibration.errors import class_statistic, profile_statistic
+from bayes_kf.evaluation.calibration.confidence_profile import MAX_CELLS, coarse_profile, exact_profile, profile_bins
 from bayes_kf.evaluation.calibration.smooth_ece import smooth_error
+from bayes_kf.evaluation.calibration.statistics import class_statistic, profile_statistic
 from bayes_kf.evaluation.report.score_table import score_table
-from bayes_kf.evaluation.resampling.binning import class_cells, observed_hits
+from bayes_kf.evaluation.resampling.binning import classwise_bins, observed_hits
 
 CASES = [(1, 2), (2, 2), (40, 3), (500, 4), (500, 12)]
 
@@ -174,14 +174,14 @@ def test_bands_cover_calibrated_models_at_every_size(num_examples, statistic, bi
     for seed in range(4):
         probs = (1.5 * torch.randn(num_examples, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
         null = ev.calibration_null(probs, statistic, binning=binning, num_simulations=2000, seed=seed)
-        profile = narrow_profile(exact_profile(probs.max(dim=1).values, torch.zeros(num_examples)), 15)
+        profile = coarse_profile(exact_profile(probs.max(dim=1).values, torch.zeros(num_examples)), 15)
         if len(profile.counts) == num_examples:  # every confidence a cell of its own: draw every example
-            hits = (torch.rand(500, num_examples, generator=generator) < profile.place).double()
+            hits = (torch.rand(500, num_examples, generator=generator) < profile.confidence).double()
         else:
-            index = torch.searchsorted(profile.place, probs.max(dim=1).values, right=True) - 1
+            index = torch.searchsorted(profile.confidence, probs.max(dim=1).values, right=True) - 1
             drawn = (torch.rand(500, num_examples, generator=generator) < probs.max(dim=1).values).double()
             hits = torch.zeros(500, len(profile.counts), dtype=torch.float64).index_add_(1, index, drawn)
-        values = profile_statistic(statistic, profile._replace(hits=hits), groups_of(profile, 15, binning))
+        values = profile_statistic(statistic, profile._replace(hits=hits), profile_bins(profile, 15, binning))
         inside += int(((null.low <= values) & (values <= null.high)).sum())
         within += int(((null.low < values) & (values < null.high)).sum())
         above += int((values > null.high).sum())
@@ -198,7 +198,7 @@ def test_classwise_bands_cover_calibrated_models_at_every_size(num_examples):
     for seed in range(4):
         probs = (1.5 * torch.randn(num_examples, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
         null = ev.calibration_null(probs, kind="classwise", num_simulations=1000, seed=seed)
-        cells = class_cells(probs, 15, "equal_width")
+        cells = classwise_bins(probs, 15, "equal_width")
         labels = torch.multinomial(probs, 500, replacement=True, generator=generator)  # (N, 500)
         hits = torch.stack([observed_hits(cells, column) for column in labels.unbind(dim=1)])
         values = class_statistic("ece", cells, hits)
@@ -211,11 +211,11 @@ def test_narrow_cells_change_no_binned_error(num_examples):
     probs, targets = random_case(num_examples, 3, 0, False)
     confidence, hit = probs.max(dim=1).values, (probs.argmax(dim=1) == targets).double()
     exact = exact_profile(confidence, hit)
-    narrow = narrow_profile(exact, 15)
+    narrow = coarse_profile(exact, 15)
     assert len(narrow.counts) <= MAX_CELLS < len(exact.counts)
     for whole, part in zip(exact[1:], narrow[1:], strict=True):
         assert part.sum().item() == pytest.approx(whole.sum().item())
-    groups, narrow_groups = groups_of(exact, 15, "equal_width"), groups_of(narrow, 15, "equal_width")
+    groups, narrow_groups = profile_bins(exact, 15, "equal_width"), profile_bins(narrow, 15, "equal_width")
     for whole, part in zip(exact[1:], narrow[1:], strict=True):
         torch.testing.assert_close(groups.sums(whole), narrow_groups.sums(part))
     spread = exact_profile(confidence, confidence)  # Σ c per cell, to bound the variance inside cells
@@ -226,8 +226,8 @@ def test_variance_inside_narrow_cells_is_binomial():
     """What replaces each example's own Bernoulli number by its cell's binomial one is off by a thousandth at most."""
     probs, _ = random_case(200_000, 2, 0, False)
     confidence = torch.cat([probs.max(dim=1).values, 1 - torch.logspace(-11, -1, 50_000, dtype=torch.float64)])
-    narrow = narrow_profile(exact_profile(confidence, torch.zeros_like(confidence)), 15)
-    index = torch.searchsorted(narrow.place, confidence, right=True) - 1
+    narrow = coarse_profile(exact_profile(confidence, torch.zeros_like(confidence)), 15)
+    index = torch.searchsorted(narrow.confidence, confidence, right=True) - 1
     true = torch.bincount(index, confidence * (1 - confidence))
     share = narrow.confidence_sum / narrow.counts
     binomial = narrow.counts * share * (1 - share)
@@ -297,9 +297,9 @@ def close_together(num_examples: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_narrow_cells_change_no_bin_of_equal_mass(num_bins):
     for probs, targets in (close_together(10_000), random_case(20_000, 3, 0, False)):
         exact = exact_profile(probs.max(dim=1).values, (probs.argmax(dim=1) == targets).double())
-        narrow = narrow_profile(exact, num_bins)
+        narrow = coarse_profile(exact, num_bins)
         assert len(narrow.counts) < len(exact.counts)
-        groups, narrow_groups = (groups_of(profile, num_bins, "equal_mass") for profile in (exact, narrow))
+        groups, narrow_groups = (profile_bins(profile, num_bins, "equal_mass") for profile in (exact, narrow))
         assert torch.equal(groups.edges[:-1], narrow_groups.edges[:-1])
         for whole, part in zip(exact[1:], narrow[1:], strict=True):
             torch.testing.assert_close(groups.sums(whole), narrow_groups.sums(part))
@@ -322,9 +322,14 @@ def test_no_false_alarm_where_everything_is_certain_and_right():
     report = ev.evaluate_predictions(
         torch.stack([1 - doubt, doubt], dim=1), torch.zeros(6000, dtype=torch.int64), num_simulations=200
     )
-    assert report.sections.verdict[0].startswith("No miscalibration can be seen")
-    assert "a difference of 0.0 points, where chance alone shows 0.0 to 0.0." in report.sections.verdict[1]
+    assert report.sections.verdict[0].startswith("No miscalibration detected")
+    assert "a difference of 0.0 points (null band 0.0 to 0.0)." in report.sections.verdict[1]
     assert report.scores["ece_smooth_p_value"] == 1
-    cells = [cell for group in score_table(report.scores).groups for row in group.rows for cell in row]
+    cells = [
+        cell
+        for group in score_table(report.sections.scores, report.sections.tested).groups
+        for row in group.rows
+        for cell in row
+    ]
     assert not any(cell.is_outside for cell in cells)
     assert not any(cell.note in ("value above", "value below") for cell in cells)

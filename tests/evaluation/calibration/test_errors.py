@@ -146,10 +146,10 @@ def test_simulated_moments_are_the_binomial_ones():
 
 def test_simulated_labels_follow_the_probabilities():
     """Classwise with one bin: hits of each class are binomial counts; a class of probability zero never comes."""
-    from bayes_kf.evaluation.resampling.binning import class_cells, simulated_hits
+    from bayes_kf.evaluation.resampling.binning import classwise_bins, simulate_hits
 
     probs = torch.tensor([[0.0, 0.5, 0.3, 0.2, 0.0]], dtype=torch.float64).repeat(50, 1)
-    hits = simulated_hits(class_cells(probs, 1, "equal_width"), probs, 2000, seed=0)
+    hits = simulate_hits(classwise_bins(probs, 1, "equal_width"), probs, 2000, seed=0)
     assert (hits.sum(dim=1) == 50).all()
     standard_error = (probs[0] * (1 - probs[0]) * 50 / 2000).sqrt()
     assert ((hits.mean(dim=0) - 50 * probs[0]).abs() <= 5 * standard_error).all()
@@ -167,11 +167,11 @@ def test_blocks_of_rows_and_draws_keep_the_distribution(monkeypatch):
     from bayes_kf.evaluation.resampling import binning
 
     probs, _ = random_case(100, 4, 0)
-    cells = binning.class_cells(probs, 5, "equal_width")
-    whole = binning.simulated_hits(cells, probs, 400, seed=0)
+    cells = binning.classwise_bins(probs, 5, "equal_width")
+    whole = binning.simulate_hits(cells, probs, 400, seed=0)
     monkeypatch.setattr(binning, "ROW_BLOCK", 28)  # seven rows at a time
     monkeypatch.setattr(binning, "DRAW_BLOCK", 64)
-    blocks = binning.simulated_hits(cells, probs, 400, seed=0)
+    blocks = binning.simulate_hits(cells, probs, 400, seed=0)
     assert (blocks.sum(dim=1) == 100).all()
     expected = cells.confidence_sum
     standard_error = (expected / 400).sqrt()  # of a mean of 400 counts, at most

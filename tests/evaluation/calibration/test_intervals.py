@@ -12,10 +12,10 @@ from bayes_kf.evaluation.calibration.intervals import (
     bounded_interval,
     loss_interval,
     proportion_interval,
-    rank_correlation_interval,
+    runner_up_losses,
     skewed_interval,
-    unseen_losses,
 )
+from bayes_kf.evaluation.calibration.rank_intervals import rank_correlation_interval
 
 KINDS = ("calibrated", "over-confident", "under-confident", "one class", "label noise")
 REPEATS = 150
@@ -84,7 +84,7 @@ def test_intervals_of_a_report_cover(kind, size, num_classes, scale):
         "gap": (confidence - hits, -1, 1),
     }
     inside = {"nll": 0}
-    losses, unseen = -probs.gather(1, targets[:, None])[:, 0].log(), unseen_losses(probs)
+    losses, unseen = -probs.gather(1, targets[:, None])[:, 0].log(), runner_up_losses(probs)
     for part, bound in zip(losses.view(REPEATS, size), unseen.view(REPEATS, size), strict=True):
         powers = (part.pow(k).sum().item() for k in (1, 2, 3))
         low, high = loss_interval(*powers, size, bound.mean().item(), 0.95)
@@ -105,7 +105,7 @@ def test_where_nothing_went_wrong_yet_the_log_loss_is_not_certain():
     scores = ev.evaluate_predictions(probs, torch.zeros(60, dtype=torch.int64), num_simulations=39).scores
     truth = -math.log(0.999) + math.log(999) / 300
     assert scores["nll"] < 0.01 < truth < scores["nll_high"]
-    assert unseen_losses(probs)[0].item() == pytest.approx(math.log(1000), abs=1e-9)
+    assert runner_up_losses(probs)[0].item() == pytest.approx(math.log(1000), abs=1e-9)
 
 
 def test_calibration_errors_have_no_interval():

@@ -186,5 +186,5 @@ def test_names_of_several_words_are_quoted_in_sentences():
     found = ev.report_comparison(probs, targets, num_simulations=50)
     sentence = next(text for text in found.sections.verdict if text.startswith("Best in negative log-likelihood"))
     assert "likelihood: “ours, T = 1” (" in sentence
-    assert "; “rank 4, T = 2” is behind by" in sentence
+    assert "; “rank 4, T = 2” is worse by" in sentence
     assert "“ours, T = 1”: " in found.sections.drawings["reliability_ours, T = 1"].alt

@@ -96,7 +96,7 @@ def test_plot_draws_error_band_and_accuracy(digits):
     assert right.get_lines()[0].get_linestyle() != line.get_linestyle()
     assert ax.get_ylim()[1] > max(row.ece.value for row in curve)
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert sorted(names) == ["ECE", "accuracy", "calibrated: 95 % of chance"]
+    assert sorted(names) == ["95 % null band", "ECE", "accuracy"]
 
 
 def test_plot_of_one_certain_prediction():

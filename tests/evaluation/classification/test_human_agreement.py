@@ -25,7 +25,7 @@ def answers(size: int = 60, classes: int = 4, people: int = 6, seed: int = 0) ->
     return probs / probs.sum(1, keepdims=True), counts / people
 
 
-def doubt(probs: np.ndarray) -> np.ndarray:
+def rounded_entropy(probs: np.ndarray) -> np.ndarray:
     """Entropies in which the same numbers in another order are ties: 12 decimals of sorted rows."""
     return entropy(np.sort(probs, axis=1), axis=1).round(12)
 
@@ -34,7 +34,7 @@ def doubt(probs: np.ndarray) -> np.ndarray:
 def test_values_are_scipys(classes):
     probs, human = answers(classes=classes)
     found = ev.human_agreement(probs, human)
-    own, theirs = doubt(probs), doubt(human)
+    own, theirs = rounded_entropy(probs), rounded_entropy(human)
     kl = entropy(human, probs, axis=1)
     expected = {
         "nll": (kl + theirs).mean(),
@@ -96,7 +96,11 @@ def test_three_examples_have_a_correlation_but_no_interval():
     found = ev.human_agreement(probs, probs)
     assert found.entropy_spearman.value == pytest.approx(1)
     assert math.isnan(found.entropy_spearman.low)
-    assert human_section(probs, probs).verdict[1].startswith("Too few examples to tell whether the model doubts")
+    assert (
+        human_section(probs, probs)
+        .verdict[1]
+        .startswith("Too few examples to tell whether the model is uncertain where people are")
+    )
 
 
 @pytest.mark.parametrize("size", [30, 100])
@@ -118,41 +122,43 @@ def test_section_holds_scores_verdicts_figure_and_table():
     found, section = ev.human_agreement(probs, human), human_section(probs, human)
     names = {"nll": "nll", "kl": "kl", "tv": "total_variation", "entropy_spearman": "entropy_spearman"}
     for short, name in names.items():
-        assert [section.scores[f"human_{short}{end}"] for end in ("", "_low", "_high")] == list(getattr(found, name))
-    assert section.scores["human_nll"] == pytest.approx(section.scores["human_entropy"] + section.scores["human_kl"])
-    assert re.match(r"People's answers cost \d\.\d{3} nats each, of which", section.verdict[0])
-    assert section.verdict[1].startswith("The model doubts where people do (rank correlation")
+        score = section.scores[f"human_{short}"]
+        assert [score.value, *score.interval] == list(getattr(found, name))
+    nll, own, divergence = (section.scores[f"human_{name}"].value for name in ("nll", "entropy", "kl"))
+    assert nll == pytest.approx(own + divergence)
+    assert re.match(r"The log loss of people's answers is \d\.\d{3} nats: \d", section.verdict[0])
+    assert section.verdict[1].startswith("The model is uncertain where people are (rank correlation")
     assert set(section.drawings) == {"human_entropy"}
     table = section.drawings["human_entropy"].table
     assert table is not None
     rows = table.rows
-    assert [int(row[1]) for row in rows] == [50] * 10
-    own, theirs = doubt(probs), doubt(human)
+    assert [row[1].value for row in rows] == [50] * 10
+    own, theirs = rounded_entropy(probs), rounded_entropy(human)
     order = np.argsort(theirs, kind="stable").reshape(10, 50)
-    assert [float(row[2]) for row in rows] == pytest.approx(theirs[order].mean(1), abs=5e-5)
-    assert [float(row[3]) for row in rows] == pytest.approx(own[order].mean(1), abs=5e-5)
+    assert [row[2].value for row in rows] == pytest.approx(theirs[order].mean(1))
+    assert [row[3].value for row in rows] == pytest.approx(own[order].mean(1))
 
 
 @pytest.mark.parametrize(
     ("probs", "said"),
     [
-        (np.array([[0.5, 0.5], [0.9, 0.1]] * 20), "cannot be said"),
-        (np.array([[0.5, 0.5]] * 20 + [[0.9, 0.1]] * 20), "surest where people doubt"),
+        (np.array([[0.5, 0.5], [0.9, 0.1]] * 20), "is not defined"),
+        (np.array([[0.5, 0.5]] * 20 + [[0.9, 0.1]] * 20), "most certain where people are uncertain"),
         (np.array([[0.9, 0.1], [0.5, 0.5]] * 20), "Too few examples to tell"),
-        (np.array([[0.9, 0.1], [0.5, 0.5]] * 100), "cannot be seen"),
+        (np.array([[0.9, 0.1], [0.5, 0.5]] * 100), "No evidence that"),
     ],
 )
-def test_doubt_in_other_places_is_said(probs, said):
+def test_uncertainty_about_other_examples_is_said(probs, said):
     half = len(probs) // 2
     human = np.array([[1.0, 0.0]] * half + [[0.5, 0.5]] * half)
-    if said == "cannot be said":
+    if said == "is not defined":
         human = np.array([[1.0, 0.0]] * 40)
     assert said in human_section(probs, human).verdict[1]
 
 
 def test_section_of_impossible_answers_says_so():
     section = human_section(np.array([[1.0, 0.0]] * 3), np.array([[0.5, 0.5]] * 3))
-    assert section.verdict[0].startswith("At least one answer that people gave has probability zero")
+    assert section.verdict[0].startswith("At least one answer that people gave has predicted probability zero")
 
 
 def test_plot_counts_examples(tmp_path):
@@ -193,7 +199,7 @@ def test_people_who_labelled_cifar10():
     probs = (first + 0.05) / (first + 0.05).sum(1, keepdims=True)  # smoothed, so that no answer is impossible
     shares = second / second.sum(1, keepdims=True)
     found = ev.human_agreement(probs, shares)
-    own, theirs = doubt(probs), doubt(shares)
+    own, theirs = rounded_entropy(probs), rounded_entropy(shares)
     assert found.nll.value == pytest.approx((entropy(shares, probs, axis=1) + theirs).mean(), abs=1e-9)
     assert found.entropy_spearman.value == pytest.approx(spearmanr(own, theirs).statistic, abs=1e-9)
     assert 0.4 < found.entropy_spearman.low < found.entropy_spearman.high < 0.9

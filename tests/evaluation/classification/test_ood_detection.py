@@ -148,13 +148,13 @@ def test_bad_input_is_refused(call, message):
 @pytest.mark.parametrize(
     ("shift", "number", "words"),
     [
-        (2.0, 300, "Foreign inputs “far” have the higher entropy in"),
-        (-2.0, 300, "The model is surer of foreign inputs “far” than of known ones"),
-        (0.0, 2000, "The model does not notice foreign inputs “far”"),
-        (0.0, 12, "Whether the model notices foreign inputs “far” cannot be seen"),
+        (2.0, 300, "The model is less certain of out-of-distribution inputs “far”: they have the higher entropy in"),
+        (-2.0, 300, "The model is more certain of out-of-distribution inputs “far” than of in-distribution inputs: "),
+        (0.0, 2000, "The model does not detect out-of-distribution inputs “far”: "),
+        (0.0, 12, "It is unclear whether the model detects out-of-distribution inputs “far”: "),
     ],
 )
-def test_the_verdict_on_foreign_inputs_says_whether_they_are_noticed(shift, number, words):
+def test_the_verdict_on_ood_inputs_says_whether_they_are_detected(shift, number, words):
     def confident(size, more, seed):
         logits = 1.0 + more + torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
         right = logits.abs().sigmoid()

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.score import flatten_scores
 from bayes_kf.evaluation.sections.selective import usefulness_section
 
 SIZES = (1, 2, 3, 5, 6)
@@ -174,72 +175,71 @@ def test_section_holds_scores_verdicts_figure_and_table(num_classes):
     correct, confidence = probs.argmax(dim=1) == targets, ev.max_probability(probs)
     section = usefulness_section(probs, targets)
     intervals = ev.selective_intervals(confidence, correct)
-    assert section.scores["aurc"] == ev.aurc(confidence, correct)
-    assert not {"aurc_low", "aurc_excess_low", "error_entropy_aupr_low", "error_entropy_fpr95_low"} & set(
-        section.scores
-    )
-    assert section.scores["aurc_excess"] == ev.excess_aurc(confidence, correct)
+    scores = flatten_scores(section.scores)
+    assert scores["aurc"] == ev.aurc(confidence, correct)
+    assert not {"aurc_low", "aurc_excess_low", "error_entropy_aupr_low", "error_entropy_fpr95_low"} & set(scores)
+    assert scores["aurc_excess"] == ev.excess_aurc(confidence, correct)
     kept = ev.accuracy_at_coverage(confidence, correct).tolist()
-    assert [section.scores[f"accuracy_at_{share}"] for share in (80, 90, 95)] == kept
-    assert (section.scores["accuracy_at_95_low"], section.scores["accuracy_at_95_high"]) == intervals.accuracy[2]
+    assert [scores[f"accuracy_at_{share}"] for share in (80, 90, 95)] == kept
+    assert (scores["accuracy_at_95_low"], scores["accuracy_at_95_high"]) == intervals.accuracy[2]
     found = ev.error_detection(ev.entropy(probs), correct)
-    assert [section.scores[f"error_entropy_{name}"] for name in found._fields] == list(found)
-    by_confidence = "error_confidence_auroc" in section.scores
+    assert [scores[f"error_entropy_{name}"] for name in found._fields] == list(found)
+    by_confidence = "error_confidence_auroc" in scores
     assert by_confidence == (num_classes > 2)
     if by_confidence:
-        assert section.scores["error_confidence_auroc"] == ev.error_detection(1 - confidence, correct).auroc
+        assert scores["error_confidence_auroc"] == ev.error_detection(1 - confidence, correct).auroc
     assert section.verdict[0].startswith(
-        f"Without the least confident 20 % of predictions accuracy is {100 * kept[0]:.1f} %"
+        f"Without the least confident 20 % of predictions, accuracy is {100 * kept[0]:.1f} %"
     )
     assert f"in {100 * found.auroc:.1f} % (" in section.verdict[1]
-    assert section.verdict[1].startswith("Doubt finds errors: ")
+    assert section.verdict[1].startswith("Uncertainty detects errors: ")
     rows = section.drawings["risk_coverage"].table.rows
     assert len(rows) == 20
-    assert rows[-1][:2] == ("100.0 %", "400")
-    assert float(rows[9][2]) == pytest.approx(ev.risk_coverage(confidence, correct).risk[199].item(), abs=5e-5)
+    assert [cell.text for cell in rows[-1][:2]] == ["100.0 %", "400"]
+    assert rows[9][2].value == ev.risk_coverage(confidence, correct).risk[199].item()
     assert set(section.drawings) == {"risk_coverage"}
     section.drawings["risk_coverage"].draw(Figure().subplots())
 
 
 def test_section_where_nothing_is_wrong_says_so():
     section = usefulness_section(np.array([[0.9, 0.1]] * 3), np.array([0, 0, 0]))
-    assert math.isnan(section.scores["error_entropy_auroc"])
-    assert "error_entropy_auroc_low" not in section.scores
-    assert section.verdict[1] == "No prediction is wrong: whether doubt finds errors cannot be seen."
-    assert section.scores["aurc"] == 0
+    assert math.isnan(section.scores["error_entropy_auroc"].value)
+    assert section.scores["error_entropy_auroc"].interval is None
+    assert section.verdict[1] == "No prediction is wrong, so error detection is not defined."
+    assert section.scores["aurc"].value == 0
     assert len(section.drawings["risk_coverage"].table.rows) == 3
 
 
 def test_section_of_one_example():
     section = usefulness_section(np.array([[0.9, 0.1]]), np.array([1]))
-    assert section.scores["aurc"] == 1
-    assert section.verdict[1] == "Every prediction is wrong: whether doubt finds errors cannot be seen."
+    assert section.scores["aurc"].value == 1
+    assert section.verdict[1] == "Every prediction is wrong, so error detection is not defined."
 
 
 @pytest.mark.parametrize(
     ("probs", "targets", "word"),
     [
-        ([[0.9, 0.1], [0.6, 0.4]] * 20, [1, 0] * 20, "Doubt is lower at errors"),
-        ([[0.9, 0.1], [0.9, 0.1]] * 20, [0, 1] * 20, "Too few examples to tell whether doubt finds errors"),
-        ([[0.9, 0.1], [0.9, 0.1]] * 80, [0, 1] * 80, "That doubt finds errors cannot be seen"),
+        ([[0.9, 0.1], [0.6, 0.4]] * 20, [1, 0] * 20, "Uncertainty is lower for errors"),
+        ([[0.9, 0.1], [0.9, 0.1]] * 20, [0, 1] * 20, "Too few examples to tell whether uncertainty detects errors"),
+        ([[0.9, 0.1], [0.9, 0.1]] * 80, [0, 1] * 80, "No evidence that uncertainty detects errors"),
     ],
 )
-def test_doubt_that_finds_no_errors_is_said(probs, targets, word):
+def test_uncertainty_that_detects_no_errors_is_said(probs, targets, word):
     assert usefulness_section(np.array(probs), np.array(targets)).verdict[1].startswith(f"{word}: ")
 
 
-def test_doubt_is_not_said_to_find_errors_that_are_too_few():
-    """With one error in 200, wherever chance puts it, nothing can be seen; with 30 doubtful ones it can."""
+def test_too_few_errors_are_not_said_to_be_detected():
+    """One error in 200 is too few wherever it lies; 30 errors at the most uncertain predictions are enough."""
     sure = np.linspace(0.99, 0.51, 200)
     probs = np.stack([sure, 1 - sure], axis=1)
     for wrong in (0, 40, 160, 199):
         found = usefulness_section(probs, (np.arange(200) == wrong).astype(int)).verdict[1]
         assert found.startswith(
-            "Too few examples to tell whether doubt finds errors: 1 wrong and 199 right predictions"
+            "Too few examples to tell whether uncertainty detects errors: 1 wrong and 199 correct predictions"
         )
-        assert found.endswith("00 examples with this share of errors would do.")
+        assert found.endswith("00 examples with this share of errors would be enough.")
     found = usefulness_section(probs, (np.arange(200) >= 170).astype(int)).verdict[1]
-    assert found.startswith("Doubt finds errors: ")
+    assert found.startswith("Uncertainty detects errors: ")
 
 
 BAD = [

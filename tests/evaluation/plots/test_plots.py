@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.plots.online import short_names
+from bayes_kf.evaluation.plots.tensor_variance import short_names
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_reliability_diagram_draws_bins_band_counts_and_error(ax, binning):
     assert [bar.get_height() for bar in strip.containers[0]] == bins.counts[used].tolist()
     ece = ev.calibration_test(probs, targets, num_bins=10, binning=binning)
     text = ax.get_legend().get_title().get_text()
-    assert text == f"ECE {ece.value:.3f}; chance alone {ece.null_low:.3f}–{ece.null_high:.3f}"
+    assert text == f"ECE {ece.value:.3f}, null band {ece.null_low:.3f}–{ece.null_high:.3f}"
 
 
 def test_a_bin_that_holds_one_value_is_still_visible(ax):
@@ -54,17 +54,17 @@ def test_a_bin_that_holds_one_value_is_still_visible(ax):
 
 
 def test_entropy_histogram_draws_densities_on_common_bins(ax):
-    known, foreign = np.linspace(0, 1, 50), np.linspace(1, 2, 30)
-    ev.entropy_histogram(known, {"noise": foreign}, num_bins=8, ax=ax)
+    id_entropy, ood_entropy = np.linspace(0, 1, 50), np.linspace(1, 2, 30)
+    ev.entropy_histogram(id_entropy, {"noise": ood_entropy}, num_bins=8, ax=ax)
     edges = np.linspace(0, 2, 9)
-    for patch, values in zip(ax.patches, (known, foreign), strict=True):
+    for patch, values in zip(ax.patches, (id_entropy, ood_entropy), strict=True):
         density, found_edges, _ = patch.get_data()
         assert found_edges == pytest.approx(edges)
         assert density == pytest.approx(np.histogram(values, edges, density=True)[0])
     assert {(patch.get_linestyle(), patch.get_hatch()) for patch in ax.patches} == {("-", ""), ("--", "///")}
 
 
-def test_foreign_sets_of_any_name_stand_in_the_legend(ax):
+def test_ood_sets_of_any_name_stand_in_the_legend(ax):
     ev.entropy_histogram(np.ones(4), {"_hidden": np.ones(4), r"$\bad$": np.ones(4)}, ax=ax)
     ax.figure.canvas.draw()  # mathematics that cannot be parsed would raise here
     names = [text.get_text() for text in ax.get_legend().get_texts()]

@@ -233,30 +233,27 @@ def test_section_says_coverage_size_and_split():
     found = ev.ConformalSets.fit(probs[:500], targets[:500], level=0.9)
     section = recalibration_section(probs[500:], targets[500:], None, found, NullSettings(15, 100, 0))
     coverage, size, empty = ev.coverage_and_size(found.sets(probs[500:]), targets[500:])
-    assert section.scores["conformal_coverage"] == coverage
-    assert section.scores["conformal_size"] == size
-    assert section.scores["conformal_empty"] == empty
-    assert section.scores["conformal_size_low"] < size < section.scores["conformal_size_high"]
-    ends = section.scores["conformal_coverage_null_low"], section.scores["conformal_coverage_null_high"]
-    assert ends == ev.conformal_coverage_null(0.9, 500, 1000) == (0.867, 0.93)
+    values = [section.scores[f"conformal_{name}"].value for name in ("coverage", "size", "empty")]
+    assert values == [coverage, size, empty]
+    interval = section.scores["conformal_size"].interval
+    assert interval.low < size < interval.high
+    null_band = section.scores["conformal_coverage"].null_band
+    assert null_band == ev.conformal_coverage_null(0.9, 500, 1000) == (0.867, 0.93)
     assert section.sizes == {"examples of the conformal sets (lac), “calibration”": 500}
     assert section.verdict == [
-        f"Conformal sets for 90 %, fitted on “calibration”, 500 examples, hold {100 * coverage:.1f} % of the labels "
-        f"with {size:.2f} classes on average; sets of this kind would hold 86.7 % to 93.0 % here."
+        f"Conformal sets at 90 %, fitted on “calibration” (500 examples), contain {100 * coverage:.1f} % of the "
+        f"labels, inside the null band of 86.7 % to 93.0 %. A set has {size:.2f} classes on average."
     ]
 
 
 def test_sets_of_another_source_are_called_out():
     probs, targets = random_case(1000, 4)
     found = ev.ConformalSets.fit(probs, probs.argmax(dim=1), level=0.9)
-    assert (
-        recalibration_section(probs, targets, None, found, NullSettings(15, 39, 0))
-        .verdict[0]
-        .endswith(": fewer than they should.")
-    )
+    section = recalibration_section(probs, targets, None, found, NullSettings(15, 39, 0))
+    assert " of the labels, below the null band of " in section.verdict[0]
     generous = ev.ConformalSets.fit(probs, targets, level=0.9)
     section = recalibration_section(probs, probs.argmax(dim=1), None, generous, NullSettings(15, 39, 0))
-    assert section.verdict[0].endswith(": more than they should.")
+    assert " of the labels, above the null band of " in section.verdict[0]
 
 
 def good_sets() -> ev.ConformalSets:

@@ -246,27 +246,25 @@ def test_section_holds_the_scores_afterwards(fit):
     found = fit.fit(sharp[half[0]], targets[half[0]])
     section = recalibration_section(sharp[half[1]], targets[half[1]], found, None, NullSettings(15, 100, 0))
     after, labels = found(sharp[half[1]]), targets[half[1]]
-    assert section.scores["recalibrated_accuracy"] == ev.accuracy(after, labels)
-    assert section.scores["recalibrated_nll"] == ev.negative_log_likelihood(after, labels)
-    assert section.scores["recalibrated_brier"] == pytest.approx(ev.brier_score(after, labels))
+    assert section.scores["recalibrated_accuracy"].value == ev.accuracy(after, labels)
+    nll = section.scores["recalibrated_nll"].value
+    assert nll == ev.negative_log_likelihood(after, labels)
+    assert section.scores["recalibrated_brier"].value == pytest.approx(ev.brier_score(after, labels))
     ece = ev.calibration_test(after, labels, num_simulations=100)
-    names = ("", "_null_mean", "_null_low", "_null_high", "_p_value")
-    assert [section.scores[f"recalibrated_ece{name}"] for name in names] == list(ece)
+    assert section.scores["recalibrated_ece"] == ece.score()
     assert section.sizes == {"examples of the recalibration, “calibration”": 1000}
     before = ev.negative_log_likelihood(sharp[half[1]], labels)
-    if math.isfinite(section.scores["recalibrated_nll"]):
+    if math.isfinite(nll):
         change = section.scores["recalibrated_nll_change"]
-        assert change == pytest.approx(section.scores["recalibrated_nll"] - before)
-        assert (
-            section.scores["recalibrated_nll_change_low"] < change < section.scores["recalibrated_nll_change_high"] < 0
-        )
-        assert f"The log loss here falls by {-change:.3f} nats (0." in section.verdict[0]
+        assert change.value == pytest.approx(nll - before)
+        assert change.interval.low < change.value < change.interval.high < 0
+        assert f"The log loss here falls by {-change.value:.3f} nats (0." in section.verdict[0]
     else:
         assert fit is ev.IsotonicCalibration
-        assert "Some label here gets probability zero" in section.verdict[0]
+        assert "A label here gets probability zero" in section.verdict[0]
     assert section.verdict[0].startswith(found.describe())
     assert (
-        f"ECE goes from {ev.expected_calibration_error(sharp[half[1]], labels):.3f} to {ece.value:.3f}"
+        f"ECE changes from {ev.expected_calibration_error(sharp[half[1]], labels):.3f} to {ece.value:.3f}"
         in section.verdict[0]
     )
 
@@ -292,8 +290,8 @@ def test_section_where_the_loss_was_or_is_infinite():
     assert "recalibrated_nll_change" not in finite.scores
     curve = (np.array([0.0, 1.0]), np.array([0.0, 1.0]))
     infinite = recalibration_section(probs, targets, ev.IsotonicCalibration((curve,) * 2, "s", 20), None, chance)
-    assert infinite.scores["recalibrated_nll"] == math.inf
-    assert "so its log loss is infinite; ECE goes from" in infinite.verdict[0]
+    assert infinite.scores["recalibrated_nll"].value == math.inf
+    assert "so the log loss is infinite; ECE changes from" in infinite.verdict[0]
 
 
 def test_bad_input_is_refused():

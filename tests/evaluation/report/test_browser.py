@@ -1,5 +1,6 @@
 """The page in a real browser, headless Chromium: what it asks for, how it sorts, whether it fits, what it prints."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ import torch
 from evaluation_cases import history
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.report.report import Report, Sections, Table
+from bayes_kf.evaluation.report.contents import Sections
+from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.report.sortable_tables import Cell, make_table
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
 
@@ -157,15 +160,15 @@ def visit(browser):
 def small_table(visit, tmp_path):
     """A page with one table of awkward cells."""
     rows = (
-        ("item 10", "3", "no"),
-        ("item 9", "not defined", "yes"),
-        ("Item 2", "1,200", "no"),
-        ("item 1", "−1.5", "yes"),
-        ("item 20", "∞", ""),
-        ("item 3", "3", "no"),
-        ("item 4", "−∞", "yes"),
+        ("item 10", 3, "no"),
+        ("item 9", math.nan, "yes"),
+        ("Item 2", 1200, "no"),
+        ("item 1", Cell("−1.5", -1.5), "yes"),
+        ("item 20", math.inf, ""),
+        ("item 3", 3, "no"),
+        ("item 4", -math.inf, "yes"),
     )
-    sections = Sections(tables=[Table("Awkward", ("Item", "Number", "Word"), rows, is_open=True)])
+    sections = Sections(tables=[make_table("Awkward", ("Item", "Number", "Word"), rows, is_open=True)])
     path = tmp_path / "small.html"
     path.write_text(Report("Small", {}, sections).to_html(), encoding="utf-8")
     return visit(path).page

@@ -18,10 +18,14 @@ from PIL import Image
 
 import bayes_kf
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.report.html_page import LARGEST_SVG, fingerprint, known_label
-from bayes_kf.evaluation.report.report import FigureSpec, Report, Sections, Table
-from bayes_kf.evaluation.report.score_table import SUFFIXES
-from bayes_kf.evaluation.sections.verdicts import pit_verdict
+from bayes_kf.evaluation.report.contents import FigureSpec, Sections
+from bayes_kf.evaluation.report.html_page import LARGEST_SVG
+from bayes_kf.evaluation.report.provenance import fingerprint
+from bayes_kf.evaluation.report.report import Report
+from bayes_kf.evaluation.report.score_labels import known_label
+from bayes_kf.evaluation.report.sortable_tables import make_table
+from bayes_kf.evaluation.score import Interval, Score
+from bayes_kf.evaluation.sections.verdicts.regression import pit_verdict
 
 
 class Page(HTMLParser):
@@ -73,6 +77,23 @@ def test_scores_are_those_of_the_functions(report):
     assert scores["entropy"] == pytest.approx(scores["aleatoric"] + scores["epistemic"])
     assert scores["ood_noise_auroc"] == 1  # uniform predictions have the largest entropy there is
     assert {"ood_noise_aupr", "ood_noise_fpr95", "prequential_log_loss", "innovation_ratio_null_low"} <= set(scores)
+
+
+def test_a_score_has_its_interval_and_its_null_band(report):
+    numbers, gap = report.scores, report.score("confidence_gap")
+    assert gap == Score(
+        numbers["confidence_gap"],
+        Interval(numbers["confidence_gap_low"], numbers["confidence_gap_high"]),
+        Interval(numbers["confidence_gap_null_low"], numbers["confidence_gap_null_high"]),
+        numbers["confidence_gap_null_mean"],
+        numbers["confidence_gap_p_value"],
+    )
+    assert report.score("aurc") == Score(numbers["aurc"])
+    for wrong, hint in (("ece_low", "."), ("acuracy", "; did you mean 'accuracy'?")):
+        with pytest.raises(
+            ValueError, match=rf"^`name` must be a score of this report, got '{wrong}'{re.escape(hint)}"
+        ):
+            report.score(wrong)
 
 
 def test_scores_of_the_stream_are_those_of_all_of_it(report):
@@ -137,7 +158,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(suffix, report, tmp_path
         mine.write_bytes(content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for found in (report, plain):
-        with pytest.raises(ValueError, match=rf"`path` must be a new name .*, where r\{suffix} is not of a report"):
+        with pytest.raises(ValueError, match=rf"`path` must be a new name .*, where r\{suffix} belongs to no report"):
             found.save(page)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
@@ -248,7 +269,7 @@ def test_infinite_loss_is_null_in_json_and_said_on_the_page():
     assert content["scores"]["nll"] is None
     assert content["not_finite"]["nll"] == "inf"
     assert {name for name, value in content["scores"].items() if value is None} == set(content["not_finite"])
-    assert "At least one label was given probability zero" in report.to_html()
+    assert "At least one label has predicted probability zero" in report.to_html()
     assert "∞" in Page(report.to_html()).text
 
 
@@ -270,9 +291,9 @@ def test_verdicts_tell_over_from_under_confidence_and_chance():
         for scale in (0.5, 1.0, 2.0)
     }
     assert first[0.5].startswith("Miscalibrated, under-confident on average: the smooth calibration error is 0.")
-    assert first[1.0].startswith("No miscalibration can be seen: ")
+    assert first[1.0].startswith("No miscalibration detected: ")
     assert re.match(
-        r"Miscalibrated, over-confident on average: .* 0\.\d+, where chance alone would show 0\.\d+ to 0\.\d+ with",
+        r"Miscalibrated, over-confident on average: .* 0\.\d+, above its null band of 0\.\d+ to 0\.\d+ \(2,000 targets",
         first[2.0],
     )
 
@@ -295,7 +316,7 @@ def figure_of(draw, **settings) -> Report:
 
 
 def test_data_of_a_figure_stand_under_it_and_not_twice():
-    data, other = Table("Some data", ("x", "y"), (("1", "2"),)), Table("Other data", ("x",), (("3",),))
+    data, other = make_table("Some data", ("x", "y"), [(1, 2)]), make_table("Other data", ("x",), [(3,)])
     report = figure_of(lambda ax: ax, table=data)
     report.sections.tables += [data, other]
     html = report.to_html()
@@ -307,8 +328,8 @@ def test_data_of_a_figure_stand_under_it_and_not_twice():
 
 
 def test_open_tables_stand_before_the_scores():
-    table = Table("Side by side", ("Model", "Score"), (("<a>", "0.5"),), is_open=True)
-    html = Report("t", {}, Sections(scores={"ece": 0.1}, tables=[table])).to_html()
+    table = make_table("Side by side", ("Model", "Score"), [("<a>", 0.5)], is_open=True)
+    html = Report("t", {}, Sections(scores={"ece": Score(0.1)}, tables=[table])).to_html()
     assert html.index("<details open>") < html.index("&lt;a&gt;") < html.index('<h2 id="scores">')
     assert 'id="details"' not in html
 
@@ -382,12 +403,12 @@ def test_every_score_of_a_report_has_a_label(report):
     mean = torch.randn(50, generator=generator)
     regression = ev.evaluate_regression(mean, mean + 1, variance=torch.ones(50), num_simulations=39)
     wide = ev.evaluate_predictions(*random_case(60, 12), ordered=True, num_simulations=39)
-    for scores in (report.scores, wide.scores, regression.scores):
-        assert [n for n in scores if not n.endswith(SUFFIXES) and known_label(n) is None] == []
+    for made in (report, wide, regression):
+        assert [name for name in made.sections.scores if known_label(name) is None] == []
 
 
 def test_unknown_scores_are_shown_as_they_are():
-    page = Page(Report("t", {}, Sections(scores={"<mine>": 0.25, "<mine>_low": 0.125, "<mine>_high": 0.5})).to_html())
+    page = Page(Report("t", {}, Sections(scores={"<mine>": Score(0.25, Interval(0.125, 0.5))})).to_html())
     assert {"Other scores", "<mine>", "0.2500", "0.1250 to 0.5000"} <= set(page.text)
 
 
@@ -414,15 +435,15 @@ def test_more_log_probabilities_than_labels_are_refused():
 @pytest.mark.parametrize(
     ("p_value", "statistic", "high", "start"),
     [
-        (0.06, 0.2, 0.05, "Targets fall evenly"),
-        (0.06, 0.2, 0.1, "Too few targets to tell whether they fall evenly over their forecasts (Kolmogorov-Smirnov p"),
-        (0.04, 0.05, 0.1, "Targets do not fall evenly"),
-        (0.03, 0.2, 0.1, "Targets do not"),
+        (0.06, 0.2, 0.05, "No deviation of the PIT values from uniform detected (Kolmogorov-Smirnov p"),
+        (0.06, 0.2, 0.1, "Too few targets to tell whether the PIT values are uniform (Kolmogorov-Smirnov p"),
+        (0.04, 0.05, 0.1, "The PIT values are not uniform"),
+        (0.03, 0.2, 0.1, "The PIT values are not uniform"),
     ],
 )
-def test_the_p_value_decides_whether_targets_fall_evenly(p_value, statistic, high, start):
-    scores = {"pit_ks": statistic, "pit_ks_null_low": 0.0, "pit_ks_null_high": high, "pit_ks_p_value": p_value}
-    assert pit_verdict(scores, 0.0, 0.0).startswith(start)
+def test_the_p_value_decides_whether_pit_values_are_uniform(p_value, statistic, high, start):
+    score = Score(statistic, null_band=Interval(0.0, high), p_value=p_value)
+    assert pit_verdict(score, 0.0, 0.0).startswith(start)
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 60, 400])

@@ -13,7 +13,8 @@ from bayes_kf.evaluation.calibration.null_distribution import profile_tests
 from bayes_kf.evaluation.classification.score_summary import PRIMARY
 from bayes_kf.evaluation.report.score_table import score_table
 from bayes_kf.evaluation.resampling.null_test import NullSettings
-from bayes_kf.evaluation.sections.verdicts import calibration_verdict, detectable_error
+from bayes_kf.evaluation.score import Score
+from bayes_kf.evaluation.sections.verdicts.calibration import calibration_verdict, detectable_error
 
 REPEATS = 120
 
@@ -24,9 +25,7 @@ def said(confidence: np.ndarray, hits: np.ndarray, seed: int) -> str:
     gap, smooth = profile_tests(
         profile, (("gap", "equal_width"), ("smooth", "equal_width")), NullSettings(15, 99, seed), 0.95
     )
-    scores = {"confidence": confidence.mean()}
-    for name, test in (("confidence_gap", gap), (PRIMARY, smooth)):
-        scores |= {name: test.value, f"{name}_null_low": test.null_low, f"{name}_null_high": test.null_high}
+    scores = {"confidence": Score(confidence.mean()), "confidence_gap": gap.score(), PRIMARY: smooth.score()}
     return calibration_verdict(scores, len(hits))
 
 
@@ -63,7 +62,7 @@ def test_the_number_that_would_do_does():
         confidence = 0.6 + 0.3 * rng.random(size)
         return said(confidence, (rng.random(size) < confidence).astype(float), 0)
 
-    needed = int(re.search(r"About ([\d,]+) would", verdict(40)).group(1).replace(",", ""))
+    needed = int(re.search(r"About ([\d,]+) targets would", verdict(40)).group(1).replace(",", ""))
     assert 100 <= needed <= 400
     assert verdict(needed // 3).startswith("Too few examples to tell whether the model is calibrated")
     assert not verdict(int(1.3 * needed)).startswith("Too few")
@@ -75,9 +74,11 @@ def test_the_number_that_would_do_does():
 def test_three_examples_are_too_few_to_tell(probs, targets):
     report = ev.evaluate_predictions(np.array(probs), np.array(targets), num_simulations=39)
     assert report.sections.verdict[0].startswith("Too few examples to tell whether the model is calibrated: ")
-    assert re.search(r"About \d+ would show an error of 0\.1 in four of five data sets\.$", report.sections.verdict[0])
+    assert re.search(
+        r"About \d+ targets would detect an error of 0\.1 in four of five data sets\.$", report.sections.verdict[0]
+    )
     text = " ".join(report.sections.verdict)
-    assert "can be seen: " not in text
+    assert "No miscalibration detected" not in text
     assert "100.0 % (100.0 % to 100.0 %)" not in text
     assert report.scores["accuracy_high"] - report.scores["accuracy_low"] > 0.7
 
@@ -86,7 +87,7 @@ def test_sure_examples_without_an_error_are_no_all_clear_if_they_are_few():
     """Their null band is a point at zero. An error rate of 0.1 leaves 10 examples without one in 35 % of data sets."""
     sure = said(np.ones(10), np.ones(10), 0)
     assert sure.startswith("Too few")
-    assert said(np.ones(60), np.ones(60), 0).startswith("No miscalibration can be seen")
+    assert said(np.ones(60), np.ones(60), 0).startswith("No miscalibration detected")
     assert detectable_error(0.0, 1.0, 3) == pytest.approx(1 - 0.2 ** (1 / 3))
     assert detectable_error(0.0, 1.0, 10_000) < 0.01
 
@@ -99,15 +100,16 @@ def test_only_the_tested_score_is_bold_and_only_where_the_verdict_says_so():
         logits = 2 * torch.randn(100, 3, generator=generator, dtype=torch.float64)
         targets = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
         report = ev.evaluate_predictions(logits.softmax(1), targets, num_simulations=79, seed=seed)
-        marked = [row for group in score_table(report.scores).groups for row in group.rows if row[1].is_outside]
+        marked = [
+            row
+            for group in score_table(report.sections.scores, report.sections.tested).groups
+            for row in group.rows
+            if row[1].is_outside
+        ]
         text = report.sections.verdict[0]
         assert len(marked) == (text.startswith("Miscalibrated") or "are the targets independent" in text)
         bold += len(marked)
-        outside += any(
-            report.scores[name.removesuffix("_null_high")] > value + 1e-9
-            for name, value in report.scores.items()
-            if name.endswith("_null_high")
-        )
+        outside += any(score.null_position > 0 for score in report.sections.scores.values())
     assert bold <= 6  # binomial with 30 and 5 %: more in 0.1 %
     assert outside > bold
 
@@ -120,13 +122,13 @@ def test_verdicts_on_confidence_and_coverage_give_numbers_and_no_words():
     assert report.sections.verdict[0].startswith("Miscalibrated, over-confident on average: ")
     assert re.match(r"Mean confidence is 90\.0 %, accuracy \d\d\.\d %: a difference of \+", report.sections.verdict[1])
     wide = ev.evaluate_regression(np.zeros(400), 3 * rng.normal(size=400), variance=np.ones(400), num_simulations=39)
-    coverage = [text for text in wide.sections.verdict if text.startswith("Intervals of")]
+    coverage = [text for text in wide.sections.verdict if re.match(r"The \d\d % intervals contain", text)]
     assert len(coverage) == 3
     assert not any("too " in text for text in coverage)
     assert any("forecasts are too narrow" in text for text in wide.sections.verdict)  # the one test's
 
 
-def test_several_foreign_sets_have_intervals_that_hold_together():
+def test_intervals_of_several_ood_sets_hold_together():
     probs = torch.rand(80, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probs = probs / probs.sum(1, keepdim=True)
     targets = torch.zeros(80, dtype=torch.int64)
@@ -145,5 +147,9 @@ def test_few_updates_are_no_proof_of_consistency():
         history = {"innovation": torch.ones(number), "dof": torch.ones(number)}
         probs, targets = torch.full((40, 2), 0.5), torch.arange(40) % 2
         report = ev.evaluate_predictions(probs, targets, history=history, num_simulations=39)
-        found = [sentence for sentence in report.sections.verdict if "squared innovations" in sentence]
+        found = [
+            sentence
+            for sentence in report.sections.verdict
+            if "squared innovations are" in sentence and "times" in sentence
+        ]
         assert [sentence.startswith(beginning) for sentence in found] == [True], number

@@ -17,8 +17,8 @@ from bayes_kf.inference.covariance.structure import STRUCTURES
 from bayes_kf.inference.filtering import measurement, measurement_update
 from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
 from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
-from bayes_kf.inference.fitting.filter_bank import Bank
 from bayes_kf.inference.fitting.fit import fit
+from bayes_kf.inference.fitting.selection.filter_bank import Bank
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
@@ -256,7 +256,7 @@ def test_a_permanent_penalty_is_an_update_from_the_tightened_belief(covariance):
     assert same(state.belief, tight.belief)
     untouched, _ = plain.update(start, x, y)
     assert same(state.temperature_scores, untouched.temperature_scores)  # predictions do not know the targets
-    assert not same(tight.scores, untouched.temperature_scores)
+    assert not same(tight.temperature_scores, untouched.temperature_scores)
 
 
 @pytest.mark.parametrize("covariance", STRUCTURES)
@@ -368,7 +368,7 @@ def test_a_bank_s_candidates_are_their_filters(form, trusted, monkeypatch):
     """Bit for bit where each takes passes of its own; and a linear model's, which share all, to rounding."""
     torch.manual_seed(0)
     model = network() if trusted == 0.0 else nn.Linear(4, M).double()
-    monkeypatch.setattr("bayes_kf.inference.fitting.filter_bank.CLOSE", trusted)
+    monkeypatch.setattr("bayes_kf.inference.fitting.selection.shared_update.MAX_OUTPUT_SHIFT", trusted)
     configs = [
         KalmanConfig(gradient_penalty=rho, gradient_penalty_form=form, expansion="mean", damping=False)
         for rho in (0.0, 0.3, 4.0)

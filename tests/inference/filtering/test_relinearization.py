@@ -6,8 +6,8 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering import measurement_update
 from bayes_kf.inference.filtering.linearization_check import TRUST_RADIUS, is_small_change, symmetric_divergence
+from bayes_kf.inference.filtering.step_guard import OBJECTIVE_RTOL, StepGuard
 from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 from bayes_kf.inference.linearization.linearizer import MAX_PASS_BYTES, Linearizer
 from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian
@@ -150,11 +150,9 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
         assert not is_small_change(change, block.family, TRUST_RADIUS)  # otherwise it is accepted without a check
         for claimed in (0.0, -100.0, 100.0):  # added to the label's logit in the first-order outputs
             outputs = block.outputs.scatter_add(1, y[:, None], torch.full((20, 1), claimed))
-            guard = measurement_update.StepGuard(
-                kf.config.noise_settings, state, batch, everything, block._replace(outputs=outputs)
-            )
+            guard = StepGuard(kf.config.noise_settings, state, batch, everything, block._replace(outputs=outputs))
             verdicts.add(guard.accepts(after))
-            assert guard.accepts(after) == bool(loss(after.mean) <= before * (1 + measurement_update.OBJECTIVE_RTOL))
+            assert guard.accepts(after) == bool(loss(after.mean) <= before * (1 + OBJECTIVE_RTOL))
     assert verdicts == {True, False}
 
 

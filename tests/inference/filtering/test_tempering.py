@@ -10,8 +10,9 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf import evaluation
-from bayes_kf.inference.filtering import measurement_update, predictive_density, tempering
-from bayes_kf.inference.fitting.filter_bank import Bank, candidates
+from bayes_kf.inference.filtering import measurement_update, tempering
+from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
+from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.models.likelihood import Bernoulli, Categorical
 
 

@@ -90,12 +90,12 @@ def test_what_is_not_this_pass_is_told(tmp_path):
             folder,
             r"`checkpoint` must hold a pass with the same settings, got another rank",
         ),
-        (DATA[:4], config, folder, r"`loader` must yield the 10 batches that .* has learned, got 4"),
-        ([DATA[0]] * 9 + [(DATA[0][0][:1], DATA[0][1][:1])], config, folder, r"has learned, 30 examples, got 28"),
+        (DATA[:4], config, folder, r"`loader` must yield the 10 batches of the pass in .*pass, got 4"),
+        ([DATA[0]] * 9 + [(DATA[0][0][:1], DATA[0][1][:1])], config, folder, r"with 30 examples, got 28"),
         (DATA, bkf.KalmanConfig(passes=2), folder, r"`passes` must be 1 with a `checkpoint`, got 2"),
         (DATA, bkf.KalmanConfig.dataset(), folder, r"`mean_passes` must be 0 with a `checkpoint`, got 3"),
         (DATA, bkf.KalmanConfig.stream(), folder, r"`tune` must be None with a `checkpoint`"),
-        (DATA, [config, config], folder, r"`config` must be one with a `checkpoint`, got several"),
+        (DATA, [config, config], folder, r"`config` must be one KalmanConfig with a `checkpoint`, got several"),
         ([], config, tmp_path / "new", r"^`loader` must yield at least one batch, got none\.$"),
     ]
     for loader, setting, where, message in cases:
@@ -146,7 +146,7 @@ def test_an_order_that_does_not_come_again_is_refused(tmp_path):
     data = TensorDataset(torch.cat([x for x, _ in DATA]), torch.cat([y for _, y in DATA]))
     config = bkf.KalmanConfig()
     loader = DataLoader(data, batch_size=3, shuffle=True)
-    with pytest.raises(ValueError, match=r"`loader` must come in the same order each time .* give it `generator="):
+    with pytest.raises(ValueError, match=r"`loader` must yield the same order in every call .* give it `generator="):
         bkf.fit(network(), loader, config, checkpoint=tmp_path / "pass", progress=False)
     assert not (tmp_path / "pass").exists()
     loader = DataLoader(data, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(0))

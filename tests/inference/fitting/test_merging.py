@@ -188,7 +188,7 @@ def test_none():
     ids=str,
 )
 def test_beliefs_that_are_not_their_prior_times_likelihoods(setting):
-    with pytest.raises(ValueError, match=f"must neither forget, move, .*got {next(iter(setting))}"):
+    with pytest.raises(ValueError, match=f"must have no dynamics, .*got {next(iter(setting))}"):
         bkf.merge(parts_of(setting, setting))
 
 
@@ -201,7 +201,7 @@ def test_other_settings():
 def test_other_priors():
     """Each measured the scale of its outputs on its own data."""
     measured = {"initial_variance": None}
-    with pytest.raises(ValueError, match="must come from one prior, got another in number 1: begin with one"):
+    with pytest.raises(ValueError, match="must come from one prior, got another in number 1; begin with one"):
         bkf.merge(parts_of(measured, measured))
 
 
@@ -236,5 +236,5 @@ def test_the_merged_temperature_does_not_depend_on_the_order():
     kf = bkf.KalmanFilter(model, replace(config, temperature=0.3))
     untold = bkf.Posterior(kf, kf.update(kf.init(), x[:20], y[:20])[0])
     other = bkf.KalmanFilter(model, replace(config, temperature=3.0))
-    with pytest.raises(ValueError, match=r"one temperature, or streams that priced theirs, got 0.3, 3.0"):
+    with pytest.raises(ValueError, match=r"one temperature, or each a stream that chooses it, got 0.3, 3.0"):
         bkf.merge([untold, bkf.Posterior(other, other.update(other.init(), x[20:], y[20:])[0])])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.fitting.progress import shows_bars
+from bayes_kf.inference.fitting.progress import shows_progress
 
 BATCHES = [(torch.zeros(2, 3), torch.tensor([0, 1]))] * 3
 
@@ -36,7 +36,7 @@ def test_bars_of_a_fit(monkeypatch, stream, progress, shown):
 
 def test_without_a_standard_error_there_are_none(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    assert not shows_bars(None)
+    assert not shows_progress(None)
 
 
 def test_notebooks_have_them(monkeypatch):
@@ -44,4 +44,4 @@ def test_notebooks_have_them(monkeypatch):
     notebook = type("tqdm", (), {"__module__": "tqdm.notebook"})
     monkeypatch.setattr("tqdm.auto.tqdm", type("tqdm", (notebook,), {}))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert shows_bars(None)
+    assert shows_progress(None)

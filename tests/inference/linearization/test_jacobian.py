@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from bayes_kf.inference import KalmanConfig, KalmanFilter
-from bayes_kf.inference.fitting import mean_step
+from bayes_kf.inference.fitting.passes import mean_pass
 from bayes_kf.inference.linearization.jacobian import Jacobian, diagonal_blocks
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.adapter import AdapterModel
@@ -258,7 +258,7 @@ def test_rows_of_a_table_are_those_of_the_tokens_seen():
     adapter = AdapterModel(model)
     jacobian = Linearizer(adapter)(adapter.vector(), TEXT).jacobian()
     name = next(n for n in adapter.names if "word_embeddings" in n)
-    widths = {block.width for _, part in jacobian.terms for block in part.blocks}
+    widths = {block.rows.shape[-1] for _, part in jacobian.terms for block in part.blocks}
     assert len(IDS.unique()) * 8 in widths
     assert 20 * 8 not in widths
     assert adapter.shapes[adapter.names.index(name)] == (20, 8)
@@ -351,7 +351,9 @@ def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(r
     for one in (plain, adapter):
         kf = KalmanFilter(one, config)
         state = kf.init(ids)._replace(examples=2)
-        steps.append(mean_step.step(config, one, state, ids, torch.tensor([0, 2]), 1.0)[0].belief.mean - vector)
+        steps.append(
+            mean_pass.natural_gradient_step(config, one, state, ids, torch.tensor([0, 2]), 1.0)[0].belief.mean - vector
+        )
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-7, atol=1e-11)
     assert float((steps[0] != 0).double().mean()) > 0.5  # units that are off learn nothing
     assert model.training
@@ -431,7 +433,7 @@ def test_gradients_that_the_user_s_parameters_hold_are_left_alone(reentrant):
     Linearizer(adapter)(adapter.vector(), ids).jacobian()
     config = KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False)
     state = KalmanFilter(adapter, config).init(ids)._replace(examples=2)
-    mean_step.step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)
+    mean_pass.natural_gradient_step(config, adapter, state, ids, torch.tensor([0, 2]), 1.0)
     assert late.grad is kept
     assert bool((kept == 3.0).all())
     assert all(p.grad is None for p in model.parameters() if p is not late)

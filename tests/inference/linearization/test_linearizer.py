@@ -148,9 +148,9 @@ def test_pieces_cover_a_batch_once():
     adapter, x = AdapterModel(nn.Linear(3, 2)), torch.randn(5, 3)
     linearize = Linearizer(adapter, bytes_budget=1)
     pieces = list(linearize.chunks(adapter.vector(), x))
-    assert [len(piece) for _, piece in pieces] == [1] * 5
-    torch.testing.assert_close(torch.cat([piece for _, piece in pieces]), x)
-    assert [len(piece) for _, piece in Linearizer(adapter).chunks(adapter.vector(), x)] == [5]
+    assert [piece.size for _, piece in pieces] == [1] * 5
+    torch.testing.assert_close(torch.cat([piece.inputs for _, piece in pieces]), x)
+    assert [piece.size for _, piece in Linearizer(adapter).chunks(adapter.vector(), x)] == [5]
 
 
 def test_observation_products():
@@ -285,7 +285,7 @@ def test_a_large_first_batch_is_looked_at_by_few_examples():
     x = torch.randn(64, 3).double()
     adapter = AdapterModel(model)
     assert Linearizer(adapter).prepare(adapter.vector(), x) == 2
-    assert max(rows) <= 2 * rule_check.FEW
+    assert max(rows) <= 2 * rule_check.NUM_CHECKED
 
     class Fixed(nn.Module):
         def __init__(self):

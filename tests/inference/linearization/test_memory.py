@@ -64,7 +64,7 @@ variances = kf.marginal_variance(after), kf.marginal_variance(expected)
 torch.testing.assert_close(*variances, rtol=1e-3, atol=1e-6)
 assert torch.isfinite(probs).all()
 kf.update(after, inputs, targets)
-print(len(said), kf.linearize._most / 2**20)
+print(len(said), kf.linearize._max_bytes / 2**20)
 """
 
 

@@ -8,7 +8,7 @@ from oracles import linear_posterior
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.fitting import noise_refit
+from bayes_kf.inference.fitting.passes import noise_refit
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.noise import NoiseState
 
@@ -177,7 +177,7 @@ def test_mean_passes_end_with_the_noise_of_their_own_residuals(covariance):
     config = bkf.KalmanConfig(covariance=covariance, mean_passes=10, **GAUSSIAN)
     posterior = bkf.fit(network, batches(x[:200], y[:200]), config, progress=False)
     residual = posterior.predict(x[:200], "mean").mean - y[:200]
-    gamma = noise_refit.determined(posterior.config, posterior.state)
+    gamma = noise_refit.effective_parameters(posterior.state)
     found = float(posterior.state.noise.variance)
     assert found == pytest.approx(float(residual.square().sum()) / (200 - gamma), rel=1e-3)
     unseen = float((posterior.predict(x[200:], "mean").mean - y[200:]).square().mean())
@@ -209,7 +209,7 @@ def test_the_data_precision_is_rescaled_exactly(covariance, ratio):
     state = kf.init()
     for inputs, targets in batches(x, y):
         state, _ = kf.update(state, inputs, targets)
-    after = noise_refit.rescaled(config, state, ratio)
+    after = noise_refit.scale_data_precision(state, ratio)
     prior = torch.eye(6).double() / 0.5
     old, new = (torch.linalg.inv(s.belief.covariance_matrix()) for s in (state, after))
     torch.testing.assert_close(new, prior + ratio * (old - prior), rtol=1e-8, atol=1e-8)

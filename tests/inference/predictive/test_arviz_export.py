@@ -1,4 +1,4 @@
-"""ArviZ data of a belief: values by hand on every draw, and ArviZ's own functions called on them."""
+"""ArviZ data of a posterior: values computed by hand on every draw, and ArviZ's own functions on them."""
 
 import importlib.metadata
 
@@ -140,7 +140,7 @@ def test_predictive_draws_come_from_every_draws_likelihood(exported):
 
 
 def test_arviz_loo_agrees_with_exact_leave_one_out(regression):
-    """The belief without example i is exact here: its predictive density is what PSIS-LOO estimates."""
+    """The posterior without example i is exact here: PSIS-LOO estimates its predictive density."""
     found = arviz.loo(regression, pointwise=True)
     assert (found.pareto_k.values < 0.7).all()
     each = (found.loo_i if OLD else found.elpd_i).values
@@ -197,7 +197,7 @@ def test_the_same_generator_gives_the_same_data():
     assert not np.array_equal(values(first, "posterior_predictive"), values(other, "posterior_predictive"))
 
 
-def test_draws_of_a_bent_model_are_compared_with_the_linearized_one():
+def test_draws_of_a_nonlinear_model_are_compared_with_the_linearized_one():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     data = DataLoader(TensorDataset(X[:30], X[:30].argmax(1)), batch_size=4)
@@ -225,7 +225,7 @@ def test_bad_loaders_are_refused():
         posterior.to_arviz(5, loader=[(X, torch.zeros(3))])
 
 
-def test_counts_at_rates_beyond_those_that_torch_can_draw():
+def test_counts_at_rates_above_the_range_of_torch():
     outputs = torch.tensor([[[2.0], [20.0], [60.0]]]).expand(2000, -1, -1)
     drawn = draw_targets(Poisson(), outputs, torch.Generator().manual_seed(0))[..., 0].double()
     rate = outputs[0, :, 0].double().exp()

@@ -1,4 +1,4 @@
-"""What each tensor contributes to the variance of the outputs, against dense J and P."""
+"""The contribution of each tensor to the variance of the outputs, against dense J and P."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def by_hand(posterior: bkf.Posterior, model: nn.Module, x: torch.Tensor, centred
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal_mixed", "low_rank", "block_diagonal"])
-def test_each_tensor_s_part_is_its_share_of_the_whole_variance(covariance):
+def test_contributions_of_tensors_are_those_of_dense_matrices(covariance):
     config = bkf.KalmanConfig(covariance=covariance)
     posterior = bkf.fit(network(), DataLoader(TensorDataset(X, Y), batch_size=4), config, progress=False)
     found = posterior.output_variance(X[:8])
@@ -67,7 +67,7 @@ def test_many_outputs_are_sampled_evenly():
         assert value == pytest.approx(whole[name], rel=0.6)
 
 
-def test_tensors_that_make_up_for_each_other_add_up_to_the_variance():
+def test_contributions_of_tensors_that_compensate_each_other_add_up_to_the_variance():
     """Two weights on the same input, whose sum alone is known: each by itself has a hundred times the variance."""
 
     class Twice(nn.Module):

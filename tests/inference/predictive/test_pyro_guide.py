@@ -1,4 +1,4 @@
-"""The belief as a Pyro guide: exact on linear-Gaussian models, working on real PEFT ones."""
+"""The posterior as a Pyro guide: exact on linear-Gaussian models, and usable on real PEFT models."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ def test_elbo_of_the_exact_posterior_is_the_log_evidence(covariance, temperature
     )  # exact: no Monte Carlo error
 
 
-def test_elbo_of_a_diagonal_belief_is_its_own_to_monte_carlo_error():
+def test_elbo_of_a_diagonal_posterior_is_exact_to_monte_carlo_error():
     posterior = linear_fit("diagonal_information")
     mean, variance, prior = posterior.mean_vector, posterior.variance_vector, posterior.state.prior
     residual = Y[:, 0] - X @ mean
@@ -117,7 +117,7 @@ def test_nuts_on_a_tempered_model_has_the_guide_s_mean_and_covariance(temperatur
 
 @pytest.mark.parametrize("temperature", [0.1, 0.3, 3.0])
 def test_svi_on_a_classifier_starts_near_its_optimum_at_every_temperature(digits, temperature):
-    """T·(−ELBO) of the guide must be near what SVI reaches, as it is at temperature 1."""
+    """T·(−ELBO) of the guide is near the value that SVI reaches, at every temperature."""
     images, labels = digits
     pixels = images.flatten(1)[:, ::50]
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def test_predictive_divides_logits_as_predictions_do(fitted, digits, parallel):
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
-def test_many_adapters_at_once_are_each_what_they_are_alone(digits, covariance):
+def test_adapters_in_one_pass_have_the_outputs_of_separate_passes(digits, covariance):
     """The same draws of the guide, replayed one by one: outputs and log densities."""
     images, labels = digits[0][:5], digits[1][:5]
     config = bkf.KalmanConfig(covariance=covariance, rank=5, temperature=0.5)
@@ -232,7 +232,7 @@ def test_svi_with_vectorized_particles_has_the_gradient_of_particles_one_by_one(
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
-def test_svi_goes_on_from_the_belief_and_lowers_its_loss(digits, covariance):
+def test_svi_starts_at_the_posterior_and_lowers_its_loss(digits, covariance):
     images, labels = digits
     config = bkf.KalmanConfig(covariance=covariance, rank=5)
     model = (

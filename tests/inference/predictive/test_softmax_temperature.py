@@ -1,4 +1,4 @@
-"""What logits are divided by in predictions: everywhere the same, chosen on held-out data, never less sure."""
+"""The divisor of logits in predictions: the same in all of them, chosen on held-out data, at most 1."""
 
 import dataclasses
 import math
@@ -10,9 +10,8 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import TemperatureScaling
-from bayes_kf.inference import posterior as posteriors
-from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.fitting import holdout_selection
+from bayes_kf.inference.fitting.selection import holdout_selection
+from bayes_kf.inference.predictive import heldout_calibration, predict
 from bayes_kf.models.likelihood import Categorical
 
 DIVISOR = 0.4
@@ -30,7 +29,7 @@ class Divided(nn.Module):
 
 
 def pair(classes=4):
-    """A belief that divides, and the same belief over a model that does."""
+    """A posterior with a softmax temperature, and the same posterior over a model that divides its outputs."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, classes)).double()
     config = bkf.KalmanConfig(initial_variance=0.3, temperature=0.7, bound_prior=False)
@@ -57,15 +56,16 @@ def test_every_prediction_is_that_of_a_model_whose_outputs_are_divided(method):
     assert float((undivided.predict(x, method).mean - expected.predict(x, method).mean).abs().max()) > 0.05
 
 
-def test_predictions_by_differences_and_their_temperature_too(monkeypatch):
+def test_so_are_predictions_from_parameter_draws_and_their_temperature(monkeypatch):
     posterior, expected, x, y = pair(classes=9)
     batches = list(zip(x.split(4), y.split(4), strict=True))
     for passes in ("moments", "differences"):
         if passes == "differences":
-            monkeypatch.setattr(posteriors.Posterior, "_by_differences", lambda *_: True)
+            for module in (predict, heldout_calibration):
+                monkeypatch.setattr(module, "parameter_draws_are_cheaper", lambda *_: True)
         assert_same(posterior.predict(x, targets=y), expected.predict(x, targets=y))
         losses = []
-        monkeypatch.setattr(tempering, "choose_held_out", lambda found: losses.append(found) or 1.0)  # noqa: B023
+        monkeypatch.setattr(heldout_calibration, "choose_temperature", lambda found: losses.append(found) or 1.0)  # noqa: B023
         posterior.calibrate(batches)
         expected.calibrate(batches)
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-9)
@@ -86,7 +86,7 @@ def labels(logits, seed=0):
 
 
 def held(logits):
-    """A belief whose mean says these logits of its inputs."""
+    """A posterior whose mean gives these logits for its inputs."""
     model = nn.Linear(logits.shape[1], logits.shape[1], bias=False).double()
     with torch.no_grad():
         model.weight.copy_(torch.eye(logits.shape[1]))
@@ -96,7 +96,7 @@ def held(logits):
 
 @pytest.mark.parametrize("true", [0.5, 0.8])
 @pytest.mark.parametrize("count", [60, 4000])
-def test_it_is_the_most_probable_divisor_of_held_out_data(true, count):
+def test_the_softmax_temperature_is_the_most_probable_one_given_held_out_data(true, count):
     """Against SciPy's minimum; with many examples also against temperature scaling, which has no prior."""
     logits = torch.randn(count, 30, generator=torch.Generator().manual_seed(1)).double()
     y = labels(logits / true)
@@ -115,14 +115,14 @@ def test_it_is_the_most_probable_divisor_of_held_out_data(true, count):
         assert abs(found.softmax_temperature - true) < 0.06
 
 
-def test_it_never_makes_predictions_less_sure():
+def test_the_softmax_temperature_is_never_above_1():
     logits = 3.0 * torch.randn(2000, 10, generator=torch.Generator().manual_seed(1)).double()
     y = labels(logits / 2.0)
     assert TemperatureScaling.fit(logits.softmax(1), y).temperature > 1.5
     assert held(logits).calibrate_softmax([(logits, y)]).softmax_temperature == 1.0
 
 
-def test_a_few_right_answers_do_not_make_it_certain():
+def test_a_few_right_answers_do_not_make_predictions_certain():
     """Temperature scaling alone would."""
     logits = math.log(9.0) * torch.nn.functional.one_hot(torch.arange(24) % 2).double()  # 0.9 for each of them
     y = torch.arange(24) % 2
@@ -130,15 +130,15 @@ def test_a_few_right_answers_do_not_make_it_certain():
     assert held(logits).calibrate_softmax([(logits, y)]).softmax_temperature >= 0.95
 
 
-def test_an_impossible_target_leaves_it_at_one():
-    losses = tempering.SOFTMAX_PRIOR + torch.tensor([torch.inf] * len(tempering.SOFTMAX_GRID))
-    assert tempering.choose_softmax(losses) == 1.0
+def test_an_impossible_target_leaves_the_softmax_temperature_at_1():
+    losses = heldout_calibration.SOFTMAX_PRIOR + torch.tensor([torch.inf] * len(heldout_calibration.SOFTMAX_GRID))
+    assert heldout_calibration.choose_softmax_temperature(losses) == 1.0
     logits = torch.tensor([[0.0, 1e4]]).double()
-    assert math.isfinite(float(tempering.softmax_log_losses(Categorical(), logits, torch.tensor([0])).max()))
+    assert math.isfinite(float(heldout_calibration.softmax_log_losses(Categorical(), logits, torch.tensor([0])).max()))
 
 
-def test_fit_chooses_it_where_it_holds_data_out_and_only_there(tmp_path):
-    """A narrow prior leaves the mean far too unsure of an easy task."""
+def test_fit_chooses_a_softmax_temperature_only_if_it_holds_data_out(tmp_path):
+    """With a narrow prior the mean is far too uncertain on an easy task."""
     g = torch.Generator().manual_seed(2)
     x = torch.randn(400, 5, generator=g).double()
     y = (8.0 * x @ torch.randn(5, 3, generator=g).double()).argmax(1)
@@ -161,13 +161,13 @@ def test_fit_chooses_it_where_it_holds_data_out_and_only_there(tmp_path):
 
 
 @pytest.mark.parametrize(("outputs", "expected"), [(32, 1.0), (33, "held_out")])
-def test_without_settings_it_is_looked_for_above_32_outputs(outputs, expected):
+def test_without_settings_fit_chooses_it_above_32_outputs(outputs, expected):
     batches = [(torch.zeros(2, 3), torch.tensor([0, 1]))] * 8
-    settings = holdout_selection.default(nn.Linear(3, outputs), batches)
+    settings = holdout_selection.default_candidates(nn.Linear(3, outputs), batches)
     assert {config.softmax_temperature for config in settings} == {expected}
 
 
-def test_other_likelihoods_have_none():
+def test_other_likelihoods_have_no_softmax_temperature():
     kf = bkf.KalmanFilter(nn.Linear(3, 2), bkf.KalmanConfig(likelihood="gaussian"))
     with pytest.raises(ValueError, match=r"needs `likelihood` 'categorical', got 'gaussian'"):
         bkf.Posterior(kf, kf.init(torch.zeros(1, 3))).calibrate_softmax([(torch.zeros(2, 3), torch.zeros(2, 2))])

@@ -1,4 +1,4 @@
-"""Folders that earlier versions wrote are opened, and predict what they predicted then.
+"""Folders that earlier versions wrote open, and their predictions are those of then.
 
 ``python tests/inference/saving/test_formats.py`` writes those of today's format; once released,
 they are never written again.
@@ -32,7 +32,7 @@ FOLDERS = sorted(path.parent for path in FORMATS.glob("*/*/expected.json"))
 
 
 def numbers(shape, step):
-    """The same on every machine."""
+    """Numbers that are the same on every machine."""
     count = torch.Size(shape).numel()
     return torch.sin(step * torch.arange(1, count + 1, dtype=torch.float64)).view(shape)
 
@@ -67,7 +67,7 @@ def targets(name):
 
 
 def predicted(name, posterior):
-    """What a posterior says without draws."""
+    """Predictions without draws."""
     if name == "gaussian":
         found = posterior.predict(inputs(name), method="mean", targets=targets(name))
         mean, log_prob = found.mean, found.log_prob
@@ -87,7 +87,7 @@ def predicted(name, posterior):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_what_an_earlier_version_wrote_is_opened(folder):
+def test_folders_of_earlier_versions_open_and_predict_the_same(folder):
     name, expected = folder.name, json.loads((folder / "expected.json").read_text())
     posterior = bkf.Posterior.from_pretrained(folder / "posterior", base(name))
     found = predicted(name, posterior)
@@ -102,7 +102,7 @@ def test_what_an_earlier_version_wrote_is_opened(folder):
     assert info.log_loss.mean() == pytest.approx(-sum(expected["next"]) / 6, rel=1e-9)
 
 
-def test_every_case_was_kept():
+def test_every_case_has_a_folder():
     assert {path.name for path in FOLDERS if path.parent.name == "1"} == set(CASES)
 
 

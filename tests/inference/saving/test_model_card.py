@@ -72,7 +72,7 @@ def test_a_module_has_a_card_with_its_scores_and_their_bands(tmp_path):
         ("models/bert", None),
     ],
 )
-def test_an_adapters_card_names_its_base_but_nobodys_folder(name, expected, tmp_path, monkeypatch):
+def test_an_adapter_card_names_its_base_but_no_local_folder(name, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "bert").mkdir(parents=True)
     inputs = {"input_ids": torch.randint(30, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.int64)}

@@ -1,4 +1,4 @@
-"""Folders of PEFT adapters: what can be saved can be read, onto the base and onto the model; the rest is refused."""
+"""Folders of PEFT adapters read back onto the base and onto the PEFT model, or are refused."""
 
 import copy
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bayes_kf as bkf
-from benchmarks import _peft_cases as cases
+from benchmarks.reliability import peft_cases as cases
 
 CONFIG = bkf.KalmanConfig(rank=3, temperature=1.0)
 INPUTS, TARGETS = cases.numbers(), torch.arange(6) % 3
@@ -30,7 +30,7 @@ def equal(one, two, inputs=INPUTS, atol=0.0):
 
 
 @pytest.mark.parametrize("name", ["my adapter", "a/b", "a/b/c d", "späße", "weight", "base_layer", "README"])
-def test_an_adapter_of_any_name_is_read_again_and_so_are_its_draws(name, tmp_path):
+def test_adapters_and_draws_of_any_name_read_back(name, tmp_path):
     posterior = fitted(peft.get_peft_model(cases.mlp(), lora(), adapter_name=name))
     posterior.save_pretrained(tmp_path / "p")
     assert not [path for path in (tmp_path / "p").iterdir() if path.is_dir()]
@@ -40,7 +40,7 @@ def test_an_adapter_of_any_name_is_read_again_and_so_are_its_draws(name, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["/tmp/elsewhere", "a//b", "a\\1"])
-def test_names_that_are_no_folder_are_refused_before_anything_is_written(name, tmp_path):
+def test_adapter_names_that_are_no_folder_names_are_refused(name, tmp_path):
     model = peft.get_peft_model(cases.mlp(), lora(), adapter_name=name)
     with pytest.raises(ValueError, match="name can be a folder's"):
         fitted(model)
@@ -53,7 +53,7 @@ def two_adapters(active):
     return model
 
 
-def test_the_second_of_two_adapters_is_read_onto_the_base(tmp_path):
+def test_the_second_of_two_adapters_reads_back_onto_the_base(tmp_path):
     posterior = fitted(two_adapters(["second"]))
     posterior.save_pretrained(tmp_path / "p")
     equal(bkf.Posterior.from_pretrained(tmp_path / "p", cases.mlp()), posterior)
@@ -73,7 +73,7 @@ def test_trainable_tensors_of_an_inactive_adapter_are_refused():
         fitted(model)
 
 
-def test_buffers_of_a_saved_batch_norm_are_read_again(tmp_path):
+def test_buffers_of_batch_norm_read_back(tmp_path):
     model = peft.get_peft_model(cases.picture(), lora(target_modules=["first"], modules_to_save=["norm", "head"]))
     nn.init.normal_(model.base_model.model.norm.modules_to_save["default"].running_mean, std=0.3)  # trained since
     posterior = fitted(model, cases.images())
@@ -85,7 +85,7 @@ def test_buffers_of_a_saved_batch_norm_are_read_again(tmp_path):
         bkf.Posterior.from_pretrained(tmp_path / "p", other)
 
 
-def test_a_frozen_projection_that_is_not_the_fitted_one_is_refused(tmp_path):
+def test_another_frozen_projection_is_refused(tmp_path):
     posterior = fitted(peft.get_peft_model(cases.mlp(), peft.VeraConfig(r=4, target_modules=["2"])))
     posterior.save_pretrained(tmp_path / "p")
     equal(bkf.Posterior.from_pretrained(tmp_path / "p", cases.mlp()), posterior)
@@ -104,7 +104,7 @@ def test_a_frozen_projection_that_is_not_the_fitted_one_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_initializations_that_change_the_base_are_read_onto_either_base(init, tmp_path):
+def test_adapters_with_changing_initializations_read_back_onto_either_base(init, tmp_path):
     model = peft.get_peft_model(cases.mlp(), lora(init_lora_weights=init))
     left = copy.deepcopy(model).unload()  # the residual base
     assert not torch.equal(left[2].weight, cases.mlp()[2].weight)
@@ -120,7 +120,7 @@ def test_initializations_that_change_the_base_are_read_onto_either_base(init, tm
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_base_that_the_initialization_makes_another_is_refused_and_left_as_it_was(init, tmp_path):
+def test_a_base_with_another_initialized_weight_is_refused_and_unchanged(init, tmp_path):
     posterior = fitted(peft.get_peft_model(cases.mlp(), lora(init_lora_weights=init)))
     posterior.save_pretrained(tmp_path / "p")
     base = cases.mlp()
@@ -135,7 +135,7 @@ def test_a_base_that_the_initialization_makes_another_is_refused_and_left_as_it_
     assert weight.requires_grad
 
 
-def test_initializations_that_cannot_be_repeated_are_refused_with_the_cure(tmp_path):
+def test_initializations_that_cannot_be_repeated_are_refused(tmp_path):
     model = peft.get_peft_model(cases.mlp(), lora(init_lora_weights="pissa_niter_4"))
     with pytest.raises(ValueError, match="`init_lora_weights` 'pissa_niter_4'"):
         fitted(model)
@@ -146,14 +146,14 @@ def test_initializations_that_cannot_be_repeated_are_refused_with_the_cure(tmp_p
     equal(bkf.Posterior.from_pretrained(tmp_path / "p", base), posterior)
 
 
-def test_lora_on_out_proj_alone_is_refused_by_a_sentence():
+def test_lora_on_out_proj_alone_is_refused():
     model = peft.get_peft_model(cases.attention(), lora(target_modules=["attention", "out_proj"]))
     with pytest.raises(ValueError, match="must not have LoRA on `out_proj`"):
         bkf.fit(model, [(cases.sequences(), TARGETS)], CONFIG, progress=False)
 
 
-def test_prompts_that_were_drawn_are_those_that_are_exported(tmp_path):
-    """PEFT computes what it saves of a prompt from the model itself."""
+def test_exported_prompts_are_the_drawn_ones(tmp_path):
+    """PEFT computes the files of a prompt from the model itself."""
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
     posterior = fitted(peft.get_peft_model(cases.bert(), config), cases.text())
     (path,) = posterior.export_adapters(tmp_path / "draws", 1, torch.Generator().manual_seed(0))
@@ -164,7 +164,7 @@ def test_prompts_that_were_drawn_are_those_that_are_exported(tmp_path):
     equal(bkf.Posterior.from_pretrained(tmp_path / "p", cases.bert()), posterior, cases.text())
 
 
-def test_a_mixed_model_is_read_with_its_adapters_attached_and_says_so(tmp_path):
+def test_a_mixed_model_needs_its_adapters_attached(tmp_path):
     """PEFT saves none, so there is no adapter to put on the bare base."""
 
     def base():

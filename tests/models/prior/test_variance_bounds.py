@@ -10,7 +10,7 @@ from torch import nn
 from bayes_kf.inference import KalmanConfig, KalmanFilter
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.prior.variance_bounds import LARGEST_CHANGE, largest_variances
-from benchmarks import _peft_cases as cases
+from benchmarks.reliability import peft_cases as cases
 
 
 def model(init=True, **lora):

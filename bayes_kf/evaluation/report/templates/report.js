@@ -1,4 +1,4 @@
-// Sorts a table when a heading is pressed: ascending, then descending, then as it came. The page is whole without it.
+// Sorts a table when its heading is pressed: ascending, descending, original order. The page is complete without it.
 "use strict";
 (() => {
   const collator = new Intl.Collator("en", { numeric: true });
@@ -6,7 +6,7 @@
 
   const numberOf = (cell) => ("value" in cell.dataset ? Number(cell.dataset.value) : NaN);
   const byNumber = (a, b, sign) => {
-    const missing = Number.isNaN(a) - Number.isNaN(b); // what is not defined stands last either way
+    const missing = Number.isNaN(a) - Number.isNaN(b); // undefined values come last in either order
     return missing || (a === b || Number.isNaN(a) ? 0 : sign * (a < b ? -1 : 1));
   };
   const byText = (a, b, sign) => (a === "") - (b === "") || sign * collator.compare(a, b);
@@ -16,7 +16,7 @@
     const compare = isNumber ? byNumber : byText;
     return rows
       .map((row) => ({ row, key: key(row.cells[column]) }))
-      .sort((a, b) => compare(a.key, b.key, sign)) // stable: equal ones keep their order
+      .sort((a, b) => compare(a.key, b.key, sign)) // stable: equal rows keep their order
       .map((entry) => entry.row);
   };
 

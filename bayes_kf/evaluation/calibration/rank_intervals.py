@@ -1,0 +1,59 @@
+"""Confidence intervals of rank statistics: AUROC and Spearman's rank correlation."""
+
+import math
+
+import scipy
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.score import Interval
+
+MIN_PAIRS = 10  # fewer pairs have no interval of the rank correlation
+EDGE = 1e-9  # distance from 0 and 1 at which the score test is evaluated
+
+
+def auroc_interval(negatives: Tensor, positives: Tensor, level: float) -> Interval | None:
+    """Interval of the AUROC of negatives (n,) and positives (m,): all values that a score test does not reject.
+
+    Newcombe's method 5 with Hanley and McNeil's variance, which is positive even if the scores separate both kinds
+    perfectly. If DeLong's estimate is larger, the variance is multiplied by the ratio of the two. Returns None without
+    a positive or without a negative.
+
+    References: Hanley, McNeil 1982; DeLong et al. 1988; Newcombe 2006.
+    """
+    n, m = len(negatives), len(positives)
+    if n == 0 or m == 0:
+        return None
+    ranks = scipy.stats.rankdata(torch.cat([positives, negatives]).numpy())
+    own_ranks = [scipy.stats.rankdata(scores.numpy()) for scores in (positives, negatives)]
+    above, below = (ranks[:m] - own_ranks[0]) / n, 1 - (ranks[m:] - own_ranks[1]) / m
+    value = float(above.mean())
+    delong = (above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0)
+    modelled = _auroc_variance(value, n, m)
+    scale = scipy.stats.norm.ppf((1 + level) / 2) ** 2 * (max(1.0, delong / modelled) if modelled > 0 else 1.0)
+
+    def rejection(truth: float) -> float:  # positive: the test rejects this AUROC
+        return (truth - value) ** 2 - scale * _auroc_variance(truth, n, m)
+
+    inside = min(max(value, EDGE), 1 - EDGE)  # the variance is zero at 0 and 1
+    ends = [end if rejection(inside) > 0 else scipy.optimize.brentq(rejection, inside, end) for end in (0.0, 1.0)]
+    return Interval(min(ends[0], value), max(ends[1], value))
+
+
+def rank_correlation_interval(value: float, count: int, level: float) -> Interval | None:
+    """Fisher's interval of Spearman's rank correlation with Bonett and Wright's variance; None for fewer than 10 pairs.
+
+    The centre is clipped to ±(1 − 1/N), so that the interval of a perfectly ordered sample has a positive width.
+    """
+    if count < MIN_PAIRS or math.isnan(value):
+        return None
+    centre = math.atanh(max(-1 + 1 / count, min(value, 1 - 1 / count)))
+    half = scipy.stats.norm.ppf((1 + level) / 2) * math.sqrt((1 + value**2 / 2) / (count - 3))
+    return Interval(min(math.tanh(centre - half), value), max(math.tanh(centre + half), value))
+
+
+def _auroc_variance(truth: float, num_negatives: int, num_positives: int) -> float:
+    """Hanley and McNeil's variance in Newcombe's form, which is symmetric in both numbers."""
+    half = (num_negatives + num_positives) / 2 - 1
+    factor = 1 + half * (1 - truth) / (2 - truth) + half * truth / (1 + truth)
+    return truth * (1 - truth) * factor / (num_negatives * num_positives)

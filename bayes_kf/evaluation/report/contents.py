@@ -1,0 +1,85 @@
+"""Parts of a report: scores, verdicts, figures, tables and example galleries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bayes_kf.evaluation.report.sortable_tables import Table
+from bayes_kf.evaluation.score import Score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Drawing = Callable[["Axes"], "Axes"]
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure, drawn when it is first needed."""
+
+    title: str
+    alt: str  # text alternative: the content in words and numbers
+    draw: Drawing
+    height: float = 3.9  # inches; all have the same width
+    table: Table | None = None  # the data, folded under the figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image at its displayed size."""
+
+    uri: str
+    width: int  # pixels on the page
+    height: int
+    is_enlarged: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example with its prediction; it is shown by either `text` or `image`."""
+
+    index: int
+    label: str
+    prediction: str
+    is_right: bool
+    label_probability: float
+    probability: float  # of the prediction
+    entropy: float  # nats
+    text: str = ""
+    image: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Examples under one heading."""
+
+    title: str
+    note: str
+    examples: tuple[Example, ...]
+
+
+@dataclass
+class Sections:
+    """Contents of a report, or of a part of one; `+` concatenates two parts."""
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    tested: list[str] = field(default_factory=list)  # names of the scores that a verdict tests
+    verdict: list[str] = field(default_factory=list)  # sentences
+    sizes: dict[str, int] = field(default_factory=dict)
+    drawings: dict[str, FigureSpec] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
+
+    def __add__(self, other: Sections) -> Sections:
+        """Both parts, in this order."""
+        return Sections(
+            self.scores | other.scores,
+            self.tested + other.tested,
+            self.verdict + other.verdict,
+            self.sizes | other.sizes,
+            self.drawings | other.drawings,
+            self.tables + other.tables,
+            self.galleries + other.galleries,
+        )

@@ -1,0 +1,38 @@
+"""Figures of a report, drawn without pyplot so that no window or global list holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from bayes_kf.evaluation.report.contents import FigureSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 5.4  # inches, of every figure
+
+
+def draw_figure(spec: FigureSpec) -> Figure:
+    """One figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, spec.height), layout="constrained")
+    spec.draw(figure.subplots())
+    return figure
+
+
+def draw_sheet(title: str, drawings: Mapping[str, FigureSpec]) -> Figure:
+    """All figures on one sheet, two in a row; each has its own layout, so long labels of one do not narrow another."""
+    from matplotlib.figure import Figure
+
+    columns, specs = min(2, len(drawings)), list(drawings.values())
+    heights = [max(s.height for s in specs[first : first + columns]) for first in range(0, len(specs), columns)]
+    figure = Figure(figsize=(WIDTH * columns, sum(heights) + 0.4), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    parts = figure.subfigures(len(heights), columns, squeeze=False, height_ratios=heights).flatten()
+    for part, spec in zip(parts, specs, strict=False):
+        ax = part.subplots()
+        spec.draw(ax)
+        ax.set_xlabel(ax.get_xlabel() + "\n" + spec.title.replace("$", r"\$"))
+    return figure

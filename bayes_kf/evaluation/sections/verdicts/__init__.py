@@ -1,0 +1,1 @@
+"""Scores in sentences, one module for each section of a report."""

@@ -1,0 +1,30 @@
+"""Sentences on the comparison of several models."""
+
+import math
+
+from bayes_kf.evaluation.classification.comparison import Rank, ScoreComparison
+from bayes_kf.evaluation.sections.verdicts.phrases import quoted
+
+SCORE_NAMES = {"nll": "negative log-likelihood", "brier": "Brier score", "accuracy": "accuracy"}
+
+
+def comparison_verdict(comparison: ScoreComparison) -> str:
+    """The best model in one score, the models tied with it, and the differences of the others."""
+    name = SCORE_NAMES[comparison.score]
+    if len(comparison.best) == len(comparison.ranking):
+        return f"In {name} all models are tied: no difference is clear with this many examples."
+    best = next(rank for rank in comparison.ranking if rank.place == 1)  # the best value may be only of a lower place
+    others = [rank for rank in comparison.ranking if rank is not best]
+    tied = [quoted(rank.name) for rank in others if rank.place == 1]
+    tie = f", tied with {' and '.join(tied)}" if tied else ""
+    worse = ", ".join(_behind(comparison, best, rank) for rank in others if rank.place > 1)
+    return f"Best in {name}: {quoted(best.name)} ({best.value:.3f}){tie}; {worse}."
+
+
+def _behind(comparison: ScoreComparison, best: Rank, rank: Rank) -> str:
+    """How much worse a model is than the best one."""
+    difference = next(d for d in comparison.differences if {d.first, d.second} == {best.name, rank.name})
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    is_clear = difference.is_clear and math.isfinite(difference.value)
+    interval = f" ({low:.3f} to {high:.3f})" if is_clear else ""
+    return f"{quoted(rank.name)} is worse by {abs(difference.value):.3f}{interval}"

@@ -1,0 +1,175 @@
+"""A fit under one config: the filter's pass, then Gauss-Newton passes or mean passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.fitting.divergence import posterior_on_divergence
+from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
+from bayes_kf.inference.fitting.loop import inputs_and_targets
+from bayes_kf.inference.fitting.passes import prior_evidence
+from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
+from bayes_kf.inference.fitting.passes.gauss_newton import gauss_newton_pass, refit_noise_and_mode
+from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
+from bayes_kf.inference.fitting.passes.noise_refit import ResidualSums, refit_noise
+from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
+from bayes_kf.inference.fitting.selection.holdout_selection import default_curvature
+from bayes_kf.inference.fitting.selection.stream_selection import select_on_stream
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import check_inputs
+
+
+class _Data(NamedTuple):
+    """The data of a fit and its progress bars.
+
+    Attributes:
+        loader: iterated anew in every pass after the first.
+        first: the first batches, on which the scale of the prior is measured.
+        rest: the batches after these, for the first pass.
+        label: the beginning of the text before progress bars.
+        progress: whether to show them.
+    """
+
+    loader: Iterable[Any]
+    first: list[Any]
+    rest: Iterator[Any]
+    label: str
+    progress: bool
+
+    def bar(self, text: str) -> ProgressBar:
+        """A progress bar over one pass."""
+        return ProgressBar(num_batches(self.loader), f"{self.label}{text}", self.progress)
+
+
+def fit_config(
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    config: KalmanConfig,
+    start: str,
+    progress: bool,
+    label: str = "",
+    *,
+    choose_curvature: bool = False,
+) -> Posterior:
+    """The posterior under one config; ``model``, ``loader``, ``start`` and errors as for :func:`bayes_kf.fit`.
+
+    Args:
+        model: as there.
+        loader: as there.
+        config: the settings.
+        start: as there.
+        progress: whether to show progress bars.
+        label: the beginning of the text before them.
+        choose_curvature: whether to replace the config's curvature by the default for the number of outputs.
+    """
+    is_trained = start == "trained"
+    if is_trained and config.temperature == "prequential" and config.tune is None:
+        config = dataclasses.replace(config, temperature=prior_evidence.TRAINED_TEMPERATURE)
+    kf = KalmanFilter(model, config)
+    _check_passes(kf.config, loader, is_trained)
+    batches = iter(loader)
+    data = _Data(loader, first_batches(batches), batches, label, progress)
+    if not data.first:
+        raise ValueError("`loader` must yield at least one batch, got none.")
+    if choose_curvature:
+        kf = _with_default_curvature(kf, data.first[0])
+    posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data)
+    posterior = _gauss_newton_passes(posterior, data)
+    return _mean_passes(posterior, data)
+
+
+def _check_passes(config: KalmanConfig, loader: Iterable[Any], is_trained: bool) -> None:
+    """Raise ValueError for passes that the loader or the start does not allow."""
+    if config.passes > 1 and is_trained:
+        raise ValueError(f"`passes` must be 1 with `start` 'trained', which holds the mean, got {config.passes}.")
+    total = config.passes + config.mean_passes
+    if total > 1 and isinstance(loader, Iterator):
+        raise ValueError(f"`loader` must allow a new iteration in each of {total} passes, got {type(loader).__name__}.")
+    if config.tune is not None and is_trained:
+        raise ValueError("`tune` must be None with `start` 'trained', which makes no predictions before its updates.")
+    if is_trained and config.initial_variance is None:
+        prior_evidence.check_static_prior(config.dynamics_settings)
+
+
+def _with_default_curvature(kf: KalmanFilter, batch: Any) -> KalmanFilter:
+    """The filter with the default curvature for the number of outputs."""
+    inputs, _ = inputs_and_targets(batch, 0)
+    check_inputs(inputs)
+    curvature = default_curvature(kf.adapter, inputs)
+    return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, curvature=curvature))
+
+
+def _fit_from_prior(kf: KalmanFilter, data: _Data) -> Posterior:
+    """The posterior after the first pass, which starts from the prior; with ``tune``, under the best settings."""
+    history = FitHistory(kf.config.likelihood)
+    batches, inputs = itertools.chain(data.first, data.rest), scale_inputs(kf, data.first)
+    evidence: dict[str, Tensor] = {}
+    with data.bar("fit") as bar:
+        if kf.config.tune is None:
+            state = kf.init(inputs)
+        else:
+            kf, state, evidence["evidence"] = select_on_stream(kf, batches, inputs, history, bar)
+        state = filter_pass(kf, state, batches, history, bar)
+    return Posterior(kf, state, history.series() | evidence)
+
+
+def _fit_trained(kf: KalmanFilter, data: _Data) -> Posterior:
+    """The posterior after the first pass, which holds the mean at the trained weights."""
+    history, residuals = FitHistory(kf.config.likelihood, trained_on=True), ResidualSums()
+    batches, state = itertools.chain(data.first, data.rest), kf.init(scale_inputs(kf, data.first))
+    callbacks = [residuals.add_step] if kf.config.likelihood == "gaussian" else []
+    with data.bar("fit") as bar:
+        state = filter_pass(kf, state, batches, history, bar, hold_mean=True, callbacks=callbacks)
+    inputs, _ = inputs_and_targets(data.first[0], 0)
+    state, evidence = prior_evidence.fit_prior_and_noise(kf, state, residuals, inputs)
+    if kf.config.mean_passes:
+        state = prior_evidence.recenter_prior(kf.adapter, state)
+    return Posterior(kf, state, history.series() | evidence)
+
+
+def _gauss_newton_passes(posterior: Posterior, data: _Data) -> Posterior:
+    """The posterior after the configured number of passes, the first of which is done."""
+    objectives: list[float] = []
+    for number in range(2, posterior.config.passes + 1):
+        posterior, objective = _gauss_newton_pass(posterior, data, number)
+        objectives.append(objective)
+    if not objectives:
+        return posterior
+    state = refit_noise_and_mode(posterior.kf, posterior.state, data.loader)
+    history = posterior.history | {"objective": torch.tensor(objectives, dtype=torch.float64)}
+    return Posterior(posterior.kf, state, history)
+
+
+def _gauss_newton_pass(posterior: Posterior, data: _Data, number: int) -> tuple[Posterior, float]:
+    """The posterior after one more pass, and the objective at its mean."""
+    kf = posterior.kf
+    with data.bar(f"pass {number} of {kf.config.passes}") as bar, posterior_on_divergence(lambda _: posterior):
+        state, objective = gauss_newton_pass(kf, refit_noise(kf, posterior.state, data.loader), data.loader, bar)
+    return Posterior(kf, state, posterior.history), objective
+
+
+def _mean_passes(posterior: Posterior, data: _Data) -> Posterior:
+    """The posterior after the configured number of mean passes."""
+    kf, state, history = posterior.kf, posterior.state, posterior.history
+    losses: list[float] = []
+    for number in range(kf.config.mean_passes):
+        with (
+            data.bar(f"mean pass {number + 1} of {kf.config.mean_passes}") as bar,
+            posterior_on_divergence(lambda before: Posterior(kf, before, history)),
+        ):
+            state = refit_noise(kf, state, data.loader)
+            state, loss = mean_pass(kf, state, data.loader, number, kf.config.mean_passes, bar)
+        losses.append(loss)
+    if not losses:
+        return posterior
+    state = refit_noise(kf, state, data.loader)
+    return Posterior(kf, state, history | {"fitted_log_loss": torch.tensor(losses, dtype=torch.float64)})

@@ -1,0 +1,140 @@
+"""Selection of settings on held-out data: candidates are fitted to most of the data, the rest chooses among them.
+
+A stream's own predictions can choose settings too (``KalmanConfig.tune``), but they include the first examples, when
+the belief is still wide. For a data set that is passed over several times, another candidate is often best. So one
+example in ``HELDOUT_SHARE`` is held out, scores every candidate at its best temperature, and is used for the last
+updates.
+
+Without settings the candidates are a cautious prior and a wide one, both with mean passes, and, if the cautious one is
+better, a narrow one for networks that already know the task. With more than ``MAX_EXACT_OUTPUTS`` outputs the held-out
+data also choose the softmax temperature. Ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+from bayes_kf.inference.config import KalmanConfig, check_config
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive import heldout_calibration
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
+
+HELDOUT_SHARE = 8  # one example in 8 is held out
+WIDE_LOGIT_SD, NARROW_LOGIT_SD = 10.0, 1.0  # of the wide prior and the narrow one
+MAX_EXACT_OUTPUTS = 32  # with more, the default curvature is "sampled"
+
+
+class Split(NamedTuple):
+    """A data set in two parts.
+
+    Attributes:
+        fitted: most batches; candidates are fitted to them.
+        heldout: the other batches.
+    """
+
+    fitted: Iterable[Any]
+    heldout: Iterable[Any]
+
+
+def check_candidates(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
+    """The candidates as a list.
+
+    Raises:
+        ValueError: if there are none, or they are not KalmanConfigs with the same likelihood.
+    """
+    if isinstance(configs, str | Mapping) or not isinstance(configs, Iterable):
+        check_config(configs)
+    candidates = list(configs)
+    if not candidates:
+        raise ValueError("`config` must be a KalmanConfig or several, got none.")
+    for config in candidates:
+        check_config(config)
+    likelihoods = sorted({config.likelihood for config in candidates})
+    if len(likelihoods) > 1:
+        raise ValueError(f"`config` must have one `likelihood` in all candidates, got {', '.join(likelihoods)}.")
+    return candidates
+
+
+def default_candidates(model: nn.Module | AdapterModel, loader: Iterable[Any], seed: int = 0) -> Sequence[KalmanConfig]:
+    """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one."""
+    adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
+    inputs, _ = split_batch(next(iter(loader)))
+    check_inputs(inputs)
+    curvature = default_curvature(adapter, inputs)
+    softmax = "held_out" if curvature == "sampled" else 1.0
+    wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE_LOGIT_SD}
+    settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW_LOGIT_SD, "mean_passes": 0})
+    common: dict[str, Any] = {"curvature": curvature, "softmax_temperature": softmax, "seed": seed}
+    return [KalmanConfig.dataset(**common, **setting) for setting in settings]
+
+
+def default_curvature(adapter: AdapterModel, inputs: Inputs) -> str:
+    """The curvature of a fit without settings: "sampled" for more than ``MAX_EXACT_OUTPUTS`` outputs, else "exact"."""
+    outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device))
+    return "sampled" if outputs.shape[1] > MAX_EXACT_OUTPUTS else "exact"
+
+
+def split_loader(loader: Iterable[Any]) -> Split | None:
+    """A loader in two parts; None if it cannot be split, or is too small.
+
+    Of a list, every eighth batch is held out. Of a DataLoader over a data set, one example in eight is held out, drawn
+    with a fixed seed because a data set may be sorted. Both parts have batches of the loader's own size and kind, and
+    together they hold all examples.
+    """
+    if isinstance(loader, list | tuple):
+        if len(loader) < HELDOUT_SHARE:
+            return None
+        heldout = loader[HELDOUT_SHARE - 1 :: HELDOUT_SHARE]
+        return Split([batch for number, batch in enumerate(loader) if (number + 1) % HELDOUT_SHARE], heldout)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return None
+    shuffled, data = isinstance(loader.sampler, RandomSampler), cast(Sized, loader.dataset)
+    known = shuffled or isinstance(loader.sampler, SequentialSampler)
+    if not known or getattr(loader.sampler, "replacement", False) or len(cast(Sized, loader.sampler)) != len(data):
+        return None  # the split could not keep the order or the choice of another sampler
+    size = len(data)
+    if size < HELDOUT_SHARE:
+        return None
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+    cut = size // HELDOUT_SHARE
+    return Split(_subset(loader, sorted(order[cut:]), shuffled), _subset(loader, sorted(order[:cut]), False))
+
+
+def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterior, float]:
+    """The posterior with its temperatures chosen on held-out data, and its log loss on them, per example, in nats.
+
+    A temperature that the settings give as a number is not changed.
+
+    Raises:
+        ValueError: if a batch has no targets or does not fit.
+    """
+    if posterior.config.softmax_temperature == "held_out":
+        posterior = posterior.calibrate_softmax(heldout)
+    if posterior.config.temperature == "prequential":
+        posterior = heldout_calibration.calibrate_temperature(posterior, heldout)
+    log_prob = posterior.predict_loader(heldout).log_prob
+    if log_prob is None:
+        raise ValueError("`loader` must yield targets with every batch, got none in a held-out batch.")
+    loss = -float(log_prob.double().mean())
+    return posterior, loss if math.isfinite(loss) else math.inf
+
+
+def _subset(loader: DataLoader[Any], indices: list[int], shuffled: bool) -> DataLoader[Any]:
+    """A loader with the same options over some of the examples."""
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=loader.batch_size,
+        shuffle=shuffled,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+    )

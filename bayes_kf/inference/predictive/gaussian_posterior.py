@@ -1,0 +1,176 @@
+"""A Gaussian posterior over the trainable tensors of a model: its moments and its draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
+from bayes_kf.inference.measurement_model import noise
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, batch_size
+from bayes_kf.models.likelihood import Likelihood
+
+MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
+TRAINING = "training_"  # prefix of history series about data on which the adapter was trained before
+PREQUENTIAL = ("log_loss", "correct", "innovation", "dof")  # series that are prequential if the data are new
+
+
+@dataclass(frozen=True, repr=False)
+class GaussianPosterior:
+    """N(μ, P) over the n trainable parameters of a model.
+
+    Attributes:
+        kf: the filter that computed the posterior; it holds the model and the settings.
+        state: the filter's state; it holds μ and P.
+        history: series of the fit, name -> 1-D tensor. Per example: ``log_loss`` in nats and, for classifiers,
+            ``correct``, both before the example's update. Per update: ``innovation``, ``dof`` (its degrees of freedom),
+            ``damping`` and ``seconds``. These are of the first pass. Later passes add ``objective``, −log p(y, θ) after
+            each of them, and ``mean_passes`` add ``fitted_log_loss``. ``tune`` adds the ``evidence`` of its candidates;
+            several settings add their ``held_out_log_loss``. After ``start="trained"`` no score is prequential, since
+            the adapter was trained on the data; the series are then ``training_log_loss``, ``training_correct``,
+            ``training_innovation`` and ``training_dof``.
+    """
+
+    kf: KalmanFilter
+    state: FilterState
+    history: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def config(self) -> KalmanConfig:
+        """The settings of the fit."""
+        return self.kf.config
+
+    @property
+    def adapter(self) -> AdapterModel:
+        """The model as a function of its trainable tensors."""
+        return self.kf.adapter
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood of the targets; a Gaussian one has the configured or estimated σ²."""
+        return noise.likelihood(self.config.noise_settings, self.state.noise)
+
+    @property
+    def temperature(self) -> float:
+        """Factor on P in predictions and draws: as configured, or chosen by the prequential log loss."""
+        return self.kf.temperature(self.state)
+
+    @property
+    def softmax_temperature(self) -> float:
+        """Divisor of the logits in predictions; 1 unless configured or chosen on held-out data."""
+        setting = self.config.softmax_temperature
+        return 1.0 if isinstance(setting, str) else setting
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings about the predictions, one sentence each; model cards and reports show them."""
+        if not tempering.is_mean_alone(self.temperature):
+            return ()
+        return (f"The temperature is {self.temperature:g}: {tempering.MEAN_ALONE_NOTE}",)
+
+    def __repr__(self) -> str:
+        settings, parameters = self.config, self.adapter.num_parameters
+        text = (
+            f"{type(self).__name__}({settings.likelihood}, {parameters:,} parameters, "
+            f"covariance={settings.covariance!r}, temperature={self.temperature:g}, "
+            f"{self.state.examples:,} examples in {self.state.step:,} updates)"
+        )
+        return "\n".join([text, *self.notes])
+
+    @property
+    def mean_vector(self) -> Tensor:
+        """μ, (n,)."""
+        return self.state.belief.mean
+
+    @property
+    def variance_vector(self) -> Tensor:
+        """Diagonal of P, (n,), without the temperature."""
+        return self.state.belief.marginal_variance()
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """Posterior means, tensor name -> tensor."""
+        return self.adapter.unflatten(self.mean_vector)
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """Marginal posterior variances, tensor name -> tensor, without the temperature."""
+        return self.adapter.unflatten(self.variance_vector)
+
+    @property
+    def prior_variance(self) -> dict[str, Tensor]:
+        """Prior variances, tensor name -> tensor."""
+        return self.adapter.unflatten(self.state.prior.variance)
+
+    def covariance_matrix(self) -> Tensor:
+        """P, (n, n), without the temperature.
+
+        Raises:
+            ValueError: if n is above 20,000.
+        """
+        size = len(self.mean_vector)
+        if size > MAX_MATRIX:
+            gib = size**2 * self.mean_vector.dtype.itemsize / 2**30
+            raise ValueError(
+                f"`covariance_matrix` takes at most {MAX_MATRIX:,} parameters, got {size:,} ({gib:.1f} GiB)."
+            )
+        return self.state.belief.covariance_matrix()
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws from N(μ, temperature·P), (S, n).
+
+        Args:
+            num_samples: S.
+            generator: source of the draws; by default a new one seeded with ``config.seed``.
+        """
+        return self.mean_vector + self.sample_deviations(num_samples, self.generator(generator), self.temperature)
+
+    def sample_deviations(self, num_samples: int, generator: torch.Generator, temperature: float) -> Tensor:
+        """Draws from N(0, temperature·P), (S, n)."""
+        mean = self.mean_vector
+        normal = torch.randn((num_samples, len(mean)), generator=generator, dtype=mean.dtype, device=generator.device)
+        return temperature**0.5 * self.state.belief.root()(normal.to(mean.device))
+
+    def generator(self, generator: torch.Generator | None = None) -> torch.Generator:
+        """The given generator, or a new one seeded with ``config.seed``."""
+        return generator or torch.Generator(device=self.adapter.device).manual_seed(self.config.seed)
+
+    def scaled_logits(self, logits: Tensor) -> Tensor:
+        """Logits, or deviations of logits, divided by :attr:`softmax_temperature`; same shape."""
+        return logits if self.softmax_temperature == 1.0 else logits / self.softmax_temperature
+
+    def adapters_at_once(self, inputs: Inputs) -> int:
+        """How many adapters fit in memory together, in forward passes over a batch."""
+        return max(1, self.kf.linearize.max_chunk_size(self.mean_vector, inputs) // batch_size(inputs))
+
+    def with_settings(self, **settings: Any) -> Self:
+        """The same posterior with other settings for its predictions."""
+        config = replace(self.config, tune=None, **settings)
+        return replace(self, kf=KalmanFilter(self.adapter, config))
+
+    def with_adapter(self, adapter: AdapterModel) -> Self:
+        """The same posterior over another view of its model, which computes other outputs (``models.language``).
+
+        Args:
+            adapter: over the same trainable tensors.
+
+        Raises:
+            ValueError: if the trainable tensors differ.
+        """
+        if (adapter.names, adapter.shapes) != (self.adapter.names, self.adapter.shapes):
+            raise ValueError("`adapter` must have the trainable tensors that the posterior was fitted on, got others.")
+        return replace(self, kf=KalmanFilter(adapter, self.config))
+
+
+def as_training_series(history: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The history under the names for data on which the adapter was trained before: ``training_log_loss`` and so on.
+
+    Reports, comparisons and the command line then find no prequential scores.
+    """
+    return {TRAINING + name if name in PREQUENTIAL else name: values for name, values in history.items()}

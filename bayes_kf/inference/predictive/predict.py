@@ -1,0 +1,162 @@
+"""Predictive distributions of a posterior, by any method, for a batch or a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.predictive import predictive_distributions
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.inference.predictive.linearized_prediction import (
+    check_targets,
+    parameter_draws_are_cheaper,
+    predict_from_covariance,
+    predict_from_parameter_draws,
+)
+from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
+from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction, concatenate
+from bayes_kf.models.batch import Inputs, batch_size, check_inputs, split_batch, to_device
+from bayes_kf.models.batched_forward import outputs_of_draws
+from bayes_kf.validation import did_you_mean
+
+
+def predict(
+    posterior: GaussianPosterior,
+    inputs: Inputs,
+    method: str,
+    num_samples: int,
+    generator: torch.Generator | None,
+    targets: Tensor | None,
+    *,
+    compare: bool = True,
+    adapter_draws: Tensor | None = None,
+    stacklevel: int = 4,
+) -> Prediction:
+    """The predictive distribution for a batch; see :meth:`Posterior.predict`.
+
+    Args:
+        posterior: the posterior that predicts.
+        inputs: the batch.
+        method: one of ``METHODS``.
+        num_samples: S draws.
+        generator: source of the draws; None: a new one seeded with ``config.seed``.
+        targets: for ``log_prob``.
+        compare: whether to warn if "sampled" and "linearized" disagree.
+        adapter_draws: generator state from which adapters are drawn, so that all batches of a loader are predicted by
+            the same adapters. Draws of outputs are different for each example and continue from the batch before.
+        stacklevel: of that warning.
+    """
+    _check_arguments(posterior, inputs, method, num_samples, targets)
+    adapter, generator = posterior.adapter, posterior.generator(generator)
+    inputs = to_device(inputs, adapter.device)
+    targets = None if targets is None else targets.to(adapter.device)
+    with adapter.full_precision():
+        draws_parameters = method == "linearized" and parameter_draws_are_cheaper(posterior, inputs, num_samples)
+        if (method == "sampled" or draws_parameters) and adapter_draws is not None:
+            generator.set_state(adapter_draws)
+        if method == "mean":
+            return _predict_at_mean(posterior, inputs, targets)
+        if method == "sampled":
+            sampled = _predict_from_adapters(posterior, inputs, num_samples, generator, targets)
+            if compare:
+                warn_if_methods_disagree(posterior, inputs, sampled, stacklevel)
+            return sampled
+        if draws_parameters:
+            return predict_from_parameter_draws(posterior, inputs, num_samples, generator, targets)
+        return _predict_in_chunks(posterior, inputs, method, num_samples, generator, targets)
+
+
+def predict_loader(
+    posterior: GaussianPosterior,
+    loader: Iterable[Any],
+    method: str,
+    num_samples: int,
+    generator: torch.Generator | None,
+    keep_samples: bool,
+) -> LoaderPrediction:
+    """The predictive distributions for all batches of a loader, on the CPU; see :meth:`Posterior.predict_loader`."""
+    generator = posterior.generator(generator)
+    first_state, parts = generator.get_state(), list[LoaderPrediction]()
+    for batch in loader:
+        inputs, targets = split_batch(batch)
+        part = predict(
+            posterior, inputs, method, num_samples, generator, targets,
+            compare=not parts, adapter_draws=first_state, stacklevel=5,
+        )  # fmt: skip
+        fields: dict[str, Any] = {
+            name: _to_cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples
+        }
+        parts.append(LoaderPrediction(**fields, targets=_to_cpu(targets)))
+    if not parts:
+        raise ValueError("`loader` must yield at least one batch, got none.")
+    joined = concatenate(parts)
+    assert isinstance(joined, LoaderPrediction)
+    return joined
+
+
+def _check_arguments(
+    posterior: GaussianPosterior, inputs: Inputs, method: str, num_samples: int, targets: Tensor | None
+) -> None:
+    if method not in METHODS:
+        nearest = did_you_mean(method, METHODS) or "."
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}{nearest}")
+    if method == "probit" and posterior.config.likelihood == "poisson":
+        raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
+    check_inputs(inputs)
+    if targets is not None and not isinstance(targets, Tensor):
+        raise ValueError(f"`targets` must be a tensor or None, got {type(targets).__name__}.")
+
+
+def _predict_at_mean(posterior: GaussianPosterior, inputs: Inputs, targets: Tensor | None) -> Prediction:
+    """The prediction of the mean parameters."""
+    family = posterior.likelihood
+    outputs = posterior.scaled_logits(posterior.adapter.outputs(posterior.mean_vector, inputs))
+    return predictive_distributions.from_point(family, outputs, check_targets(family, outputs, targets))
+
+
+def _predict_from_adapters(
+    posterior: GaussianPosterior,
+    inputs: Inputs,
+    num_samples: int,
+    generator: torch.Generator,
+    targets: Tensor | None,
+) -> Prediction:
+    """The prediction of S adapters drawn from the posterior."""
+    family = posterior.likelihood
+    draws = posterior.sample(num_samples, generator)
+    outputs = outputs_of_draws(posterior.adapter, draws, inputs, posterior.adapters_at_once(inputs))
+    outputs = posterior.scaled_logits(outputs)
+    return predictive_distributions.from_draws(family, outputs, check_targets(family, outputs[0], targets))
+
+
+def _predict_in_chunks(
+    posterior: GaussianPosterior,
+    inputs: Inputs,
+    method: str,
+    num_samples: int,
+    generator: torch.Generator,
+    targets: Tensor | None,
+) -> Prediction:
+    """The prediction from J P Jᵀ, a chunk of the batch at a time; smaller chunks if memory runs out."""
+    linearize, before = posterior.kf.linearize, generator.get_state()
+
+    def predict_chunks() -> Prediction:
+        generator.set_state(before)  # an attempt that ran out of memory has used it
+        parts = [
+            predict_from_covariance(
+                posterior, chunk.inputs, method, num_samples, generator, None if targets is None else targets[where]
+            )
+            for where, chunk in linearize.chunks(posterior.mean_vector, inputs)
+        ]
+        return concatenate(parts)
+
+    return linearize.retry_in_smaller_chunks(predict_chunks, batch_size(inputs))
+
+
+def _to_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().cpu()

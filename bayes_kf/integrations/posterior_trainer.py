@@ -1,0 +1,133 @@
+"""A transformers Trainer that evaluates, saves and loads a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from bayes_kf.inference.config import KalmanConfig, check_config
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive.predict import predict
+from bayes_kf.inference.predictive.prediction import METHODS
+from bayes_kf.inference.saving import pretrained
+from bayes_kf.integrations.metrics import calibration_metrics
+from bayes_kf.integrations.trainer_filter import TrainerFilter
+from bayes_kf.models.batch import Inputs, split_batch
+from bayes_kf.validation import check_one_of
+
+
+class PosteriorTrainer(Trainer):
+    """The evaluation and the checkpoints of a :class:`~bayes_kf.integrations.KalmanTrainer`; arguments as there."""
+
+    def __init__(self, *args: Any, kalman: KalmanConfig | None, method: str, num_samples: int, **kwargs: Any) -> None:
+        check_one_of("method", method, METHODS)
+        if kalman is not None:
+            check_config(kalman, "kalman")
+        super().__init__(*args, **kwargs)
+        self.kalman = kalman
+        self.method, self.num_samples = method, num_samples
+        self._trained = TrainerFilter()
+        self._draws: torch.Generator | None = None
+        self._draws_begun: Tensor | None = None  # the generator's state before the first batch of an evaluation
+        self._compare_draws = False  # whether to compare with the linearized model, in that first batch
+        self._user_metrics = self.compute_metrics
+        self.compute_metrics = self._metrics
+
+    @property
+    def posterior(self) -> Posterior:
+        """The current posterior.
+
+        Raises:
+            ValueError: before training and before a checkpoint is loaded.
+        """
+        return self._trained.posterior
+
+    @property
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)  # checked by Trainer
+        return self.model
+
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[Inputs, Tensor | None]:
+        renamed = {"labels" if name == self._label_name else name: value for name, value in inputs.items()}
+        return split_batch(renamed)
+
+    @property
+    def _label_name(self) -> str:
+        return self.label_names[0] if self.label_names else "labels"
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as Trainer does, with random numbers that do not depend on the batch size or earlier calls.
+
+        They are those of :func:`bayes_kf.evaluate` with the settings' ``seed``.
+        """
+        if self._trained.kf is not None:
+            self._draws = torch.Generator().manual_seed(self._trained.kf.config.seed)
+            self._draws_begun, self._compare_draws = self._draws.get_state(), True
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Log loss, log predictive probabilities (the predictive mean for other likelihoods) and labels of a batch."""
+        if self._trained.state is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        batch, targets = self._split(self._prepare_inputs(inputs))
+        compare, self._compare_draws = self._compare_draws, False
+        prediction = predict(
+            self.posterior, batch, self.method, self.num_samples, self._draws, targets,
+            compare=compare, adapter_draws=self._draws_begun,
+        )  # fmt: skip
+        loss = None if prediction.log_prob is None else -prediction.log_prob.mean()
+        if prediction_loss_only:
+            return loss, None, None
+        if self.posterior.config.likelihood != "categorical":
+            return loss, prediction.mean, targets
+        return loss, prediction.mean.clamp_min(torch.finfo(prediction.mean.dtype).tiny).log(), targets
+
+    def _metrics(self, prediction: Any, **options: Any) -> dict[str, float]:
+        """The user's metrics and, for classifiers, the calibration metrics."""
+        own = {} if self._user_metrics is None else self._user_metrics(prediction, **options)
+        config = self.kalman if self._trained.kf is None else self._trained.kf.config
+        if config is not None and config.likelihood != "categorical":
+            return own
+        return calibration_metrics(prediction) | own
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the posterior and Trainer's files as one; the adapter has the posterior mean.
+
+        Raises:
+            ValueError: if the folder has files with the names of the posterior's that bayes_kf did not write. Files
+                with the names of Trainer's are replaced, except for a ``README.md``.
+        """
+        if self._trained.state is None:
+            super()._save(output_dir, state_dict)
+            return
+        folder, save = Path(output_dir or self.args.output_dir or "."), super()._save
+        pretrained.save_with(self.posterior, folder, lambda staged: save(str(staged), state_dict))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the posterior, and give the model its mean."""
+        folder = Path(resume_from_checkpoint)
+        if not (folder / "trainer_state.json").is_file():
+            raise ValueError(f"`resume_from_checkpoint` must be complete, got {folder} without trainer_state.json.")
+        self._trained.restore(folder, self._module, self.kalman)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None  # Trainer calls this only if there is one
+        self._trained.restore(Path(best), self._module, self.kalman)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Saves nothing: the posterior is the whole state."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads nothing: the posterior is the whole state."""

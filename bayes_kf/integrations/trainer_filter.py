@@ -1,0 +1,91 @@
+"""The filter that a KalmanTrainer trains with, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.filtering.state import DivergenceError, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
+from bayes_kf.inference.fitting.passes import mean_pass, noise_refit
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.models.batch import Inputs
+
+
+class TrainerFilter:
+    """A filter and its state, updated in place by training steps; the model always has the mean.
+
+    Attributes:
+        kf: the filter; None before training and before a checkpoint is loaded.
+        state: its state; None before training and before a checkpoint is loaded.
+    """
+
+    def __init__(self) -> None:
+        self.kf: KalmanFilter | None = None
+        self.state: FilterState | None = None
+
+    @property
+    def posterior(self) -> Posterior:
+        """The current posterior.
+
+        Raises:
+            ValueError: before training and before a checkpoint is loaded.
+        """
+        kf, state = self._started()
+        return Posterior(kf, state)
+
+    def start(self, model: nn.Module, config: KalmanConfig, scale_inputs: Inputs) -> None:
+        """Start from the prior, with its scale measured on some inputs."""
+        self.kf = KalmanFilter(model, config)
+        self.state = self.kf.init(scale_inputs)
+
+    def update(self, inputs: Inputs, targets: Tensor) -> UpdateInfo:
+        """Update the filter with a batch; returns the report."""
+        kf, state = self._started()
+        self.state, info = kf.update(state, inputs, targets)
+        kf.adapter.assign(self.state.belief.mean)
+        return info
+
+    def move_mean(self, inputs: Inputs, targets: Tensor, step_size: float, step: int) -> float:
+        """Move the mean by a natural-gradient step; returns the log loss per example before it, in nats.
+
+        Raises:
+            DivergenceError: if the mean is not finite; the state does not change.
+        """
+        kf, state = self._started()
+        after, loss = mean_pass.natural_gradient_step(kf.config, kf.adapter, state, inputs, targets, step_size)
+        if not bool(torch.isfinite(after.belief.mean).all()):
+            raise DivergenceError(state.step, f"the mean in step {step}", state)
+        self.state = after
+        kf.adapter.assign(after.belief.mean)
+        return loss / len(targets)
+
+    def refit_noise(self, batches: Iterable[Any]) -> None:
+        """Refit an estimated σ² to the residuals of some batches."""
+        kf, state = self._started()
+        self.state = noise_refit.refit_noise(kf, state, batches)
+
+    def restore(self, folder: Path, model: nn.Module, config: KalmanConfig | None) -> None:
+        """Load a posterior that was saved with this config, and give the model its mean.
+
+        Raises:
+            ValueError: if the posterior has other settings, or its files are incomplete or damaged.
+        """
+        saved = Posterior.from_pretrained(folder, model)
+        expected = config or (saved.config if self.kf is None else self.kf.config)
+        changed = expected.differences(saved.config)
+        if changed:
+            raise ValueError(f"`kalman` must be as in {folder}, got another {', '.join(changed)}.")
+        self.kf, self.state = saved.kf, saved.state
+        saved.adapter.assign(saved.mean_vector)
+
+    def _started(self) -> tuple[KalmanFilter, FilterState]:
+        if self.kf is None or self.state is None:
+            raise ValueError("`posterior` needs a trainer that has trained or loaded a checkpoint, got a new one.")
+        return self.kf, self.state
