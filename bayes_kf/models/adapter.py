@@ -133,14 +133,12 @@ class AdapterModel:
         with model_lock(self.model):
             if snapshot is None:
                 snapshot = take_snapshot(self._modules)
-            own = self._place(tensors)
             try:
+                self._place(tensors)
                 yield snapshot
             except BaseException:
-                self._place(own)
                 restore(snapshot)
                 raise
-            self._place(own)
             restore_parameters(snapshot)
 
     @contextmanager
@@ -211,7 +209,8 @@ class AdapterModel:
         autocast = self._autocast is not None or torch.is_autocast_enabled(device.type)
         inputs = cast_inputs(to_device(inputs, device), self.model, self.dtypes, autocast)
         with nullcontext() if self._autocast is None else self.autocast():
-            return as_matrix(self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs))
+            outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The caller's autocast, for a forward pass inside :meth:`full_precision`.

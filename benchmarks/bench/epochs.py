@@ -65,7 +65,7 @@ def measure(
             break
         seconds, wall = seconds + spent[0], wall + spent[1]
     done = max(1, len(points) - 1) * per_epoch
-    kept: dict[str, Any] = {
+    cell: dict[str, Any] = {
         "adapter": adapter,
         "parameters": sum(p.numel() for p in trainable(model)),
         "state_bytes": learner.bytes(),
@@ -78,16 +78,16 @@ def measure(
     }
     if cause is None:
         try:
-            kept |= heldout_scores(learner, split.heldout)
-            kept["mean_train_loss"] = sum(p.train_loss for p in points[1:]) / epochs
+            cell |= heldout_scores(learner, split.heldout)
+            cell["mean_train_loss"] = sum(p.train_loss for p in points[1:]) / epochs
         except STOPS as error:
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
     if cause is not None:
-        kept |= {"diverged_at": len(points) - 1, "cause": cause}
+        cell |= {"diverged_at": len(points) - 1, "cause": cause}
     after = probe(problem, split.stream, adamw)
     if before is not None and after is not None:
-        kept |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
-    return kept
+        cell |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
+    return cell
 
 
 def run_epoch(learner: Learner, stream: Stream, seed: int, epoch: int, epochs: int) -> tuple[float, float]:
@@ -113,8 +113,8 @@ def point(model: nn.Module, split: Split) -> Point:
     train, total = 0.0, len(split.stream.labels)
     for inputs, labels in split.stream.batches(MEASURED):
         loss = F.cross_entropy(logits(model, inputs), labels, reduction="sum") / total
-        for kept, part in zip(gradient, torch.autograd.grad(loss, tensors), strict=True):
-            kept += part
+        for accumulated, part in zip(gradient, torch.autograd.grad(loss, tensors), strict=True):
+            accumulated += part
         train += float(loss.detach())
     with torch.no_grad():
         losses = [

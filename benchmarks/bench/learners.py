@@ -70,8 +70,8 @@ class GradientLearner:
         with self._forward():
             outputs = logits(self.model, inputs)
             loss = F.cross_entropy(outputs, labels)
-            found = outputs.detach().clone()
-            check_finite(found)
+            before = outputs.detach().clone()
+            check_finite(before)
             self.optimizer.zero_grad()
             if self._backward is None:
                 loss.backward()
@@ -80,7 +80,7 @@ class GradientLearner:
         self.optimizer.step()
         if self._schedule is not None:
             self._schedule.step()
-        return found
+        return before
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
         """Nothing: a gradient step does not depend on earlier epochs."""
@@ -91,9 +91,9 @@ class GradientLearner:
     @torch.no_grad()
     def probs(self, inputs: Inputs) -> Tensor:
         """Softmax."""
-        found = logits(self.model, inputs).double()
-        check_finite(found)
-        return found.softmax(1)
+        outputs = logits(self.model, inputs).double()
+        check_finite(outputs)
+        return outputs.softmax(1)
 
     def bytes(self) -> int:
         """Bytes of the optimizer's tensors, without gradients."""
@@ -145,10 +145,10 @@ class KalmanLearner:
 
     def probs(self, inputs: Inputs) -> Tensor:
         """Probabilities of the posterior."""
-        found = Posterior(self.kf, self.state).predict(inputs).probs
-        assert found is not None  # a classifier
-        check_finite(found)
-        return found.double()
+        predicted = Posterior(self.kf, self.state).predict(inputs).probs
+        assert predicted is not None  # a classifier
+        check_finite(predicted)
+        return predicted.double()
 
     def bytes(self) -> int:
         """Bytes of Gaussian, prior, noise and scores."""
@@ -197,10 +197,10 @@ class BankLearner:
 
     def probs(self, inputs: Inputs) -> Tensor:
         """Probabilities averaged by evidence."""
-        found = self.bank.predict(self.state, inputs).probs
-        assert found is not None  # a classifier
-        check_finite(found)
-        return found.double()
+        predicted = self.bank.predict(self.state, inputs).probs
+        assert predicted is not None  # a classifier
+        check_finite(predicted)
+        return predicted.double()
 
     def bytes(self) -> int:
         """Bytes of Gaussians, priors, noise and scores."""
@@ -233,13 +233,13 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def distinct(value: Any) -> list[Tensor]:
     """The tensors in nested containers and plain objects, each once, without those of modules."""
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     seen: set[int] = set()
 
     def visit(item: Any) -> None:
         if isinstance(item, Tensor):
             if item.numel():
-                found.setdefault(item.data_ptr(), item)
+                tensors.setdefault(item.data_ptr(), item)
             return
         if id(item) in seen or isinstance(item, nn.Module | str | bytes | type):
             return
@@ -257,4 +257,4 @@ def distinct(value: Any) -> list[Tensor]:
         return iter(())
 
     visit(value)
-    return list(found.values())
+    return list(tensors.values())

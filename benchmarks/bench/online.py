@@ -48,18 +48,18 @@ def measure(
     model = problem.model(adapter, seed)
     before = probe(problem, split.stream, adamw)
     learner = row.make(model, choice, seed, len(split.stream.labels), first_inputs(split.stream, SCALE_EXAMPLES))
-    found = run(learner, split.stream)
-    kept = summary(found, len(split.stream.labels))
-    kept |= {"adapter": adapter, "parameters": sum(p.numel() for p in trainable(model)), "state_bytes": learner.bytes()}
-    if found.cause is None:
+    result = run(learner, split.stream)
+    cell = summary(result, len(split.stream.labels))
+    cell |= {"adapter": adapter, "parameters": sum(p.numel() for p in trainable(model)), "state_bytes": learner.bytes()}
+    if result.cause is None:
         try:
-            kept |= heldout_scores(learner, split.heldout)
+            cell |= heldout_scores(learner, split.heldout)
         except STOPS as error:
-            kept |= {"diverged_at": len(found.losses), "cause": str(error).splitlines()[0]}
+            cell |= {"diverged_at": len(result.losses), "cause": str(error).splitlines()[0]}
     after = probe(problem, split.stream, adamw)
     if before is not None and after is not None:
-        kept |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
-    return kept
+        cell |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
+    return cell
 
 
 def run(learner: Learner, stream: Stream) -> Pass:
@@ -82,18 +82,18 @@ def run(learner: Learner, stream: Stream) -> Pass:
     return Pass(torch.cat([empty.bool(), *correct]), torch.cat([empty.double(), *losses]), seconds, wall, cause)
 
 
-def summary(found: Pass, total: int) -> dict[str, Any]:
+def summary(result: Pass, total: int) -> dict[str, Any]:
     """Numbers of a pass; examples after a divergence count as wrong."""
-    kept: dict[str, Any] = {
-        "steps": len(found.losses),
-        "online_accuracy": found.correct.double().sum().item() / total,
-        "milliseconds": 1e3 * found.seconds,
-        "wall": 1e3 * found.wall,
-        "curve": curve(found.correct, found.losses),
+    cell: dict[str, Any] = {
+        "steps": len(result.losses),
+        "online_accuracy": result.correct.double().sum().item() / total,
+        "milliseconds": 1e3 * result.seconds,
+        "wall": 1e3 * result.wall,
+        "curve": curve(result.correct, result.losses),
     }
-    if found.cause is None:
-        return kept | {"online_log_loss": found.losses.mean().item()}
-    return kept | {"diverged_at": len(found.losses), "cause": found.cause}
+    if result.cause is None:
+        return cell | {"online_log_loss": result.losses.mean().item()}
+    return cell | {"diverged_at": len(result.losses), "cause": result.cause}
 
 
 def probe(problem: Problem, stream: Stream, adamw: Row | None) -> tuple[float, float] | None:
@@ -102,5 +102,5 @@ def probe(problem: Problem, stream: Stream, adamw: Row | None) -> tuple[float, f
         return None
     few = stream.first(min(PROBE, len(stream.labels)))
     learner = adamw.make(problem.model(problem.network.adapters[0], 0), {"lr": 1e-4}, 0, PROBE, None)
-    found = run(learner, few)
-    return found.seconds, found.wall
+    result = run(learner, few)
+    return result.seconds, result.wall

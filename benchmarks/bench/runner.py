@@ -69,9 +69,9 @@ class _Pair:
     def __init__(self, plan: Plan, file: ResultFile, problem: Problem, row: Row) -> None:
         self.plan, self.file, self.problem, self.row = plan, file, problem, row
         self._splits: dict[int, Split] = {}
-        found = kind(plan, row, problem)
-        assert found is not None  # pairs are chosen by it
-        self.adapter = found
+        adapter = kind(plan, row, problem)
+        assert adapter is not None  # pairs are chosen by it
+        self.adapter = adapter
 
     def run(self) -> int:
         """Run the tuning cells, then the chosen settings on every seed; the number of cells that were run."""
@@ -93,12 +93,12 @@ class _Pair:
             return 0
         split = self._split(seed)
         adamw = None if seed == TUNING_SEED else self.plan.adamw
-        found = self.plan.bench.measure(self.row, self.problem, self.adapter, choice, split, seed, adamw)
-        found |= today | {"stream": len(split.stream.labels), "heldout": len(split.heldout.labels)}
+        cell = self.plan.bench.measure(self.row, self.problem, self.adapter, choice, split, seed, adamw)
+        cell |= today | {"stream": len(split.stream.labels), "heldout": len(split.heldout.labels)}
         if seed == TUNING_SEED:
-            found.pop("curve", None)
-        self.file.put(name, found)
-        tqdm.write(f"{name}: {_summary(found)}", file=sys.stderr)
+            cell.pop("curve", None)
+        self.file.put(name, cell)
+        tqdm.write(f"{name}: {_summary(cell)}", file=sys.stderr)
         return 1
 
     def _settings(self, choice: dict[str, Any]) -> dict[str, Any]:
@@ -115,10 +115,10 @@ class _Pair:
         return self._splits[seed]
 
 
-def _current(kept: dict[str, Any], today: dict[str, Any]) -> bool:
+def _current(cell: dict[str, Any], today: dict[str, Any]) -> bool:
     """Whether a cell has today's settings."""
-    others = all(kept.get(name) == value for name, value in today.items() if name != "settings")
-    return others and same_settings(kept["settings"], today["settings"])
+    others = all(cell.get(name) == value for name, value in today.items() if name != "settings")
+    return others and same_settings(cell["settings"], today["settings"])
 
 
 def _summary(cell: dict[str, Any]) -> str:

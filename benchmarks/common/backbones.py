@@ -129,14 +129,14 @@ def mobilenet(seed: int, dropout: float = 0.0, num_classes: int = 2) -> PeftMode
         if isinstance(module, nn.Conv2d):
             _set(network, name, _convolution(module))
     scales = {k.removesuffix("scale"): v for k, v in tensors.items() if k.endswith("scale")}
-    found = {}
+    weights = {}
     for key, value in tensors.items():
         if key.endswith("bias"):
-            found[key] = value
+            weights[key] = value
         elif key.endswith("weight_int8"):
             scale = scales[key.removesuffix("weight_int8")]
-            found[key.removesuffix("_int8")] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
-    network.load_state_dict(found)
+            weights[key.removesuffix("_int8")] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+    network.load_state_dict(weights)
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(1280, num_classes)
     head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=generator))

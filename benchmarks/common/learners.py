@@ -34,11 +34,11 @@ class Stream(NamedTuple):
         if isinstance(self.inputs, Tensor):
             return list(zip(self.inputs.split(size), labels, strict=True))
         parts = {name: tensor.split(size) for name, tensor in self.inputs.items()}
-        found = []
+        pairs = []
         for index, target in enumerate(labels):
             longest = int(parts["attention_mask"][index].sum(1).max())
-            found.append(({name: part[index][:, :longest] for name, part in parts.items()}, target))
-        return found
+            pairs.append(({name: part[index][:, :longest] for name, part in parts.items()}, target))
+        return pairs
 
     def first(self, number: int) -> Stream:
         """The first ``number`` examples."""
@@ -157,9 +157,9 @@ def kalman_pass(
         losses.append(info.log_loss)
         if give_up is not None and len(losses) % 100 == 0 and give_up(torch.cat(correct), torch.cat(losses)):
             break
-    found = _pass(correct, losses, start)
+    result = _pass(correct, losses, start)
     check_finite("state", state)
-    return found if refused is None else found._replace(diverged_at=refused.step, cause=refused.cause)
+    return result if refused is None else result._replace(diverged_at=refused.step, cause=refused.cause)
 
 
 def check_finite(where: str, value: Any) -> None:
@@ -183,7 +183,7 @@ def _pass(correct: list[Tensor], losses: list[Tensor], start: float) -> Pass:
     seconds = (time.process_time() - start) / max(1, len(correct))
     if not correct:
         return Pass(torch.empty(0, dtype=torch.bool), torch.empty(0), seconds)
-    found = Pass(torch.cat(correct).bool(), torch.cat(losses), seconds)
-    if bool(torch.isnan(found.log_loss).any()):
+    result = Pass(torch.cat(correct).bool(), torch.cat(losses), seconds)
+    if bool(torch.isnan(result.log_loss).any()):
         raise FloatingPointError("a log loss of the pass is NaN")
-    return found
+    return result

@@ -42,13 +42,13 @@ def run_in_process(
     child.start()
     sender.close()
     try:
-        found = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         child.join()
         assert child.exitcode is not None  # it has ended
         return child.exitcode
     child.join()
-    return found
+    return result
 
 
 def alarmed(code: int) -> bool:
@@ -59,8 +59,8 @@ def alarmed(code: int) -> bool:
 def _report(sender: Connection, work: Callable[..., dict[str, Any]], threads: int, arguments: tuple[Any, ...]) -> None:
     """Send the result and exit at once, because some peers raise errors when the interpreter ends."""
     torch.set_num_threads(threads)
-    found = work(*arguments)
-    sender.send(found)
+    result = work(*arguments)
+    sender.send(result)
     sender.close()
     os._exit(0)
 

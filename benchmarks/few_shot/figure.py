@@ -63,10 +63,10 @@ def draw_figure(cells: Cells, rows: Mapping[str, Row], path: Path) -> None:
 
 def _draw(ax: Any, cells: Cells, line: Line, name: str, shots: list[int]) -> None:
     """One line of a panel."""
-    found = [list(values(cells, line, SCORES[name], None, number).values()) for number in shots]
+    by_shots = [list(values(cells, line, SCORES[name], None, number).values()) for number in shots]
     places = [
         (k, np.mean(each), np.std(each, ddof=1) if len(each) > 1 else 0.0)
-        for k, each in zip(shots, found, strict=True)
+        for k, each in zip(shots, by_shots, strict=True)
         if each
     ]
     if places:

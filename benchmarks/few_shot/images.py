@@ -62,50 +62,50 @@ class Named(NamedTuple):
 
 def mnist_digits(split: str) -> Named:
     """MNIST."""
-    found = mnist("train" if split == "train" else "test")
-    return Named(found.images, found.labels, tuple(f"digit {name}" for name in DIGITS))
+    data = mnist("train" if split == "train" else "test")
+    return Named(data.images, data.labels, tuple(f"digit {name}" for name in DIGITS))
 
 
 def usps_digits(split: str) -> Named:
     """USPS, without a frame."""
-    found = usps("train" if split == "train" else "test")
-    return Named(found.images, found.labels, tuple(f"digit {name}" for name in DIGITS))
+    data = usps("train" if split == "train" else "test")
+    return Named(data.images, data.labels, tuple(f"digit {name}" for name in DIGITS))
 
 
 def uci_digits() -> Named:
     """UCI's digits, 1,797 of 8x8 pixels."""
-    found = uci()
-    return Named(found.images, found.labels, tuple(f"digit {name}" for name in DIGITS))
+    data = uci()
+    return Named(data.images, data.labels, tuple(f"digit {name}" for name in DIGITS))
 
 
 def font_letters() -> Named:
     """NotMNIST: letters A to J in many fonts."""
-    found = notmnist()
-    return Named(found.images, found.labels, tuple(f"letter {name}" for name in "abcdefghij"))
+    data = notmnist()
+    return Named(data.images, data.labels, tuple(f"letter {name}" for name in "abcdefghij"))
 
 
 def kana() -> Named:
     """Kuzushiji-MNIST's test images: ten cursive syllables."""
-    found = kmnist()
-    return Named(found.images, found.labels, tuple(f"japanese {name}" for name in KANA))
+    data = kmnist()
+    return Named(data.images, data.labels, tuple(f"japanese {name}" for name in KANA))
 
 
 def clothes() -> Named:
     """900 images of Fashion-MNIST."""
-    found = fashion_mnist()
-    return Named(found.images, found.labels, CLOTHES)
+    data = fashion_mnist()
+    return Named(data.images, data.labels, CLOTHES)
 
 
 def photographs(split: str) -> Named:
     """CIFAR-10 after JPEG, in grey."""
-    found = np.load(data_folder() / "cifar10-jpeg" / ("test.npz" if split == "test" else "train_00000-24999.npz"))
-    head, body, ends = found["head"].tobytes(), found["body"].tobytes(), found["off"]
+    archive = np.load(data_folder() / "cifar10-jpeg" / ("test.npz" if split == "test" else "train_00000-24999.npz"))
+    head, body, ends = archive["head"].tobytes(), archive["body"].tobytes(), archive["off"]
     grey = [
         np.asarray(Image.open(io.BytesIO(head + body[i:j])).convert("L").resize((28, 28), Image.Resampling.BILINEAR))
         for i, j in itertools.pairwise(ends)
     ]
     images = torch.from_numpy(np.stack(grey)).unsqueeze(1).float() / 127.5 - 1
-    return Named(images, torch.from_numpy(found["y"]).long(), CIFAR)
+    return Named(images, torch.from_numpy(archive["y"]).long(), CIFAR)
 
 
 def characters(split: str) -> Named:
@@ -134,8 +134,8 @@ def handwritten_letters() -> Named:
     first = parts[0].names.index("letter a")
     images = torch.cat([part.images for part in parts])
     labels = torch.cat([part.labels for part in parts]) - first
-    kept = (labels >= 0) & (labels < 10)
-    return Named(images[kept], labels[kept], tuple(f"letter {name}" for name in "abcdefghij"))
+    latin = (labels >= 0) & (labels < 10)
+    return Named(images[latin], labels[latin], tuple(f"letter {name}" for name in "abcdefghij"))
 
 
 def character_name(alphabet: str, number: int) -> str:

@@ -162,7 +162,7 @@ def scaled_too(log_probs: Callable[[Tensor], Tensor], setting: Setting) -> Learn
     best = min(losses, key=lambda t: losses[t])
 
     def predict(images: Tensor) -> dict[str, Tensor]:
-        found = log_probs(images)
-        return {"": found.softmax(1), "scaled": (found / best).softmax(1)}
+        outputs = log_probs(images)
+        return {"": outputs.softmax(1), "scaled": (outputs / best).softmax(1)}
 
     return Learned(predict, {"softmax_temperature": best})

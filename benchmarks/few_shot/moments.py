@@ -61,8 +61,8 @@ class Moments:
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at the mean, (N, m), and their covariance, (N, m, m), in float64."""
-        found = [self._piece(part) for part in inputs.split(AT_ONCE)]
-        return torch.cat([mean for mean, _ in found]), torch.cat([covariance for _, covariance in found])
+        pieces = [self._piece(part) for part in inputs.split(AT_ONCE)]
+        return torch.cat([mean for mean, _ in pieces]), torch.cat([covariance for _, covariance in pieces])
 
     def _of_prompts(self, classifier: ClipClassifier, names: list[str]) -> tuple[Tensor, list[str]]:
         """The Jacobian of the prompts' unit features, (m, d, n), and the names of its tensors."""

@@ -159,8 +159,8 @@ def _bayesian(posterior: bkf.Posterior, model: ClipClassifier, setting: Setting,
 
     def predict(images: Tensor) -> Mapping[str, Tensor]:
         mean, covariance = logits(images)
-        found = {name: averaged(mean, covariance, at, DRAWS, setting.seed) for name, at in chosen.items()}
-        return found | {"mean": mean.softmax(-1)}
+        probs = {name: averaged(mean, covariance, at, DRAWS, setting.seed) for name, at in chosen.items()}
+        return probs | {"mean": mean.softmax(-1)}
 
     temperatures = {name or "alone": at._asdict() for name, at in chosen.items()}
     return {"predict": predict, "facts": {"temperatures": temperatures, "streamed": posterior.temperature}}

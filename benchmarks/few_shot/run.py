@@ -52,12 +52,14 @@ def measure(row: Row, task: Task, clip: CLIPModel, shots: int, seed: int, wrong:
         start = time.process_time()
         learned = row.learn(setting, choice)
         seconds = time.process_time() - start
-        found = _sums(learned.predict(setting.validation.images)[""], setting.validation.labels)
-        tried.append(dict(choice) | {"nll": found["nll"], "accuracy": found["accuracy"], "seconds": round(seconds, 2)})
+        scored = _sums(learned.predict(setting.validation.images)[""], setting.validation.labels)
+        tried.append(
+            dict(choice) | {"nll": scored["nll"], "accuracy": scored["accuracy"], "seconds": round(seconds, 2)}
+        )
         if row.tests_all:
             tested = scores(learned, task)[""]
             tried[-1]["test"] = {"id": tested["id"], "shifts": tested["shifts"]}
-        rank = (-found["accuracy"], found["nll"])
+        rank = (-scored["accuracy"], scored["nll"])
         if best is None or rank < best[0]:
             best = (rank, choice, learned)
     assert best is not None  # a grid has a choice
@@ -68,31 +70,31 @@ def measure(row: Row, task: Task, clip: CLIPModel, shots: int, seed: int, wrong:
 
 def _variants(learned: Learned, task: Task) -> dict[str, Any]:
     """The scores of a row's predictions and of its variants."""
-    found = scores(learned, task)
+    variants = scores(learned, task)
     for name, make in learned.later.items():
-        found[name] = scores(Learned(**make()), task)[""]
-    return found
+        variants[name] = scores(Learned(**make()), task)[""]
+    return variants
 
 
 def scores(learned: Learned, task: Task) -> dict[str, Any]:
     """Variant -> scores on test images and on every shift, and AUROC of entropy for out-of-distribution images."""
     known = learned.predict(task.test.images)
-    found: dict[str, Any] = {
+    variants: dict[str, Any] = {
         variant: {"id": _sums(probs, task.test.labels), "shifts": {}, "foreign": {}} for variant, probs in known.items()
     }
     for name, shifted in task.shifts.items():
         for variant, probs in learned.predict(shifted.images).items():
-            found[variant]["shifts"][name] = _sums(probs, shifted.labels)
+            variants[variant]["shifts"][name] = _sums(probs, shifted.labels)
     for name, images in task.foreign.items():
         for variant, probs in learned.predict(images).items():
-            found[variant]["foreign"][name] = ood_scores(entropy(known[variant]), entropy(probs)).auroc
-    return found
+            variants[variant]["foreign"][name] = ood_scores(entropy(known[variant]), entropy(probs)).auroc
+    return variants
 
 
 def _sums(probs: Tensor, labels: Tensor) -> dict[str, float]:
     nll = -probs.clamp_min(TINY).log().gather(1, labels[:, None]).mean().item()
-    found = {"accuracy": accuracy(probs, labels), "nll": nll, "ece": expected_calibration_error(probs, labels)}
-    return {name: round(value, 5) for name, value in found.items()}
+    sums = {"accuracy": accuracy(probs, labels), "nll": nll, "ece": expected_calibration_error(probs, labels)}
+    return {name: round(value, 5) for name, value in sums.items()}
 
 
 def show(cell: dict[str, Any]) -> str:

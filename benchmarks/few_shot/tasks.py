@@ -58,33 +58,35 @@ class Shots(NamedTuple):
 def draw(pool: Named, shots: int, seed: int) -> Shots:
     """Validation shots of every class, drawn first, and training shots."""
     generator = torch.Generator().manual_seed(seed)
-    kept = min(shots, MOST_VALIDATION)
+    validation_shots = min(shots, MOST_VALIDATION)
     validation, training = [], []
     for label in range(len(pool.names)):
         own = torch.nonzero(pool.labels == label).squeeze(1)
         order = own[torch.randperm(len(own), generator=generator)]
-        if len(order) < kept + shots:
-            raise ValueError(f"`shots` must leave {kept} images for validation, got {shots} of {len(order)}.")
-        validation.append(order[:kept])
-        training.append(order[kept : kept + shots])
+        if len(order) < validation_shots + shots:
+            raise ValueError(
+                f"`shots` must leave {validation_shots} images for validation, got {shots} of {len(order)}."
+            )
+        validation.append(order[:validation_shots])
+        training.append(order[validation_shots : validation_shots + shots])
     order = torch.cat(training)
     order = order[torch.randperm(len(order), generator=generator)]
     return Shots(pool.at(torch.cat(validation)), pool.at(order))
 
 
-def relabelled(found: Named, share: float, seed: int) -> Named:
+def relabelled(images: Named, share: float, seed: int) -> Named:
     """The same images with a share of their labels replaced by other classes.
 
     Args:
-        found: images and labels.
+        images: with labels.
         share: of the labels, 0 to 1; rounded down to whole images.
         seed: of the replaced labels and of the new ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels, classes = found.labels.clone(), len(found.names)
+    labels, classes = images.labels.clone(), len(images.names)
     which = torch.randperm(len(labels), generator=generator)[: int(share * len(labels))]
     labels[which] = (labels[which] + torch.randint(1, classes, (len(which),), generator=generator)) % classes
-    return found._replace(labels=labels)
+    return images._replace(labels=labels)
 
 
 def digits() -> Task:
@@ -119,18 +121,18 @@ def syllables() -> Task:
 
 def garments() -> Task:
     """Clothes, which the backbone has not seen at all."""
-    found = clothes()
-    order = torch.cat([torch.nonzero(found.labels == label).squeeze(1)[:30] for label in range(10)])  # more than 4 + 16
-    rest = torch.ones(len(found.labels), dtype=torch.bool)
+    data = clothes()
+    order = torch.cat([torch.nonzero(data.labels == label).squeeze(1)[:30] for label in range(10)])  # more than 4 + 16
+    rest = torch.ones(len(data.labels), dtype=torch.bool)
     rest[order] = False
-    test = found.at(rest)
+    test = data.at(rest)
     shifts = {
         "noise": _corrupted(test, "gaussian_noise", 2),
         "rotated": _corrupted(test, "rotation", 1),
         "occluded": _corrupted(test, "occlusion", 2),
     }
     foreign = {"digits": _some(mnist_digits("test"), FOREIGN).images, "syllables": _some(kana(), FOREIGN).images}
-    return Task("Fashion-MNIST", found.at(order), test, shifts, foreign)
+    return Task("Fashion-MNIST", data.at(order), test, shifts, foreign)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -142,19 +144,19 @@ TASKS: dict[str, Callable[[], Task]] = {
 BENCH = ("letters", "syllables", "digits")  # tasks of a default run
 
 
-def _some(found: Named, number: int) -> Named:
+def _some(data: Named, number: int) -> Named:
     """A fixed random choice of at most ``number`` images."""
-    order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return found.at(order[:number])
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return data.at(order[:number])
 
 
-def _halves(found: Named) -> tuple[Named, Named]:
+def _halves(data: Named) -> tuple[Named, Named]:
     """Two halves of a data set without an official split: the pool, and test images."""
-    order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     cut = len(order) // 2
-    return found.at(order[:cut]), found.at(order[cut : cut + TESTED])
+    return data.at(order[:cut]), data.at(order[cut : cut + TESTED])
 
 
-def _corrupted(found: Named, kind: str, severity: int) -> Named:
-    few = found.at(slice(SHIFTED))
+def _corrupted(data: Named, kind: str, severity: int) -> Named:
+    few = data.at(slice(SHIFTED))
     return few._replace(images=corrupt(few.images, kind, severity))

@@ -78,10 +78,10 @@ def warped(images: Tensor, generator: torch.Generator) -> Tensor:
 def batch(sets: list[Named], generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
     """Images, the index of each image's caption, and the captions: one for every class in the batch."""
     images, captions = [], []
-    for (_, number), found in zip(SEEN, sets, strict=True):
-        which = torch.randint(len(found.labels), (number,), generator=generator)
-        images.append(found.images[which])
-        captions += [found.names[label] for label in found.labels[which].tolist()]
+    for (_, number), data in zip(SEEN, sets, strict=True):
+        which = torch.randint(len(data.labels), (number,), generator=generator)
+        images.append(data.images[which])
+        captions += [data.names[label] for label in data.labels[which].tolist()]
     names = sorted(set(captions))
     drawn = torch.randint(len(TEMPLATES), (len(names),), generator=generator).tolist()
     texts = [TEMPLATES[template].format(name) for template, name in zip(drawn, names, strict=True)]
@@ -128,20 +128,20 @@ def train(steps: int, seed: int = 0) -> CLIPModel:
     return model.eval()
 
 
-def features(found: object) -> Tensor:
+def features(output: object) -> Tensor:
     """A tower's features, whether transformers returns them or an object that holds them."""
-    return found if isinstance(found, Tensor) else found.pooler_output  # type: ignore[attr-defined,no-any-return]
+    return output if isinstance(output, Tensor) else output.pooler_output  # type: ignore[attr-defined,no-any-return]
 
 
 @torch.no_grad()
-def zero_shot(model: CLIPModel, found: Named) -> float:
+def zero_shot(model: CLIPModel, data: Named) -> float:
     """Accuracy of the class with the most similar prompt, "a photo of a ..."."""
-    order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(0))[:TESTED]
-    prompts = LetterTokenizer()([TEMPLATES[0].format(name) for name in found.names])
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[:TESTED]
+    prompts = LetterTokenizer()([TEMPLATES[0].format(name) for name in data.names])
     text_features = F.normalize(features(model.get_text_features(**prompts)), dim=-1)
     right = [
-        (features(model.get_image_features(pixel_values=found.images[part])) @ text_features.T).argmax(1)
-        == found.labels[part]
+        (features(model.get_image_features(pixel_values=data.images[part])) @ text_features.T).argmax(1)
+        == data.labels[part]
         for part in order.split(500)
     ]
     return torch.cat(right).double().mean().item()
@@ -159,9 +159,9 @@ def main() -> None:
         file.put("training", {"steps": args.steps, "processor_seconds": round(time.process_time() - start)})
     model = trained()
     for name, (_, read) in TESTS.items():
-        found = read()
-        file.put(name, {"classes": len(found.names), "images": min(TESTED, len(found.labels))})
-        file.put(name, file.cells[name] | {"accuracy": zero_shot(model, found)})
+        data = read()
+        file.put(name, {"classes": len(data.names), "images": min(TESTED, len(data.labels))})
+        file.put(name, file.cells[name] | {"accuracy": zero_shot(model, data)})
     rows = [
         [name, kind, str(file.cells[name]["classes"]), f"{file.cells[name]['accuracy']:.3f}"]
         for name, (kind, _) in TESTS.items()

@@ -73,8 +73,8 @@ def picture(covariance: Tensor) -> list[list[float]]:
     scale = covariance.diagonal().rsqrt()
     squares = (scale[:, None] * covariance * scale).square()
     squares.fill_diagonal_(0.0)
-    found = F.adaptive_avg_pool2d(squares[None, None], CELLS)[0, 0].sqrt()
-    return [[round(value, 3) for value in row] for row in found.tolist()]
+    pixels = F.adaptive_avg_pool2d(squares[None, None], CELLS)[0, 0].sqrt()
+    return [[round(value, 3) for value in row] for row in pixels.tolist()]
 
 
 def measure(noise: str, start: str, seed: int) -> dict[str, Any]:
@@ -98,21 +98,21 @@ def measure(noise: str, start: str, seed: int) -> dict[str, Any]:
     if start == "dense":
         dense = dense_prior(len(state.belief.mean), seed)
         state = state._replace(belief=state.belief._replace(covariance=dense))
-    found: dict[str, Any] = {"off_diagonal": [], "off_blocks": [], "variance": [], "pictures": []}
+    cell: dict[str, Any] = {"off_diagonal": [], "off_blocks": [], "variance": [], "pictures": []}
     correct = 0.0
     for step in tqdm(range(STEPS[-1] + 1), leave=False, disable=not sys.stderr.isatty(), position=1):
         if step in STEPS:
             covariance = state.belief.covariance_matrix()
             for name, value in zip(("off_diagonal", "off_blocks"), shares(covariance, sizes), strict=True):
-                found[name].append(value)
-            found["variance"].append(float(covariance.diagonal().mean()))
+                cell[name].append(value)
+            cell["variance"].append(float(covariance.diagonal().mean()))
             if seed == 0:
-                found["pictures"].append(picture(covariance))
+                cell["pictures"].append(picture(covariance))
         if step < STEPS[-1]:
             state, info = kf.update(state, inputs[step : step + 1], labels[step : step + 1])
             assert info.correct is not None  # a classifier
             correct += float(info.correct.double().sum())
-    return found | {"accuracy": correct / STEPS[-1], "parameters": sum(sizes)}
+    return cell | {"accuracy": correct / STEPS[-1], "parameters": sum(sizes)}
 
 
 def render(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -121,14 +121,14 @@ def render(cells: dict[str, dict[str, Any]]) -> list[str]:
     rows = []
     for noise, title in NOISES.items():
         for start, kind in STARTS.items():
-            found = [cell for key, cell in cells.items() if key.startswith(f"{noise}/{start}/")]
-            if found:
+            of_seeds = [cell for key, cell in cells.items() if key.startswith(f"{noise}/{start}/")]
+            if of_seeds:
                 means = [
-                    f"{_mean(found, 'off_diagonal', i):.3f} ({_mean(found, 'off_blocks', i):.3f})"
+                    f"{_mean(of_seeds, 'off_diagonal', i):.3f} ({_mean(of_seeds, 'off_blocks', i):.3f})"
                     for i in range(len(STEPS))
                 ]
-                accuracy = sum(cell["accuracy"] for cell in found) / len(found)
-                rows.append([title, kind, *means, f"{accuracy:.3f}", str(len(found))])
+                accuracy = sum(cell["accuracy"] for cell in of_seeds) / len(of_seeds)
+                rows.append([title, kind, *means, f"{accuracy:.3f}", str(len(of_seeds))])
     head = ["noise", "start", *[f"step {step:,}" for step in STEPS], "online accuracy", "seeds"]
     return [*lines, *markdown_table(head, rows), "", "![Correlations by step](covariance.png)"]
 

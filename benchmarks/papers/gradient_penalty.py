@@ -86,50 +86,50 @@ def measure(cell: Cell) -> dict[str, Any]:
     kf = bkf.KalmanFilter(model, cell.config)
     state = kf.init(stream.first(SCALE_EXAMPLES).inputs)
     kf.linearize.prepare(state.belief.mean, probe.inputs)
-    kept: dict[str, list[float]] = {"gradient": [], "variance": [], "penalty": [], "correct": []}
+    path: dict[str, list[float]] = {"gradient": [], "variance": [], "penalty": [], "correct": []}
     seconds = 0.0
     for step, (inputs, labels) in enumerate(quiet_bar(stream.batches())):
         if step % EVERY == 0:
-            measure_gradient(kf, state, probe, kept)
+            measure_gradient(kf, state, probe, path)
         begun = time.process_time()
         try:
             state, info = kf.update(state, inputs, labels)
         except bkf.DivergenceError as error:
             return {"diverged_at": error.step, "cause": error.cause}
         seconds += time.process_time() - begun
-        kept["penalty"].append(info.penalty)
+        path["penalty"].append(info.penalty)
         assert info.correct is not None  # a classifier
-        kept["correct"].append(float(info.correct))
-    measure_gradient(kf, state, probe, kept)
+        path["correct"].append(float(info.correct))
+    measure_gradient(kf, state, probe, path)
     posterior = bkf.Posterior(kf, state)
     scores = {name: score(posterior, held_out, name) for name in ("mean", "linearized")}
     return {
-        "online_accuracy": sum(kept["correct"]) / len(stream.labels),
+        "online_accuracy": sum(path["correct"]) / len(stream.labels),
         "accuracy": scores["mean"][0],
         "log_loss": scores["mean"][1],
         "linearized_log_loss": scores["linearized"][1],
-        "penalty": sum(kept["penalty"]) / len(stream.labels),
-        "gradient": [round(g, 5) for g in kept["gradient"]],
-        "variance": [round(v, 6) for v in kept["variance"]],
+        "penalty": sum(path["penalty"]) / len(stream.labels),
+        "gradient": [round(g, 5) for g in path["gradient"]],
+        "variance": [round(v, 6) for v in path["variance"]],
         "milliseconds": 1e3 * seconds / len(stream.labels),
     }
 
 
-def measure_gradient(kf: bkf.KalmanFilter, state: Any, probe: Stream, kept: dict[str, list[float]]) -> None:
+def measure_gradient(kf: bkf.KalmanFilter, state: Any, probe: Stream, path: dict[str, list[float]]) -> None:
     """Append the norm of the probe's gradient, and the mean of p over its initial value."""
     gradient = mean_gradient(kf.config, kf.linearize, state, probe.inputs, probe.labels)
-    kept["gradient"].append(float(gradient.norm()))
-    kept["variance"].append(float((kf.marginal_variance(state) / state.prior.variance).mean()))
+    path["gradient"].append(float(gradient.norm()))
+    path["variance"].append(float((kf.marginal_variance(state) / state.prior.variance).mean()))
 
 
 def score(posterior: bkf.Posterior, held_out: Stream, method: str) -> tuple[float, float]:
     """Accuracy and mean log loss of the posterior's predictions."""
     losses, right = [], []
     for inputs, labels in held_out.batches(100):
-        found = posterior.predict(inputs, targets=labels, method=method)
-        assert found.log_prob is not None  # targets were given
-        losses.append(-found.log_prob)
-        right.append(found.mean.argmax(-1) == labels)
+        prediction = posterior.predict(inputs, targets=labels, method=method)
+        assert prediction.log_prob is not None  # targets were given
+        losses.append(-prediction.log_prob)
+        right.append(prediction.mean.argmax(-1) == labels)
     return torch.cat(right).double().mean().item(), torch.cat(losses).double().mean().item()
 
 
@@ -140,13 +140,13 @@ def cells(data: list[str], seeds: list[int]) -> Iterator[Cell]:
         yield from (Cell(name, base, form, rho, seed) for form, rho in itertools.product(PENALTIES, PENALTY))
 
 
-def of(found: Cells, data: str, base: str, form: str, penalty: float) -> list[dict[str, Any]]:
+def of(all_cells: Cells, data: str, base: str, form: str, penalty: float) -> list[dict[str, Any]]:
     """The cells of all seeds for one data set, base, form and penalty."""
     prefix = Cell(data, base, form, penalty, 0).key.rpartition("/")[0] + "/"
-    return [cell for key, cell in found.items() if key.startswith(prefix)]
+    return [cell for key, cell in all_cells.items() if key.startswith(prefix)]
 
 
-def render(found: Cells) -> list[str]:
+def render(all_cells: Cells) -> list[str]:
     """Body of the Markdown file."""
     lines = [
         f"{EXAMPLES} examples one at a time; mean ± sd over seeds (order, adapter or network, prior). Held out:"
@@ -160,20 +160,20 @@ def render(found: Cells) -> list[str]:
     for (data, title), (base, name) in itertools.product(DATA.items(), BASES.items()):
         rows = []
         for form, penalty in [("", 0.0), *itertools.product(PENALTIES, PENALTY)]:
-            seeds = of(found, data, base, form, penalty)
+            seeds = of(all_cells, data, base, form, penalty)
             if seeds:
                 rows.append([f"{penalty:g}", form, *_row(seeds)])
         if rows:
-            lines += ["", f"## {title}, {name}", "", *markdown_table(header, rows), "", _verdict(found, data, base)]
+            lines += ["", f"## {title}, {name}", "", *markdown_table(header, rows), "", _verdict(all_cells, data, base)]
     return lines
 
 
-def _verdict(found: Cells, data: str, base: str) -> str:
+def _verdict(all_cells: Cells, data: str, base: str) -> str:
     """The gain of the best penalty over none, seed by seed, and the penalties that lower the gradient's norm."""
-    plain = of(found, data, base, "", 0.0)
+    plain = of(all_cells, data, base, "", 0.0)
     gains, lower = {}, []
     for form, penalty in itertools.product(PENALTIES, PENALTY):
-        seeds = of(found, data, base, form, penalty)
+        seeds = of(all_cells, data, base, form, penalty)
         if len(seeds) != len(plain) or any("cause" in cell for cell in [*plain, *seeds]):
             continue
         name = f"{form} ρ = {penalty:g}"
@@ -205,14 +205,14 @@ def _row(seeds: list[dict[str, Any]]) -> list[str]:
     return [*[mean_sd(values) for values in numbers], penalty, f"{time:.1f}"]
 
 
-def draw(found: Cells) -> Figure:
+def draw(all_cells: Cells) -> Figure:
     """For each problem under our default: the gradient's norm and p along the path, and the held-out loss by ρ."""
-    names = [data for data in DATA if of(found, data, "default", "", 0.0)]
+    names = [data for data in DATA if of(all_cells, data, "default", "", 0.0)]
     figure = Figure(figsize=(11, 3.1 * len(names)), layout="constrained")
     lines = [("", 0.0, GREY, "-"), ("transient", 0.1, BLUE, "--"), ("permanent", 0.1, VERMILLION, "-.")]
     for axes, data in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
         for form, penalty, colour, style in lines:
-            seeds = [cell for cell in of(found, data, "default", form, penalty) if "cause" not in cell]
+            seeds = [cell for cell in of(all_cells, data, "default", form, penalty) if "cause" not in cell]
             for ax, name in zip(axes, ("gradient", "variance"), strict=False):
                 paths = torch.tensor([cell[name] for cell in seeds])
                 steps = EVERY * torch.arange(paths.shape[1] if len(seeds) else 0)
@@ -224,7 +224,7 @@ def draw(found: Cells) -> Figure:
         for base, marker in zip(BASES, ("o", "s"), strict=True):
             for form, colour, style in (("transient", BLUE, "--"), ("permanent", VERMILLION, "-.")):
                 places = [(0.0003, ""), *[(rho, form) for rho in PENALTY]]  # 0 stands left of the axis' break
-                losses = [of(found, data, base, f, rho if f else 0.0) for rho, f in places]
+                losses = [of(all_cells, data, base, f, rho if f else 0.0) for rho, f in places]
                 known = [
                     (rho, sum(c["log_loss"] for c in seeds) / len(seeds))
                     for (rho, _), seeds in zip(places, losses, strict=True)

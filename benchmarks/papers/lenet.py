@@ -105,13 +105,13 @@ def measure(cell: Cell, limit: int) -> dict[str, Any]:
     model, config = lenet5(cell.seed, init=cell.init), cell.config
     stream = sample_stream(cell.seed, limit)
     if config is not None:
-        found = kalman_pass(model, stream, config, give_up)
+        result = kalman_pass(model, stream, config, give_up)
     elif cell.row == "frozen":
-        found = frozen_pass(model, stream)
+        result = frozen_pass(model, stream)
     else:
-        found = gradient_pass(model, stream, optimizer(cell), decay=cell.row.endswith("decay"))
-    kept = summary(found)
-    return kept | {"config": dataclasses.asdict(config)} if config and is_ours(cell) else kept
+        result = gradient_pass(model, stream, optimizer(cell), decay=cell.row.endswith("decay"))
+    numbers = summary(result)
+    return numbers | {"config": dataclasses.asdict(config)} if config and is_ours(cell) else numbers
 
 
 def give_up(correct: Tensor, log_loss: Tensor) -> bool:
@@ -125,17 +125,17 @@ def is_ours(cell: Cell) -> bool:
     return cell.row.startswith(("ours/", "default"))
 
 
-def summary(found: Pass) -> dict[str, Any]:
+def summary(result: Pass) -> dict[str, Any]:
     """Numbers of a pass, up to a divergence; accuracy and log loss are None if the first update was refused."""
-    seen = len(found.correct)
-    kept: dict[str, Any] = {
-        "accuracy": round(found.correct.double().mean().item(), 6) if seen else None,
-        "log_loss": round(found.log_loss.double().mean().item(), 6) if seen else None,
-        "last_100_accuracy": round(found.correct[-100:].double().mean().item(), 6) if seen else None,
-        "milliseconds": round(1e3 * found.seconds, 3),
+    seen = len(result.correct)
+    numbers: dict[str, Any] = {
+        "accuracy": round(result.correct.double().mean().item(), 6) if seen else None,
+        "log_loss": round(result.log_loss.double().mean().item(), 6) if seen else None,
+        "last_100_accuracy": round(result.correct[-100:].double().mean().item(), 6) if seen else None,
+        "milliseconds": round(1e3 * result.seconds, 3),
         "steps": seen,
     }
-    return kept if found.cause is None else kept | {"diverged_at": found.diverged_at, "cause": found.cause}
+    return numbers if result.cause is None else numbers | {"diverged_at": result.diverged_at, "cause": result.cause}
 
 
 @cache

@@ -88,9 +88,9 @@ def _baselines(cells: Cells, init: str) -> list[str]:
 
 def _line(cells: Cells, row: str, values: Sequence[str], init: str) -> list[str]:
     """The cells of a row, and its median time per step."""
-    found = [_seeds(cells, row, value, init) for value in values]
-    times = [cell["milliseconds"] for seeds in found for cell in seeds if cell["steps"] > 0]
-    return [*(_text(seeds, cells, init) for seeds in found), f"{statistics.median(times):.1f}" if times else "–"]
+    by_value = [_seeds(cells, row, value, init) for value in values]
+    times = [cell["milliseconds"] for seeds in by_value for cell in seeds if cell["steps"] > 0]
+    return [*(_text(seeds, cells, init) for seeds in by_value), f"{statistics.median(times):.1f}" if times else "–"]
 
 
 def _text(seeds: list[Mapping[str, Any]], cells: Cells, init: str) -> str:
@@ -146,5 +146,5 @@ def _seeds(cells: Cells, row: str, value: str, init: str) -> list[Mapping[str, A
 
 def _values(cells: Cells, wanted: Any) -> list[str]:
     """Values of p₀, or learning rates, of the wanted rows, ascending, as in the keys."""
-    found = {key.split("/")[-3] for key in cells if wanted("/".join(key.split("/")[:-3]))}
-    return sorted(found, key=float)
+    values = {key.split("/")[-3] for key in cells if wanted("/".join(key.split("/")[:-3]))}
+    return sorted(values, key=float)

@@ -116,13 +116,13 @@ def measure(row: str, seed: int, given: Task, rank: int) -> dict[str, Any]:
     model, config = make_model(seed, rank, given.new_classes, given.text), config_of(row, seed)
     before = probe(seed, given, rank)
     if config is not None:
-        found, probs, log_prob = learn_filter(model, given, config)
+        result, probs, log_prob = learn_filter(model, given, config)
     else:
-        found = frozen_pass(model, given.stream) if row == "frozen" else learn_adamw(model, given.stream, RATES[row])
+        result = frozen_pass(model, given.stream) if row == "frozen" else learn_adamw(model, given.stream, RATES[row])
         probs, log_prob = softmax_predictions(model, given.heldout)
     step = (before + probe(seed, given, rank)) / 2
-    kept = online_scores(found, step) | heldout_scores(probs, log_prob, given.heldout.labels)
-    return kept if config is None else kept | {"config": dataclasses.asdict(config)}
+    numbers = online_scores(result, step) | heldout_scores(probs, log_prob, given.heldout.labels)
+    return numbers if config is None else numbers | {"config": dataclasses.asdict(config)}
 
 
 def learn_adamw(model: nn.Module, stream: Stream, rate: float) -> Pass:
@@ -144,13 +144,13 @@ def learn_filter(model: nn.Module, given: Task, config: bkf.KalmanConfig) -> tup
     history, nothing = posterior.history, torch.empty(0)
     correct, log_loss = history.get("correct", nothing), history.get("log_loss", nothing)
     check_finite("log_loss", log_loss)
-    found = Pass(correct.bool(), log_loss, seconds / max(1, len(correct)))
+    result = Pass(correct.bool(), log_loss, seconds / max(1, len(correct)))
     if refused is not None:
-        found = found._replace(diverged_at=refused.step, cause=refused.cause)
+        result = result._replace(diverged_at=refused.step, cause=refused.cause)
     prediction = posterior.predict_loader(given.heldout.batches(256))
     assert prediction.probs is not None  # a classifier
     assert prediction.log_prob is not None  # with labels
-    return found, prediction.probs, prediction.log_prob
+    return result, prediction.probs, prediction.log_prob
 
 
 @torch.no_grad()
@@ -167,17 +167,17 @@ def probe(seed: int, given: Task, rank: int) -> float:
     return learn_adamw(model, given.stream.first(PROBE), 1e-4).seconds
 
 
-def online_scores(found: Pass, adamw_seconds: float) -> dict[str, Any]:
+def online_scores(result: Pass, adamw_seconds: float) -> dict[str, Any]:
     """Numbers of the pass, up to a divergence, and whether each example was predicted correctly, as bits."""
-    kept: dict[str, Any] = {
-        "online_accuracy": found.correct.double().mean().item() if len(found.correct) else None,
-        "online_log_loss": found.log_loss.double().mean().item() if len(found.correct) else None,
-        "steps": len(found.correct),
-        "milliseconds": 1e3 * found.seconds,
+    numbers: dict[str, Any] = {
+        "online_accuracy": result.correct.double().mean().item() if len(result.correct) else None,
+        "online_log_loss": result.log_loss.double().mean().item() if len(result.correct) else None,
+        "steps": len(result.correct),
+        "milliseconds": 1e3 * result.seconds,
         "adamw_milliseconds": 1e3 * adamw_seconds,
-        "correct": base64.b64encode(np.packbits(found.correct.numpy()).tobytes()).decode(),
+        "correct": base64.b64encode(np.packbits(result.correct.numpy()).tobytes()).decode(),
     }
-    return kept if found.cause is None else kept | {"diverged_at": found.diverged_at, "cause": found.cause}
+    return numbers if result.cause is None else numbers | {"diverged_at": result.diverged_at, "cause": result.cause}
 
 
 def heldout_scores(probs: Tensor, log_prob: Tensor, labels: Tensor) -> dict[str, float]:

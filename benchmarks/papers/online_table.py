@@ -71,15 +71,15 @@ def best_adamw(cells: Cells) -> str | None:
 
 
 def _line(cells: Cells, row: str, best: bool) -> list[str]:
-    found = list(_seeds(cells, row).values())
-    refused = [cell["diverged_at"] for cell in found if "cause" in cell]
+    measured = list(_seeds(cells, row).values())
+    refused = [cell["diverged_at"] for cell in measured if "cause" in cell]
     name = _name(row) + (" *" if best else "")
-    online = [mean_sd([c[k] for c in found if c[k] is not None]) for k in ("online_accuracy", "online_log_loss")]
+    online = [mean_sd([c[k] for c in measured if c[k] is not None]) for k in ("online_accuracy", "online_log_loss")]
     if refused:
-        online[0] += f" (div@{min(refused)}, {len(refused)}/{len(found)})"
-    band = f"[{_mean(found, 'ece_null_low'):.3f}, {_mean(found, 'ece_null_high'):.3f}]"
-    cost = f"{statistics.mean(c['milliseconds'] / c['adamw_milliseconds'] for c in found):.2f}"
-    scores = [mean_sd([c[k] for c in found]) for k in ("accuracy", "nll", "ece")]
+        online[0] += f" (div@{min(refused)}, {len(refused)}/{len(measured)})"
+    band = f"[{_mean(measured, 'ece_null_low'):.3f}, {_mean(measured, 'ece_null_high'):.3f}]"
+    cost = f"{statistics.mean(c['milliseconds'] / c['adamw_milliseconds'] for c in measured):.2f}"
+    scores = [mean_sd([c[k] for c in measured]) for k in ("accuracy", "nll", "ece")]
     return [name, *online, *scores[:2], f"{scores[2]} {band}", cost]
 
 
@@ -109,8 +109,8 @@ def _correct(cell: Mapping[str, Any]) -> np.ndarray:
     return np.unpackbits(bits, count=cell["steps"]).astype(bool)
 
 
-def _mean(found: Sequence[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(cell[key] for cell in found)
+def _mean(measured: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(cell[key] for cell in measured)
 
 
 def _name(row: str) -> str:

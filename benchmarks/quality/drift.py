@@ -87,27 +87,27 @@ def bank_pass(bank: bkf.Bank, given: Stream) -> tuple[Pass, dict[str, Any]]:
     check_finite("log_loss", torch.cat(losses))
     alarms = drift_alarm(torch.cat(probs), given.labels).alarms.tolist()
     settings = [{name: getattr(kf.config, name) for name in GRID} for kf in bank.filters]
-    kept = {
+    numbers = {
         "alarms": alarms,
         "leaders": leaders,
         "settings": settings,
         "own_passes": list(state.own_passes),
         "evidence": bank.evidence(state).tolist(),
     }
-    return Pass(torch.cat(correct).bool(), torch.cat(losses), seconds), kept
+    return Pass(torch.cat(correct).bool(), torch.cat(losses), seconds), numbers
 
 
 def measure(kind: str, row: str, seed: int) -> dict[str, Any]:
     """The numbers of a row that the results file keeps: means, and the moving accuracy for the figure."""
-    found, extra = learn(row, stream(kind, seed), seed)
-    halves = found.correct.double().view(2, -1).mean(1).tolist()
+    result, extra = learn(row, stream(kind, seed), seed)
+    halves = result.correct.double().view(2, -1).mean(1).tolist()
     return {
-        "accuracy": found.correct.double().mean().item(),
+        "accuracy": result.correct.double().mean().item(),
         "first_half": halves[0],
         "second_half": halves[1],
-        "log_loss": found.log_loss.double().mean().item(),
-        "milliseconds": 1e3 * found.seconds,
-        "moving": [round(value, 4) for value in moving_average(found.correct.double(), WINDOW)[::20].tolist()],
+        "log_loss": result.log_loss.double().mean().item(),
+        "milliseconds": 1e3 * result.seconds,
+        "moving": [round(value, 4) for value in moving_average(result.correct.double(), WINDOW)[::20].tolist()],
         **extra,
     }
 
@@ -184,10 +184,10 @@ def plot(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for panel, (kind, title) in zip(panels, STREAMS.items(), strict=True):
         best = best_rate(cells, kind)
         for row, colour in ((best, "adamw"), ("default", "default"), ("bank", "bank")):
-            found = of(cells, kind, row) if row else []
-            if not found:
+            measured = of(cells, kind, row) if row else []
+            if not measured:
                 continue
-            mean = torch.tensor([cell["moving"] for cell in found]).mean(0)
+            mean = torch.tensor([cell["moving"] for cell in measured]).mean(0)
             steps = WINDOW + 20 * torch.arange(len(mean))
             label = f"AdamW {row[6:]}, best in hindsight" if colour == "adamw" else TITLES[row]
             panel.plot(steps, mean, color=COLOURS[colour], label=label)

@@ -95,9 +95,9 @@ def intervals(probs: Tensor, targets: Tensor) -> dict[str, tuple[float, float, f
     correct, uncertainty = hit.bool(), ev.entropy(probs)
     scores["error_auroc"] = ev.error_detection(uncertainty, correct).auroc
     scores["error_auroc_low"], scores["error_auroc_high"] = ev.error_detection_intervals(uncertainty, correct).auroc
-    kept = ev.selective_intervals(confidence, correct, (0.8, 0.95)).accuracy
+    selective = ev.selective_intervals(confidence, correct, (0.8, 0.95)).accuracy
     for share, value, ends in zip(
-        (80, 95), ev.accuracy_at_coverage(confidence, correct, (0.8, 0.95)), kept, strict=True
+        (80, 95), ev.accuracy_at_coverage(confidence, correct, (0.8, 0.95)), selective, strict=True
     ):
         scores |= {f"accuracy_at_{share}": value.item()}
         scores |= {f"accuracy_at_{share}_low": ends.low, f"accuracy_at_{share}_high": ends.high}
@@ -121,8 +121,8 @@ def coverage(size: int, classes: int, kind: str, spread: float) -> dict[str, flo
     inside: dict[str, list[bool]] = {}
     without = 0
     for seed in range(repeats):
-        found = intervals(*draw(np.random.default_rng([seed, size, classes]), size, classes, kind, spread))
-        for name, (value, low, high) in found.items():
+        measured = intervals(*draw(np.random.default_rng([seed, size, classes]), size, classes, kind, spread))
+        for name, (value, low, high) in measured.items():
             inside.setdefault(name, []).append(low <= true[name] <= high)
             without += not low <= value <= high
     return {name: sum(hits) / len(hits) for name, hits in inside.items()} | {"repeats": repeats, "without": without}
@@ -169,11 +169,11 @@ def cases(what: str) -> Iterator[tuple[int, int, str, float]]:
 
 def render(cells: dict[str, dict[str, float]]) -> list[str]:
     """Body of the Markdown file."""
-    found = {key: cell for key, cell in cells.items() if key.startswith("intervals")}
-    names = sorted({name for cell in found.values() for name in cell} - {"repeats", "without"})
+    part_cells = {key: cell for key, cell in cells.items() if key.startswith("intervals")}
+    names = sorted({name for cell in part_cells.values() for name in cell} - {"repeats", "without"})
     rows = []
     for name in names:
-        held = {key: cell for key, cell in found.items() if name in cell}
+        held = {key: cell for key, cell in part_cells.items() if name in cell}
         worst = min(held, key=lambda key: held[key][name])
         pooled = {
             (size, kind): _pooled(held, name, size, kind) for size in SIZES for kind in KINDS if _has(held, size, kind)
@@ -185,13 +185,13 @@ def render(cells: dict[str, dict[str, float]]) -> list[str]:
         lowest = f"{100 * pooled[low]:.1f} ({low[0]}, {low[1]})"
         of_cell = f"{100 * held[worst][name]:.0f} % of {held[worst]['repeats']:.0f} data sets ({where})"
         rows.append([name, f"{100 * mean:.1f}", lowest, of_cell])
-    without = sum(cell["without"] for cell in found.values())
-    total = sum(cell["repeats"] for cell in found.values())
+    without = sum(cell["without"] for cell in part_cells.values())
+    total = sum(cell["repeats"] for cell in part_cells.values())
     header = ["score", "mean, %", "lowest by size and kind, %", "lowest cell"]
     body = [
         "## Coverage of 95 % intervals",
         "",
-        f"{total:,.0f} data sets in {len(found)} cells; {without:.0f} intervals",
+        f"{total:,.0f} data sets in {len(part_cells)} cells; {without:.0f} intervals",
     ]
     body[-1] += " without their own value. Log losses have none of fewer than 50 examples."
     body += ["", *markdown_table(header, rows), "", "## Verdicts", ""]
@@ -212,6 +212,7 @@ def _of_pages(cells: dict[str, dict[str, float]]) -> list[str]:
     body: list[str] = []
     for what, title in (("page", "Coverage of the other intervals of a page"), ("alarms", "False verdicts of a page")):
         part = {key.removeprefix(f"{what}/"): cell for key, cell in cells.items() if key.startswith(f"{what}/")}
+        part = dict(sorted(part.items(), key=lambda item: [int(number) for number in item[0].split("/")]))
         names = [n for n in dict.fromkeys(n for cell in part.values() for n in cell) if n not in ("repeats", "without")]
         rows = [[n, *(f"{100 * cell[n]:.1f}" if n in cell else "" for cell in part.values())] for n in names]
         columns = [f"{size} examples, {classes} classes" for size, classes in (key.split("/") for key in part)]

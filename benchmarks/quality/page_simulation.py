@@ -35,14 +35,14 @@ def population(rng: np.random.Generator, size: int, classes: int) -> dict[str, T
     return {"draws": draws, "human": human, "targets": targets, "foreign": foreign}
 
 
-def page(found: dict[str, Tensor], sets: ev.ConformalSets) -> ev.Report:
+def page(drawn: dict[str, Tensor], sets: ev.ConformalSets) -> ev.Report:
     """The report on a :func:`population`."""
     return ev.evaluate_predictions(
-        found["draws"].mean(0),
-        found["targets"],
-        uncertainty=ev.entropy_parts(found["draws"]),
-        ood={"foreign": found["foreign"]},
-        human=found["human"],
+        drawn["draws"].mean(0),
+        drawn["targets"],
+        uncertainty=ev.entropy_parts(drawn["draws"]),
+        ood={"foreign": drawn["foreign"]},
+        human=drawn["human"],
         conformal=sets,
         num_simulations=SIMULATIONS,
     )
@@ -70,8 +70,8 @@ def alarms(size: int, classes: int) -> dict[str, float]:
     counts = dict.fromkeys([*ALARMS, "right forecasts", "equal models"], 0)
     for seed in range(2 * REPEATS):
         rng = np.random.default_rng([seed, size, classes, 1])
-        found, other = population(rng, size, classes), population(rng, size, classes)
-        probs, top = found["draws"].mean(0), found["draws"].mean(0).argmax(1)
+        drawn, other = population(rng, size, classes), population(rng, size, classes)
+        probs, top = drawn["draws"].mean(0), drawn["draws"].mean(0).argmax(1)
         right = torch.from_numpy(rng.random(size) < 0.7)
         targets = torch.where(right, top, (top + 1) % classes)
         history = {"innovation": torch.from_numpy(rng.chisquare(1, size)), "dof": torch.ones(size)}
@@ -86,7 +86,7 @@ def alarms(size: int, classes: int) -> dict[str, float]:
         counts["right forecasts"] += not any(sentence.startswith(uniform) for sentence in forecast.sections.verdict)
         blurred = torch.from_numpy(0.3 * rng.normal(size=(2, size, classes)))
         models = {f"model {k}": (probs.log() + blurred[k]).softmax(1) for k in range(2)}
-        compared = ev.compare_predictions(models, found["targets"])
+        compared = ev.compare_predictions(models, drawn["targets"])
         counts["equal models"] += any(
             difference.is_clear for score in compared.values() for difference in score.differences
         )

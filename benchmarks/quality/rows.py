@@ -83,9 +83,9 @@ def temperature(setting: Setting, stream: Stream, seed: int, choice: Choice) -> 
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        found = F.cross_entropy(outputs * log_scale.exp(), rest.labels)
-        found.backward()
-        return found
+        mean_loss = F.cross_entropy(outputs * log_scale.exp(), rest.labels)
+        mean_loss.backward()
+        return mean_loss
 
     optimizer.step(loss)  # type: ignore[arg-type]  # a closure that returns a tensor, as torch documents
     scale = log_scale.detach().exp().clamp(0.1, 2.0)
@@ -159,11 +159,11 @@ def ivon(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned
         schedule.step()
 
     def predict(given: Stream) -> Tensor:
-        found = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        total = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
         for _ in range(DRAWS):
             with optimizer.sampled_params():
-                found += softmax(model, given)
-        return found / DRAWS
+                total += softmax(model, given)
+        return total / DRAWS
 
     return Learned(predict)
 
@@ -199,12 +199,12 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
 
     @torch.no_grad()
     def predict(given: Stream) -> Tensor:
-        found = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        summed = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
         for _ in range(DRAWS):
             drawn = {names[site]: value for site, value in guide(*stream.batches(BATCH)[0]).items() if site in names}
             outputs = [substituted(model, drawn, inputs) for inputs, _ in given.batches(AHEAD)]
-            found += torch.cat(outputs).double().softmax(1)
-        return found / DRAWS
+            summed += torch.cat(outputs).double().softmax(1)
+        return summed / DRAWS
 
     return Learned(predict)
 
@@ -261,9 +261,9 @@ def predictive(posterior: bkf.Posterior) -> Predict:
     """The posterior's default predictions."""
 
     def predict(given: Stream) -> Tensor:
-        found = posterior.predict_loader([(inputs, None) for inputs, _ in given.batches(AHEAD)])
-        assert found.probs is not None  # a classifier
-        return found.probs.double()
+        prediction = posterior.predict_loader([(inputs, None) for inputs, _ in given.batches(AHEAD)])
+        assert prediction.probs is not None  # a classifier
+        return prediction.probs.double()
 
     return predict
 

@@ -60,7 +60,7 @@ def measure(data: str, row: str, seed: int, choice: Mapping[str, float], cap: fl
         begun = time.process_time()
         probs = learned.predict(given.heldout)
         predicted = time.process_time() - begun
-        kept = scores(probs, learned.predict(given.foreign), given)
+        cell = scores(probs, learned.predict(given.foreign), given)
     except Exception as error:  # an error of a peer is its result
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}
@@ -68,7 +68,7 @@ def measure(data: str, row: str, seed: int, choice: Mapping[str, float], cap: fl
     step = (step + probe(data, given, seed)) / 2
     run = step * math.ceil(len(given.stream.labels) / BATCH)
     times = {"seconds": fitted, "adamw_seconds": run, "predict_seconds": predicted, "mib": most / MIB}
-    return kept | online(learned) | times | dict(learned.facts)
+    return cell | online(learned) | times | dict(learned.facts)
 
 
 def scores(probs: Tensor, foreign: Tensor, given: Problem) -> dict[str, float]:
@@ -78,7 +78,7 @@ def scores(probs: Tensor, foreign: Tensor, given: Problem) -> dict[str, float]:
     labels, uncertainty = given.heldout.labels, entropy(probs)
     ece = calibration_test(probs, labels, "ece")
     wrong = probs.argmax(1) != labels
-    found = {
+    numbers = {
         "accuracy": accuracy(probs, labels),
         "nll": negative_log_likelihood(probs, labels),
         "brier": brier_score(probs, labels),
@@ -90,8 +90,8 @@ def scores(probs: Tensor, foreign: Tensor, given: Problem) -> dict[str, float]:
         "error_auroc": ood_scores(uncertainty[~wrong], uncertainty[wrong]).auroc,
     }
     if given.human is not None:  # cross-entropy against the shares of people's answers
-        found["human_nll"] = -(given.human * probs.log()).nan_to_num(0.0).sum(1).mean().item()
-    return found
+        numbers["human_nll"] = -(given.human * probs.log()).nan_to_num(0.0).sum(1).mean().item()
+    return numbers
 
 
 def online(learned: Learned) -> dict[str, float]:

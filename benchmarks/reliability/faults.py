@@ -129,17 +129,17 @@ def loaded(kind: Kind, folder: Path) -> dict[str, Any]:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     try:
         labels, head = read_labels(folder), read_new_head(folder)
-        found = bkf.Posterior.from_pretrained(folder, model)
+        posterior = bkf.Posterior.from_pretrained(folder, model)
     except ValueError:
         after = model.state_dict()
         assert before.keys() == after.keys(), "the base model was changed"
         assert all(torch.equal(t, after[name]) for name, t in before.items()), "the base model was changed"
         raise
-    tensors = {f"belief.{name}": t for name, t in found.state.belief._asdict().items()}
-    tensors |= {f"prior.{name}": t for name, t in found.state.prior._asdict().items()} | head
-    tensors |= {"probs": found.predict(kind.inputs).probs, "mean": found.adapter.vector()}
-    tensors |= {f"history.{name}": t for name, t in found.history.items()}
-    return {"tensors": tensors, "config": found.config, "labels": labels, "step": found.state.step}
+    tensors = {f"belief.{name}": t for name, t in posterior.state.belief._asdict().items()}
+    tensors |= {f"prior.{name}": t for name, t in posterior.state.prior._asdict().items()} | head
+    tensors |= {"probs": posterior.predict(kind.inputs).probs, "mean": posterior.adapter.vector()}
+    tensors |= {f"history.{name}": t for name, t in posterior.history.items()}
+    return {"tensors": tensors, "config": posterior.config, "labels": labels, "step": posterior.state.step}
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -155,7 +155,7 @@ def damage(number: int, folder: Path, seed: int = 0, progress: bool = True) -> C
     Raises:
         AssertionError: if another posterior was loaded, an error is not a sentence, or the base was changed.
     """
-    rng, found = random.Random(seed), Counter[tuple[str, str]]()  # noqa: S311 (no secrets)
+    rng, counts = random.Random(seed), Counter[tuple[str, str]]()  # noqa: S311 (no secrets)
     ways, sound = kinds(), {}
     for name, kind in ways.items():
         for which, posterior in enumerate(kind.posteriors):
@@ -179,8 +179,8 @@ def damage(number: int, folder: Path, seed: int = 0, progress: bool = True) -> C
         else:
             assert same(here, sound[name]), f"{fault} of {file} in {name}: another posterior was loaded"
             outcome = "did not matter"
-        found[fault, outcome] += 1
-    return found
+        counts[fault, outcome] += 1
+    return counts
 
 
 def no_room(folder: Path, tries: int, seed: int = 0) -> int:
@@ -214,11 +214,11 @@ def main() -> None:
     file = ResultFile("faults")
     file.begin()
     with TemporaryDirectory() as scratch:
-        found = damage(args.faults, Path(scratch))
+        outcomes = damage(args.faults, Path(scratch))
     with TemporaryDirectory() as scratch:
         ended = no_room(Path(scratch), args.saves)
-    counts = {fault: {outcome: found[fault, outcome] for outcome in OUTCOMES} for fault in FAULTS}
-    counts["all"] = {outcome: sum(found[fault, outcome] for fault in FAULTS) for outcome in OUTCOMES}
+    counts = {fault: {outcome: outcomes[fault, outcome] for outcome in OUTCOMES} for fault in FAULTS}
+    counts["all"] = {outcome: sum(outcomes[fault, outcome] for fault in FAULTS) for outcome in OUTCOMES}
     for fault, cell in counts.items():
         file.put(fault, cell)
     file.put("saves without room", {"tried": args.saves, "ended": ended})

@@ -17,14 +17,14 @@ Tree = dict[str, Any]
 
 def snapshot(folder: Path) -> Tree:
     """Every file and link below ``folder``: name -> (mode, content) of a file, or the target of a link."""
-    found: Tree = {}
+    tree: Tree = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            found[name] = str(path.readlink())
+            tree[name] = str(path.readlink())
         elif path.is_file():
-            found[name] = (path.stat().st_mode, path.read_bytes())
-    return found
+            tree[name] = (path.stat().st_mode, path.read_bytes())
+    return tree
 
 
 def killed_at(change: int, work: Callable[[], object]) -> bool:

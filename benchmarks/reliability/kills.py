@@ -79,18 +79,18 @@ def run(kills: int, length: int, folder: Path, seed: int = 0, longest: float = 0
         opened += alive
         partial += any(path.name.startswith(".bayes_kf-") for path in folder.iterdir())
         (folder / "notes").touch()  # a user's file
-        found = bkf.Posterior.from_pretrained(folder, network())
-        if found.state.step < steps:
-            raise AssertionError(f"went back from update {steps} to {found.state.step}")
-        steps = found.state.step
+        resumed = bkf.Posterior.from_pretrained(folder, network())
+        if resumed.state.step < steps:
+            raise AssertionError(f"went back from update {steps} to {resumed.state.step}")
+        steps = resumed.state.step
         if steps == length:
-            equal &= all(torch.equal(a, b) for a, b in zip(found.state.belief, whole.state.belief, strict=True))
-            equal &= torch.equal(found.history["log_loss"], whole.history["log_loss"])
+            equal &= all(torch.equal(a, b) for a, b in zip(resumed.state.belief, whole.state.belief, strict=True))
+            equal &= torch.equal(resumed.history["log_loss"], whole.history["log_loss"])
             passes, steps = passes + 1, 0
             folder.rename(folder.with_name(f"pass-{passes}"))
-    found = bkf.fit(network(), stream(length), CONFIG, checkpoint=folder, progress=False)  # the rest, without kills
-    equal &= all(torch.equal(a, b) for a, b in zip(found.state.belief, whole.state.belief, strict=True))
-    equal &= torch.equal(found.history["log_loss"], whole.history["log_loss"])
+    resumed = bkf.fit(network(), stream(length), CONFIG, checkpoint=folder, progress=False)  # the rest, without kills
+    equal &= all(torch.equal(a, b) for a, b in zip(resumed.state.belief, whole.state.belief, strict=True))
+    equal &= torch.equal(resumed.history["log_loss"], whole.history["log_loss"])
     left = sorted(path.name for path in folder.iterdir() if path.name not in OURS)
     if left not in ([], ["notes"]):
         raise AssertionError(f"{left} was left")
@@ -110,12 +110,12 @@ def main() -> None:
     file, begun = ResultFile("kills"), time.perf_counter()
     file.begin()
     with TemporaryDirectory() as folder:
-        found = run(args.kills, args.length, Path(folder) / "pass")
-    file.put(str(args.kills), found | {"seconds": time.perf_counter() - begun})
-    rows = [[name.replace("_", " "), str(value)] for name, value in found.items()]
+        counts = run(args.kills, args.length, Path(folder) / "pass")
+    file.put(str(args.kills), counts | {"seconds": time.perf_counter() - begun})
+    rows = [[name.replace("_", " "), str(value)] for name, value in counts.items()]
     text = "Every folder opened, none behind the one before; whole passes were compared with one never stopped."
     file.write_markdown("Killed at random moments", [*markdown_table(["", "seen"], rows), "", text])
-    print(found)
+    print(counts)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,12 @@ def online(examples: int = 100_000, every: int = 5_000) -> dict[str, Any]:
             if process.returncode != -9:
                 raise RuntimeError(error)
         seconds = time.perf_counter() - begun
-        found = json.loads((out / STREAM_FILE).read_text())
+        noted = json.loads((out / STREAM_FILE).read_text())
     return {
-        "examples": found["examples"],
+        "examples": noted["examples"],
         "checkpoints_every": every,
-        "online_accuracy": found["correct"] / found["examples"],
-        "alarms": len(found["alarms"]),
+        "online_accuracy": noted["correct"] / noted["examples"],
+        "alarms": len(noted["alarms"]),
         "examples_a_second": examples / seconds,
         "mib_early": memory[min(len(memory) - 1, 60)],
         "mib_most": most,
@@ -169,7 +169,7 @@ def classes() -> dict[str, Any]:
     """Ten thousand classes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10_000))
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for curvature in ("sampled", "truncated"):
         kf = bkf.KalmanFilter(model, bkf.KalmanConfig(curvature=curvature, rank=5))
         x, y = torch.randn(4, 32), torch.tensor([0, 17, 9_999, 5_000])
@@ -177,10 +177,10 @@ def classes() -> dict[str, Any]:
         state, _ = kf.update(state, x, y)
         begun = time.perf_counter()
         state, info = kf.update(state, x, y)
-        found[f"seconds_{curvature}"] = time.perf_counter() - begun
+        numbers[f"seconds_{curvature}"] = time.perf_counter() - begun
         probs = bkf.Posterior(kf, state).predict(x).probs
-        found[f"finite_{curvature}"] = bool(torch.isfinite(probs).all() and torch.isfinite(info.log_loss).all())
-    return {"classes": 10_000} | found
+        numbers[f"finite_{curvature}"] = bool(torch.isfinite(probs).all() and torch.isfinite(info.log_loss).all())
+    return {"classes": 10_000} | numbers
 
 
 def threads(number: int = 64) -> dict[str, Any]:

@@ -94,9 +94,9 @@ def sample(file: ResultFile, folder: Path, size: int, seed: int, children: tuple
     known = outcomes(folder)
     chosen = random.Random(seed).sample(sorted(known), size)  # noqa: S311 (no secrets)
     mutmut(folder, "run", *children, *chosen)
-    found = outcomes(folder)
+    results = outcomes(folder)
     for where in ("inference", "evaluation", "all"):
-        tried = {name: found[name] for name in chosen if where in ("all", group(name))}
+        tried = {name: results[name] for name in chosen if where in ("all", group(name))}
         killed = sum(status in KILLED for status in tried.values())
         interval = stats.binomtest(killed, len(tried)).proportion_ci(method="wilson")
         cell = {

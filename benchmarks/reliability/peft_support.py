@@ -82,7 +82,7 @@ class Outcome:
 
 def run(case: Case) -> Outcome:
     """The outcome of all steps of a case."""
-    found = Outcome(case.name, case.kind)
+    outcome = Outcome(case.name, case.kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -90,10 +90,10 @@ def run(case: Case) -> Outcome:
             with torch.no_grad():
                 model(**_forwarded(inputs)) if isinstance(inputs, dict) else model(inputs)
         except Exception as error:
-            found.broken = f"{type(error).__name__}: {_line(error)}"
-            return found
-        _Run(case, case.wrap(case.base()), found).all()
-    return found
+            outcome.broken = f"{type(error).__name__}: {_line(error)}"
+            return outcome
+        _Run(case, case.wrap(case.base()), outcome).all()
+    return outcome
 
 
 def _forwarded(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -107,8 +107,8 @@ def _line(error: BaseException) -> str:
 class _Run:
     """The steps of a case."""
 
-    def __init__(self, case: Case, model: nn.Module, found: Outcome) -> None:
-        self.case, self.model, self.found = case, model, found
+    def __init__(self, case: Case, model: nn.Module, outcome: Outcome) -> None:
+        self.case, self.model, self.outcome = case, model, outcome
         self.inputs = case.inputs()
         self.reads = isinstance(self.inputs, dict) and "place" in self.inputs  # a language model
         self.targets = torch.arange(EXAMPLES) % 3
@@ -145,24 +145,24 @@ class _Run:
             batches = [(self.inputs, self.targets)]
             self.posterior = bkf.fit(self._read(self.model), batches, config, progress=False)
         except ValueError as error:
-            self.found.refusal = str(error)
+            self.outcome.refusal = str(error)
         except Exception as error:
-            self.found.steps["fit"] = f"{type(error).__name__}: {_line(error)}"
+            self.outcome.steps["fit"] = f"{type(error).__name__}: {_line(error)}"
         else:
-            self.found.steps["fit"] = "yes"
-        if "fit" not in self.found.steps:
+            self.outcome.steps["fit"] = "yes"
+        if "fit" not in self.outcome.steps:
             self._step("model", self.as_it_was)
-            if self.found.steps["model"] != "yes":
-                self.found.refusal = ""
-        return self.found.steps.get("fit") == "yes"
+            if self.outcome.steps["model"] != "yes":
+                self.outcome.refusal = ""
+        return self.outcome.steps.get("fit") == "yes"
 
     def _step(self, name: str, step: Callable[[], None]) -> None:
         try:
             step()
-            self.found.steps[name] = "yes"
+            self.outcome.steps[name] = "yes"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            self.found.steps[name] = (
+            self.outcome.steps[name] = (
                 f"{type(error).__name__}: {_line(error)} ({Path(where.filename).name}:{where.lineno})"
             )
 
@@ -207,15 +207,18 @@ class _Run:
         for b in range(EXAMPLES):
             out = self._outputs(model, slice(b, b + 1))[0]
             for j in range(min(3, len(out))):
-                found = torch.autograd.grad(out[j], own, retain_graph=True, allow_unused=True)
+                by_tensor = torch.autograd.grad(out[j], own, retain_graph=True, allow_unused=True)
                 rows.append(
                     torch.cat(
-                        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(own, found, strict=True)]
+                        [
+                            (torch.zeros_like(p) if g is None else g).flatten()
+                            for p, g in zip(own, by_tensor, strict=True)
+                        ]
                     )
                 )
         exact = torch.stack(rows).view(EXAMPLES, -1, len(mean))
-        found = self.posterior.kf.linearize(mean, self.inputs).jacobian().dense()[:, : exact.shape[1]]
-        apart = float((found - exact).norm() / exact.norm())
+        by_tensor = self.posterior.kf.linearize(mean, self.inputs).jacobian().dense()[:, : exact.shape[1]]
+        apart = float((by_tensor - exact).norm() / exact.norm())
         if not apart < 1e-4:
             raise AssertionError(f"rows are off by {apart:.2g}")
         if not bool(torch.isfinite(self.posterior.predict(self.inputs, "linearized").probs).all()):
@@ -239,12 +242,12 @@ class _Run:
 
     def sampled(self) -> None:
         """Sampled predictions equal the mean over models with the draws in them."""
-        found = self.posterior.predict(self.inputs, "sampled", DRAWS, torch.Generator().manual_seed(0)).probs
+        probs = self.posterior.predict(self.inputs, "sampled", DRAWS, torch.Generator().manual_seed(0)).probs
         with torch.no_grad():
             made = self._reference(self.draws[0])
             drawn = [self._outputs(self._reference(draw, made)).softmax(-1) for draw in self.draws]
             expected = torch.stack(drawn).mean(0)
-        _near(found, expected)
+        _near(probs, expected)
 
     def save(self) -> None:
         """Save into a new folder."""
@@ -302,9 +305,9 @@ class _Run:
             raise AssertionError("other modes")
 
 
-def _near(found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None
-    apart = float((found - expected).abs().max())
+def _near(value: Tensor | None, expected: Tensor) -> None:
+    assert value is not None
+    apart = float((value - expected).abs().max())
     if not apart <= CLOSE:
         raise AssertionError(f"a probability is off by {apart:.2g}")
 
@@ -314,17 +317,19 @@ def page(outcomes: list[Outcome]) -> str:
     lines = ["# PEFT types", "", HEAD.format(version=peft.__version__)]
     heads = ["adapter", *(step if step != "model" else "model unchanged" for step in STEPS)]
     lines += ["| " + " | ".join(heads) + " |", "| --- |" + " :-: |" * len(STEPS)]
-    works = [found for found in outcomes if not found.refusal and not found.broken]
-    lines += [f"| {found.name} | " + " | ".join(_cell(found.steps.get(s, "")) for s in STEPS) + " |" for found in works]
+    works = [outcome for outcome in outcomes if not outcome.refusal and not outcome.broken]
+    lines += [
+        f"| {outcome.name} | " + " | ".join(_cell(outcome.steps.get(s, "")) for s in STEPS) + " |" for outcome in works
+    ]
     lines += ["", "## Refused", "", "| adapter | what `fit` says |", "| --- | --- |"]
-    lines += [f"| {found.name} | {found.refusal} |" for found in outcomes if found.refusal]
+    lines += [f"| {outcome.name} | {outcome.refusal} |" for outcome in outcomes if outcome.refusal]
     lines += ["", "## What PEFT itself does not run here", "", "| adapter | what PEFT says |", "| --- | --- |"]
-    lines += [f"| {found.name} | {found.broken} |" for found in outcomes if found.broken]
+    lines += [f"| {outcome.name} | {outcome.broken} |" for outcome in outcomes if outcome.broken]
     faults = [
-        f"- {found.name}: {step}: {found.steps[step]}"
-        for found in works
-        for step in found.steps
-        if found.steps[step] != "yes"
+        f"- {outcome.name}: {step}: {outcome.steps[step]}"
+        for outcome in works
+        for step in outcome.steps
+        if outcome.steps[step] != "yes"
     ]
     if faults:
         lines += ["", "## Known faults", "", *faults]
@@ -342,15 +347,15 @@ def main() -> None:
     for case in CASES:
         if args.only and not any(part in case.name for part in args.only):
             continue
-        found = run(case)
-        outcomes.append(found)
-        bad = {step: text for step, text in found.steps.items() if text != "yes"}
+        outcome = run(case)
+        outcomes.append(outcome)
+        bad = {step: text for step, text in outcome.steps.items() if text != "yes"}
         print(
-            found.name,
+            outcome.name,
             "|",
-            "PEFT: " + found.broken if found.broken else "",
+            "PEFT: " + outcome.broken if outcome.broken else "",
             "|",
-            found.refusal and "REFUSED " + found.refusal,
+            outcome.refusal and "REFUSED " + outcome.refusal,
             "|",
             bad or "all right",
             flush=True,

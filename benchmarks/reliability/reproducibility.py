@@ -121,13 +121,15 @@ def run(case: str, folder: Path, threads: int, device: str) -> None:
     predicted = posterior.predict_loader(heldout)
     report = bkf.evaluate(posterior, heldout)
     report.save(folder / "report.html")
-    found: dict[str, Tensor] = {
+    tensors: dict[str, Tensor] = {
         "mean": posterior.mean_vector,
         "variance": posterior.kf.marginal_variance(posterior.state),
         "prediction": predicted.mean if predicted.probs is None else predicted.probs,
         "scores": torch.tensor(list(report.scores.values()), dtype=torch.float64),
     }
-    save_file({name: value.detach().cpu().contiguous() for name, value in found.items()}, folder / "found.safetensors")
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / "found.safetensors"
+    )
 
 
 def start(case: str, folder: Path, setting: dict[str, Any]) -> None:

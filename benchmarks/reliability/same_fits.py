@@ -54,11 +54,11 @@ class Hashes:
     """Hashes by the name of what was hashed."""
 
     def __init__(self) -> None:
-        self.found: dict[str, str] = {}
+        self.by_name: dict[str, str] = {}
 
     def add(self, name: str, content: bytes) -> None:
         """The hash of some bytes under ``name``."""
-        self.found[name] = hashlib.sha256(content).hexdigest()[:16]
+        self.by_name[name] = hashlib.sha256(content).hexdigest()[:16]
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """The hash of a tensor's type, shape and numbers."""
@@ -450,13 +450,13 @@ FITS: dict[str, Callable[[], Iterator[tuple[str, Hashes]]]] = {
 def compute(names: list[str]) -> dict[str, dict[str, str]]:
     """Hashes of the named fits: "fit/variant" -> name -> hash."""
     torch.set_num_threads(1)
-    found: dict[str, dict[str, str]] = {}
+    fits: dict[str, dict[str, str]] = {}
     for name in names:
         begun = time.perf_counter()
         for variant, hashes in FITS[name]():
-            found[f"{name}/{variant}"] = dict(sorted(hashes.found.items()))
+            fits[f"{name}/{variant}"] = dict(sorted(hashes.by_name.items()))
         print(f"{name}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
-    return found
+    return fits
 
 
 def differences(here: Mapping[str, Mapping[str, str]], there: Mapping[str, Mapping[str, str]]) -> list[str]:

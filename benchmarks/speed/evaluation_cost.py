@@ -49,7 +49,7 @@ def batches(examples: int, classes: int, sharpness: float = 1.2) -> Iterator[tup
 def score(who: str, examples: int, classes: int) -> dict[str, Any]:
     """Seconds of scoring (without making predictions), peak memory, and the scores."""
     torch.set_num_threads(2)
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     spent = 0.0
     if who == "torchmetrics":
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -66,17 +66,17 @@ def score(who: str, examples: int, classes: int) -> dict[str, Any]:
         spent += time.perf_counter() - start
     start = time.perf_counter()
     if stream is not None:
-        found = stream.scores()
+        scores = stream.scores()
     elif who == "torchmetrics":
-        found = {"accuracy": metrics[0].compute().item(), "ece": metrics[1].compute().item()}
+        scores = {"accuracy": metrics[0].compute().item(), "ece": metrics[1].compute().item()}
     spent += time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    kept = {
-        name: found[name]
+    numbers = {
+        name: scores[name]
         for name in ("accuracy", "nll", "ece", "ece_null_high", "ks", "ece_classwise")
-        if name in found
+        if name in scores
     }
-    return {"seconds": spent, "peak_mib": peak, "num_scores": len(found), **kept}
+    return {"seconds": spent, "peak_mib": peak, "num_scores": len(scores), **numbers}
 
 
 def render(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -87,9 +87,9 @@ def render(cells: dict[str, dict[str, Any]]) -> list[str]:
         for who, text in WHO.items():
             cell = cells.get(f"{size}/{who}")
             if cell:
-                found = [f"{cell[name]:.4f}" if name in cell else "" for name in ("accuracy", "ece")]
+                shown = [f"{cell[name]:.4f}" if name in cell else "" for name in ("accuracy", "ece")]
                 rows.append(
-                    [text, f"{cell['seconds']:.1f}", f"{cell['peak_mib']:,.0f}", str(cell["num_scores"]), *found]
+                    [text, f"{cell['seconds']:.1f}", f"{cell['peak_mib']:,.0f}", str(cell["num_scores"]), *shown]
                 )
         examples, classes = map(int, size.split("x"))
         body += [f"## {examples:,} predictions of {classes:,} classes", ""]

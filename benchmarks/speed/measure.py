@@ -156,22 +156,22 @@ def _summary(spans: Mapping[str, list[float]]) -> dict[str, Any]:
     ratios = {m: [a / b for a, b in zip(taken, spans["adamw"], strict=False)] for m, taken in spans.items()}
     return {
         "milliseconds": {method: 1e3 * statistics.median(taken) for method, taken in spans.items()},
-        "ratio": {method: statistics.median(found) for method, found in ratios.items()},
-        "quartiles": {method: statistics.quantiles(found, n=4)[::2] for method, found in ratios.items()},
+        "ratio": {method: statistics.median(values) for method, values in ratios.items()},
+        "quartiles": {method: statistics.quantiles(values, n=4)[::2] for method, values in ratios.items()},
     }
 
 
 def memory_in_process(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """The result of :func:`memory_here` in a new process, or the reason that there is none."""
-    found = run_in_process(
+    result = run_in_process(
         memory_here, cell, method, weights, dict(options), threads=options["threads"], exact_memory=True
     )
-    if isinstance(found, dict):
-        return found
-    if alarmed(found):
+    if isinstance(result, dict):
+        return result
+    if alarmed(result):
         return {"skipped": f"a step takes more than {options['cap']:g} s", "larger_too": True}
-    reason = f"by {signal.Signals(-found).name}" if found < 0 else f"with {found}"
-    return {"skipped": f"ended {reason}", "larger_too": found < 0}
+    reason = f"by {signal.Signals(-result).name}" if result < 0 else f"with {result}"
+    return {"skipped": f"ended {reason}", "larger_too": result < 0}
 
 
 def memory_here(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:

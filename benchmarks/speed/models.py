@@ -143,12 +143,12 @@ def _images(recipe: Recipe, labels: Tensor, generator: torch.Generator) -> Batch
 
 def last_layer(model: nn.Module, num_outputs: int) -> nn.Linear:
     """The trainable linear layer of the outputs."""
-    found = [
+    layers = [
         module
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad and module.out_features == num_outputs
     ]
-    return found[-1]
+    return layers[-1]
 
 
 def train_head(name: str, model: PeftModel, num_outputs: int, device: torch.device, *, seed: int = 2) -> float:
@@ -156,22 +156,22 @@ def train_head(name: str, model: PeftModel, num_outputs: int, device: torch.devi
     generator = torch.Generator().manual_seed(seed)
     recipe, layer = MODELS[name], last_layer(model, num_outputs)
     labels = torch.arange(min(num_outputs, recipe.seen)).repeat(recipe.examples)
-    found = _features(model, layer, draw(name, labels, generator), device)
-    mean, sd = found.mean(0), found.std(0) + 1e-6
-    found, labels = (found - mean) / sd, labels.to(device)
+    inputs = _features(model, layer, draw(name, labels, generator), device)
+    mean, sd = inputs.mean(0), inputs.std(0) + 1e-6
+    inputs, labels = (inputs - mean) / sd, labels.to(device)
     weight = torch.zeros_like(layer.weight).requires_grad_(True)
     bias = torch.zeros_like(layer.bias).requires_grad_(True)
     optimizer = torch.optim.AdamW([weight, bias], lr=HEAD_RATE, weight_decay=HEAD_DECAY)
     losses = []
     for _ in range(HEAD_STEPS):
         rows = torch.randint(len(labels), (min(HEAD_BATCH, len(labels)),), generator=generator).to(device)
-        loss = F.cross_entropy(F.linear(found[rows], weight, bias), labels[rows])
+        loss = F.cross_entropy(F.linear(inputs[rows], weight, bias), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     with torch.no_grad():
-        margins = F.linear(found, weight, bias).topk(2).values.diff().abs()
+        margins = F.linear(inputs, weight, bias).topk(2).values.diff().abs()
         if float(margins.min()) > SATURATED:  # float32 would leave no gradient for a step to follow
             shrink = UNSATURATED / margins.mean()
             weight, bias = weight * shrink, bias * shrink

@@ -60,16 +60,16 @@ def kalman(curvature: str, covariance: str = "diagonal") -> Make:
     def make(model: nn.Module, before: Batch, batch: Batch) -> Running:
         kf = bkf.KalmanFilter(model, _config(curvature, covariance))
         state, info = kf.update(kf.init(before.inputs), *before)
-        kept: dict[str, Any] = {"state": state, "info": info}
+        current: dict[str, Any] = {"state": state, "info": info}
 
         def step() -> None:
-            kept.clear()  # not three states at a time
-            kept["state"], kept["info"] = kf.update(state, *batch)
+            current.clear()  # not three states at a time
+            current["state"], current["info"] = kf.update(state, *batch)
 
         def now() -> Tensor:
-            return torch.cat([kept["state"].belief.mean, kf.marginal_variance(kept["state"])])
+            return torch.cat([current["state"].belief.mean, kf.marginal_variance(current["state"])])
 
-        return Running(step, now, lambda: _seen(kept["info"]))
+        return Running(step, now, lambda: _seen(current["info"]))
 
     return make
 
@@ -104,13 +104,13 @@ def posteriors_ekf(model: nn.Module, _: Batch, batch: Batch) -> Running:
         return -F.cross_entropy(outputs, given.labels, reduction="none"), outputs
 
     transform = diag_fisher.build(log_likelihood, lr=RATE, per_sample=True, init_sds=PRIOR_SD)
-    kept = {"state": transform.init({name: p.detach().clone() for name, p in trainable(model).items()})}
+    current = {"state": transform.init({name: p.detach().clone() for name, p in trainable(model).items()})}
 
     def step() -> None:
-        kept["state"], _ = transform.update(kept["state"], batch)
+        current["state"], _ = transform.update(current["state"], batch)
 
     def now() -> Tensor:
-        parts = (kept["state"].params, kept["state"].sd_diag)
+        parts = (current["state"].params, current["state"].sd_diag)
         return torch.cat([_flat([part[name] for name in trainable(model)]) for part in parts])
 
     return Running(step, now)
@@ -153,8 +153,8 @@ def laplace_fit(structure: str) -> Make:
         loader = _Loader(batch)
 
         def now() -> Tensor:
-            found = getattr(fitted, "H", None)
-            groups = [[found]] if isinstance(found, Tensor) else getattr(found, "eigenvalues", [])
+            hessian = getattr(fitted, "H", None)
+            groups = [[hessian]] if isinstance(hessian, Tensor) else getattr(hessian, "eigenvalues", [])
             return _flat([part for group in groups for part in group] or [torch.zeros(1)])
 
         return Running(lambda: fitted.fit(loader), now)
@@ -171,8 +171,8 @@ def jacrev(model: nn.Module, _: Batch, batch: Batch) -> Running:
         return torch.func.functional_call(model, tensors, kwargs=batch.inputs).logits
 
     def step() -> None:
-        found = torch.func.jacrev(outputs)(parameters)
-        firsts[:] = [rows.flatten(2)[:, :, 0].clone() for rows in found.values()]
+        jacobian = torch.func.jacrev(outputs)(parameters)
+        firsts[:] = [rows.flatten(2)[:, :, 0].clone() for rows in jacobian.values()]
 
     return Running(step, lambda: _flat(firsts or [torch.zeros(1)]))
 

@@ -84,13 +84,16 @@ class Clock:
 @contextmanager
 def clocked() -> Iterator[Clock]:
     """A context in which every part of a step is timed."""
-    clock, kept = Clock(), [(part, owner, name, getattr(owner, name)) for part in PARTS for owner, name in PARTS[part]]
+    clock, originals = (
+        Clock(),
+        [(part, owner, name, getattr(owner, name)) for part in PARTS for owner, name in PARTS[part]],
+    )
     try:
-        for part, owner, name, function in kept:
+        for part, owner, name, function in originals:
             setattr(owner, name, clock.timed(part, function))
         yield clock
     finally:
-        for _, owner, name, function in kept:
+        for _, owner, name, function in originals:
             setattr(owner, name, function)
 
 
@@ -110,8 +113,8 @@ def profile(cell: Cell, method: str, weights: Path, seconds: float) -> dict[str,
         plain.append(whole / unit)
         parts.append({part: taken / unit for part, taken in clock.seconds.items()})
         calls = clock.calls
-    found = {part: statistics.median(one[part] for one in parts) for part in PARTS}
-    return {"rounds": len(plain), "whole": statistics.median(plain), "parts": found, "calls": calls}
+    medians = {part: statistics.median(one[part] for one in parts) for part in PARTS}
+    return {"rounds": len(plain), "whole": statistics.median(plain), "parts": medians, "calls": calls}
 
 
 def span(step: Callable[[], None]) -> float:
@@ -143,13 +146,13 @@ def _parse(key: str) -> tuple[Cell, str]:
     return Cell.of(name), method
 
 
-def _row(key: str, found: dict[str, Any]) -> list[str]:
+def _row(key: str, measured: dict[str, Any]) -> list[str]:
     cell, method = _parse(key)
-    parts, calls = found["parts"], found["calls"]
+    parts, calls = measured["parts"], measured["calls"]
     bound = TARGETS[method].get((cell.batch, cell.outputs))
     return [
         f"{method}, B={cell.batch} m={cell.outputs}",
-        number(found["whole"]),
+        number(measured["whole"]),
         "–" if bound is None else f"{bound:g}",
         number(sum(parts[part] for part in FLOOR)),
         *(number(parts[part]) for part in PARTS),

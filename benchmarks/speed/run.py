@@ -98,11 +98,11 @@ def run_memory(cell: Cell, method: str, file: ResultFile, weights: Weights, args
     smaller = smaller_failure(cell, method, file)
     if smaller is not None:
         reason = file.cells[key_of(smaller, method)]["skipped"]
-        found: dict[str, Any] = {"skipped": f"already at {smaller.key}: {reason}"}
+        result: dict[str, Any] = {"skipped": f"already at {smaller.key}: {reason}"}
     else:
-        found = memory_in_process(cell, method, weights.file(cell), vars(args))
-    file.put(key, found | {"version": installed(method)})
-    print_err(f"{key}: " + (found.get("skipped") or f"{found['mib']:.1f} MiB, {1e3 * found['seconds']:.0f} ms"))
+        result = memory_in_process(cell, method, weights.file(cell), vars(args))
+    file.put(key, result | {"version": installed(method)})
+    print_err(f"{key}: " + (result.get("skipped") or f"{result['mib']:.1f} MiB, {1e3 * result['seconds']:.0f} ms"))
 
 
 def key_of(cell: Cell, method: str) -> str:
@@ -130,12 +130,12 @@ def run_time(
         return
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):  # of the peers
-        found = time_cell(cell, methods, weights.file(cell), weights.device, args.seconds)
+        times = time_cell(cell, methods, weights.file(cell), weights.device, args.seconds)
     if weights.device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(weights.device)
-    file.put(key, found)
-    ratios = "  ".join(f"{method} {ratio:.2f}" for method, ratio in found["ratio"].items())
-    print_err(f"{key}: {found['rounds']} rounds, AdamW {found['milliseconds']['adamw']:.1f} ms; {ratios}")
+        times["device"] = torch.cuda.get_device_name(weights.device)
+    file.put(key, times)
+    ratios = "  ".join(f"{method} {ratio:.2f}" for method, ratio in times["ratio"].items())
+    print_err(f"{key}: {times['rounds']} rounds, AdamW {times['milliseconds']['adamw']:.1f} ms; {ratios}")
 
 
 def run_scaling(file: ResultFile, weights: Weights, args: argparse.Namespace) -> None:

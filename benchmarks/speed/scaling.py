@@ -55,12 +55,12 @@ def main() -> None:
         for round_ in range(args.rounds):
             for size in args.processes:
                 for form in FORMS:
-                    found = measured(form, size, args.batch)
+                    cell = measured(form, size, args.batch)
                     key = f"{args.batch}/{form}/{size}"
                     before = file.cells.get(key, {}) if round_ else {}
-                    if not before or found["seconds"] < before["seconds"]:
-                        file.put(key, found)
-                    print(f"{key}: {args.batch / found['seconds']:.1f} examples a second", flush=True)
+                    if not before or cell["seconds"] < before["seconds"]:
+                        file.put(key, cell)
+                    print(f"{key}: {args.batch / cell['seconds']:.1f} examples a second", flush=True)
     file.write_markdown("The filter on several processes", body(file.cells))
     draw(file.cells, file.path.with_suffix(".png"))
     print(f"table in {file.path.with_suffix('.md').name}")
@@ -115,12 +115,12 @@ def _process(rank: int, form: str, size: int, batch: int, port: int, folder: str
 
 def _linearizing(kf: Any, some: Any) -> float:
     """Seconds that this process's forward and backward passes take by themselves."""
-    mean, found = kf.adapter.vector(), []
+    mean, seconds = kf.adapter.vector(), []
     for _ in range(3):
         begun = time.perf_counter()
         kf.kf.linearize(mean, some.inputs).softmax_jacobian()
-        found.append(time.perf_counter() - begun)
-    return min(found)
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
 
 
 def body(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -173,14 +173,18 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
     for (form, (title, _, _)), colour, marker in zip(
         FORMS.items(), ("#0072B2", "#009E73", "#D55E00"), "os^", strict=True
     ):
-        found = {c["processes"]: c for k, c in cells.items() if k.startswith(f"{batch}/{form}/")}
-        sizes = sorted(found)
-        if 1 not in found:
+        by_size = {c["processes"]: c for k, c in cells.items() if k.startswith(f"{batch}/{form}/")}
+        sizes = sorted(by_size)
+        if 1 not in by_size:
             continue
         left.plot(
-            sizes, [found[1]["seconds"] / found[s]["seconds"] for s in sizes], marker=marker, color=colour, label=title
+            sizes,
+            [by_size[1]["seconds"] / by_size[s]["seconds"] for s in sizes],
+            marker=marker,
+            color=colour,
+            label=title,
         )
-        right.plot(sizes, [found[s]["belief"] / 2**20 for s in sizes], marker=marker, color=colour, label=title)
+        right.plot(sizes, [by_size[s]["belief"] / 2**20 for s in sizes], marker=marker, color=colour, label=title)
     left.axhline(1.5, color="0.6", linewidth=1, linestyle=":")
     left.set(
         xlabel="processes (on two cores)", ylabel="examples a second, over one process", xticks=[1, 2, 3, 4], ylim=0

@@ -52,9 +52,9 @@ def render(cells: Cells, picture: str) -> list[str]:
     """Body of the Markdown file, with the figure ``picture``."""
     lines = [LEGEND, ""]
     for model in MODELS:
-        found = _sizes(cells, model)
-        if found:
-            lines += [f"## {model}: {DESCRIPTIONS[model]}", "", *_model(cells, model, found), ""]
+        sizes = _sizes(cells, model)
+        if sizes:
+            lines += [f"## {model}: {DESCRIPTIONS[model]}", "", *_model(cells, model, sizes), ""]
     lines += _targets(cells)
     lines += _scaling(cells, picture)
     versions = {METHODS[_last(k)].package: c["version"] for k, c in cells.items() if c.get("version")}
@@ -79,8 +79,8 @@ def _table(cells: Cells, sizes: Sequence[Cell], text: Callable[[Cell, str], str]
     rows = [[METHODS[method].title, *(text(cell, method) for cell in sizes)] for method in present]
     if text(sizes[0], "adamw") == "1":
         rows.append(["AdamW, milliseconds", *(_fact(cells, c, lambda t: t["milliseconds"]["adamw"]) for c in sizes)])
-        kept = [_fact(cells, c, lambda t: t["facts"]["truncated"]["kept_classes"]) for c in sizes]
-        rows += [["classes that hold 1 − ε, mean", *kept]] if set(kept) != {"–"} else []
+        classes = [_fact(cells, c, lambda t: t["facts"]["truncated"]["kept_classes"]) for c in sizes]
+        rows += [["classes that hold 1 − ε, mean", *classes]] if set(classes) != {"–"} else []
     return markdown_table(header, rows)
 
 
@@ -159,9 +159,9 @@ def _scaling(cells: Cells, picture: str) -> list[str]:
 
 def curves(cells: Cells, axis: str, field: str) -> tuple[list[int], dict[str, list[float]]]:
     """Sizes along an axis, and a field of each method's times there."""
-    found = [(key, cell) for key, cell in cells.items() if key.startswith(f"scaling-{axis}/")]
+    measured = [(key, cell) for key, cell in cells.items() if key.startswith(f"scaling-{axis}/")]
     points = sorted(
-        ((int(key.split("/")[1]) if axis == "m" else cell["trainable"], cell[field]) for key, cell in found),
+        ((int(key.split("/")[1]) if axis == "m" else cell["trainable"], cell[field]) for key, cell in measured),
         key=lambda point: point[0],
     )
     return [size for size, _ in points], {k: [f.get(k, math.nan) for _, f in points] for k in ("adamw", *CURVES)}

@@ -40,4 +40,4 @@ def test_one_bit_changes_the_hash():
     hashes.add_tensor("before", tensor)
     hashes.add_tensor("after", torch.nextafter(tensor, 2 * tensor))
     hashes.add_tensor("wider", tensor.double())
-    assert len(set(hashes.found.values())) == 3
+    assert len(set(hashes.by_name.values())) == 3

@@ -253,7 +253,7 @@ def _rows_of_each(rows_per_example: RowsPerExample, size: int, plan: Linearizati
     if plan.head is None or min(counts) < plan.num_outputs - 1:
         return counts
     features = plan.head.get_parameter("weight").shape[1]
-    return [min(count, features) for count in counts]
+    return counts if features >= max(counts) else [min(count, features) for count in counts]
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

@@ -55,8 +55,8 @@ def _cifar_resnet(blocks: int) -> Callable[[Request], nn.Module]:
     def build(request: Request) -> nn.Module:
         network = drawn(lambda: CifarResNet(blocks), request)
         if not request.random_weights:
-            found = load_file(weights_file(f"resnet-cifar10/resnet{6 * blocks + 2}.safetensors"))
-            network.load_state_dict(found, strict=False)  # batch norm's counts are not in the file
+            tensors = load_file(weights_file(f"resnet-cifar10/resnet{6 * blocks + 2}.safetensors"))
+            network.load_state_dict(tensors, strict=False)  # batch norm's counts are not in the file
         base = Normalized(network, IMAGENET_MEAN, IMAGENET_SD)
         fresh(base, "network.linear", request)
         return adapted(base, named(base, r"layer3\.\d\.conv\d"), "network.linear", request)

@@ -92,18 +92,18 @@ def text_of(choice: Mapping[str, Any]) -> str:
     )
 
 
-def same_settings(kept: Any, today: Any) -> bool:
+def same_settings(measured: Any, today: Any) -> bool:
     """Whether a cell's settings are today's; fields newer than the cell count as their defaults."""
     import bayes_kf
 
-    if set(kept) != set(today):
+    if set(measured) != set(today):
         return False
     defaults = {field.name: field.default for field in dataclasses.fields(bayes_kf.KalmanConfig)}
     for name, value in today.items():
         if name != "config":
-            if kept[name] != value:
+            if measured[name] != value:
                 return False
-        elif any(kept[name].get(field, defaults[field]) != number for field, number in value.items()):
+        elif any(measured[name].get(field, defaults[field]) != number for field, number in value.items()):
             return False
     return True
 

@@ -100,10 +100,10 @@ class Problem(NamedTuple):
 
     def _stream(self, read: Callable[[Tensor], tuple[Any, Tensor]], which: Tensor, by_length: bool = False) -> Stream:
         raw, labels = read(which)
-        found = Stream(self.network.prepare(raw), labels)
+        stream = Stream(self.network.prepare(raw), labels)
         if by_length and self.network.texts:  # sorted by length, so that batches have little padding
-            found = found.at(found.inputs["attention_mask"].sum(1).argsort(stable=True))
-        return found
+            stream = stream.at(stream.inputs["attention_mask"].sum(1).argsort(stable=True))
+        return stream
 
 
 def found_problems(
@@ -119,9 +119,9 @@ def found_problems(
     Raises:
         ValueError: if a file lacks a name, or the network is unknown.
     """
-    found = [_problem(name, module, backbone, random_weights) for name, module in modules("problems", extra).items()]
-    kept = [problem for problem in found if problem is not None]
-    return {problem.name: problem for problem in sorted(kept, key=lambda problem: (problem.priority, problem.name))}
+    problems = [_problem(name, module, backbone, random_weights) for name, module in modules("problems", extra).items()]
+    readable = [problem for problem in problems if problem is not None]
+    return {problem.name: problem for problem in sorted(readable, key=lambda problem: (problem.priority, problem.name))}
 
 
 def first_inputs(stream: Stream, number: int) -> Inputs:

@@ -40,10 +40,10 @@ class Entry(NamedTuple):
 
     def text(self, name: str, digits: int = 3) -> str:
         """Mean ± sd of a number over the seeds that have it, and the steps of divergences."""
-        found = mean_sd([cell[name] for cell in self.cells.values() if cell.get(name) is not None], digits)
+        shown = mean_sd([cell[name] for cell in self.cells.values() if cell.get(name) is not None], digits)
         if not self.diverged:
-            return found
-        return f"{found} (div@{min(self.diverged)}, {len(self.diverged)}/{len(self.cells)})"
+            return shown
+        return f"{shown} (div@{min(self.diverged)}, {len(self.diverged)}/{len(self.cells)})"
 
     def mean(self, name: str) -> float | None:
         """Mean of a number over the seeds; None if a seed lacks it."""
@@ -61,20 +61,20 @@ def entries(cells: Cells, problem: Problem, row: Row, criteria: Mapping[str, str
     settings = chosen(cells, problem.name, row, criteria)
     if settings is None:
         return []
-    found = []
+    chosen_entries = []
     for choice in {text_of(choice): choice for choice in settings.values()}.values():
         seeds = {
             seed: cells[name] for seed in range(100) if (name := key(problem.name, row.name, choice, seed)) in cells
         }
         by = tuple(criterion for criterion, other in settings.items() if other == choice)
         if seeds:
-            found.append(Entry(problem.name, row, choice, by, seeds))
-    return found
+            chosen_entries.append(Entry(problem.name, row, choice, by, seeds))
+    return chosen_entries
 
 
-def by_criterion(found: Sequence[Entry], criterion: str) -> Entry | None:
+def by_criterion(some: Sequence[Entry], criterion: str) -> Entry | None:
     """The entry that a criterion chose."""
-    return next((entry for entry in found if criterion in entry.criteria), None)
+    return next((entry for entry in some if criterion in entry.criteria), None)
 
 
 def write_csv(path: Path, cells: Cells) -> None:
@@ -89,19 +89,19 @@ def write_csv(path: Path, cells: Cells) -> None:
 
 def _flat(name: str, cell: Cell) -> dict[str, Any]:
     problem, row, setting, seed = name.split("/")
-    kept = {"problem": problem, "row": row, "setting": setting, "seed": seed}
+    flat = {"problem": problem, "row": row, "setting": setting, "seed": seed}
     for field, value in cell.items():
         if isinstance(value, list) and field != "sizes":
-            kept |= {f"{field}_{index}": _short(number) for index, number in enumerate(value)}
+            flat |= {f"{field}_{index}": _short(number) for index, number in enumerate(value)}
         elif isinstance(value, str | int | float):
-            kept[field] = _short(value)
-    return kept
+            flat[field] = _short(value)
+    return flat
 
 
 def _short(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def seeds_of(found: Iterable[Entry]) -> int:
+def seeds_of(some: Iterable[Entry]) -> int:
     """The largest number of seeds of an entry."""
-    return max((len(entry.cells) for entry in found), default=0)
+    return max((len(entry.cells) for entry in some), default=0)
