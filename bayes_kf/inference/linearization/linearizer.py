@@ -119,6 +119,11 @@ class Linearizer:
             return [(slice(0, batch.size), batch)]
         return [(slice(*ends), batch[slice(*ends)]) for ends in itertools.pairwise(bounds)]
 
+    def outputs(self, vector: Tensor, batch: Batch) -> Tensor:
+        """Outputs at θ without their graph, (B, m), in chunks of as many examples as fit the budget."""
+        chunks = batch.chunks(self.max_chunk_size(vector, batch))
+        return torch.cat([self.adapter.outputs(vector, chunk.inputs) for chunk in chunks])
+
     def retry_in_smaller_chunks(self, call: Callable[[], T], size: int) -> T:
         """The result of ``call``, which is called again, with half the bytes for a chunk, while memory runs out.
 
