@@ -1,7 +1,6 @@
 """Forward passes that record what their backward passes need, in chunks that fit the memory.
 
-The plan, which says how each tensor's rows are computed, is made on the first batch (``rule_check``). The rows of a
-chunk are in ``linearized_batch``.
+The first batch determines the plan: how each tensor's rows are computed (``rule_check``).
 """
 
 from __future__ import annotations
