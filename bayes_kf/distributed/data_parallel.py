@@ -33,6 +33,7 @@ from bayes_kf.inference.filtering.step_guard import (
 )
 from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
+from bayes_kf.models.batch import Batch
 
 NEEDED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
 
@@ -138,11 +139,12 @@ class DataParallelFilter(DistributedFilter):
     ) -> BatchSums:
         """The sums over this process's examples; appends their linearized pieces to ``pieces``."""
         assert batch.inputs is not None
-        self.kf.linearize.prepare(before.belief.mean, batch.inputs)
+        local = Batch(batch.inputs, batch.targets, batch.sizes[self.group.rank])
+        self.kf.linearize.prepare(before.belief.mean, local)
         first, own = sum(batch.sizes[: self.group.rank]), BatchSums.zeros(before.belief.mean)
         shifted = before._replace(examples=before.examples + first)  # so that no two processes draw the same probes
-        targets = self.kf._check_targets(shifted, batch.sizes[self.group.rank], batch.targets)
-        for piece in list(self.kf._measure(shifted, batch.inputs, targets, before.belief.mean)):
+        checked = local.with_targets(self.kf._check_targets(shifted, local))
+        for piece in list(self.kf._measure(shifted, checked, before.belief.mean)):
             if is_whole:
                 builder.add_outputs(
                     piece.outputs, piece.targets, noise.likelihood(self.config.noise_settings, before.noise)

@@ -10,6 +10,7 @@ from bayes_kf.inference.filtering.linearization_check import TRUST_RADIUS, is_sm
 from bayes_kf.inference.filtering.step_guard import OBJECTIVE_RTOL, StepGuard
 from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 from bayes_kf.inference.linearization.linearizer import MAX_PASS_BYTES, Linearizer
+from bayes_kf.models.batch import Batch
 from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian
 
 FEATURES, CLASSES, LEARNED = 16, 10, 1024
@@ -131,7 +132,7 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
     state = kf.init(x)
     start = state.belief.mean
     state = state._replace(belief=state.belief._replace(mean=start + 0.2 * torch.randn_like(start)))
-    (batch,) = kf._measure(state, x, y, start)
+    (batch,) = kf._measure(state, Batch.of(x, y), start)
     everything = slice(0, 20)
     block = batch.block(everything, 4).shifted(state.belief.mean - start)
 
