@@ -41,7 +41,7 @@ def together(rank, size):
         found[name] = {
             "mean": state.belief.mean,
             "variance": state.belief.variance,
-            "scores": state.scores.total,
+            "scores": state.temperature_scores.total,
             "examples": state.examples,
             "own": correct,
             "damping": damping,
@@ -67,7 +67,7 @@ def test_sums_over_processes_equal_one_filter(size, tmp_path):
             assert here["damping"] == damping
             assert here["examples"] == state.examples
             if config.likelihood == "gaussian" or size == 1:  # the others draw, each process for its own examples
-                torch.testing.assert_close(here["scores"], state.scores.total)
+                torch.testing.assert_close(here["scores"], state.temperature_scores.total)
         assert sum(process[name]["own"] for process in found) == state.examples
     assert damped  # so that the guard was seen
 

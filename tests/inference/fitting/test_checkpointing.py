@@ -33,7 +33,7 @@ def stopping(after, error=KeyboardInterrupt):
 
 def same(first, second):
     assert all(torch.equal(a, b) for a, b in zip(first.state.belief, second.state.belief, strict=True))
-    assert torch.equal(first.state.scores.total, second.state.scores.total)
+    assert torch.equal(first.state.temperature_scores.total, second.state.temperature_scores.total)
     assert (first.state.step, first.state.examples) == (second.state.step, second.state.examples)
     for name in ("log_loss", "correct", "innovation"):
         assert torch.equal(first.history[name], second.history[name])
@@ -138,7 +138,7 @@ def test_a_hundred_updates_after_loading_equal_uninterrupted_ones(name, tmp_path
         again, info_again = kf_again.update(again, x, y)
         assert torch.equal(info.log_loss, info_again.log_loss)
     assert all(torch.equal(a, b) for a, b in zip(state.belief, again.belief, strict=True))
-    assert torch.equal(state.scores.total, again.scores.total)
+    assert torch.equal(state.temperature_scores.total, again.temperature_scores.total)
     assert state.step == again.step == 120
 
 

@@ -118,8 +118,10 @@ def test_temperature_is_chosen_by_all_streams_together():
             state, _ = kf.update(state, x, y)
         parts.append(bkf.Posterior(kf, state))
     found = bkf.merge(parts)
-    torch.testing.assert_close(found.state.scores.total, sum(p.state.scores.total for p in parts))
-    assert found.state.scores.updates == 40
+    torch.testing.assert_close(
+        found.state.temperature_scores.total, sum(p.state.temperature_scores.total for p in parts)
+    )
+    assert found.state.temperature_scores.updates == 40
     assert found.history == {}
 
 

@@ -96,19 +96,21 @@ def test_the_first_pass_equals_a_single_one_and_later_passes_do_not_depend_on_th
     found, scores = [], []
     for order in (torch.arange(30), torch.arange(29, -1, -1)):
         state = single.kf.restart(single.state)
-        assert (state.scores.updates, float(state.scores.total.abs().max())) == (0, 0.0)
+        assert (state.temperature_scores.updates, float(state.temperature_scores.total.abs().max())) == (0, 0.0)
         for inputs, targets in batches_of(x[order], y[order]):
             state, info = single.kf.update(state, inputs, targets, at=at)
             assert info.damping == 1.0
         assert (state.step, state.examples) == (8, 30)
-        scores.append(state.scores)
+        scores.append(state.temperature_scores)
         found.append((state.belief.mean, state.belief.covariance))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
     double = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting, passes=2), progress=False)
     torch.testing.assert_close(double.mean_vector, found[0][0], rtol=1e-9, atol=1e-11)
     assert torch.equal(double.history["log_loss"], single.history["log_loss"])
-    assert torch.equal(double.state.scores.total, scores[0].total)  # those of the last pass's own predictions
-    assert not torch.allclose(double.state.scores.total, single.state.scores.total, rtol=1e-3)
+    assert torch.equal(
+        double.state.temperature_scores.total, scores[0].total
+    )  # those of the last pass's own predictions
+    assert not torch.allclose(double.state.temperature_scores.total, single.state.temperature_scores.total, rtol=1e-3)
 
 
 def test_no_pass_increases_the_objective():

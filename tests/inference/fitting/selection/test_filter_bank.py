@@ -57,8 +57,8 @@ def test_candidates_that_share_no_passes_equal_their_filters(monkeypatch):
         states = [kf.update(state, x, y)[0] for kf, state in zip(alone, states, strict=True)]
     for found, expected in zip(together.states, states, strict=True):
         assert torch.equal(found.belief.mean, expected.belief.mean)
-        assert torch.equal(found.scores.total, expected.scores.total)
-    expected = torch.stack([-state.scores.total.min() for state in states])
+        assert torch.equal(found.temperature_scores.total, expected.temperature_scores.total)
+    expected = torch.stack([-state.temperature_scores.total.min() for state in states])
     torch.testing.assert_close(bank.evidence(together), expected)
     assert bank.best(together) == int(expected.argmax())
     torch.testing.assert_close(bank.weights(together), expected.softmax(0))
@@ -101,7 +101,7 @@ def test_evidence_with_shared_passes_is_close_to_that_of_the_filters():
         state = kf.init(data[0][0])
         for x, y in data:
             state, _ = kf.update(state, x, y)
-        assert found == pytest.approx(-float(state.scores.total.min()), rel=0.1)
+        assert found == pytest.approx(-float(state.temperature_scores.total.min()), rel=0.1)
 
 
 def test_a_candidate_that_diverges_is_left_out():
@@ -206,7 +206,10 @@ def test_fit_continues_with_the_settings_of_largest_evidence(monkeypatch):
         burnt_in = state if number == 8 else burnt_in  # fifteen of thirty examples end in the eighth batch
         state, _ = bank.update(state, x, y)
     assert torch.equal(evidence, bank.evidence(state, burnt_in))
-    losses = [-(s.scores.total - b.scores.total).min() for s, b in zip(state.states, burnt_in.states, strict=True)]
+    losses = [
+        -(s.temperature_scores.total - b.temperature_scores.total).min()
+        for s, b in zip(state.states, burnt_in.states, strict=True)
+    ]
     torch.testing.assert_close(evidence, torch.stack(losses), rtol=0.0, atol=0.0)
     assert chosen == candidates(config, grid)[int(evidence.argmax())]
     assert chosen.initial_logit_sd == 2.0  # the other one hardly moves
@@ -414,7 +417,13 @@ def test_candidates_with_infinite_log_loss_are_equal_and_better_than_one_that_di
     bank = Bank(nn.Linear(3, 2), [KalmanConfig(initial_logit_sd=sd) for sd in (1.0, 2.0, 3.0)])
     state = bank.init(torch.randn(8, 3))
     total = torch.full((len(tempering.GRID),), math.inf, dtype=torch.float64)
-    states = [None, *(s._replace(scores=s.scores._replace(updates=1, total=total)) for s in state.states[1:])]
+    states = [
+        None,
+        *(
+            s._replace(temperature_scores=s.temperature_scores._replace(updates=1, total=total))
+            for s in state.states[1:]
+        ),
+    ]
     state = state._replace(states=states)
     assert bank.weights(state).tolist() == [0.0, 0.5, 0.5]
     assert bank.best(state) == 1
