@@ -99,10 +99,9 @@ class Bank:
             raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
         begun, device = time.perf_counter(), self.adapter.device
         inputs, targets = to_device(inputs, device), targets.to(device)
+        retry = self.filters[0].linearize.retry_in_smaller_chunks
         with self.adapter.full_precision():
-            after, info = self.filters[0].linearize.retry_in_smaller_chunks(
-                lambda: self._update(state, inputs, targets), batch_size(inputs)
-            )
+            after, info = retry(lambda: self._update(state, inputs, targets), batch_size(inputs))
         return after, info._replace(seconds=time.perf_counter() - begun)
 
     def evidence(self, state: BankState, since: BankState | None = None) -> Tensor:
@@ -136,8 +135,7 @@ class Bank:
 
         With a ``margin``: of the candidates whose evidence is lower than the largest by at most ``margin`` standard
         errors of the difference, paired by update, the one with the narrowest prior. The first examples of a stream
-        hardly distinguish prior widths, and too wide a prior overfits them while too narrow a one only converges
-        slowly. Ours.
+        hardly distinguish prior widths; too wide a prior overfits, too narrow a one only converges slowly. Ours.
 
         Args:
             state: of the bank.
