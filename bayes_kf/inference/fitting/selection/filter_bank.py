@@ -132,8 +132,7 @@ class Bank:
 
         With a ``margin``: of the candidates whose evidence is lower than the largest by at most ``margin`` standard
         errors of the difference, paired by update, the one with the narrowest prior. The first examples of a stream
-        hardly distinguish prior widths, and too wide a prior overfits them while too narrow a one only converges
-        slowly. Ours.
+        hardly distinguish prior widths; too wide a prior overfits, too narrow a one only converges slowly. Ours.
 
         Args:
             state: of the bank.
