@@ -1,4 +1,4 @@
-"""``bayes-kf evaluate`` and ``bayes-kf compare``: pages on posteriors, and on predictions that somebody saved."""
+"""``bayes-kf evaluate`` and ``bayes-kf compare``: reports on posteriors and on saved predictions."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.conformal is not None and not args.calibration:
         raise ValueError("`--calibration` must name examples to fit --conformal on, got none.")
     is_file = _is_predictions(args.posterior)
-    _check_model_and_data(args, needed=not is_file, what=args.posterior)
-    report = _of_predictions(args) if is_file else _of_posterior(args)
+    _check_model_and_data(args, needed=not is_file, path=args.posterior)
+    report = _report_predictions(args) if is_file else _report_posterior(args)
     _save(report, args)
 
 
@@ -60,16 +60,16 @@ def run_compare(args: argparse.Namespace) -> None:
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"`NAME=PATH` must be given at least twice, with different names, got {', '.join(names)}.")
     folders = [path for _, path in args.models if not _is_predictions(path)]
-    _check_model_and_data(args, needed=bool(folders), what=folders[0] if folders else args.models[0][1])
+    _check_model_and_data(args, needed=bool(folders), path=folders[0] if folders else args.models[0][1])
     probs: dict[str, Any] = {}
     histories: dict[str, Any] = {}
     targets: Tensor | None = None
     for name, path in args.models:
-        probs[name], found, history = _read_model(args, name, path)
+        probs[name], own_targets, history = _read_model(args, name, path)
         histories |= {name: history} if history else {}
-        if targets is not None and not torch.equal(targets, found):
+        if targets is not None and not torch.equal(targets, own_targets):
             raise ValueError(f"`NAME=PATH` must hold the same targets in the same order, got others for {name}.")
-        targets = found
+        targets = own_targets
     assert targets is not None
     title = args.title or f"{', '.join(names)}" + (f" on {args.data.name}" if args.data else "")
     _save(report_comparison(probs, targets, histories=histories, title=title, seed=args.seed or 0), args)
@@ -77,7 +77,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A posterior with the data that it is asked about."""
+    """A posterior, its settings and the classes that it predicts."""
 
     posterior: Posterior
     settings: KalmanConfig
@@ -86,30 +86,33 @@ class _Opened:
 
 
 class _Model(NamedTuple):
-    """What `compare` needs of each."""
+    """Predictions of one model in a comparison."""
 
     probs: Any
     targets: Tensor
     history: Any
 
 
-def _of_posterior(args: argparse.Namespace) -> Report:
+def _report_posterior(args: argparse.Namespace) -> Report:
     """The report on a saved posterior."""
     opened = _open_posterior(args, args.posterior)
     data = _loader(args, opened, args.data)
-    foreign = {name: _loader(args, opened, path, option="--ood") for name, path in args.ood}
+    ood_loaders = {name: _loader(args, opened, path, option="--ood") for name, path in args.ood}
     recalibration, conformal = None, None
     if args.calibration:
         split = _loader(args, opened, args.calibration, option="--calibration")
-        known = opened.posterior.predict_loader(
-            _watched(split, args.calibration.name, args.quiet), method=args.method, num_samples=args.num_samples
+        heldout = opened.posterior.predict_loader(
+            _with_progress_bar(split, args.calibration.name, args.quiet),
+            method=args.method,
+            num_samples=args.num_samples,
         )
-        probs, targets = class_predictions(opened.posterior, known, "POSTERIOR")
-        recalibration, conformal = _fitted(args, probs, targets)
+        probs, targets = class_predictions(opened.posterior, heldout, "POSTERIOR")
+        recalibration, conformal = _fit_recalibration(args, probs, targets)
     return evaluate(
         opened.posterior,
-        _watched(data, args.data.name, args.quiet),
-        ood={name: _inputs(_watched(loader, name, args.quiet)) for name, loader in foreign.items()} or None,
+        _with_progress_bar(data, args.data.name, args.quiet),
+        ood={name: _inputs(_with_progress_bar(loader, name, args.quiet)) for name, loader in ood_loaders.items()}
+        or None,
         examples=_Examples(data.dataset) if args.show_examples and opened.class_names else None,
         recalibration=recalibration,
         conformal=conformal,
@@ -122,40 +125,42 @@ def _of_posterior(args: argparse.Namespace) -> Report:
     )
 
 
-def _of_predictions(args: argparse.Namespace) -> Report:
+def _report_predictions(args: argparse.Namespace) -> Report:
     """The report on a file of predictions."""
-    found = _predictions(args.posterior, "POSTERIOR")
+    saved = _predictions(args.posterior, "POSTERIOR")
     title = args.title or args.posterior.name
-    if found.probs is None:
+    if saved.probs is None:
         if args.ood or args.calibration:
             raise ValueError("`--ood` and `--calibration` must be left out for predictions of real values.")
-        assert found.mean is not None
-        assert found.targets is not None
+        assert saved.mean is not None
+        assert saved.targets is not None
         return evaluate_regression(
-            found.mean, found.targets, variance=found.variance, samples=found.samples, title=title, seed=args.seed or 0
+            saved.mean, saved.targets, variance=saved.variance, samples=saved.samples, title=title, seed=args.seed or 0
         )
-    foreign = {name: _probs(_predictions(path, "--ood", need_targets=False), path) for name, path in args.ood}
+    ood_probs = {name: _probs(_predictions(path, "--ood", need_targets=False), path) for name, path in args.ood}
     recalibration, conformal = None, None
     if args.calibration:
-        known = _predictions(args.calibration, "--calibration")
-        recalibration, conformal = _fitted(args, _probs(known, args.calibration), known.targets)
-    assert found.targets is not None
+        heldout = _predictions(args.calibration, "--calibration")
+        recalibration, conformal = _fit_recalibration(args, _probs(heldout, args.calibration), heldout.targets)
+    assert saved.targets is not None
     return evaluate_predictions(
-        found.probs,
-        found.targets,
-        samples=found.samples,
-        ood=foreign,
+        saved.probs,
+        saved.targets,
+        samples=saved.samples,
+        ood=ood_probs,
         recalibration=recalibration,
         conformal=conformal,
         ordered=args.ordered,
-        class_names=found.class_names,
+        class_names=saved.class_names,
         title=title,
         seed=args.seed or 0,
     )
 
 
-def _fitted(args: argparse.Namespace, probs: Any, targets: Any) -> tuple[Recalibration | None, ConformalSets | None]:
-    """What `--recalibrate` and `--conformal` ask for, fitted on the examples of `--calibration`."""
+def _fit_recalibration(
+    args: argparse.Namespace, probs: Any, targets: Any
+) -> tuple[Recalibration | None, ConformalSets | None]:
+    """The recalibration and the conformal sets that the options name, fitted on `--calibration`."""
     split = args.calibration.name
     recalibration = RECALIBRATIONS[args.recalibrate].fit(probs, targets, split=split) if args.recalibrate else None
     conformal = None
@@ -172,12 +177,12 @@ def _read_model(args: argparse.Namespace, name: str, path: Path) -> _Model:
         assert saved.targets is not None
         return _Model(probs, torch.as_tensor(saved.targets).long(), None)
     opened = _open_posterior(args, path)
-    loader = _watched(_loader(args, opened, args.data), name, args.quiet)
+    loader = _with_progress_bar(_loader(args, opened, args.data), name, args.quiet)
     generator = torch.Generator().manual_seed(args.seed or 0)
-    found = opened.posterior.predict_loader(
+    prediction = opened.posterior.predict_loader(
         loader, method=args.method, num_samples=args.num_samples, generator=generator
     )
-    return _Model(*class_predictions(opened.posterior, found, str(path)), opened.posterior.history)
+    return _Model(*class_predictions(opened.posterior, prediction, str(path)), opened.posterior.history)
 
 
 def _open_posterior(args: argparse.Namespace, path: Path) -> _Opened:
@@ -196,9 +201,9 @@ def _open_posterior(args: argparse.Namespace, path: Path) -> _Opened:
 
 def _loader(args: argparse.Namespace, opened: _Opened, path: Path, *, option: str = "--data") -> Any:
     """Batches of a data set that the model takes."""
-    foreign = option == "--ood"
-    names = None if foreign else opened.class_names or None
-    data = open_data(args, path, opened.folder, opened.settings, names, option=option, foreign=foreign)
+    is_ood = option == "--ood"
+    names = None if is_ood else opened.class_names or None
+    data = open_data(args, path, opened.folder, opened.settings, names, option=option, is_ood=is_ood)
     check_takes(opened.posterior.adapter.model, data.loader, path)
     return data.loader
 
@@ -222,11 +227,11 @@ class _Examples(Sequence[Any]):
         return self.dataset[index][0]
 
 
-def _probs(found: SavedPredictions, path: Path) -> np.ndarray:
+def _probs(saved: SavedPredictions, path: Path) -> np.ndarray:
     """Class probabilities of a file."""
-    if found.probs is None:
+    if saved.probs is None:
         raise ValueError(f"`PATH` must hold class probabilities, got real values in {path}.")
-    return found.probs
+    return saved.probs
 
 
 def _is_predictions(path: Path) -> bool:
@@ -235,21 +240,21 @@ def _is_predictions(path: Path) -> bool:
 
 
 def _check_page(args: argparse.Namespace) -> None:
-    """Now, not after the work."""
+    """Check the output path before the work."""
     check_page(args.output, "--output")
 
 
-def _check_model_and_data(args: argparse.Namespace, *, needed: bool, what: Path) -> None:
-    """Posteriors need both, predictions neither."""
+def _check_model_and_data(args: argparse.Namespace, *, needed: bool, path: Path) -> None:
+    """Raise ValueError unless a posterior has both options, and saved predictions neither."""
     for option, given in (("--model", args.model), ("--data", args.data)):
         if needed and given is None:
-            raise ValueError(f"`{option}` must be given for the posterior {what}, got none.")
+            raise ValueError(f"`{option}` must be given for the posterior {path}, got none.")
         if not needed and given is not None:
             raise ValueError(f"`{option}` must be left out for saved predictions, got {given}.")
 
 
-def _watched(loader: Iterable[Any], name: str, quiet: bool) -> Iterator[Any]:
-    """Batches behind a bar that appears with the first of them."""
+def _with_progress_bar(loader: Iterable[Any], name: str, quiet: bool) -> Iterator[Any]:
+    """Batches with a progress bar, which appears with the first batch."""
     yield from tqdm(loader, desc=name, unit="batch", disable=not shows_progress(False if quiet else None))
 
 
@@ -259,7 +264,7 @@ def _inputs(loader: Iterable[Any]) -> Iterator[Inputs]:
 
 
 def _save(report: Report, args: argparse.Namespace) -> None:
-    """Page, numbers and sheet."""
+    """Write the report and print its verdict."""
     report.save(args.output)
     if not args.quiet:
         print("\n".join([*report.sections.verdict, f"The whole report: {args.output}"]))

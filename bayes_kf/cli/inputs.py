@@ -38,18 +38,18 @@ def open_data(
     names: tuple[str, ...] | None,
     *,
     option: str = "--data",
-    foreign: bool = False,
+    is_ood: bool = False,
     shuffle: bool = False,
     seed: int = 0,
 ) -> LabelledData:
-    """A data set with the command's options; the labels of a foreign one are not looked at.
+    """A data set, read with the options of the command. Labels of out-of-distribution data are ignored.
 
     Errors name ``option``, which gave the path.
     """
     options: dict[str, Any] = {}
     if kind_of(path) == "text":
         options = {"text_column": args.text_column, "label_column": args.label_column, "max_length": args.max_length}
-        options["numeric"] = settings.likelihood in NUMERIC and not foreign
+        options["numeric"] = settings.likelihood in NUMERIC and not is_ood
     common: dict[str, Any] = {"class_names": names, "batch_size": args.batch_size, "shuffle": shuffle, "seed": seed}
     with naming_options(path=option):
         return open_dataset(path, model=folder, **common, **options)
@@ -57,7 +57,7 @@ def open_data(
 
 @contextlib.contextmanager
 def naming_options(**options: str) -> Iterator[None]:
-    """Errors of the library inside name the option of the command line in the place of the library's argument.
+    """Errors raised inside name the option of the command line instead of the argument of the library.
 
     Args:
         **options: argument -> option, besides ``OPTIONS``.
@@ -66,14 +66,14 @@ def naming_options(**options: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        text = re.sub(r"`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", str(error))
+        text = re.sub(r"`(\w+)`", lambda match: f"`{names.get(match[1], match[1])}`", str(error))
         if text == str(error):
             raise
         raise ValueError(text) from error
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device; what torch says of a device that is not there becomes a sentence."""
+    """The model on a device. A device that does not exist is a ValueError."""
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -96,7 +96,7 @@ def first_batch(loader: Iterable[Any], path: Path) -> tuple[Inputs, Any]:
 
 
 def check_takes(model: nn.Module, loader: Iterable[Any], path: Path) -> None:
-    """Raises ValueError where the model cannot take the data, whatever it is that the model raises."""
+    """Raise ValueError if the model cannot read the data, whatever error the model raises."""
     inputs, _ = first_batch(loader, path)
     adapter = AdapterModel(model)
     try:

@@ -2,7 +2,7 @@
 
 from bayes_kf.data.arrays import array_data
 from bayes_kf.data.corruption import CORRUPTIONS, corrupt
-from bayes_kf.data.digits import LabelledImages, foreign_images, uci_digits, uci_digits_split
+from bayes_kf.data.digits import LabelledImages, photo_patches, uci_digits, uci_digits_split
 from bayes_kf.data.images import ImageFormat, image_folder_data
 from bayes_kf.data.labels import LabelledData, encode_labels
 from bayes_kf.data.open_dataset import open_dataset
@@ -18,9 +18,9 @@ __all__ = [
     "array_data",
     "corrupt",
     "encode_labels",
-    "foreign_images",
     "image_folder_data",
     "open_dataset",
+    "photo_patches",
     "read_predictions",
     "text_data",
     "uci_digits",

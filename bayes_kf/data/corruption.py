@@ -1,4 +1,4 @@
-"""Corruptions of images, to see what a model says about inputs it should doubt."""
+"""Corruptions of images, for tests of uncertainty under shift."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def uci_digits_split(num_stream: int = 1197, seed: int = 0) -> tuple[LabelledIma
     return LabelledImages(images[stream], labels[stream]), LabelledImages(images[heldout], labels[heldout])
 
 
-def foreign_images(num: int, seed: int = 0) -> torch.Tensor:
+def photo_patches(num: int, seed: int = 0) -> torch.Tensor:
     """Images that are no digits: grey 28x28 patches of the two photographs bundled with scikit-learn.
 
     Each patch is a square of 56 to 224 pixels at a random place of a random photograph, averaged down to 28x28.
@@ -75,7 +75,7 @@ def foreign_images(num: int, seed: int = 0) -> torch.Tensor:
         ValueError: `num` is less than 1.
 
     Example:
-        >>> foreign_images(5).shape
+        >>> photo_patches(5).shape
         torch.Size([5, 1, 28, 28])
     """
     if num < 1:

@@ -1,4 +1,4 @@
-"""Predictions that somebody saved: class probabilities or predicted values beside the targets, as .npz or .csv."""
+"""Saved predictions: class probabilities or predicted values beside the targets, as .npz or .csv."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def read_predictions(path: str | os.PathLike[str], *, need_targets: bool = True)
 
     Args:
         path: the file.
-        need_targets: whether targets must be there; those of foreign inputs may be missing.
+        need_targets: whether targets are required; out-of-distribution inputs may have none.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: the file is unreadable or holds something else; the message says what was found.
+        ValueError: the file is unreadable, or holds no predictions.
 
     Example:
         >>> import pathlib, tempfile

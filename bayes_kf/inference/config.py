@@ -389,7 +389,7 @@ class KalmanConfig:
         """For data that come once: the first 200 examples choose among three widths of the prior by evidence.
 
         ``fit`` without settings takes this where its loader cannot be split. What a stream can teach differs: on
-        some tasks a prior of 3 logits learns fastest, on others it learns noise (``benchmarks/bench_online.py``).
+        some tasks a prior of 3 logits learns fastest, on others it learns noise (``benchmarks/bench/run_online.py``).
         Among widths that one standard error does not tell apart the narrowest goes on. How frequent the classes are
         can be learned on all, so their log odds have a prior of one logit under each.
         """

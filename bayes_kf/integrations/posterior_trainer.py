@@ -84,7 +84,7 @@ class PosteriorTrainer(Trainer):
         compare, self._compare_draws = self._compare_draws, False
         prediction = predict(
             self.posterior, batch, self.method, self.num_samples, self._draws, targets,
-            compare=compare, adapter_draws=self._draws_begun,
+            compare=compare, adapter_generator_state=self._draws_begun,
         )  # fmt: skip
         loss = None if prediction.log_prob is None else -prediction.log_prob.mean()
         if prediction_loss_only:

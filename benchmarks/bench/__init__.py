@@ -1,1 +1,1 @@
-"""One bench for every optimizer: rows in ``optimizers/``, data sets in ``problems/``, a file each."""
+"""One bench for every optimizer: a file of ``optimizers/`` for each row, a file of ``problems/`` for each data set."""

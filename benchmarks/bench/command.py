@@ -1,21 +1,19 @@
-"""The command line that both benches share."""
+"""The command line of both loops of the bench."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import torch
 
 from benchmarks.bench.networks.base import KINDS
 from benchmarks.bench.registry.optimizers import Row, found_rows
 from benchmarks.bench.registry.problems import Problem, found_problems
 from benchmarks.bench.runner import Plan, run
 from benchmarks.bench.tables.entries import write_csv
-from benchmarks.common import result_files
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile
 
 
@@ -25,32 +23,25 @@ def main(
     description: str | None,
     render: Callable[..., list[str]],
     draw: Callable[..., None],
-    arguments: list[str] | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> None:
-    """Run what is missing, and write table, figure and CSV from what is there.
+    """Run the missing cells, and write table, figure and CSV of all cells.
 
     Args:
-        bench: the online or the optimizer bench.
+        bench: the module ``online`` or ``epochs``.
         title: of the table.
         description: of the command.
-        render: cells, rows and problems as Markdown.
-        draw: the figure.
-        arguments: in place of the command line's.
+        render: returns cells, rows and problems as Markdown.
+        draw: writes the figure.
+        arguments: in the place of the command line's.
 
     Raises:
-        SystemExit: with one sentence where data or weights are not there.
+        SystemExit: with one sentence, if data or weights are missing.
     """
-    args = parser(bench, description).parse_args(arguments)
-    torch.set_num_threads(1)
-    if args.results is not None:
-        result_files.RESULTS = args.results
+    args = parse(description, arguments)
     rows, problems = chosen(args, bench)
-    marks = [
-        f"limit{args.limit}" * bool(args.limit),
-        args.adapter or "",
-        args.backbone or "",
-        "random" * args.random_weights,
-    ]
+    marks = [f"limit{args.limit}" * bool(args.limit), args.adapter or "", args.backbone or ""]
+    marks.append("random" * args.random_weights)
     file = ResultFile("-".join([f"bench_{bench.NAME}", *filter(None, marks)]))
     if not args.table:
         adamw = found_rows(bench.NAME).get("adamw")
@@ -67,10 +58,10 @@ def main(
 
 
 def chosen(args: Any, bench: ModuleType, every: bool = False) -> tuple[list[Row], list[Problem]]:
-    """Rows and problems that the command line names; by default all that belong to the bench, or all there are.
+    """Rows and problems that the command line names; by default all of the bench, or with ``every`` all that exist.
 
     Raises:
-        SystemExit: for a name that there is not, as argparse does.
+        SystemExit: for an unknown name, as argparse does.
     """
     rows = found_rows(bench.NAME, args.extra)
     problems = found_problems(args.extra, args.backbone, args.random_weights)
@@ -87,18 +78,13 @@ def _named(option: str, names: list[str] | None, known: dict[str, Any], default:
     return [known[name] for name in names]
 
 
-def parser(bench: ModuleType, description: str | None) -> argparse.ArgumentParser:
-    """The options."""
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--problems", nargs="+", metavar="NAME", help="files of benchmarks/bench/problems")
-    found.add_argument("--rows", nargs="+", metavar="NAME", help="files of benchmarks/bench/optimizers, in this order")
-    found.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    found.add_argument("--limit", type=int, help="examples of any stream at most; results go to a file of their own")
-    found.add_argument("--adapter", choices=KINDS, help="for every row that takes it, in a file of its own")
-    found.add_argument("--backbone", help="network in place of the problems' own, as densenet121 or roberta-base")
-    found.add_argument("--random-weights", action="store_true", help="networks that were not trained, to try the code")
-    found.add_argument("--extra", type=Path, help="a folder with further `optimizers` or `problems`")
-    found.add_argument("--results", type=Path, help="folder of the results; by default benchmarks/results")
-    found.add_argument("--redo", action="store_true", help="run again what is already there")
-    found.add_argument("--table", action="store_true", help="run nothing; write table, figure and CSV again")
-    return found
+def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. ``--rows`` and ``--problems`` may also name files in ``--extra``, so they are checked later."""
+    command = Command(description).seeds(3).limit("examples of any stream; results have a file of their own")
+    command.option("--problems", nargs="+", metavar="NAME", help="files of benchmarks/bench/problems")
+    command.option("--rows", nargs="+", metavar="NAME", help="files of benchmarks/bench/optimizers, in this order")
+    command.option("--adapter", choices=KINDS, help="for every row that accepts it; results have a file of their own")
+    command.option("--backbone", help="network in the place of the problems' own, as densenet121 or roberta-base")
+    command.option("--random-weights", action="store_true", help="untrained networks, to try the code")
+    command.option("--extra", type=Path, help="a folder with further `optimizers` or `problems`")
+    return command.redo().table().parse(arguments)

@@ -1,7 +1,7 @@
 """The optimizer bench: several epochs over a small data set in batches (GRNG's comparison of optimizers).
 
-After every epoch, at the point that was learned (a filter's mean): the training loss and the norm of its gradient over
-the whole training set, and the test loss. No example counts twice for a filter: ``KalmanLearner`` says how.
+After every epoch the training loss and the norm of its gradient over the whole training set, and the test loss, are
+measured at the point that was learned (a filter's mean). A filter counts no example twice (``KalmanLearner``).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NAME = "optimizers"
 CRITERIA = {"train": "mean_train_loss", "final": "nll"}
 """By what settings are chosen on the tuning data: the smallest of these."""
 EPOCHS, BATCH = 5, 32
-MEASURED = 128  # examples at once where losses are measured
+MEASURED = 128  # examples of a batch in measurements of losses
 PROBE = 10  # AdamW steps timed before and after
 
 
 class Point(NamedTuple):
-    """Where a learner stands."""
+    """Losses and gradient norm of a learner after an epoch."""
 
     train_loss: float
     test_loss: float
@@ -46,7 +46,7 @@ def measure(
     seed: int,
     adamw: Row | None,
 ) -> dict[str, Any]:
-    """What the file keeps of a row's epochs; arguments as those of the online bench."""
+    """The numbers of a row's epochs that the results file keeps; arguments as in the online bench."""
     model, epochs = problem.model(adapter, seed), EPOCHS
     before = probe(problem, split.stream, adamw)
     per_epoch = math.ceil(len(split.stream.labels) / BATCH)
@@ -65,7 +65,7 @@ def measure(
             break
         seconds, wall = seconds + spent[0], wall + spent[1]
     done = max(1, len(points) - 1) * per_epoch
-    kept: dict[str, Any] = {
+    cell: dict[str, Any] = {
         "adapter": adapter,
         "parameters": sum(p.numel() for p in trainable(model)),
         "state_bytes": learner.bytes(),
@@ -78,20 +78,20 @@ def measure(
     }
     if cause is None:
         try:
-            kept |= heldout_scores(learner, split.heldout)
-            kept["mean_train_loss"] = sum(p.train_loss for p in points[1:]) / epochs
+            cell |= heldout_scores(learner, split.heldout)
+            cell["mean_train_loss"] = sum(p.train_loss for p in points[1:]) / epochs
         except STOPS as error:
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
     if cause is not None:
-        kept |= {"diverged_at": len(points) - 1, "cause": cause}
+        cell |= {"diverged_at": len(points) - 1, "cause": cause}
     after = probe(problem, split.stream, adamw)
     if before is not None and after is not None:
-        kept |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
-    return kept
+        cell |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
+    return cell
 
 
 def run_epoch(learner: Learner, stream: Stream, seed: int, epoch: int, epochs: int) -> tuple[float, float]:
-    """An epoch in an order of its own, the same for every row; processor and wall seconds."""
+    """Processor and wall seconds of an epoch, whose order is the same for every row."""
     total = len(stream.labels)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(1000 * seed + epoch))
     batches = stream.at(order).batches(BATCH)
@@ -103,18 +103,18 @@ def run_epoch(learner: Learner, stream: Stream, seed: int, epoch: int, epochs: i
 
 
 def point(model: nn.Module, split: Split) -> Point:
-    """Losses and the gradient's norm at the model's present tensors.
+    """Losses and gradient norm at the model's current tensors.
 
     Raises:
-        FloatingPointError: one of them is not finite.
+        FloatingPointError: if one of them is not finite.
     """
     tensors = trainable(model)
     gradient = [torch.zeros_like(tensor) for tensor in tensors]
     train, total = 0.0, len(split.stream.labels)
     for inputs, labels in split.stream.batches(MEASURED):
         loss = F.cross_entropy(logits(model, inputs), labels, reduction="sum") / total
-        for kept, part in zip(gradient, torch.autograd.grad(loss, tensors), strict=True):
-            kept += part
+        for accumulated, part in zip(gradient, torch.autograd.grad(loss, tensors), strict=True):
+            accumulated += part
         train += float(loss.detach())
     with torch.no_grad():
         losses = [
@@ -129,7 +129,7 @@ def point(model: nn.Module, split: Split) -> Point:
 
 
 def probe(problem: Problem, stream: Stream, adamw: Row | None) -> tuple[float, float] | None:
-    """Processor and wall seconds of an AdamW step on the problem's own adapter, now."""
+    """Processor and wall seconds of an AdamW step on the problem's own adapter, measured now."""
     if adamw is None:
         return None
     batches = stream.first(PROBE * BATCH).batches(BATCH)

@@ -1,4 +1,4 @@
-"""What a row makes: something that learns from batches and predicts, whatever is inside."""
+"""The interface between rows and loops: learners, which learn from batches and predict."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from benchmarks.common.learners import Inputs, logits
 
 
 class Learner(Protocol):
-    """A row at work on one model.
+    """A row with one model.
 
-    A learner that cannot go on raises one of :data:`STOPS`.
+    A learner that diverges raises one of :data:`STOPS`.
     """
 
     def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
-        """Take in a batch; the logits before that, (B, m)."""
+        """Learn a batch; return the logits before the update, (B, m)."""
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
-        """Told before epoch ``number`` (from 0) of several over the same ``examples``; never in the online bench."""
+        """Called before epoch ``number`` (from 0) of several over the same ``examples``; not in the online bench."""
 
     def settle(self) -> None:
-        """Write what was learned (a point) into the model."""
+        """Write the learned point into the model."""
 
     def probs(self, inputs: Inputs) -> Tensor:
-        """Predicted probabilities now, (B, m), float64."""
+        """Predicted probabilities, (B, m), float64."""
 
     def bytes(self) -> int:
-        """Memory of what it keeps besides the model."""
+        """Bytes of its state besides the model."""
 
 
 STOPS = (*DIVERGED, OverflowError, ZeroDivisionError)
-"""What a learner may raise when it diverges; anything else is an error in the code."""
+"""Errors of a divergence; any other error is one of the code."""
 
 
 class GradientLearner:
-    """An optimizer of ``torch.optim``'s kind; the model itself holds what was learned.
+    """An optimizer with the interface of ``torch.optim``; the model itself holds the learned point.
 
-    Optimizers with a ``backward(loss, outputs)`` of their own (K-FAC and its like) are given both.
+    An optimizer with its own ``backward(loss, outputs)``, such as K-FAC, gets both.
 
     Args:
         model: in evaluation mode; its trainable tensors are changed.
-        optimizer: over them.
-        decay_over: updates over which the learning rate falls linearly to zero; None: it stays.
-        forward: a context that forward passes of learning need (double backward through attention).
+        optimizer: over those tensors.
+        decay_over: updates over which the learning rate falls linearly to zero; None: constant.
+        forward: a context for the forward passes of learning (double backward through attention needs one).
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class GradientLearner:
         with self._forward():
             outputs = logits(self.model, inputs)
             loss = F.cross_entropy(outputs, labels)
-            found = outputs.detach().clone()
-            check_finite(found)
+            before = outputs.detach().clone()
+            check_finite(before)
             self.optimizer.zero_grad()
             if self._backward is None:
                 loss.backward()
@@ -80,46 +80,46 @@ class GradientLearner:
         self.optimizer.step()
         if self._schedule is not None:
             self._schedule.step()
-        return found
+        return before
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
-        """Nothing: a gradient step is one, whatever came before."""
+        """Nothing: a gradient step does not depend on earlier epochs."""
 
     def settle(self) -> None:
-        """Nothing: it is there."""
+        """Nothing: the model has the point."""
 
     @torch.no_grad()
     def probs(self, inputs: Inputs) -> Tensor:
         """Softmax."""
-        found = logits(self.model, inputs).double()
-        check_finite(found)
-        return found.softmax(1)
+        outputs = logits(self.model, inputs).double()
+        check_finite(outputs)
+        return outputs.softmax(1)
 
     def bytes(self) -> int:
-        """Tensors that the optimizer holds, gradients not counted."""
+        """Bytes of the optimizer's tensors, without gradients."""
         return optimizer_bytes(self.optimizer)
 
 
 class KalmanLearner:
-    """A filter; it predicts with the posterior (linearized), and its mean is the point.
+    """A filter, which predicts with its posterior (linearized); the learned point is its mean.
 
-    Several epochs count no example twice: the first is the filter's, in later ones only the mean moves, by
-    natural-gradient steps under the covariance that the first left (``bayes_kf.inference.fitting.passes.mean_pass``).
+        Several epochs count no example twice: the first is the filter's pass. In later ones only the mean changes, by
+    natural-gradient steps under the covariance of the first (``bayes_kf.inference.fitting.passes.mean_pass``).
 
     Args:
-        model: what learns; changed by :meth:`settle` alone.
+        model: changed only by :meth:`settle`.
         config: the filter's settings.
-        inputs: what the prior's scale is measured on.
+        inputs: for the scale of the prior.
     """
 
     def __init__(self, model: nn.Module, config: KalmanConfig, inputs: Inputs) -> None:
         self.kf = KalmanFilter(model, config)
         self.state = self.kf.init(inputs)
-        self._done: float | None = None  # share of the mean passes that is behind; None while the filter learns
+        self._done: float | None = None  # completed share of the mean passes; None in the filter's pass
         self._per_example = 0.0
 
     def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
-        """An update of the belief, or, in later epochs, of its mean."""
+        """An update of the filter or, in later epochs, of its mean."""
         if self._done is None:
             self.state, info = self.kf.update(self.state, inputs, labels)
             check_finite(info.outputs)
@@ -134,35 +134,35 @@ class KalmanLearner:
         return outputs
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
-        """From the second on, only the mean moves."""
+        """From the second epoch on, only the mean changes."""
         if number:
             self._done = (number - 1) / (epochs - 1)
             self._per_example = 1.0 / (examples * (epochs - 1))
 
     def settle(self) -> None:
-        """The mean."""
+        """Write the mean."""
         self.kf.adapter.assign(self.state.belief.mean)
 
     def probs(self, inputs: Inputs) -> Tensor:
-        """Of the posterior."""
-        found = Posterior(self.kf, self.state).predict(inputs).probs
-        assert found is not None  # a classifier
-        check_finite(found)
-        return found.double()
+        """Probabilities of the posterior."""
+        predicted = Posterior(self.kf, self.state).predict(inputs).probs
+        assert predicted is not None  # a classifier
+        check_finite(predicted)
+        return predicted.double()
 
     def bytes(self) -> int:
-        """Belief, prior, noise and scores."""
+        """Bytes of Gaussian, prior, noise and scores."""
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct(self.state))
 
 
 class BankLearner:
-    """Filters side by side; the one that is ahead predicts the next example, all of them, weighted, what comes after.
+    """A bank of filters, whose predictions are averaged by evidence.
 
     Args:
-        model: what learns; changed by :meth:`settle` alone.
+        model: changed only by :meth:`settle`.
         configs: the filters' settings.
-        inputs: what the priors' scales are measured on.
-        until: examples after which the one that is ahead goes on alone, as in ``fit``; None: never.
+        inputs: for the scales of the priors.
+        until: examples after which only the filter with the most evidence continues, as in ``fit``; None: never.
         margin: of the bank.
     """
 
@@ -178,7 +178,7 @@ class BankLearner:
         self.state = self.bank.init(inputs)
 
     def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
-        """An update of all."""
+        """An update of all filters."""
         self.state, info = self.bank.update(self.state, inputs, labels)
         check_finite(info.outputs)
         self._seen += len(labels)
@@ -189,26 +189,26 @@ class BankLearner:
         return info.outputs
 
     def begin_epoch(self, number: int, epochs: int, examples: int) -> None:
-        """It learns streams."""
+        """Nothing: a bank learns streams only."""
 
     def settle(self) -> None:
-        """The mean of the one that is ahead."""
+        """Write the mean of the filter with the most evidence."""
         self.bank.adapter.assign(self.bank.posterior(self.state).mean_vector)
 
     def probs(self, inputs: Inputs) -> Tensor:
-        """Averaged by evidence."""
-        found = self.bank.predict(self.state, inputs).probs
-        assert found is not None  # a classifier
-        check_finite(found)
-        return found.double()
+        """Probabilities averaged by evidence."""
+        predicted = self.bank.predict(self.state, inputs).probs
+        assert predicted is not None  # a classifier
+        check_finite(predicted)
+        return predicted.double()
 
     def bytes(self) -> int:
-        """Beliefs, priors, noise and scores."""
+        """Bytes of Gaussians, priors, noise and scores."""
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct(self.state))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The tensors that are learned."""
+    """The trainable tensors."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -218,13 +218,13 @@ def linear_decay(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.opti
 
 
 def check_finite(outputs: Tensor) -> None:
-    """Raise FloatingPointError where a prediction is not finite."""
+    """Raise FloatingPointError if a prediction is not finite."""
     if not bool(torch.isfinite(outputs).all()):
         raise FloatingPointError("the outputs are not finite")
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors that an optimizer holds, without the parameters and their gradients."""
+    """Bytes of an optimizer's tensors, without the parameters and their gradients."""
     parameters = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
     held = [value for name, value in vars(optimizer).items() if name not in ("param_groups", "defaults")]
     tensors = [tensor for tensor in distinct(held) if tensor.data_ptr() not in parameters]
@@ -232,14 +232,14 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def distinct(value: Any) -> list[Tensor]:
-    """The tensors in nested containers and plain objects, each once; modules are not looked into."""
-    found: dict[int, Tensor] = {}
+    """The tensors in nested containers and plain objects, each once, without those of modules."""
+    tensors: dict[int, Tensor] = {}
     seen: set[int] = set()
 
     def visit(item: Any) -> None:
         if isinstance(item, Tensor):
             if item.numel():
-                found.setdefault(item.data_ptr(), item)
+                tensors.setdefault(item.data_ptr(), item)
             return
         if id(item) in seen or isinstance(item, nn.Module | str | bytes | type):
             return
@@ -257,4 +257,4 @@ def distinct(value: Any) -> list[Tensor]:
         return iter(())
 
     visit(value)
-    return list(found.values())
+    return list(tensors.values())

@@ -1,4 +1,4 @@
-"""The online bench: one example at a time, predicted first and learned from afterwards, once (LoKO's Tables 1 to 3)."""
+"""The online bench: one pass, one example at a time, each predicted before the update (LoKO's Tables 1 to 3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBE = 40  # AdamW steps timed before and after a pass
 
 
 class Pass(NamedTuple):
-    """What a pass saw before each example was learned from, up to a divergence."""
+    """Correctness and log losses of a pass before each update, up to a divergence."""
 
     correct: Tensor
     losses: Tensor
@@ -34,36 +34,36 @@ class Pass(NamedTuple):
 def measure(
     row: Row, problem: Problem, adapter: str, choice: Mapping[str, Any], split: Split, seed: int, adamw: Row | None
 ) -> dict[str, Any]:
-    """What the file keeps of a pass of a row.
+    """The numbers of a row's pass that the results file keeps.
 
     Args:
         row: the optimizer.
         problem: the data set.
         adapter: the kind of its trainable tensors.
         choice: the row's setting.
-        split: the stream, and what is predicted afterwards.
-        seed: of the network's start, and of what the row draws.
-        adamw: timed before and after; None: not.
+        split: the stream and the held-out examples.
+        seed: of the network's start and of the row's random numbers.
+        adamw: row whose steps are timed before and after; None: no timing.
     """
     model = problem.model(adapter, seed)
     before = probe(problem, split.stream, adamw)
     learner = row.make(model, choice, seed, len(split.stream.labels), first_inputs(split.stream, SCALE_EXAMPLES))
-    found = run(learner, split.stream)
-    kept = summary(found, len(split.stream.labels))
-    kept |= {"adapter": adapter, "parameters": sum(p.numel() for p in trainable(model)), "state_bytes": learner.bytes()}
-    if found.cause is None:
+    result = run(learner, split.stream)
+    cell = summary(result, len(split.stream.labels))
+    cell |= {"adapter": adapter, "parameters": sum(p.numel() for p in trainable(model)), "state_bytes": learner.bytes()}
+    if result.cause is None:
         try:
-            kept |= heldout_scores(learner, split.heldout)
+            cell |= heldout_scores(learner, split.heldout)
         except STOPS as error:
-            kept |= {"diverged_at": len(found.losses), "cause": str(error).splitlines()[0]}
+            cell |= {"diverged_at": len(result.losses), "cause": str(error).splitlines()[0]}
     after = probe(problem, split.stream, adamw)
     if before is not None and after is not None:
-        kept |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
-    return kept
+        cell |= {"adamw_milliseconds": 500 * (before[0] + after[0]), "adamw_wall": 500 * (before[1] + after[1])}
+    return cell
 
 
 def run(learner: Learner, stream: Stream) -> Pass:
-    """A pass, up to the example where the learner cannot go on, if any."""
+    """A pass, up to the example on which the learner diverges, if any."""
     correct: list[Tensor] = []
     losses: list[Tensor] = []
     cause = None
@@ -82,25 +82,25 @@ def run(learner: Learner, stream: Stream) -> Pass:
     return Pass(torch.cat([empty.bool(), *correct]), torch.cat([empty.double(), *losses]), seconds, wall, cause)
 
 
-def summary(found: Pass, total: int) -> dict[str, Any]:
-    """Numbers of a pass. After a divergence nothing is predicted: what is left of the stream counts as wrong."""
-    kept: dict[str, Any] = {
-        "steps": len(found.losses),
-        "online_accuracy": found.correct.double().sum().item() / total,
-        "milliseconds": 1e3 * found.seconds,
-        "wall": 1e3 * found.wall,
-        "curve": curve(found.correct, found.losses),
+def summary(result: Pass, total: int) -> dict[str, Any]:
+    """Numbers of a pass; examples after a divergence count as wrong."""
+    cell: dict[str, Any] = {
+        "steps": len(result.losses),
+        "online_accuracy": result.correct.double().sum().item() / total,
+        "milliseconds": 1e3 * result.seconds,
+        "wall": 1e3 * result.wall,
+        "curve": curve(result.correct, result.losses),
     }
-    if found.cause is None:
-        return kept | {"online_log_loss": found.losses.mean().item()}
-    return kept | {"diverged_at": len(found.losses), "cause": found.cause}
+    if result.cause is None:
+        return cell | {"online_log_loss": result.losses.mean().item()}
+    return cell | {"diverged_at": len(result.losses), "cause": result.cause}
 
 
 def probe(problem: Problem, stream: Stream, adamw: Row | None) -> tuple[float, float] | None:
-    """Processor and wall seconds of an AdamW step on the problem's own adapter, now."""
+    """Processor and wall seconds of an AdamW step on the problem's own adapter, measured now."""
     if adamw is None:
         return None
     few = stream.first(min(PROBE, len(stream.labels)))
     learner = adamw.make(problem.model(problem.network.adapters[0], 0), {"lr": 1e-4}, 0, PROBE, None)
-    found = run(learner, few)
-    return found.seconds, found.wall
+    result = run(learner, few)
+    return result.seconds, result.wall

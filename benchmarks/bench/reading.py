@@ -1,4 +1,4 @@
-"""How the bench's data sets are read: functions of indices, from images or texts that are read once."""
+"""Readers of the bench's data sets: functions of indices over images or texts that are read once."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def images(read: Callable[..., Any]) -> tuple[Read, Read]:
     Args:
         read: from "train" or "test" to images (N, C, H, W) in [-1, 1] and labels (N,).
     """
-    kept = functools.cache(read)
+    cached = functools.cache(read)
 
     def some(split: str, which: Tensor) -> tuple[Any, Tensor]:
-        found, labels = kept(split)
-        return (found[which] + 1) / 2, labels[which]
+        pictures, labels = cached(split)
+        return (pictures[which] + 1) / 2, labels[which]
 
     return functools.partial(some, "train"), functools.partial(some, "test")
 
 
 def texts(name: str, test: str, pairs: bool = False) -> tuple[Read, Read]:
-    """``train`` and ``test`` of a data set of texts, whose rows end with their label.
+    """``train`` and ``test`` of a data set of texts, whose rows end with the label.
 
     Args:
         name: of its file.
-        test: the split that is tested on.
-        pairs: whether a row begins with two texts.
+        test: the test split.
+        pairs: whether a row starts with two texts.
     """
-    kept = functools.cache(lambda: rows_of(name))
+    cached = functools.cache(lambda: rows_of(name))
 
     def some(split: str, which: Tensor) -> tuple[Any, Tensor]:
-        chosen = [kept()[split][i] for i in which.tolist()]
+        chosen = [cached()[split][i] for i in which.tolist()]
         return [(row[0], row[1]) if pairs else row[0] for row in chosen], torch.tensor([row[-1] for row in chosen])
 
     return functools.partial(some, "train"), functools.partial(some, test)

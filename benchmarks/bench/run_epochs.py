@@ -1,11 +1,11 @@
-"""Every optimizer over several epochs: training and test loss and the gradient's norm along the path.
+"""Every optimizer over several epochs: training and test loss, and the gradient's norm along the path.
 
-GRNG's comparison on what can be run here. Rows, data sets and rules are those of ``bench_online.py``.
+GRNG's comparison on networks and data sets that run here. Rows, data sets and rules are those of ``run_online.py``.
 
-    python benchmarks/bench_optimizers.py                                # everything
-    python benchmarks/bench_optimizers.py --problems mnist_lenet --rows adamw kfac ring
-    python benchmarks/bench_optimizers.py --problems uci --limit 100     # needs no data; a file of its own name
-    python benchmarks/bench_optimizers.py --table                        # table, figure and CSV from what is there
+    python -m benchmarks.bench.run_epochs                                # everything
+    python -m benchmarks.bench.run_epochs --problems mnist_lenet --rows adamw kfac ring
+    python -m benchmarks.bench.run_epochs --problems uci --limit 100     # needs no data; a file of its own
+    python -m benchmarks.bench.run_epochs --table                        # table, figure and CSV of existing results
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Every optimizer on streams: one example at a time, predicted first and learned from afterwards, once.
+"""Every optimizer on streams: one pass, one example at a time, each predicted before the update.
 
-LoKO's Tables 1 to 3 on what can be run here. Rows are the files of ``bench/optimizers``, data sets those of
-``bench/problems``; all share starts, streams and the number of settings that they may try. A stopped run goes on where
-it was. Data and weights: ../shared/data and ../shared/weights, or $BAYES_KF_DATA and $BAYES_KF_WEIGHTS.
+LoKO's Tables 1 to 3 on networks and data sets that run here. Rows are the files of ``bench/optimizers``, data sets
+those of ``bench/problems``. All rows share starts, streams and the number of settings that they may try. A stopped run
+continues. Data and weights: ../shared/data and ../shared/weights, or $BAYES_KF_DATA and $BAYES_KF_WEIGHTS.
 
-    python benchmarks/bench_online.py                                    # everything
-    python benchmarks/bench_online.py --problems usps --rows default adamw loko_lora
-    python benchmarks/bench_online.py --problems uci --limit 100         # needs no data; a file of its own name
-    python benchmarks/bench_online.py --problems cifar10 --backbone vit_b_16    # downloads DINO's weights
-    python benchmarks/bench_online.py --table                            # table, figure and CSV from what is there
+    python -m benchmarks.bench.run_online                                    # everything
+    python -m benchmarks.bench.run_online --problems usps --rows default adamw loko_lora
+    python -m benchmarks.bench.run_online --problems uci --limit 100         # needs no data; a file of its own
+    python -m benchmarks.bench.run_online --problems cifar10 --backbone vit_b_16    # downloads DINO's weights
+    python -m benchmarks.bench.run_online --table                            # table, figure and CSV of existing results
 """
 
 from __future__ import annotations

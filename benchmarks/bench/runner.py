@@ -1,4 +1,4 @@
-"""The cells of a bench: what is to be run, tuning first, and what is already there."""
+"""The cells of a bench: tuning first, then the chosen settings on every seed; existing cells are not run again."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from tqdm.auto import tqdm
 from benchmarks.bench.registry.optimizers import Row, same_settings
 from benchmarks.bench.registry.problems import TUNING_SEED, Problem, Split
 from benchmarks.bench.selection import chosen, key, tuning_key
+from benchmarks.common.command import is_due
 from benchmarks.common.result_files import ResultFile
 
 
 class Plan(NamedTuple):
-    """What is to be run.
+    """The rows and problems to run.
 
     Attributes:
-        bench: the module of the online or of the optimizer bench.
+        bench: the module ``online`` or ``epochs``.
         rows: in their order.
         problems: in their order.
-        seeds: how many.
-        adamw: timed beside every row; None: not.
-        limit: examples of any stream at most.
-        adapter: of every row, in place of the problems' own; None: as rows and problems say.
-        redo: whether cells are run again that are there.
+        seeds: to run.
+        adamw: the row whose steps are timed beside every row; None: no timing.
+        limit: largest number of examples of any stream.
+        adapter: of every row; None means the choice of rows and problems.
+        redo: regular expression of the cells to run again; None: none.
     """
 
     bench: ModuleType
     rows: Sequence[Row]
     problems: Sequence[Problem]
-    seeds: int = 3
+    seeds: Sequence[int] = (0, 1, 2)
     adamw: Row | None = None
     limit: int | None = None
     adapter: str | None = None
-    redo: bool = False
+    redo: str | None = None
 
 
 def run(plan: Plan, file: ResultFile) -> int:
-    """Run what is missing of a plan, writing each cell as it finishes; how many were run."""
+    """The number of cells that were run: the missing ones of a plan. Each is written at once."""
     file.begin()
     pairs = [(problem, row) for problem in plan.problems for row in plan.rows if kind(plan, row, problem)]
     done = 0
@@ -53,7 +54,7 @@ def run(plan: Plan, file: ResultFile) -> int:
 
 
 def kind(plan: Plan, row: Row, problem: Problem) -> str | None:
-    """The kind of trainable tensors that a row has on a problem; None where it does not run there."""
+    """The kind of trainable tensors of a row on a problem; None if it does not run there."""
     offered = problem.network.adapters
     if plan.bench.NAME not in row.benches:
         return None
@@ -68,41 +69,40 @@ class _Pair:
     def __init__(self, plan: Plan, file: ResultFile, problem: Problem, row: Row) -> None:
         self.plan, self.file, self.problem, self.row = plan, file, problem, row
         self._splits: dict[int, Split] = {}
-        found = kind(plan, row, problem)
-        assert found is not None  # pairs are chosen by it
-        self.adapter = found
+        adapter = kind(plan, row, problem)
+        assert adapter is not None  # pairs are chosen by it
+        self.adapter = adapter
 
     def run(self) -> int:
-        """Tuning, then what it chose on every seed; the number of cells that were run."""
+        """Run the tuning cells, then the chosen settings on every seed; the number of cells that were run."""
         plan, row, name = self.plan, self.row, self.problem.name
         done = 0
         if row.tuned:
             for choice in row.grid:
                 done += self._cell(tuning_key(name, row.name, choice), choice, TUNING_SEED)
         settings = chosen(self.file.cells, name, row, plan.bench.CRITERIA)
-        assert settings is not None  # all were tried
-        for seed in range(plan.seeds):
+        assert settings is not None  # all settings were tried
+        for seed in plan.seeds:
             for choice in {str(choice): choice for choice in settings.values()}.values():
                 done += self._cell(key(name, row.name, choice, seed), choice, seed)
         return done
 
     def _cell(self, name: str, choice: dict[str, Any], seed: int) -> int:
         today = self._settings(choice)
-        kept = self.file.cells.get(name)
-        if not self.plan.redo and kept is not None and _current(kept, today):
+        if not is_due(self.file, name, self.plan.redo) and _current(self.file.cells[name], today):
             return 0
         split = self._split(seed)
         adamw = None if seed == TUNING_SEED else self.plan.adamw
-        found = self.plan.bench.measure(self.row, self.problem, self.adapter, choice, split, seed, adamw)
-        found |= today | {"stream": len(split.stream.labels), "heldout": len(split.heldout.labels)}
+        cell = self.plan.bench.measure(self.row, self.problem, self.adapter, choice, split, seed, adamw)
+        cell |= today | {"stream": len(split.stream.labels), "heldout": len(split.heldout.labels)}
         if seed == TUNING_SEED:
-            found.pop("curve", None)
-        self.file.put(name, found)
-        tqdm.write(f"{name}: {_summary(found)}", file=sys.stderr)
+            cell.pop("curve", None)
+        self.file.put(name, cell)
+        tqdm.write(f"{name}: {_summary(cell)}", file=sys.stderr)
         return 1
 
     def _settings(self, choice: dict[str, Any]) -> dict[str, Any]:
-        """What a cell depends on besides the code."""
+        """The settings that a cell depends on."""
         size = self.problem.sizes_of(self.plan.bench.NAME, self.plan.limit)
         return {"settings": self.row.settings(choice), "network": self.problem.network_name, "sizes": list(size)}
 
@@ -115,14 +115,14 @@ class _Pair:
         return self._splits[seed]
 
 
-def _current(kept: dict[str, Any], today: dict[str, Any]) -> bool:
-    """Whether a cell is of today's settings."""
-    others = all(kept.get(name) == value for name, value in today.items() if name != "settings")
-    return others and same_settings(kept["settings"], today["settings"])
+def _current(cell: dict[str, Any], today: dict[str, Any]) -> bool:
+    """Whether a cell has today's settings."""
+    others = all(cell.get(name) == value for name, value in today.items() if name != "settings")
+    return others and same_settings(cell["settings"], today["settings"])
 
 
 def _summary(cell: dict[str, Any]) -> str:
-    """How a cell went, in a line."""
+    """A measured cell in one line."""
     if "cause" in cell:
         return f"diverged at {cell['diverged_at']}: {cell['cause']}"
     if "online_accuracy" in cell:

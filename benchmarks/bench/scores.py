@@ -1,4 +1,4 @@
-"""Scores of predictions, and how curves are kept."""
+"""Scores of predictions, and curves for the results file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WINDOW = 100  # examples of a moving average
 
 
 def heldout_scores(learner: Learner, heldout: Stream, batch: int = 100) -> dict[str, float]:
-    """Accuracy, log loss and calibration error of a learner's predictions, with the error's interval under chance."""
+    """Accuracy, log loss and calibration error of a learner's predictions, with the error's null band."""
     probs = torch.cat([learner.probs(inputs) for inputs, _ in heldout.batches(batch)])
     ece = calibration_test(probs, heldout.labels, "ece")
     tiny = torch.finfo(torch.float64).tiny
@@ -37,7 +37,7 @@ def log_losses(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def curve(correct: Tensor, losses: Tensor) -> dict[str, Any]:
-    """Average online accuracy up to, and moving average of the loss at, some 50 steps.
+    """Average online accuracy and moving average of the loss at some 50 steps.
 
     Args:
         correct: of every example, (T,).
@@ -61,5 +61,5 @@ def curve(correct: Tensor, losses: Tensor) -> dict[str, Any]:
 
 
 def window(total: int) -> int:
-    """Examples that a moving average takes in; a tenth of streams shorter than a thousand."""
+    """Examples of a moving average: a tenth of the stream if it has fewer than a thousand."""
     return min(WINDOW, max(1, total // 10)) if total < 10 * WINDOW else WINDOW

@@ -1,4 +1,4 @@
-"""Which setting of its grid a row runs with, from what the settings did on the tuning stream."""
+"""The choice of a row's settings from their results on the tuning stream."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Cells = Mapping[str, Mapping[str, Any]]
 
 
 def tuning_key(problem: str, row: str, choice: Mapping[str, Any]) -> str:
-    """Of a cell of tuning."""
+    """The key of a tuning cell."""
     return f"{problem}/{row}/{text_of(choice)}/tuning"
 
 
 def key(problem: str, row: str, choice: Mapping[str, Any], seed: int) -> str:
-    """Of a cell that is reported."""
+    """The key of a reported cell."""
     return f"{problem}/{row}/{text_of(choice)}/{seed}"
 
 
 def chosen(cells: Cells, problem: str, row: Row, criteria: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
-    """Criterion -> the setting that is best by it on the tuning stream; None until all settings were tried.
+    """Criterion -> best setting on the tuning stream; None until all settings were tried.
 
-    A setting that diverged counts as infinitely bad; where all did, the one that went furthest.
+    A diverged setting has infinite loss; if all diverged, the one with the most steps is best.
     """
     if not row.tuned:
         return dict.fromkeys(criteria, row.grid[0])

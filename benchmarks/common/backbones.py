@@ -1,7 +1,7 @@
-"""Real pre-trained image networks of ``$BAYES_KF_WEIGHTS`` (or ../shared/weights) with LoRA, for benchmarks.
+"""Pre-trained image networks with LoRA; weights from ``$BAYES_KF_WEIGHTS`` or ../shared/weights.
 
-A vision transformer and residual networks trained on CIFAR-10, MobileNetV2 trained on ImageNet. Inputs of all are float
-images (B, 3, H, W) in [0, 1]; each network normalizes them as it was trained.
+A vision transformer and residual networks trained on CIFAR-10, and MobileNetV2 trained on ImageNet. Inputs are float
+images (B, 3, H, W) in [0, 1]; each network normalizes them as in its training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def weights_file(name: str) -> Path:
     """A file of the folder of weights.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: if it does not exist.
     """
     named = os.environ.get("BAYES_KF_WEIGHTS")
     path = (Path(named) if named else REPOSITORY.parent / "shared" / "weights") / name
@@ -33,7 +33,7 @@ def weights_file(name: str) -> Path:
 
 
 class Normalized(nn.Module):
-    """A network behind its normalization: (x − mean) / sd for every channel."""
+    """A network with normalized inputs, (x − mean) / sd for every channel."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], sd: tuple[float, ...]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Normalized(nn.Module):
 
 
 class CifarViT(nn.Module):
-    """Patches of 4x4, width 128, six post-norm layers, a class token: (B, 3, 32, 32) to (B, 10)."""
+    """A transformer on patches of 4x4, width 128, six post-norm layers, class token: (B, 3, 32, 32) to (B, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,8 +105,8 @@ class TensorFlowConv2d(nn.Conv2d):
 
 
 def vit_cifar(seed: int, dropout: float = 0.0) -> PeftModel:
-    """The transformer, LoRA rank 4 on its feed-forward layers, last layer trainable."""
-    torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights below LoRA's
+    """The transformer with LoRA of rank 4 on its feed-forward layers; the last layer is trainable."""
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path would ignore LoRA
     network = CifarViT()
     network.load_state_dict(load_file(weights_file("vit-cifar10/vit_cifar10.safetensors")))
     base = Normalized(network, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -114,7 +114,7 @@ def vit_cifar(seed: int, dropout: float = 0.0) -> PeftModel:
 
 
 def resnet_cifar(seed: int, dropout: float = 0.0) -> PeftModel:
-    """ResNet-20, LoRA rank 4 on the convolutions of its last stage, last layer trainable."""
+    """ResNet-20 with LoRA of rank 4 on the convolutions of its last stage; the last layer is trainable."""
     network = CifarResNet(3)
     network.load_state_dict(load_file(weights_file("resnet-cifar10/resnet20.safetensors")), strict=False)
     base = Normalized(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -122,21 +122,21 @@ def resnet_cifar(seed: int, dropout: float = 0.0) -> PeftModel:
 
 
 def mobilenet(seed: int, dropout: float = 0.0, num_classes: int = 2) -> PeftModel:
-    """MobileNetV2, LoRA rank 4 on its last three 1x1 convolutions, a new classifier in the place of ImageNet's."""
+    """MobileNetV2 with LoRA of rank 4 on its last three 1x1 convolutions, and a new classifier."""
     network = mobilenet_v2(norm_layer=nn.Identity)
     tensors = load_file(weights_file("mobilenet-v2-imagenet/mobilenet_v2_1.0_224_int8.safetensors"))
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Conv2d):
             _set(network, name, _convolution(module))
     scales = {k.removesuffix("scale"): v for k, v in tensors.items() if k.endswith("scale")}
-    found = {}
+    weights = {}
     for key, value in tensors.items():
         if key.endswith("bias"):
-            found[key] = value
+            weights[key] = value
         elif key.endswith("weight_int8"):
             scale = scales[key.removesuffix("weight_int8")]
-            found[key.removesuffix("_int8")] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
-    network.load_state_dict(found)
+            weights[key.removesuffix("_int8")] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+    network.load_state_dict(weights)
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(1280, num_classes)
     head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=generator))
@@ -147,7 +147,7 @@ def mobilenet(seed: int, dropout: float = 0.0, num_classes: int = 2) -> PeftMode
 
 
 def _convolution(old: nn.Conv2d) -> nn.Conv2d:
-    """The same with a bias, and TensorFlow's padding where it strides."""
+    """The same convolution with a bias, and with TensorFlow's padding if it has a stride."""
     kind, padding = (TensorFlowConv2d, 0) if old.stride == (2, 2) else (nn.Conv2d, old.padding)
     sizes = (old.in_channels, old.out_channels, old.kernel_size, old.stride)
     return kind(*sizes, padding=padding, groups=old.groups, bias=True)
@@ -162,5 +162,5 @@ def _adapted(base: nn.Module, targets: list[str] | str, head: str, seed: int, dr
     torch.manual_seed(seed)
     lora = LoraConfig(r=4, lora_alpha=4, lora_dropout=dropout, target_modules=targets, modules_to_save=[head])
     model = get_peft_model(base, lora)
-    assert isinstance(model, PeftModel)  # a mixed model comes only where mixed=True
+    assert isinstance(model, PeftModel)  # get_peft_model returns a mixed model only if mixed=True
     return model.eval()

@@ -1,7 +1,7 @@
-"""Real benchmark data from a folder outside the repository: $BAYES_KF_DATA, or ../shared/data beside the repository.
+"""Benchmark data from a folder outside the repository: $BAYES_KF_DATA, or ../shared/data beside the repository.
 
-The folder holds `mnist/train_x.npy.xz` and its like: xz-compressed numpy arrays, uint8. Every function returns images
-(N, 1, 28, 28), float32 in [-1, 1], white ink on black, and labels (N,), int64.
+The folder has xz-compressed NumPy arrays, uint8, such as `mnist/train_x.npy.xz`. Data sets of grey images are
+(N, 1, 28, 28), float32 in [-1, 1], white on black, with labels (N,), int64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def data_folder() -> Path:
     """The folder of benchmark data.
 
     Raises:
-        FileNotFoundError: neither $BAYES_KF_DATA nor ../shared/data beside the repository is a folder.
+        FileNotFoundError: if neither $BAYES_KF_DATA nor ../shared/data is a folder.
     """
     named = os.environ.get("BAYES_KF_DATA")
     folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
@@ -47,7 +47,7 @@ def mnist(split: Split) -> LabelledImages:
 
 
 def usps(split: Split, *, frame: bool = False) -> LabelledImages:
-    """USPS digits, 7,291 or 2,007 images, 16x16 resized to 28x28, or to 20x20 in MNIST's black frame of 4."""
+    """USPS: 7,291 or 2,007 images of 16x16, resized to 28x28, or to 20x20 in MNIST's black frame of 4 pixels."""
     grey = _grey(_read("usps", f"{split}_x"))
     side = 20 if frame else 28
     grey = F.interpolate(grey, size=(side, side), mode="bilinear", align_corners=False)
@@ -70,14 +70,14 @@ def fashion_mnist() -> LabelledImages:
 
 
 def archive_of(name: str) -> Mapping[str, Any]:
-    """An ``.npz`` of the data folder, every array read once."""
+    """The arrays of an ``.npz`` file of the data folder."""
     path = data_folder() / f"{name}.npz"
     with np.load(path, allow_pickle=False) as file:
         return {key: file[key] for key in file.files}
 
 
 def photographs(archive: Mapping[str, Any], which: np.ndarray) -> Tensor:
-    """Some of an archive's JPEG images, (N, 3, H, W) in [0, 1]."""
+    """JPEG images of an archive with the indices ``which``, (N, 3, H, W) in [0, 1]."""
     head, body, off = archive["head"].tobytes(), archive["body"].tobytes(), archive["off"]
     pixels = [np.asarray(Image.open(io.BytesIO(head + body[off[i] : off[i + 1]])).convert("RGB")) for i in which]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
@@ -100,5 +100,5 @@ def _grey(pixels: np.ndarray) -> torch.Tensor:
 
 
 def _labelled(name: str, prefix: str, grey: torch.Tensor) -> LabelledImages:
-    """Grey levels in the model's convention, with the labels beside them."""
+    """Images in [-1, 1] and their labels."""
     return LabelledImages(grey * 2 - 1, torch.from_numpy(_read(name, f"{prefix}y")).long())

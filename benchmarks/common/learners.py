@@ -1,4 +1,4 @@
-"""One pass over a stream, one example at a time, predicted first and learned from afterwards."""
+"""Streams, and passes over them: one example at a time, each predicted before the update."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from tqdm.auto import tqdm
 
 from bayes_kf import DivergenceError, KalmanConfig, KalmanFilter
 
-HEAD_SD = 0.02  # of a fresh classifier, as transformers draws it
-SCALE_EXAMPLES = 32  # inputs that a function-space prior is scaled on, as ``bayes_kf.fit`` takes them
+HEAD_SD = 0.02  # of a new classifier, as in transformers
+SCALE_EXAMPLES = 32  # first inputs for the scale of the prior, as in ``bayes_kf.fit``
 
 Inputs = Tensor | dict[str, Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Stream(NamedTuple):
-    """Inputs (N, ...), or keyword arguments of that length, and labels (N,) in the order in which they come."""
+    """Inputs (N, ...), or a mapping of keyword arguments of length N, and labels (N,), in the order of the stream."""
 
     inputs: Inputs
     labels: Tensor
 
     def batches(self, size: int = 1) -> list[tuple[Inputs, Tensor]]:
-        """The stream in batches; texts without the padding that a batch does not need."""
+        """The stream in batches; texts are cut to the longest of their batch."""
         labels = self.labels.split(size)
         if isinstance(self.inputs, Tensor):
             return list(zip(self.inputs.split(size), labels, strict=True))
         parts = {name: tensor.split(size) for name, tensor in self.inputs.items()}
-        found = []
+        pairs = []
         for index, target in enumerate(labels):
             longest = int(parts["attention_mask"][index].sum(1).max())
-            found.append(({name: part[index][:, :longest] for name, part in parts.items()}, target))
-        return found
+            pairs.append(({name: part[index][:, :longest] for name, part in parts.items()}, target))
+        return pairs
 
     def first(self, number: int) -> Stream:
-        """Its first examples."""
+        """The first ``number`` examples."""
         return self.at(slice(number))
 
     def at(self, which: Tensor | slice) -> Stream:
-        """Some of its examples."""
+        """The examples at ``which``."""
         if isinstance(self.inputs, Tensor):
             return Stream(self.inputs[which], self.labels[which])
         return Stream({name: tensor[which] for name, tensor in self.inputs.items()}, self.labels[which])
 
 
 class Pass(NamedTuple):
-    """What a pass over a stream saw, before each example was learned from.
+    """Numbers of a pass, before each update.
 
     Attributes:
         correct: whether the most probable class was the label, (T,) bool.
         log_loss: −log p(label), (T,), in nats.
-        seconds: processor seconds per step, of this thread.
-        diverged_at: index of the update that was refused, or None.
-        cause: what would have broken there.
+        seconds: processor seconds per step.
+        diverged_at: index of the refused update, or None.
+        cause: the reason of the refusal, or None.
     """
 
     correct: Tensor
@@ -70,7 +70,7 @@ class Pass(NamedTuple):
 
 
 def draw_classifier(model: nn.Module, seed: int) -> None:
-    """Draw the trainable classifier afresh, in place, as transformers does: for classes that the model has not seen."""
+    """Replace the trainable classifier's weights by new ones, drawn as in transformers, for new classes."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "classifier" in name:
@@ -79,18 +79,18 @@ def draw_classifier(model: nn.Module, seed: int) -> None:
 
 
 def logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    """A model's logits, (B, m), whether it returns them or an object that holds them."""
+    """A model's logits, (B, m), which it returns as a tensor or in an object."""
     outputs = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
 def gradient_pass(model: nn.Module, stream: Stream, make_optimizer: MakeOptimizer, decay: bool = False) -> Pass:
-    """A pass of a gradient optimizer, which changes ``model``.
+    """A pass of a gradient optimizer over ``model``, which is changed.
 
     Args:
         model: in evaluation mode; its trainable tensors are optimized.
-        stream: what to learn.
-        make_optimizer: from parameters to an optimizer.
+        stream: to learn.
+        make_optimizer: returns an optimizer of the parameters.
         decay: whether the learning rate falls linearly to zero over the stream.
     """
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
@@ -112,7 +112,7 @@ def gradient_pass(model: nn.Module, stream: Stream, make_optimizer: MakeOptimize
 
 @torch.no_grad()
 def frozen_pass(model: nn.Module, stream: Stream) -> Pass:
-    """A pass that learns nothing."""
+    """A pass that only predicts."""
     correct, losses = [], []
     start = time.process_time()
     for inputs, labels in quiet_bar(stream.batches()):
@@ -125,16 +125,16 @@ def frozen_pass(model: nn.Module, stream: Stream) -> Pass:
 def kalman_pass(
     model: nn.Module, stream: Stream, config: KalmanConfig, give_up: Callable[[Tensor, Tensor], bool] | None = None
 ) -> Pass:
-    """A pass of a filter, up to the update that it refuses, if any.
+    """A pass of a filter, up to a refused update, if any.
 
     Args:
-        model: what learns; not changed.
-        stream: what to learn.
+        model: not changed.
+        stream: to learn.
         config: the filter's settings.
-        give_up: asked after every hundredth example whether to stop, from ``correct`` and ``log_loss`` so far.
+        give_up: whether to stop, from ``correct`` and ``log_loss`` so far; called after every hundredth example.
 
     Raises:
-        FloatingPointError: when a NaN or an infinity was let into a state or a score.
+        FloatingPointError: if a state or a score is NaN or infinite.
     """
     kf = KalmanFilter(model, config)
     state = kf.init(stream.first(SCALE_EXAMPLES).inputs)
@@ -157,13 +157,13 @@ def kalman_pass(
         losses.append(info.log_loss)
         if give_up is not None and len(losses) % 100 == 0 and give_up(torch.cat(correct), torch.cat(losses)):
             break
-    found = _pass(correct, losses, start)
+    result = _pass(correct, losses, start)
     check_finite("state", state)
-    return found if refused is None else found._replace(diverged_at=refused.step, cause=refused.cause)
+    return result if refused is None else result._replace(diverged_at=refused.step, cause=refused.cause)
 
 
 def check_finite(where: str, value: Any) -> None:
-    """Raise FloatingPointError when any tensor in nested tuples holds a NaN or an infinity."""
+    """Raise FloatingPointError if a tensor in nested tuples has a NaN or an infinity."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
@@ -175,7 +175,7 @@ def check_finite(where: str, value: Any) -> None:
 
 
 def quiet_bar(items: list[Any]) -> Iterable[Any]:
-    """A progress bar that vanishes at its end, and is not there in a log file."""
+    """A progress bar that disappears at its end; none if standard error is not a terminal."""
     return tqdm(items, leave=False, disable=not sys.stderr.isatty(), position=1, mininterval=0.5)
 
 
@@ -183,7 +183,7 @@ def _pass(correct: list[Tensor], losses: list[Tensor], start: float) -> Pass:
     seconds = (time.process_time() - start) / max(1, len(correct))
     if not correct:
         return Pass(torch.empty(0, dtype=torch.bool), torch.empty(0), seconds)
-    found = Pass(torch.cat(correct).bool(), torch.cat(losses), seconds)
-    if bool(torch.isnan(found.log_loss).any()):
+    result = Pass(torch.cat(correct).bool(), torch.cat(losses), seconds)
+    if bool(torch.isnan(result.log_loss).any()):
         raise FloatingPointError("a log loss of the pass is NaN")
-    return found
+    return result

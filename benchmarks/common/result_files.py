@@ -1,7 +1,7 @@
-"""Where benchmarks keep what they measured: one JSON file and one Markdown table each, in ``benchmarks/results``.
+"""Results of the benchmarks: one JSON file and one Markdown table each, in ``benchmarks/results``.
 
-Cells are written as they finish, so that a stopped run goes on where it was, and every command that added to a file is
-listed in it with its date and the versions of the packages.
+Each cell is written when it is measured, so that a stopped run can continue. A file lists every command that added to
+it, with the date and the versions of the packages.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PACKAGES = ("torch", "peft", "transformers", "numpy", "scipy", "scikit-learn")
 
 
 class ResultFile:
-    """Cells by key, on disk after every change.
+    """A results file: cells by key, written after every change.
 
     Args:
-        name: of the files, without an ending.
+        name: of the file, without its suffix.
     """
 
     def __init__(self, name: str) -> None:
@@ -40,31 +40,31 @@ class ResultFile:
         self._merge()
 
     def begin(self) -> None:
-        """Note this command, once however often it goes on."""
+        """Add this command to the list, once even if it is continued."""
         run = provenance()
         if all(any(run[k] != old[k] for k in run if k != "date") for old in self.runs):
             self.runs.append(run)
 
     def put(self, key: str, cell: dict[str, Any]) -> None:
-        """Add or replace a cell and write the file; cells that another process wrote meanwhile stay."""
+        """Add or replace a cell and write the file, with cells that another process wrote in the meantime."""
         self._merge()
         self.cells[key] = cell
         self.save()
 
     def save(self) -> None:
-        """Write the file in one step."""
+        """Write the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cells = [
             f"  {json.dumps(key)}: {json.dumps(cell, allow_nan=False)}" for key, cell in sorted(self.cells.items())
         ]
-        body = ",\n".join(cells)  # one cell a line, so that a change of one is a change of one line
+        body = ",\n".join(cells)  # one cell on each line, so that a changed cell changes one line
         text = f'{{\n"runs": {json.dumps(self.runs, indent=1)},\n"cells": {{\n{body}\n}}\n}}\n'
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path)
 
     def write_markdown(self, title: str, body: Sequence[str]) -> str:
-        """Write the table beside the JSON, with the commands that made it; the text."""
+        """Write the table beside the JSON, with the commands that made it; return the text."""
         lines = [f"# {title}", "", *body, "", "## Made by", ""]
         for run in self.runs:
             packages = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
@@ -75,7 +75,7 @@ class ResultFile:
         return text
 
     def _merge(self) -> None:
-        """Take in cells and runs of the file on disk, which holds the newest of every cell."""
+        """Add cells and runs of the file on disk, whose cells are the newest."""
         if not self.path.is_file():
             return
         content = json.loads(self.path.read_text(encoding="utf-8"))
@@ -99,7 +99,7 @@ def provenance() -> dict[str, Any]:
 
 
 def mean_sd(values: Sequence[float], digits: int = 3) -> str:
-    """Text "mean ± sd" of several seeds, the value itself for one, a dash for none."""
+    """The text "mean ± sd" of several values, the value itself for one, a dash for none."""
     if not values:
         return "–"
     mean = sum(values) / len(values)
@@ -110,7 +110,7 @@ def mean_sd(values: Sequence[float], digits: int = 3) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, its columns padded to one width so that the text reads as a table too."""
+    """Lines of a Markdown table with padded columns, so that the text is a table, too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
     lines.insert(1, ["-" * width for width in widths])
@@ -131,7 +131,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name, or at least its architecture."""
+    """The processor's name, or its architecture."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():

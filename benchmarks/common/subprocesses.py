@@ -1,4 +1,4 @@
-"""Work in a process of its own, whose memory is its own, and how much of it is in use (Linux)."""
+"""Functions that run in a new process, and memory in use (Linux)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ import torch
 MIB = 2**20
 
 
-def elsewhere(
+def run_in_process(
     work: Callable[..., dict[str, Any]], *arguments: Any, threads: int = 1, exact_memory: bool = False
 ) -> dict[str, Any] | int:
-    """What a module's function returns in a new process, or the code that the process ended with instead.
+    """The value of a function in a new process, or the exit code of the process if it ended early.
 
     The process is forked from a server that has imported the function's module and done nothing else.
 
     Args:
-        work: the function; must be importable.
-        *arguments: of it.
-        threads: that torch may use there.
-        exact_memory: whether freed memory goes back at once there, and counts again; large temporaries get slow by it.
+        work: the function, importable by name.
+        *arguments: of ``work``.
+        threads: of torch in the new process.
+        exact_memory: whether freed memory returns to the system at once, so that peaks are exact; large temporaries are
+            then slow.
     """
     if exact_memory:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read at the server's start
@@ -41,31 +42,31 @@ def elsewhere(
     child.start()
     sender.close()
     try:
-        found = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         child.join()
         assert child.exitcode is not None  # it has ended
         return child.exitcode
     child.join()
-    return found
+    return result
 
 
 def alarmed(code: int) -> bool:
-    """Whether a process ended because it took longer than it was given."""
+    """Whether a process ended by SIGALRM, because it took too long."""
     return code == -signal.SIGALRM
 
 
 def _report(sender: Connection, work: Callable[..., dict[str, Any]], threads: int, arguments: tuple[Any, ...]) -> None:
-    """Send the result, and end at once: the interpreters of some peers do not end quietly."""
+    """Send the result and exit at once, because some peers raise errors when the interpreter ends."""
     torch.set_num_threads(threads)
-    found = work(*arguments)
-    sender.send(found)
+    result = work(*arguments)
+    sender.send(result)
     sender.close()
     os._exit(0)
 
 
 def held(device: torch.device, reset: bool = False) -> int:
-    """Bytes in use once garbage is gone; ``reset`` lets the peak start here."""
+    """Bytes in use after garbage collection; ``reset`` restarts the peak here."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -77,7 +78,7 @@ def held(device: torch.device, reset: bool = False) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes in use since :func:`held` was last called with ``reset``."""
+    """Peak bytes in use since the last call of :func:`held` with ``reset``."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
 
 

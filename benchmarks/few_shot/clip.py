@@ -1,7 +1,7 @@
 """The small CLIP of the few-shot bench: its two towers, its tokenizer, and its weights.
 
-A ``transformers.CLIPModel`` of 28x28 grey images in [-1, 1] and of texts read letter by letter. ``train_clip.py`` makes
-the weights.
+A ``transformers.CLIPModel`` for grey 28x28 images in [-1, 1] and texts of single letters. ``train_clip.py`` makes the
+weights.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from benchmarks.common.result_files import RESULTS
 WEIGHTS = RESULTS / "few_shot_clip.safetensors"
 LETTERS = " .,'-abcdefghijklmnopqrstuvwxyz0123456789"
 PAD, START, END = 0, len(LETTERS) + 1, len(LETTERS) + 2
-LONGEST = 48  # letters, with the marks at both ends
+LONGEST = 48  # letters, with start and end token
 WIDTH, VISION_LAYERS, TEXT_LAYERS, PATCH = 96, 3, 2, 7
-FEATURES = 64  # width of the features that both towers end in
+FEATURES = 64  # width of both towers' features
 
 
 class LetterTokenizer:
-    """Texts letter by letter, called as transformers' tokenizers are.
+    """A tokenizer of letters with the interface of transformers' tokenizers.
 
-    Letters that it does not know are left out; case is, too.
+    Case and unknown letters are ignored.
     """
 
     def __call__(self, texts: Sequence[str], padding: bool = True, return_tensors: str = "pt") -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def config(width: int = WIDTH, vision_layers: int = VISION_LAYERS, text_layers: 
 
 
 def untrained(seed: int = 0, **sizes: int) -> CLIPModel:
-    """The model as drawn."""
+    """The model with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIPModel(config(**sizes)).eval()
@@ -77,10 +77,10 @@ def trained(path: Path = WEIGHTS) -> CLIPModel:
     """The model with the weights of ``train_clip.py``, in float32.
 
     Raises:
-        FileNotFoundError: it has not been trained.
+        FileNotFoundError: if the weights do not exist.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"`path` must hold what benchmarks/train_clip.py writes, got {path}.")
+        raise FileNotFoundError(f"`path` must be the output of benchmarks/few_shot/train_clip.py, got {path}.")
     model = untrained()
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)

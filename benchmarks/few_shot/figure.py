@@ -38,7 +38,7 @@ LABELS = {
 
 
 def draw_figure(cells: Cells, rows: Mapping[str, Row], path: Path) -> None:
-    """Means over tasks and seeds; bars are standard deviations over seeds."""
+    """Draw means over tasks and seeds; bars are standard deviations over seeds."""
     shown = [line for line in lines(cells, rows) if (line.row, line.variant) in STYLES]
     shots = sorted({int(key.split("/")[2]) for key in cells})
     if not shown:
@@ -63,10 +63,10 @@ def draw_figure(cells: Cells, rows: Mapping[str, Row], path: Path) -> None:
 
 def _draw(ax: Any, cells: Cells, line: Line, name: str, shots: list[int]) -> None:
     """One line of a panel."""
-    found = [list(values(cells, line, SCORES[name], None, number).values()) for number in shots]
+    by_shots = [list(values(cells, line, SCORES[name], None, number).values()) for number in shots]
     places = [
         (k, np.mean(each), np.std(each, ddof=1) if len(each) > 1 else 0.0)
-        for k, each in zip(shots, found, strict=True)
+        for k, each in zip(shots, by_shots, strict=True)
         if each
     ]
     if places:

@@ -1,4 +1,4 @@
-"""Images with names: the data sets that the small CLIP of the few-shot bench is trained and tested on.
+"""Images with class names: the data sets of the small CLIP's training and tests.
 
 All are grey, (N, 1, 28, 28), float32 in [-1, 1], read from ../shared/data or $BAYES_KF_DATA.
 """
@@ -44,12 +44,12 @@ KATAKANA = (
     "ra ri ru re ro wa wi we wo n"
 )
 DRAWERS = 20  # of every Omniglot character
-KEPT_DRAWERS = 16  # whose drawings are learned; the others are for tests
-STROKE = 5  # pixels of 105, that thin lines are widened to
+KEPT_DRAWERS = 16  # in the training set; the others are in the test set
+STROKE = 5  # width of thin lines, in pixels of 105
 
 
 class Named(NamedTuple):
-    """Images (N, 1, 28, 28), labels (N,), and the name of every class as it stands in a prompt."""
+    """Images (N, 1, 28, 28), labels (N,), and the name of every class in a prompt."""
 
     images: Tensor
     labels: Tensor
@@ -62,54 +62,54 @@ class Named(NamedTuple):
 
 def mnist_digits(split: str) -> Named:
     """MNIST."""
-    found = mnist("train" if split == "train" else "test")
-    return Named(found.images, found.labels, tuple(f"digit {name}" for name in DIGITS))
+    data = mnist("train" if split == "train" else "test")
+    return Named(data.images, data.labels, tuple(f"digit {name}" for name in DIGITS))
 
 
 def usps_digits(split: str) -> Named:
     """USPS, without a frame."""
-    found = usps("train" if split == "train" else "test")
-    return Named(found.images, found.labels, tuple(f"digit {name}" for name in DIGITS))
+    data = usps("train" if split == "train" else "test")
+    return Named(data.images, data.labels, tuple(f"digit {name}" for name in DIGITS))
 
 
 def uci_digits() -> Named:
     """UCI's digits, 1,797 of 8x8 pixels."""
-    found = uci()
-    return Named(found.images, found.labels, tuple(f"digit {name}" for name in DIGITS))
+    data = uci()
+    return Named(data.images, data.labels, tuple(f"digit {name}" for name in DIGITS))
 
 
 def font_letters() -> Named:
     """NotMNIST: letters A to J in many fonts."""
-    found = notmnist()
-    return Named(found.images, found.labels, tuple(f"letter {name}" for name in "abcdefghij"))
+    data = notmnist()
+    return Named(data.images, data.labels, tuple(f"letter {name}" for name in "abcdefghij"))
 
 
 def kana() -> Named:
     """Kuzushiji-MNIST's test images: ten cursive syllables."""
-    found = kmnist()
-    return Named(found.images, found.labels, tuple(f"japanese {name}" for name in KANA))
+    data = kmnist()
+    return Named(data.images, data.labels, tuple(f"japanese {name}" for name in KANA))
 
 
 def clothes() -> Named:
     """900 images of Fashion-MNIST."""
-    found = fashion_mnist()
-    return Named(found.images, found.labels, CLOTHES)
+    data = fashion_mnist()
+    return Named(data.images, data.labels, CLOTHES)
 
 
 def photographs(split: str) -> Named:
     """CIFAR-10 after JPEG, in grey."""
-    found = np.load(data_folder() / "cifar10-jpeg" / ("test.npz" if split == "test" else "train_00000-24999.npz"))
-    head, body, ends = found["head"].tobytes(), found["body"].tobytes(), found["off"]
+    archive = np.load(data_folder() / "cifar10-jpeg" / ("test.npz" if split == "test" else "train_00000-24999.npz"))
+    head, body, ends = archive["head"].tobytes(), archive["body"].tobytes(), archive["off"]
     grey = [
         np.asarray(Image.open(io.BytesIO(head + body[i:j])).convert("L").resize((28, 28), Image.Resampling.BILINEAR))
         for i, j in itertools.pairwise(ends)
     ]
     images = torch.from_numpy(np.stack(grey)).unsqueeze(1).float() / 127.5 - 1
-    return Named(images, torch.from_numpy(found["y"]).long(), CIFAR)
+    return Named(images, torch.from_numpy(archive["y"]).long(), CIFAR)
 
 
 def characters(split: str) -> Named:
-    """Omniglot's characters of both small parts, drawn white on black; those of the last drawers are the test's."""
+    """Omniglot's characters of both small parts, white on black; the last drawers are the test set."""
     images, labels, names = [], [], []
     for part, skipped in ((1, ()), (2, ("Greek", "Latin"))):  # these two are in both parts
         folder = data_folder() / "omniglot-small"
@@ -134,12 +134,12 @@ def handwritten_letters() -> Named:
     first = parts[0].names.index("letter a")
     images = torch.cat([part.images for part in parts])
     labels = torch.cat([part.labels for part in parts]) - first
-    kept = (labels >= 0) & (labels < 10)
-    return Named(images[kept], labels[kept], tuple(f"letter {name}" for name in "abcdefghij"))
+    latin = (labels >= 0) & (labels < 10)
+    return Named(images[latin], labels[latin], tuple(f"letter {name}" for name in "abcdefghij"))
 
 
 def character_name(alphabet: str, number: int) -> str:
-    """What an Omniglot character is called; by its number where its alphabet is not spelled out here."""
+    """The name of an Omniglot character, or its number if its alphabet is not listed here."""
     if alphabet == "Latin":
         return f"letter {chr(ord('a') + number - 1)}"
     if alphabet == "Greek":
@@ -150,7 +150,7 @@ def character_name(alphabet: str, number: int) -> str:
 
 
 def _shrunk(ink: np.ndarray) -> Tensor:
-    """Drawings of 105x105 as 28x28, their lines widened before they would vanish."""
+    """Drawings of 105x105 resized to 28x28; thin lines are widened first."""
     wide = F.max_pool2d(torch.from_numpy(ink).float(), STROKE, stride=1, padding=STROKE // 2)
     return F.interpolate(wide, size=(28, 28), mode="area") * 2 - 1
 

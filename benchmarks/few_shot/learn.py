@@ -1,4 +1,4 @@
-"""What the rows of the few-shot bench are made of: models on shared features or with LoRA, descent, predictions."""
+"""Parts of the rows: models on shared features or with LoRA, gradient descent, predictions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bayes_kf.models.clip import ClipClassifier, FeatureAdapter, clip_lora
 from benchmarks.few_shot.images import Named
 from benchmarks.few_shot.moments import SOFTMAX
 
-BATCH = 32  # of gradient descent, as CLIP-LoRA's
-AHEAD = 100  # images that are predicted at once
-STEPS_PER_SHOT = 20  # CLIP-LoRA takes 500
-LEAST_RATE = 1e-6  # that the cosine ends at
+BATCH = 32  # of gradient descent, as in CLIP-LoRA
+AHEAD = 100  # images of a prediction batch
+STEPS_PER_SHOT = 20  # CLIP-LoRA makes 500
+LEAST_RATE = 1e-6  # at the end of the cosine
 BOTTLENECK = 16
 
 Predict = Callable[[Tensor], Mapping[str, Tensor]]
@@ -27,13 +27,13 @@ Choice = Mapping[str, Any]
 
 
 class Setting(NamedTuple):
-    """What all rows of a cell share.
+    """The model and data that all rows of a cell share.
 
     Attributes:
         clip: the frozen model; rows take copies.
-        tokens: the prompts' tokens and mask.
-        training: what is learned.
-        validation: what settings and temperatures are chosen on.
+        tokens: tokens and mask of the prompts.
+        training: shots to learn.
+        validation: shots to choose settings and temperatures.
         shots: of every class.
         seed: of adapters, orders and draws.
     """
@@ -47,12 +47,12 @@ class Setting(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What came out.
+    """The result of a row.
 
     Attributes:
-        predict: from images to probabilities (N, m), float64: of the row itself under "", and of variants of it.
-        facts: numbers to keep.
-        later: further variants, made where the setting was chosen: name -> fields of another ``Learned``.
+        predict: from images to probabilities (N, m), float64: the row's own under "", and those of its variants.
+        facts: further numbers.
+        later: further variants of the chosen setting: name -> function that returns the fields of a ``Learned``.
     """
 
     predict: Predict
@@ -68,9 +68,9 @@ class Row(NamedTuple):
 
     Attributes:
         title: its name in tables.
-        learn: what it does.
-        grid: the settings that are tried.
-        tests_all: whether every setting is tested, not only the one that was chosen; for a table by setting.
+        learn: function from a setting and a choice to the result.
+        grid: its settings.
+        tests_all: whether every setting is tested, not only the chosen one, for a table by setting.
     """
 
     title: str
@@ -80,7 +80,7 @@ class Row(NamedTuple):
 
 
 class FrozenFeatures(nn.Module):
-    """A CLIP that is given what its frozen encoders say: image features as they are, prompts by their number."""
+    """A CLIP whose inputs are features of the frozen encoders: image features, and prompts by index."""
 
     def __init__(self, text: Tensor, logit_scale: Tensor) -> None:
         super().__init__()
@@ -88,22 +88,22 @@ class FrozenFeatures(nn.Module):
         self.register_buffer("logit_scale", logit_scale)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """The features given."""
+        """The features themselves."""
         return pixel_values
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Those of the prompts numbered."""
+        """The features of the prompts with these indices."""
         return self.text[input_ids[:, 0]]
 
 
 @torch.no_grad()
 def image_features(clip: CLIPModel, images: Tensor) -> Tensor:
-    """What the frozen image encoder says, before normalization, (N, d)."""
+    """Features of the frozen image encoder before normalization, (N, d)."""
     return torch.cat([clip.get_image_features(pixel_values=part).pooler_output for part in images.split(AHEAD)])
 
 
 def on_lora(setting: Setting, **options: Any) -> ClipClassifier:
-    """CLIP-LoRA's model: rank 2 on queries, keys and values of every layer of both encoders, unless told otherwise."""
+    """CLIP-LoRA's model: by default rank 2 on queries, keys and values of every layer of both encoders."""
     return ClipClassifier(clip_lora(copy.deepcopy(setting.clip), seed=setting.seed, **options), **setting.tokens)
 
 
@@ -118,7 +118,7 @@ def on_features(setting: Setting, adapted: bool = True) -> ClipClassifier:
 
 
 def descend(model: nn.Module, optimizer: Any, inputs: Tensor, setting: Setting) -> None:
-    """Steps down the cross-entropy of the training shots, with the model's dropout, the rate falling by a cosine."""
+    """Minimize the cross-entropy of the training shots with dropout and a cosine schedule."""
     torch.manual_seed(setting.seed)
     labels, steps = setting.training.labels, STEPS_PER_SHOT * setting.shots
     highest = [group["lr"] for group in optimizer.param_groups]
@@ -135,7 +135,7 @@ def descend(model: nn.Module, optimizer: Any, inputs: Tensor, setting: Setting) 
 
 
 def orders(size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Batches of indices, epoch after epoch, each in an order of its own."""
+    """Batches of indices; every epoch has its own order."""
     generator = torch.Generator().manual_seed(seed)
     done = 0
     while done < steps:
@@ -145,7 +145,7 @@ def orders(size: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def probabilities(model: nn.Module, features_of: CLIPModel | None = None) -> Callable[[Tensor], Tensor]:
-    """From images to a model's log probabilities, (N, m), float64; ``features_of`` reads them for it."""
+    """A function from images to log probabilities, (N, m), float64; ``features_of`` makes the model's inputs."""
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:
@@ -156,13 +156,13 @@ def probabilities(model: nn.Module, features_of: CLIPModel | None = None) -> Cal
 
 
 def scaled_too(log_probs: Callable[[Tensor], Tensor], setting: Setting) -> Learned:
-    """A softmax, and as "scaled" the same at the temperature that predicts the validation shots best."""
+    """A softmax and, as "scaled", the same at the best temperature on the validation shots."""
     known, labels = log_probs(setting.validation.images), setting.validation.labels
     losses = {t: F.cross_entropy(known / t, labels).item() for t in SOFTMAX}
     best = min(losses, key=lambda t: losses[t])
 
     def predict(images: Tensor) -> dict[str, Tensor]:
-        found = log_probs(images)
-        return {"": found.softmax(1), "scaled": (found / best).softmax(1)}
+        outputs = log_probs(images)
+        return {"": outputs.softmax(1), "scaled": (outputs / best).softmax(1)}
 
     return Learned(predict, {"softmax_temperature": best})

@@ -1,9 +1,9 @@
-"""Mean and covariance of a CLIP classifier's logits under a belief, exact for the linearized model, and cheap.
+"""Mean and covariance of a CLIP classifier's logits under a posterior, exact for the linearized model, and fast.
 
-Where LoRA is in the text encoder, the package's Jacobian takes a backward pass for every image and class, since prompts
-are no examples. But logits are scale · cos(image, prompt): their derivative in what moves the prompts is that of the
-prompts' unit features, the same for all images, times the image's. So the prompts' Jacobian is taken once, with prompts
-as the examples, and images are linearized with the prompts held.
+With LoRA in the text encoder, the package's Jacobian takes a backward pass for every image and class, because prompts
+are not examples. But logits are scale · cos(image, prompt). Their derivative with respect to the prompts' parameters is
+that of the prompts' unit features, the same for all images, times the image's feature. The prompts' Jacobian is
+therefore computed once, with prompts as examples, and images are linearized with fixed prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.clip import ClipClassifier
 
 AT_ONCE = 100  # images
-SOFTMAX = tuple(2.0 ** (k / 4) for k in range(-4, 14))  # what logits may be divided by, 0.5 to 9.5
+SOFTMAX = tuple(2.0 ** (k / 4) for k in range(-4, 14))  # divisors of logits, 0.5 to 9.5
 
 
 class Prompts(nn.Module):
@@ -39,11 +39,11 @@ class Prompts(nn.Module):
 
 
 class Moments:
-    """From images (or what else the classifier takes) to the mean (N, m) and covariance (N, m, m) of their logits.
+    """The mean (N, m) and covariance (N, m, m) of the logits of images, or of other inputs of the classifier.
 
     Args:
-        posterior: the belief; its tensors are the classifier's.
-        classifier: with one prompt a class.
+        posterior: over the classifier's tensors.
+        classifier: with one prompt for each class.
     """
 
     def __init__(self, posterior: bkf.Posterior, classifier: ClipClassifier) -> None:
@@ -61,11 +61,11 @@ class Moments:
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at the mean, (N, m), and their covariance, (N, m, m), in float64."""
-        found = [self._piece(part) for part in inputs.split(AT_ONCE)]
-        return torch.cat([mean for mean, _ in found]), torch.cat([covariance for _, covariance in found])
+        pieces = [self._piece(part) for part in inputs.split(AT_ONCE)]
+        return torch.cat([mean for mean, _ in pieces]), torch.cat([covariance for _, covariance in pieces])
 
     def _of_prompts(self, classifier: ClipClassifier, names: list[str]) -> tuple[Tensor, list[str]]:
-        """The Jacobian of the prompts' unit features, (m, d, n), and the tensors that it is about."""
+        """The Jacobian of the prompts' unit features, (m, d, n), and the names of its tensors."""
         model = Prompts(copy.deepcopy(classifier))
         for name, tensor in model.classifier.named_parameters():
             tensor.requires_grad_(name in names)
@@ -93,7 +93,7 @@ class Moments:
 
 
 def _place(jacobian: Tensor, rows: Tensor, names: list[str] | tuple[str, ...], slices: dict[str, slice]) -> None:
-    """Columns of some tensors, which follow each other in ``rows``, in the columns of all."""
+    """The columns of some tensors, consecutive in ``rows``, placed in the columns of all tensors."""
     start = 0
     for name in names:
         width = slices[name].stop - slices[name].start
@@ -102,7 +102,7 @@ def _place(jacobian: Tensor, rows: Tensor, names: list[str] | tuple[str, ...], s
 
 
 class Temperatures(NamedTuple):
-    """What the covariance is multiplied by, and what logits are divided by after that."""
+    """The factor on the covariance, and the divisor of the logits after it."""
 
     belief: float
     softmax: float
@@ -118,7 +118,7 @@ def averaged(mean: Tensor, covariance: Tensor, chosen: Temperatures, draws: int,
 def best_temperatures(
     mean: Tensor, covariance: Tensor, labels: Tensor, draws: int, seed: int, softmax: Sequence[float] = SOFTMAX
 ) -> Temperatures:
-    """Those of the package's grid and of ``softmax`` whose predictions of ``labels`` have the least log loss."""
+    """The temperatures of the package's grid and of ``softmax`` with the least log loss of ``labels``."""
 
     def loss(chosen: Temperatures) -> float:
         probs = averaged(mean, covariance, chosen, draws, seed)

@@ -1,8 +1,8 @@
-"""What the few-shot bench compares: ways from a CLIP and a few labelled images to predictions.
+"""The rows of the few-shot bench: methods from a CLIP and a few labelled images to predictions.
 
-All start from the same weights, the same adapter under one seed, and the same shots; each has a grid of settings, and
-the one that classifies most validation shots (then the one with the least log loss) is tested. A new row is a function
-from a :class:`Setting` and a choice to :class:`Learned`, and a line in ``ROWS``.
+All start with the same weights, the same adapter for a seed, and the same shots. Each has a grid of settings; the one
+that classifies most validation shots correctly (then the one with the least log loss) is tested. A new row is a
+function from a :class:`Setting` and a choice to :class:`Learned`, and a line in ``ROWS``.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from benchmarks.few_shot.learn import (
 )
 from benchmarks.few_shot.moments import Moments, averaged, best_temperatures
 
-DRAWS, FEW_DRAWS = 256, 64  # of the logits of a belief, in predictions and to choose temperatures by
-FEATURE_BATCH, LORA_BATCH = 2, 4  # images that a filter takes together
-FEATURE_STEPS, LORA_STEPS = 800, 200  # of the mean after the filter's pass, by a filter that is no stream's
+DRAWS, FEW_DRAWS = 256, 64  # draws of the logits, in predictions and for the choice of temperatures
+FEATURE_BATCH, LORA_BATCH = 2, 4  # images of an update
+FEATURE_STEPS, LORA_STEPS = 800, 200  # passes of the mean after the filter's pass
 RATES = tuple({"lr": lr} for lr in (1e-3, 3e-3, 1e-2))
 DECAY = 1e-2
-MATRICES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # that Sparse Optimization moves
+MATRICES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # share of weights that Sparse Optimization changes
 
 
 def zero_shot(setting: Setting, choice: Choice) -> Learned:
-    """Nothing is learned."""
+    """The frozen model."""
     return scaled_too(probabilities(ClipClassifier(setting.clip, **setting.tokens)), setting)
 
 
 def clip_lora_adamw(setting: Setting, choice: Choice) -> Learned:
-    """CLIP-LoRA; and, its mean kept, this package's posterior around it."""
+    """CLIP-LoRA, and this package's posterior around its mean."""
     model = on_lora(setting)
     _adamw(model, setting.training.images, choice, setting)
     learned = scaled_too(probabilities(model), setting)
@@ -81,7 +81,7 @@ def sparse(setting: Setting, choice: Choice) -> Learned:
 
 
 class Cache(nn.Module):
-    """Tip-Adapter: logits of the prompts, and of how near the training shots are, whose features are the keys."""
+    """Tip-Adapter: logits of the prompts plus similarities to the training shots, whose features are the keys."""
 
     def __init__(self, classifier: ClipClassifier, features: Tensor, labels: Tensor, share: float, sharpness: float):
         super().__init__()
@@ -95,7 +95,7 @@ class Cache(nn.Module):
 
 
 def tip_adapter(setting: Setting, choice: Choice) -> Learned:
-    """Tip-Adapter-F (Zhang et al. 2022): the keys learn by AdamW, here in as many steps as the others take."""
+    """Tip-Adapter-F (Zhang et al. 2022): AdamW on the keys, here with as many steps as the other rows."""
     features = image_features(setting.clip, setting.training.images)
     plain = on_features(setting, adapted=False)
     model = Cache(plain, features, setting.training.labels, choice["share"], choice["sharpness"])
@@ -104,7 +104,7 @@ def tip_adapter(setting: Setting, choice: Choice) -> Learned:
 
 
 def kalman(lora: bool, adapter: Mapping[str, Any] | None = None, **settings: Any) -> Learn:
-    """Class prompts: a categorical filter over LoRA in both encoders, or over bottlenecks behind them."""
+    """A categorical filter on class prompts, over LoRA in both encoders or bottlenecks behind them."""
 
     def learn(setting: Setting, choice: Choice) -> Learned:
         model = on_lora(setting, **(adapter or {})) if lora else on_features(setting)
@@ -118,9 +118,9 @@ def kalman(lora: bool, adapter: Mapping[str, Any] | None = None, **settings: Any
 
 
 def pairs(lora: bool, **settings: Any) -> Learn:
-    """Matched pairs: the similarities of images and their own prompts, observed as ones; classified at the mean.
+    """A filter on matched pairs: similarities of images and own prompts, observed as ones; classified at the mean.
 
-    The belief is about similarities, in units of their own noise; it says nothing about the noise of a class label.
+    The posterior is about similarities, in units of their noise; it has no information on the noise of a class label.
     """
 
     def learn(setting: Setting, choice: Choice) -> Learned:
@@ -141,14 +141,14 @@ def _adamw(model: nn.Module, inputs: Tensor, choice: Choice, setting: Setting) -
 
 
 def _batches(setting: Setting, lora: bool) -> list[tuple[Tensor, Tensor]]:
-    """The training shots as a filter takes them: images, or what the frozen encoder says about them."""
+    """The training shots in batches: images, or their features from the frozen encoder."""
     images, labels = setting.training.images, setting.training.labels
     inputs, size = (images, LORA_BATCH) if lora else (image_features(setting.clip, images), FEATURE_BATCH)
     return list(zip(inputs.split(size), labels.split(size), strict=True))
 
 
 def _bayesian(posterior: bkf.Posterior, model: ClipClassifier, setting: Setting, read: bool) -> dict[str, Any]:
-    """Predictions of a belief at the temperatures that suit the validation shots, and of its mean."""
+    """Predictions of a posterior at the best temperatures on the validation shots, and of its mean."""
     moments = Moments(posterior, model)
 
     def logits(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,28 +159,28 @@ def _bayesian(posterior: bkf.Posterior, model: ClipClassifier, setting: Setting,
 
     def predict(images: Tensor) -> Mapping[str, Tensor]:
         mean, covariance = logits(images)
-        found = {name: averaged(mean, covariance, at, DRAWS, setting.seed) for name, at in chosen.items()}
-        return found | {"mean": mean.softmax(-1)}
+        probs = {name: averaged(mean, covariance, at, DRAWS, setting.seed) for name, at in chosen.items()}
+        return probs | {"mean": mean.softmax(-1)}
 
     temperatures = {name or "alone": at._asdict() for name, at in chosen.items()}
     return {"predict": predict, "facts": {"temperatures": temperatures, "streamed": posterior.temperature}}
 
 
-SINGLE_PASS = {"mean_passes": 0}
-ADAPTIVE = {"noise": "ema_taylor", "beta": 0.8}  # R starts from I; 20 updates must be enough
+ONE_PASS = {"mean_passes": 0}
+ADAPTIVE = {"noise": "ema_taylor", "beta": 0.8}  # R starts at I and has 20 updates to adapt
 GATED = {"gate_quantile": 0.99}
 ROBUST = ADAPTIVE | GATED
-WIDE_LORA = {"rank": 8, "projections": MATRICES}  # where Sparse Optimization moves weights
+WIDE_LORA = {"rank": 8, "projections": MATRICES}  # modules of Sparse Optimization
 PAIRED = {"initial_spread": "modules", "rank": 60}
 
 TIP = tuple({"lr": 1e-3, "share": share, "sharpness": 5.5} for share in (1.0, 3.0, 10.0))
 SPARSE = ({"lr": 1e-2, "density": 5e-4}, {"lr": 2e-3, "density": 2e-2}, {"lr": 1e-2, "density": 2e-2})
 WIDE = tuple({"initial_spread": "constant", "initial_logit_sd": sd} for sd in (3.0, 10.0))
 BY_MODULES = ({"initial_spread": "modules", "initial_logit_sd": 10.0},)
-# The adaptive R is about 250 on letters under a prior of 1 logit, which then hardly moves; 3 logits can.
+# On letters the adaptive R is about 250; a prior of 1 logit then hardly learns, one of 3 logits does.
 SPREADS = tuple({"initial_logit_sd": sd} for sd in (0.3, 1.0, 3.0))
 
-MEASURED_BEFORE: dict[str, Row] = {  # cells that are shown, and measured no more
+MEASURED_BEFORE: dict[str, Row] = {  # rows with existing results that are no longer measured
     "narrow-pairs-lora": Row("ours: LoRA, matched pairs, earlier grid", pairs(True, **PAIRED), SPREADS[:2]),
     "narrow-robust-pairs-lora": Row(
         "ours: LoRA, matched pairs, robust, earlier grid", pairs(True, **PAIRED | ROBUST), SPREADS[:2]
@@ -193,9 +193,9 @@ ROWS: dict[str, Row] = {
     "tip-adapter": Row("Tip-Adapter-F", tip_adapter, TIP),
     "features": Row("feature adapters, AdamW", feature_adamw, RATES),
     "kalman-features": Row("**ours**: feature adapters, class prompts", kalman(False), WIDE),
-    "online-features": Row("ours: feature adapters, class prompts, one pass", kalman(False, **SINGLE_PASS), WIDE),
+    "online-features": Row("ours: feature adapters, class prompts, one pass", kalman(False, **ONE_PASS), WIDE),
     "robust-features": Row(
-        "ours: feature adapters, class prompts, one pass, robust", kalman(False, **SINGLE_PASS | ROBUST), WIDE
+        "ours: feature adapters, class prompts, one pass, robust", kalman(False, **ONE_PASS | ROBUST), WIDE
     ),
     "kalman-lora": Row("**ours**: LoRA, class prompts", kalman(True), BY_MODULES),
     "kalman-wide": Row("**ours**: LoRA on all matrices, class prompts", kalman(True, WIDE_LORA), BY_MODULES),

@@ -1,36 +1,34 @@
-"""Few-shot learning of a CLIP, as the papers on CLIP measure it: k images of every class, and then what is it worth?
+"""Few-shot learning of a CLIP, as the papers on CLIP measure it: k images of every class.
 
-A small CLIP (``train_clip.py``) learns classes from 1, 2, 4, 8 and 16 images each: zero-shot, CLIP-LoRA, Sparse
+A small CLIP (``train_clip.py``) learns classes from 1, 2, 4, 8 and 16 images each. Rows: zero-shot, CLIP-LoRA, Sparse
 Optimization, Tip-Adapter-F, feature adapters by AdamW, and this package's filters over LoRA or feature adapters with
 both observation models of ``bayes_kf.models.clip``. Validation shots (as many, at most four a class) are drawn before
-training shots; on them every row chooses among its own grid, by accuracy and then by log loss, and temperatures. Tested
-are accuracy, calibration error and log loss on images like those learned (ID), on shifted ones (OOD), and how well
-entropy tells images of other things. Data is read from ../shared/data or $BAYES_KF_DATA.
+training shots. Every row chooses on them from its own grid, by accuracy and then by log loss, and its temperatures. The
+tables have accuracy, calibration error and log loss on test images (ID) and on shifted ones (OOD), and the AUROC of
+entropy as a detector of out-of-distribution images. Data is read from ../shared/data or $BAYES_KF_DATA.
 
-    OMP_NUM_THREADS=1 python benchmarks/few_shot.py                    # everything; goes on where it was stopped
-    OMP_NUM_THREADS=1 python benchmarks/few_shot.py --rows kalman-lora --tasks letters --shots 4
-    OMP_NUM_THREADS=1 python benchmarks/few_shot.py --wrong 0.25       # a quarter of the training labels are wrong
-    python benchmarks/few_shot.py --table                              # write table and figure again
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.run                    # everything; a stopped run continues
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.run --rows kalman-lora --tasks letters --shots 4
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.run --wrong 0.25       # a quarter of the training labels are wrong
+    python -m benchmarks.few_shot.run --table                              # table and figure from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 import time
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import CLIPModel
 
 from bayes_kf.evaluation import accuracy, entropy, expected_calibration_error, ood_scores
 from bayes_kf.models.clip import prompt_tokens
-from benchmarks.common import result_files
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile
 from benchmarks.few_shot.clip import WEIGHTS, LetterTokenizer, trained
 from benchmarks.few_shot.figure import draw_figure
@@ -39,12 +37,12 @@ from benchmarks.few_shot.rows import MEASURED_BEFORE, ROWS
 from benchmarks.few_shot.table import render
 from benchmarks.few_shot.tasks import BENCH, SHOTS, TASKS, Task, draw, relabelled
 
-SEEDS = (1, 2, 3)  # settings were tried out under seed 0
+SEEDS = (1, 2, 3)  # seed 0 served to find the grids
 TINY = torch.finfo(torch.float64).tiny
 
 
 def measure(row: Row, task: Task, clip: CLIPModel, shots: int, seed: int, wrong: float = 0.0) -> dict[str, Any]:
-    """A row's choice, what else it tried, and the scores of what it predicts."""
+    """A row's choice, its other settings, and the scores of its predictions."""
     drawn = draw(task.pool, shots, seed)
     training = relabelled(drawn.training, wrong, seed)
     tokens = prompt_tokens(LetterTokenizer(), task.pool.names)
@@ -54,12 +52,14 @@ def measure(row: Row, task: Task, clip: CLIPModel, shots: int, seed: int, wrong:
         start = time.process_time()
         learned = row.learn(setting, choice)
         seconds = time.process_time() - start
-        found = _sums(learned.predict(setting.validation.images)[""], setting.validation.labels)
-        tried.append(dict(choice) | {"nll": found["nll"], "accuracy": found["accuracy"], "seconds": round(seconds, 2)})
+        scored = _sums(learned.predict(setting.validation.images)[""], setting.validation.labels)
+        tried.append(
+            dict(choice) | {"nll": scored["nll"], "accuracy": scored["accuracy"], "seconds": round(seconds, 2)}
+        )
         if row.tests_all:
             tested = scores(learned, task)[""]
             tried[-1]["test"] = {"id": tested["id"], "shifts": tested["shifts"]}
-        rank = (-found["accuracy"], found["nll"])
+        rank = (-scored["accuracy"], scored["nll"])
         if best is None or rank < best[0]:
             best = (rank, choice, learned)
     assert best is not None  # a grid has a choice
@@ -69,98 +69,67 @@ def measure(row: Row, task: Task, clip: CLIPModel, shots: int, seed: int, wrong:
 
 
 def _variants(learned: Learned, task: Task) -> dict[str, Any]:
-    """The scores of a row's predictions, and of its variants'."""
-    found = scores(learned, task)
+    """The scores of a row's predictions and of its variants."""
+    variants = scores(learned, task)
     for name, make in learned.later.items():
-        found[name] = scores(Learned(**make()), task)[""]
-    return found
+        variants[name] = scores(Learned(**make()), task)[""]
+    return variants
 
 
 def scores(learned: Learned, task: Task) -> dict[str, Any]:
-    """Variant -> scores on the test images, on every shift, and how well its entropy tells foreign images."""
+    """Variant -> scores on test images and on every shift, and AUROC of entropy for out-of-distribution images."""
     known = learned.predict(task.test.images)
-    found: dict[str, Any] = {
+    variants: dict[str, Any] = {
         variant: {"id": _sums(probs, task.test.labels), "shifts": {}, "foreign": {}} for variant, probs in known.items()
     }
     for name, shifted in task.shifts.items():
         for variant, probs in learned.predict(shifted.images).items():
-            found[variant]["shifts"][name] = _sums(probs, shifted.labels)
+            variants[variant]["shifts"][name] = _sums(probs, shifted.labels)
     for name, images in task.foreign.items():
         for variant, probs in learned.predict(images).items():
-            found[variant]["foreign"][name] = ood_scores(entropy(known[variant]), entropy(probs)).auroc
-    return found
+            variants[variant]["foreign"][name] = ood_scores(entropy(known[variant]), entropy(probs)).auroc
+    return variants
 
 
 def _sums(probs: Tensor, labels: Tensor) -> dict[str, float]:
     nll = -probs.clamp_min(TINY).log().gather(1, labels[:, None]).mean().item()
-    found = {"accuracy": accuracy(probs, labels), "nll": nll, "ece": expected_calibration_error(probs, labels)}
-    return {name: round(value, 5) for name, value in found.items()}
+    sums = {"accuracy": accuracy(probs, labels), "nll": nll, "ece": expected_calibration_error(probs, labels)}
+    return {name: round(value, 5) for name, value in sums.items()}
 
 
-def run(
-    file: ResultFile,
-    clip: CLIPModel,
-    rows: dict[str, Row],
-    tasks: Sequence[str],
-    shots: Sequence[int],
-    seeds: Sequence[int],
-    wrong: float = 0.0,
-    redo: bool = False,
-) -> None:
-    """Measure the cells that are not there."""
-    file.begin()
-    places = list(itertools.product(tasks, seeds, shots, rows))
-    missing = [place for place in places if redo or key(*place) not in file.cells]
-    bar = tqdm(missing, unit="cell", disable=not sys.stderr.isatty())
-    task, name = None, None
-    for place in bar:
-        bar.set_postfix_str(key(*place), refresh=False)
-        if place[0] != name:
-            task, name = TASKS[place[0]](), place[0]
-        assert task is not None  # the first place has a task
-        start = time.process_time()
-        cell = measure(rows[place[3]], task, clip, place[2], place[1], wrong)
-        file.put(key(*place), cell | {"cell_seconds": round(time.process_time() - start, 1)})
-        if bar.disable:
-            found = cell["variants"][""]["id"]
-            print(
-                f"{key(*place)}: accuracy {found['accuracy']:.3f}, ECE {found['ece']:.3f}", file=sys.stderr, flush=True
-            )
+def show(cell: dict[str, Any]) -> str:
+    """A measured cell in one line."""
+    scored = cell["variants"][""]["id"]
+    return f"accuracy {scored['accuracy']:.3f}, ECE {scored['ece']:.3f}"
 
 
 def key(task: str, seed: int, shots: int, row: str) -> str:
-    """A cell's name."""
+    """The key of a cell."""
     return f"{task}/{row}/{shots}/{seed}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
-    torch.set_num_threads(1)
-    if args.results is not None:
-        result_files.RESULTS = args.results
+    """The command line."""
+    command = Command(__doc__).names("--tasks", TASKS, BENCH, "data sets").names("--rows", ROWS)
+    command.numbers("--shots", SHOTS, "images of every class").numbers("--seeds", SEEDS, "seeds")
+    command.option("--wrong", type=float, default=0.0, help="share of the training labels that are wrong")
+    command.option("--weights", type=Path, default=WEIGHTS, help="output of train_clip.py").redo().table()
+    args = command.parse(arguments)
     file = ResultFile("few_shot" + (f"-wrong{round(100 * args.wrong)}" if args.wrong else ""))
     if not args.table:
         clip = trained(args.weights).requires_grad_(False)
-        rows = {name: ROWS[name] for name in args.rows}
-        run(file, clip, rows, args.tasks, args.shots, args.seeds, args.wrong, args.redo)
+        task_of = lru_cache(maxsize=1)(lambda name: TASKS[name]())
+
+        def measured(name: str, seed: int, shots: int, row: str) -> dict[str, Any]:
+            start = time.process_time()
+            cell = measure(ROWS[row], task_of(name), clip, shots, seed, args.wrong)
+            return cell | {"cell_seconds": round(time.process_time() - start, 1)}
+
+        places = itertools.product(args.tasks, args.seeds, args.shots, args.rows)
+        run_cells(file, {key(*place): partial(measured, *place) for place in places}, args.redo, show)
     shown = ROWS | MEASURED_BEFORE
     print(file.write_markdown("Few-shot learning of a small CLIP", render(file.cells, shown, args.wrong)))
     draw_figure(file.cells, shown, file.path.with_suffix(".png"))
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--tasks", nargs="+", choices=TASKS, default=list(BENCH))
-    found.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    found.add_argument("--shots", nargs="+", type=int, default=list(SHOTS))
-    found.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    found.add_argument("--wrong", type=float, default=0.0, help="share of the training labels that are wrong")
-    found.add_argument("--weights", type=Path, default=WEIGHTS, help="what train_clip.py wrote")
-    found.add_argument("--results", type=Path, help="folder of the results; by default benchmarks/results")
-    found.add_argument("--redo", action="store_true", help="measure again what is already there")
-    found.add_argument("--table", action="store_true", help="measure nothing; write table and figure again")
-    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cells of the few-shot bench as Markdown."""
+"""Results of the few-shot bench as Markdown."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ SUFFIX = {"": "", "scaled": " + temperature", "mean": ", mean only", "post hoc":
 
 
 class Line(NamedTuple):
-    """A row of the tables: a way to learn, and which of its predictions."""
+    """A row of the tables: a method and one of its predictions."""
 
     row: str
     variant: str
     title: str
 
 
-def accuracy(found: Mapping[str, Any]) -> float:
-    return found["id"]["accuracy"]
+def accuracy(scores: Mapping[str, Any]) -> float:
+    return scores["id"]["accuracy"]
 
 
 def shifted(score: str) -> Callable[[Mapping[str, Any]], float]:
     """The mean of a score over the shifted sets."""
-    return lambda found: sum(part[score] for part in found["shifts"].values()) / len(found["shifts"])
+    return lambda scores: sum(part[score] for part in scores["shifts"].values()) / len(scores["shifts"])
 
 
-def harmonic(found: Mapping[str, Any]) -> float:
+def harmonic(scores: Mapping[str, Any]) -> float:
     """The harmonic mean of ID and OOD accuracy."""
-    inside, outside = accuracy(found), shifted("accuracy")(found)
+    inside, outside = accuracy(scores), shifted("accuracy")(scores)
     return 2 * inside * outside / (inside + outside) if inside + outside else 0.0
 
 
-def auroc(found: Mapping[str, Any]) -> float:
-    """Mean over the foreign sets."""
-    return sum(found["foreign"].values()) / len(found["foreign"])
+def auroc(scores: Mapping[str, Any]) -> float:
+    """Mean AUROC over the out-of-distribution sets."""
+    return sum(scores["foreign"].values()) / len(scores["foreign"])
 
 
 SCORES: dict[str, Callable[[Mapping[str, Any]], float]] = {
@@ -55,17 +55,17 @@ SCORES: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 
 def lines(cells: Cells, rows: Mapping[str, Row]) -> list[Line]:
-    """What there is to show, in the order of the rows."""
-    found = []
+    """The measured lines, in the order of the rows."""
+    measured = []
     for name, row in rows.items():
         variants = [cell["variants"] for key, cell in cells.items() if key.split("/")[1] == name]
         known = [v for v in SUFFIX if any(v in each for each in variants)]
-        found += [Line(name, variant, row.title + SUFFIX[variant]) for variant in known]
-    return found
+        measured += [Line(name, variant, row.title + SUFFIX[variant]) for variant in known]
+    return measured
 
 
 def whole(cells: Cells, name: str) -> bool:
-    """Whether a row has all cells that any row has, so that its means over tasks and shots can be compared."""
+    """Whether a row has every cell that any row has, so that its means over tasks and shots are comparable."""
     places = {key: key.split("/") for key in cells}
     own = {(task, shots, seed) for task, row, shots, seed in places.values() if row == name}
     return own == {(task, shots, seed) for task, _, shots, seed in places.values()}
@@ -74,14 +74,14 @@ def whole(cells: Cells, name: str) -> bool:
 def values(
     cells: Cells, line: Line, score: Callable[[Mapping[str, Any]], float], task: str | None, shots: int | None
 ) -> dict[int, float]:
-    """Seed -> a score's mean over tasks and shots, for the seeds that have as many cells as any other."""
-    found: dict[int, list[float]] = {}
+    """Seed -> mean of a score over tasks and shots, for the seeds with the most cells."""
+    by_seed: dict[int, list[float]] = {}
     for key, cell in cells.items():
         of_task, row, of_shots, seed = key.split("/")
         if row == line.row and task in (None, of_task) and shots in (None, int(of_shots)):
-            found.setdefault(int(seed), []).append(score(cell["variants"][line.variant]))
-    most = max((len(each) for each in found.values()), default=0)
-    return {seed: sum(each) / len(each) for seed, each in found.items() if len(each) == most}
+            by_seed.setdefault(int(seed), []).append(score(cell["variants"][line.variant]))
+    most = max((len(each) for each in by_seed.values()), default=0)
+    return {seed: sum(each) / len(each) for seed, each in by_seed.items() if len(each) == most}
 
 
 def render(cells: Cells, rows: Mapping[str, Row], wrong: float = 0.0) -> list[str]:
@@ -145,21 +145,21 @@ def _by_shots(
 
 
 def _tried(cells: Cells, name: str, task: str | None = None, shots: int | None = None) -> list[Mapping[str, Any]]:
-    """What a row tried in its cells."""
+    """The settings that a row tried in its cells."""
     places = {key: key.split("/") for key in cells}
-    kept = [key for key, (of, row, number, _) in places.items() if row == name and task in (None, of)]
-    return [tried for key in kept if shots in (None, int(places[key][2])) for tried in cells[key]["tried"]]
+    keys = [key for key, (of, row, number, _) in places.items() if row == name and task in (None, of)]
+    return [tried for key in keys if shots in (None, int(places[key][2])) for tried in cells[key]["tried"]]
 
 
 def _by_setting(cells: Cells, name: str, row: Row, tasks: list[str]) -> list[str]:
-    """Accuracy on test images and under shift of every setting, by task, at most and at all shots."""
+    """Accuracy of every setting on test and shifted images, by task, at the most shots and over all shots."""
     most = max(int(key.split("/")[2]) for key in cells)
     table = []
     for choice in row.grid:
         numbers = []
         for task, shots in [*((task, most) for task in tasks), *((task, None) for task in tasks)]:
-            found = _tried(cells, name, task, shots) if whole(cells, name) or shots else []
-            tested = [tried["test"] for tried in found if choice.items() <= tried.items()]
+            settings_tried = _tried(cells, name, task, shots) if whole(cells, name) or shots else []
+            tested = [tried["test"] for tried in settings_tried if choice.items() <= tried.items()]
             numbers.append(f"{_mean(map(accuracy, tested))} / {_mean(map(shifted('accuracy'), tested))}")
         table.append([", ".join(f"{field} {_text(value)}" for field, value in choice.items()), *numbers])
     header = [f"{task}, {shots}" for shots in (f"{most} shots", "all shots") for task in tasks]
@@ -167,12 +167,12 @@ def _by_setting(cells: Cells, name: str, row: Row, tasks: list[str]) -> list[str
 
 
 def _mean(numbers: Iterable[float]) -> str:
-    found = list(numbers)
-    return f"{sum(found) / len(found):.3f}" if found else "–"
+    values = list(numbers)
+    return f"{sum(values) / len(values):.3f}" if values else "–"
 
 
 def _grids(rows: Mapping[str, Row]) -> list[str]:
-    """What each row chose among."""
+    """The grid of each row."""
     table = []
     for row in rows.values():
         settings = [", ".join(f"{name} {_text(value)}" for name, value in choice.items()) for choice in row.grid]

@@ -1,6 +1,7 @@
-"""Tasks of the few-shot bench: what is learned and tested, what shifts, and what is foreign to it.
+"""Tasks of the few-shot bench: training pool, test images, shifted and out-of-distribution images.
 
-A new task is a function that returns a :class:`Task`, and a line in ``TASKS``.
+A new task is a function that returns a :class:`Task`, and a line in ``TASKS``. The first sentence of its docstring is a
+title in the table.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from benchmarks.few_shot.images import (
 )
 
 SHOTS = (1, 2, 4, 8, 16)
-MOST_VALIDATION = 4  # shots of a class that settings are chosen on, at most; CoOp's and CLIP-LoRA's rule
-TESTED, SHIFTED, FOREIGN = 500, 200, 150  # images of each set, at most
-SPLIT_SEED = 12_345  # of what is tested on, the same for every seed
+MOST_VALIDATION = 4  # most validation shots of a class; CoOp's and CLIP-LoRA's rule
+TESTED, SHIFTED, FOREIGN = 500, 200, 150  # most images of each set
+SPLIT_SEED = 12_345  # of the test images, the same for every seed
 
 
 class Task(NamedTuple):
@@ -34,10 +35,10 @@ class Task(NamedTuple):
 
     Attributes:
         title: for tables.
-        pool: where shots are drawn from.
+        pool: images and labels from which shots are drawn.
         test: images like those of the pool.
         shifts: name -> images of the same classes that differ from those of the pool.
-        foreign: name -> images of none of the classes, (N, 1, 28, 28).
+        foreign: name -> out-of-distribution images, of none of the classes, (N, 1, 28, 28).
     """
 
     title: str
@@ -48,42 +49,44 @@ class Task(NamedTuple):
 
 
 class Shots(NamedTuple):
-    """Images and labels to choose settings on, and to learn."""
+    """Validation shots, to choose settings, and training shots."""
 
     validation: Named
     training: Named
 
 
 def draw(pool: Named, shots: int, seed: int) -> Shots:
-    """Validation shots of every class, drawn first, and then training shots."""
+    """Validation shots of every class, drawn first, and training shots."""
     generator = torch.Generator().manual_seed(seed)
-    kept = min(shots, MOST_VALIDATION)
+    validation_shots = min(shots, MOST_VALIDATION)
     validation, training = [], []
     for label in range(len(pool.names)):
         own = torch.nonzero(pool.labels == label).squeeze(1)
         order = own[torch.randperm(len(own), generator=generator)]
-        if len(order) < kept + shots:
-            raise ValueError(f"`shots` must leave {kept} images for validation, got {shots} of {len(order)}.")
-        validation.append(order[:kept])
-        training.append(order[kept : kept + shots])
+        if len(order) < validation_shots + shots:
+            raise ValueError(
+                f"`shots` must leave {validation_shots} images for validation, got {shots} of {len(order)}."
+            )
+        validation.append(order[:validation_shots])
+        training.append(order[validation_shots : validation_shots + shots])
     order = torch.cat(training)
     order = order[torch.randperm(len(order), generator=generator)]
     return Shots(pool.at(torch.cat(validation)), pool.at(order))
 
 
-def relabelled(found: Named, share: float, seed: int) -> Named:
-    """The same images, a share of their labels replaced by another class's.
+def relabelled(images: Named, share: float, seed: int) -> Named:
+    """The same images with a share of their labels replaced by other classes.
 
     Args:
-        found: images and labels.
+        images: with labels.
         share: of the labels, 0 to 1; rounded down to whole images.
-        seed: of which, and of what they become.
+        seed: of the replaced labels and of the new ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels, classes = found.labels.clone(), len(found.names)
+    labels, classes = images.labels.clone(), len(images.names)
     which = torch.randperm(len(labels), generator=generator)[: int(share * len(labels))]
     labels[which] = (labels[which] + torch.randint(1, classes, (len(which),), generator=generator)) % classes
-    return found._replace(labels=labels)
+    return images._replace(labels=labels)
 
 
 def digits() -> Task:
@@ -118,18 +121,18 @@ def syllables() -> Task:
 
 def garments() -> Task:
     """Clothes, which the backbone has not seen at all."""
-    found = clothes()
-    order = torch.cat([torch.nonzero(found.labels == label).squeeze(1)[:30] for label in range(10)])  # 4 + 16 and some
-    rest = torch.ones(len(found.labels), dtype=torch.bool)
+    data = clothes()
+    order = torch.cat([torch.nonzero(data.labels == label).squeeze(1)[:30] for label in range(10)])  # more than 4 + 16
+    rest = torch.ones(len(data.labels), dtype=torch.bool)
     rest[order] = False
-    test = found.at(rest)
+    test = data.at(rest)
     shifts = {
         "noise": _corrupted(test, "gaussian_noise", 2),
         "rotated": _corrupted(test, "rotation", 1),
         "occluded": _corrupted(test, "occlusion", 2),
     }
     foreign = {"digits": _some(mnist_digits("test"), FOREIGN).images, "syllables": _some(kana(), FOREIGN).images}
-    return Task("Fashion-MNIST", found.at(order), test, shifts, foreign)
+    return Task("Fashion-MNIST", data.at(order), test, shifts, foreign)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -138,22 +141,22 @@ TASKS: dict[str, Callable[[], Task]] = {
     "digits": digits,
     "garments": garments,
 }
-BENCH = ("letters", "syllables", "digits")  # those that are run by default
+BENCH = ("letters", "syllables", "digits")  # tasks of a default run
 
 
-def _some(found: Named, number: int) -> Named:
-    """So many of its images, drawn once and for all."""
-    order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return found.at(order[:number])
+def _some(data: Named, number: int) -> Named:
+    """A fixed random choice of at most ``number`` images."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return data.at(order[:number])
 
 
-def _halves(found: Named) -> tuple[Named, Named]:
-    """Half of a set without a split to draw shots from, and images of the other to test on."""
-    order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+def _halves(data: Named) -> tuple[Named, Named]:
+    """Two halves of a data set without an official split: the pool, and test images."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     cut = len(order) // 2
-    return found.at(order[:cut]), found.at(order[cut : cut + TESTED])
+    return data.at(order[:cut]), data.at(order[cut : cut + TESTED])
 
 
-def _corrupted(found: Named, kind: str, severity: int) -> Named:
-    few = found.at(slice(SHIFTED))
+def _corrupted(data: Named, kind: str, severity: int) -> Named:
+    few = data.at(slice(SHIFTED))
     return few._replace(images=corrupt(few.images, kind, severity))

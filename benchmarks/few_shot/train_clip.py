@@ -1,18 +1,17 @@
 """Train the small CLIP of the few-shot bench: 28x28 grey images and prompts, both towers from scratch.
 
 It learns USPS digits, Omniglot's characters and CIFAR-10 in grey from images and captions ("a drawing of the letter
-a."), by the contrastive loss with every pair of the same class as a match. MNIST, UCI's digits, notMNIST's letters,
-Kuzushiji-MNIST and Fashion-MNIST are held out: digits and letters are known to it by name and in other hands, the
-others not at all. Writes ``results/few_shot_clip.safetensors`` (half precision) and, in ``results/few_shot_clip.md``,
-what share of images is classified right by prompts alone.
+a."), by the contrastive loss in which every pair of the same class is a match. MNIST, UCI's digits, notMNIST's letters,
+Kuzushiji-MNIST and Fashion-MNIST are held out. The model has learned digits and letters by name and in other hands, and
+no image of the other classes. Writes ``results/few_shot_clip.safetensors`` (half precision) and, in
+``results/few_shot_clip.md``, the zero-shot accuracy of prompts.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_clip.py           # about 20 minutes on one core
-    OMP_NUM_THREADS=1 python benchmarks/train_clip.py --test    # only measure the weights that are there
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.train_clip           # about 20 minutes on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.few_shot.train_clip --test    # only test the existing weights
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPModel
 
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.few_shot.clip import LetterTokenizer, save, trained, untrained
 from benchmarks.few_shot.images import (
@@ -55,7 +55,7 @@ TESTS: dict[str, tuple[str, Callable[[], Named]]] = {
 
 
 def warped(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images turned by up to 17 degrees, scaled, sheared and moved, some blurred, some of less contrast or noisy."""
+    """Images rotated by up to 17 degrees, scaled, sheared and shifted, some blurred, noisy or of less contrast."""
     size = len(images)
 
     def drawn(low: float, high: float) -> Tensor:
@@ -76,12 +76,12 @@ def warped(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batch(sets: list[Named], generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
-    """Images, the number of each one's caption, and the captions: of every class in it one, in one of the templates."""
+    """Images, the index of each image's caption, and the captions: one for every class in the batch."""
     images, captions = [], []
-    for (_, number), found in zip(SEEN, sets, strict=True):
-        which = torch.randint(len(found.labels), (number,), generator=generator)
-        images.append(found.images[which])
-        captions += [found.names[label] for label in found.labels[which].tolist()]
+    for (_, number), data in zip(SEEN, sets, strict=True):
+        which = torch.randint(len(data.labels), (number,), generator=generator)
+        images.append(data.images[which])
+        captions += [data.names[label] for label in data.labels[which].tolist()]
     names = sorted(set(captions))
     drawn = torch.randint(len(TEMPLATES), (len(names),), generator=generator).tolist()
     texts = [TEMPLATES[template].format(name) for template, name in zip(drawn, names, strict=True)]
@@ -89,11 +89,11 @@ def batch(sets: list[Named], generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def contrastive(logits: Tensor, captions: Tensor) -> Tensor:
-    """Cross-entropy of captions given images, and of images given captions, every image of a class being right.
+    """Cross-entropy of captions given images and of images given captions; every image of a class is a match.
 
     Args:
         logits: scaled similarities of images and captions, (B, C).
-        captions: which caption is an image's, (B,).
+        captions: index of each image's caption, (B,).
     """
     match = F.one_hot(captions, logits.shape[1]).to(logits)
     to_images = -(match / match.sum(0) * logits.log_softmax(0)).sum(0).mean()
@@ -128,31 +128,29 @@ def train(steps: int, seed: int = 0) -> CLIPModel:
     return model.eval()
 
 
-def features(found: object) -> Tensor:
+def features(output: object) -> Tensor:
     """A tower's features, whether transformers returns them or an object that holds them."""
-    return found if isinstance(found, Tensor) else found.pooler_output  # type: ignore[attr-defined,no-any-return]
+    return output if isinstance(output, Tensor) else output.pooler_output  # type: ignore[attr-defined,no-any-return]
 
 
 @torch.no_grad()
-def zero_shot(model: CLIPModel, found: Named) -> float:
-    """Share of images whose own class has the most similar prompt, "a photo of a ..."."""
-    order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(0))[:TESTED]
-    prompts = LetterTokenizer()([TEMPLATES[0].format(name) for name in found.names])
+def zero_shot(model: CLIPModel, data: Named) -> float:
+    """Accuracy of the class with the most similar prompt, "a photo of a ..."."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[:TESTED]
+    prompts = LetterTokenizer()([TEMPLATES[0].format(name) for name in data.names])
     text_features = F.normalize(features(model.get_text_features(**prompts)), dim=-1)
     right = [
-        (features(model.get_image_features(pixel_values=found.images[part])) @ text_features.T).argmax(1)
-        == found.labels[part]
+        (features(model.get_image_features(pixel_values=data.images[part])) @ text_features.T).argmax(1)
+        == data.labels[part]
         for part in order.split(500)
     ]
     return torch.cat(right).double().mean().item()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600, help="batches of 256 images")
-    parser.add_argument("--test", action="store_true", help="train nothing")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    """The command line."""
+    command = Command(__doc__).option("--steps", type=int, default=2600, help="batches of 256 images (%(default)s)")
+    args = command.option("--test", action="store_true", help="only test the existing weights").parse()
     file = ResultFile("few_shot_clip")
     start = time.process_time()
     if not args.test:
@@ -161,9 +159,9 @@ def main() -> None:
         file.put("training", {"steps": args.steps, "processor_seconds": round(time.process_time() - start)})
     model = trained()
     for name, (_, read) in TESTS.items():
-        found = read()
-        file.put(name, {"classes": len(found.names), "images": min(TESTED, len(found.labels))})
-        file.put(name, file.cells[name] | {"accuracy": zero_shot(model, found)})
+        data = read()
+        file.put(name, {"classes": len(data.names), "images": min(TESTED, len(data.labels))})
+        file.put(name, file.cells[name] | {"accuracy": zero_shot(model, data)})
     rows = [
         [name, kind, str(file.cells[name]["classes"]), f"{file.cells[name]['accuracy']:.3f}"]
         for name, (kind, _) in TESTS.items()

@@ -1,20 +1,20 @@
-"""Does the covariance become diagonal? LoKO's Figure 5, from the full filter on networks small enough for it.
+"""Does the covariance become diagonal? LoKO's Figure 5, with the full filter on small networks.
 
-The paper's picture shows the covariance of LeNet-5, dense at first and (block-)diagonal later. Here the full extended
-Kalman filter (its equations 1 to 3, with noise by 12 and with our default noise) learns MNIST, averaged down to 7 x 7
-pixels, in a small LeNet; every so often the covariance is looked at. A filter that starts from a diagonal prior cannot
-start dense: so that is one start, and the other is a prior of the same variances with random correlations. Two numbers
-say how diagonal a covariance is: the share of the sum of squared correlations that lies off the diagonal, and the share
-of it that lies outside the blocks of one tensor each. Data is read from ../shared/data or from $BAYES_KF_DATA.
+The paper shows the covariance of LeNet-5, dense at first and (block-)diagonal later. Here the full extended Kalman
+filter (its equations 1 to 3, with the noise of equation 12 or our default noise) learns MNIST, averaged down to 7 x 7
+pixels, in a small LeNet. A filter that starts from a diagonal prior cannot start dense. There are therefore two priors:
+a diagonal one, and one of the same variances with random correlations. Two numbers say how diagonal a covariance is:
+the share of the sum of squared correlations off the diagonal, and the share outside the blocks of one tensor each. Data
+is read from ../shared/data or from $BAYES_KF_DATA.
 
-    python benchmarks/covariance.py             # about ten minutes a seed; a stopped run goes on where it was
-    python benchmarks/covariance.py --table     # print what is there
+    python -m benchmarks.papers.covariance             # about ten minutes a seed; a stopped run continues
+    python -m benchmarks.papers.covariance --table     # the table and the figure from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +24,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.data import mnist
-from benchmarks.common.result_files import RESULTS, ResultFile, markdown_table
+from benchmarks.common.result_files import ResultFile, markdown_table
 
 STEPS = (0, 100, 1000, 3000, 10000)
 NOISES = {"ema_taylor": "LoKO's noise, equation 12", "exponential_family": "exponential family, at the mode"}
 STARTS = {"diagonal": "diagonal prior", "dense": "dense prior"}
 VARIANCE = 0.05  # p₀
-CELLS = 64  # a picture's pixels a side, at most
+CELLS = 64  # pixels of a picture's side, at most
 
 
 def small_lenet(seed: int) -> nn.Module:
-    """LeNet's form: two convolutions with pooling, two linear layers; 1,082 parameters."""
+    """A small LeNet: two convolutions with pooling, two linear layers; 1,082 parameters."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -46,7 +47,7 @@ def small_lenet(seed: int) -> nn.Module:
 
 
 def dense_prior(size: int, seed: int) -> Tensor:
-    """A covariance (n, n) of variances VARIANCE with correlations of root mean square 0.06 (300 random directions)."""
+    """A covariance (n, n) with variances VARIANCE and correlations of root mean square 0.06 (300 random directions)."""
     factors = torch.randn(size, 300, generator=torch.Generator().manual_seed(seed))
     covariance = factors @ factors.mT + 1e-2 * torch.eye(size)
     scale = covariance.diagonal().rsqrt()
@@ -54,7 +55,7 @@ def dense_prior(size: int, seed: int) -> Tensor:
 
 
 def shares(covariance: Tensor, sizes: list[int]) -> tuple[float, float]:
-    """Of the sum of squared correlations, what lies off the diagonal, and what lies outside blocks of these sizes."""
+    """Shares of the sum of squared correlations off the diagonal, and outside diagonal blocks of these sizes."""
     scale = covariance.diagonal().rsqrt()
     squares = (scale[:, None] * covariance * scale).double().square()
     within = sum(float(block.sum()) for block in _blocks(squares, sizes))
@@ -68,16 +69,16 @@ def _blocks(matrix: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 def picture(covariance: Tensor) -> list[list[float]]:
-    """Root mean square correlations in CELLS x CELLS cells, the diagonal left out."""
+    """Root mean square correlations in CELLS x CELLS cells, without the diagonal."""
     scale = covariance.diagonal().rsqrt()
     squares = (scale[:, None] * covariance * scale).square()
     squares.fill_diagonal_(0.0)
-    found = F.adaptive_avg_pool2d(squares[None, None], CELLS)[0, 0].sqrt()
-    return [[round(value, 3) for value in row] for row in found.tolist()]
+    pixels = F.adaptive_avg_pool2d(squares[None, None], CELLS)[0, 0].sqrt()
+    return [[round(value, 3) for value in row] for row in pixels.tolist()]
 
 
 def measure(noise: str, start: str, seed: int) -> dict[str, Any]:
-    """A pass; the shares at each of STEPS, and pictures of the first seed."""
+    """The shares at each of STEPS of a pass, and for the first seed pictures of the correlations."""
     images = mnist("train")
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))[: STEPS[-1]]
     inputs, labels = F.avg_pool2d(images.images[order], 4), images.labels[order]
@@ -97,21 +98,21 @@ def measure(noise: str, start: str, seed: int) -> dict[str, Any]:
     if start == "dense":
         dense = dense_prior(len(state.belief.mean), seed)
         state = state._replace(belief=state.belief._replace(covariance=dense))
-    found: dict[str, Any] = {"off_diagonal": [], "off_blocks": [], "variance": [], "pictures": []}
+    cell: dict[str, Any] = {"off_diagonal": [], "off_blocks": [], "variance": [], "pictures": []}
     correct = 0.0
     for step in tqdm(range(STEPS[-1] + 1), leave=False, disable=not sys.stderr.isatty(), position=1):
         if step in STEPS:
             covariance = state.belief.covariance_matrix()
             for name, value in zip(("off_diagonal", "off_blocks"), shares(covariance, sizes), strict=True):
-                found[name].append(value)
-            found["variance"].append(float(covariance.diagonal().mean()))
+                cell[name].append(value)
+            cell["variance"].append(float(covariance.diagonal().mean()))
             if seed == 0:
-                found["pictures"].append(picture(covariance))
+                cell["pictures"].append(picture(covariance))
         if step < STEPS[-1]:
             state, info = kf.update(state, inputs[step : step + 1], labels[step : step + 1])
             assert info.correct is not None  # a classifier
             correct += float(info.correct.double().sum())
-    return found | {"accuracy": correct / STEPS[-1], "parameters": sum(sizes)}
+    return cell | {"accuracy": correct / STEPS[-1], "parameters": sum(sizes)}
 
 
 def render(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -120,14 +121,14 @@ def render(cells: dict[str, dict[str, Any]]) -> list[str]:
     rows = []
     for noise, title in NOISES.items():
         for start, kind in STARTS.items():
-            found = [cell for key, cell in cells.items() if key.startswith(f"{noise}/{start}/")]
-            if found:
+            of_seeds = [cell for key, cell in cells.items() if key.startswith(f"{noise}/{start}/")]
+            if of_seeds:
                 means = [
-                    f"{_mean(found, 'off_diagonal', i):.3f} ({_mean(found, 'off_blocks', i):.3f})"
+                    f"{_mean(of_seeds, 'off_diagonal', i):.3f} ({_mean(of_seeds, 'off_blocks', i):.3f})"
                     for i in range(len(STEPS))
                 ]
-                accuracy = sum(cell["accuracy"] for cell in found) / len(found)
-                rows.append([title, kind, *means, f"{accuracy:.3f}", str(len(found))])
+                accuracy = sum(cell["accuracy"] for cell in of_seeds) / len(of_seeds)
+                rows.append([title, kind, *means, f"{accuracy:.3f}", str(len(of_seeds))])
     head = ["noise", "start", *[f"step {step:,}" for step in STEPS], "online accuracy", "seeds"]
     return [*lines, *markdown_table(head, rows), "", "![Correlations by step](covariance.png)"]
 
@@ -137,7 +138,7 @@ def _mean(cells: list[dict[str, Any]], name: str, index: int) -> float:
 
 
 def draw(cells: dict[str, dict[str, Any]]) -> Figure:
-    """Root mean square correlations of the first seed by step, a row a filter."""
+    """Root mean square correlations of the first seed by step, a row for each filter."""
     shown = [(n, s) for n in NOISES for s in STARTS if f"{n}/{s}/0" in cells]
     figure = Figure(figsize=(2.1 * len(STEPS) + 1.2, 2.25 * len(shown) + 0.3), layout="constrained")
     axes = figure.subplots(len(shown), len(STEPS), squeeze=False)
@@ -155,22 +156,15 @@ def draw(cells: dict[str, dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    """The command line."""
+    args = Command(__doc__).seeds(3).redo().table().parse()
     file = ResultFile("covariance")
     if not args.table:
-        file.begin()
-        places = [(n, s, seed) for seed in range(args.seeds) for n in NOISES for s in STARTS]
-        for noise, start, seed in tqdm(places, unit="pass", disable=not sys.stderr.isatty()):
-            key = f"{noise}/{start}/{seed}"
-            if key not in file.cells:
-                file.put(key, measure(noise, start, seed))
-                tqdm.write(f"{key}: {[round(x, 3) for x in file.cells[key]['off_diagonal']]}", file=sys.stderr)
+        places = [(noise, start, seed) for seed in args.seeds for noise in NOISES for start in STARTS]
+        work = {f"{noise}/{start}/{seed}": partial(measure, noise, start, seed) for noise, start, seed in places}
+        run_cells(file, work, args.redo, lambda cell: str([round(x, 3) for x in cell["off_diagonal"]]))
     print(file.write_markdown("Does the covariance become diagonal?", render(file.cells)))
-    draw(file.cells).savefig(RESULTS / "covariance.png", dpi=110)
+    draw(file.cells).savefig(file.path.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,50 +1,49 @@
-"""What a gradient penalty does to a filter: R-Kalman over a grid of ρ, transient and permanent.
+"""The effect of a gradient penalty on a filter: R-Kalman over a grid of ρ, transient and permanent.
 
 The digit transformer adapts from MNIST to USPS by LoRA, and LeNet-5 learns MNIST from scratch, 300 examples one at a
-time, under this package's default and under LoKO's setting. Beside accuracy and log loss, held out: the norm of the
-gradient of the mean loss of 200 fixed training examples along the path, and the mean of p over its start. The score of
-a ρ is that of held-out examples, so the best one is chosen after the fact. Data is read from ../shared/data or
+time, under this package's default and under LoKO's setting. The table has accuracy and log loss on held-out examples,
+the norm of the gradient of the mean loss of 200 fixed training examples along the path, and the mean of p over its
+initial value. ρ is chosen after the fact by the score of held-out examples. Data is read from ../shared/data or
 $BAYES_KF_DATA.
 
-    python benchmarks/gradient_penalty.py               # everything; a stopped run goes on where it was
-    python benchmarks/gradient_penalty.py --data usps   # one problem
-    python benchmarks/gradient_penalty.py --table       # print what is there, draw the figure
+    python -m benchmarks.papers.gradient_penalty               # everything; a stopped run continues
+    python -m benchmarks.papers.gradient_penalty --data usps   # one problem
+    python -m benchmarks.papers.gradient_penalty --table       # the table and the figure from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from tqdm.auto import tqdm
 
 import bayes_kf as bkf
 from bayes_kf.evaluation.plots.style import BLUE, GREY, VERMILLION
 from bayes_kf.inference.config import PENALTIES
 from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
 from bayes_kf.models.zoo import lenet5, lora_digits_vit
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.data import mnist, usps
 from benchmarks.common.learners import SCALE_EXAMPLES, Stream, quiet_bar
-from benchmarks.common.result_files import RESULTS, ResultFile, markdown_table, mean_sd
+from benchmarks.common.result_files import ResultFile, markdown_table, mean_sd
 
 DATA = {"usps": "LoRA on the digit transformer, MNIST to USPS", "mnist": "LeNet-5 on MNIST, from scratch"}
 BASES = {"default": "our default", "loko": "LoKO's setting"}
 PENALTY = (0.001, 0.01, 0.1, 1.0)  # ρ, beside 0
 EXAMPLES, PROBED, HELD_OUT = 300, 200, 500
-EVERY = 25  # updates between two looks at the gradient
+EVERY = 25  # updates between two measurements of the gradient
 
 Cells = Mapping[str, dict[str, Any]]
 
 
 class Cell(NamedTuple):
-    """One pass; ``form`` says nothing where ``penalty`` is zero."""
+    """One pass; ``form`` has no effect if ``penalty`` is 0."""
 
     data: str
     base: str
@@ -54,19 +53,19 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Name in the result file."""
+        """Key in the results file."""
         form = f"{self.form}/{self.penalty:g}" if self.penalty else "plain/0"
         return f"{self.data}/{self.base}/{form}/{self.seed}"
 
     @property
     def config(self) -> bkf.KalmanConfig:
-        """Settings of the filter."""
+        """The filter's settings."""
         make = bkf.KalmanConfig.loko if self.base == "loko" else bkf.KalmanConfig
         return make(gradient_penalty=self.penalty, gradient_penalty_form=self.form, seed=self.seed)
 
 
 def problem(data: str, seed: int) -> tuple[nn.Module, Stream, Stream, Stream]:
-    """A model at its start, what it learns, what its gradient is measured on, and what is held out."""
+    """A model at its start, its stream, the examples for its gradient, and held-out examples."""
     read = usps if data == "usps" else mnist
     train, test = read("train"), read("test")
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
@@ -82,72 +81,72 @@ def problem(data: str, seed: int) -> tuple[nn.Module, Stream, Stream, Stream]:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """A pass, or what there was of it."""
+    """The numbers of a pass, or the step at which it diverged."""
     model, stream, probe, held_out = problem(cell.data, cell.seed)
     kf = bkf.KalmanFilter(model, cell.config)
     state = kf.init(stream.first(SCALE_EXAMPLES).inputs)
     kf.linearize.prepare(state.belief.mean, probe.inputs)
-    kept: dict[str, list[float]] = {"gradient": [], "variance": [], "penalty": [], "correct": []}
+    path: dict[str, list[float]] = {"gradient": [], "variance": [], "penalty": [], "correct": []}
     seconds = 0.0
     for step, (inputs, labels) in enumerate(quiet_bar(stream.batches())):
         if step % EVERY == 0:
-            look(kf, state, probe, kept)
+            measure_gradient(kf, state, probe, path)
         begun = time.process_time()
         try:
             state, info = kf.update(state, inputs, labels)
         except bkf.DivergenceError as error:
             return {"diverged_at": error.step, "cause": error.cause}
         seconds += time.process_time() - begun
-        kept["penalty"].append(info.penalty)
+        path["penalty"].append(info.penalty)
         assert info.correct is not None  # a classifier
-        kept["correct"].append(float(info.correct))
-    look(kf, state, probe, kept)
+        path["correct"].append(float(info.correct))
+    measure_gradient(kf, state, probe, path)
     posterior = bkf.Posterior(kf, state)
     scores = {name: score(posterior, held_out, name) for name in ("mean", "linearized")}
     return {
-        "online_accuracy": sum(kept["correct"]) / len(stream.labels),
+        "online_accuracy": sum(path["correct"]) / len(stream.labels),
         "accuracy": scores["mean"][0],
         "log_loss": scores["mean"][1],
         "linearized_log_loss": scores["linearized"][1],
-        "penalty": sum(kept["penalty"]) / len(stream.labels),
-        "gradient": [round(g, 5) for g in kept["gradient"]],
-        "variance": [round(v, 6) for v in kept["variance"]],
+        "penalty": sum(path["penalty"]) / len(stream.labels),
+        "gradient": [round(g, 5) for g in path["gradient"]],
+        "variance": [round(v, 6) for v in path["variance"]],
         "milliseconds": 1e3 * seconds / len(stream.labels),
     }
 
 
-def look(kf: bkf.KalmanFilter, state: Any, probe: Stream, kept: dict[str, list[float]]) -> None:
-    """Add the norm of the probe's gradient, and the mean of p over its start."""
+def measure_gradient(kf: bkf.KalmanFilter, state: Any, probe: Stream, path: dict[str, list[float]]) -> None:
+    """Append the norm of the probe's gradient, and the mean of p over its initial value."""
     gradient = mean_gradient(kf.config, kf.linearize, state, probe.inputs, probe.labels)
-    kept["gradient"].append(float(gradient.norm()))
-    kept["variance"].append(float((kf.marginal_variance(state) / state.prior.variance).mean()))
+    path["gradient"].append(float(gradient.norm()))
+    path["variance"].append(float((kf.marginal_variance(state) / state.prior.variance).mean()))
 
 
 def score(posterior: bkf.Posterior, held_out: Stream, method: str) -> tuple[float, float]:
     """Accuracy and mean log loss of the posterior's predictions."""
     losses, right = [], []
     for inputs, labels in held_out.batches(100):
-        found = posterior.predict(inputs, targets=labels, method=method)
-        assert found.log_prob is not None  # targets were given
-        losses.append(-found.log_prob)
-        right.append(found.mean.argmax(-1) == labels)
+        prediction = posterior.predict(inputs, targets=labels, method=method)
+        assert prediction.log_prob is not None  # targets were given
+        losses.append(-prediction.log_prob)
+        right.append(prediction.mean.argmax(-1) == labels)
     return torch.cat(right).double().mean().item(), torch.cat(losses).double().mean().item()
 
 
-def cells(data: list[str], seeds: int) -> Iterator[Cell]:
+def cells(data: list[str], seeds: list[int]) -> Iterator[Cell]:
     """All passes, the plain ones first."""
-    for seed, name, base in itertools.product(range(seeds), data, BASES):
+    for seed, name, base in itertools.product(seeds, data, BASES):
         yield Cell(name, base, PENALTIES[0], 0.0, seed)
         yield from (Cell(name, base, form, rho, seed) for form, rho in itertools.product(PENALTIES, PENALTY))
 
 
-def of(found: Cells, data: str, base: str, form: str, penalty: float) -> list[dict[str, Any]]:
-    """The cells of all seeds at one place."""
+def of(all_cells: Cells, data: str, base: str, form: str, penalty: float) -> list[dict[str, Any]]:
+    """The cells of all seeds for one data set, base, form and penalty."""
     prefix = Cell(data, base, form, penalty, 0).key.rpartition("/")[0] + "/"
-    return [cell for key, cell in found.items() if key.startswith(prefix)]
+    return [cell for key, cell in all_cells.items() if key.startswith(prefix)]
 
 
-def render(found: Cells) -> list[str]:
+def render(all_cells: Cells) -> list[str]:
     """Body of the Markdown file."""
     lines = [
         f"{EXAMPLES} examples one at a time; mean ± sd over seeds (order, adapter or network, prior). Held out:"
@@ -161,20 +160,20 @@ def render(found: Cells) -> list[str]:
     for (data, title), (base, name) in itertools.product(DATA.items(), BASES.items()):
         rows = []
         for form, penalty in [("", 0.0), *itertools.product(PENALTIES, PENALTY)]:
-            seeds = of(found, data, base, form, penalty)
+            seeds = of(all_cells, data, base, form, penalty)
             if seeds:
                 rows.append([f"{penalty:g}", form, *_row(seeds)])
         if rows:
-            lines += ["", f"## {title}, {name}", "", *markdown_table(header, rows), "", _verdict(found, data, base)]
+            lines += ["", f"## {title}, {name}", "", *markdown_table(header, rows), "", _verdict(all_cells, data, base)]
     return lines
 
 
-def _verdict(found: Cells, data: str, base: str) -> str:
-    """What the best of all penalties gains over none, seed by seed, and which of them lower the gradient's norm."""
-    plain = of(found, data, base, "", 0.0)
+def _verdict(all_cells: Cells, data: str, base: str) -> str:
+    """The gain of the best penalty over none, seed by seed, and the penalties that lower the gradient's norm."""
+    plain = of(all_cells, data, base, "", 0.0)
     gains, lower = {}, []
     for form, penalty in itertools.product(PENALTIES, PENALTY):
-        seeds = of(found, data, base, form, penalty)
+        seeds = of(all_cells, data, base, form, penalty)
         if len(seeds) != len(plain) or any("cause" in cell for cell in [*plain, *seeds]):
             continue
         name = f"{form} ρ = {penalty:g}"
@@ -206,14 +205,14 @@ def _row(seeds: list[dict[str, Any]]) -> list[str]:
     return [*[mean_sd(values) for values in numbers], penalty, f"{time:.1f}"]
 
 
-def draw(found: Cells) -> Figure:
-    """A row a problem, under our default: the gradient's norm and p along the path, and the held-out loss by ρ."""
-    names = [data for data in DATA if of(found, data, "default", "", 0.0)]
+def draw(all_cells: Cells) -> Figure:
+    """For each problem under our default: the gradient's norm and p along the path, and the held-out loss by ρ."""
+    names = [data for data in DATA if of(all_cells, data, "default", "", 0.0)]
     figure = Figure(figsize=(11, 3.1 * len(names)), layout="constrained")
     lines = [("", 0.0, GREY, "-"), ("transient", 0.1, BLUE, "--"), ("permanent", 0.1, VERMILLION, "-.")]
     for axes, data in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
         for form, penalty, colour, style in lines:
-            seeds = [cell for cell in of(found, data, "default", form, penalty) if "cause" not in cell]
+            seeds = [cell for cell in of(all_cells, data, "default", form, penalty) if "cause" not in cell]
             for ax, name in zip(axes, ("gradient", "variance"), strict=False):
                 paths = torch.tensor([cell[name] for cell in seeds])
                 steps = EVERY * torch.arange(paths.shape[1] if len(seeds) else 0)
@@ -225,7 +224,7 @@ def draw(found: Cells) -> Figure:
         for base, marker in zip(BASES, ("o", "s"), strict=True):
             for form, colour, style in (("transient", BLUE, "--"), ("permanent", VERMILLION, "-.")):
                 places = [(0.0003, ""), *[(rho, form) for rho in PENALTY]]  # 0 stands left of the axis' break
-                losses = [of(found, data, base, f, rho if f else 0.0) for rho, f in places]
+                losses = [of(all_cells, data, base, f, rho if f else 0.0) for rho, f in places]
                 known = [
                     (rho, sum(c["log_loss"] for c in seeds) / len(seeds))
                     for (rho, _), seeds in zip(places, losses, strict=True)
@@ -239,23 +238,15 @@ def draw(found: Cells) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--redo", action="store_true", help="measure again what is already there")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    """The command line."""
+    args = Command(__doc__).names("--data", DATA, text="problems").seeds(3).redo().table().parse()
     file = ResultFile("gradient_penalty")
     if not args.table:
-        file.begin()
-        for cell in tqdm(list(cells(args.data, args.seeds)), unit="pass", disable=not sys.stderr.isatty()):
-            if args.redo or cell.key not in file.cells:
-                file.put(cell.key, measure(cell))
-                tqdm.write(f"{cell.key}: {' '.join(_row([file.cells[cell.key]]))}", file=sys.stderr)
+        work = {cell.key: partial(measure, cell) for cell in cells(args.data, args.seeds)}
+        run_cells(file, work, args.redo, lambda cell: " ".join(_row([cell])))
     print(file.write_markdown("What a gradient penalty does", render(file.cells)))
     if file.cells:
-        draw(file.cells).savefig(RESULTS / "gradient_penalty.png", dpi=120)
+        draw(file.cells).savefig(file.path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,31 @@
 """LoKO's Figure 6 as a table: LeNet-5 learns MNIST from scratch, 1,000 examples, one at a time.
 
-Both rules for the initial variance, a grid of p₀, five noise models and three diagonal forms as the papers have them,
-then the same forms as this package runs them, its default, and AdamW and AdaGrad over their learning rates. Each cell
-is the average online accuracy. Real MNIST is read from ../shared/data or $BAYES_KF_DATA.
+Rows: five noise models, three diagonal forms and both rules for the initial variance, over a grid of p₀, as in the
+papers; the same forms as this package runs them; its default; AdamW and AdaGrad over their learning rates. Each cell is
+the average online accuracy. MNIST is read from ../shared/data or $BAYES_KF_DATA.
 
-    python benchmarks/lenet.py                            # everything; a stopped run goes on where it was
-    python benchmarks/lenet.py --only ours                # the package's own rows alone, again if its settings changed
-    python benchmarks/lenet.py --only papers --seeds 3    # mean and sd over three seeds
-    python benchmarks/lenet.py --table                    # print what is there
+    python -m benchmarks.papers.lenet                            # everything; a stopped run continues
+    python -m benchmarks.papers.lenet --only ours                # the package's own rows, again if its settings changed
+    python -m benchmarks.papers.lenet --only papers --seeds 3    # mean and sd over three seeds
+    python -m benchmarks.papers.lenet --table                    # the table from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
-import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bayes_kf import KalmanConfig
 from bayes_kf.inference.config import NOISES, RULES
 from bayes_kf.models.zoo import LeNetInit, lenet5
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.data import mnist
 from benchmarks.common.learners import MakeOptimizer, Pass, Stream, frozen_pass, gradient_pass, kalman_pass
 from benchmarks.common.result_files import ResultFile
@@ -37,7 +35,7 @@ FORMS = ("diagonal", "diagonal_information", "diagonal_mixed")
 VARIANCES = tuple(10.0**k for k in range(-6, 4))
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 INITS: tuple[LeNetInit, ...] = get_args(LeNetInit)
-PATIENCE = 300  # steps after which a pass that has diverged by accuracy is stopped
+PATIENCE = 300  # steps after which a pass with low accuracy is stopped
 GROUPS = ("baselines", "papers", "inits", "ours")
 PAPERS: dict[str, Any] = {"expansion": "mean", "damping": False, "bound_prior": False, "temperature": 1.0}
 OURS: dict[str, Any] = PAPERS | {"noise": "exponential_family", "expansion": "mode", "damping": True}
@@ -47,10 +45,10 @@ class Cell(NamedTuple):
     """One pass.
 
     Attributes:
-        row: "noise/form/rule", noise one of the papers' or "ours"; or "default", or the name of a baseline.
-        value: p₀ or learning rate; 0 where there is none.
-        init: rule for the network's first weights.
-        seed: of the examples and their order, of those weights, and of a uniform prior.
+        row: "noise/form/rule", where noise is one of the papers' models or "ours"; or "default"; or a baseline's name.
+        value: p₀ or the learning rate; 0 if the row has neither.
+        init: rule for the network's initial weights.
+        seed: of the examples and their order, of the initial weights, and of a uniform prior.
     """
 
     row: str
@@ -60,12 +58,12 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Name in the result file."""
+        """Key in the results file."""
         return f"{self.row}/{self.value:g}/{self.init}/{self.seed}"
 
     @property
     def config(self) -> KalmanConfig | None:
-        """Settings of a filter; None for a baseline."""
+        """The filter's settings; None for a baseline."""
         if self.row == "default":
             return KalmanConfig(seed=self.seed)
         if "/" not in self.row:
@@ -94,7 +92,7 @@ def cells(group: str, init: LeNetInit, seed: int) -> Iterator[Cell]:
 
 
 def optimizer(cell: Cell) -> MakeOptimizer:
-    """The baseline of a cell; "adamw-decay" is LoKO's setting, as is "adagrad" at 1e-3."""
+    """The optimizer of a baseline. "adamw-decay", and "adagrad" at 1e-3, are LoKO's settings."""
     if cell.row == "adagrad":
         return lambda parameters: torch.optim.Adagrad(parameters, lr=cell.value)
     if cell.row == "adamw-decay":
@@ -102,97 +100,76 @@ def optimizer(cell: Cell) -> MakeOptimizer:
     return lambda parameters: torch.optim.AdamW(parameters, lr=cell.value)
 
 
-def measure(cell: Cell, stream: Stream) -> dict[str, Any]:
-    """Run a cell; what the result file keeps of it."""
+def measure(cell: Cell, limit: int) -> dict[str, Any]:
+    """The numbers of one pass that the results file keeps."""
     model, config = lenet5(cell.seed, init=cell.init), cell.config
+    stream = sample_stream(cell.seed, limit)
     if config is not None:
-        found = kalman_pass(model, stream, config, give_up)
+        result = kalman_pass(model, stream, config, give_up)
     elif cell.row == "frozen":
-        found = frozen_pass(model, stream)
+        result = frozen_pass(model, stream)
     else:
-        found = gradient_pass(model, stream, optimizer(cell), decay=cell.row.endswith("decay"))
-    kept = summary(found)
-    return kept | {"config": dataclasses.asdict(config)} if config and is_ours(cell) else kept
+        result = gradient_pass(model, stream, optimizer(cell), decay=cell.row.endswith("decay"))
+    numbers = summary(result)
+    return numbers | {"config": dataclasses.asdict(config)} if config and is_ours(cell) else numbers
 
 
 def give_up(correct: Tensor, log_loss: Tensor) -> bool:
-    """Whether a pass is hopeless: LoKO's own test (accuracy low after a set number of steps), and losing."""
+    """Whether accuracy is low after PATIENCE steps (LoKO's test), and the log loss far above chance."""
     late = len(correct) == PATIENCE
     return late and float(correct.double().mean()) < LOW and float(log_loss[-100:].mean()) > 2 * math.log(10)
 
 
 def is_ours(cell: Cell) -> bool:
-    """Whether a cell moves with the package's defaults; the papers' recursion does not."""
+    """Whether a cell depends on the package's defaults. The papers' recursion does not."""
     return cell.row.startswith(("ours/", "default"))
 
 
-def summary(found: Pass) -> dict[str, Any]:
-    """Numbers of a pass; accuracy and log loss are those up to a divergence, None if that was the first update."""
-    seen = len(found.correct)
-    kept: dict[str, Any] = {
-        "accuracy": round(found.correct.double().mean().item(), 6) if seen else None,
-        "log_loss": round(found.log_loss.double().mean().item(), 6) if seen else None,
-        "last_100_accuracy": round(found.correct[-100:].double().mean().item(), 6) if seen else None,
-        "milliseconds": round(1e3 * found.seconds, 3),
+def summary(result: Pass) -> dict[str, Any]:
+    """Numbers of a pass, up to a divergence; accuracy and log loss are None if the first update was refused."""
+    seen = len(result.correct)
+    numbers: dict[str, Any] = {
+        "accuracy": round(result.correct.double().mean().item(), 6) if seen else None,
+        "log_loss": round(result.log_loss.double().mean().item(), 6) if seen else None,
+        "last_100_accuracy": round(result.correct[-100:].double().mean().item(), 6) if seen else None,
+        "milliseconds": round(1e3 * result.seconds, 3),
         "steps": seen,
     }
-    return kept if found.cause is None else kept | {"diverged_at": found.diverged_at, "cause": found.cause}
+    return numbers if result.cause is None else numbers | {"diverged_at": result.diverged_at, "cause": result.cause}
 
 
+@cache
 def sample_stream(seed: int, limit: int) -> Stream:
-    """The first examples of a seeded permutation of MNIST's training set."""
+    """The first ``limit`` examples of a seeded permutation of MNIST's training set."""
     images, labels = mnist("train")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
     return Stream(images[order], labels[order])
 
 
-def stale(cell: Cell, kept: dict[str, Any] | None, redo: str | None) -> bool:
-    """Whether a cell has to be run: it is missing, asked for, or of other settings than today's."""
-    if kept is None or (redo is not None and re.search(redo, cell.key)):
-        return True
+def is_stale(cell: Cell, measured: dict[str, Any]) -> bool:
+    """Whether a measured cell has other settings than the package's defaults today."""
     config = cell.config
-    return is_ours(cell) and config is not None and kept.get("config") != dataclasses.asdict(config)
+    return is_ours(cell) and config is not None and measured.get("config") != dataclasses.asdict(config)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows to run")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
-    parser.add_argument("--init", choices=INITS, default=INITS[0], help="of the network, but for the group inits")
-    parser.add_argument("--limit", type=int, default=1000, help="examples in the stream")
-    parser.add_argument("--redo", metavar="REGEX", help="run cells again whose key matches")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
-    return parser.parse_args()
+def show(measured: dict[str, Any]) -> str:
+    """A measured cell in one line."""
+    score = f"diverged at {measured['diverged_at']}: {measured['cause']}" if "cause" in measured else ""
+    return f"{measured['milliseconds']:.2f} ms/step  {score or format(measured['accuracy'], '.3f')}"
 
 
 def main() -> None:
-    args = parse()
-    torch.set_num_threads(1)
+    """The command line."""
+    command = Command(__doc__).names("--only", GROUPS, text="groups of rows to run").seeds(1)
+    command.option("--init", choices=INITS, default=INITS[0], help="of the network, except in the group inits")
+    args = command.limit("examples in the stream", 1000).redo().table().parse()
     file = ResultFile("lenet" if args.limit == 1000 else f"lenet-limit{args.limit}")
     if not args.table:
-        todo = [
-            cell
-            for group, seed in itertools.product(args.only, range(args.seeds))
-            for cell in cells(group, args.init, seed)
-            if stale(cell, file.cells.get(cell.key), args.redo)
-        ]
-        run(todo, file, args.limit)
+        chosen = [cell for group in args.only for seed in args.seeds for cell in cells(group, args.init, seed)]
+        by_key = {cell.key: cell for cell in chosen}
+        work: dict[str, Callable[[], dict[str, Any]]] = {c.key: partial(measure, c, args.limit) for c in chosen}
+        run_cells(file, work, args.redo, show, lambda key, measured: is_stale(by_key[key], measured))
     print(file.write_markdown("LeNet-5 on MNIST from scratch", render(file.cells, args.limit, args.init)))
-
-
-def run(todo: list[Cell], file: ResultFile, limit: int) -> None:
-    """Measure cells, writing each as it finishes."""
-    file.begin()
-    streams: dict[int, Stream] = {}
-    bar = tqdm(list(dict.fromkeys(todo)), unit="cell", disable=not sys.stderr.isatty())
-    for done, cell in enumerate(bar):
-        if cell.seed not in streams:
-            streams[cell.seed] = sample_stream(cell.seed, limit)
-        kept = measure(cell, streams[cell.seed])
-        file.put(cell.key, kept)
-        tail = f"diverged at {kept['diverged_at']}: {kept['cause']}" if "cause" in kept else f"{kept['accuracy']:.3f}"
-        timing = f"{kept['milliseconds']:7.2f} ms/step {kept['milliseconds'] * kept['steps'] / 1e3:6.1f} s"
-        tqdm.write(f"{done + 1:4d}/{bar.total} {cell.key:55s} {timing}  {tail}", file=sys.stderr)
 
 
 if __name__ == "__main__":

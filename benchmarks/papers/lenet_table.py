@@ -1,4 +1,4 @@
-"""The result file of ``lenet.py`` as Markdown: p₀ across, noise models and forms down."""
+"""The results of ``lenet.py`` as Markdown: a column for each p₀, a row for each noise model and form."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LEGEND = (
 
 
 def render(cells: Cells, limit: int, init: str) -> list[str]:
-    """Body of the Markdown file; an open cell is a dash."""
+    """Body of the Markdown file; a cell that was not run is a dash."""
     lines = [line for text in LEGEND for line in (text.format(limit=limit, init=init, low=LOW), "")]
     for rule, title in (("constant", "p₀ constant"), ("uniform", "p₀ ~ Uniform(0, ·)")):
         lines += [f"## {title}", "", *_grid(cells, rule, init), ""]
@@ -55,7 +55,7 @@ def render(cells: Cells, limit: int, init: str) -> list[str]:
 
 
 def _grid(cells: Cells, rule: str, init: str) -> list[str]:
-    """One rule: a row for each noise model and form."""
+    """The table of one rule: a row for each noise model and form."""
     rows = [(noise, form) for noise in NOISE_NAMES for form in NAMES]
     values = _values(cells, lambda row: row.endswith(f"/{rule}"))
     return markdown_table(
@@ -65,7 +65,7 @@ def _grid(cells: Cells, rule: str, init: str) -> list[str]:
 
 
 def _inits(cells: Cells) -> list[str]:
-    """LoKO's noise and form for every initialization of the network."""
+    """LoKO's noise model and form, for every initialization of the network."""
     inits = sorted({key.split("/")[-2] for key in cells if key.startswith("ema_taylor/diagonal/")}, reverse=True)
     values = _values(cells, lambda row: row.startswith("ema_taylor/diagonal/"))
     rows = [(rule, init) for rule in ("constant", "uniform") for init in inits]
@@ -76,7 +76,7 @@ def _inits(cells: Cells) -> list[str]:
 
 
 def _baselines(cells: Cells, init: str) -> list[str]:
-    """Rows that have a learning rate or nothing to choose."""
+    """Rows with a learning rate, and rows without a setting."""
     rates = _values(cells, lambda row: row in ("adamw", "adagrad"))
     columns = rates or [""]
     rows = []
@@ -87,14 +87,14 @@ def _baselines(cells: Cells, init: str) -> list[str]:
 
 
 def _line(cells: Cells, row: str, values: Sequence[str], init: str) -> list[str]:
-    """Texts of a row's cells, and its median time per step."""
-    found = [_seeds(cells, row, value, init) for value in values]
-    times = [cell["milliseconds"] for seeds in found for cell in seeds if cell["steps"] > 0]
-    return [*(_text(seeds, cells, init) for seeds in found), f"{statistics.median(times):.1f}" if times else "–"]
+    """The cells of a row, and its median time per step."""
+    by_value = [_seeds(cells, row, value, init) for value in values]
+    times = [cell["milliseconds"] for seeds in by_value for cell in seeds if cell["steps"] > 0]
+    return [*(_text(seeds, cells, init) for seeds in by_value), f"{statistics.median(times):.1f}" if times else "–"]
 
 
 def _text(seeds: list[Mapping[str, Any]], cells: Cells, init: str) -> str:
-    """One cell of the table, over its seeds."""
+    """One cell of the table: mean and sd over seeds, or the first divergence."""
     diverged = [cell["diverged_at"] for cell in seeds if "cause" in cell]
     if diverged:
         return f"div@{min(diverged)}" + (f" ({len(diverged)}/{len(seeds)})" if len(seeds) > 1 else "")
@@ -103,7 +103,7 @@ def _text(seeds: list[Mapping[str, Any]], cells: Cells, init: str) -> str:
 
 
 def _mark(seeds: Sequence[Mapping[str, Any]], cells: Cells, init: str) -> str:
-    """† or ‡ for passes that finished low."""
+    """† or ‡ for passes that end with low accuracy; else nothing."""
     if statistics.mean(cell["accuracy"] for cell in seeds) >= LOW:
         return ""
     frozen = _seeds(cells, "frozen", "0", init)
@@ -112,7 +112,7 @@ def _mark(seeds: Sequence[Mapping[str, Any]], cells: Cells, init: str) -> str:
 
 
 def _notes(cells: Cells, init: str) -> list[str]:
-    """Counts of failures, and the causes of divergence."""
+    """Counts of failures, and the causes of divergences."""
     filters = {key: cell for key, cell in cells.items() if key.count("/") == 5 and f"/{init}/" in key}
     lines = ["## Failures", ""]
     for title, chosen in (
@@ -139,12 +139,12 @@ def _causes(filters: Cells) -> list[str]:
 
 
 def _seeds(cells: Cells, row: str, value: str, init: str) -> list[Mapping[str, Any]]:
-    """The cells of all seeds at one place."""
+    """The cells of all seeds for one row, value and initialization."""
     prefix = f"{row}/{value}/{init}/"
     return [cell for key, cell in cells.items() if key.startswith(prefix)]
 
 
 def _values(cells: Cells, wanted: Any) -> list[str]:
-    """Values of p₀ or rates that any wanted row has, ascending, as in the keys."""
-    found = {key.split("/")[-3] for key in cells if wanted("/".join(key.split("/")[:-3]))}
-    return sorted(found, key=float)
+    """Values of p₀, or learning rates, of the wanted rows, ascending, as in the keys."""
+    values = {key.split("/")[-3] for key in cells if wanted("/".join(key.split("/")[:-3]))}
+    return sorted(values, key=float)

@@ -1,4 +1,4 @@
-"""The result file of ``online.py`` as Markdown: a row for each learner, and filters against the best AdamW."""
+"""The results of ``online.py`` as Markdown: a row for each learner, and each filter against the best AdamW."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ def best_adamw(cells: Cells) -> str | None:
 
 
 def _line(cells: Cells, row: str, best: bool) -> list[str]:
-    found = list(_seeds(cells, row).values())
-    refused = [cell["diverged_at"] for cell in found if "cause" in cell]
+    measured = list(_seeds(cells, row).values())
+    refused = [cell["diverged_at"] for cell in measured if "cause" in cell]
     name = _name(row) + (" *" if best else "")
-    online = [mean_sd([c[k] for c in found if c[k] is not None]) for k in ("online_accuracy", "online_log_loss")]
+    online = [mean_sd([c[k] for c in measured if c[k] is not None]) for k in ("online_accuracy", "online_log_loss")]
     if refused:
-        online[0] += f" (div@{min(refused)}, {len(refused)}/{len(found)})"
-    band = f"[{_mean(found, 'ece_null_low'):.3f}, {_mean(found, 'ece_null_high'):.3f}]"
-    cost = f"{statistics.mean(c['milliseconds'] / c['adamw_milliseconds'] for c in found):.2f}"
-    scores = [mean_sd([c[k] for c in found]) for k in ("accuracy", "nll", "ece")]
+        online[0] += f" (div@{min(refused)}, {len(refused)}/{len(measured)})"
+    band = f"[{_mean(measured, 'ece_null_low'):.3f}, {_mean(measured, 'ece_null_high'):.3f}]"
+    cost = f"{statistics.mean(c['milliseconds'] / c['adamw_milliseconds'] for c in measured):.2f}"
+    scores = [mean_sd([c[k] for c in measured]) for k in ("accuracy", "nll", "ece")]
     return [name, *online, *scores[:2], f"{scores[2]} {band}", cost]
 
 
 def _comparison(cells: Cells, rows: Sequence[str], best: str) -> list[str]:
-    """Each row against the best AdamW on the seeds that both have and neither diverged on."""
+    """Each row against the best AdamW, on the seeds that both have and on which neither diverged."""
     lines = []
     for row in rows:
         ours, theirs = _seeds(cells, row), _seeds(cells, best)
@@ -104,13 +104,13 @@ def _comparison(cells: Cells, rows: Sequence[str], best: str) -> list[str]:
 
 
 def _correct(cell: Mapping[str, Any]) -> np.ndarray:
-    """Success on each example, (T,) bool."""
+    """Whether each example was predicted correctly, (T,) bool."""
     bits = np.frombuffer(base64.b64decode(cell["correct"]), dtype=np.uint8)
     return np.unpackbits(bits, count=cell["steps"]).astype(bool)
 
 
-def _mean(found: Sequence[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(cell[key] for cell in found)
+def _mean(measured: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(cell[key] for cell in measured)
 
 
 def _name(row: str) -> str:
@@ -118,5 +118,5 @@ def _name(row: str) -> str:
 
 
 def _seeds(cells: Cells, row: str) -> dict[str, Mapping[str, Any]]:
-    """The cells of a row by seed."""
+    """The cells of a row, by seed."""
     return {key.rpartition("/")[2]: cell for key, cell in cells.items() if key.rpartition("/")[0] == row}

@@ -1,34 +1,32 @@
 """Streams that change: MNIST whose labels are permuted half-way, and MNIST that turns by 180 degrees.
 
 The bundled digit transformer (trained on MNIST's training set) learns test images online by LoRA and its head. Rows:
-the frozen model, AdamW at four constant rates (the best is chosen in hindsight), the default filter, which takes the
-stream to be stationary, and a bank of filters with different dynamics over the whole stream, which predicts each
-example by the average of all candidates, weighted by evidence so far, and chooses nothing in hindsight. The drift
-alarm watches the default filter's predictions. Data: ../shared/data or $BAYES_KF_DATA.
+the frozen model; AdamW at four constant rates (the best is chosen after the fact); the default filter, whose model of
+the stream is stationary; and a bank of filters with different dynamics over the whole stream. The bank predicts each
+example by the average of all candidates, weighted by their evidence so far, and chooses nothing after the fact. The
+drift alarm uses the default filter's predictions. Data: ../shared/data or $BAYES_KF_DATA.
 
-    python benchmarks/drift.py --seeds 2      # a stopped run goes on where it was
-    python benchmarks/drift.py --table        # print what is there, and draw it again
+    python -m benchmarks.quality.drift --seeds 2      # a stopped run continues
+    python -m benchmarks.quality.drift --table        # the table and the figure from existing results
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import torch
 from torchvision.transforms.functional import InterpolationMode, rotate
-from tqdm.auto import tqdm
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import drift_alarm, moving_average
 from bayes_kf.inference.fitting.selection.filter_bank import candidates
 from bayes_kf.models.zoo import lora_digits_vit
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.data import mnist
 from benchmarks.common.learners import SCALE_EXAMPLES, Pass, Stream, check_finite, frozen_pass, gradient_pass, quiet_bar
 from benchmarks.common.result_files import ResultFile, markdown_table, mean_sd
@@ -44,11 +42,9 @@ GRID = {"forgetting": (1.0, 0.999, 0.997)}
 TITLES = {"frozen": "frozen", "default": "default, static", "bank": "bank of dynamics"}
 COLOURS = {"adamw": "0.45", "default": "#1b6ca8", "bank": "#c8553d"}
 
-print_err = functools.partial(tqdm.write, file=sys.stderr)
-
 
 def stream(kind: str, seed: int) -> Stream:
-    """2,000 test images in an order of their own for each seed."""
+    """2,000 test images; the seed sets their order."""
     data, generator = mnist("test"), torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.labels), generator=generator)[:LENGTH]
     images, labels = data.images[order], data.labels[order]
@@ -65,7 +61,7 @@ def stream(kind: str, seed: int) -> Stream:
 
 
 def learn(row: str, given: Stream, seed: int) -> tuple[Pass, dict[str, Any]]:
-    """A row's pass over a stream, and what else is to be kept."""
+    """A row's pass over a stream, and further numbers for the results file."""
     model = lora_digits_vit(rank=RANK, seed=seed)
     if row == "frozen":
         return frozen_pass(model, given), {}
@@ -77,7 +73,7 @@ def learn(row: str, given: Stream, seed: int) -> tuple[Pass, dict[str, Any]]:
 
 
 def bank_pass(bank: bkf.Bank, given: Stream) -> tuple[Pass, dict[str, Any]]:
-    """A pass of a bank, which predicts by the average of its candidates, weighted by their evidence."""
+    """A pass of a bank, which predicts by the average of its candidates weighted by evidence."""
     state = bank.init(given.inputs[:SCALE_EXAMPLES])
     correct, losses, probs, leaders = [], [], [], []
     start = time.process_time()
@@ -91,33 +87,33 @@ def bank_pass(bank: bkf.Bank, given: Stream) -> tuple[Pass, dict[str, Any]]:
     check_finite("log_loss", torch.cat(losses))
     alarms = drift_alarm(torch.cat(probs), given.labels).alarms.tolist()
     settings = [{name: getattr(kf.config, name) for name in GRID} for kf in bank.filters]
-    kept = {
+    numbers = {
         "alarms": alarms,
         "leaders": leaders,
         "settings": settings,
         "own_passes": list(state.own_passes),
         "evidence": bank.evidence(state).tolist(),
     }
-    return Pass(torch.cat(correct).bool(), torch.cat(losses), seconds), kept
+    return Pass(torch.cat(correct).bool(), torch.cat(losses), seconds), numbers
 
 
 def measure(kind: str, row: str, seed: int) -> dict[str, Any]:
-    """What the file keeps of a row: means, and the moving accuracy that is drawn."""
-    found, extra = learn(row, stream(kind, seed), seed)
-    halves = found.correct.double().view(2, -1).mean(1).tolist()
+    """The numbers of a row that the results file keeps: means, and the moving accuracy for the figure."""
+    result, extra = learn(row, stream(kind, seed), seed)
+    halves = result.correct.double().view(2, -1).mean(1).tolist()
     return {
-        "accuracy": found.correct.double().mean().item(),
+        "accuracy": result.correct.double().mean().item(),
         "first_half": halves[0],
         "second_half": halves[1],
-        "log_loss": found.log_loss.double().mean().item(),
-        "milliseconds": 1e3 * found.seconds,
-        "moving": [round(value, 4) for value in moving_average(found.correct.double(), WINDOW)[::20].tolist()],
+        "log_loss": result.log_loss.double().mean().item(),
+        "milliseconds": 1e3 * result.seconds,
+        "moving": [round(value, 4) for value in moving_average(result.correct.double(), WINDOW)[::20].tolist()],
         **extra,
     }
 
 
 def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table for each stream, and the picture."""
+    """A table for each stream, and the figure."""
     grid = ", ".join(f"{name} {values}" for name, values in GRID.items())
     lines = [
         f"MNIST test images, {LENGTH:,} in each stream, one at a time, mean ± sd over seeds; every example is predicted"
@@ -147,7 +143,7 @@ def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def notes(cells: Mapping[str, Mapping[str, Any]], kind: str) -> list[str]:
-    """When the alarm came, and which candidate was ahead in the end."""
+    """When the alarm was raised, and which candidate had the most evidence at the end."""
     change = LENGTH // 2 if kind == "permuted" else 0
     lines = []
     for seed, cell in enumerate(of(cells, kind, "default")):
@@ -188,10 +184,10 @@ def plot(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for panel, (kind, title) in zip(panels, STREAMS.items(), strict=True):
         best = best_rate(cells, kind)
         for row, colour in ((best, "adamw"), ("default", "default"), ("bank", "bank")):
-            found = of(cells, kind, row) if row else []
-            if not found:
+            measured = of(cells, kind, row) if row else []
+            if not measured:
                 continue
-            mean = torch.tensor([cell["moving"] for cell in found]).mean(0)
+            mean = torch.tensor([cell["moving"] for cell in measured]).mean(0)
             steps = WINDOW + 20 * torch.arange(len(mean))
             label = f"AdamW {row[6:]}, best in hindsight" if colour == "adamw" else TITLES[row]
             panel.plot(steps, mean, color=COLOURS[colour], label=label)
@@ -210,26 +206,21 @@ def plot(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
-    parser.add_argument("--redo", action="store_true", help="run the rows again that are already there")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
-    args = parser.parse_args()
+    """The command line."""
+    command = Command(__doc__).names("--streams", STREAMS).names("--rows", ROWS).seeds(2).redo().table()
+    args = command.parse()
     file = ResultFile("drift")
     if not args.table:
-        file.begin()
-        wanted = [(kind, row, seed) for seed in range(args.seeds) for kind in args.streams for row in args.rows]
-        for kind, row, seed in tqdm(wanted, unit="pass", disable=not sys.stderr.isatty()):
-            key = f"{kind}/{row}/{seed}"
-            if key in file.cells and not args.redo:
-                continue
-            found = measure(kind, row, seed)
-            file.put(key, found)
-            print_err(f"{key}: {found['accuracy']:.4f} ({found['first_half']:.4f}, {found['second_half']:.4f})")
+        places = [(kind, row, seed) for seed in args.seeds for kind in args.streams for row in args.rows]
+        work = {f"{kind}/{row}/{seed}": partial(measure, kind, row, seed) for kind, row, seed in places}
+        run_cells(file, work, args.redo, show)
     plot(file.cells, file.path.with_suffix(".png"))
     print(file.write_markdown("Streams that change", render(file.cells)))
+
+
+def show(cell: Mapping[str, Any]) -> str:
+    """A measured cell in one line."""
+    return f"{cell['accuracy']:.4f} ({cell['first_half']:.4f}, {cell['second_half']:.4f})"
 
 
 if __name__ == "__main__":

@@ -1,24 +1,25 @@
-"""How often intervals cover, and how often verdicts are wrong: simulated over sizes, classes and miscalibrations.
+"""Coverage of a report's 95 % intervals, and rates of false verdicts, by simulation.
 
-Labels are drawn from the softmax of Gaussian logits; predictions are that softmax, over- or under-confident by a factor
-of 1.5, with the odds of one class tripled, or right for all but a tenth of the labels, which are random. The true score
-is that of 200,000 examples. Calibrated predictions are drawn in all sizes and numbers of
-classes, the others in some. Of every score with an interval in a report a cell holds the share of data sets in which
-the interval covers the true score; it also counts data sets in which an interval leaves out the value that it belongs
-to. Verdicts: how often a report says "Miscalibrated" (or that the error is too low), beside how often at least one of
-its seven calibration scores lies outside its band. "page" and "alarms" do the same for the other scores and verdicts
-of a report (``_page_simulation.py``): entropies of drawn predictions, foreign inputs, people's answers, conformal sets;
-and what each verdict says where there is nothing to say.
+Labels are drawn from the softmax of Gaussian logits. The predictions are that softmax; or over- or under-confident by a
+factor of 1.5; or with the odds of one class tripled; or right for all but a tenth of the labels, which are random. The
+true score is that of 200,000 examples. Calibrated predictions are drawn in all sizes and numbers of classes, the others
+in some. For every score with an interval in a report, a cell holds the share of data sets in which the interval covers
+the true score, and counts data sets in which an interval does not contain its own score. Verdicts: how often a report
+says "Miscalibrated" (or that the error is too low), and how often at least one of its seven calibration scores lies
+outside its band. "page" and "alarms" do the same for the other scores and verdicts of a report
+(``page_simulation.py``): entropies of drawn predictions, out-of-distribution inputs, people's answers, conformal sets;
+and how often each verdict reports an effect where there is none.
 
-    python benchmarks/interval_coverage.py                       # about 15 minutes of one core
-    python benchmarks/interval_coverage.py --only verdicts
+    python -m benchmarks.quality.interval_coverage                       # about 15 minutes of one core
+    python -m benchmarks.quality.interval_coverage --only verdicts
+    python -m benchmarks.quality.interval_coverage --table               # the table from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.score import Score, flatten_scores
 from bayes_kf.evaluation.sections.classification import mean_scores
 from bayes_kf.evaluation.sections.verdicts.calibration import calibration_verdict
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.quality import page_simulation
 
@@ -64,7 +66,7 @@ def draw(rng: np.random.Generator, size: int, classes: int, kind: str, spread: f
 def truth(probs: Tensor, targets: Tensor) -> dict[str, float]:
     """Scores of a population."""
     confidence, hit = top_confidence(probs, targets, 1)
-    correct, doubt = hit.bool(), ev.entropy(probs)
+    correct, uncertainty = hit.bool(), ev.entropy(probs)
     sharper = (1.2 * probs.clamp(min=1e-300).log()).softmax(1)
     return {
         "accuracy": hit.mean().item(),
@@ -73,7 +75,7 @@ def truth(probs: Tensor, targets: Tensor) -> dict[str, float]:
         "rps": ev.ranked_probability_score(probs, targets),
         "confidence": confidence.mean().item(),
         "confidence_gap": (confidence - hit).mean().item(),
-        "error_auroc": ev.error_detection(doubt, correct).auroc,
+        "error_auroc": ev.error_detection(uncertainty, correct).auroc,
         "accuracy_at_80": ev.accuracy_at_coverage(confidence, correct, (0.8,)).item(),
         "accuracy_at_95": ev.accuracy_at_coverage(confidence, correct, (0.95,)).item(),
         "nll_difference": (log_losses(sharper, targets) - log_losses(probs, targets)).mean().item(),
@@ -81,7 +83,7 @@ def truth(probs: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def intervals(probs: Tensor, targets: Tensor) -> dict[str, tuple[float, float, float]]:
-    """Value and ends of every score that has an interval in this data set."""
+    """Value, lower and upper end of every score that has an interval in this data set."""
     confidence, hit = top_confidence(probs, targets, 1)
     scores = flatten_scores(mean_scores(probs, targets, None, NUM_BINS, True))
     low, high = ev.calibration_interval(probs, targets)
@@ -90,12 +92,12 @@ def intervals(probs: Tensor, targets: Tensor) -> dict[str, tuple[float, float, f
         "confidence_gap_low": low,
         "confidence_gap_high": high,
     }
-    correct, doubt = hit.bool(), ev.entropy(probs)
-    scores["error_auroc"] = ev.error_detection(doubt, correct).auroc
-    scores["error_auroc_low"], scores["error_auroc_high"] = ev.error_detection_intervals(doubt, correct).auroc
-    kept = ev.selective_intervals(confidence, correct, (0.8, 0.95)).accuracy
+    correct, uncertainty = hit.bool(), ev.entropy(probs)
+    scores["error_auroc"] = ev.error_detection(uncertainty, correct).auroc
+    scores["error_auroc_low"], scores["error_auroc_high"] = ev.error_detection_intervals(uncertainty, correct).auroc
+    selective = ev.selective_intervals(confidence, correct, (0.8, 0.95)).accuracy
     for share, value, ends in zip(
-        (80, 95), ev.accuracy_at_coverage(confidence, correct, (0.8, 0.95)), kept, strict=True
+        (80, 95), ev.accuracy_at_coverage(confidence, correct, (0.8, 0.95)), selective, strict=True
     ):
         scores |= {f"accuracy_at_{share}": value.item()}
         scores |= {f"accuracy_at_{share}_low": ends.low, f"accuracy_at_{share}_high": ends.high}
@@ -112,22 +114,22 @@ def intervals(probs: Tensor, targets: Tensor) -> dict[str, tuple[float, float, f
 
 
 def coverage(size: int, classes: int, kind: str, spread: float) -> dict[str, float]:
-    """Shares of data sets whose interval covers, and the number of intervals without their own value."""
+    """Shares of data sets whose interval covers, and the number of intervals that do not contain their own score."""
     repeats = 200 if size <= 1000 and classes < 100 else 100 if size <= 1000 else 60
     repeats = repeats if kind == "calibrated" else 100
     true = truth(*draw(np.random.default_rng(7), 200_000, classes, kind, spread))
     inside: dict[str, list[bool]] = {}
     without = 0
     for seed in range(repeats):
-        found = intervals(*draw(np.random.default_rng([seed, size, classes]), size, classes, kind, spread))
-        for name, (value, low, high) in found.items():
+        measured = intervals(*draw(np.random.default_rng([seed, size, classes]), size, classes, kind, spread))
+        for name, (value, low, high) in measured.items():
             inside.setdefault(name, []).append(low <= true[name] <= high)
             without += not low <= value <= high
     return {name: sum(hits) / len(hits) for name, hits in inside.items()} | {"repeats": repeats, "without": without}
 
 
 def verdicts(size: int, classes: int, kind: str, spread: float) -> dict[str, float]:
-    """Shares of data sets in which a report says something, and in which some calibration score is outside its band."""
+    """Shares of data sets by verdict, and of those in which some calibration score lies outside its band."""
     repeats = 200 if kind == "calibrated" else 40
     counts = dict.fromkeys(("miscalibrated", "too low", "too few", "any of seven", "spiegelhalter", *STATISTICS), 0)
     for seed in range(repeats):
@@ -152,7 +154,7 @@ def verdicts(size: int, classes: int, kind: str, spread: float) -> dict[str, flo
 
 
 def cases(what: str) -> Iterator[tuple[int, int, str, float]]:
-    """Size, classes, kind and spread of every cell."""
+    """Size, number of classes, kind and spread of every cell."""
     for kind in KINDS:
         calibrated = kind == "calibrated"
         if what == "intervals":
@@ -167,11 +169,11 @@ def cases(what: str) -> Iterator[tuple[int, int, str, float]]:
 
 def render(cells: dict[str, dict[str, float]]) -> list[str]:
     """Body of the Markdown file."""
-    found = {key: cell for key, cell in cells.items() if key.startswith("intervals")}
-    names = sorted({name for cell in found.values() for name in cell} - {"repeats", "without"})
+    part_cells = {key: cell for key, cell in cells.items() if key.startswith("intervals")}
+    names = sorted({name for cell in part_cells.values() for name in cell} - {"repeats", "without"})
     rows = []
     for name in names:
-        held = {key: cell for key, cell in found.items() if name in cell}
+        held = {key: cell for key, cell in part_cells.items() if name in cell}
         worst = min(held, key=lambda key: held[key][name])
         pooled = {
             (size, kind): _pooled(held, name, size, kind) for size in SIZES for kind in KINDS if _has(held, size, kind)
@@ -183,13 +185,13 @@ def render(cells: dict[str, dict[str, float]]) -> list[str]:
         lowest = f"{100 * pooled[low]:.1f} ({low[0]}, {low[1]})"
         of_cell = f"{100 * held[worst][name]:.0f} % of {held[worst]['repeats']:.0f} data sets ({where})"
         rows.append([name, f"{100 * mean:.1f}", lowest, of_cell])
-    without = sum(cell["without"] for cell in found.values())
-    total = sum(cell["repeats"] for cell in found.values())
+    without = sum(cell["without"] for cell in part_cells.values())
+    total = sum(cell["repeats"] for cell in part_cells.values())
     header = ["score", "mean, %", "lowest by size and kind, %", "lowest cell"]
     body = [
         "## Coverage of 95 % intervals",
         "",
-        f"{total:,.0f} data sets in {len(found)} cells; {without:.0f} intervals",
+        f"{total:,.0f} data sets in {len(part_cells)} cells; {without:.0f} intervals",
     ]
     body[-1] += " without their own value. Log losses have none of fewer than 50 examples."
     body += ["", *markdown_table(header, rows), "", "## Verdicts", ""]
@@ -210,6 +212,7 @@ def _of_pages(cells: dict[str, dict[str, float]]) -> list[str]:
     body: list[str] = []
     for what, title in (("page", "Coverage of the other intervals of a page"), ("alarms", "False verdicts of a page")):
         part = {key.removeprefix(f"{what}/"): cell for key, cell in cells.items() if key.startswith(f"{what}/")}
+        part = dict(sorted(part.items(), key=lambda item: [int(number) for number in item[0].split("/")]))
         names = [n for n in dict.fromkeys(n for cell in part.values() for n in cell) if n not in ("repeats", "without")]
         rows = [[n, *(f"{100 * cell[n]:.1f}" if n in cell else "" for cell in part.values())] for n in names]
         columns = [f"{size} examples, {classes} classes" for size, classes in (key.split("/") for key in part)]
@@ -229,24 +232,27 @@ def _pooled(cells: dict[str, dict[str, float]], name: str, size: int, kind: str)
     return sum(c[name] * c["repeats"] for c in part) / sum(c["repeats"] for c in part)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("intervals", "verdicts", "page", "alarms"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    results = ResultFile("interval_coverage")
-    results.begin()
+def work(only: Iterable[str]) -> dict[str, Callable[[], dict[str, float]]]:
+    """Key -> function that measures, for the chosen parts."""
+    cells: dict[str, Callable[[], dict[str, float]]] = {}
     for what, measure in (("verdicts", verdicts), ("intervals", coverage)):
-        for case in cases(what) if args.only in (None, what) else ():
-            key = f"{what}/" + "/".join(f"{part:g}" if isinstance(part, float) else str(part) for part in case)
-            if key not in results.cells:
-                results.put(key, measure(*case))
+        for case in cases(what) if what in only else ():
+            parts = [f"{part:g}" if isinstance(part, float) else str(part) for part in case]
+            cells["/".join([what, *parts])] = partial(measure, *case)
     for what, simulate in (("page", page_simulation.coverage), ("alarms", page_simulation.alarms)):
-        for size in page_simulation.SIZES if args.only in (None, what) else ():
+        for size in page_simulation.SIZES if what in only else ():
             for classes in page_simulation.CLASSES:
-                if f"{what}/{size}/{classes}" not in results.cells:
-                    results.put(f"{what}/{size}/{classes}", simulate(size, classes))
-    print(results.write_markdown("How often intervals cover and verdicts are wrong", render(results.cells)))
+                cells[f"{what}/{size}/{classes}"] = partial(simulate, size, classes)
+    return cells
+
+
+def main() -> None:
+    """The command line."""
+    args = Command(__doc__).names("--only", ("intervals", "verdicts", "page", "alarms")).redo().table().parse()
+    file = ResultFile("interval_coverage")
+    if not args.table:
+        run_cells(file, work(args.only), args.redo)
+    print(file.write_markdown("How often intervals cover and verdicts are wrong", render(file.cells)))
 
 
 if __name__ == "__main__":

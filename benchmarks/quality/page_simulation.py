@@ -13,7 +13,7 @@ SIMULATIONS = 39
 POPULATION = 100_000
 SIZES, CLASSES = (30, 100, 1000), (3, 10)
 REPEATS = 100
-ALARMS = {  # verdict -> how the sentences begin that would be false
+ALARMS = {  # verdict -> beginnings of the sentences that would be false
     "foreign inputs of the same kind": ("The model is less certain of", "The model is more certain of"),
     "errors that doubt says nothing of": ("Uncertainty detects errors", "Uncertainty is lower for errors"),
     "people whose doubt is another": ("The model is uncertain where", "The model is most certain where"),
@@ -23,7 +23,7 @@ ALARMS = {  # verdict -> how the sentences begin that would be false
 
 
 def population(rng: np.random.Generator, size: int, classes: int) -> dict[str, Tensor]:
-    """Draws of class probabilities (S, N, C), people's shares, and probabilities of flatter foreign inputs."""
+    """Draws of class probabilities (S, N, C), people's shares, labels, and flatter foreign probabilities."""
     logits = torch.from_numpy(2.0 * rng.normal(size=(size, classes)))
     draws = (logits + torch.from_numpy(0.7 * rng.normal(size=(MEMBERS, size, classes)))).softmax(-1)
     mean = draws.mean(0)
@@ -35,21 +35,21 @@ def population(rng: np.random.Generator, size: int, classes: int) -> dict[str, T
     return {"draws": draws, "human": human, "targets": targets, "foreign": foreign}
 
 
-def page(found: dict[str, Tensor], sets: ev.ConformalSets) -> ev.Report:
-    """The report on what :func:`population` gave."""
+def page(drawn: dict[str, Tensor], sets: ev.ConformalSets) -> ev.Report:
+    """The report on a :func:`population`."""
     return ev.evaluate_predictions(
-        found["draws"].mean(0),
-        found["targets"],
-        uncertainty=ev.entropy_parts(found["draws"]),
-        ood={"foreign": found["foreign"]},
-        human=found["human"],
+        drawn["draws"].mean(0),
+        drawn["targets"],
+        uncertainty=ev.entropy_parts(drawn["draws"]),
+        ood={"foreign": drawn["foreign"]},
+        human=drawn["human"],
         conformal=sets,
         num_simulations=SIMULATIONS,
     )
 
 
 def coverage(size: int, classes: int) -> dict[str, float]:
-    """Shares of data sets in which intervals cover, of every score of a page that has one here."""
+    """Shares of data sets in which the interval of a score of the page covers its true value."""
     known = population(np.random.default_rng(11), 500, classes)
     sets = ev.ConformalSets.fit(known["draws"].mean(0), known["targets"])
     true = page(population(np.random.default_rng(7), POPULATION, classes), sets).scores
@@ -66,12 +66,12 @@ def coverage(size: int, classes: int) -> dict[str, float]:
 
 
 def alarms(size: int, classes: int) -> dict[str, float]:
-    """Shares of data sets in which a verdict says what is not so."""
+    """Shares of data sets in which a verdict is false."""
     counts = dict.fromkeys([*ALARMS, "right forecasts", "equal models"], 0)
     for seed in range(2 * REPEATS):
         rng = np.random.default_rng([seed, size, classes, 1])
-        found, other = population(rng, size, classes), population(rng, size, classes)
-        probs, top = found["draws"].mean(0), found["draws"].mean(0).argmax(1)
+        drawn, other = population(rng, size, classes), population(rng, size, classes)
+        probs, top = drawn["draws"].mean(0), drawn["draws"].mean(0).argmax(1)
         right = torch.from_numpy(rng.random(size) < 0.7)
         targets = torch.where(right, top, (top + 1) % classes)
         history = {"innovation": torch.from_numpy(rng.chisquare(1, size)), "dof": torch.ones(size)}
@@ -86,7 +86,7 @@ def alarms(size: int, classes: int) -> dict[str, float]:
         counts["right forecasts"] += not any(sentence.startswith(uniform) for sentence in forecast.sections.verdict)
         blurred = torch.from_numpy(0.3 * rng.normal(size=(2, size, classes)))
         models = {f"model {k}": (probs.log() + blurred[k]).softmax(1) for k in range(2)}
-        compared = ev.compare_predictions(models, found["targets"])
+        compared = ev.compare_predictions(models, drawn["targets"])
         counts["equal models"] += any(
             difference.is_clear for score in compared.values() for difference in score.differences
         )

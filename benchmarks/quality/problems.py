@@ -1,6 +1,8 @@
-"""The data sets of ``posterior_quality.py``: what is learned, held out and foreign, and which model learns.
+"""The data sets of ``run.py``: a stream, held-out and out-of-distribution examples, and the model that learns.
 
-Streams are short, as adapters are fitted where labels are few. Sizes, splits and models are in ``PROBLEMS``.
+Streams are short, because adapters are fitted where labels are few. Sizes, splits and models are in ``PROBLEMS``. They
+are not the problems of ``benchmarks/bench``: they have out-of-distribution inputs and dropout, draw adapters in another
+order, and a seed also sets their split.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from benchmarks.common.data import archive_of, fashion_mnist, kmnist, notmnist, 
 from benchmarks.common.learners import Stream, draw_classifier
 from benchmarks.common.text import minilm, rows_of, sentences, tokenized
 
-FOREIGN = 500  # inputs at most
+MAX_FOREIGN = 500  # out-of-distribution inputs
 
 
 class Problem(NamedTuple):
     """A data set for one seed.
 
     Attributes:
-        stream: what is learned, in its order.
-        heldout: what is predicted.
-        foreign: inputs of another kind; their labels mean nothing.
-        human: people's answers to the held-out inputs, shares (N, C); None where they are not known.
+        stream: to learn, in this order.
+        heldout: to predict.
+        foreign: out-of-distribution inputs; their labels have no meaning.
+        human: people's answers to the held-out inputs, shares (N, C); None if unknown.
     """
 
     stream: Stream
@@ -40,13 +42,13 @@ class Problem(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A data set, and the model that learns it.
+    """A data set and the model that learns it.
 
     Attributes:
         title: for the table.
-        load: from a seed to the data.
-        model: from a seed and a dropout rate of LoRA to the model at its start.
-        classes: how many.
+        load: returns the data of a seed.
+        model: returns the model at its start, from a seed and LoRA's dropout rate.
+        classes: their number.
     """
 
     title: str
@@ -73,15 +75,15 @@ def _kmnist(seed: int) -> Problem:
 
 
 def _notmnist(seed: int) -> Problem:
-    return _split(*notmnist(), seed, Stream(*fashion_mnist()).first(FOREIGN))
+    return _split(*notmnist(), seed, Stream(*fashion_mnist()).first(MAX_FOREIGN))
 
 
 def _letters() -> Stream:
-    return Stream(*notmnist()).first(FOREIGN)
+    return Stream(*notmnist()).first(MAX_FOREIGN)
 
 
 def _cifar(seed: int, size: int, labels: str) -> Problem:
-    """``size`` images of the training part, those that a seed draws, and the first 1,000 test images."""
+    """``size`` training images drawn by the seed, and the first 1,000 test images."""
     train, test = archive_of("cifar10-jpeg/train_00000-24999"), archive_of("cifar10-jpeg/test")
     order = _order(len(train["y"]), seed)[:size].numpy()
     counts = torch.from_numpy(test["human_counts"][:1000]).double()
@@ -94,7 +96,7 @@ def _cifar(seed: int, size: int, labels: str) -> Problem:
 
 
 def _hymenoptera(seed: int) -> Problem:
-    """The official split, in a seed's order, at 160 pixels; photographs of ImageNet's other classes are foreign."""
+    """The official split at 160 pixels, in a seed's order; other classes of ImageNet are out of distribution."""
     archive = archive_of("hymenoptera-160px/hymenoptera")
     is_test = archive["is_test"].astype(bool)
     train = np.flatnonzero(~is_test)[_order(int((~is_test).sum()), seed).numpy()]
@@ -120,15 +122,15 @@ def _cola(seed: int) -> Problem:
 
 
 def _text(name: str, split: str, seed: int, size: int) -> Problem:
-    """Sentences with a label; questions about banking are foreign."""
+    """Labelled sentences; questions about banking are out of distribution."""
     rows = len(rows_of(name)["train"])
     order = _order(rows, seed)[:size]
-    questions = [row[0] for row in rows_of("banking77")["test"][:FOREIGN]]
+    questions = [row[0] for row in rows_of("banking77")["test"][:MAX_FOREIGN]]
     return Problem(sentences(name, "train", order), sentences(name, split), _unlabelled(questions))
 
 
 def _clinc150(seed: int) -> Problem:
-    """Ten queries of each of 150 intents; of the test set every third; the out-of-scope queries are foreign."""
+    """Ten queries of each of 150 intents, and every third test query; out-of-scope queries are out of distribution."""
     rows = rows_of("clinc150")
     names = sorted({row[-1] for row in rows["train"]})
     number = {name: i for i, name in enumerate(names)}
@@ -141,12 +143,12 @@ def _clinc150(seed: int) -> Problem:
     return Problem(
         Stream(train, labels[chosen]),
         Stream(tokenized([row[0] for row in test]), torch.tensor([number[row[-1]] for row in test])),
-        _unlabelled([row[0] for row in rows["oos_test"][:FOREIGN]]),
+        _unlabelled([row[0] for row in rows["oos_test"][:MAX_FOREIGN]]),
     )
 
 
 def _digits_model(new_classes: bool) -> Callable[[int, float], PeftModel]:
-    """The digit transformer, LoRA rank 4; its classifier drawn afresh where the classes are new."""
+    """The digit transformer with LoRA of rank 4; its classifier is new if the classes are."""
 
     def make(seed: int, dropout: float) -> PeftModel:
         model = lora_digits_vit(rank=4, seed=seed)
@@ -211,7 +213,7 @@ def _order(size: int, seed: int) -> Tensor:
 
 def _flowers(side: int) -> Stream:
     archive = archive_of("flowers5-32px/flowers")
-    images = photographs(archive, np.flatnonzero(archive["is_test"])[:FOREIGN])
+    images = photographs(archive, np.flatnonzero(archive["is_test"])[:MAX_FOREIGN])
     assert images.shape[-1] == side, f"flowers are of {images.shape[-1]} pixels"
     return Stream(images, torch.zeros(len(images), dtype=torch.long))
 

@@ -1,8 +1,8 @@
-"""What ``posterior_quality.py`` compares: ways from a stream and a model to predictions.
+"""The rows of ``run.py``: methods from a stream and a model to predictions.
 
-All start from the same weights and see the stream once, one example at a time, but for AdamW with ``MORE`` passes and
-this package's default, which takes ``TOGETHER`` examples at a time and passes over them again. The rates of those that
-descend a gradient fall linearly to zero.
+All start with the same weights and make one pass over the stream, one example at a time. The exceptions are AdamW with
+``MORE`` passes, and this package's default, which makes several passes with ``TOGETHER`` examples at a time. Learning
+rates of gradient methods fall linearly to zero.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from benchmarks.quality.problems import Setting
 
 BATCH = 1
 TOGETHER = 8
-MORE = 3  # passes of AdamW that take about as long as one of the filter
-AHEAD = 64  # examples that are predicted at once
-DRAWS = 16  # of the weights, where predictions are averages over draws
+MORE = 3  # passes of AdamW, about as long as one of the filter
+AHEAD = 64  # examples of a prediction batch
+DRAWS = 16  # of the weights, for predictions that are averages over draws
 DROPOUT = 0.1
 MEMBERS = 5
 RATES = {
@@ -42,12 +42,12 @@ Choice = Mapping[str, float]
 
 
 class Learned(NamedTuple):
-    """What came out.
+    """The result of a row.
 
     Attributes:
-        predict: from a stream to probabilities (N, C), float64; labels are not looked at.
-        online: whether each example was predicted right before it was learned from, and its log loss; (T,) each.
-        facts: numbers to keep.
+        predict: from a stream to probabilities (N, C), float64; labels are not used.
+        online: whether each example was predicted correctly before its update, and its log loss; (T,) each.
+        facts: further numbers.
     """
 
     predict: Predict
@@ -59,7 +59,7 @@ Learn = Callable[[Setting, Stream, int, Choice], Learned]
 
 
 def adamw(passes: int) -> Learn:
-    """The usual fine-tuning, weight decay 1e-2."""
+    """Fine-tuning by AdamW, weight decay 1e-2."""
 
     def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
         model = setting.model(seed, 0.0)
@@ -70,9 +70,9 @@ def adamw(passes: int) -> Learn:
 
 
 def temperature(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """AdamW on the first seven eighths, and a temperature that fits the rest best (Guo et al. 2017).
+    """AdamW on the first seven eighths, and the best temperature on the rest (Guo et al. 2017).
 
-    Between 0.5 and 10: where the rest is small and every answer in it right, the best temperature would be zero.
+    The temperature lies between 0.5 and 10: if all answers of a small rest are right, the best one would be zero.
     """
     fitted, rest = validation(stream)
     model = setting.model(seed, 0.0)
@@ -83,9 +83,9 @@ def temperature(setting: Setting, stream: Stream, seed: int, choice: Choice) -> 
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        found = F.cross_entropy(outputs * log_scale.exp(), rest.labels)
-        found.backward()
-        return found
+        mean_loss = F.cross_entropy(outputs * log_scale.exp(), rest.labels)
+        mean_loss.backward()
+        return mean_loss
 
     optimizer.step(loss)  # type: ignore[arg-type]  # a closure that returns a tensor, as torch documents
     scale = log_scale.detach().exp().clamp(0.1, 2.0)
@@ -93,7 +93,7 @@ def temperature(setting: Setting, stream: Stream, seed: int, choice: Choice) -> 
 
 
 def dropout(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """AdamW with LoRA's dropout, which stays on in predictions (Gal and Ghahramani 2016)."""
+    """AdamW with LoRA's dropout, which is also active in predictions (Gal and Ghahramani 2016)."""
     model = setting.model(seed, DROPOUT)
     for name, module in model.named_modules():
         if "lora_dropout" in name:
@@ -104,7 +104,7 @@ def dropout(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lear
 
 
 def ensemble(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """AdamW five times, from adapters, classifiers and orders of their own (Lakshminarayanan et al. 2017)."""
+    """Five runs of AdamW with different adapters, classifiers and orders (Lakshminarayanan et al. 2017)."""
     models = [setting.model(MEMBERS * seed + member, 0.0) for member in range(MEMBERS)]
     for member, model in enumerate(models):
         descend(model, stream, MEMBERS * seed + member, choice["lr"])
@@ -118,7 +118,7 @@ def laplace(structure: str) -> Learn:
         with warnings.catch_warnings(action="ignore"):
             from laplace import Laplace
         model = setting.model(seed, 0.0)
-        eager(model)  # its Jacobians map backward passes, which SDPA under a mask does not allow
+        eager(model)  # its Jacobians vectorize backward passes, which SDPA with a mask does not support
         descend(model, stream, seed, choice["lr"])
         wrapped, key = Outputs(model), "input_ids"
         fitted = Laplace(wrapped, "classification", "all", structure, dict_key_x=key)
@@ -135,7 +135,7 @@ def laplace(structure: str) -> Learn:
 
 
 def ivon(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """IVON (Shen et al. 2024, its own package): as many effective examples as there are, β₂ for short runs."""
+    """IVON (Shen et al. 2024, its own package): ess is the number of examples, β₂ suits short runs."""
     from ivon import IVON
 
     model = setting.model(seed, 0.0)
@@ -159,17 +159,17 @@ def ivon(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned
         schedule.step()
 
     def predict(given: Stream) -> Tensor:
-        found = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        total = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
         for _ in range(DRAWS):
             with optimizer.sampled_params():
-                found += softmax(model, given)
-        return found / DRAWS
+                total += softmax(model, given)
+        return total / DRAWS
 
     return Learned(predict)
 
 
 def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """Pyro: SVI with ``AutoNormal`` around the start, Adam, the data term scaled to the whole stream."""
+    """Pyro's SVI with ``AutoNormal`` around the start, Adam, and the data term scaled to the whole stream."""
     import pyro
     import pyro.distributions as dist
     from pyro.infer import SVI, Trace_ELBO
@@ -199,23 +199,23 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
 
     @torch.no_grad()
     def predict(given: Stream) -> Tensor:
-        found = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        summed = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
         for _ in range(DRAWS):
             drawn = {names[site]: value for site, value in guide(*stream.batches(BATCH)[0]).items() if site in names}
             outputs = [substituted(model, drawn, inputs) for inputs, _ in given.batches(AHEAD)]
-            found += torch.cat(outputs).double().softmax(1)
-        return found / DRAWS
+            summed += torch.cat(outputs).double().softmax(1)
+        return summed / DRAWS
 
     return Learned(predict)
 
 
 def curvature(setting: Setting) -> str:
-    """Which directions of the outputs a single pass sees: those that ``fit`` chooses without settings."""
+    """The curvature of a single pass: the one that ``fit`` chooses without settings."""
     return "sampled" if setting.classes > holdout_selection.MAX_EXACT_OUTPUTS else "exact"
 
 
 def kalman(make: Callable[..., bkf.KalmanConfig], sampling: bool = True) -> Learn:
-    """This package: one pass from the prior, in order; ``sampling`` where the setting can do with sampled curvature."""
+    """This package: one pass from the prior, in order; ``sampling`` allows sampled curvature."""
 
     def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
         config = make(seed=seed, curvature=curvature(setting) if sampling else "exact")
@@ -234,13 +234,13 @@ def default(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lear
 
 
 def sampled(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """The default with two backward passes in place of one a class, for more than three."""
-    with mock.patch.object(holdout_selection, "MANY", 3):
+    """The default with two backward passes in the place of one for each class, for more than three classes."""
+    with mock.patch.object(holdout_selection, "MAX_EXACT_OUTPUTS", 3):
         return default(setting, stream, seed, choice)
 
 
 def post_hoc(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """This package on the adapter that AdamW trained: the mean stays, one pass gives the covariance."""
+    """This package on AdamW's adapter: the mean is fixed, one pass estimates the covariance."""
     model = setting.model(seed, 0.0)
     descend(model, stream, seed, choice["lr"])
     config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting))
@@ -249,7 +249,7 @@ def post_hoc(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lea
 
 
 def post_hoc_on(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-    """The same, and the mean goes on for a pass toward the mode under that covariance."""
+    """As :func:`post_hoc`, and then one pass of the mean toward the mode under that covariance."""
     model = setting.model(seed, 0.0)
     descend(model, stream, seed, choice["lr"])
     config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting), mean_passes=1)
@@ -261,14 +261,14 @@ def predictive(posterior: bkf.Posterior) -> Predict:
     """The posterior's default predictions."""
 
     def predict(given: Stream) -> Tensor:
-        found = posterior.predict_loader([(inputs, None) for inputs, _ in given.batches(AHEAD)])
-        assert found.probs is not None  # a classifier
-        return found.probs.double()
+        prediction = posterior.predict_loader([(inputs, None) for inputs, _ in given.batches(AHEAD)])
+        assert prediction.probs is not None  # a classifier
+        return prediction.probs.double()
 
     return predict
 
 
-ROWS: dict[str, tuple[str, Learn, str | None]] = {  # title, what learns, whose rate is chosen on a part of the stream
+ROWS: dict[str, tuple[str, Learn, str | None]] = {  # title, method, family whose rate is chosen on a part of the stream
     "adamw": ("AdamW", adamw(1), "adamw"),
     "adamw-more": ("AdamW, three passes", adamw(MORE), "adamw"),
     "temperature": ("AdamW + temperature scaling", temperature, "adamw"),
@@ -290,7 +290,7 @@ TUNED: dict[str, Learn] = {"adamw": adamw(1), "ivon": ivon, "svi": svi}
 
 
 def tune(family: str, setting: Setting, stream: Stream, seed: int) -> tuple[Choice, list[float]]:
-    """The setting with the least log loss of the stream's last eighth after the rest was learned, and all losses."""
+    """The setting with the least log loss on the stream's last eighth after learning the rest, and all losses."""
     fitted, rest = validation(stream)
     losses = []
     for choice in RATES[family]:
@@ -301,13 +301,13 @@ def tune(family: str, setting: Setting, stream: Stream, seed: int) -> tuple[Choi
 
 
 def validation(stream: Stream) -> tuple[Stream, Stream]:
-    """Its first seven eighths, and the rest."""
+    """The first seven eighths of a stream, and the rest."""
     cut = len(stream.labels) - len(stream.labels) // 8
     return stream.at(slice(cut)), stream.at(slice(cut, None))
 
 
 def descend(model: nn.Module, stream: Stream, seed: int, rate: float, passes: int = 1) -> tuple[Tensor, Tensor]:
-    """AdamW over the stream; of the first pass, whether examples were predicted right, and their log loss."""
+    """Correctness and log losses of the first pass of AdamW over the stream; ``model`` is changed."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=1e-2)
     steps = passes * math.ceil(len(stream.labels) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -345,7 +345,7 @@ def softmax(model: nn.Module, given: Stream) -> Tensor:
 
 
 def substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """Logits of the model with some of its tensors replaced."""
+    """Logits of the model with other values of some tensors."""
     tensors = dict(tensors)
     if isinstance(inputs, Tensor):
         outputs = torch.func.functional_call(model, tensors, (inputs,))
@@ -355,14 +355,14 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs)
 
 
 def eager(model: nn.Module) -> None:
-    """Attention as plain products, where transformers makes it."""
+    """Switch transformers' models to eager attention."""
     change = getattr(model.get_base_model(), "set_attn_implementation", None)  # type: ignore[operator]
     if change is not None:
         change("eager")
 
 
 class Outputs(nn.Module):
-    """A model that returns its logits; texts as one mapping."""
+    """A model that returns its logits, also for texts as one mapping."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ class Outputs(nn.Module):
 
 
 class LaplaceLoader:
-    """A stream as laplace-torch reads it."""
+    """A stream as a loader for laplace-torch."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream, self.dataset = stream, range(len(stream.labels))

@@ -1,4 +1,4 @@
-"""The result file of ``posterior_quality.py`` as Markdown: a table for each data set, and who is best where."""
+"""The results of ``run.py`` as Markdown: a table for each data set, and a comparison with the best other row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.quality.problems import PROBLEMS
 from benchmarks.quality.rows import ROWS
 
 Cells = Mapping[str, Mapping[str, Any]]
-# rows set against the best others
+# rows that are compared with the best other row
 OURS = {"default": "default", "sampled": "sampled", "post-hoc": "post hoc", "post-hoc-on": "post hoc, on"}
 
 LEGEND = (
@@ -47,30 +47,30 @@ def _table(cells: Cells, data: str, rows: Sequence[str]) -> list[str]:
     header += ["foreign", "errors", "cost", "predicting", "MiB", "seeds"]
     lines = []
     for row in rows:
-        found = [c for c in _seeds(cells, data, row).values() if "skipped" not in c]
+        measured = [c for c in _seeds(cells, data, row).values() if "skipped" not in c]
         name = ROWS[row][0]
-        if not found:
+        if not measured:
             lines.append([name, *["–"] * (len(header) - 1)])
             continue
-        band = f"[{_mean(found, 'ece_null_low'):.3f}, {_mean(found, 'ece_null_high'):.3f}]"
-        line = [name, f"{_mean(found, 'online_accuracy'):.3f}" if "online_accuracy" in found[0] else "–"]
-        line += [_spread(found, "accuracy"), _spread(found, "nll"), f"{_mean(found, 'brier'):.3f}"]
-        line += [f"{_spread(found, 'ece')} {band}"]
-        line += [f"{_mean(found, 'human_nll'):.3f}"] if human else []
-        line += [f"{_mean(found, 'ood_auroc'):.3f}", f"{_mean(found, 'error_auroc'):.3f}"]
-        cost = statistics.mean(c["seconds"] / c["adamw_seconds"] for c in found)
+        band = f"[{_mean(measured, 'ece_null_low'):.3f}, {_mean(measured, 'ece_null_high'):.3f}]"
+        line = [name, f"{_mean(measured, 'online_accuracy'):.3f}" if "online_accuracy" in measured[0] else "–"]
+        line += [_spread(measured, "accuracy"), _spread(measured, "nll"), f"{_mean(measured, 'brier'):.3f}"]
+        line += [f"{_spread(measured, 'ece')} {band}"]
+        line += [f"{_mean(measured, 'human_nll'):.3f}"] if human else []
+        line += [f"{_mean(measured, 'ood_auroc'):.3f}", f"{_mean(measured, 'error_auroc'):.3f}"]
+        cost = statistics.mean(c["seconds"] / c["adamw_seconds"] for c in measured)
         line += [
             f"{cost:.1f}",
-            f"{_mean(found, 'predict_seconds'):.1f} s",
-            f"{_mean(found, 'mib'):.0f}",
-            str(len(found)),
+            f"{_mean(measured, 'predict_seconds'):.1f} s",
+            f"{_mean(measured, 'mib'):.0f}",
+            str(len(measured)),
         ]
         lines.append(line)
     return markdown_table(header, lines)
 
 
 def _notes(cells: Cells, data: str) -> list[str]:
-    """Rates that were chosen, and why rows could not run."""
+    """Chosen rates, and the reasons that rows could not run."""
     lines = []
     for key, cell in cells.items():
         place, kind, what = key.split("/")
@@ -83,11 +83,11 @@ def _notes(cells: Cells, data: str) -> list[str]:
         if "skipped" in cell
     }
     notes = [("Chosen rates", lines), ("Without a result", missing)]
-    return [text for what, found in notes if found for text in ("", f"{what}: {'; '.join(sorted(found))}.")]
+    return [text for what, texts in notes if texts for text in ("", f"{what}: {'; '.join(sorted(texts))}.")]
 
 
 def _summary(cells: Cells) -> list[str]:
-    """NLL and ECE of the package's main rows against the best other row, over the seeds that both have."""
+    """NLL and ECE of the package's main rows and the best other row, over the seeds that both have."""
     lines = []
     for data in PROBLEMS:
         for (ours, name), score in itertools.product(OURS.items(), ("nll", "ece")):
@@ -95,11 +95,11 @@ def _summary(cells: Cells) -> list[str]:
             others = {row: _scores(cells, data, row, score) for row in ROWS if not _is_ours(row)}
             if ours.startswith("post-hoc"):
                 others = {"adamw": others["adamw"]}
-            most = max((len(set(own) & set(found)) for found in others.values()), default=0)
+            most = max((len(set(own) & set(by_seed)) for by_seed in others.values()), default=0)
             if most == 0:
                 continue
-            others = {row: found for row, found in others.items() if len(set(own) & set(found)) == most}
-            own = {seed: value for seed, value in own.items() if all(seed in found for found in others.values())}
+            others = {row: by_seed for row, by_seed in others.items() if len(set(own) & set(by_seed)) == most}
+            own = {seed: value for seed, value in own.items() if all(seed in by_seed for by_seed in others.values())}
             if not own:
                 continue
             best = min(others, key=lambda row: statistics.mean(others[row][seed] for seed in own))
@@ -143,14 +143,14 @@ def _scores(cells: Cells, data: str, row: str, score: str) -> dict[str, float]:
     return {seed: c[score] for seed, c in _seeds(cells, data, row).items() if "skipped" not in c}
 
 
-def _spread(found: Sequence[Mapping[str, Any]], key: str) -> str:
-    return mean_sd([cell[key] for cell in found])
+def _spread(measured: Sequence[Mapping[str, Any]], key: str) -> str:
+    return mean_sd([cell[key] for cell in measured])
 
 
-def _mean(found: Sequence[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(cell[key] for cell in found)
+def _mean(measured: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(cell[key] for cell in measured)
 
 
 def _seeds(cells: Cells, data: str, row: str) -> dict[str, Mapping[str, Any]]:
-    """The cells of a row by seed."""
+    """The cells of a row, by seed."""
     return {key.rpartition("/")[2]: cell for key, cell in cells.items() if key.startswith(f"{data}/{row}/")}

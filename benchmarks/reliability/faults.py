@@ -1,18 +1,17 @@
-"""Posteriors on disk that were damaged, exchanged or had no room: refused in a sentence, or loaded as they were saved.
+"""Damaged files of a posterior, and full disks: an error in one sentence, or the posterior as it was saved.
 
-Of folders of three kinds (a PEFT adapter, a plain module, what ``bayes-kf fit`` writes) a random file suffers one of
-eight faults, and is loaded into a fresh base model. Either that is a ValueError of one sentence, and the base model is
-as it was, or the fault did not matter: belief, settings, classes and predictions are those that were saved, to the
-bit. Then posteriors are saved where a disk is full or files may only have so many bytes, over an older one that must
-survive.
+In folders of three kinds (a PEFT adapter, a plain module, the output of ``bayes-kf fit``) a random file gets one of
+eight faults, and the folder is loaded into a new base model. Either loading raises a ValueError of one sentence and the
+base model is unchanged; or the fault has no effect: state, settings, classes and predictions are bit for bit those that
+were saved. Then posteriors are saved over an older one with a limit on file sizes, as on a full disk; the older one
+must remain.
 
-    python benchmarks/faults.py                  # 3,000 faults, about ten minutes; results/faults.md
-    python benchmarks/faults.py --faults 300
+    python -m benchmarks.reliability.faults                  # 3,000 faults, about ten minutes; results/faults.md
+    python -m benchmarks.reliability.faults --faults 300
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import resource
 import shutil
@@ -32,6 +31,7 @@ import bayes_kf as bkf
 from bayes_kf.cli.posterior_folder import Labels, read_labels, read_new_head, save_posterior
 from bayes_kf.data import uci_digits_split
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile, markdown_table
 
 OUTCOMES = ("refused", "did not matter")
@@ -39,7 +39,14 @@ LABELS = Labels(tuple("0123456789"), 10)
 
 
 class Kind(NamedTuple):
-    """A way of being saved."""
+    """A kind of saved folder.
+
+    Attributes:
+        base: makes a new base model.
+        save: writes a posterior into a folder.
+        posteriors: two of the same base.
+        inputs: to predict.
+    """
 
     base: Callable[[], nn.Module]
     save: Callable[[bkf.Posterior, Path], None]
@@ -48,13 +55,13 @@ class Kind(NamedTuple):
 
 
 def module() -> nn.Module:
-    """A plain one."""
+    """A plain module."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 def kinds() -> dict[str, Kind]:
-    """Each with two posteriors of the same base."""
+    """The kinds by name."""
     stream, _ = uci_digits_split()
     images, labels = stream.images, stream.labels
     parts = [list(zip(images[k : k + 24].split(8), labels[k : k + 24].split(8), strict=True)) for k in (0, 24)]
@@ -112,38 +119,43 @@ FAULTS: dict[str, Callable[[Path, Path, random.Random], None]] = {
 
 
 def loaded(kind: Kind, folder: Path) -> dict[str, Any]:
-    """All that a folder says, and what the base model was before and after."""
+    """The contents of a folder, loaded into a new base model.
+
+    Raises:
+        ValueError: for a refused folder.
+        AssertionError: if the base model was changed by a refused folder.
+    """
     model = kind.base()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     try:
         labels, head = read_labels(folder), read_new_head(folder)
-        found = bkf.Posterior.from_pretrained(folder, model)
+        posterior = bkf.Posterior.from_pretrained(folder, model)
     except ValueError:
         after = model.state_dict()
         assert before.keys() == after.keys(), "the base model was changed"
         assert all(torch.equal(t, after[name]) for name, t in before.items()), "the base model was changed"
         raise
-    tensors = {f"belief.{name}": t for name, t in found.state.belief._asdict().items()}
-    tensors |= {f"prior.{name}": t for name, t in found.state.prior._asdict().items()} | head
-    tensors |= {"probs": found.predict(kind.inputs).probs, "mean": found.adapter.vector()}
-    tensors |= {f"history.{name}": t for name, t in found.history.items()}
-    return {"tensors": tensors, "config": found.config, "labels": labels, "step": found.state.step}
+    tensors = {f"belief.{name}": t for name, t in posterior.state.belief._asdict().items()}
+    tensors |= {f"prior.{name}": t for name, t in posterior.state.prior._asdict().items()} | head
+    tensors |= {"probs": posterior.predict(kind.inputs).probs, "mean": posterior.adapter.vector()}
+    tensors |= {f"history.{name}": t for name, t in posterior.history.items()}
+    return {"tensors": tensors, "config": posterior.config, "labels": labels, "step": posterior.state.step}
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """To the bit."""
+    """Whether two loaded folders are equal bit for bit."""
     one, two = first["tensors"], second["tensors"]
     alike = one.keys() == two.keys() and all(torch.equal(t, two[name]) for name, t in one.items())
     return alike and all(first[name] == second[name] for name in ("config", "labels", "step"))
 
 
 def damage(number: int, folder: Path, seed: int = 0, progress: bool = True) -> Counter[tuple[str, str]]:
-    """What came of so many faults: (fault, outcome) -> how often.
+    """Counts of (fault, outcome) over ``number`` random faults.
 
     Raises:
-        AssertionError: for a posterior that is not the one saved, an error that is no sentence, or a changed base.
+        AssertionError: if another posterior was loaded, an error is not a sentence, or the base was changed.
     """
-    rng, found = random.Random(seed), Counter[tuple[str, str]]()  # noqa: S311 (no secrets)
+    rng, counts = random.Random(seed), Counter[tuple[str, str]]()  # noqa: S311 (no secrets)
     ways, sound = kinds(), {}
     for name, kind in ways.items():
         for which, posterior in enumerate(kind.posteriors):
@@ -167,15 +179,15 @@ def damage(number: int, folder: Path, seed: int = 0, progress: bool = True) -> C
         else:
             assert same(here, sound[name]), f"{fault} of {file} in {name}: another posterior was loaded"
             outcome = "did not matter"
-        found[fault, outcome] += 1
-    return found
+        counts[fault, outcome] += 1
+    return counts
 
 
 def no_room(folder: Path, tries: int, seed: int = 0) -> int:
-    """Saves that ended for want of room, over a posterior that must stay what it is; how many did."""
+    """The number of saves that failed for lack of space, over a posterior that must stay unchanged."""
     kind, rng, ended = kinds()["command"], random.Random(seed), 0  # noqa: S311 (no secrets)
     kind.save(kind.posteriors[0], folder / "kept")
-    (folder / "kept" / "notes").write_text("of somebody else")
+    (folder / "kept" / "notes").write_text("a user's file")
     sound, names = loaded(kind, folder / "kept"), sorted(path.name for path in (folder / "kept").iterdir())
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an OSError then, as from a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -196,19 +208,17 @@ def no_room(folder: Path, tries: int, seed: int = 0) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=3000)
-    parser.add_argument("--saves", type=int, default=100)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    """The command line."""
+    command = Command(__doc__).option("--faults", type=int, default=3000, help="number of faults (%(default)s)")
+    args = command.option("--saves", type=int, default=100, help="saves without space (%(default)s)").parse()
     file = ResultFile("faults")
     file.begin()
     with TemporaryDirectory() as scratch:
-        found = damage(args.faults, Path(scratch))
+        outcomes = damage(args.faults, Path(scratch))
     with TemporaryDirectory() as scratch:
         ended = no_room(Path(scratch), args.saves)
-    counts = {fault: {outcome: found[fault, outcome] for outcome in OUTCOMES} for fault in FAULTS}
-    counts["all"] = {outcome: sum(found[fault, outcome] for fault in FAULTS) for outcome in OUTCOMES}
+    counts = {fault: {outcome: outcomes[fault, outcome] for outcome in OUTCOMES} for fault in FAULTS}
+    counts["all"] = {outcome: sum(outcomes[fault, outcome] for fault in FAULTS) for outcome in OUTCOMES}
     for fault, cell in counts.items():
         file.put(fault, cell)
     file.put("saves without room", {"tried": args.saves, "ended": ended})

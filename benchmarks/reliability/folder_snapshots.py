@@ -1,4 +1,4 @@
-"""What is in a folder, and a process that is killed at a chosen change to the file system."""
+"""Snapshots of folders, and processes that are killed at a chosen change to the file system."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Tree = dict[str, Any]
 
 
 def snapshot(folder: Path) -> Tree:
-    """Name -> content and mode of a file, or where a link leads; of everything below ``folder``."""
-    found: Tree = {}
+    """Every file and link below ``folder``: name -> (mode, content) of a file, or the target of a link."""
+    tree: Tree = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            found[name] = str(path.readlink())
+            tree[name] = str(path.readlink())
         elif path.is_file():
-            found[name] = (path.stat().st_mode, path.read_bytes())
-    return found
+            tree[name] = (path.stat().st_mode, path.read_bytes())
+    return tree
 
 
 def killed_at(change: int, work: Callable[[], object]) -> bool:
-    """Whether a copy of this process that does ``work`` was ended at a change to the file system, the n-th."""
+    """Whether a fork of this process that runs ``work`` was killed at its ``change``-th change to the file system."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python warns of forks beside threads, of which none does anything here
+        warnings.simplefilter("ignore")  # Python warns of forks while threads exist; none is active here
         child = os.fork()
     if child == 0:
         left = [change]
@@ -52,7 +52,7 @@ def killed_at(change: int, work: Callable[[], object]) -> bool:
         except (ValueError, OSError):
             status = 0  # refused
         finally:
-            os._exit(status)  # without what runs at a process's end
+            os._exit(status)  # without exit handlers
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status not in (0, 9):
         raise AssertionError(f"the process ended with {status}")

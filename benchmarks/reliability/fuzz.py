@@ -1,16 +1,15 @@
-"""Every reader of a file against files that were made to break it: a clean error or a result, soon, and nothing else.
+"""Every reader of files against broken files: a result or an error in one sentence, within five seconds.
 
-Each case starts from a sound file (or nothing), which Hypothesis edits: bits, cuts, copies, and pieces that readers
-stumble over (deep nesting, huge numbers, other encodings, pickles, shapes beyond memory). What may come is a result, a
-ValueError or an OSError; any other exception, or more than five seconds, is a finding, which Hypothesis makes small.
+Each case starts from a valid file (or an empty one), which Hypothesis edits: bits, cuts, copies, and pieces that are
+hard to read (deep nesting, huge numbers, other encodings, pickles, shapes larger than memory). A result, a ValueError
+and an OSError are allowed. Any other exception, or more than five seconds, is a failure, which Hypothesis reduces.
 
-    python benchmarks/fuzz.py                    # 10,000 for each of 13 readers, half an hour
-    python benchmarks/fuzz.py --cases 500 --readers npz csv
+    python -m benchmarks.reliability.fuzz                    # 10,000 for each of 13 readers, half an hour
+    python -m benchmarks.reliability.fuzz --cases 500 --readers npz csv
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import json
@@ -42,9 +41,10 @@ from bayes_kf.data import open_dataset, read_predictions
 from bayes_kf.data.text import text_data
 from bayes_kf.files.checksums import write_checksums
 from bayes_kf.inference.saving.file_names import STATE_FILE
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile, markdown_table
 
-SECONDS = 5.0  # of the processor: other work on the machine does not count
+SECONDS = 5.0  # processor time, so that other work on the machine has no effect
 EXPECTED = (ValueError, OSError)
 
 
@@ -57,11 +57,11 @@ def _tokenizer() -> BertTokenizer:
 
 
 class Reader(NamedTuple):
-    """How a kind of file is read, and sound ones."""
+    """A reader of a kind of file, and valid files of that kind."""
 
     name: str
     read: Callable[[Path], Any]
-    sound: list[bytes]
+    valid: list[bytes]
 
 
 def _npz(**arrays: np.ndarray) -> bytes:
@@ -77,7 +77,7 @@ def _png() -> bytes:
 
 
 def _huge() -> bytes:
-    """An array that says it has 10¹² elements."""
+    """An array whose header declares 10¹² elements."""
     header = io.BytesIO()
     np.lib.format.write_array_header_2_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
     buffer = io.BytesIO()
@@ -112,7 +112,7 @@ def _state(path: Path) -> Any:
     folder = path.parent
     kf = _filter()
     bkf.Posterior(kf, kf.init(torch.ones(1, 3))).save_pretrained(folder / "kept")
-    (folder / "kept" / "SHA256SUMS").unlink()  # the reader behind the checksums
+    (folder / "kept" / "SHA256SUMS").unlink()  # so that the checksums do not refuse the file first
     path.replace(folder / "kept" / "kalman_state.safetensors")
     return bkf.Posterior.from_pretrained(folder / "kept", _filter().adapter.model)
 
@@ -122,7 +122,7 @@ def _filter() -> bkf.KalmanFilter:
     return bkf.KalmanFilter(nn.Linear(3, 2), bkf.KalmanConfig(rank=2))
 
 
-def _sound_state() -> bytes:
+def _valid_state() -> bytes:
     with TemporaryDirectory() as folder:
         kf = _filter()
         bkf.Posterior(kf, kf.init(torch.ones(1, 3))).save_pretrained(Path(folder) / "kept")
@@ -130,7 +130,7 @@ def _sound_state() -> bytes:
 
 
 def _beside(name: str, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """A reader of a file of that name in a folder."""
+    """A reader that finds the file under ``name`` in a folder."""
 
     def reading(path: Path) -> Any:
         (path.parent / "kalman_config.json").write_text("{}")
@@ -141,7 +141,7 @@ def _beside(name: str, read: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
 
 def readers() -> list[Reader]:
-    """All of them."""
+    """All readers."""
     x, y, probs = np.ones((4, 1, 2, 2), np.float32), np.arange(4) % 2, np.full((4, 2), 0.5)
     arrays = [_npz(x=x, y=y), _npz(x=x.astype(np.uint8), y=np.array(["a", "b"] * 2)), _huge()]
     saved = [_npz(targets=y, probs=probs), _npz(targets=np.ones(4), mean=np.ones(4), variance=np.ones(4)), _huge()]
@@ -155,7 +155,7 @@ def readers() -> list[Reader]:
 
     def streamed(folder: Path) -> Any:
         (folder / LABELS_FILE).write_bytes(labels)
-        (folder / STATE_FILE).write_bytes(b"")  # that there is one is all that is asked here
+        (folder / STATE_FILE).write_bytes(b"")  # only its existence is checked here
         write_checksums(folder)
         return where(Namespace(output=folder, classes=["a", "b"], alarm=50.0))
 
@@ -172,7 +172,7 @@ def readers() -> list[Reader]:
         Reader("lora.json", _read_config, [b'{"r": 2, "lora_alpha": 4, "target_modules": ["query"]}']),
         Reader("labels.json", _beside(LABELS_FILE, read_labels), [labels]),
         Reader("stream.json", _beside(STREAM_FILE, streamed), [stream]),
-        Reader("state.safetensors", _state, [_sound_state()]),
+        Reader("state.safetensors", _state, [_valid_state()]),
     ]
 
 
@@ -202,9 +202,9 @@ PIECES = [
 
 
 @st.composite
-def edited(draw: st.DrawFn, sound: list[bytes]) -> bytes:
-    """A sound file after some edits."""
-    content = bytearray(draw(st.sampled_from([*sound, b""])))
+def edited(draw: st.DrawFn, valid: list[bytes]) -> bytes:
+    """A valid file after up to five edits."""
+    content = bytearray(draw(st.sampled_from([*valid, b""])))
     for _ in range(draw(st.integers(0, 5))):
         kind, place = draw(st.integers(0, 5)), draw(st.integers(0, max(0, len(content))))
         if kind == 0 and content:
@@ -224,10 +224,10 @@ def edited(draw: st.DrawFn, sound: list[bytes]) -> bytes:
 
 
 def attack(reader: Reader, cases: int, number: int = 0) -> dict[str, Any]:
-    """So many cases of one reader, and what came of them.
+    """Counts of outcomes over ``cases`` files for one reader.
 
     Raises:
-        Exception: what a reader must not raise, from the smallest file that Hypothesis found for it.
+        Exception: that a reader must not raise, for the smallest file that Hypothesis found.
     """
     outcomes: Counter[str] = Counter()
     longest = [0.0]
@@ -240,7 +240,7 @@ def attack(reader: Reader, cases: int, number: int = 0) -> dict[str, Any]:
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    @given(edited(reader.sound))
+    @given(edited(reader.valid))
     def case(content: bytes) -> None:
         with TemporaryDirectory() as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -253,7 +253,7 @@ def attack(reader: Reader, cases: int, number: int = 0) -> dict[str, Any]:
             except EXPECTED as error:
                 outcomes["refused"] += 1
                 if not str(error).strip():
-                    raise AssertionError("an error that says nothing") from error
+                    raise AssertionError("an error without a message") from error
             taken = time.process_time() - begun
             longest[0] = max(longest[0], taken)
             if taken > SECONDS:
@@ -265,11 +265,8 @@ def attack(reader: Reader, cases: int, number: int = 0) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=10_000, help="of each reader (default: %(default)s)")
-    parser.add_argument("--readers", nargs="+", metavar="NAME", help="parts of their names; all by default")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    command = Command(__doc__).option("--cases", type=int, default=10_000, help="files for each reader (%(default)s)")
+    args = command.option("--readers", nargs="+", metavar="NAME", help="parts of readers' names (all)").parse()
     file = ResultFile("fuzz")
     file.begin()
     rows = []

@@ -1,12 +1,11 @@
-"""Large streams, large adapters, many classes, many threads: time and memory.
+"""Time and memory of long streams, large adapters, many classes and many threads.
 
-OMP_NUM_THREADS=1 python benchmarks/load.py                      # under an hour; results/load.md
-OMP_NUM_THREADS=1 python benchmarks/load.py --only adapter classes threads
+OMP_NUM_THREADS=1 python -m benchmarks.reliability.load                      # under an hour; results/load.md
+OMP_NUM_THREADS=1 python -m benchmarks.reliability.load --only adapter classes threads
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -28,6 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, B
 
 import bayes_kf as bkf
 from bayes_kf.cli.stream_files import STREAM_FILE
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile, markdown_table
 
 GOOD, BAD = ("fine", "good", "superb", "warm", "bright"), ("dull", "bad", "awful", "cold", "grey")
@@ -35,12 +35,12 @@ FILLING = ("a", "film", "so", "the", "very", "and", "story", "it", "was", "with"
 
 
 def field(name: str) -> float:
-    """Of this process's memory, MiB."""
+    """A field of this process's memory status, MiB."""
     return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0]) / 1024
 
 
 def peak(call: Callable[[], Any]) -> float:
-    """MiB that a call took above what was there before it."""
+    """Peak memory of a call above the memory in use before it, MiB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = field("VmRSS")
@@ -58,7 +58,7 @@ def sentence(rng: random.Random) -> dict[str, str]:
 
 
 def online(examples: int = 100_000, every: int = 5_000) -> dict[str, Any]:
-    """``bayes-kf fit --online`` on so many lines of a pipe, killed half-way and started again."""
+    """``bayes-kf fit --online`` on ``examples`` lines, killed half-way and started again."""
     with TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "bert", Path(scratch) / "out"
         folder.mkdir()
@@ -97,12 +97,12 @@ def online(examples: int = 100_000, every: int = 5_000) -> dict[str, Any]:
             if process.returncode != -9:
                 raise RuntimeError(error)
         seconds = time.perf_counter() - begun
-        found = json.loads((out / STREAM_FILE).read_text())
+        noted = json.loads((out / STREAM_FILE).read_text())
     return {
-        "examples": found["examples"],
+        "examples": noted["examples"],
         "checkpoints_every": every,
-        "online_accuracy": found["correct"] / found["examples"],
-        "alarms": len(found["alarms"]),
+        "online_accuracy": noted["correct"] / noted["examples"],
+        "alarms": len(noted["alarms"]),
         "examples_a_second": examples / seconds,
         "mib_early": memory[min(len(memory) - 1, 60)],
         "mib_most": most,
@@ -110,7 +110,7 @@ def online(examples: int = 100_000, every: int = 5_000) -> dict[str, Any]:
 
 
 def adapter() -> dict[str, Any]:
-    """An adapter of 25 million numbers with a diagonal belief."""
+    """An adapter of 25 million parameters with a diagonal covariance."""
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=1024,
@@ -169,7 +169,7 @@ def classes() -> dict[str, Any]:
     """Ten thousand classes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10_000))
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for curvature in ("sampled", "truncated"):
         kf = bkf.KalmanFilter(model, bkf.KalmanConfig(curvature=curvature, rank=5))
         x, y = torch.randn(4, 32), torch.tensor([0, 17, 9_999, 5_000])
@@ -177,14 +177,14 @@ def classes() -> dict[str, Any]:
         state, _ = kf.update(state, x, y)
         begun = time.perf_counter()
         state, info = kf.update(state, x, y)
-        found[f"seconds_{curvature}"] = time.perf_counter() - begun
+        numbers[f"seconds_{curvature}"] = time.perf_counter() - begun
         probs = bkf.Posterior(kf, state).predict(x).probs
-        found[f"finite_{curvature}"] = bool(torch.isfinite(probs).all() and torch.isfinite(info.log_loss).all())
-    return {"classes": 10_000} | found
+        numbers[f"finite_{curvature}"] = bool(torch.isfinite(probs).all() and torch.isfinite(info.log_loss).all())
+    return {"classes": 10_000} | numbers
 
 
 def threads(number: int = 64) -> dict[str, Any]:
-    """Threads that predict with one posterior at once."""
+    """Threads that predict with one posterior at the same time."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
     data = [(torch.randn(8, 8), torch.randint(5, (8,))) for _ in range(20)]
@@ -212,17 +212,14 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)  # in a process of its own
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    command = Command(__doc__).names("--only", PARTS, text="parts to run")
+    args = command.hidden("--part", choices=list(PARTS)).parse()  # in its own process
     if args.part:
         print(json.dumps(PARTS[args.part]()))
         return
     file = ResultFile("load")
     file.begin()
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that freed memory goes back at once
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that freed memory returns to the system at once
     for part in args.only:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.reliability.load", "--part", part]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603

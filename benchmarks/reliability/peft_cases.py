@@ -20,12 +20,12 @@ WORDS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter on a base.
+    """An adapter on a base model.
 
     Attributes:
-        name: as the table shows it.
-        kind: the PEFT type, ``peft.PeftType``.
-        base: makes the base, always the same.
+        name: in the table.
+        kind: the name of its ``peft.PeftType``.
+        base: makes the base model, always with the same weights.
         wrap: puts the adapter on it.
         inputs: makes the inputs.
     """
@@ -96,7 +96,7 @@ def text() -> dict[str, Tensor]:
 
 
 def places() -> dict[str, Tensor]:
-    """Tokens whose next one is to be told, for language models."""
+    """Tokens and the place whose next token is predicted, for language models."""
     return text() | {"place": torch.full((EXAMPLES,), 4)}
 
 
@@ -243,7 +243,7 @@ def _two(active: list[str]) -> Callable[[nn.Module], nn.Module]:
 
 
 def _loftq(base: nn.Module) -> nn.Module:
-    """As if LoftQ had begun it, for which PEFT needs a GPU."""
+    """An adapter as LoftQ initializes it; PEFT itself needs a GPU for that."""
     model = _plain(lambda: peft.LoraConfig(r=2, target_modules=["2"]))(base)
     model.peft_config["default"].init_lora_weights = "loftq"
     return model

@@ -1,14 +1,13 @@
-"""What works with every adapter that the installed PEFT has: ``docs/peft.md``.
+"""Support of every adapter type of the installed PEFT: the page ``docs/peft.md``.
 
-Every case of ``_peft_cases`` goes through all that a posterior can do, and each answer is held against one that this
-package has no part in: the user's model with tensors written into it, autograd's rows one by one, PEFT's own loader.
+Every case of ``peft_cases.py`` runs all methods of a posterior. Each answer is compared with one that does not use this
+package: the user's model with the weights written into it, autograd's rows one by one, PEFT's own loader.
 
-    OMP_NUM_THREADS=1 python benchmarks/peft_support.py
+    OMP_NUM_THREADS=1 python -m benchmarks.reliability.peft_support
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 import traceback
@@ -24,11 +23,8 @@ from torch import Tensor, nn
 
 import bayes_kf as bkf
 from bayes_kf.models.language import NextToken
-
-if __package__:
-    from benchmarks.reliability.peft_cases import CASES, EXAMPLES, Case, missing
-else:
-    from benchmarks.reliability.peft_cases import CASES, EXAMPLES, Case, missing
+from benchmarks.common.command import Command
+from benchmarks.reliability.peft_cases import CASES, EXAMPLES, Case, missing
 
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 STEPS = (
@@ -48,8 +44,8 @@ STEPS = (
 CLOSE = 2e-5  # of probabilities and relative errors of rows: float32
 DRAWS = 8
 
-HEAD = """Made by `benchmarks/peft_support.py` with PEFT {version}: every type that it has, and variants of LoRA, on
-small models.
+HEAD = """Made by `python -m benchmarks.reliability.peft_support` with PEFT {version}: every type that it has, and
+variants of LoRA, on small models.
 
 Each case is fitted, predicts by all methods, is saved, loaded and exported; every answer is compared with that of the
 user's own model holding the same weights, autograd's rows one by one, and PEFT's own loader. A case that cannot do all
@@ -70,7 +66,7 @@ them, AdaLoRA adds a penalty and prunes ranks) is no part of it.
 
 @dataclass
 class Outcome:
-    """How a case went: a step's name -> "yes" or what was wrong; the refusal where ``fit`` refused."""
+    """The outcome of a case: step -> "yes" or the fault; or the sentence with which ``fit`` refuses the adapter."""
 
     name: str
     kind: str
@@ -80,13 +76,13 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether all works, or one sentence refused."""
+        """Whether every step works, or the adapter is refused in one sentence."""
         return bool(self.refusal or self.broken) or all(self.steps.get(step) == "yes" for step in STEPS)
 
 
 def run(case: Case) -> Outcome:
-    """One case, all steps."""
-    found = Outcome(case.name, case.kind)
+    """The outcome of all steps of a case."""
+    outcome = Outcome(case.name, case.kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -94,10 +90,10 @@ def run(case: Case) -> Outcome:
             with torch.no_grad():
                 model(**_forwarded(inputs)) if isinstance(inputs, dict) else model(inputs)
         except Exception as error:
-            found.broken = f"{type(error).__name__}: {_line(error)}"
-            return found
-        _Run(case, case.wrap(case.base()), found).all()
-    return found
+            outcome.broken = f"{type(error).__name__}: {_line(error)}"
+            return outcome
+        _Run(case, case.wrap(case.base()), outcome).all()
+    return outcome
 
 
 def _forwarded(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -109,10 +105,10 @@ def _line(error: BaseException) -> str:
 
 
 class _Run:
-    """The steps, one after the other."""
+    """The steps of a case."""
 
-    def __init__(self, case: Case, model: nn.Module, found: Outcome) -> None:
-        self.case, self.model, self.found = case, model, found
+    def __init__(self, case: Case, model: nn.Module, outcome: Outcome) -> None:
+        self.case, self.model, self.outcome = case, model, outcome
         self.inputs = case.inputs()
         self.reads = isinstance(self.inputs, dict) and "place" in self.inputs  # a language model
         self.targets = torch.arange(EXAMPLES) % 3
@@ -121,7 +117,7 @@ class _Run:
         self.modes = [module.training for module in model.modules()]
 
     def all(self) -> None:
-        """Run every step; those after one that failed are still tried."""
+        """Run every step, also after one that fails."""
         if not self._fitted():
             return
         posterior = self.posterior
@@ -149,33 +145,33 @@ class _Run:
             batches = [(self.inputs, self.targets)]
             self.posterior = bkf.fit(self._read(self.model), batches, config, progress=False)
         except ValueError as error:
-            self.found.refusal = str(error)
+            self.outcome.refusal = str(error)
         except Exception as error:
-            self.found.steps["fit"] = f"{type(error).__name__}: {_line(error)}"
+            self.outcome.steps["fit"] = f"{type(error).__name__}: {_line(error)}"
         else:
-            self.found.steps["fit"] = "yes"
-        if "fit" not in self.found.steps:
+            self.outcome.steps["fit"] = "yes"
+        if "fit" not in self.outcome.steps:
             self._step("model", self.as_it_was)
-            if self.found.steps["model"] != "yes":
-                self.found.refusal = ""
-        return self.found.steps.get("fit") == "yes"
+            if self.outcome.steps["model"] != "yes":
+                self.outcome.refusal = ""
+        return self.outcome.steps.get("fit") == "yes"
 
     def _step(self, name: str, step: Callable[[], None]) -> None:
         try:
             step()
-            self.found.steps[name] = "yes"
+            self.outcome.steps[name] = "yes"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            self.found.steps[name] = (
+            self.outcome.steps[name] = (
                 f"{type(error).__name__}: {_line(error)} ({Path(where.filename).name}:{where.lineno})"
             )
 
     def _read(self, model: nn.Module) -> Any:
-        """The model, or how its language model is read."""
+        """The model, or its language model as a classifier of the next token."""
         return NextToken(model) if self.reads else model
 
     def _reference(self, vector: Tensor, made: nn.Module | None = None) -> nn.Module:
-        """The user's model made anew, or the one that was ``made`` so before, with a parameter vector in it."""
+        """A new copy of the user's model, or ``made``, with a parameter vector in it."""
         model = self.case.wrap(self.case.base()).eval() if made is None else made
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
@@ -184,7 +180,7 @@ class _Run:
         return model
 
     def _outputs(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
-        """What a model says without this package, (B, m)."""
+        """Outputs of a model without this package, (B, m)."""
         if not isinstance(self.inputs, dict):
             return model(self.inputs[rows])
         given = {name: value[rows] for name, value in self.inputs.items()}
@@ -197,36 +193,39 @@ class _Run:
         )
 
     def mean(self) -> None:
-        """Predictions at the mean are those of the model that holds it."""
+        """Predictions at the mean equal those of the model with the mean in it."""
         with torch.no_grad():
             expected = self._outputs(self._reference(self.posterior.mean_vector)).softmax(-1)
         _near(self.posterior.predict(self.inputs, "mean").probs, expected)
 
     def linearized(self) -> None:
-        """Rows are autograd's, one by one."""
+        """Rows of the Jacobian equal autograd's, one by one."""
         mean = self.posterior.mean_vector
-        model = copy.deepcopy(self._reference(mean))  # without the hooks by which OSF changes gradients
+        model = copy.deepcopy(self._reference(mean))  # without OSF's hooks, which change gradients
         own = [p for p in model.parameters() if p.requires_grad]
         rows = []
         for b in range(EXAMPLES):
             out = self._outputs(model, slice(b, b + 1))[0]
             for j in range(min(3, len(out))):
-                found = torch.autograd.grad(out[j], own, retain_graph=True, allow_unused=True)
+                by_tensor = torch.autograd.grad(out[j], own, retain_graph=True, allow_unused=True)
                 rows.append(
                     torch.cat(
-                        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(own, found, strict=True)]
+                        [
+                            (torch.zeros_like(p) if g is None else g).flatten()
+                            for p, g in zip(own, by_tensor, strict=True)
+                        ]
                     )
                 )
         exact = torch.stack(rows).view(EXAMPLES, -1, len(mean))
-        found = self.posterior.kf.linearize(mean, self.inputs).jacobian().dense()[:, : exact.shape[1]]
-        apart = float((found - exact).norm() / exact.norm())
+        by_tensor = self.posterior.kf.linearize(mean, self.inputs).jacobian().dense()[:, : exact.shape[1]]
+        apart = float((by_tensor - exact).norm() / exact.norm())
         if not apart < 1e-4:
             raise AssertionError(f"rows are off by {apart:.2g}")
         if not bool(torch.isfinite(self.posterior.predict(self.inputs, "linearized").probs).all()):
             raise AssertionError("not finite")
 
     def probit(self) -> None:
-        """Close to draws of the same moments where these are narrow."""
+        """Probit predictions are close to draws of the same moments, if these are narrow."""
         belief, jacobian = (
             self.posterior.state.belief,
             self.posterior.kf.linearize(self.posterior.mean_vector, self.inputs).jacobian(),
@@ -242,24 +241,24 @@ class _Run:
             raise AssertionError(f"total variation {apart:.2g}")
 
     def sampled(self) -> None:
-        """The mean over models that hold the draws."""
-        found = self.posterior.predict(self.inputs, "sampled", DRAWS, torch.Generator().manual_seed(0)).probs
+        """Sampled predictions equal the mean over models with the draws in them."""
+        probs = self.posterior.predict(self.inputs, "sampled", DRAWS, torch.Generator().manual_seed(0)).probs
         with torch.no_grad():
             made = self._reference(self.draws[0])
             drawn = [self._outputs(self._reference(draw, made)).softmax(-1) for draw in self.draws]
             expected = torch.stack(drawn).mean(0)
-        _near(found, expected)
+        _near(probs, expected)
 
     def save(self) -> None:
-        """Into a new folder."""
+        """Save into a new folder."""
         self.posterior.save_pretrained(self.folder / "saved")
 
     def load(self) -> None:
-        """Onto the base, drawn anew; predictions are those of before."""
+        """Load onto a new base; the predictions are unchanged."""
         self._loaded(self.case.base())
 
     def load_with_adapter(self) -> None:
-        """Onto the base with a fresh adapter of the same settings."""
+        """Load onto a base that has a new adapter of the same settings."""
         self._loaded(self.case.wrap(self.case.base()))
 
     def _loaded(self, base: nn.Module) -> None:
@@ -284,7 +283,7 @@ class _Run:
             _near(self._outputs(loaded).softmax(-1), self._outputs(self._reference(vector)).softmax(-1))
 
     def merge(self) -> None:
-        """Two posteriors of different data from one prior as one, which predicts."""
+        """Merge two posteriors of different data from one prior; the merged one predicts."""
         kf = self.posterior.kf
         state, halves = kf.init(self.inputs), []
         for part in (slice(0, 3), slice(3, 6)):
@@ -295,7 +294,7 @@ class _Run:
             raise AssertionError("not finite")
 
     def as_it_was(self) -> None:
-        """The user's model has the same values, trainable objects and modes as before the first step."""
+        """The user's model has the same values, trainable parameters and modes as before the first step."""
         now = self.model.state_dict()
         changed = [name for name in self.before if name not in now or not torch.equal(self.before[name], now[name])]
         if changed or len(now) != len(self.before):
@@ -306,29 +305,31 @@ class _Run:
             raise AssertionError("other modes")
 
 
-def _near(found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None
-    apart = float((found - expected).abs().max())
+def _near(value: Tensor | None, expected: Tensor) -> None:
+    assert value is not None
+    apart = float((value - expected).abs().max())
     if not apart <= CLOSE:
         raise AssertionError(f"a probability is off by {apart:.2g}")
 
 
 def page(outcomes: list[Outcome]) -> str:
-    """The documentation's page."""
+    """The page of the documentation."""
     lines = ["# PEFT types", "", HEAD.format(version=peft.__version__)]
     heads = ["adapter", *(step if step != "model" else "model unchanged" for step in STEPS)]
     lines += ["| " + " | ".join(heads) + " |", "| --- |" + " :-: |" * len(STEPS)]
-    works = [found for found in outcomes if not found.refusal and not found.broken]
-    lines += [f"| {found.name} | " + " | ".join(_cell(found.steps.get(s, "")) for s in STEPS) + " |" for found in works]
+    works = [outcome for outcome in outcomes if not outcome.refusal and not outcome.broken]
+    lines += [
+        f"| {outcome.name} | " + " | ".join(_cell(outcome.steps.get(s, "")) for s in STEPS) + " |" for outcome in works
+    ]
     lines += ["", "## Refused", "", "| adapter | what `fit` says |", "| --- | --- |"]
-    lines += [f"| {found.name} | {found.refusal} |" for found in outcomes if found.refusal]
+    lines += [f"| {outcome.name} | {outcome.refusal} |" for outcome in outcomes if outcome.refusal]
     lines += ["", "## What PEFT itself does not run here", "", "| adapter | what PEFT says |", "| --- | --- |"]
-    lines += [f"| {found.name} | {found.broken} |" for found in outcomes if found.broken]
+    lines += [f"| {outcome.name} | {outcome.broken} |" for outcome in outcomes if outcome.broken]
     faults = [
-        f"- {found.name}: {step}: {found.steps[step]}"
-        for found in works
-        for step in found.steps
-        if found.steps[step] != "yes"
+        f"- {outcome.name}: {step}: {outcome.steps[step]}"
+        for outcome in works
+        for step in outcome.steps
+        if outcome.steps[step] != "yes"
     ]
     if faults:
         lines += ["", "## Known faults", "", *faults]
@@ -340,29 +341,27 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Print outcomes; write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="parts of names")
-    arguments = parser.parse_args()
+    """The command line."""
+    args = Command(__doc__).option("--only", nargs="*", help="parts of names; prints without writing the page").parse()
     outcomes = []
     for case in CASES:
-        if arguments.only and not any(part in case.name for part in arguments.only):
+        if args.only and not any(part in case.name for part in args.only):
             continue
-        found = run(case)
-        outcomes.append(found)
-        bad = {step: text for step, text in found.steps.items() if text != "yes"}
+        outcome = run(case)
+        outcomes.append(outcome)
+        bad = {step: text for step, text in outcome.steps.items() if text != "yes"}
         print(
-            found.name,
+            outcome.name,
             "|",
-            "PEFT: " + found.broken if found.broken else "",
+            "PEFT: " + outcome.broken if outcome.broken else "",
             "|",
-            found.refusal and "REFUSED " + found.refusal,
+            outcome.refusal and "REFUSED " + outcome.refusal,
             "|",
             bad or "all right",
             flush=True,
         )
     print("without a case:", missing())
-    if not arguments.only:
+    if not args.only:
         PAGE.write_text(page(outcomes), encoding="utf-8")
 
 

@@ -1,14 +1,15 @@
-"""Same seed, same machine, same bits; and by how much threads, processors and memory change the last ones.
+"""Equal seeds give equal bits on one machine; differences between thread counts, processors and devices.
 
-Every run is a process of its own: it fits, predicts, evaluates and writes the report; the parent compares what it left
-with the first run's. "AVX2" and "SSE4" let torch, MKL and oneDNN use no newer instructions, as older processors would.
+Every run is a process of its own: it fits, predicts, evaluates and writes the report. The parent process compares its
+files with those of the first run. "AVX2" and "SSE4" forbid torch, MKL and oneDNN newer instructions, as on an older
+processor.
 
-    python benchmarks/reproducibility.py           # some five minutes; results/reproducibility.md
+    python -m benchmarks.reliability.reproducibility           # some five minutes; results/reproducibility.md
+    python -m benchmarks.reliability.reproducibility --table   # the table from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import subprocess
@@ -27,6 +28,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import bayes_kf as bkf
 from bayes_kf.models.zoo import lora_digits_vit
 from benchmarks.common import text
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile, markdown_table
 from tutorials.digits_demo.data import Size, demo_data
 
@@ -36,7 +38,7 @@ SSE4 = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "
 
 
 class Case(NamedTuple):
-    """A model, what it learns, and what it is asked."""
+    """A model, its stream, the examples to predict, and settings of the filter."""
 
     model: nn.Module
     stream: Iterable[Any]
@@ -72,7 +74,7 @@ def sentences() -> Case:
 
 
 def network(**config: Any) -> Case:
-    """Two layers, classes."""
+    """A network of two layers that classifies."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 6))
     inputs, way = torch.randn(800, 20), torch.randn(20, 6)
@@ -82,7 +84,7 @@ def network(**config: Any) -> Case:
 
 
 def values() -> Case:
-    """Two layers, predicted values with an estimated noise."""
+    """A network of two layers for regression, with an estimated noise."""
     case = network(likelihood="gaussian", noise="ema_taylor")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 1))
@@ -112,24 +114,26 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def run(case: str, folder: Path, threads: int, device: str) -> None:
-    """Fit, predict, report; what came of it into ``folder``."""
+    """Fit, predict and report; write the results into ``folder``."""
     torch.set_num_threads(threads)
     model, stream, heldout, settings = CASES[case]()
     posterior = bkf.fit(model.to(device), stream, bkf.KalmanConfig(**settings), progress=False)
     predicted = posterior.predict_loader(heldout)
     report = bkf.evaluate(posterior, heldout)
     report.save(folder / "report.html")
-    found: dict[str, Tensor] = {
+    tensors: dict[str, Tensor] = {
         "mean": posterior.mean_vector,
         "variance": posterior.kf.marginal_variance(posterior.state),
         "prediction": predicted.mean if predicted.probs is None else predicted.probs,
         "scores": torch.tensor(list(report.scores.values()), dtype=torch.float64),
     }
-    save_file({name: value.detach().cpu().contiguous() for name, value in found.items()}, folder / "found.safetensors")
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / "found.safetensors"
+    )
 
 
 def start(case: str, folder: Path, setting: dict[str, Any]) -> None:
-    """One run in a process of its own."""
+    """One run in its own process."""
     folder.mkdir()
     threads = setting.get("threads", 1)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.reliability.reproducibility"]
@@ -142,7 +146,7 @@ def start(case: str, folder: Path, setting: dict[str, Any]) -> None:
 
 
 def compared(first: Path, second: Path) -> dict[str, Any]:
-    """How far the second run is from the first."""
+    """Differences of the second run from the first."""
     here, there = (load_file(folder / "found.safetensors") for folder in (first, second))
     pages = [hashlib.sha256((folder / "report.html").read_bytes()).hexdigest() for folder in (first, second)]
     sd = here["variance"].sqrt()
@@ -158,19 +162,22 @@ def compared(first: Path, second: Path) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
-    for name in ("--case", "--folder", "--device"):
-        parser.add_argument(name, help=argparse.SUPPRESS)  # of a run in a process of its own
-    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    command = Command(__doc__).names("--only", CASES, text="cases to run").table()
+    args = command.hidden("--case", "--folder", "--device").parse()  # of a run in its own process
     if args.case:
         run(args.case, Path(args.folder), args.threads, args.device)
         return
     file = ResultFile("reproducibility")
+    if not args.table:
+        run_all(file, args.only)
+    write(file)
+
+
+def run_all(file: ResultFile, cases: Iterable[str]) -> None:
+    """Run the cases in every setting and compare."""
     file.begin()
     runs = RUNS | ({"GPU": {"device": "cuda"}, "GPU, again": {"device": "cuda"}} if torch.cuda.is_available() else {})
-    for case in args.only:
+    for case in cases:
         with TemporaryDirectory() as scratch:
             for name, setting in runs.items():
                 start(case, Path(scratch) / name, setting)
@@ -179,7 +186,6 @@ def main() -> None:
                 cell = compared(Path(scratch) / first, Path(scratch) / name) | {"against": first}
                 file.put(f"{case}|{name}", cell)
                 print(case, name, cell, flush=True)
-    write(file)
 
 
 def write(file: ResultFile) -> None:

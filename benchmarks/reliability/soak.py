@@ -1,16 +1,16 @@
-"""A million updates: does the belief stay proper, and its innovations what they should be, and does memory stay put?
+"""A million updates: the covariance stays positive definite, the innovations consistent, and memory constant.
 
-A linear model learns y = xᵀθ + noise, one example at a time, where θ walks at random as the filter is told: the exact
-filter's squared innovations are then χ² with one degree of freedom, forever. Among the inputs are duplicates, zeros
-and very large and very small ones. Every thousand updates the covariance is looked at: finite, symmetric, positive.
+A linear model learns y = xᵀθ + noise, one example at a time. θ is a random walk with the variance that the filter is
+configured with, so that the exact filter's squared innovations are χ² with one degree of freedom at every step. Some
+inputs are duplicates, zeros, very large or very small. Every thousand updates the covariance must be finite, symmetric
+and positive definite.
 
-    OMP_NUM_THREADS=1 python benchmarks/soak.py                # about an hour; results/soak.md
-    OMP_NUM_THREADS=1 python benchmarks/soak.py --scale 0.01   # a hundredth of the updates
+    OMP_NUM_THREADS=1 python -m benchmarks.reliability.soak                # about an hour; results/soak.md
+    OMP_NUM_THREADS=1 python -m benchmarks.reliability.soak --scale 0.01   # a hundredth of the updates
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import bayes_kf as bkf
+from benchmarks.common.command import Command
 from benchmarks.common.result_files import ResultFile, markdown_table
 
-PARAMETERS, NOISE, WALK, LOOK = 6, 0.25, 1e-4, 1000
+PARAMETERS, NOISE, WALK, WINDOW = 6, 0.25, 1e-4, 1000
 STEPS = {
     "full": 1_000_000,
     "low_rank": 50_000,
@@ -32,21 +33,21 @@ STEPS = {
     "diagonal_information": 20_000,
     "diagonal_mixed": 20_000,
 }
-EXACT = ("full", "low_rank", "block_diagonal")  # one module, so that one block is all; rank as large as the model
+EXACT = ("full", "low_rank", "block_diagonal")  # the model is one block, and the rank is its size
 
 
 def inputs(generator: torch.Generator, before: torch.Tensor) -> torch.Tensor:
-    """One input, (1, n): most of unit size."""
+    """One input, (1, n), in most cases standard normal."""
     x = torch.randn(1, PARAMETERS, generator=generator, dtype=torch.float64)
     kind = int(torch.randint(100, (), generator=generator))
     return {0: before, 1: torch.zeros_like(x), 2: 1e4 * x, 3: 1e-4 * x, 4: torch.ones_like(x)}.get(kind, x)
 
 
 def run(covariance: str, steps: int, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """So many updates, and what was seen.
+    """Extremes of the covariance, innovations and memory over ``steps`` updates.
 
     Raises:
-        AssertionError: for a belief that is no Gaussian any more.
+        AssertionError: if the covariance is not finite and positive definite.
     """
     generator = torch.Generator().manual_seed(seed)
     model = nn.Linear(PARAMETERS, 1, bias=False).double()
@@ -63,7 +64,7 @@ def run(covariance: str, steps: int, seed: int = 0, progress: bool = True) -> di
     kf = bkf.KalmanFilter(model, config)
     state, theta = kf.init(), torch.randn(PARAMETERS, generator=generator, dtype=torch.float64)
     x = torch.ones(1, PARAMETERS, dtype=torch.float64)
-    squares: list[float] = []  # of the present window; nothing here may grow with every update
+    squares: list[float] = []  # of the present window; no list here may grow with every update
     sums: list[float] = []
     memory: list[float] = []
     seen = {"least_variance": math.inf, "largest_variance": 0.0, "asymmetry": 0.0, "least_eigenvalue": math.inf}
@@ -73,7 +74,7 @@ def run(covariance: str, steps: int, seed: int = 0, progress: bool = True) -> di
         y = x @ theta.unsqueeze(1) + NOISE**0.5 * torch.randn(1, 1, generator=generator, dtype=torch.float64)
         state, info = kf.update(state, x, y)
         squares.append(float(info.innovation))
-        if step % LOOK == LOOK - 1:
+        if step % WINDOW == WINDOW - 1:
             sums.append(math.fsum(squares))
             squares.clear()
             cov = state.belief.covariance_matrix()
@@ -85,7 +86,7 @@ def run(covariance: str, steps: int, seed: int = 0, progress: bool = True) -> di
             seen["asymmetry"] = max(seen["asymmetry"], float((cov - cov.T).abs().max() / variance.max()))
             seen["least_eigenvalue"] = min(seen["least_eigenvalue"], float(values.min()))
             memory.append(resident())
-    low, high = stats.chi2.ppf((0.005, 0.995), LOOK)
+    low, high = stats.chi2.ppf((0.005, 0.995), WINDOW)
     return seen | {
         "steps": steps,
         "innovations": math.fsum([*sums, *squares]) / steps,
@@ -105,14 +106,12 @@ def resident() -> float:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of updates (default: %(default)s)")
-    parser.add_argument("--structures", nargs="+", choices=list(STEPS), default=list(STEPS))
-    args = parser.parse_args()
+    command = Command(__doc__).option("--scale", type=float, default=1.0, help="factor on the updates (%(default)s)")
+    args = command.names("--structures", STEPS, text="covariance structures").parse()
     file = ResultFile("soak")
     file.begin()
     for covariance in args.structures:
-        file.put(covariance, run(covariance, max(10 * LOOK, int(args.scale * STEPS[covariance]))))
+        file.put(covariance, run(covariance, max(10 * WINDOW, int(args.scale * STEPS[covariance]))))
     rows = [
         [
             name,

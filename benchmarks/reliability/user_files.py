@@ -93,15 +93,15 @@ def _posteriors() -> dict[str, tuple[bkf.Posterior, Callable[[], nn.Module]]]:
         "adapter": (_adapted, _frozen),
         "named adapter": (lambda: _adapted("mine"), _frozen),
     }
-    found: dict[str, tuple[bkf.Posterior, Callable[[], nn.Module]]] = {}
+    posteriors: dict[str, tuple[bkf.Posterior, Callable[[], nn.Module]]] = {}
     for kind, (model, base) in made.items():
         for number in (1, 2):
             fitted = bkf.fit(model(), _data()[:number], CONFIG, progress=False)
-            found[f"{kind} {number}"] = fitted, base
-    found["pass"] = bkf.fit(_plain(), _data(), CONFIG, progress=False), _plain
-    found["merged"] = bkf.merge([found["plain 1"][0], found["plain 2"][0]]), _plain
-    found["trainer"] = _trainer().posterior, _bert
-    return found
+            posteriors[f"{kind} {number}"] = fitted, base
+    posteriors["pass"] = bkf.fit(_plain(), _data(), CONFIG, progress=False), _plain
+    posteriors["merged"] = bkf.merge([posteriors["plain 1"][0], posteriors["plain 2"][0]]), _plain
+    posteriors["trainer"] = _trainer().posterior, _bert
+    return posteriors
 
 
 @functools.cache
@@ -275,21 +275,21 @@ class Sequence:
         """Reduce the posteriors that a folder may open as to those that it does open as."""
         if folder in self.spoiled:
             return
-        found = {name for name in self.holds[folder] if self._opens_as(folder, name)}
-        assert found or "" in self.holds[folder], f"{folder.name} does not open as {self.holds[folder]}"
-        self.holds[folder] = found or {""}
-        self.counts["opened"] += bool(found)
+        opened = {name for name in self.holds[folder] if self._opens_as(folder, name)}
+        assert opened or "" in self.holds[folder], f"{folder.name} does not open as {self.holds[folder]}"
+        self.holds[folder] = opened or {""}
+        self.counts["opened"] += bool(opened)
 
     def _opens_as(self, folder: Path, name: str) -> bool:
         if not name:
             return False
         posterior, base = _posteriors()[name]
         try:
-            found = bkf.Posterior.from_pretrained(folder, base())
+            loaded = bkf.Posterior.from_pretrained(folder, base())
         except ValueError:
             return False
-        alike = zip(found.state.belief, posterior.state.belief, strict=False)
-        return found.state.step == posterior.state.step and all(torch.equal(a, b) for a, b in alike)
+        alike = zip(loaded.state.belief, posterior.state.belief, strict=False)
+        return loaded.state.step == posterior.state.step and all(torch.equal(a, b) for a, b in alike)
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -313,7 +313,7 @@ def run(sequences: int, seed: int = 0, progress: bool = True) -> Counter[str]:
             except AssertionError as error:
                 raise AssertionError(f"sequence {number}: {error}") from error
             counts += sequence.counts
-            counts["files of other people"] += len(sequence.theirs)
+            counts["files of other people"] += len(sequence.users)
     return counts
 
 

@@ -1,23 +1,24 @@
-"""What scores cost: a million predictions of 100 classes, all scores without samples, streaming, on two threads.
+"""Cost of scores: a million predictions of 100 classes, all scores without samples, streaming, on two threads.
 
-Predictions are made batch by batch from logits of a calibrated and of a sharpened model, and never held all at once.
-``StreamingScores`` gives every score with its band and interval; beside it, on the same batches, torchmetrics'
-accuracy and calibration error (top label, 15 bins), the two of them that it streams. Each runs in a process of its
-own, whose peak memory is that process's, interpreter and libraries included.
+Predictions are made batch by batch from logits of a calibrated and of a sharpened model, and are never all in memory.
+``StreamingScores`` gives every score with its band and interval. On the same batches, torchmetrics' accuracy and
+calibration error (top label, 15 bins) are measured, the two of its scores that stream. Each runs in a process of its
+own, whose peak memory includes the interpreter and libraries.
 
-    python benchmarks/evaluation_cost.py                      # a million by 100; on an otherwise idle machine
-    python benchmarks/evaluation_cost.py --examples 100000    # fewer
+    python -m benchmarks.speed.evaluation_cost                      # a million by 100; on an otherwise idle machine
+    python -m benchmarks.speed.evaluation_cost --examples 100000    # fewer
+    python -m benchmarks.speed.evaluation_cost --table              # the table from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayes_kf import evaluation as ev
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile, markdown_table
 
 BATCH = 10_000
@@ -36,7 +38,7 @@ WHO = {
 
 
 def batches(examples: int, classes: int, sharpness: float = 1.2) -> Iterator[tuple[Tensor, Tensor]]:
-    """Float32 probabilities of a model that is a little too sure, and labels."""
+    """Float32 probabilities of a slightly overconfident model, and labels."""
     generator = torch.Generator().manual_seed(0)
     for start in range(0, examples, BATCH):
         logits = 3 * torch.randn(min(BATCH, examples - start), classes, generator=generator)
@@ -45,9 +47,9 @@ def batches(examples: int, classes: int, sharpness: float = 1.2) -> Iterator[tup
 
 
 def score(who: str, examples: int, classes: int) -> dict[str, Any]:
-    """Seconds of scoring (not of making predictions), peak memory, and the scores."""
+    """Seconds of scoring (without making predictions), peak memory, and the scores."""
     torch.set_num_threads(2)
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     spent = 0.0
     if who == "torchmetrics":
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -64,17 +66,17 @@ def score(who: str, examples: int, classes: int) -> dict[str, Any]:
         spent += time.perf_counter() - start
     start = time.perf_counter()
     if stream is not None:
-        found = stream.scores()
+        scores = stream.scores()
     elif who == "torchmetrics":
-        found = {"accuracy": metrics[0].compute().item(), "ece": metrics[1].compute().item()}
+        scores = {"accuracy": metrics[0].compute().item(), "ece": metrics[1].compute().item()}
     spent += time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    kept = {
-        name: found[name]
+    numbers = {
+        name: scores[name]
         for name in ("accuracy", "nll", "ece", "ece_null_high", "ks", "ece_classwise")
-        if name in found
+        if name in scores
     }
-    return {"seconds": spent, "peak_mib": peak, "num_scores": len(found), **kept}
+    return {"seconds": spent, "peak_mib": peak, "num_scores": len(scores), **numbers}
 
 
 def render(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -85,9 +87,9 @@ def render(cells: dict[str, dict[str, Any]]) -> list[str]:
         for who, text in WHO.items():
             cell = cells.get(f"{size}/{who}")
             if cell:
-                found = [f"{cell[name]:.4f}" if name in cell else "" for name in ("accuracy", "ece")]
+                shown = [f"{cell[name]:.4f}" if name in cell else "" for name in ("accuracy", "ece")]
                 rows.append(
-                    [text, f"{cell['seconds']:.1f}", f"{cell['peak_mib']:,.0f}", str(cell["num_scores"]), *found]
+                    [text, f"{cell['seconds']:.1f}", f"{cell['peak_mib']:,.0f}", str(cell["num_scores"]), *shown]
                 )
         examples, classes = map(int, size.split("x"))
         body += [f"## {examples:,} predictions of {classes:,} classes", ""]
@@ -97,22 +99,28 @@ def render(cells: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1_000_000)
-    parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--who", choices=tuple(WHO), help="score in this process and print JSON")
-    args = parser.parse_args()
+    """The command line."""
+    command = Command(__doc__, threads=2)
+    command.option("--examples", type=int, default=1_000_000, help="number of predictions (%(default)s)")
+    command.option("--classes", type=int, default=100, help="number of classes (%(default)s)").redo().table()
+    args = command.hidden("--who", choices=tuple(WHO)).parse()  # in its own process
     if args.who:
         print(json.dumps(score(args.who, args.examples, args.classes)))
         return
-    results = ResultFile("evaluation_cost")
-    results.begin()
-    for who in WHO:
-        command = [sys.executable, "-m", "benchmarks.speed.evaluation_cost", "--who", who]
-        command += ["--examples", str(args.examples), "--classes", str(args.classes)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603, this very script
-        results.put(f"{args.examples}x{args.classes}/{who}", json.loads(done.stdout.strip().splitlines()[-1]))
-    print(results.write_markdown("What scores cost", render(results.cells)))
+    file = ResultFile("evaluation_cost")
+    if not args.table:
+        size = f"{args.examples}x{args.classes}"
+        work = {f"{size}/{who}": partial(in_process, who, args.examples, args.classes) for who in WHO}
+        run_cells(file, work, args.redo)
+    print(file.write_markdown("What scores cost", render(file.cells)))
+
+
+def in_process(who: str, examples: int, classes: int) -> dict[str, Any]:
+    """The result of :func:`score` in a new process."""
+    command = [sys.executable, "-m", "benchmarks.speed.evaluation_cost", "--who", who]
+    command += ["--examples", str(examples), "--classes", str(classes)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603, this script
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds in one interleaved run, and peak memory in a process of its own, for ``speed.py``."""
+"""Times of interleaved steps, and peak memory in a process of its own, for ``run.py``."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common.subprocesses import MIB, alarmed, elsewhere, held, peak, status
+from benchmarks.common.subprocesses import MIB, alarmed, held, peak, run_in_process, status
 from benchmarks.speed.models import batch, build, to_device, train_head, trainable
 from benchmarks.speed.peers import METHODS, Running
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
-BRIEF = 1.0  # seconds; steps below it are taken once more, untimed, right before they are timed
-UNTRAINED = 10_000  # outputs from which on the last layer stays as it was drawn
-START_UP = 20.0  # seconds that a method may take to import and begin
-STARTING = 10  # times a step's limit for what is found out and scaled on the first batch: eight steps' work for exact
+BRIEF = 1.0  # seconds; shorter steps are run once more, untimed, right before they are timed
+UNTRAINED = 10_000  # outputs from which the last layer is not trained
+START_UP = 20.0  # seconds that a method may take to import and start
+STARTING = 10  # times a step's limit for the first batch, which also plans and scales: eight steps' work for exact
 
 
 class Cell(NamedTuple):
-    """A model and the size of its problem; ``rank`` is None for the model's own."""
+    """A model and the size of its problem; ``rank`` None means the model's default."""
 
     model: str
     batch: int
@@ -40,7 +40,7 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Name in the result file, as ``bert-tiny/B16/m100``."""
+        """Key in the results file, as ``bert-tiny/B16/m100``."""
         return f"{self.model}/B{self.batch}/m{self.outputs}" + (f"/rank{self.rank}" if self.rank else "")
 
     @classmethod
@@ -51,13 +51,13 @@ class Cell(NamedTuple):
 
 
 class Weights:
-    """Trained models on disk, each trained when first asked for, so that other processes need not train them again."""
+    """Trained models on disk, trained on first use, so that other processes can load them."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
 
     def file(self, cell: Cell) -> Path:
-        """Trainable tensors of the cell's model, whatever its batch."""
+        """The file of the trainable tensors of the cell's model, the same for every batch size."""
         path = self.folder / f"{cell.model}-m{cell.outputs}-rank{cell.rank}.safetensors"
         if not path.exists():
             model = build(cell.model, cell.outputs, cell.rank).to(self.device)
@@ -75,7 +75,7 @@ def load(cell: Cell, weights: Path, device: torch.device) -> PeftModel:
 
 
 def start(cell: Cell, method: str, model: PeftModel, device: torch.device) -> Running:
-    """A method on a copy of the model that shares its frozen tensors; it is given two batches and measured on one."""
+    """A method on a copy of the model that shares its frozen tensors, with two batches, one of them measured."""
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
     before, measured = (to_device(batch(cell.model, cell.outputs, cell.batch, seed=seed), device) for seed in (3, 4))
     torch.manual_seed(0)
@@ -86,10 +86,10 @@ def start(cell: Cell, method: str, model: PeftModel, device: torch.device) -> Ru
 
 
 def first_step(method: str, running: Running) -> None:
-    """Take a step and see that it did something.
+    """Run a step and check that it changed the state.
 
     Raises:
-        AssertionError: when the state did not change or is not finite.
+        AssertionError: if the state did not change or is not finite.
     """
     before = running.state().clone()
     running.step()
@@ -99,10 +99,10 @@ def first_step(method: str, running: Running) -> None:
 
 
 def time_cell(cell: Cell, methods: list[str], weights: Path, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Every method once in each round; medians of the rounds' ratios to AdamW, with quartiles, and what was seen.
+    """Medians and quartiles of the rounds' ratios to AdamW, and facts of the steps; a round runs every method once.
 
-    Brief steps follow an untimed one of the same method, and so start from their own caches. After the first rounds,
-    which all methods share, they go on alone for ``seconds``.
+    Short steps follow an untimed one of the same method, so that they start with their own caches. After the first
+    rounds, which include all methods, the short ones continue alone for ``seconds``.
     """
     model = load(cell, weights, device)
     running = {method: start(cell, method, model, device) for method in methods}
@@ -156,31 +156,33 @@ def _summary(spans: Mapping[str, list[float]]) -> dict[str, Any]:
     ratios = {m: [a / b for a, b in zip(taken, spans["adamw"], strict=False)] for m, taken in spans.items()}
     return {
         "milliseconds": {method: 1e3 * statistics.median(taken) for method, taken in spans.items()},
-        "ratio": {method: statistics.median(found) for method, found in ratios.items()},
-        "quartiles": {method: statistics.quantiles(found, n=4)[::2] for method, found in ratios.items()},
+        "ratio": {method: statistics.median(values) for method, values in ratios.items()},
+        "quartiles": {method: statistics.quantiles(values, n=4)[::2] for method, values in ratios.items()},
     }
 
 
-def memory_elsewhere(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`memory_here` finds in a new process, or why it found nothing."""
-    found = elsewhere(memory_here, cell, method, weights, dict(options), threads=options["threads"], exact_memory=True)
-    if isinstance(found, dict):
-        return found
-    if alarmed(found):
+def memory_in_process(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of :func:`memory_here` in a new process, or the reason that there is none."""
+    result = run_in_process(
+        memory_here, cell, method, weights, dict(options), threads=options["threads"], exact_memory=True
+    )
+    if isinstance(result, dict):
+        return result
+    if alarmed(result):
         return {"skipped": f"a step takes more than {options['cap']:g} s", "larger_too": True}
-    reason = f"by {signal.Signals(-found).name}" if found < 0 else f"with {found}"
-    return {"skipped": f"ended {reason}", "larger_too": found < 0}
+    reason = f"by {signal.Signals(-result).name}" if result < 0 else f"with {result}"
+    return {"skipped": f"ended {reason}", "larger_too": result < 0}
 
 
 def memory_here(cell: Cell, method: str, weights: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Peak memory of a warm step above what is held before it, in MiB, with what is held above the bare model.
+    """Peak memory of a warm step above the memory before it, in MiB, and memory held above that of the bare model.
 
     Args:
-        cell: what to run.
-        method: by which method.
+        cell: the model and the size of its problem.
+        method: its name.
         weights: file of the trained tensors.
         options: ``device`` (CPU: resident memory, by the kernel's own high-water mark; CUDA: the allocator's), ``cap``
-            (seconds that a step may take; this process ends by SIGALRM when one takes longer) and ``memory_limit`` (GiB
+            (seconds that a step may take; SIGALRM ends this process if one takes longer) and ``memory_limit`` (GiB
             that may be allocated, on the CPU).
     """
     device, cap, limit_gib = torch.device(options["device"]), options["cap"], options["memory_limit"]
@@ -198,13 +200,13 @@ def memory_here(cell: Cell, method: str, weights: Path, options: Mapping[str, An
         signal.setitimer(signal.ITIMER_REAL, cap)
         seconds = _span(running.step, device)
         signal.setitimer(signal.ITIMER_REAL, 0)
-    except Exception as error:  # whatever keeps a peer from running is its result
+    except Exception as error:  # an error of a peer is its result
         return _reason(error, limit_gib)
     return {"mib": (peak(device) - before) / MIB, "held_mib": (before - bare) / MIB, "seconds": seconds}
 
 
 def _reason(error: Exception, limit_gib: float) -> dict[str, Any]:
-    """Why a method could not run, in one line."""
+    """The reason that a method could not run, in one line."""
     text = (str(error).strip().splitlines() or [""])[0]
     asked = re.search(r"allocate (\d+) bytes", text)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or asked or "allocate memory" in text:

@@ -1,10 +1,10 @@
-"""Models and batches that ``speed.py`` measures on: transformers made from configurations, LoRA, a trained classifier.
+"""Models and batches of ``run.py``: transformers made from configurations, LoRA, a trained classifier.
 
-Weights are random and the same for a seed. Only the last linear layer is trained: AdamW on the features that the frozen
-rest gives it for a synthetic task, standardized, the standardization then folded into the layer. In the task, a text of
-class c holds one of four words of c in a share of its places and any words elsewhere, its length between three quarters
-of the model's and the whole; an image of class c is the picture of c under noise. ``MODELS`` says how strong, and how
-many classes the large models are trained on; batches are new draws from the classes seen.
+A seed determines the random weights. Only the last linear layer is trained, by AdamW on the standardized features of a
+synthetic task; the standardization is then folded into the layer. A text of class c has one of four words of c in a
+share of its places, random words elsewhere, and a length between three quarters of the model's length and all of it. An
+image of class c is the picture of c with noise. ``MODELS`` has the strength of the signal, and the number of classes
+that the large models are trained on; batches are new draws from those classes.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Batch(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a model is made.
+    """The construction of a model.
 
     Attributes:
-        make: from the number of outputs to a classifier.
-        rank: of LoRA, unless told.
+        make: returns a classifier, from the number of outputs.
+        rank: of LoRA by default.
         targets: names of the modules that get LoRA.
         task: peft's name of the task, or None.
         length: places of a text, or 0 for images.
-        signal: share of a text's places that hold a word of its class; of an image, its picture's sd over the noise's.
-        examples: what each class gives to the training of the last layer.
-        seen: most classes that take part in it.
+        signal: share of a text's places with a word of its class; for images, the sd of the picture over the noise's.
+        examples: of each class in the training of the last layer.
+        seen: largest number of classes in that training.
     """
 
     make: Callable[[int], nn.Module]
@@ -93,7 +93,7 @@ MODELS: dict[str, Recipe] = {
 
 
 def build(name: str, num_outputs: int, rank: int | None = None, *, seed: int = 0) -> PeftModel:
-    """A model in evaluation mode: LoRA with both factors drawn, and the classifier, trainable."""
+    """A model in evaluation mode with trainable LoRA, both factors drawn, and classifier."""
     recipe = MODELS[name]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,13 +109,13 @@ def build(name: str, num_outputs: int, rank: int | None = None, *, seed: int = 0
 
 
 def draw(name: str, labels: Tensor, generator: torch.Generator) -> Batch:
-    """Examples of the task with these labels; texts with the mask that a tokenizer gives."""
+    """Examples of the task with these labels; texts have a tokenizer's mask."""
     recipe = MODELS[name]
     return _texts(recipe, labels, generator) if recipe.length else _images(recipe, labels, generator)
 
 
 def batch(name: str, num_outputs: int, size: int, *, seed: int = 1) -> Batch:
-    """New examples of the classes that the model has seen."""
+    """New examples of the classes in the model's training."""
     generator = torch.Generator().manual_seed(seed)
     seen = min(num_outputs, MODELS[name].seen)
     return draw(name, torch.randint(seen, (size,), generator=generator), generator)
@@ -142,13 +142,13 @@ def _images(recipe: Recipe, labels: Tensor, generator: torch.Generator) -> Batch
 
 
 def last_layer(model: nn.Module, num_outputs: int) -> nn.Linear:
-    """The trainable linear layer that gives the outputs."""
-    found = [
+    """The trainable linear layer of the outputs."""
+    layers = [
         module
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad and module.out_features == num_outputs
     ]
-    return found[-1]
+    return layers[-1]
 
 
 def train_head(name: str, model: PeftModel, num_outputs: int, device: torch.device, *, seed: int = 2) -> float:
@@ -156,22 +156,22 @@ def train_head(name: str, model: PeftModel, num_outputs: int, device: torch.devi
     generator = torch.Generator().manual_seed(seed)
     recipe, layer = MODELS[name], last_layer(model, num_outputs)
     labels = torch.arange(min(num_outputs, recipe.seen)).repeat(recipe.examples)
-    found = _features(model, layer, draw(name, labels, generator), device)
-    mean, sd = found.mean(0), found.std(0) + 1e-6
-    found, labels = (found - mean) / sd, labels.to(device)
+    inputs = _features(model, layer, draw(name, labels, generator), device)
+    mean, sd = inputs.mean(0), inputs.std(0) + 1e-6
+    inputs, labels = (inputs - mean) / sd, labels.to(device)
     weight = torch.zeros_like(layer.weight).requires_grad_(True)
     bias = torch.zeros_like(layer.bias).requires_grad_(True)
     optimizer = torch.optim.AdamW([weight, bias], lr=HEAD_RATE, weight_decay=HEAD_DECAY)
     losses = []
     for _ in range(HEAD_STEPS):
         rows = torch.randint(len(labels), (min(HEAD_BATCH, len(labels)),), generator=generator).to(device)
-        loss = F.cross_entropy(F.linear(found[rows], weight, bias), labels[rows])
+        loss = F.cross_entropy(F.linear(inputs[rows], weight, bias), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     with torch.no_grad():
-        margins = F.linear(found, weight, bias).topk(2).values.diff().abs()
+        margins = F.linear(inputs, weight, bias).topk(2).values.diff().abs()
         if float(margins.min()) > SATURATED:  # float32 would leave no gradient for a step to follow
             shrink = UNSATURATED / margins.mean()
             weight, bias = weight * shrink, bias * shrink
@@ -182,7 +182,7 @@ def train_head(name: str, model: PeftModel, num_outputs: int, device: torch.devi
 
 @torch.no_grad()
 def _features(model: nn.Module, layer: nn.Linear, examples: Batch, device: torch.device) -> Tensor:
-    """What goes into a layer, (N, in)."""
+    """Inputs of a layer, (N, in)."""
     taken: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].clone()))
     try:

@@ -1,7 +1,7 @@
-"""What ``speed.py`` times: AdamW, the filter with three curvatures, and the methods of other packages.
+"""The methods of ``run.py``: AdamW, the filter with three curvatures, and methods of other packages.
 
-Each function takes a model of its own and two batches, and returns a :class:`Running`: whole steps on the second batch.
-IVON's package, ivon-opt, is under the GPL and in no extra: it is measured where it is installed. laplace-torch fits a
+Each function takes its own model and two batches, and returns a :class:`Running`: whole steps on the second batch.
+IVON's package, ivon-opt, is under the GPL and in no extra; it is measured if it is installed. laplace-torch fits a
 covariance at a fixed mean, and ``jacrev`` is the Jacobian alone: neither is a whole step.
 """
 
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 import bayes_kf as bkf
 from benchmarks.speed.models import Batch, logits, trainable
 
-RATE = 1e-4  # small, so that a hundred steps on one batch leave the model about as it was
+RATE = 1e-4  # small, so that a hundred steps on one batch hardly change the model
 EPSILON = 1e-3  # probability that `truncated` leaves out
-PRIOR_SD = 0.1  # of the peers that ask for one
+PRIOR_SD = 0.1  # for peers that need one
 
 
 class Running(NamedTuple):
-    """A method at work.
+    """A method with its model.
 
     Attributes:
         step: one whole step.
-        state: what a step changes, as one vector; it must differ after the first step.
-        facts: what is to be kept of the last step, besides its time.
+        state: the vector that a step changes; it must differ after the first step.
+        facts: further numbers of the last step.
     """
 
     step: Callable[[], None]
@@ -55,21 +55,21 @@ def adamw(model: nn.Module, _: Batch, batch: Batch) -> Running:
 
 
 def kalman(curvature: str, covariance: str = "diagonal") -> Make:
-    """The filter: ``update`` from the state after another batch, always the same one."""
+    """The filter: ``update`` from the state after another batch, the same state each time."""
 
     def make(model: nn.Module, before: Batch, batch: Batch) -> Running:
         kf = bkf.KalmanFilter(model, _config(curvature, covariance))
         state, info = kf.update(kf.init(before.inputs), *before)
-        kept: dict[str, Any] = {"state": state, "info": info}
+        current: dict[str, Any] = {"state": state, "info": info}
 
         def step() -> None:
-            kept.clear()  # not three states at a time
-            kept["state"], kept["info"] = kf.update(state, *batch)
+            current.clear()  # not three states at a time
+            current["state"], current["info"] = kf.update(state, *batch)
 
         def now() -> Tensor:
-            return torch.cat([kept["state"].belief.mean, kf.marginal_variance(kept["state"])])
+            return torch.cat([current["state"].belief.mean, kf.marginal_variance(current["state"])])
 
-        return Running(step, now, lambda: _seen(kept["info"]))
+        return Running(step, now, lambda: _seen(current["info"]))
 
     return make
 
@@ -104,13 +104,13 @@ def posteriors_ekf(model: nn.Module, _: Batch, batch: Batch) -> Running:
         return -F.cross_entropy(outputs, given.labels, reduction="none"), outputs
 
     transform = diag_fisher.build(log_likelihood, lr=RATE, per_sample=True, init_sds=PRIOR_SD)
-    kept = {"state": transform.init({name: p.detach().clone() for name, p in trainable(model).items()})}
+    current = {"state": transform.init({name: p.detach().clone() for name, p in trainable(model).items()})}
 
     def step() -> None:
-        kept["state"], _ = transform.update(kept["state"], batch)
+        current["state"], _ = transform.update(current["state"], batch)
 
     def now() -> Tensor:
-        parts = (kept["state"].params, kept["state"].sd_diag)
+        parts = (current["state"].params, current["state"].sd_diag)
         return torch.cat([_flat([part[name] for name in trainable(model)]) for part in parts])
 
     return Running(step, now)
@@ -148,13 +148,13 @@ def laplace_fit(structure: str) -> Make:
     def make(model: nn.Module, _: Batch, batch: Batch) -> Running:
         with warnings.catch_warnings(action="ignore"):
             from laplace import Laplace
-        key = next(iter(batch.inputs))  # where it looks for the batch size
+        key = next(iter(batch.inputs))  # laplace-torch reads the batch size from this key
         fitted = Laplace(_Logits(model), "classification", "all", structure, dict_key_x=key)
         loader = _Loader(batch)
 
         def now() -> Tensor:
-            found = getattr(fitted, "H", None)
-            groups = [[found]] if isinstance(found, Tensor) else getattr(found, "eigenvalues", [])
+            hessian = getattr(fitted, "H", None)
+            groups = [[hessian]] if isinstance(hessian, Tensor) else getattr(hessian, "eigenvalues", [])
             return _flat([part for group in groups for part in group] or [torch.zeros(1)])
 
         return Running(lambda: fitted.fit(loader), now)
@@ -171,14 +171,14 @@ def jacrev(model: nn.Module, _: Batch, batch: Batch) -> Running:
         return torch.func.functional_call(model, tensors, kwargs=batch.inputs).logits
 
     def step() -> None:
-        found = torch.func.jacrev(outputs)(parameters)
-        firsts[:] = [rows.flatten(2)[:, :, 0].clone() for rows in found.values()]
+        jacobian = torch.func.jacrev(outputs)(parameters)
+        firsts[:] = [rows.flatten(2)[:, :, 0].clone() for rows in jacobian.values()]
 
     return Running(step, lambda: _flat(firsts or [torch.zeros(1)]))
 
 
 class Method(NamedTuple):
-    """How a method is made and called, the package it needs, and whether eager attention suits it better than SDPA."""
+    """A method's constructor, title, required package, and whether it needs eager attention in the place of SDPA."""
 
     make: Make
     title: str
@@ -202,7 +202,7 @@ METHODS: dict[str, Method] = {
 
 
 def installed(name: str) -> str | None:
-    """Version of the package that a method needs; "" for none, None where it is absent."""
+    """Version of the package that a method needs; "" for none, None if it is absent."""
     package = METHODS[name].package
     try:
         return version(package) if package else ""
@@ -211,7 +211,7 @@ def installed(name: str) -> str | None:
 
 
 class _Logits(nn.Module):
-    """From a mapping to a tensor."""
+    """A model that takes a mapping and returns a tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class _Logits(nn.Module):
 
 
 class _Loader:
-    """One batch as laplace-torch reads them."""
+    """One batch as a loader for laplace-torch."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch, self.dataset = {**batch.inputs, "labels": batch.labels}, range(len(batch.labels))
@@ -236,7 +236,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 
 def _seen(info: Any) -> dict[str, float]:
-    """How many classes hold 1 − ε of the probability, how right the model is, and whether the guard stepped in."""
+    """The number of classes with 1 − ε of the probability, the accuracy, and the guard's damping."""
     ordered = info.outputs.softmax(1).sort(1, descending=True).values
     kept = (ordered.cumsum(1) < 1 - EPSILON).sum(1) + 1
     facts = {"kept_classes": kept.double().mean().item(), "damping": float(info.damping)}

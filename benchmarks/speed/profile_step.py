@@ -1,31 +1,29 @@
-"""Where the time of a step goes, in AdamW steps, and the floor under it: the forward and backward passes that it makes.
+"""The time of a step by part, in AdamW steps, and its lower bound: the forward and backward passes that it makes.
 
 An exact step needs a forward pass and m − 1 backward passes of the batch, a sampled one a forward pass and two backward
-passes; torch runs them, and everything else is this package's. Each part of a step is timed where it is called, a part
-inside another is taken off it, and the table has medians over rounds that alternate with AdamW steps. Timing by parts
-slows a small step by a few percent, so whole steps are also timed without it. Same models and cells as `speed.py`.
+passes. torch runs those; the rest is this package's. Each part of a step is timed where it is called, without the parts
+inside it, and the table has medians over rounds that alternate with AdamW steps. Timing by parts slows a small step by
+a few percent, so whole steps are also timed without it. Models and cells are those of ``run.py``.
 
-    python benchmarks/profile_step.py                                   # the cells that have targets
-    python benchmarks/profile_step.py --models bert-64 --methods exact --batches 16 --outputs 100
-    python benchmarks/profile_step.py --table                           # print what is there
+    python -m benchmarks.speed.profile_step                                   # the cells with targets
+    python -m benchmarks.speed.profile_step --models bert-64 --methods exact --batches 16 --outputs 100
+    python -m benchmarks.speed.profile_step --table                           # the table from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from bayes_kf import KalmanFilter
 from bayes_kf.inference.filtering import measurement_update
@@ -33,6 +31,7 @@ from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.linearization.row_buffer import RowBuffer
 from bayes_kf.inference.linearization.tape import Tape
 from bayes_kf.models.adapter import AdapterModel
+from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.speed.measure import Cell, Weights, first_step, load, start
 from benchmarks.speed.models import MODELS
@@ -42,7 +41,7 @@ CPU = torch.device("cpu")
 CURVATURES = ("exact", "truncated", "sampled")
 MAX_ROUNDS = 100
 FORWARD, BACKWARD, REST = "forward passes", "backward passes", "the rest"
-PARTS: dict[str, list[tuple[Any, str]]] = {  # part of a step -> the functions that are it
+PARTS: dict[str, list[tuple[Any, str]]] = {  # part of a step -> its functions
     FORWARD: [(AdapterModel, "run")],
     BACKWARD: [(Tape, "cotangents")],
     "rows": [(RowBuffer, "add")],
@@ -56,7 +55,7 @@ FLOOR = (FORWARD, BACKWARD)
 
 
 class Clock:
-    """Seconds and calls by part; a part inside another counts for itself alone."""
+    """Seconds and calls by part; the time of a part does not include parts inside it."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -64,7 +63,7 @@ class Clock:
         self._inside: list[float] = []
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with its time taken."""
+        """The function, timed."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -84,14 +83,17 @@ class Clock:
 
 @contextmanager
 def clocked() -> Iterator[Clock]:
-    """Every part of a step timed inside."""
-    clock, kept = Clock(), [(part, owner, name, getattr(owner, name)) for part in PARTS for owner, name in PARTS[part]]
+    """A context in which every part of a step is timed."""
+    clock, originals = (
+        Clock(),
+        [(part, owner, name, getattr(owner, name)) for part in PARTS for owner, name in PARTS[part]],
+    )
     try:
-        for part, owner, name, function in kept:
+        for part, owner, name, function in originals:
             setattr(owner, name, clock.timed(part, function))
         yield clock
     finally:
-        for _, owner, name, function in kept:
+        for _, owner, name, function in originals:
             setattr(owner, name, function)
 
 
@@ -111,12 +113,12 @@ def profile(cell: Cell, method: str, weights: Path, seconds: float) -> dict[str,
         plain.append(whole / unit)
         parts.append({part: taken / unit for part, taken in clock.seconds.items()})
         calls = clock.calls
-    found = {part: statistics.median(one[part] for one in parts) for part in PARTS}
-    return {"rounds": len(plain), "whole": statistics.median(plain), "parts": found, "calls": calls}
+    medians = {part: statistics.median(one[part] for one in parts) for part in PARTS}
+    return {"rounds": len(plain), "whole": statistics.median(plain), "parts": medians, "calls": calls}
 
 
 def span(step: Callable[[], None]) -> float:
-    """Seconds of a step that follows an untimed one, and so starts from its own caches."""
+    """Seconds of a step that follows an untimed one, so that it starts with its own caches."""
     step()
     begun = time.perf_counter()
     step()
@@ -144,13 +146,13 @@ def _parse(key: str) -> tuple[Cell, str]:
     return Cell.of(name), method
 
 
-def _row(key: str, found: dict[str, Any]) -> list[str]:
+def _row(key: str, measured: dict[str, Any]) -> list[str]:
     cell, method = _parse(key)
-    parts, calls = found["parts"], found["calls"]
+    parts, calls = measured["parts"], measured["calls"]
     bound = TARGETS[method].get((cell.batch, cell.outputs))
     return [
         f"{method}, B={cell.batch} m={cell.outputs}",
-        number(found["whole"]),
+        number(measured["whole"]),
         "–" if bound is None else f"{bound:g}",
         number(sum(parts[part] for part in FLOOR)),
         *(number(parts[part]) for part in PARTS),
@@ -167,25 +169,25 @@ LEGEND = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["bert-64", "bert-tiny"])
-    parser.add_argument("--methods", nargs="+", choices=CURVATURES, default=CURVATURES)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B")
-    parser.add_argument("--outputs", nargs="+", type=int, default=[10, 100], metavar="M")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for the rounds of a cell, at least three")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    """The command line."""
+    command = Command(__doc__, threads=2).names("--models", MODELS, ("bert-64", "bert-tiny"), "models")
+    command.names("--methods", CURVATURES, text="curvatures").numbers("--batches", (1, 16), "batch sizes")
+    command.numbers("--outputs", (10, 100), "numbers of outputs")
+    command.option("--seconds", type=float, default=5.0, help="for the rounds of a cell, at least three (%(default)s)")
+    args = command.redo().table().parse()
     file = ResultFile("profile")
     if not args.table:
-        file.begin()
         cells = [Cell(model, size, m) for model in args.models for m in args.outputs for size in args.batches]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
             weights = Weights(Path(folder), CPU)
-            for cell in tqdm(cells, unit="cell", disable=not sys.stderr.isatty()):
-                for method in args.methods:
-                    file.put(f"{cell.key}/{method}", profile(cell, method, weights.file(cell), args.seconds))
+
+            def measured(cell: Cell, method: str) -> dict[str, Any]:
+                return profile(cell, method, weights.file(cell), args.seconds)
+
+            work = {
+                f"{cell.key}/{method}": partial(measured, cell, method) for cell in cells for method in args.methods
+            }
+            run_cells(file, work, args.redo)
     print(file.write_markdown("Where the time of a step goes", render(file.cells)))
 
 

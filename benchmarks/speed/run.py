@@ -1,18 +1,18 @@
-"""What a whole step costs, in AdamW steps on the same model and batch, and how much memory it takes; peers beside it.
+"""Cost of a whole step, in AdamW steps on the same model and batch, and its memory, beside other packages.
 
 Cells: B in 1, 16, 64 and m in 2, 10, 100, 1000 on two 2-layer BERTs (LoRA on query and value), ViT-B/16 (rank 8 on
-query) and RoBERTa-base (rank 4 on query and value), from configurations, with a trained classifier (`_speed_models.py`
-says how it was trained). A step linearizes and conditions. In each round of a cell every method takes its turn; the
-table has medians of the rounds' ratios to AdamW. Memory is the peak of one warm step above what is held before it, in a
-process of its own (Linux). A method whose step takes longer than `--cap` or more than `--memory-limit` is left out with
-the reason, also in the cells of the same model that are larger. Peers need `pip install bayes-kf[bench]`.
+query) and RoBERTa-base (rank 4 on query and value), made from configurations, with a trained classifier (``models.py``
+says how it is trained). A step linearizes and conditions. Each round of a cell runs every method once; the table has
+the medians of the rounds' ratios to AdamW. Memory is the peak of one warm step above the memory before it, in a process
+of its own (Linux). A method whose step takes longer than `--cap` or more memory than `--memory-limit` is left out with
+the reason, also in larger cells of the same model. Other packages need `pip install bayes-kf[bench]`.
 
-    python benchmarks/speed.py                                      # everything; a stopped run goes on where it was
-    python benchmarks/speed.py --models bert-tiny --batches 1 16 --outputs 10 --seconds 5
-    python benchmarks/speed.py --models bert-tiny --redo 'B16/m100/(time|memory/exact)$'
-    python benchmarks/speed.py --scaling                            # cost against m and n: results/speed.png
-    python benchmarks/speed.py --device cuda                        # into files of its own
-    python benchmarks/speed.py --table                              # print what is there
+    python -m benchmarks.speed.run                                      # everything; a stopped run continues
+    python -m benchmarks.speed.run --models bert-tiny --batches 1 16 --outputs 10 --seconds 5
+    python -m benchmarks.speed.run --models bert-tiny --redo 'B16/m100/(time|memory/exact)$'
+    python -m benchmarks.speed.run --scaling                            # cost against m and n: results/speed.png
+    python -m benchmarks.speed.run --device cuda                        # into files of its own
+    python -m benchmarks.speed.run --table                              # the table from existing results
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import re
 import sys
 import tempfile
 import warnings
@@ -30,8 +29,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from benchmarks.common.command import Command, is_due
 from benchmarks.common.result_files import ResultFile
-from benchmarks.speed.measure import Cell, Weights, memory_elsewhere, time_cell
+from benchmarks.speed.measure import Cell, Weights, memory_in_process, time_cell
 from benchmarks.speed.models import MODELS
 from benchmarks.speed.peers import METHODS, installed
 from benchmarks.speed.table import plot, render
@@ -48,27 +48,21 @@ print_err = functools.partial(tqdm.write, file=sys.stderr)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="AdamW is always there")
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B")
-    parser.add_argument("--outputs", nargs="+", type=int, default=OUTPUTS, metavar="M")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds after the first three")
-    parser.add_argument("--cap", type=float, default=60.0, help="seconds that a step may take")
-    parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB that a method may allocate on the CPU")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scaling", action="store_true", help="cost against m and n instead of the cells")
-    parser.add_argument("--redo", metavar="REGEX", help="measure again what is there and matches, as `.` for all")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    args = parser.parse_args()
+    """The options; AdamW is always measured, other methods only if their package is installed."""
+    command = Command(__doc__, threads=2).names("--models", MODELS).names("--methods", METHODS)
+    command.numbers("--batches", BATCHES, "batch sizes").numbers("--outputs", OUTPUTS, "numbers of outputs")
+    command.option("--seconds", type=float, default=20.0, help="for the rounds after the first three (%(default)s)")
+    command.option("--cap", type=float, default=60.0, help="seconds that a step may take (%(default)s)")
+    command.option("--memory-limit", type=float, default=12.0, help="GiB that a method may allocate (%(default)s)")
+    command.option("--device", default="cpu").option("--scaling", action="store_true", help="only cost against m and n")
+    args = command.redo().table().parse()
     args.methods = [m for m in METHODS if m in {"adamw", *args.methods} and installed(m) is not None]
     return args
 
 
 def main() -> None:
+    """The command line."""
     args = parse()
-    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     parts = ["speed", device.type * (device.type != "cpu"), f"threads{args.threads}" * (args.threads != 2)]
     file = ResultFile("-".join(part for part in parts if part))
@@ -97,26 +91,26 @@ def run_cells(file: ResultFile, weights: Weights, args: argparse.Namespace) -> N
 
 
 def run_memory(cell: Cell, method: str, file: ResultFile, weights: Weights, args: argparse.Namespace) -> None:
-    """Put a method's memory, or why there is none, into the file."""
+    """Put a method's memory, or the reason that it has none, into the file."""
     key = key_of(cell, method)
-    if not is_due(key, file, args):
+    if not is_due(file, key, args.redo):
         return
-    smaller = beaten_before(cell, method, file)
+    smaller = smaller_failure(cell, method, file)
     if smaller is not None:
         reason = file.cells[key_of(smaller, method)]["skipped"]
-        found: dict[str, Any] = {"skipped": f"already at {smaller.key}: {reason}"}
+        result: dict[str, Any] = {"skipped": f"already at {smaller.key}: {reason}"}
     else:
-        found = memory_elsewhere(cell, method, weights.file(cell), vars(args))
-    file.put(key, found | {"version": installed(method)})
-    print_err(f"{key}: " + (found.get("skipped") or f"{found['mib']:.1f} MiB, {1e3 * found['seconds']:.0f} ms"))
+        result = memory_in_process(cell, method, weights.file(cell), vars(args))
+    file.put(key, result | {"version": installed(method)})
+    print_err(f"{key}: " + (result.get("skipped") or f"{result['mib']:.1f} MiB, {1e3 * result['seconds']:.0f} ms"))
 
 
 def key_of(cell: Cell, method: str) -> str:
-    """Where the file has a method's memory."""
+    """The key of a method's memory."""
     return f"{cell.key}/memory/{method}"
 
 
-def beaten_before(cell: Cell, method: str, file: ResultFile) -> Cell | None:
+def smaller_failure(cell: Cell, method: str, file: ResultFile) -> Cell | None:
     """A cell no larger than this one in which the method ran out of time or memory."""
     for size, outputs in itertools.product(BATCHES, OUTPUTS):
         other = cell._replace(batch=size, outputs=outputs)
@@ -129,19 +123,19 @@ def beaten_before(cell: Cell, method: str, file: ResultFile) -> Cell | None:
 def run_time(
     key: str, cell: Cell, methods: list[str], file: ResultFile, weights: Weights, args: argparse.Namespace
 ) -> None:
-    """Put the times of a cell into the file, unless they are there for all these methods."""
+    """Put the times of a cell into the file, unless all these methods have theirs."""
     key = f"{key}/time"
     missing = set(methods) - set(file.cells.get(key, {}).get("ratio", {}))
-    if not missing and not is_due(key, file, args):
+    if not missing and not is_due(file, key, args.redo):
         return
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):  # of the peers
-        found = time_cell(cell, methods, weights.file(cell), weights.device, args.seconds)
+        times = time_cell(cell, methods, weights.file(cell), weights.device, args.seconds)
     if weights.device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(weights.device)
-    file.put(key, found)
-    ratios = "  ".join(f"{method} {ratio:.2f}" for method, ratio in found["ratio"].items())
-    print_err(f"{key}: {found['rounds']} rounds, AdamW {found['milliseconds']['adamw']:.1f} ms; {ratios}")
+        times["device"] = torch.cuda.get_device_name(weights.device)
+    file.put(key, times)
+    ratios = "  ".join(f"{method} {ratio:.2f}" for method, ratio in times["ratio"].items())
+    print_err(f"{key}: {times['rounds']} rounds, AdamW {times['milliseconds']['adamw']:.1f} ms; {ratios}")
 
 
 def run_scaling(file: ResultFile, weights: Weights, args: argparse.Namespace) -> None:
@@ -150,11 +144,6 @@ def run_scaling(file: ResultFile, weights: Weights, args: argparse.Namespace) ->
     cells |= {f"scaling-n/{rank}": Cell("bert-tiny", 16, 10, rank) for rank in SCALING_RANKS}
     for key, cell in tqdm(cells.items(), unit="cell", disable=not sys.stderr.isatty()):
         run_time(key, cell, [m for m in SCALING_METHODS if m in args.methods], file, weights, args)
-
-
-def is_due(key: str, file: ResultFile, args: argparse.Namespace) -> bool:
-    """Whether a key is missing, or to be measured again."""
-    return key not in file.cells or bool(args.redo and re.search(args.redo, key))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""The filter on 1 to 4 processes: examples per second, bytes sent and memory of each, and what that means for more.
+"""The filter on 1 to 4 processes: examples per second, bytes sent and memory of each, and a model of more processes.
 
 The text task: MiniLM with LoRA and a new head on SST-2 (../shared/data or $BAYES_KF_DATA; the encoder comes with the
-extra ``bench``). Every process has one thread and its share of a global batch of fixed size; the fastest of several
-rounds counts, forms and numbers of processes taking turns. The model of `docs/distributed.md` is fitted to it.
+extra ``bench``). Every process has one thread and its share of a global batch of fixed size. The fastest of several
+rounds counts; forms and numbers of processes alternate. The model of `docs/distributed.md` is fitted to it.
 
-    python benchmarks/scaling.py                       # a table and a picture in benchmarks/results
-    python benchmarks/scaling.py --batch 64 --rounds 5
-    python benchmarks/scaling.py --table               # anew from what is there
+    python -m benchmarks.speed.scaling                       # results/scaling.md and .png
+    python -m benchmarks.speed.scaling --batch 64 --rounds 5
+    python -m benchmarks.speed.scaling --table               # the table and the figure from existing results
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import time
@@ -28,6 +27,7 @@ from torch import multiprocessing
 
 import bayes_kf as bkf
 from bayes_kf.distributed import DataParallelFilter, ShardedFilter
+from benchmarks.common.command import Command
 from benchmarks.common.data import data_folder
 from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.common.text import minilm, sentences
@@ -44,33 +44,30 @@ RANK, TIMED = 8, 6
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32, help="examples of a global batch (default: %(default)s)")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--table", action="store_true", help="only write the table")
-    args = parser.parse_args()
+    command = Command(__doc__).option("--batch", type=int, default=32, help="examples of a global batch (%(default)s)")
+    command.numbers("--processes", (1, 2, 3, 4), "numbers of processes")
+    args = command.option("--rounds", type=int, default=3, help="rounds (%(default)s)").table().parse()
     file = ResultFile("scaling")
     if not args.table:
-        data_folder()  # says what is missing before anything is started
+        data_folder()  # raises before any process starts if data is missing
         file.begin()
         set_forkserver_preload(["transformers.models.bert.modeling_bert", "peft", "bayes_kf.distributed"])
         for round_ in range(args.rounds):
             for size in args.processes:
                 for form in FORMS:
-                    found = measured(form, size, args.batch)
+                    cell = measured(form, size, args.batch)
                     key = f"{args.batch}/{form}/{size}"
                     before = file.cells.get(key, {}) if round_ else {}
-                    if not before or found["seconds"] < before["seconds"]:
-                        file.put(key, found)
-                    print(f"{key}: {args.batch / found['seconds']:.1f} examples a second", flush=True)
+                    if not before or cell["seconds"] < before["seconds"]:
+                        file.put(key, cell)
+                    print(f"{key}: {args.batch / cell['seconds']:.1f} examples a second", flush=True)
     file.write_markdown("The filter on several processes", body(file.cells))
     draw(file.cells, file.path.with_suffix(".png"))
     print(f"table in {file.path.with_suffix('.md').name}")
 
 
 def measured(form: str, size: int, batch: int) -> dict[str, Any]:
-    """What the processes of one run saw: the slowest step's time of the quickest, the most bytes of any."""
+    """The largest numbers of any process in one run: seconds of its fastest step, bytes, memory."""
     with socket.socket() as free, TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -118,16 +115,16 @@ def _process(rank: int, form: str, size: int, batch: int, port: int, folder: str
 
 def _linearizing(kf: Any, some: Any) -> float:
     """Seconds that this process's forward and backward passes take by themselves."""
-    mean, found = kf.adapter.vector(), []
+    mean, seconds = kf.adapter.vector(), []
     for _ in range(3):
         begun = time.perf_counter()
         kf.kf.linearize(mean, some.inputs).softmax_jacobian()
-        found.append(time.perf_counter() - begun)
-    return min(found)
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
 
 
 def body(cells: dict[str, dict[str, Any]]) -> list[str]:
-    """The Markdown."""
+    """Body of the Markdown file."""
     lines: list[str] = []
     for batch in sorted({cell["batch"] for cell in cells.values()}):
         rows = []
@@ -169,21 +166,25 @@ def body(cells: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
-    """Speed over one process, and what every process holds."""
+    """Speed relative to one process, and memory of every process."""
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     batch = max(cell["batch"] for cell in cells.values())
     for (form, (title, _, _)), colour, marker in zip(
         FORMS.items(), ("#0072B2", "#009E73", "#D55E00"), "os^", strict=True
     ):
-        found = {c["processes"]: c for k, c in cells.items() if k.startswith(f"{batch}/{form}/")}
-        sizes = sorted(found)
-        if 1 not in found:
+        by_size = {c["processes"]: c for k, c in cells.items() if k.startswith(f"{batch}/{form}/")}
+        sizes = sorted(by_size)
+        if 1 not in by_size:
             continue
         left.plot(
-            sizes, [found[1]["seconds"] / found[s]["seconds"] for s in sizes], marker=marker, color=colour, label=title
+            sizes,
+            [by_size[1]["seconds"] / by_size[s]["seconds"] for s in sizes],
+            marker=marker,
+            color=colour,
+            label=title,
         )
-        right.plot(sizes, [found[s]["belief"] / 2**20 for s in sizes], marker=marker, color=colour, label=title)
+        right.plot(sizes, [by_size[s]["belief"] / 2**20 for s in sizes], marker=marker, color=colour, label=title)
     left.axhline(1.5, color="0.6", linewidth=1, linestyle=":")
     left.set(
         xlabel="processes (on two cores)", ylabel="examples a second, over one process", xticks=[1, 2, 3, 4], ylim=0

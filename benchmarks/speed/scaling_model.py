@@ -1,4 +1,4 @@
-"""How long a step takes on many GPUs: the formulas of `docs/distributed.md`, with the figures that go in."""
+"""A model of a step's time on many GPUs: the formulas of `docs/distributed.md` and their constants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOX = 8
 
 
 class Place(NamedTuple):
-    """A base and an adapter.
+    """A base model and an adapter.
 
     Attributes:
         name: for the table.
@@ -24,7 +24,7 @@ class Place(NamedTuple):
         tokens: of an example.
         directions: c rows of an example.
         rank: L of the belief.
-        fsdp: whether the base's weights are gathered for every pass, 2 bytes each.
+        fsdp: whether the base's weights are gathered for every pass, at 2 bytes each.
     """
 
     name: str
@@ -44,7 +44,7 @@ PLACES = (
 
 
 class Step(NamedTuple):
-    """Seconds by part, bytes sent, bytes held beside the model."""
+    """Seconds by part, bytes sent, and bytes in memory beside the model."""
 
     parts: dict[str, float]
     sent: float
@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
 
 def step_model(place: Place, size: int) -> Step:
-    """The sharded form, nothing overlapping."""
+    """A step of the sharded form, without overlap of computation and communication."""
     batch, n, c, wide = EACH * size, place.adapter, place.directions, INSIDE if size <= BOX else ACROSS
     rows = batch * c
     passes = 2 * place.base * EACH * place.tokens * (1 + 2 * c)  # forward, and c backward through the activations

@@ -1,4 +1,4 @@
-"""Cells of ``speed.py`` as Markdown and as a plot."""
+"""Results of ``run.py`` as Markdown and as a figure."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ LEGEND = (
 
 
 def render(cells: Cells, picture: str) -> list[str]:
-    """Body of the Markdown file, which shows ``picture``."""
+    """Body of the Markdown file, with the figure ``picture``."""
     lines = [LEGEND, ""]
     for model in MODELS:
-        found = _sizes(cells, model)
-        if found:
-            lines += [f"## {model}: {DESCRIPTIONS[model]}", "", *_model(cells, model, found), ""]
+        sizes = _sizes(cells, model)
+        if sizes:
+            lines += [f"## {model}: {DESCRIPTIONS[model]}", "", *_model(cells, model, sizes), ""]
     lines += _targets(cells)
     lines += _scaling(cells, picture)
     versions = {METHODS[_last(k)].package: c["version"] for k, c in cells.items() if c.get("version")}
@@ -73,14 +73,14 @@ def _model(cells: Cells, model: str, sizes: Sequence[Cell]) -> list[str]:
 
 
 def _table(cells: Cells, sizes: Sequence[Cell], text: Callable[[Cell, str], str]) -> list[str]:
-    """A row for each method that has a cell, a column for each size."""
+    """A row for each measured method, a column for each size."""
     header = ["", *(f"B={cell.batch} m={cell.outputs:,}" for cell in sizes)]
     present = [m for m in METHODS if any(f"{cell.key}/memory/{m}" in cells for cell in sizes)]
     rows = [[METHODS[method].title, *(text(cell, method) for cell in sizes)] for method in present]
     if text(sizes[0], "adamw") == "1":
         rows.append(["AdamW, milliseconds", *(_fact(cells, c, lambda t: t["milliseconds"]["adamw"]) for c in sizes)])
-        kept = [_fact(cells, c, lambda t: t["facts"]["truncated"]["kept_classes"]) for c in sizes]
-        rows += [["classes that hold 1 − ε, mean", *kept]] if set(kept) != {"–"} else []
+        classes = [_fact(cells, c, lambda t: t["facts"]["truncated"]["kept_classes"]) for c in sizes]
+        rows += [["classes that hold 1 − ε, mean", *classes]] if set(classes) != {"–"} else []
     return markdown_table(header, rows)
 
 
@@ -115,7 +115,7 @@ def _fact(cells: Cells, cell: Cell, take: Callable[[Mapping[str, Any]], float]) 
 
 
 def _targets(cells: Cells) -> list[str]:
-    """Statements about memory and peers, each with what was measured."""
+    """Statements about memory and other packages, each with its measured value."""
     big, small, huge = (Cell(TARGET_MODEL, 16, m).key for m in (100, 10, 50_000))
 
     def memory(key: str, method: str) -> float | None:
@@ -141,7 +141,7 @@ def _targets(cells: Cells) -> list[str]:
 
 
 def _scaling(cells: Cells, picture: str) -> list[str]:
-    """The plotted numbers, and how milliseconds grow over the upper half of them."""
+    """The plotted numbers, and the growth of milliseconds over their upper half."""
     lines = []
     for axis, title in AXES.items():
         sizes, ratios = curves(cells, axis, "ratio")
@@ -159,16 +159,16 @@ def _scaling(cells: Cells, picture: str) -> list[str]:
 
 def curves(cells: Cells, axis: str, field: str) -> tuple[list[int], dict[str, list[float]]]:
     """Sizes along an axis, and a field of each method's times there."""
-    found = [(key, cell) for key, cell in cells.items() if key.startswith(f"scaling-{axis}/")]
+    measured = [(key, cell) for key, cell in cells.items() if key.startswith(f"scaling-{axis}/")]
     points = sorted(
-        ((int(key.split("/")[1]) if axis == "m" else cell["trainable"], cell[field]) for key, cell in found),
+        ((int(key.split("/")[1]) if axis == "m" else cell["trainable"], cell[field]) for key, cell in measured),
         key=lambda point: point[0],
     )
     return [size for size, _ in points], {k: [f.get(k, math.nan) for _, f in points] for k in ("adamw", *CURVES)}
 
 
 def plot(cells: Cells, path: Path) -> None:
-    """Cost in AdamW steps against m and against n, two panels; nothing where neither was measured."""
+    """Cost in AdamW steps against m and against n, two panels; no figure if neither was measured."""
     if not any(key.startswith("scaling-") for key in cells):
         return
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")

@@ -16,6 +16,7 @@ FILES = {
     "sst2": "text/sst2.json.xz",
     "cola": "text/cola.json.xz",
     "mrpc": "text/mrpc.json.xz",
+    "kmnist": "kmnist-test/x.npy.xz",
 }
 PROBLEMS = found_problems()
 

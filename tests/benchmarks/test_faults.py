@@ -1,4 +1,4 @@
-"""Damaged folders and full disks, some of each; thousands are in ``benchmarks/faults.py``."""
+"""Damaged folders and full disks, some of each; thousands are in ``benchmarks/reliability/faults.py``."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_a_disk_that_is_full_or_read_only(mounted):
 
 @pytest.mark.parametrize("covariance", soak.EXACT)
 def test_innovations_of_an_exact_filter_stay_in_their_band(covariance):
-    """Two thousand updates; a million are in ``benchmarks/soak.py``."""
+    """Two thousand updates; a million are in ``benchmarks/reliability/soak.py``."""
     found = soak.run(covariance, 2_000, seed=7, progress=False)
     assert found["band_low"] < found["innovations"] < found["band_high"]
     assert found["windows_outside"] == 0

@@ -168,5 +168,5 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_without_the_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"`path` must hold what benchmarks/train_clip\.py writes"):
+    with pytest.raises(FileNotFoundError, match=r"`path` must be the output of benchmarks/few_shot/train_clip\.py"):
         run.main(["--weights", str(tmp_path / "none"), "--results", str(tmp_path)])

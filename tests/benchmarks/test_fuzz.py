@@ -1,4 +1,4 @@
-"""Files made to break readers, some of each kind; tens of thousands are in ``benchmarks/fuzz.py``."""
+"""Broken files for every reader, some of each kind; tens of thousands are in ``benchmarks/reliability/fuzz.py``."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A pass that is killed while it writes its checkpoints goes on; 200 kills are in ``benchmarks/kills.py``."""
+"""A pass that is killed while it writes checkpoints resumes; ``benchmarks/reliability/kills.py`` does it 200 times."""
 
 import sys
 

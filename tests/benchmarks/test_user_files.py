@@ -1,4 +1,4 @@
-"""Random sequences of what users do to folders; 500 are in ``benchmarks/foreign_files.py``."""
+"""Random sequences of saves in folders with a user's files; 500 are in ``benchmarks/reliability/user_files.py``."""
 
 import sys
 

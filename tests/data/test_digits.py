@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayes_kf.data import CORRUPTIONS, corrupt, foreign_images, uci_digits, uci_digits_split
+from bayes_kf.data import CORRUPTIONS, corrupt, photo_patches, uci_digits, uci_digits_split
 
 
 def test_uci_digits_are_in_the_models_convention():
@@ -91,17 +91,17 @@ def test_corruption_errors(arguments, message):
         corrupt(*arguments)
 
 
-def test_foreign_images_are_real_and_fixed():
-    patches = foreign_images(40)
+def test_photo_patches_are_real_and_fixed():
+    patches = photo_patches(40)
     assert patches.shape == (40, 1, 28, 28)
     assert patches.dtype == torch.float32
     assert patches.min() >= -1
     assert patches.max() <= 1
     assert patches.std() > 0.2
-    assert torch.equal(patches[:10], foreign_images(10))
-    assert not torch.equal(patches, foreign_images(40, seed=1))
+    assert torch.equal(patches[:10], photo_patches(10))
+    assert not torch.equal(patches, photo_patches(40, seed=1))
     with pytest.raises(ValueError, match=r"`num` must be at least 1, got 0"):
-        foreign_images(0)
+        photo_patches(0)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def expected():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_several_processes_are_one(size, expected, tmp_path):
+def test_several_processes_equal_one(size, expected, tmp_path):
     found = run(size, together, tmp_path, size, list(cases.CASES))
     for name, (state, infos) in expected.items():
         for here in (process[name] for process in found):

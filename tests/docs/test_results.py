@@ -37,6 +37,13 @@ def test_a_table_is_cut_to_rows_and_columns():
     assert all(cell.strip() in page for cell in default.split("|"))
 
 
+def test_a_column_may_have_an_equals_sign_in_its_name():
+    ratio = cells("speed")["bert-tiny/B16/m100/time"]["ratio"]["exact"]
+    found = results.table("speed", section="bert-tiny", rows="exact", columns="B=16 m=100")
+    assert found.splitlines()[0] == "|  | B=16 m=100 |"
+    assert f"{ratio:.3g}" in found.splitlines()[2]
+
+
 @pytest.mark.parametrize("options", [{"rows": "nobody"}, {"columns": "nothing"}, {"section": "nowhere"}])
 def test_what_is_not_there_is_an_error(options):
     (name,) = options

@@ -24,8 +24,8 @@ def test_inputs_become_the_models_dtype(model_dtype, dtype):
     assert torch.equal(adapter.outputs(adapter.vector(), x), expected)
 
 
-def test_numpys_arrays_are_learned_from_and_predicted():
-    """NumPy makes float64 unless asked not to, which torch's layers refuse."""
+def test_fit_and_predict_accept_numpys_float64():
+    """NumPy's default is float64, which torch's layers refuse."""
     rng = np.random.default_rng(0)
     x, y = torch.from_numpy(rng.normal(size=(40, 3))), torch.from_numpy(rng.integers(0, 2, size=40))
     loader = DataLoader(TensorDataset(x, y), batch_size=8)
@@ -40,7 +40,7 @@ def test_numpys_arrays_are_learned_from_and_predicted():
 
 
 class Clock(nn.Module):
-    """Takes what only float64 can tell apart, and says so by a buffer of it."""
+    """Needs float64 inputs, and has a float64 buffer."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Clock(nn.Module):
         return self.layer((x - self.origin).float())
 
 
-def test_models_that_take_several_dtypes_are_given_what_came():
+def test_inputs_of_models_with_several_dtypes_are_not_cast():
     adapter = AdapterModel(Clock())
     x = torch.tensor([[1.7e9 + 1.0], [1.7e9 + 2.0]], dtype=torch.float64)
     seconds = torch.tensor([[1.0], [2.0]])

@@ -52,7 +52,7 @@ def test_one_pass_over_all_adapters_is_the_loop(case, at_once, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-2)])
 @pytest.mark.parametrize("case", CASES)
-def test_linear_responses_are_the_jacobian_times_the_steps(case, dtype, tolerance):
+def test_finite_difference_jvps_are_the_jacobian_times_the_steps(case, dtype, tolerance):
     """Against the dense Jacobian in float64, as a share of the largest response.
 
     In float32 the network of ReLU and max pooling crosses kinks within the share of a step, which is no rounding:
@@ -92,8 +92,8 @@ def test_half_precision_is_not_precise():
             assert not adapter.is_precise
 
 
-def test_casts_are_not_kept_inside_the_caller_s_autocast():
-    """Or every update's cast weights would be, until the caller leaves it."""
+def test_casts_are_not_cached_inside_the_callers_autocast():
+    """Else the cast weights of every update would stay until the caller leaves autocast."""
 
     class Looking(nn.Linear):
         def forward(self, x):
@@ -152,7 +152,7 @@ def test_an_error_that_is_not_about_batching_is_not_swallowed():
         outputs_of_draws(AdapterModel(Broken(3, 2)), torch.randn(2, 8), torch.randn(4, 3))
 
 
-def test_the_loop_says_what_is_wrong_with_the_inputs():
+def test_the_loop_raises_the_error_of_invalid_inputs():
     adapter = AdapterModel(nn.Linear(3, 2))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         outputs_of_draws(adapter, torch.randn(2, 8), torch.randn(4, 5))

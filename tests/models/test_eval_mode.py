@@ -1,4 +1,4 @@
-"""Torch's own encoder layers: eval mode must not pass adapters by."""
+"""Torch's encoder layers: eval mode must not ignore adapters."""
 
 import copy
 import threading

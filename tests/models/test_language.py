@@ -1,4 +1,4 @@
-"""Causal language models read as classifiers."""
+"""Causal language models as classifiers."""
 
 import math
 
@@ -84,7 +84,7 @@ VIRTUAL = {
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefix tuning
 @pytest.mark.parametrize("kind", VIRTUAL)
-def test_virtual_tokens_in_front_are_no_places_of_the_text(kind):
+def test_virtual_tokens_are_not_positions_of_the_text(kind):
     """Each text by itself, without padding, through PEFT's own forward pass; the last logits are those of its end."""
     model = lm.with_prompt(VIRTUAL[kind])
     tokens = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 0, 0], [0, 0, 4, 2, 7]])
@@ -147,7 +147,7 @@ def questions(count, seed):
     return {"input_ids": tokens}, 1 - kinds  # option 0: yes
 
 
-def test_a_choice_is_learned_saved_and_read_again(tmp_path):
+def test_a_choice_is_fitted_saved_and_loaded(tmp_path):
     read = OptionTokens(lm.lora(), [YES, NO])
     inputs, targets = questions(240, 3)
     batches = [({"input_ids": x}, y) for x, y in zip(inputs["input_ids"].split(4), targets.split(4), strict=True)]
@@ -166,7 +166,7 @@ def test_a_choice_is_learned_saved_and_read_again(tmp_path):
     assert report.scores["accuracy"] == pytest.approx(accuracy)
 
 
-def test_next_tokens_are_learned_with_a_whole_vocabulary():
+def test_next_tokens_are_fitted_with_a_whole_vocabulary():
     read = NextToken(lm.lora())
     text = lm.ids("the kalman filter; " * 12)
     tokens = text[: 6 * 32].view(6, 32)
@@ -217,14 +217,14 @@ def test_next_tokens_are_learned_with_a_whole_vocabulary():
         ),
     ],
 )
-def test_bad_readings_are_named(make, message):
+def test_invalid_inputs_and_settings_raise(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 
 @pytest.mark.parametrize("make", [lm.lora, lm.llama])
 def test_padding_on_either_side_changes_nothing(make):
-    """GPT-2 has absolute places, which padding on the left would move."""
+    """GPT-2 has absolute positions, which padding on the left would shift."""
     model = make()
     read = OptionTokens(model, options=[3, 7, 11])
     g = torch.Generator().manual_seed(0)
@@ -238,7 +238,7 @@ def test_padding_on_either_side_changes_nothing(make):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_the_caller_s_autocast_holds_for_readings():
+def test_the_callers_autocast_applies():
     model = lm.lora()
     read = OptionTokens(model, options=[3, 7, 11])
     ids = {"input_ids": torch.randint(1, 50, (2, 5), generator=torch.Generator().manual_seed(0))}

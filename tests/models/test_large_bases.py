@@ -1,4 +1,4 @@
-"""Bases that are kept small: 8 and 4 bits, half precision, activations computed again, layers on disk."""
+"""Bases that save memory: 8 and 4 bits, half precision, gradient checkpointing, disk offload."""
 
 import accelerate
 import bitsandbytes as bnb
@@ -81,7 +81,7 @@ def dense_twin(folder, model):
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["general", "packing kernel"])
-def test_a_4_bit_base_gives_the_belief_of_its_weights_written_out(folder, kernel, monkeypatch):
+def test_a_4_bit_base_gives_the_posterior_of_its_dequantized_weights(folder, kernel, monkeypatch):
     model = load(folder, quantization_config=FOUR, device_map="cpu")
     expected = learned(dense_twin(folder, model), BY_OUTPUTS)
     layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
@@ -105,7 +105,7 @@ def test_4_bit_weights_that_are_packed_are_refused(folder):
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_an_8_bit_base_gives_the_belief_of_its_weights_written_out(folder):
+def test_an_8_bit_base_gives_the_posterior_of_its_dequantized_weights(folder):
     """But for what bitsandbytes rounds on the way: inputs of its matrix products are 8-bit too, so about 1 %."""
     model = load(folder, quantization_config=EIGHT, device_map="cpu")
     expected = learned(dense_twin(folder, model))
@@ -123,7 +123,7 @@ def test_the_size_of_quantized_weights_bounds_the_prior(bits, folder):
     assert found == pytest.approx(expected, rel=0.05)
 
 
-def test_a_half_precision_base_keeps_a_single_precision_belief(folder):
+def test_a_half_precision_base_has_a_single_precision_posterior(folder):
     model = load(folder, dtype=torch.bfloat16)
     rounded = load(folder)
     rounded.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
@@ -136,7 +136,7 @@ def test_a_half_precision_base_keeps_a_single_precision_belief(folder):
 
 
 @pytest.mark.parametrize("covariance", ["low_rank", "diagonal"])
-def test_activations_computed_again_change_nothing(covariance, folder):
+def test_gradient_checkpointing_changes_nothing(covariance, folder):
     config = KalmanConfig(covariance=covariance)
     model = load(folder)
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()

@@ -1,4 +1,4 @@
-"""The user's model after forward passes that replace its parts, and after ones that raise at any point."""
+"""The user's model after forward passes that replace its tensors, and after ones that raise at any point."""
 
 import contextlib
 import tempfile

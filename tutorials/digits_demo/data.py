@@ -1,4 +1,4 @@
-"""What the demo learns from, is tested on, and should doubt."""
+"""The data of the demo: a stream, a test set, and out-of-distribution images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bayes_kf.data import CORRUPTIONS, LabelledImages, corrupt, foreign_images, uci_digits_split
+from bayes_kf.data import CORRUPTIONS, LabelledImages, corrupt, photo_patches, uci_digits_split
 
 EVALUATION_BATCH = 100
 SEVERITY = 5
@@ -28,7 +28,7 @@ QUICK = Size(stream=150, heldout=200)
 
 
 class DemoData(NamedTuple):
-    """Images of UCI digits to learn from and to be tested on, and two sets that a model should doubt."""
+    """Images of UCI digits to learn from and to be tested on, and two out-of-distribution sets."""
 
     stream: LabelledImages
     heldout: LabelledImages
@@ -74,7 +74,7 @@ def demo_data(size: Size = FULL, seed: int = 0) -> DemoData:
     heldout = LabelledImages(rest.images[: size.heldout], rest.labels[: size.heldout])
     pieces = zip(CORRUPTIONS, heldout.images.chunk(len(CORRUPTIONS)), strict=False)
     corrupted = torch.cat([corrupt(piece, kind, SEVERITY, seed) for kind, piece in pieces])
-    return DemoData(stream, heldout, corrupted, foreign_images(size.heldout, seed))
+    return DemoData(stream, heldout, corrupted, photo_patches(size.heldout, seed))
 
 
 def save_arrays(data: DemoData, folder: Path) -> None:

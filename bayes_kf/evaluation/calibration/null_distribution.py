@@ -195,7 +195,7 @@ def profile_tests(
         compared, null = errors[0], errors[1:]
         if name == "smooth":  # the coarser grid of several data sets shifts very small errors
             compared, null = value, (null + value - compared).clamp(min=0)
-        comparisons.append(compare_to_null(value, compared, null, level))
+        comparisons.append(compare_to_null(value, null, level, compared=compared))
     return comparisons
 
 
@@ -215,7 +215,7 @@ def classwise_tests(
     comparisons = []
     for name in statistics:
         value = class_statistic(name, bins, observed)
-        comparisons.append(compare_to_null(value, value, class_statistic(name, bins, simulated), level))
+        comparisons.append(compare_to_null(value, class_statistic(name, bins, simulated), level))
     return comparisons
 
 

@@ -1,4 +1,4 @@
-"""Several models on one test set: paired differences with joint intervals, and a ranking that admits ties."""
+"""Comparison of several models on one test set: paired differences with simultaneous intervals, and a ranking."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -22,7 +22,7 @@ COMPARED = ("nll", "brier", "accuracy")
 
 
 class Difference(NamedTuple):
-    """Score of the first model minus that of the second, with an interval."""
+    """Score of the first model minus score of the second, with an interval."""
 
     first: str
     second: str
@@ -32,21 +32,21 @@ class Difference(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 class Rank(NamedTuple):
-    """A model's place: one more than the number of models that are clearly better."""
+    """A model's rank: one plus the number of models that are clearly better."""
 
     name: str
     value: float
     place: int
-    tied_with: tuple[str, ...]  # those from which it does not differ clearly
+    tied_with: tuple[str, ...]  # models without a clear difference
 
 
 class ScoreComparison(NamedTuple):
-    """One score of all models."""
+    """One score of all models, with differences and ranking."""
 
     score: str
     values: dict[str, float]
@@ -55,41 +55,42 @@ class ScoreComparison(NamedTuple):
 
     @property
     def best(self) -> tuple[str, ...]:
-        """The models that no other clearly beats; more than one are tied."""
+        """The models that no other model clearly beats."""
         return tuple(rank.name for rank in self.ranking if rank.place == 1)
 
 
 def compare_predictions(
     probs: Mapping[str, Array], targets: Array, *, scores: Sequence[str] = COMPARED, level: float = 0.95
 ) -> dict[str, ScoreComparison]:
-    """Scores of several models' class probabilities for the same examples, compared pair by pair.
+    """Pairwise comparison of several models' class probabilities for the same examples.
 
-    Differences are taken example by example. All intervals of all pairs and scores hold *together* with probability
-    `level` (Bonferroni), so that of equally good models one is called better in at most 1 − `level` of data sets.
-    Models whose interval holds zero are tied. Fewer than 50 examples tell no log losses apart unless one is infinite.
+    Differences are paired by example. The intervals of all pairs and scores hold *simultaneously* with probability
+    `level` (Bonferroni): if all models are equally good, a clear difference appears in at most 1 − `level` of data
+    sets. Two models whose interval contains zero are tied. With fewer than 50 examples, log losses differ clearly only
+    if one of them is infinite.
 
-    Calibration errors are not compared: bootstrap intervals of the difference of two ECEs were seen to cover the true
-    one in 47 to 93 % of data sets where they said 95.
+    Calibration errors are not compared: nominal 95 % bootstrap intervals of the difference of two ECEs covered the true
+    difference in 47 to 93 % of simulated data sets.
 
     Args:
-        probs: Name to class probabilities, (N, C), of at least two models; C may differ.
+        probs: Name of at least two models to class probabilities, (N, C); C may differ.
         targets: Class indices, (N,).
-        scores: Of "nll", "brier" and "accuracy".
-        level: Probability that all intervals hold.
+        scores: Any of "nll", "brier" and "accuracy".
+        level: Probability that all intervals cover.
 
     Returns:
-        Score to its comparison. Differences of infinite losses are infinite, or not defined between two of them.
+        Name of the score to its comparison. A difference from an infinite loss is infinite, or NaN between two of them.
 
     Raises:
         ValueError: If an argument is malformed.
 
     Example:
         >>> import torch
-        >>> sure = torch.tensor([[0.9, 0.1]] * 80)
+        >>> sharp = torch.tensor([[0.9, 0.1]] * 80)
         >>> labels = torch.tensor([0] * 72 + [1] * 8)
-        >>> found = compare_predictions({"sure": sure, "unsure": torch.full((80, 2), 0.5)}, labels)
-        >>> found["nll"].best, found["accuracy"].best
-        (('sure',), ('sure', 'unsure'))
+        >>> comparisons = compare_predictions({"sharp": sharp, "uniform": torch.full((80, 2), 0.5)}, labels)
+        >>> comparisons["nll"].best, comparisons["accuracy"].best
+        (('sharp',), ('sharp', 'uniform'))
     """
     if len(probs) < 2:
         raise ValueError(f"`probs` must hold at least two models, got {len(probs)}.")
@@ -100,23 +101,21 @@ def compare_predictions(
     checked = {str(name): as_probs(values, f"probs[{name!r}]") for name, values in probs.items()}
     labels = {name: as_targets(targets, values) for name, values in checked.items()}
     pairs = list(combinations(checked, 2))
-    each = 1 - (1 - level) / (len(pairs) * len(set(scores)))
-    found = {}
+    pair_level = 1 - (1 - level) / (len(pairs) * len(set(scores)))
+    comparisons = {}
     for score in scores:
-        columns = {name: _column(score, checked[name], labels[name]) for name in checked}
-        values = {name: column.mean().item() for name, column in columns.items()}
-        differences = tuple(
-            Difference(
-                i, j, values[i] - values[j], *_interval(score, columns[i] - columns[j], checked[i], checked[j], each)
-            )
-            for i, j in pairs
-        )
-        found[score] = ScoreComparison(score, values, differences, _ranking(score, values, differences))
-    return found
+        per_example = {name: _example_scores(score, checked[name], labels[name]) for name in checked}
+        values = {name: column.mean().item() for name, column in per_example.items()}
+        differences = []
+        for i, j in pairs:
+            interval = _interval(score, per_example[i] - per_example[j], checked[i], checked[j], pair_level)
+            differences.append(Difference(i, j, values[i] - values[j], *interval))
+        comparisons[score] = ScoreComparison(score, values, tuple(differences), _ranking(score, values, differences))
+    return comparisons
 
 
-def _column(score: str, probs: Tensor, labels: Tensor) -> Tensor:
-    """The score of each example of checked predictions, (N,)."""
+def _example_scores(score: str, probs: Tensor, labels: Tensor) -> Tensor:
+    """The score of each example for checked probabilities, (N,)."""
     if score == "nll":
         return log_losses(probs, labels)
     return brier_scores(probs, labels) if score == "brier" else (probs.argmax(dim=1) == labels).double()
@@ -125,23 +124,23 @@ def _column(score: str, probs: Tensor, labels: Tensor) -> Tensor:
 def _interval(score: str, change: Tensor, first: Tensor, second: Tensor, level: float) -> Interval:
     """Interval of the mean of paired differences (N,)."""
     mean = change.mean().item()
-    if not change.isfinite().all():  # an infinite loss
+    if not change.isfinite().all():  # a loss is infinite
         return Interval(mean, mean)
     if torch.equal(first, second):
         return Interval(0.0, 0.0)
     if score == "nll":
         return difference_interval(change, first, second, level)
     if score == "accuracy" or len(change) < MIN_LOSSES or first.shape != second.shape:
-        most = 1.0 if score == "accuracy" else 2.0
-        return bounded_interval(change.sum().item(), change.square().sum().item(), len(change), -most, most, level)
+        bound = 1.0 if score == "accuracy" else 2.0
+        return bounded_interval(change.sum().item(), change.square().sum().item(), len(change), -bound, bound, level)
     shift = first.square().sum(dim=1) - second.square().sum(dim=1)
-    possible = shift[:, None] - 2 * (first - second)  # (N, C): had this class been the label
+    possible = shift[:, None] - 2 * (first - second)  # (N, C): the difference if this class were the label
     below, above = possible.amin(dim=1).mean().item(), possible.amax(dim=1).mean().item()
     return skewed_interval(change, level, below=below, above=above)
 
 
-def _ranking(score: str, values: dict[str, float], differences: tuple[Difference, ...]) -> tuple[Rank, ...]:
-    """Models from best to worst, with those they are tied with."""
+def _ranking(score: str, values: dict[str, float], differences: Sequence[Difference]) -> tuple[Rank, ...]:
+    """The ranks of the models from best to worst."""
     sign = -1 if score in HIGHER_IS_BETTER else 1
     ranks = []
     for name in sorted(values, key=lambda n: (sign * values[n], list(values).index(n))):

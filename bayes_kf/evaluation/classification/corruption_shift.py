@@ -1,4 +1,4 @@
-"""Calibration under shift: the same model on ever more corrupted inputs."""
+"""Calibration under distribution shift: the same model on increasingly corrupted inputs."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class ShiftScores(NamedTuple):
     nll: float
     brier: float
     ece: NullComparison
-    entropy: float  # of the predictions, mean, in nats
+    entropy: float  # mean predictive entropy in nats
 
 
 def shift_curve(
@@ -32,15 +32,15 @@ def shift_curve(
     num_simulations: int = 1000,
     seed: int = 0,
 ) -> tuple[ShiftScores, ...]:
-    """Accuracy, losses, calibration error with its band of chance, and entropy at each severity, mildest first.
+    """Accuracy, losses, ECE with its null band, and predictive entropy at each severity, in increasing order.
 
-    A model that knows when it does not know keeps its calibration error in the band while accuracy falls.
+    A model that stays calibrated under shift has an ECE inside the band while its accuracy falls.
 
     Args:
-        sets: Severity (0 for inputs as they are) to class probabilities, (N, C), and class indices, (N,).
+        sets: Severity (0 for clean inputs) to class probabilities, (N, C), and class indices, (N,).
         num_bins: Number of bins of the top-label ECE.
         binning: "equal_width" or "equal_mass".
-        num_simulations: Number of simulated data sets behind each band, at least 39.
+        num_simulations: Number of simulated data sets for each null band, at least 39.
         seed: Seed of the simulation.
 
     Raises:
@@ -50,8 +50,8 @@ def shift_curve(
 
     Example:
         >>> import torch
-        >>> sure, targets = torch.tensor([[0.9, 0.1]] * 20), torch.tensor([0] * 18 + [1] * 2)
-        >>> curve = shift_curve({0: (sure, targets), 3: (sure, 1 - targets)})
+        >>> probs, targets = torch.tensor([[0.9, 0.1]] * 20), torch.tensor([0] * 18 + [1] * 2)
+        >>> curve = shift_curve({0: (probs, targets), 3: (probs, 1 - targets)})
         >>> [(row.severity, round(row.ece.value, 3), row.ece.p_value < 0.05) for row in curve]
         [(0.0, 0.0, False), (3.0, 0.8, True)]
     """

@@ -1,4 +1,4 @@
-"""How uncertain a prediction is, and how much of that is the posterior's doing. Entropies are in nats."""
+"""Predictive uncertainty: entropy in nats, its aleatoric and epistemic parts, confidence, margin and energy."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ ROUNDING = 1e-12
 
 
 class EntropyParts(NamedTuple):
-    """Entropy of the averaged prediction, (N,), as the sum of the two others."""
+    """Total entropy, of the mean prediction, and its two summands, each (N,)."""
 
     total: Tensor
     aleatoric: Tensor
@@ -38,12 +38,12 @@ def entropy(probs: Array) -> Tensor:
 def entropy_parts(samples: Array) -> EntropyParts:
     """Total, aleatoric and epistemic entropy of each example from posterior draws, each (N,), in nats.
 
-    With draws π_1 … π_S: total H[mean π_s], aleatoric mean H[π_s], epistemic their difference, which is the mutual
-    information of label and parameters under the draws. It cannot be negative (Jensen's inequality); values between
-    −1e-12 and 0, which only rounding makes, are returned as 0.
+    With draws π_1 … π_S, the total entropy is H[mean π_s] and the aleatoric entropy is mean H[π_s]. Their difference is
+    the epistemic entropy, the mutual information of label and parameters. It is never negative (Jensen's inequality);
+    values between −1e-12 and 0 are rounding and become 0.
 
     Args:
-        samples: Class probabilities of each draw, (S, N, C). One draw is turned to float64 at a time.
+        samples: Class probabilities of each draw, (S, N, C). They are converted to float64 one draw at a time.
 
     Raises:
         ValueError: If the samples are malformed.
@@ -69,7 +69,7 @@ def entropy_parts(samples: Array) -> EntropyParts:
 
 
 def predictive_entropy(samples: Array) -> Tensor:
-    """Entropy of the averaged prediction, (N,), in nats; see `entropy_parts` for arguments and errors.
+    """Total entropy, (N,), in nats; see `entropy_parts` for arguments and errors.
 
     Example:
         >>> predictive_entropy(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
@@ -79,7 +79,7 @@ def predictive_entropy(samples: Array) -> Tensor:
 
 
 def aleatoric_entropy(samples: Array) -> Tensor:
-    """Average entropy of the draws, (N,), in nats; see `entropy_parts` for arguments and errors.
+    """Aleatoric entropy, (N,), in nats; see `entropy_parts` for arguments and errors.
 
     Example:
         >>> aleatoric_entropy(torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]]))
@@ -89,7 +89,7 @@ def aleatoric_entropy(samples: Array) -> Tensor:
 
 
 def epistemic_entropy(samples: Array) -> Tensor:
-    """Mutual information of label and parameters, (N,), in nats; see `entropy_parts` for arguments and errors.
+    """Epistemic entropy, (N,), in nats; see `entropy_parts` for arguments and errors.
 
     Example:
         >>> epistemic_entropy(torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]]))
@@ -99,7 +99,7 @@ def epistemic_entropy(samples: Array) -> Tensor:
 
 
 def max_probability(probs: Array) -> Tensor:
-    """Probability of the most probable class, (N,): the confidence; one minus it is an uncertainty.
+    """Probability of the most probable class, (N,): the confidence.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -118,7 +118,7 @@ def max_probability(probs: Array) -> Tensor:
 
 
 def margin(probs: Array) -> Tensor:
-    """Difference of the two largest probabilities, (N,), from 0 (a tie) to 1 (certain); a confidence.
+    """Difference of the two largest probabilities, (N,), from 0 (a tie) to 1 (certain).
 
     Args:
         probs: Class probabilities, (N, C).
@@ -135,9 +135,9 @@ def margin(probs: Array) -> Tensor:
 
 
 def energy(logits: Array, temperature: float = 1.0) -> Tensor:
-    """Energy −T log Σ_c exp(z_c/T) of each example's logits z, (N,): higher for inputs that no class answers to.
+    """Energy −T log Σ_c exp(z_c/T) of each example's logits z, (N,); higher for out-of-distribution inputs.
 
-    Unlike probabilities it sees a shift of all logits, so compare only energies of one model.
+    Unlike probabilities, it changes with a constant shift of all logits, so compare only energies of the same model.
 
     Args:
         logits: Outputs before the softmax, (N, C).

@@ -1,7 +1,7 @@
-"""Does an uncertainty score tell foreign inputs from those the model knows, and errors from right predictions?
+"""Detection of out-of-distribution inputs, and of errors, by an uncertainty score.
 
-Only the AUROC has an interval. Bootstrap intervals of AUPR and FPR@95 were seen to cover the true value in 79 and 23 %
-of data sets where they said 95 (30 examples with few errors).
+Only the AUROC has an interval. Nominal 95 % bootstrap intervals of AUPR and FPR@95 covered the true value in 79 % and
+23 % of simulated data sets (30 examples with few errors).
 """
 
 import math
@@ -15,11 +15,11 @@ from bayes_kf.evaluation.inputs import Array, as_vector, check_fraction
 from bayes_kf.evaluation.score import Interval, Score
 
 NO_INTERVAL = Interval(math.nan, math.nan)
-CAUGHT = 0.95  # share of the positives that are flagged where the false positives are counted
+TRUE_POSITIVE_RATE = 0.95  # of the threshold of FPR@95
 
 
 class OODScores(NamedTuple):
-    """Detection of out-of-distribution inputs (or of errors), which are the positives."""
+    """Scores of a detector; the positives are out-of-distribution inputs or errors."""
 
     auroc: float
     aupr: float
@@ -27,20 +27,21 @@ class OODScores(NamedTuple):
 
 
 class DetectionIntervals(NamedTuple):
-    """Interval of the AUROC; NaN where it is not defined. The other scores have none."""
+    """Interval of the AUROC, NaN if it is not defined. The other scores have no interval."""
 
     auroc: Interval
 
 
 def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
-    """AUROC, AUPR and FPR@95 of a score that should be higher out of distribution.
+    """AUROC, AUPR and FPR@95 of a score that should be higher for out-of-distribution inputs.
 
-    The area under the precision-recall curve is the average precision; its chance level is the share of foreign
-    inputs. FPR@95 is the share of known inputs flagged at the highest threshold that flags 95 % of the foreign ones.
+    AUPR is the average precision; for an uninformative score it equals the share of out-of-distribution inputs. FPR@95
+    is the share of in-distribution inputs at or above the highest threshold that 95 % of the out-of-distribution inputs
+    reach.
 
     Args:
-        uncertainty_id: Score of each known input, (N,), for example its predictive entropy.
-        uncertainty_ood: Score of each foreign input, (M,).
+        uncertainty_id: Score of each in-distribution input, (N,), for example its predictive entropy.
+        uncertainty_ood: Score of each out-of-distribution input, (M,).
 
     Raises:
         ValueError: If a score is not a finite, non-empty vector.
@@ -52,25 +53,25 @@ def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-    known = as_vector(uncertainty_id, "uncertainty_id").numpy()
-    foreign = as_vector(uncertainty_ood, "uncertainty_ood").numpy()
-    is_foreign = np.concatenate([np.zeros(len(known)), np.ones(len(foreign))])
-    scores = np.concatenate([known, foreign])
-    false_positive, true_positive, _ = roc_curve(is_foreign, scores, drop_intermediate=False)
+    negatives = as_vector(uncertainty_id, "uncertainty_id").numpy()
+    positives = as_vector(uncertainty_ood, "uncertainty_ood").numpy()
+    is_ood = np.concatenate([np.zeros(len(negatives)), np.ones(len(positives))])
+    scores = np.concatenate([negatives, positives])
+    false_positive, true_positive, _ = roc_curve(is_ood, scores, drop_intermediate=False)
     return OODScores(
-        auroc=float(roc_auc_score(is_foreign, scores)),
-        aupr=float(average_precision_score(is_foreign, scores)),
-        fpr95=float(false_positive[np.argmax(true_positive >= CAUGHT)]),
+        auroc=float(roc_auc_score(is_ood, scores)),
+        aupr=float(average_precision_score(is_ood, scores)),
+        fpr95=float(false_positive[np.argmax(true_positive >= TRUE_POSITIVE_RATE)]),
     )
 
 
 def detection_intervals(uncertainty_id: Array, uncertainty_ood: Array, *, level: float = 0.95) -> DetectionIntervals:
-    """Interval of the AUROC of `ood_scores`, also where the score keeps known and foreign inputs apart.
+    """Interval of the AUROC of `ood_scores`, valid also if the score separates both kinds of inputs perfectly.
 
     Args:
-        uncertainty_id: Score of each known input, (N,).
-        uncertainty_ood: Score of each foreign input, (M,).
-        level: Probability that the interval covers the AUROC of the population.
+        uncertainty_id: Score of each in-distribution input, (N,).
+        uncertainty_ood: Score of each out-of-distribution input, (M,).
+        level: Probability that the interval covers the population AUROC.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -79,24 +80,25 @@ def detection_intervals(uncertainty_id: Array, uncertainty_ood: Array, *, level:
 
     Example:
         >>> import torch
-        >>> known, foreign = torch.arange(100.0), 50 + torch.arange(100.0)
-        >>> low, high = detection_intervals(known, foreign).auroc
-        >>> 0.8 < low < ood_scores(known, foreign).auroc < high < 0.95
+        >>> inside, outside = torch.arange(100.0), 50 + torch.arange(100.0)
+        >>> low, high = detection_intervals(inside, outside).auroc
+        >>> 0.8 < low < ood_scores(inside, outside).auroc < high < 0.95
         True
     """
-    known, foreign = as_vector(uncertainty_id, "uncertainty_id"), as_vector(uncertainty_ood, "uncertainty_ood")
+    negatives, positives = as_vector(uncertainty_id, "uncertainty_id"), as_vector(uncertainty_ood, "uncertainty_ood")
     check_fraction(level, "level")
-    return DetectionIntervals(auroc_interval(known, foreign, level) or NO_INTERVAL)
+    return DetectionIntervals(auroc_interval(negatives, positives, level) or NO_INTERVAL)
 
 
 def error_detection(uncertainty: Array, correct: Array) -> OODScores:
-    """AUROC, AUPR and FPR@95 of a score that should be higher where the prediction is wrong; errors are the positives.
+    """AUROC, AUPR and FPR@95 of a score that should be higher for wrong predictions; errors are the positives.
 
-    The chance level of AUPR is the share of errors. All three are NaN where nothing is wrong or nothing right.
+    For an uninformative score, AUPR equals the share of errors. All three are NaN without an error or without a correct
+    prediction.
 
     Args:
         uncertainty: Score of each example, (N,), for example its predictive entropy.
-        correct: One (or True) where the prediction is right, else zero, (N,).
+        correct: One (or True) for each correct prediction, else zero, (N,).
 
     Raises:
         ValueError: If a vector is malformed or they differ in length.
@@ -109,34 +111,34 @@ def error_detection(uncertainty: Array, correct: Array) -> OODScores:
         OODScores(auroc=1.0, aupr=1.0, fpr95=0.0)
     """
     scores = as_vector(uncertainty, "uncertainty")
-    right = as_correct(correct, len(scores), "uncertainty")
-    if right.all() or not right.any():
+    is_correct = as_correct(correct, len(scores), "uncertainty")
+    if is_correct.all() or not is_correct.any():
         return OODScores(math.nan, math.nan, math.nan)
-    return ood_scores(scores[right], scores[~right])
+    return ood_scores(scores[is_correct], scores[~is_correct])
 
 
 def error_detection_intervals(uncertainty: Array, correct: Array, *, level: float = 0.95) -> DetectionIntervals:
-    """Interval of the AUROC of `error_detection`; both ends are NaN where nothing is wrong or nothing right.
+    """Interval of the AUROC of `error_detection`; NaN without an error or without a correct prediction.
 
     Args:
         uncertainty: Score of each example, (N,).
-        correct: One (or True) where the prediction is right, else zero, (N,).
-        level: Probability that the interval covers the AUROC of the population.
+        correct: One (or True) for each correct prediction, else zero, (N,).
+        level: Probability that the interval covers the population AUROC.
 
     Raises:
         ValueError: If an argument is malformed.
 
     Example:
         >>> import torch
-        >>> doubt = torch.linspace(0, 1, 100)
-        >>> low, high = error_detection_intervals(doubt, torch.arange(100) % 10 > 0).auroc
+        >>> uncertainty = torch.linspace(0, 1, 100)
+        >>> low, high = error_detection_intervals(uncertainty, torch.arange(100) % 10 > 0).auroc
         >>> low < 0.5 < high
         True
     """
     scores = as_vector(uncertainty, "uncertainty")
-    right = as_correct(correct, len(scores), "uncertainty")
+    is_correct = as_correct(correct, len(scores), "uncertainty")
     check_fraction(level, "level")
-    return DetectionIntervals(auroc_interval(scores[right], scores[~right], level) or NO_INTERVAL)
+    return DetectionIntervals(auroc_interval(scores[is_correct], scores[~is_correct], level) or NO_INTERVAL)
 
 
 def detection_scores(name: str, scores: OODScores, intervals: DetectionIntervals) -> dict[str, Score]:
@@ -148,11 +150,11 @@ def detection_scores(name: str, scores: OODScores, intervals: DetectionIntervals
     }
 
 
-def as_correct(correct: Array, length: int | None = None, beside: str = "") -> Tensor:
-    """Whether each prediction is right, bool (N,)."""
+def as_correct(correct: Array, length: int | None = None, other: str = "") -> Tensor:
+    """Whether each prediction is correct, bool (N,); raises a ValueError if the vector is malformed."""
     values = as_vector(correct, "correct")
     if not ((values == 0) | (values == 1)).all():
         raise ValueError(f"`correct` must hold zeros and ones, got values in {values.min():.3g}..{values.max():.3g}.")
     if length is not None and len(values) != length:
-        raise ValueError(f"`correct` must have shape ({length},) as `{beside}` has, got ({len(values)},).")
+        raise ValueError(f"`correct` must have shape ({length},) as `{other}` has, got ({len(values)},).")
     return values == 1

@@ -3,8 +3,8 @@
 Each of seven calibration errors leaves its own 95 % band in 5 % of data sets of a calibrated model, but one of the
 seven does so in 14 to 25 %. A report therefore tests only the smooth calibration error; the other errors are shown with
 their bands and are not tested. Among the errors that respond to every kind of miscalibration, the smooth one has the
-most power (`benchmarks/interval_coverage.py`), and it needs no bins. Spiegelhalter's test has more power against over-
-and under-confidence, but none against miscalibration that leaves the mean Brier score as expected.
+most power (`benchmarks/quality/interval_coverage.py`), and it needs no bins. Spiegelhalter's test has more power
+against over- and under-confidence, but none against miscalibration that leaves the mean Brier score as expected.
 """
 
 from bayes_kf.evaluation.calibration.confidence_profile import Profile

@@ -1,4 +1,4 @@
-"""Scores of predicted class probabilities against the labels that came."""
+"""Scores of predicted class probabilities against the observed labels."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,14 @@ class BrierParts(NamedTuple):
     """brier = miscalibration − resolution + uncertainty + within."""
 
     brier: float
-    miscalibration: float  # squared distance of probability and frequency, bin by bin; lower is better
-    resolution: float  # how far the bins' frequencies lie from the overall ones; higher is better
-    uncertainty: float  # of the labels alone: the score of the overall frequencies
-    within: float  # what differences inside the bins add, or take off where they tell examples apart
+    miscalibration: float  # squared distance of mean probability and frequency over the bins; lower is better
+    resolution: float  # squared distance of the bins' frequencies from the overall frequency; higher is better
+    uncertainty: float  # Brier score of the overall frequencies
+    within: float  # variance of probabilities inside the bins minus twice their covariance with the labels
 
 
 def accuracy(probs: Array, targets: Array) -> float:
-    """Share of examples whose most probable class is the label; among equal probabilities the first class counts.
+    """Share of examples whose most probable class is the label; ties are broken in favour of the first class.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -40,7 +40,7 @@ def accuracy(probs: Array, targets: Array) -> float:
 def negative_log_likelihood(probs: Array, targets: Array) -> float:
     """Mean of −log p(label), in nats per example.
 
-    Nothing is clipped: a label that was given probability zero makes the score infinite.
+    Probabilities are not clipped: a label of probability zero makes the score infinite.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -60,7 +60,7 @@ def negative_log_likelihood(probs: Array, targets: Array) -> float:
 def brier_score(probs: Array, targets: Array) -> float:
     """Mean over examples of Σ_c (p_c − [label = c])², between 0 and 2.
 
-    For two classes this is twice the score that is common for a single probability.
+    For two classes this is twice the Brier score of a single probability.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -78,12 +78,12 @@ def brier_score(probs: Array, targets: Array) -> float:
 
 
 def ranked_probability_score(probs: Array, targets: Array) -> float:
-    """RPS of classes that have an order: mean of Σ_k (F_k − [label ≤ k])², F_k the probability of classes up to k.
+    """RPS of ordered classes: mean of Σ_k (F_k − [label ≤ k])², where F_k is the total probability of classes up to k.
 
-    Between 0 and C − 1; two classes give half the Brier score. A class further from the label costs more.
+    It is between 0 and C − 1; for two classes it is half the Brier score. Probability far from the label costs more.
 
     Args:
-        probs: Class probabilities, (N, C), classes in their order.
+        probs: Class probabilities, (N, C), classes in order.
         targets: Class indices, (N,).
 
     Raises:
@@ -100,10 +100,10 @@ def ranked_probability_score(probs: Array, targets: Array) -> float:
 
 
 def brier_decomposition(probs: Array, targets: Array, num_bins: int = 15) -> BrierParts:
-    """The Brier score as miscalibration − resolution + uncertainty + a part within the bins, summed over the classes.
+    """Brier score = miscalibration − resolution + uncertainty + within-bin part, each summed over the classes.
 
-    Each class's probabilities are put into bins of equal width. The identity holds exactly: what the classical three
-    parts leave out because probabilities differ inside a bin is the fourth.
+    The probabilities of each class are put into bins of equal width. The identity is exact: the fourth part accounts
+    for the differences of probabilities inside a bin, which the classical three parts leave out.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -113,7 +113,7 @@ def brier_decomposition(probs: Array, targets: Array, num_bins: int = 15) -> Bri
     Raises:
         ValueError: If an argument is malformed.
 
-    Reference: Murphy 1973; the part within the bins: Stephenson, Coelho, Jolliffe 2008.
+    Reference: Murphy 1973; the within-bin part: Stephenson, Coelho, Jolliffe 2008.
 
     Example:
         >>> parts = brier_decomposition(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
@@ -123,37 +123,37 @@ def brier_decomposition(probs: Array, targets: Array, num_bins: int = 15) -> Bri
     checked = as_probs(probs)
     labels = as_targets(targets, checked)
     check_positive_int(num_bins, "num_bins")
-    cells = classwise_bins(checked, num_bins, "equal_width")
-    flat = cells.index.flatten()
-    own = cells.index.gather(1, labels[:, None])[:, 0]
-    chosen = checked.gather(1, labels[:, None])[:, 0]
+    bins = classwise_bins(checked, num_bins, "equal_width")
+    flat = bins.index.flatten()
+    label_bins = bins.index.gather(1, labels[:, None])[:, 0]
+    label_probs = checked.gather(1, labels[:, None])[:, 0]
     return brier_parts(
         len(checked),
         checked.shape[1],
-        cells.counts,
-        cells.confidence_sum,
-        torch.bincount(flat, weights=checked.square().flatten(), minlength=cells.num_bins_total),
-        torch.bincount(own, minlength=cells.num_bins_total).double(),
-        torch.bincount(own, weights=chosen, minlength=cells.num_bins_total),
+        bins.counts,
+        bins.confidence_sum,
+        torch.bincount(flat, weights=checked.square().flatten(), minlength=bins.num_bins_total),
+        torch.bincount(label_bins, minlength=bins.num_bins_total).double(),
+        torch.bincount(label_bins, weights=label_probs, minlength=bins.num_bins_total),
     )
 
 
 def brier_parts(
     num_examples: float, num_classes: int, counts: Tensor, sums: Tensor, squares: Tensor, hits: Tensor, products: Tensor
 ) -> BrierParts:
-    """The parts from sums over the cells of all classes, each (C · bins,).
+    """The parts of the Brier score from sums over the classwise bins, each (C · bins,).
 
     Args:
         num_examples: N.
         num_classes: C.
-        counts: Examples.
-        sums: Of the probabilities p.
-        squares: Of p².
-        hits: Examples whose label is the cell's class.
-        products: Of p over the hits.
+        counts: Number of examples.
+        sums: Sums of the probabilities p.
+        squares: Sums of p².
+        hits: Number of examples whose label is the class of the bin.
+        products: Sums of p over the hits.
     """
-    used = counts.clamp(min=1)
-    mean, frequency = sums / used, hits / used
+    divisor = counts.clamp(min=1)
+    mean, frequency = sums / divisor, hits / divisor
     overall = (hits.view(num_classes, -1).sum(dim=1) / num_examples)[:, None].expand(
         num_classes, len(counts) // num_classes
     )
@@ -168,7 +168,7 @@ def brier_parts(
 
 def log_losses(probs: Tensor, labels: Tensor) -> Tensor:
     """−log p(label) of each example of checked probabilities, (N,)."""
-    return -probs.gather(1, labels[:, None])[:, 0].clamp(max=1).log()  # above one by rounding only
+    return -probs.gather(1, labels[:, None])[:, 0].clamp(max=1).log()  # above one only by rounding
 
 
 def brier_scores(probs: Tensor, labels: Tensor) -> Tensor:
@@ -179,5 +179,5 @@ def brier_scores(probs: Tensor, labels: Tensor) -> Tensor:
 def ranked_probability_scores(probs: Tensor, labels: Tensor) -> Tensor:
     """The ranked probability score of each example of checked probabilities, (N,)."""
     cumulative = probs.cumsum(dim=1)[:, :-1]
-    reached = torch.arange(cumulative.shape[1]) >= labels[:, None]
-    return (cumulative - reached.double()).square().sum(dim=1)
+    observed = torch.arange(cumulative.shape[1]) >= labels[:, None]
+    return (cumulative - observed.double()).square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""Scores of any number of predictions in bounded memory: sums that add up over batches and over processes."""
+"""Scores of any number of predictions in bounded memory, from sums over batches and processes."""
 
 import hashlib
 import math
@@ -17,33 +17,33 @@ from bayes_kf.evaluation.resampling.binning import bin_index, classwise_bins, ob
 from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation, compare_to_null
 from bayes_kf.evaluation.score import Interval, Score, flatten_scores
 
-ROWS = 2**20  # probabilities looked at together
+BLOCK = 2**20  # probabilities per block of rows: bounds memory
 MEANS = ("accuracy", "nll", "brier", "rps", "confidence", "entropy")
-SUMS = (*MEANS, "unseen")  # the last bounds what a wrong label would cost
+SUMS = (*MEANS, "runner_up")  # the last is for the interval of the log loss
 
 
 class StreamingScores:
-    """Every score of class probabilities without holding them.
+    """All scores of class probabilities, computed without storing the predictions.
 
-    Give it batches with `update`, read `scores()` whenever you like. All that it remembers are the float64 tensors of
-    `state`, which are sums: two of them that saw different examples are put together by `merge`, and in several
-    processes by `torch.distributed.all_reduce` of each tensor. Scores and intervals are those that the functions of
-    this package give for all examples at once, but for the errors by bins of equal mass (also the debiased one), the
-    smooth and the KS error. They see confidences in about 130,000 cells, at most 1/65,536 wide and narrower towards
-    zero and one, each at the mean of its confidences. A cell of equal confidences changes nothing. Where confidences
-    differ in a cell, the KS error is off by at most the share of examples in one cell, and an ECE by bins of equal mass
-    by at most four times the share of those in the cells in which bins begin.
+    Add batches with `update` and read `scores()` at any time. The state consists of sums, the float64 tensors of
+    `state`: `merge` adds the state of another instance, and several processes add theirs with
+    `torch.distributed.all_reduce` of each tensor. Scores and intervals equal those that the functions of this package
+    give for all examples at once, except for four calibration errors: equal-mass, debiased, smooth and KS. These use
+    about 130,000 cells of confidence, at most 1/65,536 wide and narrower near zero and one, and replace the confidences
+    of a cell by their mean. This is exact if the confidences of each cell are equal. Otherwise the KS error is off by
+    at most the largest share of examples in a cell, and an equal-mass ECE by at most four times the share of examples
+    in the cells where bins start.
 
-    The band of the classwise error comes from `num_label_draws` simulated sets of labels, drawn from a seed that each
-    batch's own numbers, labels and place in the stream are mixed into (so that processes need no seeds of their own
-    unless they see the very same examples).
+    The null band of the classwise error uses `num_label_draws` simulated sets of labels. The seed of each batch is
+    mixed from its probabilities, its labels and its position in the stream, so processes need different seeds only if
+    they get the same examples.
 
     Args:
         num_classes: C, at least two.
         num_bins: Number of bins of all calibration errors.
-        top_k: How many of the most probable classes count together, each an error of its own (`ece_top5`).
+        top_k: Values of k for additional errors of the k most probable classes (`ece_top5`).
         ordered: Whether the classes have an order, for the ranked probability score.
-        num_label_draws: Data sets simulated behind the classwise band, at least 39; 0 leaves the classwise error out.
+        num_label_draws: Simulated data sets for the classwise null band, at least 39; 0 leaves the classwise error out.
         seed: Seed of the simulations.
 
     Raises:
@@ -90,60 +90,60 @@ class StreamingScores:
 
     @property
     def num_examples(self) -> int:
-        """Number of examples seen."""
+        """Number of examples so far."""
         return round(self.state["examples"].item())
 
     def update(self, probs: Array, targets: Array) -> None:
-        """Adds a batch; a batch that is refused leaves everything as it was.
+        """Adds a batch; if a ValueError is raised, the state is unchanged.
 
         Args:
             probs: Class probabilities, (N, C).
             targets: Class indices, (N,).
 
         Raises:
-            ValueError: If the probabilities or targets are malformed or of another number of classes.
+            ValueError: If the probabilities or targets are malformed or have another number of classes.
         """
         given, labels = torch.as_tensor(probs), torch.as_tensor(targets)
         if given.ndim == 2 and given.shape[1] != self.num_classes:
             raise ValueError(f"`probs` must have {self.num_classes} classes, got {given.shape[1]}.")
         if given.ndim != 2 or len(given) == 0 or labels.shape != given.shape[:1]:
-            as_targets(labels, as_probs(given))  # says what is wrong
-        rows = max(1, ROWS // self.num_classes)
+            as_targets(labels, as_probs(given))  # raises the specific error
+        rows = max(1, BLOCK // self.num_classes)
         added = {name: torch.zeros_like(total) for name, total in self.state.items()}
-        for block, chosen in zip(given.split(rows), labels.split(rows), strict=True):
+        for block, block_labels in zip(given.split(rows), labels.split(rows), strict=True):
             checked = as_probs(block)
-            self._add(added, checked, as_targets(chosen, checked))
+            self._add(added, checked, as_targets(block_labels, checked))
         for name, total in self.state.items():
             total += added[name]
 
     def merge(self, other: "StreamingScores") -> None:
-        """Adds what another one saw, which must have been made with the same settings.
+        """Adds the examples of another instance with the same settings.
 
         Raises:
-            ValueError: If it was not.
+            ValueError: If the settings differ.
         """
-        self.load_state({name: total + other.state[name] for name, total in self._fitting(other).items()})
+        self.load_state({name: total + other.state[name] for name, total in self._compatible_state(other).items()})
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts a saved `state` in place of the present one.
+        """Replaces the state by a saved one.
 
         Raises:
-            ValueError: If it does not belong to these settings.
+            ValueError: If its tensors do not have the names and shapes of these settings.
         """
-        wanted = {name: tuple(total.shape) for name, total in self.state.items()}
+        expected = {name: tuple(total.shape) for name, total in self.state.items()}
         got = {name: tuple(total.shape) for name, total in state.items()}
-        if wanted != got:
-            raise ValueError(f"`state` must hold tensors of shapes {wanted}, got {got}.")
+        if expected != got:
+            raise ValueError(f"`state` must hold tensors of shapes {expected}, got {got}.")
         self.state = {name: total.detach().to("cpu", torch.float64, copy=True) for name, total in state.items()}
 
     def scores(self, num_simulations: int = 1000) -> dict[str, float]:
-        """All scores by name, named as in `Report.scores`: with null bands, and intervals where one is known.
+        """All scores with null bands and known intervals, under the keys of `Report.scores`.
 
         Args:
-            num_simulations: Number of simulated data sets behind each band, at least 39.
+            num_simulations: Number of simulated data sets for each null band, at least 39.
 
         Raises:
-            ValueError: If no example has been seen, or there are too few simulations.
+            ValueError: If there is no example, or `num_simulations` is too small.
         """
         if self.num_examples == 0:
             raise ValueError("`scores` needs at least one example, got none so far.")
@@ -159,7 +159,7 @@ class StreamingScores:
         return flatten_scores(scores)
 
     def _add(self, state: dict[str, Tensor], probs: Tensor, labels: Tensor) -> None:
-        """Adds checked examples to sums."""
+        """Adds checked examples to the sums of `state`."""
         confidence, hit = top_confidence(probs, labels, 1)
         ranked = ranked_probability_scores(probs, labels) if self.ordered else torch.zeros_like(hit)
         entropy = torch.special.entr(probs).sum(dim=1).clamp(min=0)
@@ -176,44 +176,44 @@ class StreamingScores:
         self._add_classes(state, probs, labels)
 
     def _add_profile(self, total: Tensor, confidence: Tensor, hit: Tensor) -> None:
-        """Counts, sums and hits of the narrow cells."""
+        """Adds counts, confidence sums and hits to the cells of a profile."""
         index = bin_index(confidence, self._edges)
         for row, weights in zip(total, (None, confidence, hit), strict=True):
             row += torch.bincount(index, weights, minlength=len(row))
 
     def _add_classes(self, state: dict[str, Tensor], probs: Tensor, labels: Tensor) -> None:
-        """Sums over the cells of every class, and hits of drawn labels."""
-        cells = classwise_bins(probs, self.num_bins, "equal_width")
-        own = cells.index.gather(1, labels[:, None])[:, 0]
-        chosen = probs.gather(1, labels[:, None])[:, 0]
-        size = cells.num_bins_total
+        """Adds the sums over the classwise bins, and the hits of simulated labels."""
+        bins = classwise_bins(probs, self.num_bins, "equal_width")
+        label_bins = bins.index.gather(1, labels[:, None])[:, 0]
+        label_probs = probs.gather(1, labels[:, None])[:, 0]
+        size = bins.num_bins_total
         state["classes"] += torch.stack(
             [
-                cells.counts,
-                cells.confidence_sum,
-                torch.bincount(cells.index.flatten(), probs.square().flatten(), minlength=size),
-                observed_hits(cells, labels),
-                torch.bincount(own, chosen, minlength=size),
+                bins.counts,
+                bins.confidence_sum,
+                torch.bincount(bins.index.flatten(), probs.square().flatten(), minlength=size),
+                observed_hits(bins, labels),
+                torch.bincount(label_bins, label_probs, minlength=size),
             ]
         )
         if self.num_label_draws:
-            seen = self.num_examples + round(state["examples"].item())
-            seed = _mixed_seed(self.seed, seen, probs, labels)
-            state["class_draws"] += simulate_hits(cells, probs, self.num_label_draws, seed)
+            position = self.num_examples + round(state["examples"].item())
+            seed = _mixed_seed(self.seed, position, probs, labels)
+            state["class_draws"] += simulate_hits(bins, probs, self.num_label_draws, seed)
 
     def _mean_scores(self) -> dict[str, Score]:
-        """Means with their intervals."""
+        """Mean scores with their intervals."""
         count = self.num_examples
-        most = {"brier": 2.0, "rps": self.num_classes - 1.0, "entropy": math.log(self.num_classes)}
+        bounds = {"brier": 2.0, "rps": self.num_classes - 1.0, "entropy": math.log(self.num_classes)}
         powers = torch.stack([self.state[name] for name in ("sums", "squares", "cubes")], dim=1)
-        unseen = powers[-1, 0].item() / count
+        runner_up = powers[-1, 0].item() / count
         scores: dict[str, Score] = {}
         for name, (total, squares, cubes) in zip(MEANS, powers[:-1].tolist(), strict=True):
             interval: Interval | None
             if name == "nll":
-                interval = loss_interval(total, squares, cubes, count, unseen, LEVEL)
+                interval = loss_interval(total, squares, cubes, count, runner_up, LEVEL)
             else:
-                interval = bounded_interval(total, squares, count, 0.0, most.get(name, 1.0), LEVEL)
+                interval = bounded_interval(total, squares, count, 0.0, bounds.get(name, 1.0), LEVEL)
             if name != "rps" or self.ordered:
                 scores[name] = Score(total / count, interval)
         return scores
@@ -224,29 +224,29 @@ class StreamingScores:
         used = counts > 0
         counts, confidence_sum, hits = counts[used], confidence_sum[used], hits[used]
         low, high = self._edges[:-1][used], self._edges[1:][used]
-        mean = (confidence_sum / counts).maximum(low).minimum(high.nextafter(low))  # in its cell despite rounding
+        mean = (confidence_sum / counts).maximum(low).minimum(high.nextafter(low))  # inside its cell despite rounding
         profile = Profile(mean, counts, confidence_sum, hits)
         return calibration_scores(profile, top_k, NullSettings(self.num_bins, num_simulations, self.seed))
 
     def _classwise_score(self) -> Score:
-        """The classwise error and its band."""
+        """The classwise ECE with its null band."""
         confidence_sum, hits = self.state["classes"][1], self.state["classes"][3]
         scale = self.num_examples * self.num_classes
         value = (confidence_sum - hits).abs().sum() / scale
         null = (confidence_sum - self.state["class_draws"]).abs().sum(dim=1) / scale
-        return compare_to_null(value, value, null, LEVEL).score()
+        return compare_to_null(value, null, LEVEL).score()
 
-    def _fitting(self, other: "StreamingScores") -> dict[str, Tensor]:
-        """The present state, if the other one has the same settings."""
+    def _compatible_state(self, other: "StreamingScores") -> dict[str, Tensor]:
+        """The state; raises a ValueError unless the other instance has the same settings."""
         settings = [(s.num_classes, s.num_bins, s.top_k, s.ordered, s.num_label_draws) for s in (self, other)]
         if settings[0] != settings[1]:
             raise ValueError(f"`other` must have the settings {settings[0]}, got {settings[1]}.")
         return self.state
 
 
-def _mixed_seed(seed: int, seen: int, probs: Tensor, labels: Tensor) -> int:
-    """A seed that differs from batch to batch, also where they repeat, whatever process sees them."""
+def _mixed_seed(seed: int, position: int, probs: Tensor, labels: Tensor) -> int:
+    """A seed that depends on the batch and its position, but not on the process."""
     digest = hashlib.sha256(probs.numpy().tobytes())
     digest.update(labels.numpy().tobytes())
-    digest.update(f"{seed} {seen}".encode())
+    digest.update(f"{seed} {position}".encode())
     return int.from_bytes(digest.digest()[:7], "big")

@@ -138,7 +138,7 @@ def ence_test(
     dof = sums.square() / square_sums
     squares = np.random.default_rng(seed).chisquare(dof.numpy(), (num_simulations, len(dof)))
     ratio = torch.from_numpy(squares).div(dof).sqrt()  # simulated over predicted sd, (R, bins)
-    return compare_to_null(value, value, (1 - ratio).abs().mean(dim=1), level)
+    return compare_to_null(value, (1 - ratio).abs().mean(dim=1), level)
 
 
 def _ence(bins: SpreadBins) -> Tensor:

@@ -97,7 +97,7 @@ def quantile_calibration_test(
     num_targets = as_pit(pit).numel()
     counts = np.random.default_rng(seed).multinomial(num_targets, shares, num_simulations)[:, :-1]
     simulated = torch.from_numpy(counts).double().cumsum(dim=1) / num_targets  # (R, Q)
-    return compare_to_null(value, value, (simulated - grid).abs().mean(dim=1), level)
+    return compare_to_null(value, (simulated - grid).abs().mean(dim=1), level)
 
 
 def _as_quantiles(quantiles: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A statistic beside its null distribution: the values that it has in data sets simulated under the null hypothesis."""
+"""A statistic and its null distribution: its values in data sets simulated under the null hypothesis."""
 
 import math
 from collections.abc import Sequence
@@ -64,15 +64,17 @@ class NullComparison(NamedTuple):
         return Score(self.value, interval, Interval(self.null_low, self.null_high), self.null_mean, self.p_value)
 
 
-def compare_to_null(value: Tensor, compared: Tensor, null: Tensor, level: float) -> NullComparison:
-    """A statistic beside its simulated values.
+def compare_to_null(value: Tensor, null: Tensor, level: float, *, compared: Tensor | None = None) -> NullComparison:
+    """A statistic with its null band and p-value, from simulated values.
 
     Args:
         value: The statistic, a scalar.
-        compared: The statistic in the cells that the simulation uses, a scalar; the p-value compares this one.
         null: Simulated values, (R,).
         level: Probability inside the null band.
+        compared: The statistic as the simulation computes it, for the p-value, if that differs from `value` (coarser
+            cells of confidence).
     """
+    compared = value if compared is None else compared
     at_least = null.abs() >= compared.abs() - SUM_ROUNDING
     p_value = (1 + at_least.sum().item()) / (1 + len(null))
     summary = summarize_null(null, level)

@@ -15,7 +15,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.linearization.jacobian_blocks import Block, DenseBlock
+from bayes_kf.inference.linearization.jacobian_blocks import (
+    Block,
+    DenseBlock,
+    multiply_blocks,
+    multiply_transposed_blocks,
+)
 from bayes_kf.inference.linearization.parameter_sums import all_shards_agree, sum_over_shards
 
 
@@ -65,7 +70,8 @@ class Jacobian:
     @cached_property
     def like(self) -> Tensor:
         """A tensor of J's dtype and device."""
-        return self.terms[0][1].blocks[0].like
+        block = self.terms[0][1].blocks[0]
+        return block.rows if isinstance(block, DenseBlock) else block.activation
 
     def examples(self, which: slice) -> Jacobian:
         """The rows of some examples (views)."""
@@ -110,10 +116,7 @@ class Jacobian:
         columns = matrix if matrix.ndim == 2 else matrix.unsqueeze(-1)  # (n, L)
         product = columns.new_zeros(self.size, self.num_rows, columns.shape[1])
         for factor, part in self.terms:
-            products = []
-            for block in part.blocks:
-                products.append(block.matmul(columns))
-            inner = torch.stack(products).sum(0)  # (B, d, L)
+            inner = torch.stack(multiply_blocks(part.blocks, columns)).sum(0)  # (B, d, L)
             product += inner if factor is None else factor.to(columns) @ inner
         product = sum_over_shards(product)
         return product if matrix.ndim == 2 else product.squeeze(-1)
@@ -126,8 +129,7 @@ class Jacobian:
         product = self.like.new_zeros(self.num_parameters, columns.shape[-1])
         for factor, part in self.terms:
             inner = columns if factor is None else factor.mT @ columns  # (B, d, L)
-            for block in part.blocks:
-                block.rmatmul(inner, product)
+            multiply_transposed_blocks(part.blocks, inner, product)
         return product if weights.ndim == 3 else product.squeeze(-1)
 
     rmatvec = rmatmul

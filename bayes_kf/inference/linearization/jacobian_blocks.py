@@ -9,6 +9,7 @@ Letters: B examples, c rows per example, s columns of the block, n parameters, J
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,11 +35,6 @@ class DenseBlock:
         """Bytes of the stored tensors."""
         return self.rows.untyped_storage().nbytes()
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the block's dtype and device."""
-        return self.rows
-
     def examples(self, which: slice) -> DenseBlock:
         """The rows of some examples (views)."""
         return replace(self, rows=self.rows[which])
@@ -46,22 +42,6 @@ class DenseBlock:
     def first_rows(self, count: int) -> DenseBlock:
         """The first rows of every example (views)."""
         return replace(self, rows=self.rows[:, :count])
-
-    def matmul(self, matrix: Tensor) -> Tensor:
-        """J F, (B, c, L), for F (n, L), in the dtype of F."""
-        own = matrix[self.columns]  # (s, L)
-        if matrix.dtype == self.rows.dtype:
-            return self.rows @ own
-        size, count, width = self.rows.shape
-        product = matrix.new_zeros(size, count, matrix.shape[1])
-        step = max(1, CHUNK_NUMEL // (size * count))
-        for start in range(0, width, step):
-            product += self.rows[..., start : start + step].to(matrix) @ own[start : start + step]
-        return product
-
-    def rmatmul(self, weights: Tensor, result: Tensor) -> None:
-        """Writes Jᵀw into its rows of ``result`` (n, L), for w (B, c, L)."""
-        result[self.columns] = self.rows.flatten(0, 1).mT @ weights.flatten(0, 1)
 
     def gram(self, variance: Tensor) -> Tensor:
         """J diag(p) Jᵀ, (B·c, B·c), in float64."""
@@ -131,11 +111,6 @@ class OuterProductBlock:
         """Bytes of the stored tensors."""
         return self.cotangent.untyped_storage().nbytes() + self.activation.untyped_storage().nbytes()
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the block's dtype and device."""
-        return self.activation
-
     def examples(self, which: slice) -> OuterProductBlock:
         """The rows of some examples (views)."""
         return replace(self, cotangent=self.cotangent[which], activation=self.activation[which])
@@ -143,23 +118,6 @@ class OuterProductBlock:
     def first_rows(self, count: int) -> OuterProductBlock:
         """The first rows of every example (views)."""
         return replace(self, cotangent=self.cotangent[:, :count])
-
-    def matmul(self, matrix: Tensor) -> Tensor:
-        """J F, (B, c, L), for F (n, L), in the dtype of F: Σ_oi g_bco a_bi F_oiℓ."""
-        activation, width = self.activation.to(matrix), self.activation.shape[-1]
-        products = []
-        for column in matrix[self.columns].unbind(1):
-            products.append(activation @ column.view(-1, width).mT)  # (B, out)
-        return self.cotangent.to(matrix) @ torch.stack(products, -1)
-
-    def rmatmul(self, weights: Tensor, result: Tensor) -> None:
-        """Writes Jᵀw into its rows of ``result`` (n, L), for w (B, c, L): Σ_bc g_bco w_bcℓ a_bi."""
-        own, width = result[self.columns], self.activation.shape[-1]
-        step = max(1, CHUNK_NUMEL // max(weights.shape[-1], self.activation.numel()))
-        for start in range(0, self.cotangent.shape[-1], step):
-            g = self.cotangent[..., start : start + step]
-            sums = torch.einsum("bco,bcl->lbo", g, weights)
-            own[start * width : (start + step) * width] = (sums.mT @ self.activation).flatten(1).mT
 
     def gram(self, variance: Tensor) -> Tensor:
         """J diag(p) Jᵀ, (B·c, B·c), in float64: Σ_o g_bco g_b'c'o Q_obb', Q_obb' = Σ_i p_oi a_bi a_b'i."""
@@ -212,3 +170,45 @@ class OuterProductBlock:
 
 
 Block = DenseBlock | OuterProductBlock
+
+
+def multiply_blocks(blocks: Sequence[Block], matrix: Tensor) -> list[Tensor]:
+    """J F of each block, (B, c, L), for F (n, L), in the dtype of F. One call serves all blocks, for speed.
+
+    Outer products: Σ_oi g_bco a_bi F_oiℓ.
+    """
+    products = []
+    for block in blocks:
+        own = matrix[block.columns]  # (s, L)
+        if isinstance(block, OuterProductBlock):
+            activation, inner = block.activation.to(matrix), []
+            for column in own.unbind(1):
+                inner.append(activation @ column.view(-1, activation.shape[-1]).mT)  # (B, out)
+            products.append(block.cotangent.to(matrix) @ torch.stack(inner, -1))
+        elif matrix.dtype == block.rows.dtype:
+            products.append(block.rows @ own)
+        else:
+            size, count, width = block.rows.shape
+            product = matrix.new_zeros(size, count, matrix.shape[1])
+            step = max(1, CHUNK_NUMEL // (size * count))
+            for start in range(0, width, step):
+                product += block.rows[..., start : start + step].to(matrix) @ own[start : start + step]
+            products.append(product)
+    return products
+
+
+def multiply_transposed_blocks(blocks: Sequence[Block], weights: Tensor, result: Tensor) -> None:
+    """Writes Jᵀw of each block into its rows of ``result`` (n, L), for w (B, c, L).
+
+    Outer products: Σ_bc g_bco w_bcℓ a_bi.
+    """
+    for block in blocks:
+        if isinstance(block, DenseBlock):
+            result[block.columns] = block.rows.flatten(0, 1).mT @ weights.flatten(0, 1)
+            continue
+        own, width = result[block.columns], block.activation.shape[-1]
+        step = max(1, CHUNK_NUMEL // max(weights.shape[-1], block.activation.numel()))
+        for start in range(0, block.cotangent.shape[-1], step):
+            g = block.cotangent[..., start : start + step]
+            sums = torch.einsum("bco,bcl->lbo", g, weights)
+            own[start * width : (start + step) * width] = (sums.mT @ block.activation).flatten(1).mT

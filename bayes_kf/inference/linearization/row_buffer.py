@@ -116,7 +116,8 @@ class RowBuffer:
         activation = call.input[self._repetition.first.to(call.input.device)].detach().to(self._dtype)
         if attribute == "bias":
             activation = activation.new_ones(self._size, 1)
-        cotangent = self._empty(activation, call.output.shape[-1])
+        shape = (self._size, self._count, call.output.shape[-1])
+        cotangent = activation.new_zeros(shape) if self._ragged else activation.new_empty(shape)
         self.blocks.append(OuterProductBlock(self._slices[name], cotangent, activation))
         self._targets[name] = cotangent.flatten(0, 1)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.inference.predictive.linearized_prediction import required_targets
 from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
 from bayes_kf.inference.predictive.predictive_distributions import from_draws
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import check_inputs, split_batch, to_device
+from bayes_kf.models.batch import Batch, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
@@ -87,18 +88,17 @@ def predictive_groups(
     """
     adapter, family = posterior.adapter, posterior.likelihood
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for index, batch in enumerate(loader):
-        inputs, targets = split_batch(batch)
+    for index, given in enumerate(loader):
+        inputs, targets = split_batch(given)
         if not isinstance(targets, Tensor):
             kind = "none" if targets is None else type(targets).__name__
             raise ValueError(f"`loader` must yield tensors of targets with every batch, got {kind} in batch {index}.")
-        check_inputs(inputs)
-        inputs = to_device(inputs, adapter.device)
-        outputs = outputs_of_draws(adapter, draws, inputs, posterior.adapters_at_once(inputs))  # (S, B, m)
+        batch = Batch.checked(inputs, targets, adapter.device)
+        outputs = outputs_of_draws(adapter, draws, batch.inputs, posterior.adapters_at_once(batch))  # (S, B, m)
         outputs = posterior.scaled_logits(outputs)
         if index == 0:
-            warn_if_methods_disagree(posterior, inputs, from_draws(family, outputs, None), stacklevel=5)
-        checked = family.check(outputs[0], targets.to(adapter.device))
+            warn_if_methods_disagree(posterior, batch, from_draws(family, outputs, None), stacklevel=5)
+        checked = required_targets(family, outputs[0], batch)
         log_prob = family.log_prob(outputs, checked)
         drawn = draw_targets(family, outputs, generator)
         if outputs.shape[-1] == 1:  # ArviZ needs targets and log-likelihoods of one shape

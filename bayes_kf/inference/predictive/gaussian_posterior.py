@@ -13,7 +13,7 @@ from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, batch_size
+from bayes_kf.models.batch import Batch
 from bayes_kf.models.likelihood import Likelihood
 
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
@@ -145,9 +145,9 @@ class GaussianPosterior:
         """Logits, or deviations of logits, divided by :attr:`softmax_temperature`; same shape."""
         return logits if self.softmax_temperature == 1.0 else logits / self.softmax_temperature
 
-    def adapters_at_once(self, inputs: Inputs) -> int:
+    def adapters_at_once(self, batch: Batch) -> int:
         """How many adapters fit in memory together, in forward passes over a batch."""
-        return max(1, self.kf.linearize.max_chunk_size(self.mean_vector, inputs) // batch_size(inputs))
+        return max(1, self.kf.linearize.max_chunk_size(self.mean_vector, batch) // batch.size)
 
     def with_settings(self, **settings: Any) -> Self:
         """The same posterior with other settings for its predictions."""

@@ -29,8 +29,9 @@ from bayes_kf.inference.predictive.linearized_prediction import (
     output_covariance,
     output_deviations,
     parameter_draws_are_cheaper,
+    required_targets,
 )
-from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.batch import Batch, split_batch
 from bayes_kf.models.likelihood import Categorical, Likelihood
 
 NUM_DRAWS = 64  # parameter draws that stand for the covariance of more outputs than that
@@ -49,10 +50,10 @@ def calibrate_temperature(posterior: P, loader: Iterable[Any]) -> P:
         return _calibrate_with_noise(posterior, loader)
     family, losses = posterior.likelihood, list[Tensor]()
     num_examples = 0
-    for inputs, targets in _heldout_batches(posterior, loader):
+    for batch in _heldout_batches(posterior, loader):
         with posterior.adapter.full_precision():
-            losses.append(log_losses(posterior, family, inputs, targets, num_examples))
-        num_examples += len(targets)
+            losses.append(log_losses(posterior, family, batch, num_examples))
+        num_examples += batch.size
     return posterior.with_settings(temperature=choose_temperature(torch.cat(losses, 1)))
 
 
@@ -62,10 +63,10 @@ def calibrate_softmax(posterior: P, loader: Iterable[Any]) -> P:
     if not isinstance(family, Categorical):
         raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {family.name!r}.")
     losses = SOFTMAX_PRIOR
-    for inputs, targets in _heldout_batches(posterior, loader):
+    for batch in _heldout_batches(posterior, loader):
         with posterior.adapter.full_precision():
-            outputs = posterior.adapter.outputs(posterior.mean_vector, inputs)
-        losses = losses + softmax_log_losses(family, outputs, family.check(outputs, targets))
+            outputs = posterior.adapter.outputs(posterior.mean_vector, batch.inputs)
+        losses = losses + softmax_log_losses(family, outputs, required_targets(family, outputs, batch))
     return posterior.with_settings(softmax_temperature=choose_softmax_temperature(losses))
 
 
@@ -99,36 +100,33 @@ def softmax_log_losses(family: Likelihood, outputs: Tensor, targets: Tensor) -> 
     return -torch.stack([family.log_prob(logits / divisor, targets).sum() for divisor in SOFTMAX_GRID]).cpu()
 
 
-def log_losses(posterior: GaussianPosterior, family: Likelihood, inputs: Inputs, targets: Tensor, first: int) -> Tensor:
+def log_losses(posterior: GaussianPosterior, family: Likelihood, batch: Batch, first: int) -> Tensor:
     """Log losses of linearized predictions at each temperature of ``GRID``, (K, B), in nats.
 
     Args:
         posterior: the posterior that predicts.
         family: its likelihood.
-        inputs: a batch of B examples.
-        targets: of the batch.
+        batch: B examples with targets.
         first: number of the batch's first example among all held-out examples.
     """
-    if parameter_draws_are_cheaper(posterior, inputs, NUM_DRAWS):
-        return _log_losses_from_draws(posterior, family, inputs, targets, first)
+    if parameter_draws_are_cheaper(posterior, batch, NUM_DRAWS):
+        return _log_losses_from_draws(posterior, family, batch, first)
     losses = list[Tensor]()
-    for where, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, inputs):
+    for _, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, batch):
         linearized = posterior.kf.linearize(posterior.mean_vector, chunk)
         outputs = posterior.scaled_logits(linearized.outputs)
-        checked = family.check(outputs, targets[where])
+        checked = required_targets(family, outputs, chunk)
         output_cov = output_covariance(posterior, linearized) / posterior.softmax_temperature**2
         number = first + sum(part.shape[1] for part in losses)
         losses.append(predictive_density.log_loss(family, outputs, output_cov, checked, GRID, number))
     return torch.cat(losses, 1)
 
 
-def _log_losses_from_draws(
-    posterior: GaussianPosterior, family: Likelihood, inputs: Inputs, targets: Tensor, first: int
-) -> Tensor:
+def _log_losses_from_draws(posterior: GaussianPosterior, family: Likelihood, batch: Batch, first: int) -> Tensor:
     """The same, with the covariance of the outputs estimated from ``NUM_DRAWS`` draws Jδ."""
-    outputs = posterior.adapter.outputs(posterior.mean_vector, inputs)
-    checked = family.check(outputs, targets)
-    deviations = output_deviations(posterior, inputs, NUM_DRAWS, posterior.generator())
+    outputs = posterior.adapter.outputs(posterior.mean_vector, batch.inputs)
+    checked = required_targets(family, outputs, batch)
+    deviations = output_deviations(posterior, batch, NUM_DRAWS, posterior.generator())
     root = posterior.scaled_logits(deviations / NUM_DRAWS**0.5).transpose(0, 1)  # (B, S, m)
     return predictive_density.root_log_loss(family, posterior.scaled_logits(outputs), root, checked, GRID, first)
 
@@ -155,11 +153,11 @@ def _calibrate_with_noise(posterior: P, loader: Iterable[Any]) -> P:
 def _heldout_residuals(posterior: GaussianPosterior, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Residuals e = y − f(x, μ), (N, m), and covariances J P Jᵀ, (N, m, m), of held-out examples."""
     family, residuals, covariances = posterior.likelihood, list[Tensor](), list[Tensor]()
-    for inputs, targets in _heldout_batches(posterior, loader):
+    for batch in _heldout_batches(posterior, loader):
         with posterior.adapter.full_precision():
-            for where, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, inputs):
+            for _, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, batch):
                 linearized = posterior.kf.linearize(posterior.mean_vector, chunk)
-                checked = family.check(linearized.outputs, targets[where])
+                checked = required_targets(family, linearized.outputs, chunk)
                 residuals.append((checked - linearized.outputs).double())
                 covariances.append(output_covariance(posterior, linearized))
     return torch.cat(residuals), semidefinite(torch.cat(covariances))
@@ -191,8 +189,8 @@ def gaussian_log_losses(variance: Tensor, residual: Tensor, output_cov: Tensor) 
     return -torch.distributions.MultivariateNormal(zero, total, validate_args=False).log_prob(residual)
 
 
-def _heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[tuple[Inputs, Tensor]]:
-    """Inputs and targets of every batch, on the model's device.
+def _heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[Batch]:
+    """Every batch, with targets, on the model's device.
 
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
@@ -204,7 +202,6 @@ def _heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Ite
             raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")
         if not isinstance(targets, Tensor):
             raise ValueError(f"`loader` must yield targets as tensors, got {type(targets).__name__}.")
-        check_inputs(inputs)
-        yield to_device(inputs, posterior.adapter.device), targets.to(posterior.adapter.device)
+        yield Batch.checked(inputs, targets, posterior.adapter.device)
     if index < 0:
         raise ValueError("`loader` must yield at least one batch, got none.")

@@ -15,24 +15,19 @@ from bayes_kf.inference.measurement_model.output_directions import MAX_EXACT_OUT
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.models.batch import Inputs
+from bayes_kf.models.batch import Batch
 from bayes_kf.models.batched_forward import finite_difference_jvps
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 
 def predict_from_covariance(
-    posterior: GaussianPosterior,
-    inputs: Inputs,
-    method: str,
-    num_samples: int,
-    generator: torch.Generator,
-    targets: Tensor | None,
+    posterior: GaussianPosterior, batch: Batch, method: str, num_samples: int, generator: torch.Generator
 ) -> Prediction:
     """The prediction by "linearized" or "probit" from J P Jᵀ, for a batch that fits in memory."""
     family = posterior.likelihood
-    linearized = posterior.kf.linearize(posterior.mean_vector, inputs)
+    linearized = posterior.kf.linearize(posterior.mean_vector, batch)
     outputs = posterior.scaled_logits(linearized.outputs)
-    targets = check_targets(family, outputs, targets)
+    targets = check_targets(family, outputs, batch.targets)
     covariance = output_covariance(posterior, linearized)
     output_cov = posterior.temperature / posterior.softmax_temperature**2 * covariance
     if method == "probit" and family.name != "gaussian":
@@ -48,39 +43,35 @@ def predict_from_covariance(
 
 
 def predict_from_parameter_draws(
-    posterior: GaussianPosterior,
-    inputs: Inputs,
-    num_samples: int,
-    generator: torch.Generator,
-    targets: Tensor | None,
+    posterior: GaussianPosterior, batch: Batch, num_samples: int, generator: torch.Generator
 ) -> Prediction:
     """The prediction by "linearized" from outputs f ± Jδ, δ ~ N(0, temperature·P); J P Jᵀ is not formed."""
     family = posterior.likelihood
-    outputs = posterior.adapter.outputs(posterior.mean_vector, inputs)
-    deviations = output_deviations(posterior, inputs, -(-num_samples // 2), generator, posterior.temperature)
+    outputs = posterior.adapter.outputs(posterior.mean_vector, batch.inputs)
+    deviations = output_deviations(posterior, batch, -(-num_samples // 2), generator, posterior.temperature)
     draws = posterior.scaled_logits(outputs + torch.cat([deviations, -deviations])[:num_samples])
-    return predictive_distributions.from_draws(family, draws, check_targets(family, outputs, targets))
+    return predictive_distributions.from_draws(family, draws, check_targets(family, outputs, batch.targets))
 
 
-def parameter_draws_are_cheaper(posterior: GaussianPosterior, inputs: Inputs, num_samples: int) -> bool:
+def parameter_draws_are_cheaper(posterior: GaussianPosterior, batch: Batch, num_samples: int) -> bool:
     """Whether S draws of the outputs take fewer passes from draws of the parameters than from J P Jᵀ."""
     if isinstance(posterior.likelihood, Gaussian) or not posterior.adapter.is_precise:
         return False
-    passes = posterior.kf.linearize.num_backward_passes(posterior.mean_vector, inputs)
+    passes = posterior.kf.linearize.num_backward_passes(posterior.mean_vector, batch)
     return num_samples < passes or posterior.kf.linearize.num_outputs > MAX_EXACT_OUTPUTS
 
 
 def output_deviations(
     posterior: GaussianPosterior,
-    inputs: Inputs,
+    batch: Batch,
     num_draws: int,
     generator: torch.Generator,
     temperature: float = 1.0,
 ) -> Tensor:
     """Jδ for draws δ ~ N(0, temperature·P), (S, B, m)."""
     steps = posterior.sample_deviations(num_draws, generator, temperature)
-    at_once = posterior.adapters_at_once(inputs)
-    return finite_difference_jvps(posterior.adapter, posterior.mean_vector, steps, inputs, at_once)
+    at_once = posterior.adapters_at_once(batch)
+    return finite_difference_jvps(posterior.adapter, posterior.mean_vector, steps, batch.inputs, at_once)
 
 
 def output_covariance(posterior: GaussianPosterior, linearized: LinearizedBatch) -> Tensor:
@@ -91,3 +82,9 @@ def output_covariance(posterior: GaussianPosterior, linearized: LinearizedBatch)
 def check_targets(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
     """Targets in the likelihood's own form; None if there are none."""
     return None if targets is None else family.check(outputs, targets)
+
+
+def required_targets(family: Likelihood, outputs: Tensor, batch: Batch) -> Tensor:
+    """Targets of a batch in the likelihood's own form; the batch has them."""
+    assert batch.targets is not None  # checked when the loader yielded it
+    return family.check(outputs, batch.targets)

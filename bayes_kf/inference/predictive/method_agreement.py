@@ -11,7 +11,7 @@ import torch
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.linearized_prediction import predict_from_covariance
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.models.batch import Inputs, batch_size, some_examples
+from bayes_kf.models.batch import Batch
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 MAX_EXAMPLES = 16  # the first examples of a batch are compared
@@ -20,26 +20,24 @@ MAX_ERRORS = 3.0  # multiples of the Monte Carlo error that are not reported
 MIN_DISTANCE = 0.05  # in total variation or standard deviations; a smaller one is not reported
 
 
-def warn_if_methods_disagree(
-    posterior: GaussianPosterior, inputs: Inputs, sampled: Prediction, stacklevel: int
-) -> None:
+def warn_if_methods_disagree(posterior: GaussianPosterior, batch: Batch, sampled: Prediction, stacklevel: int) -> None:
     """Warn if predictions from drawn adapters differ from linearized ones by more than Monte Carlo error.
 
     Args:
         posterior: the posterior that predicts.
-        inputs: the batch.
+        batch: the examples.
         sampled: its prediction by "sampled".
         stacklevel: of the warning, as :func:`warnings.warn` takes it.
     """
     assert sampled.samples is not None  # "sampled" has draws
-    num_samples, size = len(sampled.samples), min(MAX_EXAMPLES, batch_size(inputs))
+    num_samples, size = len(sampled.samples), min(MAX_EXAMPLES, batch.size)
     if num_samples < max(MIN_DRAWS, sampled.samples.shape[2]):  # linearized draws take a backward pass per output
         return
-    some = some_examples(inputs, slice(size), batch_size(inputs))
-    _, chunk = posterior.kf.linearize.chunks(posterior.mean_vector, some)[0]  # the examples that fit in memory
-    some, size = chunk.inputs, chunk.size
+    some = Batch.of(batch.inputs)[:size]
+    _, some = next(iter(posterior.kf.linearize.chunks(posterior.mean_vector, some)))  # those that fit in memory
+    size = some.size
     generator = torch.Generator(device=posterior.adapter.device).manual_seed(posterior.config.seed + 1)
-    linearized = predict_from_covariance(posterior, some, "linearized", num_samples, generator, None)
+    linearized = predict_from_covariance(posterior, some, "linearized", num_samples, generator)
     variance = None if sampled.variance is None else sampled.variance[:size]
     first = replace(sampled, samples=sampled.samples[:, :size], variance=variance)
     family = posterior.likelihood

@@ -10,7 +10,7 @@ from torch import Tensor
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.models.batch import batch_size, check_inputs, some_examples, split_batch, to_device
+from bayes_kf.models.batch import Batch, split_batch
 
 MAX_EXAMPLES = 8  # the first examples of a batch
 MAX_OUTPUTS = 16  # of more outputs, as many evenly spaced ones
@@ -19,11 +19,9 @@ MAX_OUTPUTS = 16  # of more outputs, as many evenly spaced ones
 def output_variance(posterior: GaussianPosterior, batch: Any) -> dict[str, float]:
     """Tensor name -> its contribution to the variance of the outputs; see :meth:`Posterior.output_variance`."""
     inputs, _ = split_batch(batch)
-    check_inputs(inputs)
-    size = batch_size(inputs)
-    some = some_examples(inputs, slice(0, min(size, MAX_EXAMPLES)), size)
+    some = Batch.checked(inputs)[:MAX_EXAMPLES].to(posterior.adapter.device)
     with posterior.adapter.full_precision():
-        linearized = posterior.kf.linearize(posterior.mean_vector, to_device(some, posterior.adapter.device))
+        linearized = posterior.kf.linearize(posterior.mean_vector, some)
         contributions = parameter_contributions(posterior, linearized)
     slices = posterior.adapter.slices()
     return {name: posterior.temperature * contributions[where].sum().item() for name, where in slices.items()}

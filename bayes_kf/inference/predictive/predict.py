@@ -18,7 +18,7 @@ from bayes_kf.inference.predictive.linearized_prediction import (
 )
 from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction, concatenate
-from bayes_kf.models.batch import Inputs, batch_size, check_inputs, split_batch, to_device
+from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.validation import did_you_mean
 
@@ -32,7 +32,7 @@ def predict(
     targets: Tensor | None,
     *,
     compare: bool = True,
-    adapter_draws: Tensor | None = None,
+    adapter_generator_state: Tensor | None = None,
     stacklevel: int = 4,
 ) -> Prediction:
     """The predictive distribution for a batch; see :meth:`Posterior.predict`.
@@ -45,28 +45,26 @@ def predict(
         generator: source of the draws; None: a new one seeded with ``config.seed``.
         targets: for ``log_prob``.
         compare: whether to warn if "sampled" and "linearized" disagree.
-        adapter_draws: generator state from which adapters are drawn, so that all batches of a loader are predicted by
-            the same adapters. Draws of outputs are different for each example and continue from the batch before.
+        adapter_generator_state: state of the generator from which adapters are drawn, so that the same adapters predict
+            all batches of a loader. Draws of outputs differ between examples and do not start again.
         stacklevel: of that warning.
     """
-    _check_arguments(posterior, inputs, method, num_samples, targets)
-    adapter, generator = posterior.adapter, posterior.generator(generator)
-    inputs = to_device(inputs, adapter.device)
-    targets = None if targets is None else targets.to(adapter.device)
-    with adapter.full_precision():
-        draws_parameters = method == "linearized" and parameter_draws_are_cheaper(posterior, inputs, num_samples)
-        if (method == "sampled" or draws_parameters) and adapter_draws is not None:
-            generator.set_state(adapter_draws)
+    _check_arguments(posterior, method, num_samples, targets)
+    batch, generator = Batch.checked(inputs, targets, posterior.adapter.device), posterior.generator(generator)
+    with posterior.adapter.full_precision():
+        draws_parameters = method == "linearized" and parameter_draws_are_cheaper(posterior, batch, num_samples)
+        if (method == "sampled" or draws_parameters) and adapter_generator_state is not None:
+            generator.set_state(adapter_generator_state)
         if method == "mean":
-            return _predict_at_mean(posterior, inputs, targets)
+            return _predict_at_mean(posterior, batch)
         if method == "sampled":
-            sampled = _predict_from_adapters(posterior, inputs, num_samples, generator, targets)
+            sampled = _predict_from_adapters(posterior, batch, num_samples, generator)
             if compare:
-                warn_if_methods_disagree(posterior, inputs, sampled, stacklevel)
+                warn_if_methods_disagree(posterior, batch, sampled, stacklevel)
             return sampled
         if draws_parameters:
-            return predict_from_parameter_draws(posterior, inputs, num_samples, generator, targets)
-        return _predict_in_chunks(posterior, inputs, method, num_samples, generator, targets)
+            return predict_from_parameter_draws(posterior, batch, num_samples, generator)
+        return _predict_in_chunks(posterior, batch, method, num_samples, generator)
 
 
 def predict_loader(
@@ -84,7 +82,7 @@ def predict_loader(
         inputs, targets = split_batch(batch)
         part = predict(
             posterior, inputs, method, num_samples, generator, targets,
-            compare=not parts, adapter_draws=first_state, stacklevel=5,
+            compare=not parts, adapter_generator_state=first_state, stacklevel=5,
         )  # fmt: skip
         fields: dict[str, Any] = {
             name: _to_cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples
@@ -97,9 +95,7 @@ def predict_loader(
     return joined
 
 
-def _check_arguments(
-    posterior: GaussianPosterior, inputs: Inputs, method: str, num_samples: int, targets: Tensor | None
-) -> None:
+def _check_arguments(posterior: GaussianPosterior, method: str, num_samples: int, targets: Tensor | None) -> None:
     if method not in METHODS:
         nearest = did_you_mean(method, METHODS) or "."
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}{nearest}")
@@ -107,55 +103,42 @@ def _check_arguments(
         raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
-    check_inputs(inputs)
     if targets is not None and not isinstance(targets, Tensor):
         raise ValueError(f"`targets` must be a tensor or None, got {type(targets).__name__}.")
 
 
-def _predict_at_mean(posterior: GaussianPosterior, inputs: Inputs, targets: Tensor | None) -> Prediction:
+def _predict_at_mean(posterior: GaussianPosterior, batch: Batch) -> Prediction:
     """The prediction of the mean parameters."""
     family = posterior.likelihood
-    outputs = posterior.scaled_logits(posterior.adapter.outputs(posterior.mean_vector, inputs))
-    return predictive_distributions.from_point(family, outputs, check_targets(family, outputs, targets))
+    outputs = posterior.scaled_logits(posterior.adapter.outputs(posterior.mean_vector, batch.inputs))
+    return predictive_distributions.from_point(family, outputs, check_targets(family, outputs, batch.targets))
 
 
 def _predict_from_adapters(
-    posterior: GaussianPosterior,
-    inputs: Inputs,
-    num_samples: int,
-    generator: torch.Generator,
-    targets: Tensor | None,
+    posterior: GaussianPosterior, batch: Batch, num_samples: int, generator: torch.Generator
 ) -> Prediction:
     """The prediction of S adapters drawn from the posterior."""
     family = posterior.likelihood
     draws = posterior.sample(num_samples, generator)
-    outputs = outputs_of_draws(posterior.adapter, draws, inputs, posterior.adapters_at_once(inputs))
+    outputs = outputs_of_draws(posterior.adapter, draws, batch.inputs, posterior.adapters_at_once(batch))
     outputs = posterior.scaled_logits(outputs)
-    return predictive_distributions.from_draws(family, outputs, check_targets(family, outputs[0], targets))
+    return predictive_distributions.from_draws(family, outputs, check_targets(family, outputs[0], batch.targets))
 
 
 def _predict_in_chunks(
-    posterior: GaussianPosterior,
-    inputs: Inputs,
-    method: str,
-    num_samples: int,
-    generator: torch.Generator,
-    targets: Tensor | None,
+    posterior: GaussianPosterior, batch: Batch, method: str, num_samples: int, generator: torch.Generator
 ) -> Prediction:
     """The prediction from J P Jᵀ, a chunk of the batch at a time; smaller chunks if memory runs out."""
     linearize, before = posterior.kf.linearize, generator.get_state()
 
     def predict_chunks() -> Prediction:
         generator.set_state(before)  # an attempt that ran out of memory has used it
-        parts = [
-            predict_from_covariance(
-                posterior, chunk.inputs, method, num_samples, generator, None if targets is None else targets[where]
-            )
-            for where, chunk in linearize.chunks(posterior.mean_vector, inputs)
-        ]
-        return concatenate(parts)
+        chunks = linearize.chunks(posterior.mean_vector, batch)
+        return concatenate(
+            [predict_from_covariance(posterior, chunk, method, num_samples, generator) for _, chunk in chunks]
+        )
 
-    return linearize.retry_in_smaller_chunks(predict_chunks, batch_size(inputs))
+    return linearize.retry_in_smaller_chunks(predict_chunks, batch.size)
 
 
 def _to_cpu(tensor: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.models.batch import Inputs, batch_size, to_device
+from bayes_kf.models.batch import Batch, Inputs, to_device
 from bayes_kf.models.batched_forward import outputs_of_draws
 
 _COUNTER = itertools.count()
@@ -54,37 +54,37 @@ class KalmanModel:
 
     def __call__(self, inputs: Inputs, targets: Tensor | None = None, num_data: int | None = None) -> Tensor:
         """Sample θ and y; see the class."""
-        inputs = to_device(inputs, self.adapter.device)
+        batch = Batch.of(to_device(inputs, self.adapter.device))
         sites = {
             name: pyro.sample(name, dist.Normal(self.prior_mean[name], self.prior_sd[name]).to_event(len(shape)))
             for name, shape in zip(self.adapter.names, self.adapter.shapes, strict=True)
         }
-        outputs = self._outputs(sites, inputs)
+        outputs = self._outputs(sites, batch)
         if targets is None:
             outputs = self._posterior.scaled_logits(outputs)
         else:
             one = outputs.reshape(-1, *outputs.shape[-2:])[0]
             targets = self.family.check(one, targets.to(outputs.device))
-        size = batch_size(inputs)
-        with pyro.plate("data", num_data or size, subsample=torch.arange(size, device=outputs.device), dim=-1):
+        subsample = torch.arange(batch.size, device=outputs.device)
+        with pyro.plate("data", num_data or batch.size, subsample=subsample, dim=-1):
             pyro.deterministic("outputs", outputs, event_dim=1)
             with poutine.scale(scale=1.0 / self.temperature):
                 return pyro.sample("y", self.family.distribution(outputs), obs=targets)  # type: ignore[arg-type]
 
-    def _outputs(self, sites: dict[str, Tensor], inputs: Inputs) -> Tensor:
+    def _outputs(self, sites: dict[str, Tensor], batch: Batch) -> Tensor:
         """Raw outputs, (*plates, B, m), of tensors whose leading dimensions are the plates around the call."""
         shapes = dict(zip(self.adapter.names, self.adapter.shapes, strict=True))
         leading = {name: site.shape[: site.dim() - len(shapes[name])] for name, site in sites.items()}
         # dimension -1 belongs to the data and has size 1 in a tensor; Pyro omits that 1 from given draws
-        leading = {name: batch[:-1] if batch and batch[-1] == 1 else batch for name, batch in leading.items()}
+        leading = {name: shape[:-1] if shape and shape[-1] == 1 else shape for name, shape in leading.items()}
         plates = torch.broadcast_shapes(*leading.values())
         flat = [
             site.reshape(*leading[name], -1).expand(*plates, -1).reshape(plates.numel(), -1).to(self.adapter.dtype)
             for name, site in sites.items()
         ]
         draws = torch.cat(flat, 1)  # (S, n)
-        at_once = None if len(draws) == 1 else self._posterior.adapters_at_once(inputs)
-        outputs = outputs_of_draws(self.adapter, draws, inputs, at_once, gradients=torch.is_grad_enabled())
+        at_once = None if len(draws) == 1 else self._posterior.adapters_at_once(batch)
+        outputs = outputs_of_draws(self.adapter, draws, batch.inputs, at_once, gradients=torch.is_grad_enabled())
         return outputs.reshape(*plates, *outputs.shape[1:])
 
 

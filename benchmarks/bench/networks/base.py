@@ -1,6 +1,6 @@
-"""What a network of the bench is, and how adapters and new classifiers are put on it.
+"""Networks of the bench, with adapters and new classifiers.
 
-Everything new (LoRA's A, a new classifier) is drawn from a seed alone, so that all optimizers start alike.
+New tensors (LoRA's A, a new classifier) depend only on a seed, so that all optimizers have the same start.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from benchmarks.common.learners import HEAD_SD, Inputs
 
 KINDS = ("lora", "dora", "conv", "weights", "full")
 """Trainable tensors: LoRA or DoRA on linear layers, LoRA on convolutions, the weights themselves of the layers that
-LoRA would adapt (for optimizers that are sparse in them), or everything. The classifier is trained along in all."""
+LoRA would adapt (for sparse optimizers), or all parameters. The classifier is trainable in all kinds."""
 RANK = 4
 CIFAR_MEAN, CIFAR_SD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Request(NamedTuple):
-    """What a problem asks of a network.
+    """The network that a problem needs.
 
     Attributes:
-        classes: of the problem.
-        fresh_head: whether the classifier is drawn afresh.
+        classes: their number.
+        fresh_head: whether the classifier is new.
         adapter: one of :data:`KINDS`.
-        seed: of everything that is drawn.
-        random_weights: whether the network's own weights are drawn too, instead of loaded.
+        seed: of all random tensors.
+        random_weights: whether the network's own weights are random, too.
     """
 
     classes: int
@@ -43,14 +43,14 @@ class Request(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network: the kinds of adapters that it takes, how it is built, and its inputs from a problem's raw ones.
+    """A network: its kinds of adapters, its constructor, and the function that prepares its inputs.
 
     Attributes:
-        adapters: of :data:`KINDS`, first the one that rows without a wish get.
-        build: from a request to a model in evaluation mode.
-        prepare: images (N, C, H, W) in [0, 1], or texts (or pairs of them), as the network takes them.
-        texts: whether it reads text.
-        prepare_random: in place of ``prepare`` where weights are drawn and nothing may be downloaded; None: the same.
+        adapters: of :data:`KINDS`, the default first.
+        build: returns a model in evaluation mode for a request.
+        prepare: makes inputs of images (N, C, H, W) in [0, 1], or of texts or pairs of texts.
+        texts: whether inputs are texts.
+        prepare_random: in the place of ``prepare`` for random weights, without downloads; None: the same.
     """
 
     adapters: tuple[str, ...]
@@ -61,7 +61,7 @@ class Network(NamedTuple):
 
 
 def images(channels: int, side: int, scale: float = 1.0, shift: float = 0.0) -> Callable[[Tensor], Tensor]:
-    """Images of any number of channels and any side as (N, channels, side, side): scale·x + shift."""
+    """A function that maps images of any size and number of channels to (N, channels, side, side): scale·x + shift."""
 
     def prepare(raw: Tensor) -> Tensor:
         if raw.shape[1] != channels:
@@ -77,7 +77,7 @@ def images(channels: int, side: int, scale: float = 1.0, shift: float = 0.0) -> 
 
 
 def adapted(base: nn.Module, targets: Sequence[str], head: str, request: Request) -> nn.Module:
-    """A network with the asked kind of trainable tensors on the modules named ``targets``, and its classifier ``head``.
+    """A network with trainable tensors of the requested kind on the modules ``targets``, and a trainable ``head``.
 
     Raises:
         ValueError: for an unknown kind.
@@ -93,7 +93,7 @@ def adapted(base: nn.Module, targets: Sequence[str], head: str, request: Request
             base.get_submodule(name).weight.requires_grad_(True)
         base.get_submodule(head).requires_grad_(True)
         return base.eval()
-    pattern = "|".join(re.escape(name) for name in targets)  # a string is matched whole
+    pattern = "|".join(re.escape(name) for name in targets)  # PEFT matches a string as a whole
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=pattern, modules_to_save=[head], use_dora=kind == "dora")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
@@ -101,14 +101,14 @@ def adapted(base: nn.Module, targets: Sequence[str], head: str, request: Request
 
 
 def named(base: nn.Module, pattern: str, kind: type[nn.Module] = nn.Module) -> list[str]:
-    """Names of the modules of a kind whose names end as ``pattern`` says."""
+    """Names of the modules of a class whose names end with a match of ``pattern``."""
     return [
         name for name, module in base.named_modules() if isinstance(module, kind) and re.search(f"{pattern}$", name)
     ]
 
 
 def fresh(base: nn.Module, head: str, request: Request) -> None:
-    """A new classifier in the place of ``head``, where asked, drawn as transformers does."""
+    """Replace the classifier ``head`` if the request needs a new one, drawn as in transformers."""
     old = base.get_submodule(head)
     assert isinstance(old, nn.Linear)
     if not request.fresh_head and old.out_features == request.classes:
@@ -122,7 +122,7 @@ def fresh(base: nn.Module, head: str, request: Request) -> None:
 
 
 def drawn(make: Callable[[], nn.Module], request: Request) -> Any:
-    """A module whose weights are drawn from the request's seed."""
+    """A module with random weights of the request's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
         return make()

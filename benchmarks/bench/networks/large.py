@@ -1,7 +1,7 @@
-"""The papers' architectures, for those who can download their weights (torchvision's and transformers' own loaders).
+"""The papers' architectures, whose weights torchvision and transformers download.
 
 DenseNet-121 and ResNet-18 with LoRA on their convolutions, ViT-B/16 (DINO's, as LoKO has) and RoBERTa-base with LoRA on
-their queries. ``random_weights`` needs no network, for trying out the code.
+their queries. ``random_weights`` needs no download, to try the code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DINO, ROBERTA = "facebook/dino-vitb16", "FacebookAI/roberta-base"
 
 
 class Enlarged(nn.Module):
-    """A network that sees its images at 224 pixels."""
+    """A network whose images are resized to 224 pixels."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -54,10 +54,10 @@ class Enlarged(nn.Module):
 
 
 def downloaded(name: str, load: Callable[[], Any]) -> Any:
-    """What a library loads, or one sentence where it cannot.
+    """The result of ``load``, or one sentence if weights are missing.
 
     Raises:
-        FileNotFoundError: the weights are neither here nor to be had.
+        FileNotFoundError: if the weights are not on this machine and cannot be downloaded.
     """
     try:
         with quiet_transformers():
@@ -98,7 +98,7 @@ def _vit(request: Request) -> nn.Module:
 
 def _roberta(request: Request) -> nn.Module:
     if request.random_weights:
-        small = RobertaConfig(  # MiniLM's vocabulary, whose tokenizer is here
+        small = RobertaConfig(  # MiniLM's vocabulary, whose tokenizer is installed
             vocab_size=30_522,
             pad_token_id=0,
             max_position_embeddings=514,

@@ -42,7 +42,7 @@ def _lenet5(request: Request) -> nn.Module:
 
 
 def _cifar_vit(request: Request) -> nn.Module:
-    torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights below LoRA's
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path would ignore LoRA
     network = drawn(CifarViT, request)
     if not request.random_weights:
         network.load_state_dict(load_file(weights_file("vit-cifar10/vit_cifar10.safetensors")))
@@ -55,8 +55,8 @@ def _cifar_resnet(blocks: int) -> Callable[[Request], nn.Module]:
     def build(request: Request) -> nn.Module:
         network = drawn(lambda: CifarResNet(blocks), request)
         if not request.random_weights:
-            found = load_file(weights_file(f"resnet-cifar10/resnet{6 * blocks + 2}.safetensors"))
-            network.load_state_dict(found, strict=False)  # counts of batches are not in the file
+            tensors = load_file(weights_file(f"resnet-cifar10/resnet{6 * blocks + 2}.safetensors"))
+            network.load_state_dict(tensors, strict=False)  # batch norm's counts are not in the file
         base = Normalized(network, IMAGENET_MEAN, IMAGENET_SD)
         fresh(base, "network.linear", request)
         return adapted(base, named(base, r"layer3\.\d\.conv\d"), "network.linear", request)
@@ -66,7 +66,7 @@ def _cifar_resnet(blocks: int) -> Callable[[Request], nn.Module]:
 
 def _minilm(request: Request) -> nn.Module:
     with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.manual_seed(request.seed)  # the classifier
+        torch.manual_seed(request.seed)  # of the classifier
         base = AutoModelForSequenceClassification.from_pretrained(
             encoder_folder(), num_labels=request.classes, local_files_only=True
         )

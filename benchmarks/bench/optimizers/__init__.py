@@ -1,1 +1,1 @@
-"""One file a row; found by listing the folder (``bench.rows`` says what a file holds)."""
+"""One file for each row; ``registry/optimizers.py`` documents its contents."""

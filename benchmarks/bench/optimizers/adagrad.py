@@ -16,5 +16,5 @@ PRIORITY = 21
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     return GradientLearner(model, torch.optim.Adagrad(trainable(model), lr=choice["lr"]))

@@ -22,6 +22,6 @@ PRIORITY = 20
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     optimizer = torch.optim.AdamW(trainable(model), lr=choice["lr"], weight_decay=1e-4)
     return GradientLearner(model, optimizer, decay_over=num_steps)

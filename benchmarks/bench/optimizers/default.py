@@ -1,4 +1,4 @@
-"""What ``fit`` does without settings: ``KalmanConfig.stream()``, or ``KalmanConfig.dataset()`` over several epochs."""
+"""``fit`` without settings: ``KalmanConfig.stream()``, or ``KalmanConfig.dataset()`` over several epochs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PRIORITY = 10
 
 
 def config(choice: Mapping[str, Any], seed: int) -> KalmanConfig:
-    """The settings that ``fit`` takes."""
+    """The settings of ``fit``."""
     return KalmanConfig.dataset(seed=seed) if choice else KalmanConfig.stream(seed=seed)
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> Learner:
-    """A learner."""
+    """A learner for this row."""
     settings = config(choice, seed)
     if settings.tune is None:
         return KalmanLearner(model, settings, inputs)

@@ -1,4 +1,4 @@
-"""The network as it came, which learns nothing: what every other row has to better."""
+"""The pre-trained network without learning: the baseline of every other row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRIORITY = 60
 
 
 class Frozen(GradientLearner):
-    """Predicts only."""
+    """A learner that only predicts."""
 
     @torch.no_grad()
     def learn(self, inputs: Inputs, labels: Tensor) -> Tensor:
@@ -27,5 +27,5 @@ class Frozen(GradientLearner):
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> Frozen:
-    """A learner."""
+    """A learner for this row."""
     return Frozen(model, torch.optim.SGD(trainable(model), lr=0.0))

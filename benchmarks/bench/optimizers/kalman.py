@@ -22,5 +22,5 @@ def config(choice: Mapping[str, Any], seed: int) -> KalmanConfig:
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> KalmanLearner:
-    """A learner."""
+    """A learner for this row."""
     return KalmanLearner(model, config(choice, seed), inputs)

@@ -21,5 +21,5 @@ PRIORITY = 30
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     return GradientLearner(model, KFAC(model, choice["lr"], damping=choice["damping"], seed=seed), num_steps)

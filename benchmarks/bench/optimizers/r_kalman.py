@@ -1,4 +1,4 @@
-"""R-Kalman, ours in the spirit of GRNG's abstract: the default filter, the steps of whose mean ρ‖g‖² tightens.
+"""R-Kalman, ours after GRNG's abstract: the default filter; ρ‖g‖² makes the steps of its mean shorter.
 
 Over several epochs the penalty acts in the first, which is the filter's.
 """
@@ -28,5 +28,5 @@ def config(choice: Mapping[str, Any], seed: int) -> KalmanConfig:
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> KalmanLearner:
-    """A learner."""
+    """A learner for this row."""
     return KalmanLearner(model, config(choice, seed), inputs)

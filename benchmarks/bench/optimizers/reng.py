@@ -19,6 +19,6 @@ PRIORITY = 32
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     optimizer = RENG(model, choice["lr"], penalty=choice["rho"], seed=seed)
     return GradientLearner(model, optimizer, num_steps, optimizer.forward)

@@ -19,5 +19,5 @@ PRIORITY = 31
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     return GradientLearner(model, RING(model, choice["lr"], penalty=choice["rho"], seed=seed), num_steps)

@@ -19,5 +19,5 @@ PRIORITY = 22
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     return GradientLearner(model, torch.optim.SGD(trainable(model), lr=choice["lr"], momentum=0.9), num_steps)

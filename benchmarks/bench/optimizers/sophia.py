@@ -19,5 +19,5 @@ PRIORITY = 33
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     return GradientLearner(model, SophiaG(model, choice["lr"], seed=seed), num_steps)

@@ -25,6 +25,6 @@ PRIORITY = 34
 
 
 def make(model: nn.Module, choice: Mapping[str, Any], seed: int, num_steps: int, inputs: Any) -> GradientLearner:
-    """A learner."""
+    """A learner for this row."""
     optimizer = SparseOptimization(model, choice["lr"], density=choice["density"], seed=seed)
     return GradientLearner(model, optimizer, num_steps)

@@ -1,1 +1,1 @@
-"""One file a data set; found by listing the folder (``bench.problem`` says what a file holds)."""
+"""One file for each data set; ``registry/problems.py`` documents its contents."""

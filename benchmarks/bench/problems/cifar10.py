@@ -1,4 +1,4 @@
-"""CIFAR-10 as JPEG meets a small vision transformer trained on the clean images: LoRA on its feed-forward layers."""
+"""CIFAR-10 as JPEG with a small vision transformer trained on the clean images: LoRA on its feed-forward layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 as JPEG meets ResNet-20 trained on the clean images: LoRA on the convolutions of its last stage."""
+"""CIFAR-10 as JPEG with ResNet-20 trained on the clean images: LoRA on the convolutions of its last stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CoLA's sentences, acceptable or not, meet MiniLM: LoRA on queries and values, a new classifier."""
+"""CoLA's sentences, acceptable or not, with MiniLM: LoRA on queries and values, a new classifier."""
 
 from __future__ import annotations
 

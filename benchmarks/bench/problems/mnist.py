@@ -1,4 +1,4 @@
-"""MNIST meets a residual network that was trained on CIFAR-10: LoRA on convolutions, a new classifier.
+"""MNIST with a residual network trained on CIFAR-10: LoRA on convolutions, a new classifier.
 
 In place of LoKO's DenseNet-121 on MNIST.
 """

@@ -1,4 +1,4 @@
-"""MNIST learned from scratch by LeNet-5, all of its parameters trainable, as in LoKO's Figure 6."""
+"""MNIST from scratch with LeNet-5, all parameters trainable, as in LoKO's Figure 6."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MRPC's pairs of sentences, paraphrases or not, meet MiniLM: LoRA on queries and values, a new classifier."""
+"""MRPC's pairs of sentences, paraphrases or not, with MiniLM: LoRA on queries and values, a new classifier."""
 
 from __future__ import annotations
 

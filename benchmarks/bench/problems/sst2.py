@@ -1,4 +1,4 @@
-"""SST-2's sentences and phrases meet MiniLM: LoRA on queries and values, a new classifier."""
+"""SST-2's sentences and phrases with MiniLM: LoRA on queries and values, a new classifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""UCI's digits, which come with scikit-learn, meet the transformer that was trained on MNIST; in no default run."""
+"""UCI's digits, which come with scikit-learn, with the transformer trained on MNIST; in no default run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""USPS's digits meet the transformer that was trained on MNIST: LoRA on queries and values."""
+"""USPS's digits with the transformer trained on MNIST: LoRA on queries and values."""
 
 from __future__ import annotations
 

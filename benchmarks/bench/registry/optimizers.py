@@ -1,20 +1,20 @@
 """Rows of the bench: every file of ``optimizers/`` is one.
 
-A file holds, besides a docstring that names the paper:
+A file has a docstring that names the paper, and
 
 - ``TITLE``: the row's name in tables.
-- ``GRID``: settings as dicts, :data:`BUDGET` of them, the same number for every row that is tuned; or one. Where the
-  benches need different ones (batches of 1 and of 32), a dict of them by bench.
-- ``make(model, choice, seed, num_steps, inputs)``: a :class:`~bench.learners.Learner`. ``model`` is in evaluation mode
-  with its trainable tensors at their start, ``choice`` one setting of the grid, ``num_steps`` how many updates there
-  will be (for schedules), ``inputs`` the stream's first inputs, without labels.
+- ``GRID``: a tuple of settings, as dicts: :data:`BUDGET` of them, the same number for every tuned row, or one. If the
+  benches need different grids (batches of 1 and of 32), a dict of grids by bench.
+- ``make(model, choice, seed, num_steps, inputs)``: returns a :class:`~benchmarks.bench.learners.Learner`. ``model`` is
+  in evaluation mode with its trainable tensors at their start, ``choice`` one setting of the grid, ``num_steps`` the
+  number of updates (for schedules), ``inputs`` the stream's first inputs, without labels.
 
-and may hold
+It may have
 
-- ``BENCHES``: where it runs, of "online" and "optimizers"; both by default.
-- ``ADAPTERS``: kinds of trainable tensors that it takes (``networks.KINDS``); by default the problem's own.
+- ``BENCHES``: its benches, of "online" and "optimizers"; both by default.
+- ``ADAPTERS``: kinds of trainable tensors that it accepts (``networks.base.KINDS``); by default the problem's own.
 - ``PRIORITY``: rows with smaller numbers run and stand first; 50 by default.
-- ``config(choice, seed)``: of a filter, its ``KalmanConfig``; cells are run again when it changes.
+- ``config(choice, seed)``: the ``KalmanConfig`` of a filter; cells are run again when it changes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BENCHES = ("online", "optimizers")
 
 
 class Row(NamedTuple):
-    """An optimizer of the bench; see the module."""
+    """An optimizer of the bench; the module's docstring explains the fields."""
 
     name: str
     title: str
@@ -46,17 +46,17 @@ class Row(NamedTuple):
 
     @property
     def tuned(self) -> bool:
-        """Whether it has a choice."""
+        """Whether it has several settings."""
         return len(self.grid) > 1
 
     def adapter(self, offered: Sequence[str]) -> str | None:
-        """The kind of trainable tensors that it takes of those that a problem offers; None where it takes none."""
+        """The first kind of trainable tensors that it accepts among those of a problem; None if there is none."""
         if self.adapters is None:
             return offered[0]
         return next((kind for kind in self.adapters if kind in offered), None)
 
     def settings(self, choice: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that a cell depends on: the choice, and a filter's whole configuration."""
+        """The settings that a cell depends on: the choice, and a filter's whole configuration."""
         if self.config is None:
             return dict(choice)
         return dict(choice) | {"config": dataclasses.asdict(self.config(choice, 0))}
@@ -67,10 +67,10 @@ def found_rows(bench: str, extra: Path | None = None) -> dict[str, Row]:
 
     Args:
         bench: "online" or "optimizers".
-        extra: a folder whose ``optimizers`` holds further files.
+        extra: a folder with further files in ``optimizers``.
 
     Raises:
-        ValueError: a file lacks something, or its grid is not of the common size.
+        ValueError: if a file lacks a name, or its grid does not have the common size.
     """
     rows = [_row(name, module, bench) for name, module in modules("optimizers", extra).items()]
     rows = [row for row in rows if bench in row.benches]
@@ -78,7 +78,7 @@ def found_rows(bench: str, extra: Path | None = None) -> dict[str, Row]:
 
 
 def text_of(choice: Mapping[str, Any]) -> str:
-    """A setting as part of a key.
+    """A setting in the form that is part of a key.
 
     Example:
         >>> text_of({"lr": 0.001, "rho": 0.1}), text_of({})
@@ -92,18 +92,18 @@ def text_of(choice: Mapping[str, Any]) -> str:
     )
 
 
-def same_settings(kept: Any, today: Any) -> bool:
-    """Whether a cell's settings are today's; fields that did not exist then stand at their defaults."""
+def same_settings(measured: Any, today: Any) -> bool:
+    """Whether a cell's settings are today's; fields newer than the cell count as their defaults."""
     import bayes_kf
 
-    if set(kept) != set(today):
+    if set(measured) != set(today):
         return False
     defaults = {field.name: field.default for field in dataclasses.fields(bayes_kf.KalmanConfig)}
     for name, value in today.items():
         if name != "config":
-            if kept[name] != value:
+            if measured[name] != value:
                 return False
-        elif any(kept[name].get(field, defaults[field]) != number for field, number in value.items()):
+        elif any(measured[name].get(field, defaults[field]) != number for field, number in value.items()):
             return False
     return True
 
@@ -128,7 +128,7 @@ def _row(name: str, module: ModuleType, bench: str) -> Row:
 
 
 def _grid(settings: Any, module: ModuleType) -> tuple[dict[str, Any], ...]:
-    """Settings of a file, checked."""
+    """The checked settings of a file."""
     grid = tuple(settings)
     if len(grid) not in (1, BUDGET) or not all(isinstance(choice, dict) for choice in grid):
         raise ValueError(

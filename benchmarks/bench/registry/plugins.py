@@ -1,4 +1,4 @@
-"""Python files of a folder as modules, in the order of their names."""
+"""Python files of a folder as modules, ordered by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ BENCH = Path(__file__).resolve().parents[1]
 
 
 def modules(kind: str, extra: Path | None = None) -> dict[str, ModuleType]:
-    """Name -> module of the bench's own folder ``kind``, and of ``extra/kind`` where that is given and there.
+    """Name -> module of the bench's own folder ``kind``, and of ``extra/kind`` if that exists.
 
     Args:
         kind: "optimizers" or "problems".
-        extra: a folder of further files; one that is named as the bench's own takes its place.
+        extra: a folder of further files; a file with the name of one of the bench's replaces it.
 
     Raises:
-        ValueError: ``extra`` is not a folder.
+        ValueError: if ``extra`` is not a folder.
     """
     if extra is not None and not extra.is_dir():
         raise ValueError(f"`--extra` must name a folder with `optimizers` or `problems` in it, got {extra}.")
@@ -39,10 +39,10 @@ def _module(kind: str, path: Path) -> ModuleType:
 
 
 def attribute(module: ModuleType, name: str, wanted: str) -> object:
-    """An attribute that a file of the bench must have.
+    """A required attribute of a file of the bench.
 
     Raises:
-        ValueError: it has not.
+        ValueError: if it is missing.
     """
     if not hasattr(module, name):
         raise ValueError(f"`{name}` must be {wanted} in {module.__file__}, got nothing of that name.")

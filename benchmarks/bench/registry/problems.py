@@ -1,16 +1,16 @@
 """Data sets of the bench: every file of ``problems/`` is one.
 
-A file holds, besides a docstring:
+A file has a docstring and
 
-- ``TITLE``: the data set and what learns it, for tables.
-- ``NETWORK``: the network's name (``networks.NETWORKS``); ``--backbone`` puts another in its place.
-- ``CLASSES`` and ``FRESH_HEAD``: how many, and whether the classifier is drawn afresh for them.
-- ``TRAIN`` and ``TEST``: how many examples there are to learn from and to be tested on.
+- ``TITLE``: the data set and the network, for tables.
+- ``NETWORK``: the network's name (``networks.small.NETWORKS``); ``--backbone`` replaces it.
+- ``CLASSES`` and ``FRESH_HEAD``: the number of classes, and whether the classifier is new.
+- ``TRAIN`` and ``TEST``: the numbers of training and test examples.
 - ``train(which)`` and ``test(which)``: from indices (N,) to raw inputs and labels (N,). Raw inputs are images
   (N, C, H, W) in [0, 1], or lists of texts or of pairs of texts.
-- ``SIZES``: bench -> :class:`Sizes`. The benches named there are those that it runs in.
+- ``SIZES``: bench -> :class:`Sizes`; it runs in these benches by default.
 
-and may hold ``PRIORITY``, as rows do, and ``EXTRA = True``: not one of the online bench's six.
+It may have ``PRIORITY``, as rows do, and ``EXTRA = True`` if it is not one of the online bench's six.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from benchmarks.bench.networks.small import Network, Request, network
 from benchmarks.bench.registry.plugins import attribute, modules
 from benchmarks.common.learners import Inputs, Stream
 
-SPLIT_SEED = 12_345  # of what is kept apart for tuning, the same for every seed
-TUNING_SEED = 99_991  # of the network in tuning
+SPLIT_SEED = 12_345  # of the tuning examples, the same for every seed
+TUNING_SEED = 99_991  # of the network during tuning
 
 
 class Sizes(NamedTuple):
-    """Examples of a stream, of the tuning stream, of the part that tuning is scored on, and of the test."""
+    """Numbers of examples: of a stream, of the tuning stream, of its validation examples, and of the test."""
 
     stream: int
     tuning: int
@@ -41,14 +41,14 @@ class Sizes(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What is learned, in its order, and what is predicted afterwards."""
+    """A stream, in its order, and held-out examples."""
 
     stream: Stream
     heldout: Stream
 
 
 class Problem(NamedTuple):
-    """A data set of the bench; see the module."""
+    """A data set of the bench; the module's docstring explains the fields."""
 
     name: str
     title: str
@@ -66,12 +66,12 @@ class Problem(NamedTuple):
     random_weights: bool
 
     def model(self, adapter: str, seed: int) -> nn.Module:
-        """The network at its start: the same for every row with this adapter."""
+        """The network at its start, the same for every row with this adapter."""
         asked = Request(self.classes, self.fresh_head, adapter, seed, self.random_weights)
         return self.network.build(asked)
 
     def tuning(self, bench: str, limit: int | None = None) -> Split:
-        """The tuning stream, and what tuning is scored on: no seed's stream nor the test has any of it."""
+        """The tuning stream and its validation examples, which no seed's stream and no test set contains."""
         order, size = self._order(), self.sizes_of(bench, limit)
         first, rest = order[: size.tuning], order[size.tuning : size.tuning + size.validation]
         return Split(self._stream(self.train, first), self._stream(self.train, rest, by_length=True))
@@ -85,7 +85,7 @@ class Problem(NamedTuple):
         return Split(self._stream(self.train, chosen), self._stream(self.test, test, by_length=True))
 
     def sizes_of(self, bench: str, limit: int | None) -> Sizes:
-        """How many examples there are of what, each at most ``limit``."""
+        """The numbers of examples, each at most ``limit``."""
         size = self.sizes.get(bench) or Sizes(1000, 300, 300, 500)
         size = size if limit is None else Sizes(*(min(limit, number) for number in size))
         needed = size.tuning + size.validation + size.stream
@@ -100,10 +100,10 @@ class Problem(NamedTuple):
 
     def _stream(self, read: Callable[[Tensor], tuple[Any, Tensor]], which: Tensor, by_length: bool = False) -> Stream:
         raw, labels = read(which)
-        found = Stream(self.network.prepare(raw), labels)
-        if by_length and self.network.texts:  # predicted in batches that need little padding
-            found = found.at(found.inputs["attention_mask"].sum(1).argsort(stable=True))
-        return found
+        stream = Stream(self.network.prepare(raw), labels)
+        if by_length and self.network.texts:  # sorted by length, so that batches have little padding
+            stream = stream.at(stream.inputs["attention_mask"].sum(1).argsort(stable=True))
+        return stream
 
 
 def found_problems(
@@ -112,16 +112,16 @@ def found_problems(
     """All problems by name, in their order.
 
     Args:
-        extra: a folder whose ``problems`` holds further files.
-        backbone: the network in place of the problems' own; those that it cannot read are left out.
-        random_weights: whether networks' weights are drawn.
+        extra: a folder with further files in ``problems``.
+        backbone: the network in the place of the problems' own; problems with other inputs are left out.
+        random_weights: whether networks have random weights.
 
     Raises:
-        ValueError: a file lacks something, or there is no network of that name.
+        ValueError: if a file lacks a name, or the network is unknown.
     """
-    found = [_problem(name, module, backbone, random_weights) for name, module in modules("problems", extra).items()]
-    kept = [problem for problem in found if problem is not None]
-    return {problem.name: problem for problem in sorted(kept, key=lambda problem: (problem.priority, problem.name))}
+    problems = [_problem(name, module, backbone, random_weights) for name, module in modules("problems", extra).items()]
+    readable = [problem for problem in problems if problem is not None]
+    return {problem.name: problem for problem in sorted(readable, key=lambda problem: (problem.priority, problem.name))}
 
 
 def first_inputs(stream: Stream, number: int) -> Inputs:

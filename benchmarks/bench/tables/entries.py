@@ -1,4 +1,4 @@
-"""What a result file says about a row on a problem: the seeds' cells of every setting that a criterion chose."""
+"""Entries of tables: the cells of a row on a problem, for every setting that a criterion chose."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Entry(NamedTuple):
         problem: the problem's name.
         row: the row.
         choice: the setting.
-        criteria: by which it was chosen.
-        cells: seed -> what was measured.
+        criteria: that chose it.
+        cells: seed -> measured numbers.
     """
 
     problem: str
@@ -39,46 +39,46 @@ class Entry(NamedTuple):
         return [cell["diverged_at"] for cell in self.cells.values() if "cause" in cell]
 
     def text(self, name: str, digits: int = 3) -> str:
-        """Mean ± sd of a number over the seeds that have it, and where seeds diverged."""
-        found = mean_sd([cell[name] for cell in self.cells.values() if cell.get(name) is not None], digits)
+        """Mean ± sd of a number over the seeds that have it, and the steps of divergences."""
+        shown = mean_sd([cell[name] for cell in self.cells.values() if cell.get(name) is not None], digits)
         if not self.diverged:
-            return found
-        return f"{found} (div@{min(self.diverged)}, {len(self.diverged)}/{len(self.cells)})"
+            return shown
+        return f"{shown} (div@{min(self.diverged)}, {len(self.diverged)}/{len(self.cells)})"
 
     def mean(self, name: str) -> float | None:
-        """Mean of a number over the seeds; None where one lacks it."""
+        """Mean of a number over the seeds; None if a seed lacks it."""
         values = [cell.get(name) for cell in self.cells.values()]
         return None if any(value is None for value in values) else statistics.mean(values)  # type: ignore[type-var]
 
     def cost(self, time: str, unit: str) -> str:
-        """Time of a step over that of an AdamW step timed beside it, and the largest difference between seeds."""
+        """Mean ± sd over seeds of a step's time over that of an AdamW step timed beside it."""
         ratios = [cell[time] / cell[unit] for cell in self.cells.values() if unit in cell]
         return mean_sd(ratios, 1)
 
 
 def entries(cells: Cells, problem: Problem, row: Row, criteria: Mapping[str, str]) -> list[Entry]:
-    """The entries of a row on a problem, one for each setting that a criterion chose; those without cells left out."""
+    """The entries of a row on a problem: one for each chosen setting that has cells."""
     settings = chosen(cells, problem.name, row, criteria)
     if settings is None:
         return []
-    found = []
+    chosen_entries = []
     for choice in {text_of(choice): choice for choice in settings.values()}.values():
         seeds = {
             seed: cells[name] for seed in range(100) if (name := key(problem.name, row.name, choice, seed)) in cells
         }
         by = tuple(criterion for criterion, other in settings.items() if other == choice)
         if seeds:
-            found.append(Entry(problem.name, row, choice, by, seeds))
-    return found
+            chosen_entries.append(Entry(problem.name, row, choice, by, seeds))
+    return chosen_entries
 
 
-def by_criterion(found: Sequence[Entry], criterion: str) -> Entry | None:
+def by_criterion(some: Sequence[Entry], criterion: str) -> Entry | None:
     """The entry that a criterion chose."""
-    return next((entry for entry in found if criterion in entry.criteria), None)
+    return next((entry for entry in some if criterion in entry.criteria), None)
 
 
 def write_csv(path: Path, cells: Cells) -> None:
-    """Every cell as a line: problem, row, setting, seed (or "tuning"), and its numbers; curves stay in the JSON."""
+    """Write every cell as a line: problem, row, setting, seed (or "tuning"), and numbers, without curves."""
     rows = [_flat(name, cell) for name, cell in sorted(cells.items())]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -89,19 +89,19 @@ def write_csv(path: Path, cells: Cells) -> None:
 
 def _flat(name: str, cell: Cell) -> dict[str, Any]:
     problem, row, setting, seed = name.split("/")
-    kept = {"problem": problem, "row": row, "setting": setting, "seed": seed}
+    flat = {"problem": problem, "row": row, "setting": setting, "seed": seed}
     for field, value in cell.items():
         if isinstance(value, list) and field != "sizes":
-            kept |= {f"{field}_{index}": _short(number) for index, number in enumerate(value)}
+            flat |= {f"{field}_{index}": _short(number) for index, number in enumerate(value)}
         elif isinstance(value, str | int | float):
-            kept[field] = _short(value)
-    return kept
+            flat[field] = _short(value)
+    return flat
 
 
 def _short(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def seeds_of(found: Iterable[Entry]) -> int:
-    """The most seeds that an entry has."""
-    return max((len(entry.cells) for entry in found), default=0)
+def seeds_of(some: Iterable[Entry]) -> int:
+    """The largest number of seeds of an entry."""
+    return max((len(entry.cells) for entry in some), default=0)

@@ -1,4 +1,4 @@
-"""Cells of the optimizer bench as Markdown: losses and gradient norms after every epoch."""
+"""Results of the optimizer bench as Markdown: losses and gradient norms after every epoch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LEGEND = (
 
 def render(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem]) -> list[str]:
     """Body of the Markdown file."""
-    found = {
+    by_problem = {
         problem.name: {row.name: entries(cells, problem, row, epochs.CRITERIA) for row in rows} for problem in problems
     }
-    every = [entry for of_rows in found.values() for some in of_rows.values() for entry in some]
+    every = [entry for of_rows in by_problem.values() for some in of_rows.values() for entry in some]
     if not every:
         return ["No results yet."]
     number = len(next(iter(every[0].cells.values()))["train_loss"]) - 1
@@ -39,9 +39,9 @@ def render(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem]) -> li
     text = LEGEND.format(epochs=number, batch=epochs.BATCH, seeds=seeds_of(every), budget=budget)
     lines = [text, "", "![Training loss, test loss and gradient norm by epoch]({stem}.png)", ""]
     for problem in problems:
-        flat = [entry for some in found[problem.name].values() for entry in some]
+        flat = [entry for some in by_problem[problem.name].values() for entry in some]
         if flat:
-            lines += _problem(problem, flat, by_criterion(found[problem.name].get("adamw", []), "train"))
+            lines += _problem(problem, flat, by_criterion(by_problem[problem.name].get("adamw", []), "train"))
     return lines
 
 
@@ -86,14 +86,18 @@ def _line(entry: Entry, level: float | None) -> list[str]:
 
 
 def _last(entry: Entry, name: str) -> list[float]:
-    """After the last epoch, of the seeds that came there."""
+    """Mean ± sd after the last epoch, over the seeds that did not diverge."""
     return [cell[name][-1] for cell in entry.cells.values() if "cause" not in cell]
 
 
 def _epochs_to(entry: Entry, level: float | None) -> str:
     if level is None:
         return "–"
-    found = []
+    reached = []
     for cell in entry.cells.values():
-        found += [epoch for epoch, loss in enumerate(cell["train_loss"]) if epoch and loss <= level][:1]
-    return f"{statistics.mean(found):.1f} ({len(found)}/{len(entry.cells)})" if found else f"– (0/{len(entry.cells)})"
+        reached += [epoch for epoch, loss in enumerate(cell["train_loss"]) if epoch and loss <= level][:1]
+    return (
+        f"{statistics.mean(reached):.1f} ({len(reached)}/{len(entry.cells)})"
+        if reached
+        else f"– (0/{len(entry.cells)})"
+    )

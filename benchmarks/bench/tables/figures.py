@@ -1,4 +1,4 @@
-"""Learning curves of both benches: mean over seeds, every row with a colour, a line and, where few points, a mark."""
+"""Learning curves of both benches: means over seeds; every row has its colour, line and marker."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ OTHERS: dict[str, Any] = {"color": SKY, "linestyle": "-", "linewidth": 1.0, "mar
 
 
 def draw_online(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], path: Path) -> None:
-    """Average online accuracy above, moving average of the loss below, a column for each problem."""
-    found = _found(cells, rows, problems, online.CRITERIA, "online")
-    shown = [problem for problem in problems if found[problem.name]]
+    """Draw average online accuracy (top) and moving average of the loss (bottom), a column for each problem."""
+    by_problem = _found(cells, rows, problems, online.CRITERIA, "online")
+    shown = [problem for problem in problems if by_problem[problem.name]]
     if not shown:
         return
     columns = min(COLUMNS, len(shown))
@@ -54,7 +54,7 @@ def draw_online(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], 
         band, column = divmod(place, columns)
         pair = axes[2 * band : 2 * band + 2, column]
         if place < len(shown):
-            _pair(pair, shown[place], found[shown[place].name], column == 0)
+            _pair(pair, shown[place], by_problem[shown[place].name], column == 0)
         else:
             pair[0].set_visible(False)
             pair[1].set_visible(False)
@@ -62,15 +62,15 @@ def draw_online(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], 
 
 
 def draw_epochs(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], path: Path) -> None:
-    """Training loss, test loss and gradient norm by epoch, a column for each problem."""
-    found = _found(cells, rows, problems, epochs.CRITERIA, "train")
-    shown = [problem for problem in problems if found[problem.name]]
+    """Draw training loss, test loss and gradient norm by epoch, a column for each problem."""
+    by_problem = _found(cells, rows, problems, epochs.CRITERIA, "train")
+    shown = [problem for problem in problems if by_problem[problem.name]]
     if not shown:
         return
     names = {"train_loss": "training loss (nats)", "test_loss": "test loss (nats)", "gradient_norm": "gradient norm"}
     figure, axes = plt.subplots(3, len(shown), figsize=(4.6 * len(shown), 9.0), layout="constrained", squeeze=False)
     for column, problem in enumerate(shown):
-        for entry in found[problem.name]:
+        for entry in by_problem[problem.name]:
             for ax, name in zip(axes[:, column], names, strict=True):
                 curves = [cell[name] for cell in entry.cells.values() if "cause" not in cell]
                 if curves:
@@ -85,9 +85,9 @@ def draw_epochs(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], 
     _finish(figure, axes, path)
 
 
-def _pair(pair: np.ndarray, problem: Problem, found: Sequence[Entry], first: bool) -> None:
-    """Accuracy above, loss below, of a problem."""
-    for entry in found:
+def _pair(pair: np.ndarray, problem: Problem, shown: Sequence[Entry], first: bool) -> None:
+    """Draw accuracy (top) and loss (bottom) of a problem."""
+    for entry in shown:
         style = {key: value for key, value in style_of(entry.row).items() if key != "marker"}
         for ax, name in zip(pair, ("accuracy", "loss"), strict=True):
             ax.plot(*_mean_curve(entry, name), label=_plain(entry.row.title), **style)
@@ -100,29 +100,29 @@ def _pair(pair: np.ndarray, problem: Problem, found: Sequence[Entry], first: boo
 
 
 def style_of(row: Row) -> dict[str, Any]:
-    """A row's colour, line and mark; rows that are not the bench's own share one."""
+    """A row's colour, line and marker; rows of other folders share one style."""
     return STYLES.get(row.name, OTHERS)
 
 
 def _found(
     cells: Cells, rows: Sequence[Row], problems: Sequence[Problem], criteria: Mapping[str, str], criterion: str
 ) -> dict[str, list[Entry]]:
-    found: dict[str, list[Entry]] = {}
+    by_problem: dict[str, list[Entry]] = {}
     for problem in problems:
         chosen = [by_criterion(entries(cells, problem, row, criteria), criterion) for row in rows]
-        found[problem.name] = [entry for entry in chosen if entry is not None]
-    return found
+        by_problem[problem.name] = [entry for entry in chosen if entry is not None]
+    return by_problem
 
 
 def _mean_curve(entry: Entry, name: str) -> tuple[list[int], np.ndarray]:
-    """Mean over the seeds, as far as all of them came."""
+    """Mean over the seeds, up to the first divergence."""
     curves = [cell["curve"] for cell in entry.cells.values()]
     common = min(len(curve["steps"]) for curve in curves)
     return curves[0]["steps"][:common], np.mean([curve[name][:common] for curve in curves], axis=0)
 
 
 def _robust_top(ax: Any) -> None:
-    """An axis that one row's explosion does not stretch."""
+    """Limit the axis so that one diverging row does not stretch it."""
     ends = sorted(float(np.max(line.get_ydata())) for line in ax.get_lines() if len(line.get_ydata()))
     if ends:
         ax.set_ylim(0, 1.1 * ends[(len(ends) - 1) * 3 // 4])

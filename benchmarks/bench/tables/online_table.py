@@ -1,4 +1,4 @@
-"""Cells of the online bench as Markdown: LoKO's Tables 1 to 3, its claim, and every data set in detail."""
+"""Results of the online bench as Markdown: LoKO's Tables 1 to 3, its claim, and every data set in detail."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ VERDICT = (
 
 def render(cells: Cells, rows: Sequence[Row], problems: Sequence[Problem]) -> list[str]:
     """Body of the Markdown file."""
-    found = {
+    by_problem = {
         problem.name: {row.name: entries(cells, problem, row, online.CRITERIA) for row in rows} for problem in problems
     }
-    problems = [problem for problem in problems if any(found[problem.name].values())]
-    every = [entry for of_rows in found.values() for some in of_rows.values() for entry in some]
+    problems = [problem for problem in problems if any(by_problem[problem.name].values())]
+    every = [entry for of_rows in by_problem.values() for some in of_rows.values() for entry in some]
     budget = max((len(row.grid) for row in rows), default=0)
     lines = [LEGEND.format(seeds=seeds_of(every), budget=budget), "", DETAILS.format(window=WINDOW), ""]
     if not problems:
         return [*lines, "No results yet."]
     main = [problem for problem in problems if not problem.extra]
-    lines += ["## Average online accuracy", "", *_matrix(found, rows, problems), ""]
-    lines += ["## LoKO's claim, and this package's default", "", *_claim(found, main), ""]
+    lines += ["## Average online accuracy", "", *_matrix(by_problem, rows, problems), ""]
+    lines += ["## LoKO's claim, and this package's default", "", *_claim(by_problem, main), ""]
     others = [problem for problem in problems if problem.extra]
     if others:
-        lines += ["The same on further networks:", "", *_claim(found, others), ""]
+        lines += ["The same on further networks:", "", *_claim(by_problem, others), ""]
     lines += ["![Average online accuracy and loss against steps]({stem}.png)", ""]
     for problem in problems:
-        lines += _details(found[problem.name], problem)
+        lines += _details(by_problem[problem.name], problem)
     return lines
 
 
 def level(adamw: Entry | None) -> float | None:
-    """The loss that AdamW has over the last quarter of its stream, mean over seeds; None where it has none."""
+    """AdamW's mean loss over the last quarter of its stream and over seeds; None without a complete run."""
     if adamw is None or adamw.diverged:
         return None
     curves = [cell["curve"]["loss"] for cell in adamw.cells.values()]
@@ -70,21 +70,27 @@ def level(adamw: Entry | None) -> float | None:
 
 
 def steps_to(entry: Entry, loss: float | None) -> str:
-    """Steps until the moving average is down to a loss, mean over the seeds that came there, and how many did."""
+    """Steps until the moving average reaches a loss: mean over the seeds that reach it, and their number."""
     if loss is None:
         return "–"
-    found = []
+    reached = []
     for cell in entry.cells.values():
         curve = cell["curve"]
-        found += [s for s, value in zip(curve["steps"], curve["loss"], strict=True) if s >= WINDOW and value <= loss][
+        reached += [s for s, value in zip(curve["steps"], curve["loss"], strict=True) if s >= WINDOW and value <= loss][
             :1
         ]
-    return f"{statistics.mean(found):.0f} ({len(found)}/{len(entry.cells)})" if found else f"– (0/{len(entry.cells)})"
+    return (
+        f"{statistics.mean(reached):.0f} ({len(reached)}/{len(entry.cells)})"
+        if reached
+        else f"– (0/{len(entry.cells)})"
+    )
 
 
-def _matrix(found: dict[str, dict[str, list[Entry]]], rows: Sequence[Row], problems: Sequence[Problem]) -> list[str]:
+def _matrix(
+    by_problem: dict[str, dict[str, list[Entry]]], rows: Sequence[Row], problems: Sequence[Problem]
+) -> list[str]:
     """Rows by problems, in percent; the best of a column is bold."""
-    chosen = {p.name: {r.name: by_criterion(found[p.name][r.name], "online") for r in rows} for p in problems}
+    chosen = {p.name: {r.name: by_criterion(by_problem[p.name][r.name], "online") for r in rows} for p in problems}
     best = {
         p.name: max((e.mean("online_accuracy") or 0.0 for e in chosen[p.name].values() if e is not None), default=0.0)
         for p in problems
@@ -107,11 +113,11 @@ def _percent(entry: Entry | None, best: float) -> str:
     return text + (f" (div {len(entry.diverged)}/{len(values)})" if entry.diverged else "")
 
 
-def _claim(found: dict[str, dict[str, list[Entry]]], problems: Sequence[Problem]) -> list[str]:
-    """Which of LoKO, AdamW and AdaGrad is best on each problem, and this package's default beside it."""
+def _claim(by_problem: dict[str, dict[str, list[Entry]]], problems: Sequence[Problem]) -> list[str]:
+    """The best of LoKO, AdamW and AdaGrad on each problem, beside this package's default."""
     lines, at_least, loko_best, complete = [], 0, 0, 0
     for problem in problems:
-        of = found[problem.name]
+        of = by_problem[problem.name]
         three = [entry for name in (*LOKO, *BASELINES) for entry in of.get(name, [])]
         if len({entry.row.name for entry in three}) < 3 or not of.get(OURS):
             continue
@@ -142,11 +148,11 @@ def _difference(first: Entry, second: Entry) -> tuple[float, float]:
     return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
 
 
-def _details(found: dict[str, list[Entry]], problem: Problem) -> list[str]:
-    """Everything about a problem, a line for each setting that was chosen."""
-    flat = [entry for some in found.values() for entry in some]
+def _details(by_row: dict[str, list[Entry]], problem: Problem) -> list[str]:
+    """All numbers of a problem, a line for each chosen setting."""
+    flat = [entry for some in by_row.values() for entry in some]
     cell = next(iter(flat[0].cells.values()))
-    loss = level(by_criterion(found.get("adamw", []), "online"))
+    loss = level(by_criterion(by_row.get("adamw", []), "online"))
     size = f"Stream of {cell['stream']:,}, tuning stream of {cell['sizes'][1]:,}, {cell['heldout']:,} held out."
     reached = "" if loss is None else f" AdamW's loss in its last quarter: {loss:.3f} nats."
     header = ["", "chosen by", "setting", "online accuracy", "online loss", "held-out accuracy", "NLL", "ECE [chance]"]

@@ -78,8 +78,8 @@ def test_the_debiased_error_of_calibrated_models_is_near_zero_where_the_plain_on
         square = (share * (bins.accuracy - bins.confidence).square()).sum().item()
         plain += square / 400
         debiased += (square - noise) / 400
-        found = ev.debiased_calibration_error(probs, targets, 10)
-        assert found == pytest.approx(math.sqrt(max(0.0, square - noise)), abs=1e-9)
+        result = ev.debiased_calibration_error(probs, targets, 10)
+        assert result == pytest.approx(math.sqrt(max(0.0, square - noise)), abs=1e-9)
     assert plain > 0.005
     assert abs(debiased) < 0.05 * plain
 
@@ -119,8 +119,8 @@ def test_each_of_many_smooth_errors_is_where_the_width_is_the_error():
     by_turns = 1.0 - 2.0 * (torch.arange(1024) // 3 % 2)
     noise = torch.randn(1024, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     residual = torch.stack([noise, 0.02 * noise, noise + 0.3, by_turns, 1e-3 * by_turns, 0.4 + 0 * noise, 0 * noise])
-    found = smooth_error(confidence, residual / 1024)
-    for row, error in zip(residual / 1024, found.tolist(), strict=True):
+    result = smooth_error(confidence, residual / 1024)
+    for row, error in zip(residual / 1024, result.tolist(), strict=True):
         spectrum, frequency = dct(row.numpy(), norm="ortho"), np.pi * np.arange(1024)
 
         def excess(width, spectrum=spectrum, frequency=frequency):

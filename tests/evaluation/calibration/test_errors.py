@@ -127,9 +127,9 @@ def test_null_band_covers_a_calibrated_model(statistic, binning, kind):
     for repetition in range(1000):
         probs = (1.5 * torch.randn(100, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
         targets = torch.multinomial(probs, 1, generator=generator)[:, 0]
-        found = ev.calibration_test(probs, targets, seed=repetition, **settings)
-        inside += found.null_low <= found.value <= found.null_high
-        rejected += found.p_value <= 0.05
+        result = ev.calibration_test(probs, targets, seed=repetition, **settings)
+        inside += result.null_low <= result.value <= result.null_high
+        rejected += result.p_value <= 0.05
     assert 930 <= inside <= 970
     assert 30 <= rejected <= 70
 
@@ -187,8 +187,8 @@ def test_same_seed_same_band_other_seed_another():
 
 def test_certain_and_right_leaves_chance_no_room():
     probs = torch.eye(3)[[0, 1, 2, 0]]
-    found = ev.calibration_test(probs, torch.tensor([0, 1, 2, 0]))
-    assert found == ev.Calibrated(0.0, 0.0, 0.0, 0.0, 1.0)
+    result = ev.calibration_test(probs, torch.tensor([0, 1, 2, 0]))
+    assert result == ev.Calibrated(0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 BAD_SETTINGS = [

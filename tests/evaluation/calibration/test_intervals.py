@@ -61,14 +61,14 @@ def test_every_interval_contains_its_value():
         assert 0 <= low <= values.mean() <= high <= 1
         assert high > low
     losses = rng.exponential(size=60) ** 3
-    found = loss_interval(*((losses**k).sum() for k in (1, 2, 3)), 60, 0.0, 0.95)
-    assert found.low < losses.mean() < found.high
+    result = loss_interval(*((losses**k).sum() for k in (1, 2, 3)), 60, 0.0, 0.95)
+    assert result.low < losses.mean() < result.high
     low, high = skewed_interval(torch.from_numpy(losses), 0.95)
     assert low < losses.mean() < high
     for value in (-1.0, -0.3, 0.0, 1.0):
-        found = rank_correlation_interval(value, 40, 0.95)
-        assert found.low <= value <= found.high
-        assert found.high - found.low > 0.05
+        result = rank_correlation_interval(value, 40, 0.95)
+        assert result.low <= value <= result.high
+        assert result.high - result.low > 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,11 +91,11 @@ def test_intervals_of_a_report_cover(kind, size, num_classes, scale):
         inside["nll"] += low <= losses.mean() <= high
     for name, (values, least, most) in columns.items():
         parts = values.view(REPEATS, size)
-        found = [
+        result = [
             bounded_interval(total, squares, size, least, most, 0.95)
             for total, squares in zip(parts.sum(1).tolist(), parts.square().sum(1).tolist(), strict=True)
         ]
-        inside[name] = sum(low <= values.mean() <= high for low, high in found)
+        inside[name] = sum(low <= values.mean() <= high for low, high in result)
     assert min(inside.values()) / REPEATS >= LEAST, inside
 
 

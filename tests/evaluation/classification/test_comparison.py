@@ -20,18 +20,18 @@ def models(num_examples: int, seed: int) -> tuple[dict[str, torch.Tensor], torch
 
 def test_values_are_the_scores_and_the_ranking_is_right():
     probs, targets = models(3000, 0)
-    found = ev.compare_predictions(probs, targets)
+    result = ev.compare_predictions(probs, targets)
     functions = {"nll": ev.negative_log_likelihood, "brier": ev.brier_score, "accuracy": ev.accuracy}
     for score, function in functions.items():
-        assert found[score].values == pytest.approx({name: function(p, targets) for name, p in probs.items()})
-        for difference in found[score].differences:
-            values = found[score].values
+        assert result[score].values == pytest.approx({name: function(p, targets) for name, p in probs.items()})
+        for difference in result[score].differences:
+            values = result[score].values
             assert difference.value == pytest.approx(values[difference.first] - values[difference.second])
-    assert [rank.name for rank in found["nll"].ranking] == ["right", "sharp", "noisy"]
-    assert [rank.place for rank in found["nll"].ranking] == [1, 2, 3]
-    assert found["accuracy"].best == ("right", "sharp")  # sharpening changes no prediction
-    assert found["accuracy"].ranking[0].tied_with == ("sharp",)
-    assert found["accuracy"].ranking[2].place == 3
+    assert [rank.name for rank in result["nll"].ranking] == ["right", "sharp", "noisy"]
+    assert [rank.place for rank in result["nll"].ranking] == [1, 2, 3]
+    assert result["accuracy"].best == ("right", "sharp")  # sharpening changes no prediction
+    assert result["accuracy"].ranking[0].tied_with == ("sharp",)
+    assert result["accuracy"].ranking[2].place == 3
 
 
 @pytest.mark.parametrize("size", [60, 400])
@@ -41,11 +41,11 @@ def test_all_intervals_cover_all_true_differences_together(size):
     truth = ev.compare_predictions(probs, targets)
     together = 0
     for rows in torch.arange(300 * size).view(300, size):
-        found = ev.compare_predictions({name: p[rows] for name, p in probs.items()}, targets[rows])
+        result = ev.compare_predictions({name: p[rows] for name, p in probs.items()}, targets[rows])
         together += all(
             d.low <= true.value <= d.high
-            for score in found
-            for d, true in zip(found[score].differences, truth[score].differences, strict=True)
+            for score in result
+            for d, true in zip(result[score].differences, truth[score].differences, strict=True)
         )
     assert together / 300 >= 0.912
 
@@ -57,8 +57,8 @@ def test_models_that_are_equally_good_are_told_apart_no_more_often_than_stated()
     for _ in range(300):
         logits = 3 * torch.randn(4, 60, 3, generator=generator, dtype=torch.float64)
         targets = torch.randint(3, (60,), generator=generator)
-        found = ev.compare_predictions({str(k): p for k, p in enumerate(logits.softmax(2))}, targets)
-        alarms += any(d.is_clear for comparison in found.values() for d in comparison.differences)
+        result = ev.compare_predictions({str(k): p for k, p in enumerate(logits.softmax(2))}, targets)
+        alarms += any(d.is_clear for comparison in result.values() for d in comparison.differences)
     assert alarms / 300 < 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
 
@@ -70,8 +70,8 @@ def test_calibration_errors_are_not_compared():
 
 def test_equal_models_are_tied():
     probs, targets = models(200, 2)
-    found = ev.compare_predictions({"a": probs["right"], "b": probs["right"].clone()}, targets)
-    for comparison in found.values():
+    result = ev.compare_predictions({"a": probs["right"], "b": probs["right"].clone()}, targets)
+    for comparison in result.values():
         assert comparison.best == ("a", "b")
         assert comparison.differences == (("a", "b", 0.0, 0.0, 0.0),)
 
@@ -86,9 +86,9 @@ def test_small_differences_on_few_examples_are_ties_and_large_ones_on_many_are_n
 def test_an_infinite_loss_is_worse_than_any_other_and_two_are_tied():
     sure = torch.tensor([[1.0, 0.0]] * 20)
     targets = torch.tensor([0] * 19 + [1])
-    found = ev.compare_predictions({"sure": sure, "unsure": torch.full((20, 2), 0.5)}, targets)["nll"]
-    assert found.values["sure"] == math.inf
-    assert found.best == ("unsure",)
+    result = ev.compare_predictions({"sure": sure, "unsure": torch.full((20, 2), 0.5)}, targets)["nll"]
+    assert result.values["sure"] == math.inf
+    assert result.best == ("unsure",)
     both = ev.compare_predictions({"a": sure, "b": sure, "c": torch.full((20, 2), 0.5)}, targets)["nll"]
     assert [rank.place for rank in both.ranking] == [1, 2, 2]
     assert math.isnan(both.differences[0].value)
@@ -150,17 +150,17 @@ def test_constant_predictions_do_not_widen_the_intervals_of_others():
     even = {"a": torch.full((300, 4), 0.25), "b": torch.full((300, 6), 1 / 6).double()}  # log 4 and log 6
     alone = ev.compare_predictions(pair, targets, scores=["nll"])["nll"].differences[0]
     beside = ev.compare_predictions(pair | even, targets, scores=["nll"])["nll"].differences
-    found = next(d for d in beside if (d.first, d.second) == ("right", "noisy"))
-    assert alone.high - alone.low <= found.high - found.low < 2 * (alone.high - alone.low)
+    result = next(d for d in beside if (d.first, d.second) == ("right", "noisy"))
+    assert alone.high - alone.low <= result.high - result.low < 2 * (alone.high - alone.low)
 
 
 def test_one_example_says_nothing():
     pair = {"a": torch.tensor([[0.9, 0.1]]), "b": torch.tensor([[0.6, 0.4]])}
-    found = ev.compare_predictions(pair, torch.tensor([0]))
-    for comparison in found.values():
+    result = ev.compare_predictions(pair, torch.tensor([0]))
+    for comparison in result.values():
         assert comparison.best == ("a", "b")
         assert comparison.differences[0].low < comparison.differences[0].value < comparison.differences[0].high
-    ev.forest_plot(found["nll"].differences, ax=Figure().subplots()).figure.canvas.draw()
+    ev.forest_plot(result["nll"].differences, ax=Figure().subplots()).figure.canvas.draw()
 
 
 @pytest.mark.parametrize("num_examples", [2, 5, 10])
@@ -172,8 +172,8 @@ def test_equally_good_models_are_clearly_different_no_more_often_than_stated_on_
         logits = torch.randn(2, num_examples, 3, generator=generator)
         targets = torch.randint(3, (num_examples,), generator=generator)
         pair = {name: values.softmax(1) for name, values in zip("ab", logits, strict=True)}
-        found = ev.compare_predictions(pair, targets, scores=["brier"])["brier"]
-        clear += found.differences[0].is_clear
+        result = ev.compare_predictions(pair, targets, scores=["brier"])["brier"]
+        clear += result.differences[0].is_clear
     assert clear / 300 < 0.05 + 4 * (0.05 * 0.95 / 300) ** 0.5
 
 
@@ -183,8 +183,8 @@ def test_names_of_several_words_are_quoted_in_sentences():
     targets = torch.randint(2, (400,), generator=g)
     right = torch.nn.functional.one_hot(targets, 2).double()
     probs = {name: share * right + (1 - share) * 0.5 for name, share in names.items()}
-    found = ev.report_comparison(probs, targets, num_simulations=50)
-    sentence = next(text for text in found.sections.verdict if text.startswith("Best in negative log-likelihood"))
+    result = ev.report_comparison(probs, targets, num_simulations=50)
+    sentence = next(text for text in result.sections.verdict if text.startswith("Best in negative log-likelihood"))
     assert "likelihood: “ours, T = 1” (" in sentence
     assert "; “rank 4, T = 2” is worse by" in sentence
-    assert "“ours, T = 1”: " in found.sections.drawings["reliability_ours, T = 1"].alt
+    assert "“ours, T = 1”: " in result.sections.drawings["reliability_ours, T = 1"].alt

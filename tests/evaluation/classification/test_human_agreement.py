@@ -33,7 +33,7 @@ def rounded_entropy(probs: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("classes", [2, 4, 10])
 def test_values_are_scipys(classes):
     probs, human = answers(classes=classes)
-    found = ev.human_agreement(probs, human)
+    result = ev.human_agreement(probs, human)
     own, theirs = rounded_entropy(probs), rounded_entropy(human)
     kl = entropy(human, probs, axis=1)
     expected = {
@@ -42,60 +42,60 @@ def test_values_are_scipys(classes):
         "total_variation": (np.abs(human - probs).sum(1) / 2).mean(),
         "entropy_spearman": spearmanr(own, theirs).statistic,
     }
-    assert {name: getattr(found, name).value for name in NAMES} == pytest.approx(expected, abs=1e-12)
-    assert found.entropy_pearson == pytest.approx(pearsonr(own, theirs).statistic, abs=1e-12)
+    assert {name: getattr(result, name).value for name in NAMES} == pytest.approx(expected, abs=1e-12)
+    assert result.entropy_pearson == pytest.approx(pearsonr(own, theirs).statistic, abs=1e-12)
 
 
 def test_intervals_contain_their_values():
     for size in (10, 60):
-        found = ev.human_agreement(*answers(size))
+        result = ev.human_agreement(*answers(size))
         for name in ("total_variation", "entropy_spearman"):
-            value, low, high = getattr(found, name)
+            value, low, high = getattr(result, name)
             assert low < value < high
-    for value, low, high in (found.nll, found.kl):
+    for value, low, high in (result.nll, result.kl):
         assert low < value < high
     assert math.isnan(ev.human_agreement(*answers(40)).nll.low)  # too few log losses
 
 
 def test_people_themselves_agree_with_themselves():
     _, human = answers()
-    found = ev.human_agreement(human, human)
-    assert found.kl[:2] == found.total_variation[:2] == (0, 0)
-    assert 0.02 < found.total_variation.high < 0.1  # 60 examples do not exclude a few of full distance
-    assert found.entropy_spearman.value == found.entropy_pearson == pytest.approx(1)
-    assert 0.9 < found.entropy_spearman.low < found.entropy_spearman.high == 1
-    assert found.nll.value == pytest.approx(ev.entropy(human).mean().item())
+    result = ev.human_agreement(human, human)
+    assert result.kl[:2] == result.total_variation[:2] == (0, 0)
+    assert 0.02 < result.total_variation.high < 0.1  # 60 examples do not exclude a few of full distance
+    assert result.entropy_spearman.value == result.entropy_pearson == pytest.approx(1)
+    assert 0.9 < result.entropy_spearman.low < result.entropy_spearman.high == 1
+    assert result.nll.value == pytest.approx(ev.entropy(human).mean().item())
 
 
 def test_one_person_is_a_label():
     probs, _ = answers()
     labels = np.random.default_rng(1).integers(4, size=60)
-    found = ev.human_agreement(probs, np.eye(4)[labels])
-    assert found.nll.value == pytest.approx(ev.negative_log_likelihood(probs, labels), abs=1e-12)
-    assert found.kl == found.nll
-    assert all(math.isnan(value) for value in (*found.entropy_spearman, found.entropy_pearson))
+    result = ev.human_agreement(probs, np.eye(4)[labels])
+    assert result.nll.value == pytest.approx(ev.negative_log_likelihood(probs, labels), abs=1e-12)
+    assert result.kl == result.nll
+    assert all(math.isnan(value) for value in (*result.entropy_spearman, result.entropy_pearson))
 
 
 def test_an_answer_of_probability_zero_costs_infinitely_much():
     probs, human = np.array([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]), np.array([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
-    found = ev.human_agreement(probs, human)
-    assert found.nll.value == found.kl.value == math.inf
-    assert math.isnan(found.nll.low)
-    assert found.total_variation.value == pytest.approx(1 / 6)
+    result = ev.human_agreement(probs, human)
+    assert result.nll.value == result.kl.value == math.inf
+    assert math.isnan(result.nll.low)
+    assert result.total_variation.value == pytest.approx(1 / 6)
 
 
 def test_one_example_has_no_correlation():
-    found = ev.human_agreement(np.array([[0.5, 0.5]]), np.array([[0.25, 0.75]]))
-    assert found.total_variation.value == pytest.approx(0.25)
-    assert (found.total_variation.low, found.total_variation.high) == pytest.approx((0, 1), abs=0.05)
-    assert all(math.isnan(value) for value in (*found.entropy_spearman, found.entropy_pearson))
+    result = ev.human_agreement(np.array([[0.5, 0.5]]), np.array([[0.25, 0.75]]))
+    assert result.total_variation.value == pytest.approx(0.25)
+    assert (result.total_variation.low, result.total_variation.high) == pytest.approx((0, 1), abs=0.05)
+    assert all(math.isnan(value) for value in (*result.entropy_spearman, result.entropy_pearson))
 
 
 def test_three_examples_have_a_correlation_but_no_interval():
     probs = np.array([[0.5, 0.5], [0.6, 0.4], [0.9, 0.1]])
-    found = ev.human_agreement(probs, probs)
-    assert found.entropy_spearman.value == pytest.approx(1)
-    assert math.isnan(found.entropy_spearman.low)
+    result = ev.human_agreement(probs, probs)
+    assert result.entropy_spearman.value == pytest.approx(1)
+    assert math.isnan(result.entropy_spearman.low)
     assert (
         human_section(probs, probs)
         .verdict[1]
@@ -110,20 +110,20 @@ def test_intervals_hold_the_truth_as_often_as_they_say(size):
     whole = ev.human_agreement(probs, human)
     inside = np.zeros(3)
     for part in np.arange(400 * size).reshape(400, size):
-        found = ev.human_agreement(probs[part], human[part])
+        result = ev.human_agreement(probs[part], human[part])
         for k, name in enumerate(("total_variation", "entropy_spearman", "kl")):
-            low, high = getattr(found, name)[1:]
+            low, high = getattr(result, name)[1:]
             inside[k] += low <= getattr(whole, name).value <= high or math.isnan(low)
     assert inside.min() / 400 >= 0.906
 
 
 def test_section_holds_scores_verdicts_figure_and_table():
     probs, human = answers(500)
-    found, section = ev.human_agreement(probs, human), human_section(probs, human)
+    result, section = ev.human_agreement(probs, human), human_section(probs, human)
     names = {"nll": "nll", "kl": "kl", "tv": "total_variation", "entropy_spearman": "entropy_spearman"}
     for short, name in names.items():
         score = section.scores[f"human_{short}"]
-        assert [score.value, *score.interval] == list(getattr(found, name))
+        assert [score.value, *score.interval] == list(getattr(result, name))
     nll, own, divergence = (section.scores[f"human_{name}"].value for name in ("nll", "entropy", "kl"))
     assert nll == pytest.approx(own + divergence)
     assert re.match(r"The log loss of people's answers is \d\.\d{3} nats: \d", section.verdict[0])
@@ -198,12 +198,12 @@ def test_people_who_labelled_cifar10():
     second = counts - first
     probs = (first + 0.05) / (first + 0.05).sum(1, keepdims=True)  # smoothed, so that no answer is impossible
     shares = second / second.sum(1, keepdims=True)
-    found = ev.human_agreement(probs, shares)
+    result = ev.human_agreement(probs, shares)
     own, theirs = rounded_entropy(probs), rounded_entropy(shares)
-    assert found.nll.value == pytest.approx((entropy(shares, probs, axis=1) + theirs).mean(), abs=1e-9)
-    assert found.entropy_spearman.value == pytest.approx(spearmanr(own, theirs).statistic, abs=1e-9)
-    assert 0.4 < found.entropy_spearman.low < found.entropy_spearman.high < 0.9
+    assert result.nll.value == pytest.approx((entropy(shares, probs, axis=1) + theirs).mean(), abs=1e-9)
+    assert result.entropy_spearman.value == pytest.approx(spearmanr(own, theirs).statistic, abs=1e-9)
+    assert 0.4 < result.entropy_spearman.low < result.entropy_spearman.high < 0.9
     assert ev.accuracy(human, labels) > 0.99
     others = ev.human_agreement(probs, shares[np.random.default_rng(1).permutation(10_000)])
     assert others.entropy_spearman.low < 0 < others.entropy_spearman.high
-    assert others.nll.value > 5 * found.nll.value
+    assert others.nll.value > 5 * result.nll.value

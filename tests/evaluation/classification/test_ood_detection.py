@@ -34,15 +34,15 @@ CASES = [((1, 1), 3), ((1, 20), 4), ((25, 1), 4), ((60, 40), 3), ((60, 40), 10**
 def test_error_detection_is_sklearns(sizes, levels, seed):
     right, wrong = scores_of(sizes, levels, seed)
     order = np.random.default_rng(seed).permutation(sum(sizes))
-    found = ev.error_detection(np.r_[right, wrong][order], np.repeat([True, False], sizes)[order])
-    assert list(found) == pytest.approx(by_sklearn(right, wrong), abs=1e-12)
+    result = ev.error_detection(np.r_[right, wrong][order], np.repeat([True, False], sizes)[order])
+    assert list(result) == pytest.approx(by_sklearn(right, wrong), abs=1e-12)
 
 
 def test_nothing_wrong_or_nothing_right_is_not_defined():
     for correct in (np.ones(5), np.zeros(5)):
         assert all(math.isnan(value) for value in ev.error_detection(np.arange(5.0), correct))
-        found = ev.error_detection_intervals(np.arange(5.0), correct)
-        assert all(math.isnan(end) for interval in found for end in interval)
+        result = ev.error_detection_intervals(np.arange(5.0), correct)
+        assert all(math.isnan(end) for interval in result for end in interval)
 
 
 @pytest.mark.parametrize(("sizes", "levels"), CASES)
@@ -70,8 +70,8 @@ def test_the_interval_of_the_auroc_is_that_of_a_grid_search(sizes, levels):
 def test_error_detection_has_the_interval_of_its_two_groups():
     right, wrong = scores_of((60, 40), 12, 0)
     order = np.random.default_rng(0).permutation(100)
-    found = ev.error_detection_intervals(np.r_[right, wrong][order], np.repeat([True, False], (60, 40))[order])
-    assert found == ev.detection_intervals(right, wrong)
+    result = ev.error_detection_intervals(np.r_[right, wrong][order], np.repeat([True, False], (60, 40))[order])
+    assert result == ev.detection_intervals(right, wrong)
 
 
 def test_a_million_examples_have_narrow_intervals_around_the_value():

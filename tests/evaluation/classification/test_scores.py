@@ -131,13 +131,13 @@ def test_ood_scores_equal_sklearn_with_ties():
     rng = np.random.default_rng(0)
     known, foreign = rng.integers(0, 8, 200) / 8, rng.integers(3, 11, 120) / 8
     truth, scores = np.r_[np.zeros(200), np.ones(120)], np.r_[known, foreign]
-    found = ev.ood_scores(known, foreign)
-    assert found.auroc == pytest.approx(roc_auc_score(truth, scores))
-    assert found.aupr == pytest.approx(average_precision_score(truth, scores))
+    result = ev.ood_scores(known, foreign)
+    assert result.auroc == pytest.approx(roc_auc_score(truth, scores))
+    assert result.aupr == pytest.approx(average_precision_score(truth, scores))
     # by hand: the highest threshold that still flags 95 % of the foreign inputs
     threshold = max(t for t in np.unique(foreign) if (foreign >= t).mean() >= 0.95)
-    assert found.fpr95 == pytest.approx((known >= threshold).mean())
-    assert found.fpr95 in roc_curve(truth, scores)[0]
+    assert result.fpr95 == pytest.approx((known >= threshold).mean())
+    assert result.fpr95 in roc_curve(truth, scores)[0]
 
 
 def test_95_percent_of_20_foreign_inputs_are_19():

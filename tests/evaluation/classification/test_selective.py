@@ -40,10 +40,10 @@ def all_orders(loss: np.ndarray, confidence: np.ndarray | None = None) -> np.nda
 def test_curve_and_areas_are_means_over_all_orders(size, seed):
     confidence, correct, loss = small_case(size, seed)
     for losses, arguments in ((1 - correct, {"correct": correct}), (loss, {"loss": loss})):
-        found = ev.risk_coverage(confidence, **arguments)
+        result = ev.risk_coverage(confidence, **arguments)
         expected = all_orders(losses, confidence).mean(axis=0)
-        assert found.risk.numpy() == pytest.approx(expected, abs=1e-12)
-        assert found.coverage.numpy() == pytest.approx(np.arange(1, size + 1) / size)
+        assert result.risk.numpy() == pytest.approx(expected, abs=1e-12)
+        assert result.coverage.numpy() == pytest.approx(np.arange(1, size + 1) / size)
         least = all_orders(losses).mean(axis=1).min()
         assert ev.aurc(confidence, **arguments) == pytest.approx(expected.mean(), abs=1e-12)
         assert ev.excess_aurc(confidence, **arguments) == pytest.approx(expected.mean() - least, abs=1e-12)
@@ -54,9 +54,9 @@ def test_curve_and_areas_are_means_over_all_orders(size, seed):
 def test_accuracy_at_coverage_is_that_of_the_least_number_that_makes_the_share(size, seed):
     confidence, correct, _ = small_case(size, seed)
     coverages = (0.2, 0.5, 0.6, 0.8, 0.95, 1.0)
-    found = ev.accuracy_at_coverage(confidence, correct, coverages)
+    result = ev.accuracy_at_coverage(confidence, correct, coverages)
     accuracy = 1 - all_orders(1 - correct, confidence).mean(axis=0)
-    for share, value in zip(coverages, found.tolist(), strict=True):
+    for share, value in zip(coverages, result.tolist(), strict=True):
         kept = next(k for k in range(1, size + 1) if k / size >= share - 1e-12)
         assert value == pytest.approx(accuracy[kept - 1], abs=1e-12)
 
@@ -87,15 +87,15 @@ def test_all_right_and_all_wrong():
     assert ev.aurc(confidence, np.ones(7)) == ev.excess_aurc(confidence, np.ones(7)) == 0
     assert ev.aurc(confidence, np.zeros(7)) == 1
     assert ev.excess_aurc(confidence, np.zeros(7)) == 0
-    found = ev.selective_intervals(confidence, np.zeros(7))
-    assert found.accuracy[0] == pytest.approx((0, 1 - 0.025 ** (1 / 6)), abs=1e-12)  # six of seven are kept
+    result = ev.selective_intervals(confidence, np.zeros(7))
+    assert result.accuracy[0] == pytest.approx((0, 1 - 0.025 ** (1 / 6)), abs=1e-12)  # six of seven are kept
 
 
 def test_intervals_are_scipys_of_the_predictions_that_are_kept():
     rng = np.random.default_rng(0)
     confidence, correct = rng.random(60), rng.integers(2, size=60)
-    found = ev.selective_intervals(confidence, correct, (0.5, 0.9)).accuracy
-    for interval, kept in zip(found, (30, 54), strict=True):
+    result = ev.selective_intervals(confidence, correct, (0.5, 0.9)).accuracy
+    for interval, kept in zip(result, (30, 54), strict=True):
         hits = int(correct[np.argsort(-confidence)[:kept]].sum())
         assert interval == pytest.approx(binomtest(hits, kept).proportion_ci(0.95, "exact"), abs=1e-12)
 
@@ -182,8 +182,8 @@ def test_section_holds_scores_verdicts_figure_and_table(num_classes):
     kept = ev.accuracy_at_coverage(confidence, correct).tolist()
     assert [scores[f"accuracy_at_{share}"] for share in (80, 90, 95)] == kept
     assert (scores["accuracy_at_95_low"], scores["accuracy_at_95_high"]) == intervals.accuracy[2]
-    found = ev.error_detection(ev.entropy(probs), correct)
-    assert [scores[f"error_entropy_{name}"] for name in found._fields] == list(found)
+    result = ev.error_detection(ev.entropy(probs), correct)
+    assert [scores[f"error_entropy_{name}"] for name in result._fields] == list(result)
     by_confidence = "error_confidence_auroc" in scores
     assert by_confidence == (num_classes > 2)
     if by_confidence:
@@ -191,7 +191,7 @@ def test_section_holds_scores_verdicts_figure_and_table(num_classes):
     assert section.verdict[0].startswith(
         f"Without the least confident 20 % of predictions, accuracy is {100 * kept[0]:.1f} %"
     )
-    assert f"in {100 * found.auroc:.1f} % (" in section.verdict[1]
+    assert f"in {100 * result.auroc:.1f} % (" in section.verdict[1]
     assert section.verdict[1].startswith("Uncertainty detects errors: ")
     rows = section.drawings["risk_coverage"].table.rows
     assert len(rows) == 20
@@ -233,13 +233,13 @@ def test_too_few_errors_are_not_said_to_be_detected():
     sure = np.linspace(0.99, 0.51, 200)
     probs = np.stack([sure, 1 - sure], axis=1)
     for wrong in (0, 40, 160, 199):
-        found = usefulness_section(probs, (np.arange(200) == wrong).astype(int)).verdict[1]
-        assert found.startswith(
+        result = usefulness_section(probs, (np.arange(200) == wrong).astype(int)).verdict[1]
+        assert result.startswith(
             "Too few examples to tell whether uncertainty detects errors: 1 wrong and 199 correct predictions"
         )
-        assert found.endswith("00 examples with this share of errors would be enough.")
-    found = usefulness_section(probs, (np.arange(200) >= 170).astype(int)).verdict[1]
-    assert found.startswith("Uncertainty detects errors: ")
+        assert result.endswith("00 examples with this share of errors would be enough.")
+    result = usefulness_section(probs, (np.arange(200) >= 170).astype(int)).verdict[1]
+    assert result.startswith("Uncertainty detects errors: ")
 
 
 BAD = [

@@ -160,8 +160,8 @@ def test_equal_batches_have_labels_of_their_own():
         assert one_by_one[name] == pytest.approx(together[name], abs=0.15 * together["ece_classwise_null_high"])
     merged = streamed(probs[:250], torch.zeros(250, dtype=torch.int64), 1)
     merged.merge(streamed(probs[:250], torch.ones(250, dtype=torch.int64), 1))
-    found = merged.scores(39)["ece_classwise_null_high"]
-    assert found == pytest.approx(together["ece_classwise_null_high"], rel=0.15)
+    result = merged.scores(39)["ece_classwise_null_high"]
+    assert result == pytest.approx(together["ece_classwise_null_high"], rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["tied", "low", "sure", "few levels"])

@@ -21,11 +21,11 @@ def predictions(count, classes=5, scale=2.0, seed=0):
 def test_false_alarms_come_no_more_often_than_stated(scale):
     """P(alarm within T) <= T/A: the bound is met within its Monte Carlo error, and not for lack of any alarm."""
     probs, labels = predictions(RUNS * LENGTH, scale=scale)
-    found = [
+    result = [
         len(drift_alarm(p, y, run_length=400.0).alarms) > 0
         for p, y in zip(probs.split(LENGTH), labels.split(LENGTH), strict=True)
     ]
-    rate, bound = sum(found) / RUNS, LENGTH / 400.0
+    rate, bound = sum(result) / RUNS, LENGTH / 400.0
     assert rate <= bound + 4 * math.sqrt(bound * (1 - bound) / RUNS)
     assert scale < 1.0 or rate > 0.0  # with nearly flat predictions there is next to nothing to be alarmed at
 
@@ -43,10 +43,10 @@ def test_the_statistic_has_its_mean_when_labels_follow_the_predictions():
 def test_permuted_labels_raise_it_soon():
     probs, labels = predictions(400, scale=4.0, seed=2)
     labels = torch.where(torch.arange(400) < 200, labels, (labels + 1) % 5)
-    found = drift_alarm(probs, labels, run_length=10_000.0)
-    assert 200 <= int(found.alarms[0]) < 215
-    assert len(found.statistic) == 400
-    assert found.threshold == 10_000.0
+    result = drift_alarm(probs, labels, run_length=10_000.0)
+    assert 200 <= int(result.alarms[0]) < 215
+    assert len(result.statistic) == 400
+    assert result.threshold == 10_000.0
 
 
 def test_an_overconfident_model_raises_it_without_a_change():
@@ -56,9 +56,9 @@ def test_an_overconfident_model_raises_it_without_a_change():
 
 
 def test_a_label_that_was_impossible_raises_it_at_once():
-    found = drift_alarm(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1, 0]))
-    assert found.alarms.tolist() == [1]
-    assert torch.isfinite(found.statistic[[0, 2]]).all()
+    result = drift_alarm(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1, 0]))
+    assert result.alarms.tolist() == [1]
+    assert torch.isfinite(result.statistic[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("length", [1.0, 0.0, float("nan")])

@@ -33,10 +33,10 @@ def test_mean_log_loss_takes_impossible_targets():
 @pytest.mark.parametrize("num_samples", [39, 64, 400])
 def test_right_samples_cover_as_they_should_whatever_their_number(num_samples):
     _, targets, samples = gaussian_case(num_samples=num_samples)
-    found = ev.interval_coverage(samples, targets)
+    result = ev.interval_coverage(samples, targets)
     # 6,000 targets: five standard errors; linear interpolation between normal order statistics adds less than 0.004
-    margin = 5 * (found.levels * (1 - found.levels) / 6000).sqrt() + 0.004
-    assert ((found.coverage - found.levels).abs() < margin).all()
+    margin = 5 * (result.levels * (1 - result.levels) / 6000).sqrt() + 0.004
+    assert ((result.coverage - result.levels).abs() < margin).all()
 
 
 def test_gaussian_and_sampled_coverage_agree_on_too_narrow_intervals():
@@ -151,17 +151,17 @@ def test_whiteness_sees_innovations_that_come_in_runs():
     level = np.zeros(500)
     for t in range(1, 500):
         level[t] = 0.8 * level[t - 1] + rng.normal()
-    found = ev.innovation_whiteness(np.exp(0.5 * level) * rng.chisquare(3, size=500), 3)
-    assert found.p_value < 1e-6
-    assert found.autocorrelation[0] > 0.2
+    result = ev.innovation_whiteness(np.exp(0.5 * level) * rng.chisquare(3, size=500), 3)
+    assert result.p_value < 1e-6
+    assert result.autocorrelation[0] > 0.2
 
 
 def test_whiteness_by_hand():
     """Q written out for three values by hand: ranks 1, 3, 2 less their mean are −1, 1, 0."""
-    found = ev.innovation_whiteness(np.array([0.1, 0.9, 0.5]), 1, lags=1)
-    assert found.autocorrelation.tolist() == pytest.approx([-0.5])
-    assert found.statistic == pytest.approx(3 * 5 * 0.25 / 2)
-    assert found.p_value == pytest.approx(chi2.sf(1.875, 1))
+    result = ev.innovation_whiteness(np.array([0.1, 0.9, 0.5]), 1, lags=1)
+    assert result.autocorrelation.tolist() == pytest.approx([-0.5])
+    assert result.statistic == pytest.approx(3 * 5 * 0.25 / 2)
+    assert result.p_value == pytest.approx(chi2.sf(1.875, 1))
 
 
 def test_bad_whiteness_is_refused():

@@ -47,7 +47,7 @@ def test_sets_by_hand(level, size, classes, score):
     share = int(level.split("/")[0]) / int(level.split("/")[1])
     probs, targets = tied_case(size, classes, 0)
     test, _ = tied_case(30, classes, 1)
-    found = ev.ConformalSets.fit(probs, targets, level=share, score=score, seed=7)
+    result = ev.ConformalSets.fit(probs, targets, level=share, score=score, seed=7)
     uniforms = [np.random.default_rng([7, k]).random(n) for k, n in enumerate((size, 30))]
 
     def score_of(row: np.ndarray, label: int, u: float) -> float:
@@ -55,11 +55,11 @@ def test_sets_by_hand(level, size, classes, score):
 
     scores = [score_of(row, y, u) for row, y, u in zip(probs, targets, uniforms[0], strict=True)]
     threshold = threshold_by_hand(scores, level)
-    assert found.threshold == pytest.approx(threshold, abs=1e-12)
-    sets = found.sets(test)
+    assert result.threshold == pytest.approx(threshold, abs=1e-12)
+    sets = result.sets(test)
     assert sets.dtype == torch.bool
     for row, members, u in zip(test, sets.tolist(), uniforms[1], strict=True):
-        assert members == [score_of(row, c, u) <= found.threshold for c in range(classes)]
+        assert members == [score_of(row, c, u) <= result.threshold for c in range(classes)]
 
 
 class Given(np.random.RandomState):
@@ -89,8 +89,8 @@ def test_sets_are_mapies(score, level, seed):
     ).conformalize(x[300:600], y[300:600])
     options = {"include_last_label": "randomized"} if score == "aps" else None
     expected = theirs.predict_set(x[600:], conformity_score_params=options)[1][:, :, 0]
-    found = ev.ConformalSets.fit(probs[300:600], y[300:600], level=level, score=score, seed=seed)
-    assert np.array_equal(found.sets(probs[600:]).numpy(), expected)
+    result = ev.ConformalSets.fit(probs[300:600], y[300:600], level=level, score=score, seed=seed)
+    assert np.array_equal(result.sets(probs[600:]).numpy(), expected)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.97])
@@ -99,8 +99,8 @@ def test_intervals_are_mapies(level):
     model = LinearRegression().fit(x[:200], y[:200])
     theirs = SplitConformalRegressor(model, confidence_level=level).conformalize(x[200:400], y[200:400])
     expected = theirs.predict_interval(x[400:])[1][:, :, 0]
-    found = ev.ConformalIntervals.fit(model.predict(x[200:400]), y[200:400], level=level)
-    low, high = found.intervals(model.predict(x[400:]))
+    result = ev.ConformalIntervals.fit(model.predict(x[200:400]), y[200:400], level=level)
+    low, high = result.intervals(model.predict(x[400:]))
     assert low.numpy() == pytest.approx(expected[:, 0], abs=1e-9)
     assert high.numpy() == pytest.approx(expected[:, 1], abs=1e-9)
 
@@ -110,13 +110,13 @@ def test_aps_is_the_generalized_inverse_quantile_of_the_paper(seed):
     """Romano et al., equations 2 to 5, with U = 1 − u: the shortest prefix that reaches τ, its last class dropped where
     U ≤ (its cumulative probability − τ)/its probability."""
     probs, _ = random_case(20, 5, seed)
-    found = ev.ConformalSets.fit(*random_case(60, 5, seed + 50), level=0.8, score="aps", seed=seed)
+    result = ev.ConformalSets.fit(*random_case(60, 5, seed + 50), level=0.8, score="aps", seed=seed)
     uniforms = np.random.default_rng([seed, 1]).random(20)
-    for row, members, u in zip(probs.numpy(), found.sets(probs).numpy(), uniforms, strict=True):
+    for row, members, u in zip(probs.numpy(), result.sets(probs).numpy(), uniforms, strict=True):
         order = np.argsort(-row)
         cumulative = row[order].cumsum()
-        last = int(np.argmax(cumulative >= found.threshold))
-        drop = 1 - u <= (cumulative[last] - found.threshold) / row[order[last]]
+        last = int(np.argmax(cumulative >= result.threshold))
+        drop = 1 - u <= (cumulative[last] - result.threshold) / row[order[last]]
         assert set(np.flatnonzero(members)) == set(order[: last + 1 - drop])
 
 
@@ -166,16 +166,16 @@ def test_band_of_coverage_holds_as_near_to_its_probability_as_whole_numbers_allo
 def test_ties_cover_more_not_less():
     """Every probability ½ of two classes: sets hold both or, never, none."""
     probs = torch.full((50, 2), 0.5)
-    found = ev.ConformalSets.fit(probs, torch.arange(50) % 2, level=0.6)
-    assert found.sets(probs).all()
+    result = ev.ConformalSets.fit(probs, torch.arange(50) % 2, level=0.6)
+    assert result.sets(probs).all()
 
 
 @pytest.mark.parametrize("score", ["lac", "aps"])
 def test_too_few_examples_give_every_class(score):
     probs, targets = random_case(8, 3)
-    found = ev.ConformalSets.fit(probs, targets, level=0.9, score=score)
-    assert found.threshold == math.inf
-    assert found.sets(probs).all()
+    result = ev.ConformalSets.fit(probs, targets, level=0.9, score=score)
+    assert result.threshold == math.inf
+    assert result.sets(probs).all()
     assert ev.conformal_coverage_null(0.9, 8, 100) == (1, 1)
     enough = ev.ConformalSets.fit(*random_case(9, 3), level=0.9, score=score)
     assert math.isfinite(enough.threshold)
@@ -183,19 +183,19 @@ def test_too_few_examples_give_every_class(score):
 
 def test_sets_are_the_same_for_the_same_seed_and_the_fit_is_remembered():
     probs, targets = random_case(100, 5)
-    found = ev.ConformalSets.fit(probs.numpy(), targets.numpy(), level=0.8, score="aps", split="held out", seed=3)
-    assert (found.split, found.num_examples, found.num_classes) == ("held out", 100, 5)
-    assert torch.equal(found.sets(probs), found.sets(probs.numpy()))
+    result = ev.ConformalSets.fit(probs.numpy(), targets.numpy(), level=0.8, score="aps", split="held out", seed=3)
+    assert (result.split, result.num_examples, result.num_classes) == ("held out", 100, 5)
+    assert torch.equal(result.sets(probs), result.sets(probs.numpy()))
     again = ev.ConformalSets.fit(probs, targets, level=0.8, score="aps", split="held out", seed=3)
-    assert again == found
+    assert again == result
     other = ev.ConformalSets.fit(probs, targets, level=0.8, score="aps", seed=4)
-    assert not torch.equal(found.sets(probs), other.sets(probs))
+    assert not torch.equal(result.sets(probs), other.sets(probs))
 
 
 def test_coverage_and_size_by_hand():
     sets = np.array([[True, True, False], [False, False, False], [False, False, True]])
-    found = ev.coverage_and_size(sets, np.array([1, 0, 0]))
-    assert found == pytest.approx((1 / 3, 1.0, 1 / 3))
+    result = ev.coverage_and_size(sets, np.array([1, 0, 0]))
+    assert result == pytest.approx((1 / 3, 1.0, 1 / 3))
 
 
 @pytest.mark.parametrize("level", ["1/2", "9/10"])
@@ -206,13 +206,13 @@ def test_intervals_by_hand(level, size, scaled):
     mean, targets, scale = rng.normal(size=size), rng.normal(size=size), rng.uniform(0.5, 2, size=size)
     widths = scale if scaled else np.ones(size)
     share = int(level.split("/")[0]) / int(level.split("/")[1])
-    found = ev.ConformalIntervals.fit(mean, targets, scale if scaled else None, level=share, split="s")
+    result = ev.ConformalIntervals.fit(mean, targets, scale if scaled else None, level=share, split="s")
     threshold = threshold_by_hand((np.abs(targets - mean) / widths).tolist(), level)
-    assert found.threshold == pytest.approx(threshold)
-    low, high = found.intervals(mean, scale if scaled else None)
+    assert result.threshold == pytest.approx(threshold)
+    low, high = result.intervals(mean, scale if scaled else None)
     assert low.numpy() == pytest.approx(mean - threshold * widths)
     assert high.numpy() == pytest.approx(mean + threshold * widths)
-    assert (found.split, found.num_examples) == ("s", size)
+    assert (result.split, result.num_examples) == ("s", size)
 
 
 def test_intervals_cover_as_they_say():
@@ -222,17 +222,17 @@ def test_intervals_cover_as_they_say():
     targets = mean + scale * (rng.exponential(size=mean.shape) - 0.3)
     covered = 0
     for m, s, y in zip(mean, scale, targets, strict=True):
-        found = ev.ConformalIntervals.fit(m[:30], y[:30], s[:30], level=0.8)
-        low, high = found.intervals(m[30:], s[30:])
+        result = ev.ConformalIntervals.fit(m[:30], y[:30], s[:30], level=0.8)
+        low, high = result.intervals(m[30:], s[30:])
         covered += low.item() <= y[30] <= high.item()
     assert binomtest(covered, REPETITIONS, 25 / 31).pvalue > 1e-3
 
 
 def test_section_says_coverage_size_and_split():
     probs, targets = random_case(1500, 4)
-    found = ev.ConformalSets.fit(probs[:500], targets[:500], level=0.9)
-    section = recalibration_section(probs[500:], targets[500:], None, found, NullSettings(15, 100, 0))
-    coverage, size, empty = ev.coverage_and_size(found.sets(probs[500:]), targets[500:])
+    result = ev.ConformalSets.fit(probs[:500], targets[:500], level=0.9)
+    section = recalibration_section(probs[500:], targets[500:], None, result, NullSettings(15, 100, 0))
+    coverage, size, empty = ev.coverage_and_size(result.sets(probs[500:]), targets[500:])
     values = [section.scores[f"conformal_{name}"].value for name in ("coverage", "size", "empty")]
     assert values == [coverage, size, empty]
     interval = section.scores["conformal_size"].interval
@@ -248,8 +248,8 @@ def test_section_says_coverage_size_and_split():
 
 def test_sets_of_another_source_are_called_out():
     probs, targets = random_case(1000, 4)
-    found = ev.ConformalSets.fit(probs, probs.argmax(dim=1), level=0.9)
-    section = recalibration_section(probs, targets, None, found, NullSettings(15, 39, 0))
+    result = ev.ConformalSets.fit(probs, probs.argmax(dim=1), level=0.9)
+    section = recalibration_section(probs, targets, None, result, NullSettings(15, 39, 0))
     assert " of the labels, below the null band of " in section.verdict[0]
     generous = ev.ConformalSets.fit(probs, targets, level=0.9)
     section = recalibration_section(probs, probs.argmax(dim=1), None, generous, NullSettings(15, 39, 0))

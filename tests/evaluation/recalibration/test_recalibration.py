@@ -45,17 +45,17 @@ def test_temperature_of_two_classes_is_a_logistic_regression_through_zero(seed):
     probs, targets = binary_case(seed)
     logit = np.log(probs[:, 1] / probs[:, 0])[:, None]
     theirs = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-12, max_iter=10_000).fit(logit, targets)
-    found = ev.TemperatureScaling.fit(probs, targets)
-    assert 1 / found.temperature == pytest.approx(theirs.coef_.item(), abs=1e-6)
-    assert found(probs).numpy() == pytest.approx(theirs.predict_proba(logit), abs=1e-6)
+    result = ev.TemperatureScaling.fit(probs, targets)
+    assert 1 / result.temperature == pytest.approx(theirs.coef_.item(), abs=1e-6)
+    assert result(probs).numpy() == pytest.approx(theirs.predict_proba(logit), abs=1e-6)
 
 
 @pytest.mark.parametrize(("size", "classes"), [(1, 2), (3, 3), (100, 4), (400, 12)])
 @pytest.mark.parametrize("seed", range(4))
 def test_temperature_is_the_best_of_a_fine_grid(size, classes, seed):
     probs, targets = hard_case(size, classes, seed)
-    found = ev.TemperatureScaling.fit(probs, targets)
-    assert 0.01 <= found.temperature <= 100
+    result = ev.TemperatureScaling.fit(probs, targets)
+    assert 0.01 <= result.temperature <= 100
     logs = np.log(np.maximum(probs.numpy(), 1.4e-45))
     grid = 1 / np.geomspace(0.01, 100, 4001)
     outputs = grid[:, None, None] * logs  # (G, N, C)
@@ -63,24 +63,24 @@ def test_temperature_is_the_best_of_a_fine_grid(size, classes, seed):
     losses = (top + np.log(np.exp(outputs - top[:, :, None]).sum(axis=2)) - outputs[:, np.arange(size), targets]).mean(
         axis=1
     )
-    best = log_loss(found(probs), targets)
+    best = log_loss(result(probs), targets)
     assert best <= losses.min() + 1e-12
-    if 0.011 < found.temperature < 90:
-        assert found.temperature == pytest.approx(1 / grid[losses.argmin()], rel=0.0024)  # a step of the grid
+    if 0.011 < result.temperature < 90:
+        assert result.temperature == pytest.approx(1 / grid[losses.argmin()], rel=0.0024)  # a step of the grid
         for nearby in (0.999, 1.001):
-            other = ev.TemperatureScaling(nearby * found.temperature, "", 1)
+            other = ev.TemperatureScaling(nearby * result.temperature, "", 1)
             assert log_loss(other(probs), targets) > best
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.0])
 def test_temperature_of_a_sharpened_model_is_found(sharpness):
     probs, targets = random_case(20_000, 5)
-    found = ev.TemperatureScaling.fit((sharpness * probs.log()).softmax(dim=1), targets)
-    assert found.temperature == pytest.approx(sharpness, rel=0.04)
+    result = ev.TemperatureScaling.fit((sharpness * probs.log()).softmax(dim=1), targets)
+    assert result.temperature == pytest.approx(sharpness, rel=0.04)
     if sharpness != 1:
         assert (
             ev.calibration_test(
-                found(probs.pow(sharpness) / probs.pow(sharpness).sum(1, keepdim=True)), targets
+                result(probs.pow(sharpness) / probs.pow(sharpness).sum(1, keepdim=True)), targets
             ).p_value
             > 0.01
         )
@@ -97,13 +97,13 @@ def test_temperature_at_its_ends():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_fit_is_never_worse_than_nothing_and_gives_probabilities(fit, size, classes, seed):
     probs, targets = hard_case(size, classes, seed)
-    found = fit.fit(probs, targets)
-    after = found(probs)
+    result = fit.fit(probs, targets)
+    after = result(probs)
     assert after.dtype == torch.float64
     assert after.min() >= 0
     torch.testing.assert_close(after.sum(dim=1), torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-12)
     assert log_loss(after, targets) <= log_loss(probs, targets) + 1e-12
-    elsewhere = found(torch.eye(classes))  # zeros and ones that the fit need not have seen
+    elsewhere = result(torch.eye(classes))  # zeros and ones that the fit need not have seen
     assert elsewhere.isfinite().all()
     torch.testing.assert_close(elsewhere.sum(dim=1), torch.ones(classes, dtype=torch.float64), rtol=0, atol=1e-12)
 
@@ -113,10 +113,10 @@ def test_vector_scaling_of_two_classes_is_a_logistic_regression(seed):
     probs, targets = binary_case(seed)
     features = np.stack([-np.log(probs[:, 0]), np.log(probs[:, 1])], axis=1)
     theirs = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000).fit(features, targets)
-    found = ev.VectorScaling.fit(probs, targets, penalty=0.0)
-    assert found.scale.numpy() == pytest.approx(theirs.coef_[0], abs=1e-5)
-    assert (found.bias[1] - found.bias[0]).item() == pytest.approx(theirs.intercept_.item(), abs=1e-5)
-    assert found(probs).numpy() == pytest.approx(theirs.predict_proba(features), abs=1e-6)
+    result = ev.VectorScaling.fit(probs, targets, penalty=0.0)
+    assert result.scale.numpy() == pytest.approx(theirs.coef_[0], abs=1e-5)
+    assert (result.bias[1] - result.bias[0]).item() == pytest.approx(theirs.intercept_.item(), abs=1e-5)
+    assert result(probs).numpy() == pytest.approx(theirs.predict_proba(features), abs=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.01, 5.0])
@@ -124,14 +124,14 @@ def test_vector_scaling_of_two_classes_is_a_logistic_regression(seed):
 def test_vector_scaling_has_no_slope_at_its_fit(penalty, size, classes):
     """The objective is convex: where its gradient (here autograd's) is zero it is least."""
     probs, targets = random_case(size, classes, seed=4)
-    found = ev.VectorScaling.fit(probs, targets, penalty=penalty)
-    scale, bias = found.scale.clone().requires_grad_(), found.bias.clone().requires_grad_()
+    result = ev.VectorScaling.fit(probs, targets, penalty=penalty)
+    scale, bias = result.scale.clone().requires_grad_(), result.bias.clone().requires_grad_()
     losses = torch.nn.functional.cross_entropy(scale * probs.log() + bias, targets, reduction="sum")
     objective = losses + penalty / 2 * ((scale - 1).square().sum() + bias.square().sum())
     objective.backward()
     slopes = torch.cat([scale.grad, bias.grad])
     assert slopes.abs().max() < 1e-6 * size
-    assert found.bias.sum().item() == pytest.approx(0, abs=1e-9)
+    assert result.bias.sum().item() == pytest.approx(0, abs=1e-9)
 
 
 def test_vector_scaling_finds_what_was_put_in():
@@ -141,19 +141,19 @@ def test_vector_scaling_finds_what_was_put_in():
     generator = torch.Generator().manual_seed(3)
     true = (scale * probs.log() + bias).softmax(dim=1)
     targets = torch.multinomial(true, 1, generator=generator)[:, 0]
-    found = ev.VectorScaling.fit(probs, targets)
-    assert found.scale.numpy() == pytest.approx(scale.numpy(), abs=0.1)
-    assert found.bias.numpy() == pytest.approx(bias.numpy(), abs=0.1)
-    assert (found(probs) - true).abs().max() < 0.04
+    result = ev.VectorScaling.fit(probs, targets)
+    assert result.scale.numpy() == pytest.approx(scale.numpy(), abs=0.1)
+    assert result.bias.numpy() == pytest.approx(bias.numpy(), abs=0.1)
+    assert (result(probs) - true).abs().max() < 0.04
 
 
 def test_a_fit_that_came_out_worse_than_nothing_is_nothing(monkeypatch):
     probs, targets = random_case(50, 3)
     worse = type("R", (), {"x": np.repeat([-5.0, 9.0], 3)})
     monkeypatch.setattr(vector_scaling.scipy.optimize, "minimize", lambda *_, **__: worse)
-    found = ev.VectorScaling.fit(probs, targets)
-    assert found.scale.tolist() == [1.0] * 3
-    assert found.bias.tolist() == [0.0] * 3
+    result = ev.VectorScaling.fit(probs, targets)
+    assert result.scale.tolist() == [1.0] * 3
+    assert result.bias.tolist() == [0.0] * 3
 
 
 def test_blocks_of_examples_change_nothing(monkeypatch):
@@ -201,16 +201,16 @@ def test_isotonic_calibration_is_sklearns(classes, seed, ties):
     probs = (2 * probs.log()).round().softmax(dim=1) if ties else (2 * probs.log()).softmax(dim=1)
     theirs = CalibratedClassifierCV(FrozenEstimator(AsTheyCome(classes)), method="isotonic")
     expected = theirs.fit(probs.numpy(), targets.numpy())
-    found = ev.IsotonicCalibration.fit(probs, targets)
+    result = ev.IsotonicCalibration.fit(probs, targets)
     for values in (probs, random_case(200, classes, seed + 10)[0]):
-        assert found(values).numpy() == pytest.approx(expected.predict_proba(values.numpy()), abs=1e-12)
+        assert result(values).numpy() == pytest.approx(expected.predict_proba(values.numpy()), abs=1e-12)
 
 
 def test_a_row_that_becomes_all_zero_keeps_its_probabilities():
     curve = (np.array([0.0, 0.5, 0.6, 1.0]), np.array([0.0, 0.0, 0.4, 1.0]))
-    found = ev.IsotonicCalibration((curve,) * 3, "s", 1)
+    result = ev.IsotonicCalibration((curve,) * 3, "s", 1)
     probs = torch.tensor([[0.4, 0.3, 0.3], [0.6, 0.3, 0.1]], dtype=torch.float64)
-    torch.testing.assert_close(found(probs), torch.tensor([[0.4, 0.3, 0.3], [1.0, 0.0, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(result(probs), torch.tensor([[0.4, 0.3, 0.3], [1.0, 0.0, 0.0]], dtype=torch.float64))
 
 
 def test_numpy_float32_and_bfloat16_are_taken():
@@ -225,14 +225,14 @@ def test_numpy_float32_and_bfloat16_are_taken():
 def test_each_says_what_it_is_and_where_it_was_fitted():
     probs, targets = random_case(1200, 3)
     sharp = (2 * probs.log()).softmax(dim=1)
-    found = [fit.fit(sharp, targets, split="validation") for fit in MAPS]
-    assert [(map_.split, map_.num_examples) for map_ in found] == [("validation", 1200)] * 3
+    result = [fit.fit(sharp, targets, split="validation") for fit in MAPS]
+    assert [(map_.split, map_.num_examples) for map_ in result] == [("validation", 1200)] * 3
     patterns = (
         r"Temperature scaling, WHERE: T = [12]\.\d{3}, which makes predictions less sure\.",
         r"Vector scaling, WHERE: scales from 0\.\d\d to 0\.\d\d, biases from −0\.\d\d to 0\.\d\d\.",
         r"Isotonic calibration, WHERE: a rising curve for each class\.",
     )
-    for map_, pattern in zip(found, patterns, strict=True):
+    for map_, pattern in zip(result, patterns, strict=True):
         assert re.fullmatch(pattern.replace("WHERE", "fitted on “validation”, 1,200 examples"), map_.describe())
     assert ev.TemperatureScaling(0.5, "a", 1).describe().endswith("T = 0.500, which makes predictions surer.")
     assert ev.TemperatureScaling(1.0, "a", 1).describe().endswith("T = 1.000, which changes nothing.")
@@ -243,9 +243,9 @@ def test_section_holds_the_scores_afterwards(fit):
     probs, targets = random_case(2000, 4)
     sharp = (2 * probs.log()).softmax(dim=1)
     half = slice(0, 1000), slice(1000, 2000)
-    found = fit.fit(sharp[half[0]], targets[half[0]])
-    section = recalibration_section(sharp[half[1]], targets[half[1]], found, None, NullSettings(15, 100, 0))
-    after, labels = found(sharp[half[1]]), targets[half[1]]
+    result = fit.fit(sharp[half[0]], targets[half[0]])
+    section = recalibration_section(sharp[half[1]], targets[half[1]], result, None, NullSettings(15, 100, 0))
+    after, labels = result(sharp[half[1]]), targets[half[1]]
     assert section.scores["recalibrated_accuracy"].value == ev.accuracy(after, labels)
     nll = section.scores["recalibrated_nll"].value
     assert nll == ev.negative_log_likelihood(after, labels)
@@ -262,7 +262,7 @@ def test_section_holds_the_scores_afterwards(fit):
     else:
         assert fit is ev.IsotonicCalibration
         assert "A label here gets probability zero" in section.verdict[0]
-    assert section.verdict[0].startswith(found.describe())
+    assert section.verdict[0].startswith(result.describe())
     assert (
         f"ECE changes from {ev.expected_calibration_error(sharp[half[1]], labels):.3f} to {ece.value:.3f}"
         in section.verdict[0]

@@ -18,9 +18,8 @@ from scipy.stats import binom, chi2, kstest, norm
 from sklearn.linear_model import BayesianRidge
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.plots.regression import pit_band
 from bayes_kf.evaluation.regression import scores
-from bayes_kf.evaluation.regression.pit import ks_null, pit_counts
+from bayes_kf.evaluation.regression.pit import ks_null, pit_band, pit_counts
 from bayes_kf.evaluation.regression.quantile_calibration import QUANTILES
 
 with warnings.catch_warnings():  # it holds escapes that newer Pythons warn of
@@ -57,8 +56,8 @@ def test_gaussian_crps_is_the_integral_that_defines_it(z, sd):
 
     places = [-40, *sorted({-8.0, z, 8.0}), 40]
     parts = [quad(squared, a, b, epsabs=1e-13, epsrel=1e-13)[0] for a, b in itertools.pairwise(places)]
-    found = ev.crps_gaussian(np.array([2.0]), np.array([sd**2]), np.array([2.0 + z * sd]))
-    assert found == pytest.approx(sd * sum(parts), rel=1e-9)
+    result = ev.crps_gaussian(np.array([2.0]), np.array([sd**2]), np.array([2.0 + z * sd]))
+    assert result == pytest.approx(sd * sum(parts), rel=1e-9)
 
 
 @pytest.mark.parametrize(("shape", "decimals"), CASES)
@@ -104,8 +103,8 @@ def test_scores_are_those_of_other_libraries(shape, decimals):
     grid = np.linspace(0, 1, 41)  # its ends, which no forecast can miss, count there
     # there targets count that lie at or above a quantile: at or below it once all signs are changed
     error = uncertainty_toolbox.mean_absolute_calibration_error(-mean, sd, -targets, num_bins=41, prop_type="quantile")
-    found = ev.quantile_calibration_error(ev.pit_gaussian(*three), grid[1:-1])
-    assert found * 39 / 41 == pytest.approx(error, abs=1e-9)
+    result = ev.quantile_calibration_error(ev.pit_gaussian(*three), grid[1:-1])
+    assert result * 39 / 41 == pytest.approx(error, abs=1e-9)
 
 
 def plain_ence(mean: np.ndarray, variance: np.ndarray, targets: np.ndarray, num_bins: int) -> tuple[float, list[int]]:
@@ -117,8 +116,8 @@ def plain_ence(mean: np.ndarray, variance: np.ndarray, targets: np.ndarray, num_
         bins[sum(start <= row[0] for start in starts) - 1].append(row)
     gaps = []
     for members in bins:
-        predicted, found = (math.sqrt(sum(column) / len(members)) for column in zip(*members, strict=True))
-        gaps.append(abs(predicted - found) / predicted)
+        predicted, result = (math.sqrt(sum(column) / len(members)) for column in zip(*members, strict=True))
+        gaps.append(abs(predicted - result) / predicted)
     return sum(gaps) / len(gaps), [len(members) for members in bins]
 
 
@@ -133,8 +132,8 @@ def test_ence_is_the_one_written_out(shape, decimals, num_bins):
 
 def test_one_variance_for_all_is_one_bin():
     mean, _, targets = forecast((50,), 7)
-    found = ev.expected_normalized_calibration_error(mean, np.full(50, 4.0), targets)
-    assert found == pytest.approx(abs(1 - ev.rmse(mean, targets) / 2), abs=1e-12)
+    result = ev.expected_normalized_calibration_error(mean, np.full(50, 4.0), targets)
+    assert result == pytest.approx(abs(1 - ev.rmse(mean, targets) / 2), abs=1e-12)
 
 
 def test_sharpness_by_hand():
@@ -148,8 +147,8 @@ def test_ence_band_and_level(size):
     variance = np.sort(np.exp(2 * rng.normal(size=size)))
     bins = variance.reshape(10, -1)  # sorted and without ties: the bins of equal mass
     noise = rng.normal(size=(REPETITIONS, size)).reshape(REPETITIONS, 10, -1)
-    found = np.sqrt((bins * noise**2).mean(2) / bins.mean(1))
-    ence = np.abs(1 - found).mean(1)
+    result = np.sqrt((bins * noise**2).mean(2) / bins.mean(1))
+    ence = np.abs(1 - result).mean(1)
     zeros = np.zeros(size)
     band = ev.ence_test(zeros, variance, np.sqrt(variance) * noise[0].ravel())
     assert band.value == pytest.approx(ence[0], rel=1e-9)
@@ -165,9 +164,9 @@ def test_ence_band_and_level(size):
 @pytest.mark.parametrize(("shape", "decimals"), CASES)
 def test_gaussian_pit_is_the_distribution_function(shape, decimals):
     mean, variance, targets = forecast(shape, 9, decimals)
-    found = ev.pit_gaussian(mean, variance, targets)
-    assert found.shape == shape
-    np.testing.assert_allclose(found, norm.cdf(targets, mean, np.sqrt(variance)), rtol=0, atol=1e-12)
+    result = ev.pit_gaussian(mean, variance, targets)
+    assert result.shape == shape
+    np.testing.assert_allclose(result, norm.cdf(targets, mean, np.sqrt(variance)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("shape", "decimals"), CASES)
@@ -175,12 +174,12 @@ def test_sample_pit_lies_between_the_ranks(shape, decimals, monkeypatch):
     mean, variance, targets = forecast(shape, 10, decimals)
     draws = np.random.default_rng(11).normal(mean, np.sqrt(variance), (9, *shape)).round(decimals)
     below, up_to = (draws < targets).sum(0) / 10, ((draws <= targets).sum(0) + 1) / 10
-    found = ev.pit_samples(draws, targets).numpy()
-    assert found.shape == shape
-    assert ((below <= found) & (found <= up_to)).all()
-    assert np.array_equal(found, ev.pit_samples(draws, targets).numpy())
-    if found.size > 1:
-        assert not np.array_equal(found, ev.pit_samples(draws, targets, seed=1).numpy())
+    result = ev.pit_samples(draws, targets).numpy()
+    assert result.shape == shape
+    assert ((below <= result) & (result <= up_to)).all()
+    assert np.array_equal(result, ev.pit_samples(draws, targets).numpy())
+    if result.size > 1:
+        assert not np.array_equal(result, ev.pit_samples(draws, targets, seed=1).numpy())
     monkeypatch.setattr(scores, "BLOCK", 45)
     blocks = ev.pit_samples(draws, targets).numpy()
     assert ((below <= blocks) & (blocks <= up_to)).all()
@@ -199,12 +198,12 @@ def test_sample_pit_of_right_forecasts_is_uniform_whatever_the_number_of_draws(n
 
 def test_pit_tests_are_those_of_scipy():
     pit = np.random.default_rng(13).beta(1.2, 1, 150)
-    found, expected = ev.pit_test(pit), kstest(pit, "uniform")
-    assert found == (pytest.approx(expected.statistic, abs=1e-12), pytest.approx(expected.pvalue, abs=1e-12))
+    result, expected = ev.pit_test(pit), kstest(pit, "uniform")
+    assert result == (pytest.approx(expected.statistic, abs=1e-12), pytest.approx(expected.pvalue, abs=1e-12))
     counts = np.histogram(pit, 10, (0, 1))[0]
     statistic = ((counts - 15) ** 2 / 15).sum()
-    found = ev.pit_test(pit, "chi2", num_bins=10)
-    assert found == (pytest.approx(statistic, abs=1e-12), pytest.approx(chi2.sf(statistic, 9), abs=1e-12))
+    result = ev.pit_test(pit, "chi2", num_bins=10)
+    assert result == (pytest.approx(statistic, abs=1e-12), pytest.approx(chi2.sf(statistic, 9), abs=1e-12))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -241,10 +240,10 @@ def test_coverage_bands_hold_95_percent_as_near_as_whole_numbers_allow(size):
 def test_quantile_coverage_counts_targets_below_their_quantiles(shape, decimals):
     mean, variance, targets = forecast(shape, 15, decimals)
     levels = np.linspace(0.01, 0.99, 50)
-    found = ev.quantile_coverage(ev.pit_gaussian(mean, variance, targets), levels)
+    result = ev.quantile_coverage(ev.pit_gaussian(mean, variance, targets), levels)
     below = [(targets <= norm.ppf(q, mean, np.sqrt(variance))).mean() for q in levels]
-    assert found.quantiles.tolist() == levels.tolist()
-    assert found.coverage.tolist() == pytest.approx(below, abs=1e-12)
+    assert result.quantiles.tolist() == levels.tolist()
+    assert result.coverage.tolist() == pytest.approx(below, abs=1e-12)
     error = ev.quantile_calibration_error(ev.pit_gaussian(mean, variance, targets), levels)
     assert error == pytest.approx(np.abs(below - levels).mean(), abs=1e-12)
 
@@ -253,10 +252,10 @@ def test_quantile_coverage_of_samples_counts_targets_below_order_statistics():
     """Of 99 draws the k-th in order is the k/100-quantile."""
     mean, variance, targets = forecast((500,), 16)
     draws = np.random.default_rng(17).normal(mean, np.sqrt(variance), (99, 500))
-    found = ev.quantile_coverage(ev.pit_samples(draws, targets))
+    result = ev.quantile_coverage(ev.pit_samples(draws, targets))
     ordered = np.sort(draws, axis=0)
     expected = [(targets <= ordered[round(100 * q) - 1]).mean() for q in QUANTILES]
-    assert found.coverage.tolist() == pytest.approx(expected, abs=1e-12)
+    assert result.coverage.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -335,9 +334,9 @@ def test_report_takes_vectors_for_single_columns():
 def test_joint_log_probabilities_are_divided_among_the_outputs():
     mean, variance, targets = forecast((80, 3), 24)
     joint = norm.logpdf(targets, mean, np.sqrt(variance)).sum(1)
-    found = ev.evaluate_regression(mean, targets, variance=variance, log_prob=joint).scores
+    result = ev.evaluate_regression(mean, targets, variance=variance, log_prob=joint).scores
     plain = ev.evaluate_regression(mean, targets, variance=variance).scores
-    assert found["nll"] == pytest.approx(plain["nll"])
+    assert result["nll"] == pytest.approx(plain["nll"])
 
 
 def test_a_report_of_samples_alone_has_no_log_loss_and_takes_draws_that_are_all_alike():

@@ -1,4 +1,4 @@
-"""Rows that carry directions: every direction once, whatever the examples need, and few passes for it."""
+"""Repeated batches: each direction is carried once, in as few backward passes as possible."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def cost(repetition: BatchRepetition, needed, free):
 
 @pytest.mark.parametrize("needed", [[40, 2, 2, 3], [7, 7, 7, 7], [1, 1, 1, 1], [30, 1, 30, 1], [40, 30, 30, 30]])
 @pytest.mark.parametrize(("free", "most"), [(1, 8), (1, 64), (16, 16), (64, 200)])
-def test_the_cheapest_layout_is_no_dearer_than_any_other(needed, free, most):
+def test_no_other_repetition_is_cheaper(needed, free, most):
     needed = torch.tensor(needed)
     found = cheapest_repetition(tuple(needed.tolist()), free, most)
     assert len(found.example) <= max(most, len(needed))
@@ -44,15 +44,15 @@ def test_the_cheapest_layout_is_no_dearer_than_any_other(needed, free, most):
             assert cost(found, needed, free) <= cost(other, needed, free) + 1e-4
 
 
-def test_one_example_with_many_directions_does_not_keep_the_others_waiting():
+def test_one_example_with_many_directions_takes_no_extra_passes_of_the_others():
     repetition = cheapest_repetition((32, 2, 2, 2, 2, 2, 2, 2), 1, 16)
     assert repetition.copies[0] > 1
     assert repetition.copies[1:].tolist() == [1] * 7
 
 
 @pytest.mark.parametrize("told", [None, 3, [4, 1, 0, 2], [1, 1, 1, 1]])
-def test_rows_do_not_depend_on_the_layout(told):
-    """What was foretold of the directions is for speed alone."""
+def test_rows_do_not_depend_on_the_repetition(told):
+    """The forecast of the number of directions changes speed alone."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 6)).double(), torch.randn(4, 3).double()
     seeds, needed = torch.randn(4, 4, 6).double(), torch.tensor([4, 1, 0, 2])

@@ -1,4 +1,4 @@
-"""The operator's products against the dense float64 Jacobian, for every kind of layer and way of running a model."""
+"""Products of the operator against the dense float64 Jacobian, for every kind of layer and of forward pass."""
 
 import copy
 import warnings
@@ -52,7 +52,7 @@ def vit():
 
 
 class Packed(nn.Module):
-    """Queries, keys and values in one projection, as timm's transformers have them."""
+    """Queries, keys and values in one projection, as in timm's transformers."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class TiedEmbedding(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Runs its layers again in the backward pass, whatever mode it is in."""
+    """Runs its layers again in the backward pass, in either mode."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -188,8 +188,8 @@ def agree_with_dense(jacobian: Jacobian, expected: torch.Tensor):
     torch.testing.assert_close(jacobian.column_squares(left), (left @ flat).square().sum(0), **close)
 
 
-def test_a_layer_that_runs_again_sees_the_point_of_linearization():
-    """Not the model's own weights, which are back in place when the backward pass asks for the layer again."""
+def test_a_recomputed_layer_has_the_tensors_of_the_linearization_point():
+    """The model's own weights are back in place when the backward pass recomputes the layer."""
     for reentrant in (False, True):
         torch.manual_seed(0)
         model, x = Checkpointed(reentrant).double(), torch.randn(3, 6).double()
@@ -201,7 +201,7 @@ def test_a_layer_that_runs_again_sees_the_point_of_linearization():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_transformers_checkpointing_is_kept_and_changes_nothing(reentrant):
+def test_transformers_checkpointing_stays_on_and_changes_nothing(reentrant):
     plain = bert(modules_to_save=["classifier"]).double()
     adapter = AdapterModel(plain)
     expected = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
@@ -253,7 +253,7 @@ def test_bfloat16_base_and_autocast_have_float32_rows():
             assert float((jacobian.dense() - expected).abs().max()) < 0.05 * scale  # bfloat16 has 8 bits
 
 
-def test_rows_of_a_table_are_those_of_the_tokens_seen():
+def test_rows_of_an_embedding_table_have_the_columns_of_the_tokens_in_the_batch():
     model = bert(modules_to_save=["word_embeddings"], num_labels=2)
     adapter = AdapterModel(model)
     jacobian = Linearizer(adapter)(adapter.vector(), TEXT).jacobian()
@@ -264,7 +264,7 @@ def test_rows_of_a_table_are_those_of_the_tokens_seen():
     assert adapter.shapes[adapter.names.index(name)] == (20, 8)
 
 
-def test_a_head_of_many_classes_is_kept_as_products():
+def test_a_head_of_many_classes_is_stored_as_outer_products():
     model = bert(num_labels=500)
     adapter = AdapterModel(model)
     jacobian = Linearizer(adapter)(adapter.vector(), TEXT).jacobian()
@@ -272,7 +272,7 @@ def test_a_head_of_many_classes_is_kept_as_products():
     assert jacobian.nbytes < dense_bytes / 10
 
 
-def test_describe_names_every_tensor_and_its_path():
+def test_describe_lists_every_tensor_and_how_it_is_linearized():
     model = bert(modules_to_save=["classifier", "position_embeddings"])
     adapter = AdapterModel(model)
     assert "not yet known" in adapter.describe()
@@ -286,7 +286,7 @@ def test_describe_names_every_tensor_and_its_path():
     assert "Embedding" in general[0]
 
 
-def test_tensors_that_nothing_depends_on_have_zero_rows_until_something_does():
+def test_unused_tensors_have_zero_rows_until_a_batch_uses_them():
     class Gated(nn.Module):
         def __init__(self):
             super().__init__()
@@ -370,7 +370,7 @@ def agrees_with_autograd(model, x):
 
 
 class Changed(nn.Module):
-    """Features and a frozen classifier of more classes than features, and what happens to its output."""
+    """Features, a frozen classifier of more classes than features, and a change of its output."""
 
     def __init__(self, change):
         super().__init__()
@@ -397,19 +397,19 @@ def scaled_in_place(model, h):
     ids=["scaled in place", "head called twice", "clipped in place"],
 )
 @pytest.mark.parametrize("trainable", [False, True])
-def test_heads_whose_output_is_not_the_model_s(change, trainable):
+def test_a_changed_output_is_not_taken_for_the_heads(change, trainable):
     model = Changed(change).double()
     model.head.requires_grad_(trainable)
     agrees_with_autograd(model, torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double())
 
 
-def test_a_hook_that_changes_the_head_s_output():
+def test_a_hook_that_changes_the_heads_output():
     model = Changed(lambda model, h: model.head(h)).double()
     model.head.register_forward_hook(lambda module, args, out: 10.0 * out)
     agrees_with_autograd(model, torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double())
 
 
-def test_an_activation_in_place_that_the_first_batch_does_not_show():
+def test_an_in_place_activation_that_has_no_effect_in_the_first_batch():
     """All units are above zero in the first batch, and not in the second."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True), nn.Linear(2, 2)).double()
@@ -423,7 +423,7 @@ def test_an_activation_in_place_that_the_first_batch_does_not_show():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_that_the_user_s_parameters_hold_are_left_alone(reentrant):
+def test_gradients_of_the_users_parameters_are_unchanged(reentrant):
     model = opt(0.0, reentrant)
     adapter = AdapterModel(model)
     late = model.get_base_model().model.decoder.final_layer_norm.weight.requires_grad_(True)

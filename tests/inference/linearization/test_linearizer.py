@@ -108,7 +108,7 @@ def test_transformer_with_mapping_inputs_and_zero_b():
     assert set(linearize.adapter.linearized_by.values()) == {"hooks"}
 
 
-def test_paths_are_measured():
+def test_the_method_of_each_tensor_is_measured():
     linearize = Linearizer(AdapterModel(Shared().double()))
     assert set(linearize.adapter.linearized_by.values()) == {"not yet known"}
     dense(linearize, torch.randn(2, 6, dtype=torch.float64))
@@ -144,7 +144,7 @@ def test_bfloat16_base_has_float32_rows():
     assert jacobian.shape == expected.shape
 
 
-def test_pieces_cover_a_batch_once():
+def test_chunks_cover_a_batch_once():
     adapter, x = AdapterModel(nn.Linear(3, 2)), torch.randn(5, 3)
     linearize = Linearizer(adapter, bytes_budget=1)
     pieces = list(linearize.chunks(adapter.vector(), x))
@@ -202,7 +202,7 @@ class Flattened(nn.Module):
 
 
 class OneAtATime(nn.Module):
-    """Refuses more rows than it was first given, as sequence classifiers without a pad token do."""
+    """Refuses more rows than in its first batch, like sequence classifiers without a pad token."""
 
     def __init__(self):
         super().__init__()
@@ -235,7 +235,7 @@ TRAPS = [
 
 
 @pytest.mark.parametrize(("make", "shapes"), TRAPS)
-def test_modules_that_do_not_see_examples_first_are_found_out(make, shapes):
+def test_modules_whose_input_does_not_have_examples_first_are_detected(make, shapes):
     torch.manual_seed(0)
     model = make().double()
     linearize = Linearizer(AdapterModel(model))
@@ -247,7 +247,7 @@ def test_modules_that_do_not_see_examples_first_are_found_out(make, shapes):
         torch.testing.assert_close(jacobian, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_in_place_activation_is_found_out_in_bfloat16_too():
+def test_an_in_place_activation_is_detected_in_bfloat16_too():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).bfloat16()
     linearize = Linearizer(AdapterModel(model))
@@ -276,8 +276,8 @@ def test_relative_attention_with_shared_projections():
         torch.testing.assert_close(jacobian, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_a_large_first_batch_is_looked_at_by_few_examples():
-    """Finding out takes some eight passes; only what cannot be cut takes them over the whole batch."""
+def test_a_large_first_batch_is_checked_on_few_examples():
+    """The check takes some eight passes; they go over the whole batch only if the model needs its own batch size."""
     torch.manual_seed(0)
     rows = []
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()

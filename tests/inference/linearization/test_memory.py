@@ -1,4 +1,4 @@
-"""The memory of a step against its budget, in a process of its own whose freed memory goes back at once."""
+"""The memory of an update against its budget, in a separate process that returns freed memory at once."""
 
 import os
 import subprocess
@@ -90,7 +90,7 @@ def test_a_step_keeps_to_its_budget():
     sys.platform != "linux",
     reason="only Linux enforces a limit on the address space (RLIMIT_AS), which makes memory run out here",
 )
-def test_where_memory_runs_out_pieces_get_smaller_and_it_is_said_once():
+def test_chunks_get_smaller_if_memory_runs_out_with_one_warning():
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SETUP + NO_ROOM, "2000"],

@@ -1,4 +1,4 @@
-"""Models that put examples into another order inside, or send them to experts, on a later batch than the first."""
+"""Models that reorder examples inside, or send them to experts, on a later batch than the first."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ class SortedTwice(Sorted):
 
 
 class Written(Sorted):
-    """Put back in place, long ones first."""
+    """The order is restored by writing in place, long sequences first."""
 
     def forward(self, x):
         outputs, long = x.new_zeros(len(x), 3), (x != 0).all(1)
@@ -81,7 +81,7 @@ def exact(adapter, vector, inputs):
 
 
 def batches(kind):
-    """One that shows nothing, and others that do: two unlike examples among many are enough."""
+    """A batch that moves no rows, and batches that do; two unequal examples among many are enough."""
     torch.manual_seed(0)
     if kind is Packed:
         ids = torch.randint(1, 30, (6, 5))
@@ -116,8 +116,8 @@ def test_rows_belong_to_their_examples_on_every_batch(kind, pulled):
 
 @pytest.mark.parametrize("settings", [{"curvature": "sampled"}, {"curvature": "truncated", "curvature_epsilon": 0.2}])
 @pytest.mark.parametrize("kind", [Experts, Sorted])
-def test_a_belief_never_learns_from_wrong_rows(kind, settings):
-    """As the same model learns on the general path from the start, which an unlike first batch puts it on."""
+def test_an_update_never_uses_wrong_rows(kind, settings):
+    """Against the same model on the general path from the start, to which another first batch sends it."""
     shown, y = [x.double() for x in batches(kind)], torch.arange(12) % 3
     torch.manual_seed(1)
     model, config = kind().double(), bkf.KalmanConfig(covariance="diagonal", initial_variance=0.3, **settings)

@@ -11,6 +11,7 @@ import bayes_kf as bkf
 from bayes_kf.inference.filtering import tempering
 from bayes_kf.inference.measurement_model.noise import likelihood
 from bayes_kf.inference.predictive import heldout_calibration
+from bayes_kf.models.batch import Batch
 
 
 def test_the_temperature_is_the_one_nearest_to_1_that_is_not_clearly_worse():
@@ -55,9 +56,11 @@ def test_calibration_from_parameter_draws_agrees_with_the_covariance(monkeypatch
     posterior = bkf.fit(many(), loader(x[:40], y[:40]), bkf.KalmanConfig(temperature=1.0), progress=False)
     family = likelihood(posterior.config.noise_settings, posterior.state.noise)
 
+    some = Batch.of(x[:20], y[:20])
+
     def losses():
         return torch.stack(
-            [heldout_calibration.log_losses(posterior, family, x[:20], y[:20], seed).mean(1) for seed in range(15)]
+            [heldout_calibration.log_losses(posterior, family, some, seed).mean(1) for seed in range(15)]
         ).mean(0)
 
     with monkeypatch.context() as patched:

@@ -22,8 +22,15 @@ def test_sampled_predictions_that_differ_from_linearized_ones_warn_with_numbers(
     y = x.argmax(1)
     config = bkf.KalmanConfig(initial_variance=1.0, bound_prior=False, temperature=1.0)
     wide = bkf.fit(nonlinear(), loader(x, y), config, progress=False)
-    with pytest.warns(UserWarning, match=r"disagree: 0\.\d+ total variation apart on 16 examples, where Monte Carlo"):
-        wide.predict(x, "sampled")
+    calls = (
+        lambda: wide.predict(x, "sampled"),
+        lambda: wide.predict_loader([x[:20], x[20:]], "sampled"),
+        lambda: wide.to_arviz(64, loader=[(x, y)]),
+    )
+    for call in calls:
+        with pytest.warns(UserWarning, match=r"disagree: 0\.\d+ total variation apart on 16 exampl") as caught:
+            call()
+        assert [warning.filename for warning in caught] == [__file__]  # the caller's line
     narrow = dataclasses.replace(config, initial_variance=1e-4)
     bkf.fit(nonlinear(), loader(x, y), narrow, progress=False).predict(x, "sampled")  # a warning would be an error
 

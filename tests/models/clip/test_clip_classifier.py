@@ -65,7 +65,7 @@ def test_logits_are_transformers_own(lora):
     torch.testing.assert_close(ClipClassifier(clip, **PROMPTS)(images()), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_scale_of_ones_own():
+def test_a_given_scale():
     cosines = ClipClassifier(small_clip(), **PROMPTS, logit_scale=1.0)(images())
     assert bool((cosines.abs() <= 1).all())
     torch.testing.assert_close(ClipClassifier(small_clip(), **PROMPTS, logit_scale=7.0)(images()), 7.0 * cosines)
@@ -93,7 +93,7 @@ def test_adapters_act_between_encoder_and_cosine():
     torch.testing.assert_close(classifier(images()), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_an_encoder_of_ones_own():
+def test_a_custom_encoder():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -118,12 +118,12 @@ def test_an_encoder_of_ones_own():
 
 
 def counted(classifier):
-    """How often the text encoder is asked."""
+    """The number of calls of the text encoder."""
     return patch.object(classifier.clip, "get_text_features", wraps=classifier.clip.get_text_features)
 
 
 @pytest.mark.parametrize("kind", ["image adapter", "text adapter", "vision lora"])
-def test_a_frozen_text_encoder_is_asked_once(kind):
+def test_a_frozen_text_encoder_is_called_once(kind):
     classifier = KINDS[kind]()
     with counted(classifier) as calls:
         kf = bkf.KalmanFilter(classifier, bkf.KalmanConfig(rank=4))
@@ -142,7 +142,7 @@ def test_a_trainable_text_encoder_is_in_the_graph():
     assert all(g is not None and bool(g.any()) for name, g in gradients.items() if "lora_" in name)
 
 
-def test_kept_prompts_follow_the_weights():
+def test_cached_prompts_follow_the_weights():
     clip = small_clip()
     classifier, weight = ClipClassifier(clip, **PROMPTS), clip.text_projection.weight
     before = classifier(images())
@@ -169,7 +169,7 @@ def test_lora_in_the_text_encoder_after_a_forward_pass():
     torch.testing.assert_close(classifier(images()), clip(pixel_values=images(), **PROMPTS).logits_per_image)
 
 
-def test_kept_prompts_know_no_dropout_and_serve_autograd():
+def test_cached_prompts_have_no_dropout_and_serve_autograd():
     clip = small_clip(attention_dropout=0.5)
     expected = ClipClassifier(clip, **PROMPTS)(images())
     classifier = ClipClassifier(clip, **PROMPTS, image_adapter=FeatureAdapter(6).double()).train()
@@ -181,7 +181,7 @@ def test_kept_prompts_know_no_dropout_and_serve_autograd():
     assert all(module.training for module in classifier.modules())
 
 
-def test_a_copy_keeps_prompts_of_its_own():
+def test_a_copy_caches_prompts_of_its_own():
     classifier = ClipClassifier(small_clip(), **PROMPTS)
     before = classifier(images())
     other = copy.deepcopy(classifier)
@@ -257,7 +257,7 @@ def test_matched_takes_the_first_of_several_prompts():
     assert torch.equal(batch["attention_mask"], torch.ones(4, 5, dtype=torch.int64))
 
 
-def test_pairs_learn_as_equation_12_says():
+def test_pairs_are_updated_by_equation_12():
     """Adaptive noise R ← βR + (1 − β) mean(e² + JPJᵀ) of the batch, then the Kalman update: dense, in float64."""
     classifier = moved(KINDS["both adapters"]())
     pairs = pairs_of(classifier)
@@ -285,7 +285,7 @@ def test_pairs_learn_as_equation_12_says():
         torch.testing.assert_close(found, covariance, rtol=1e-9, atol=1e-9)
 
 
-def test_the_gate_weighs_a_wrong_pair_down():
+def test_the_gate_down_weights_a_wrong_pair():
     """A pair whose innovation is beyond the χ² quantile has its noise inflated by the ratio."""
     classifier = moved(KINDS["image adapter"]())
     pairs, one = pairs_of(classifier), images(1)
@@ -331,7 +331,7 @@ def test_noise_of_pairs_may_be_estimated():
     torch.testing.assert_close(state.noise.variance[0], min(found)[1], rtol=1e-9, atol=0)
 
 
-def test_a_belief_from_pairs_predicts_classes():
+def test_a_posterior_from_pairs_predicts_classes():
     classifier = KINDS["lora"]()
     pairs, batch = pairs_of(classifier), classifier.matched(images(), LABELS)
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", initial_logit_sd=0.3)

@@ -129,7 +129,7 @@ def test_an_embeddings_prior_changes_it_by_no_more_than_twice_its_size():
 
 
 @pytest.mark.parametrize(("spread", "bounded"), [("modules", True), ("tensors", False), ("constant", False)])
-def test_the_default_prior_is_bounded_behind_a_head_that_sees_little(spread, bounded):
+def test_the_default_prior_is_bounded_behind_a_head_with_little_gain(spread, bounded):
     network = model(modules_to_save=["2"])
     head = next(m for n, m in network.named_modules() if n.endswith("modules_to_save.default"))
     head.weight.data.mul_(1e-4)
@@ -141,7 +141,7 @@ def test_the_default_prior_is_bounded_behind_a_head_that_sees_little(spread, bou
 
 
 def test_adapters_merged_into_the_base_are_refused():
-    """They have no say in the outputs: a filter would learn nothing, without a word."""
+    """They have no effect on the outputs: a filter would learn nothing, without a warning."""
     network = model(init=False)
     network.merge_adapter()
     with pytest.raises(ValueError, match=r"`model` must have its adapters apart from the base, got one merged into"):

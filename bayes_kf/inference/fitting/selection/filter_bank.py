@@ -39,8 +39,7 @@ class BankState(NamedTuple):
         states: of the candidates; None for one that diverged.
         own_passes: the number of updates in which each candidate made passes of its own.
         step: the number of updates.
-        differences: Σ over updates of the squared differences between the evidence gains of candidates, (G, G), in
-            nats².
+        differences: Σ over updates of the squared differences of the candidates' evidence gains, (G, G), nats².
     """
 
     states: tuple[FilterState | None, ...]

@@ -1,4 +1,4 @@
-"""Signum: every weight goes by the same length, the way its averaged gradient's sign says. Bernstein et al. 2018."""
+"""Signum: a step of constant size along the sign of the averaged gradient. Bernstein et al. 2018."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""UCI's digits, upside down, meet the transformer that was trained on MNIST."""
+"""UCI's digits, upside down, with the transformer that was trained on MNIST."""
 
 from bayes_kf.data import uci_digits_split
 from benchmarks.bench.registry.problems import Sizes

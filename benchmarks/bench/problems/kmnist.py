@@ -1,0 +1,40 @@
+"""KMNIST's cursive Japanese characters with the transformer trained on MNIST: LoRA, a new classifier.
+
+KMNIST's test images are split here, because the data folder has no others; not in a default run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.bench.registry.problems import Sizes
+from benchmarks.common.data import kmnist
+
+TITLE = "KMNIST / MNIST transformer, new head"
+NETWORK, CLASSES, FRESH_HEAD = "digits-vit", 10, True
+TRAIN, TEST = 8_000, 2_000
+SIZES: dict[str, Sizes] = {}
+PRIORITY, EXTRA = 91, True
+
+
+def train(which: Tensor) -> tuple[Any, Tensor]:
+    """The first 8,000 images, in [0, 1], and labels."""
+    return _part(slice(TRAIN), which)
+
+
+def test(which: Tensor) -> tuple[Any, Tensor]:
+    """The other images and their labels."""
+    return _part(slice(TRAIN, None), which)
+
+
+def _part(part: slice, which: Tensor) -> tuple[Any, Tensor]:
+    images, labels = _all()
+    return (images[part][which] + 1) / 2, labels[part][which]
+
+
+@functools.cache
+def _all() -> Any:
+    return kmnist()
