@@ -65,10 +65,13 @@ def measurement_update(
         builders: of the report, one per state.
         max_examples: number of examples to use at most; a block that would go beyond is left out.
     """
-    states = [_initialize_noise(config, state, measurement) for state in states]
-    families = [measurement.projected.family] * len(states)
-    if measurement.projected.directions is None:  # σ² may just have been initialized
-        families = [noise.likelihood(config.noise_settings, state.noise) for state in states]
+    states, families = list(states), []
+    for number, state in enumerate(states):
+        states[number] = state = _initialize_noise(config, state, measurement)
+        family = measurement.projected.family
+        if measurement.projected.directions is None:  # σ² may just have been initialized
+            family = noise.likelihood(config.noise_settings, state.noise)
+        families.append(family)
     done, accurate = 0, True
     limit = len(measurement.rows_per_example) if max_examples is None else max_examples
     where, num_rows = next_block(measurement.rows_per_example)
@@ -80,22 +83,27 @@ def measurement_update(
             accurate = accurate and ok
         if not accurate and states[0].belief.mean is not measurement.point:
             break
-        updates = [_update_block(config, s, measurement, where, b) for s, b in zip(states, blocks, strict=True)]
-        num_refused = sum(not update.accurate for update in updates)
-        count = len(block.targets)
-        if count >= 2 * MIN_BLOCK_EXAMPLES and num_refused:  # the step is too long for all of them together
+        updates, too_long = [], False
+        for state, moved in zip(states, blocks, strict=True):
+            update = _update_block(config, state, measurement, where, moved)
+            updates.append(update)
+            too_long = too_long or not update.accurate
+        count = where.stop - where.start
+        if too_long and count >= 2 * MIN_BLOCK_EXAMPLES:  # try the first half
             where = slice(where.start, where.start + count // 2)
             accurate = accurate or done == 0  # at least one block is used
             continue
-        accurate = True
-        for update, builder in zip(updates, builders, strict=True):
+        accurate, done = True, where.stop
+        for number, (update, builder) in enumerate(zip(updates, builders, strict=True)):
             accurate = accurate and (update.accurate or update.damping == 0.0)  # 0: the belief has not moved
             observation = update.observation
             builder.add_block(observation.innovation, observation.degrees_of_freedom, update.damping, update.jitter)
-        states, done = [update.state for update in updates], where.stop
+            states[number] = update.state
         if done < limit:
             where, num_rows = next_block(measurement.rows_per_example, done)
-    return UpdatedStates([s._replace(examples=s.examples + done) for s in states], done, accurate)
+    for number, state in enumerate(states):
+        states[number] = state._replace(examples=state.examples + done)
+    return UpdatedStates(states, done, accurate)
 
 
 def _initialize_noise(config: KalmanConfig, state: FilterState, measurement: Measurement) -> FilterState:

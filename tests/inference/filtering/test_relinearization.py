@@ -1,13 +1,22 @@
 """Large batches: linearized again where the true outputs have left the linearized ones."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering.linearization_check import TRUST_RADIUS, is_small_change, symmetric_divergence
+from bayes_kf.inference.filtering.linearization_check import (
+    TRUST_RADIUS,
+    is_small_change,
+    move_to_mean,
+    symmetric_divergence,
+)
+from bayes_kf.inference.filtering.measurement_update import measurement_update
 from bayes_kf.inference.filtering.step_guard import OBJECTIVE_RTOL, StepGuard
+from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
 from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 from bayes_kf.inference.linearization.linearizer import MAX_PASS_BYTES, Linearizer
 from bayes_kf.models.batch import Batch
@@ -81,7 +90,7 @@ def test_what_an_update_reports_of_it_is_what_it_did(monkeypatch):
         plain = Linearizer.__call__
 
         def counted(self, vector, inputs, *, rows_per_example=None, counts=counts, plain=plain):
-            counts.append(len(inputs))
+            counts.append(Batch.of(inputs).size)
             return plain(self, vector, inputs, rows_per_example=rows_per_example)
 
         with monkeypatch.context() as patched:
@@ -155,6 +164,27 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
             verdicts.add(guard.accepts(after))
             assert guard.accepts(after) == bool(loss(after.mean) <= before * (1 + OBJECTIVE_RTOL))
     assert verdicts == {True, False}
+
+
+def test_some_examples_are_used_even_if_a_second_state_has_left_the_linearization():
+    """Without this a batch would be linearized at the same mean again and again."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3), torch.randint(0, 4, (40,))
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+    kf = bkf.KalmanFilter(model, bkf.KalmanConfig(covariance="diagonal", initial_variance=100.0, bound_prior=False))
+    state = kf.init(x)
+    kf.linearize.prepare(state.belief.mean, x)
+    (chunk,) = kf._measure(state, x, y, state.belief.mean)
+    far = state._replace(belief=state.belief.with_mean(state.belief.mean + 3.0 * torch.randn_like(state.belief.mean)))
+    moved, accurate = move_to_mean(
+        chunk, slice(0, 40), chunk.block(slice(0, 40), 4), far.belief.mean, UpdateInfoBuilder()
+    )
+    assert not accurate
+    assert torch.isfinite(moved.outputs).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of refused steps
+        updated = measurement_update(kf.config, [state, far], chunk, [UpdateInfoBuilder(), UpdateInfoBuilder()])
+    assert 0 < updated.num_examples <= 20  # a half of the batch, at most
 
 
 @pytest.mark.parametrize("name", [*LIKELIHOODS])
