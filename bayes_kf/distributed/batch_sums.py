@@ -19,14 +19,14 @@ class BatchSums(NamedTuple):
         precision: diag(JᵀVJ), (n,).
         gradient: Jᵀ(y − π), (n,).
         log_prob: Σ log p(y | μ).
-        scores: log losses by temperature and their squared differences.
+        temperature_scores: log losses by temperature and their squared differences.
         examples: the number of examples.
     """
 
     precision: Tensor
     gradient: Tensor
     log_prob: Tensor
-    scores: TemperatureState
+    temperature_scores: TemperatureState
     examples: int
 
     @classmethod
@@ -38,7 +38,7 @@ class BatchSums(NamedTuple):
     def over_processes(self, group: Group, examples: int) -> BatchSums:
         """The sums over the examples of all processes, of which there are ``examples``."""
         size = len(tempering.GRID)
-        numbers = [self.log_prob.view(1), self.scores.total, self.scores.differences.flatten()]
+        numbers = [self.log_prob.view(1), self.temperature_scores.total, self.temperature_scores.differences.flatten()]
         log_prob, total, differences = group.all_reduce(torch.cat(numbers)).split([1, size, size**2])
         scores = TemperatureState(0, total, differences.view(size, size))
         precision, gradient = group.all_reduce(self.precision), group.all_reduce(self.gradient)
@@ -46,5 +46,5 @@ class BatchSums(NamedTuple):
 
     def added_scores(self, scores: TemperatureState) -> TemperatureState:
         """The scores of earlier batches with those of this batch."""
-        differences = scores.differences + self.scores.differences
-        return TemperatureState(scores.updates + 1, scores.total + self.scores.total, differences)
+        differences = scores.differences + self.temperature_scores.differences
+        return TemperatureState(scores.updates + 1, scores.total + self.temperature_scores.total, differences)

@@ -15,18 +15,23 @@ from bayes_kf.distributed.batch_shards import BatchShard
 from bayes_kf.distributed.batch_sums import BatchSums
 from bayes_kf.distributed.distributed_filter import DistributedFilter
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering.linearization_check import MOST_DIVERGENCE, TRUSTED, error, is_small
-from bayes_kf.inference.filtering.measurement import Batch, Part, Tally
-from bayes_kf.inference.filtering.measurement_update import (
-    DAMPING_STEP,
-    LEAST_PART,
-    MAX_DAMPINGS,
-    ROUNDING,
-    check_finite,
-    scored,
-    warn_untaken,
+from bayes_kf.inference.filtering.linearization_check import (
+    MAX_DIVERGENCE,
+    TRUST_RADIUS,
+    is_small_change,
+    linearization_error,
 )
-from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.measurement import Measurement, MeasurementBlock
+from bayes_kf.inference.filtering.measurement_update import check_finite, score_temperatures
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.step_guard import (
+    DAMPING_STEP,
+    MAX_DAMPINGS,
+    MIN_BLOCK_EXAMPLES,
+    OBJECTIVE_RTOL,
+    warn_of_refused_steps,
+)
+from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
 
 NEEDED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
@@ -73,14 +78,14 @@ class DataParallelFilter(DistributedFilter):
             raise ValueError("`noise_variance` must be a number for a DataParallelFilter, got 'estimated'.")
 
     def _update(self, state: FilterState, batch: BatchShard) -> tuple[FilterState, UpdateInfo]:
-        before, tally = self.kf._predicted(state), Tally()
-        after, damping, linearizations = self._measurement_update(before, batch, tally, is_whole=True)
+        before, builder = self.kf._predict(state), UpdateInfoBuilder()
+        after, damping, linearizations = self._measurement_update(before, batch, builder, is_whole=True)
         after = after._replace(noise=before.noise._replace(step=before.noise.step + 1), step=before.step + 1)
         step_norm = float((after.belief.mean - before.belief.mean).norm())
-        return after, tally.info(step_norm, relinearized=linearizations - 1)._replace(damping=damping)
+        return after, builder.build(step_norm, relinearized=linearizations - 1)._replace(damping=damping)
 
     def _measurement_update(
-        self, state: FilterState, batch: BatchShard, tally: Tally, is_whole: bool
+        self, state: FilterState, batch: BatchShard, builder: UpdateInfoBuilder, is_whole: bool
     ) -> tuple[FilterState, float, int]:
         """The state after a global batch, the smallest damping, and the number of linearizations.
 
@@ -89,32 +94,32 @@ class DataParallelFilter(DistributedFilter):
         Args:
             state: before the batch.
             batch: this process's shard of it.
-            tally: of the update.
-            is_whole: whether ``batch`` is the whole batch of the update; if so, ``tally`` records its outputs.
+            builder: of the update.
+            is_whole: whether ``batch`` is the whole batch of the update; if so, ``builder`` records its outputs.
         """
-        pieces, sums = self._linearize(state, batch, tally, is_whole)
+        pieces, sums = self._linearize(state, batch, builder, is_whole)
         size = sums.examples
-        belief, damping, holds = self._condition(state, pieces, sums, tally)
-        if holds or size < 2 * LEAST_PART:
+        belief, damping, holds = self._condition(state, pieces, sums, builder)
+        if holds or size < 2 * MIN_BLOCK_EXAMPLES:
             is_scored = isinstance(self.config.temperature, str)
-            scores = sums.added_scores(state.scores) if is_scored else state.scores
-            return state._replace(belief=belief, scores=scores, examples=state.examples + size), damping, 1
+            scores = sums.added_scores(state.temperature_scores) if is_scored else state.temperature_scores
+            return state._replace(belief=belief, temperature_scores=scores, examples=state.examples + size), damping, 1
         smallest, linearizations = 1.0, 1
         for where in (slice(0, size // 2), slice(size // 2, size)):
             half = batch.subset(where, self.group.rank)
-            state, damping, more = self._measurement_update(state, half, tally, is_whole=False)
+            state, damping, more = self._measurement_update(state, half, builder, is_whole=False)
             smallest, linearizations = min(smallest, damping), linearizations + more
         return state, smallest, linearizations
 
     def _linearize(
-        self, before: FilterState, batch: BatchShard, tally: Tally, is_whole: bool
-    ) -> tuple[list[tuple[Batch, Part]], BatchSums]:
+        self, before: FilterState, batch: BatchShard, builder: UpdateInfoBuilder, is_whole: bool
+    ) -> tuple[list[tuple[Measurement, MeasurementBlock]], BatchSums]:
         """This process's linearized pieces of a global batch, and the sums over all processes."""
-        pieces: list[tuple[Batch, Part]] = []
+        pieces: list[tuple[Measurement, MeasurementBlock]] = []
         own, failure = BatchSums.zeros(before.belief.mean), None
         try:
             if batch.sizes[self.group.rank] and batch.inputs is not None:
-                own = self._linearize_local(before, batch, tally, is_whole, pieces)
+                own = self._linearize_local(before, batch, builder, is_whole, pieces)
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
         self.batch_shards.raise_together(failure)
@@ -124,41 +129,62 @@ class DataParallelFilter(DistributedFilter):
         return pieces, sums
 
     def _linearize_local(
-        self, before: FilterState, batch: BatchShard, tally: Tally, is_whole: bool, pieces: list[tuple[Batch, Part]]
+        self,
+        before: FilterState,
+        batch: BatchShard,
+        builder: UpdateInfoBuilder,
+        is_whole: bool,
+        pieces: list[tuple[Measurement, MeasurementBlock]],
     ) -> BatchSums:
         """The sums over this process's examples; appends their linearized pieces to ``pieces``."""
         assert batch.inputs is not None
         self.kf.linearize.prepare(before.belief.mean, batch.inputs)
         first, own = sum(batch.sizes[: self.group.rank]), BatchSums.zeros(before.belief.mean)
         shifted = before._replace(examples=before.examples + first)  # so that no two processes draw the same probes
-        for piece in list(self.kf._observed(shifted, batch.inputs, batch.targets, before.belief.mean)):
+        targets = self.kf._check_targets(shifted, batch.sizes[self.group.rank], batch.targets)
+        for piece in list(self.kf._measure(shifted, batch.inputs, targets, before.belief.mean)):
             if is_whole:
-                tally.piece(piece.outputs, piece.targets, noise.likelihood(self.config, before.noise))
-            tally.linearized(piece)
+                builder.add_outputs(
+                    piece.outputs, piece.targets, noise.likelihood(self.config.noise_settings, before.noise)
+                )
+            builder.add_linearization(len(piece.targets), piece.projected.lumped)
             numbered = shifted._replace(examples=shifted.examples + own.examples)
-            part = Part.of(piece.seen, piece.jacobian, slice(0, len(piece.targets)), max(piece.widths))
-            pieces.append((piece, part))
-            own = self._add_piece(own, numbered, piece, part)
+            block = piece.block(slice(0, len(piece.targets)), max(piece.rows_per_example))
+            pieces.append((piece, block))
+            own = self._add_piece(own, numbered, piece, block)
         return own
 
-    def _add_piece(self, sums: BatchSums, state: FilterState, piece: Batch, part: Part) -> BatchSums:
+    def _add_piece(self, sums: BatchSums, state: FilterState, piece: Measurement, block: MeasurementBlock) -> BatchSums:
         """The sums with one more piece of this process's examples."""
         everything = slice(0, len(piece.targets))
-        output_cov = state.belief.output_covariance(part.jacobian).to(part.outputs.dtype)
-        scores = scored(self.config, state._replace(scores=sums.scores), piece, everything, part, output_cov)
-        factor, residual = part.family.whiten(part.outputs.double(), part.targets)
-        whitened = part.jacobian.left_multiply(factor)
-        curvature = whitened if part.probes is None else part.pulled.left_multiply(part.probes.factor(part.outputs))
+        output_cov = state.belief.output_covariance(block.jacobian).to(block.outputs.dtype)
+        scores = score_temperatures(
+            self.config,
+            state._replace(temperature_scores=sums.temperature_scores),
+            piece,
+            everything,
+            block,
+            output_cov,
+        )
+        factor, residual = block.family.whiten(block.outputs.double(), block.targets)
+        whitened = block.jacobian.left_multiply(factor)
+        curvature = (
+            whitened if block.probes is None else block.directions.left_multiply(block.probes.factor(block.outputs))
+        )
         return BatchSums(
             sums.precision + curvature.column_squares(),
             sums.gradient + whitened.rmatvec(residual.to(whitened.like)),
-            sums.log_prob + part.family.log_prob(part.outputs, part.targets).double().sum(),
+            sums.log_prob + block.family.log_prob(block.outputs, block.targets).double().sum(),
             scores,
             sums.examples + len(piece.targets),
         )
 
     def _condition(
-        self, state: FilterState, pieces: list[tuple[Batch, Part]], sums: BatchSums, tally: Tally
+        self,
+        state: FilterState,
+        pieces: list[tuple[Measurement, MeasurementBlock]],
+        sums: BatchSums,
+        builder: UpdateInfoBuilder,
     ) -> tuple[DiagonalGaussian, float, bool]:
         """The belief after the batch, its damping, and whether the linearization holds and no step was rejected.
 
@@ -166,19 +192,19 @@ class DataParallelFilter(DistributedFilter):
         does, the belief stays the same.
         """
         damping, prior = 1.0, _diagonal_belief(state)
-        max_dampings = MAX_DAMPINGS if sums.examples < 2 * LEAST_PART else 0
+        max_dampings = MAX_DAMPINGS if sums.examples < 2 * MIN_BLOCK_EXAMPLES else 0
         for attempt in range(max_dampings + 1):
             variance = prior.variance / (1.0 + damping * sums.precision * prior.variance)
             after = prior._replace(mean=prior.mean + variance * damping * sums.gradient, variance=variance)
             accepted, holds = (
-                self._check_step(state, after, pieces, sums, tally) if self.config.damping else (True, True)
+                self._check_step(state, after, pieces, sums, builder) if self.config.damping else (True, True)
             )
             if accepted:
                 break
             if attempt == max_dampings:
                 if max_dampings:
                     check_finite("the mean", after.mean)
-                    warn_untaken()
+                    warn_of_refused_steps()
                 return prior, 0.0, False
             damping *= DAMPING_STEP
         check_finite("the mean", after.mean)
@@ -189,31 +215,33 @@ class DataParallelFilter(DistributedFilter):
         self,
         state: FilterState,
         after: DiagonalGaussian,
-        pieces: list[tuple[Batch, Part]],
+        pieces: list[tuple[Measurement, MeasurementBlock]],
         sums: BatchSums,
-        tally: Tally,
+        builder: UpdateInfoBuilder,
     ) -> tuple[bool, bool]:
         """Whether a step lowers −log p(y | μ) + ½ δᵀP⁻¹δ over all processes, and its linearization holds.
 
-        A step that changes no output by ``TRUSTED`` or more passes without a forward pass.
+        A step that changes no output by ``TRUST_RADIUS`` or more passes without a forward pass.
         """
-        family, step = noise.likelihood(self.config, state.noise), after.mean - state.belief.mean
+        family, step = noise.likelihood(self.config.noise_settings, state.noise), after.mean - state.belief.mean
         is_finite = bool(torch.isfinite(after.mean).all())
-        is_trusted = is_finite and all(is_small(piece.jacobian.matvec(step), family, TRUSTED) for piece, _ in pieces)
+        is_trusted = is_finite and all(
+            is_small_change(piece.jacobian.matvec(step), family, TRUST_RADIUS) for piece, _ in pieces
+        )
         if sum(self.group.all_gather_int(int(not is_trusted), self.adapter.device)) == 0:
             return True, True
         local = torch.zeros(2, dtype=torch.float64, device=self.adapter.device)  # log loss, divergence from linear
-        for piece, part in pieces if is_finite else []:
+        for piece, block in pieces if is_finite else []:
             everything = slice(0, len(piece.targets))
             outputs = piece.outputs_at(after.mean, everything)
-            tally.checked(len(piece.targets))
+            builder.add_check(len(piece.targets))
             local[0] -= family.log_prob(outputs, piece.targets).double().sum()
-            local[1] += error(piece, everything, part, after.mean, outputs) * len(piece.targets)
+            local[1] += linearization_error(piece, everything, block, after.mean, outputs) * len(piece.targets)
         loss, divergence = self.group.all_reduce(local if is_finite else local + torch.inf).tolist()
         penalty = 0.5 * float((step.square() / _diagonal_belief(state).variance).sum())
         before = -float(sums.log_prob)
-        is_lower = loss + penalty <= before + ROUNDING * (1.0 + abs(before))
-        return is_lower, divergence / sums.examples < MOST_DIVERGENCE
+        is_lower = loss + penalty <= before + OBJECTIVE_RTOL * (1.0 + abs(before))
+        return is_lower, divergence / sums.examples < MAX_DIVERGENCE
 
 
 def _diagonal_belief(state: FilterState) -> DiagonalGaussian:

@@ -15,7 +15,8 @@ from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.checkpointing import SINGLE_PASS
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
@@ -60,14 +61,14 @@ class DistributedFilter(ABC):
                 self.batch_shards.remember(to_device(inputs, self.adapter.device))
             if self.group.rank == 0:
                 measured = self.kf.init(inputs)
-                if not measured.scaled:
+                if not measured.prior_is_scaled:
                     raise ValueError("`inputs` must be given on the first process to scale the prior, got None.")
                 variance = measured.prior.variance
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
         self.batch_shards.raise_together(failure)
         prior = DiagonalGaussian(state.prior.mean, self.group.all_reduce(variance))
-        return self.shard(state._replace(belief=self.kf._belief(prior), prior=prior, scaled=True))
+        return self.shard(state._replace(belief=self.kf._prior_belief(prior), prior=prior, prior_is_scaled=True))
 
     def update(
         self, state: FilterState, inputs: Inputs | None, targets: torch.Tensor | None

@@ -17,7 +17,8 @@ from bayes_kf.distributed.sharded import ShardedFilter
 from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
 from bayes_kf.inference.fitting.loop import Callback, LoopStep, every_updates, inputs_and_targets, run_loop
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress

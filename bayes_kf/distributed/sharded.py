@@ -27,15 +27,16 @@ from bayes_kf.distributed.parameter_shards import ParameterShards
 from bayes_kf.distributed.row_exchange import exchange_rows
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering import gradient_penalty
-from bayes_kf.inference.filtering.measurement import Batch
+from bayes_kf.inference.filtering.gradient_penalty import PenalizedState
+from bayes_kf.inference.filtering.measurement import Measurement
 from bayes_kf.inference.filtering.measurement_update import check_finite
-from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.inference.measurement_model.output_directions import num_rows, see
+from bayes_kf.inference.measurement_model.output_directions import num_rows, project_outputs
 from bayes_kf.models.adapter import AdapterModel
 
 SHARDED = ("diagonal", "diagonal_information", "diagonal_mixed", "low_rank")
@@ -87,42 +88,47 @@ class ShardedFilter(DistributedFilter):
 
     def _update(self, state: FilterState, batch: BatchShard) -> tuple[FilterState, UpdateInfo]:
         with parameter_sums.sharded(self.group.all_reduce):
-            before = self.kf._predicted(state)
-        start, size = before.belief.mean, sum(batch.sizes)
+            before = self.kf._predict(state)
+        point, size = before.belief.mean, sum(batch.sizes)
         targets = self.group.all_gather_rows(batch.targets, batch.sizes)
 
-        def observe(now: FilterState, where: slice, mean: Tensor) -> Iterator[Batch]:
+        def measure(now: FilterState, where: slice, mean: Tensor) -> Iterator[Measurement]:
             part = batch if where == slice(0, size) else batch.subset(where, self.group.rank)
             with parameter_sums.unsharded():
-                measurement = self._observed(now, part)
+                measurement = self._measure(now, part)
             yield measurement
 
-        def outputs(where: slice) -> Tensor:
+        def outputs_at_point(where: slice) -> Tensor:
             raise AssertionError("the first linearization covers the whole global batch")
 
         with parameter_sums.sharded(self.group.all_reduce):
-            return self.kf._learned(gradient_penalty.Sides(before), start, targets, observe, outputs)
+            return self.kf._update_measured(PenalizedState(before), point, targets, measure, outputs_at_point)
 
-    def _observed(self, state: FilterState, batch: BatchShard) -> Batch:
+    def _measure(self, state: FilterState, batch: BatchShard) -> Measurement:
         """The global batch over this process's parameters, linearized at the state's mean."""
         sizes, rank = batch.sizes, self.group.rank
         linearized = self._linearize(state, batch)
         outputs = self.group.all_gather_rows(linearized.outputs[: sizes[rank]], sizes)
         targets = self.group.all_gather_rows(batch.targets, sizes)
         check_finite("the outputs", outputs)
-        family = noise.likelihood(self.config, state.noise)
+        family = noise.likelihood(self.config.noise_settings, state.noise)
         targets = family.check(outputs, targets)
-        seen = see(self.config, family, outputs, targets, self.config.seed + state.examples)
+        seed = self.config.seed + state.examples
+        projected = project_outputs(self.config.curvature_settings, family, outputs, targets, seed)
         first = sum(sizes[:rank]) if sizes[rank] else 0
-        own = _local_directions(seen.directions, first, linearized.outputs)
+        own = _local_directions(projected.directions, first, linearized.outputs)
         if own is None and family.name == "categorical":
             jacobian = linearized.softmax_jacobian()
         else:
             jacobian = linearized.jacobian(own)
         jacobian = exchange_rows(self.group, self.parameter_shards, jacobian.examples(slice(0, sizes[rank])), sizes)
-        needed = None if seen.directions is None else seen.directions.rows_per_example
-        rows = [num_rows(self.config, outputs.shape[1])] * sum(sizes) if needed is None else needed.tolist()
-        return Batch(self._outputs_of(batch), targets, outputs, state.belief.mean, seen, jacobian, rows)
+        needed = None if projected.directions is None else projected.directions.rows_per_example
+        rows = (
+            [num_rows(self.config.curvature_settings, outputs.shape[1])] * sum(sizes)
+            if needed is None
+            else needed.tolist()
+        )
+        return Measurement(self._outputs_of(batch), targets, outputs, state.belief.mean, projected, jacobian, rows)
 
     def _linearize(self, state: FilterState, batch: BatchShard) -> LinearizedBatch:
         """This process's examples, linearized at the state's mean, once every process has linearized its own."""

@@ -2,7 +2,8 @@
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import DivergenceError, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.divergence import FitDivergenceError
 from bayes_kf.inference.fitting.fit import fit
 from bayes_kf.inference.fitting.merging import merge

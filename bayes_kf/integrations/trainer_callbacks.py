@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filtering.state import UpdateInfo
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.models.adapter import AdapterModel
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import DivergenceError, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.passes import mean_pass, noise_refit
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.batch import Inputs

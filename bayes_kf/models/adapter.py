@@ -26,7 +26,7 @@ class AdapterModel:
     θ is every tensor with ``requires_grad`` (LoRA A and B, DoRA magnitudes, ``modules_to_save``), flattened and
     concatenated in the order of ``model.named_parameters()``. The model itself is only read: after every call, also
     one that raised, its weights, gradients and training modes are as they were. The class is thread-safe: threads that
-    use one model, through any of its adapters and posteriors, wait for each other. Direct calls of the model do not.
+    use one model, through any adapter or posterior, wait for each other. Direct calls of the model do not.
 
     Args:
         model: the user's module; base weights frozen, adapter tensors trainable.
@@ -35,7 +35,7 @@ class AdapterModel:
         names: of the tensors, with their ``shapes``, ``dtypes`` and ``sizes`` in the same order.
         num_parameters: n, the length of θ.
         owners: name -> every module and attribute that holds the tensor.
-        eval_mode: context managers in which the model is in eval mode, see ``models.eval_mode.EvalMode``.
+        eval_mode: context managers with the model in eval mode, see ``models.eval_mode.EvalMode``.
         linearized_by: name -> how the tensor is linearized, see :meth:`describe`.
         dtype: of θ, float64 if any tensor has it, else float32.
 
@@ -213,10 +213,7 @@ class AdapterModel:
         return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The caller's autocast, for a forward pass inside :meth:`full_precision`.
-
-        Casts are not cached: inside the caller's own context they would stay until its end.
-        """
+        """The caller's autocast, inside :meth:`full_precision`. Casts are not cached, else they would outlive it."""
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)

@@ -78,10 +78,10 @@ class OptionTokens(AdapterModel):
     def run(self, inputs: Inputs) -> Tensor:
         """Logits of the options, (B, m)."""
         given = _mapping(inputs, "input_ids")
-        found = _logits(self, given)
-        if max(self.options) >= found.shape[-1]:
-            raise ValueError(f"`options` must be below the vocabulary's {found.shape[-1]}, got {max(self.options)}.")
-        return _at(found, _last(given))[:, list(self.options)]
+        logits = _logits(self, given)
+        if max(self.options) >= logits.shape[-1]:
+            raise ValueError(f"`options` must be below the vocabulary's {logits.shape[-1]}, got {max(self.options)}.")
+        return _at(logits, _last(given))[:, list(self.options)]
 
 
 class OptionTexts(AdapterModel):
@@ -227,8 +227,8 @@ def _logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
         own["position_ids"] = (own["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
     moved = {name: value.to(adapter.device) for name, value in own.items()}
     with adapter.autocast():
-        found = adapter.model(**moved)
-    logits = found["logits"] if isinstance(found, Mapping) else getattr(found, "logits", found)
+        outputs = adapter.model(**moved)
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise ValueError("`model` must return logits of shape (sequences, tokens, vocabulary).")
     virtual = logits.shape[1] - own["input_ids"].shape[1]  # learned prompts precede the tokens

@@ -1,8 +1,7 @@
 """Tables and numbers of `benchmarks/results/` in pages of the site, so that no number is typed by hand.
 
 The directive `results` takes the name of a results page and three options: `section`, the heading that the table
-stands under; `rows`, which rows, separated by semicolons; `columns`, which columns, each with a new heading
-after " = ".
+stands under; `rows`, which rows, separated by semicolons; `columns`, which columns, with a new heading after " = ".
 
 The role `result` takes the name of a JSON file and one number of its cells: "kills 200.killed_while_writing" is that of
 the cell "200"; "fuzz sum *.cases" a sum over cells; "mutation 100 * all.rate as .1f" is scaled and has a format.

@@ -41,7 +41,7 @@ def together(rank, size):
         found[name] = {
             "mean": state.belief.mean,
             "variance": state.belief.variance,
-            "scores": state.scores.total,
+            "scores": state.temperature_scores.total,
             "examples": state.examples,
             "own": correct,
             "damping": damping,
@@ -51,7 +51,7 @@ def together(rank, size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_sums_over_processes_are_one_filter(size, tmp_path):
+def test_sums_over_processes_equal_one_filter(size, tmp_path):
     found, damped = run(size, together, tmp_path, size), False
     for name in CONFIGS:
         make, config, data = parts(name)
@@ -67,7 +67,7 @@ def test_sums_over_processes_are_one_filter(size, tmp_path):
             assert here["damping"] == damping
             assert here["examples"] == state.examples
             if config.likelihood == "gaussian" or size == 1:  # the others draw, each process for its own examples
-                torch.testing.assert_close(here["scores"], state.scores.total)
+                torch.testing.assert_close(here["scores"], state.temperature_scores.total)
         assert sum(process[name]["own"] for process in found) == state.examples
     assert damped  # so that the guard was seen
 
@@ -136,6 +136,6 @@ def test_the_number_of_processes_does_not_matter_for_a_large_batch(tmp_path):
         ),
     ],
 )
-def test_settings_that_are_not_sums(setting, message, alone):
+def test_unsupported_settings_raise(setting, message, alone):
     with pytest.raises(ValueError, match=message):
         DataParallelFilter(cases.network(), dataclasses.replace(SETTING, **setting))

@@ -46,7 +46,7 @@ def fitted(rank, size, form, folder):
 
 
 @pytest.mark.parametrize(("form", "size"), [("sharded", 2), ("sharded", 3), ("data_parallel", 2)])
-def test_a_pass_is_that_of_one_process_on_joined_batches(form, size, tmp_path):
+def test_a_pass_equals_that_of_one_process_with_joined_batches(form, size, tmp_path):
     found = run(size, fitted, tmp_path, size, form, tmp_path)
     rounds = list(zip(*(shares(rank, size) + [None] * 3 for rank in range(size)), strict=False))
     rounds = [[share for share in some if share is not None] for some in rounds]
@@ -120,7 +120,7 @@ def broken(rank, size, end, folder):
     ],
     ids=["loader", "features", "targets"],
 )
-def test_an_error_on_one_process_ends_all_at_once(end, own, tmp_path):
+def test_an_error_on_one_process_raises_on_all(end, own, tmp_path):
     begun = time.monotonic()
     found = run(3, broken, tmp_path, 3, end, tmp_path)
     assert time.monotonic() - begun < 50  # no process waited for another until the group's timeout
@@ -132,7 +132,7 @@ def test_an_error_on_one_process_ends_all_at_once(end, own, tmp_path):
     assert kept.state.step == 4  # the fifth was not saved yet
 
 
-def test_a_label_that_no_class_has_is_told_everywhere(tmp_path):
+def test_a_label_without_a_class_raises_on_all_processes(tmp_path):
     errors = [process["error"] for process in run(2, broken, tmp_path, 2, of_nine_classes, tmp_path)]
     assert errors[0] == errors[1]
     assert errors[0].startswith("ValueError: `targets` must")
@@ -142,7 +142,7 @@ def of_another_shape():
     return X[:3], torch.zeros(3, 2, dtype=torch.float64)
 
 
-def test_targets_of_several_shapes_are_told_everywhere(tmp_path):
+def test_targets_of_different_shapes_raise_on_all_processes(tmp_path):
     errors = [process["error"] for process in run(2, broken, tmp_path, 2, of_another_shape, tmp_path)]
     assert all(
         error.startswith("ValueError: `targets` must have the same shape per example on all processes")
@@ -198,7 +198,7 @@ def test_arguments_are_checked(alone):
         kf.update(state, None, None)
 
 
-def test_without_a_group_it_is_said_how_to_start_one():
+def test_without_a_process_group_the_error_says_how_to_start_one():
     with pytest.raises(RuntimeError, match=r"torch\.distributed must be initialized first \(torchrun"):
         distributed.ShardedFilter(cases.network())
 
@@ -215,7 +215,7 @@ def differing(rank, size):
     return {"error": "none"}
 
 
-def test_models_must_be_alike(tmp_path):
+def test_different_models_raise(tmp_path):
     found = run(2, differing, tmp_path, 2)
     assert [process["error"] for process in found] == [
         "`model` and `config` must be the same in every process, got different ones."

@@ -38,7 +38,7 @@ def together(rank, size, names):
         back = kf.shard(whole)
         found[name] = {
             "belief": dict(zip(whole.belief._fields, whole.belief, strict=True)),
-            "scores": whole.scores.total,
+            "scores": whole.temperature_scores.total,
             "noise": {k: v for k, v in whole.noise._asdict().items() if v is not None},
             "outputs": [info.outputs for info in infos],
             "innovation": [info.innovation for info in infos],
@@ -58,7 +58,7 @@ def expected():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_several_processes_are_one(size, expected, tmp_path):
+def test_several_processes_equal_one(size, expected, tmp_path):
     found = run(size, together, tmp_path, size, list(cases.CASES))
     for name, (state, infos) in expected.items():
         for here in (process[name] for process in found):
@@ -66,7 +66,7 @@ def test_several_processes_are_one(size, expected, tmp_path):
             torch.testing.assert_close(whole.mean, state.belief.mean, rtol=1e-7, atol=1e-9, msg=name)
             matrix = type(state.belief).covariance_matrix
             torch.testing.assert_close(matrix(whole), matrix(state.belief), rtol=1e-7, atol=1e-9, msg=name)
-            torch.testing.assert_close(here["scores"], state.scores.total, rtol=1e-8, atol=1e-8, msg=name)
+            torch.testing.assert_close(here["scores"], state.temperature_scores.total, rtol=1e-8, atol=1e-8, msg=name)
             for field, value in here["noise"].items():
                 torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(getattr(state.noise, field)))
             for got, info in zip(here["outputs"], infos, strict=True):

@@ -120,7 +120,7 @@ def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, *
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
-def test_an_epoch_is_the_filter_over_its_batches(tmp_path, covariance):
+def test_an_epoch_equals_the_filter_over_its_batches(tmp_path, covariance):
     config = bkf.KalmanConfig(covariance=covariance)
     found, batches = trained(tmp_path, config)
     assert len(split_batch(batches[0])[1]) == SCALE_EXAMPLES
@@ -130,7 +130,7 @@ def test_an_epoch_is_the_filter_over_its_batches(tmp_path, covariance):
     assert same(found.posterior.state, by_hand(batches, config))
 
 
-def test_later_epochs_move_the_mean_alone(tmp_path):
+def test_later_epochs_move_only_the_mean(tmp_path):
     config = bkf.KalmanConfig(rank=4)
     found, batches = trained(tmp_path, config, num_train_epochs=3)
     expected = by_hand(batches, config, epochs=3)
@@ -142,7 +142,7 @@ def test_later_epochs_move_the_mean_alone(tmp_path):
     assert float((state.belief.mean - once.belief.mean).norm()) > 1e-3
 
 
-def test_so_does_an_epoch_that_max_steps_cuts_short(tmp_path):
+def test_an_epoch_cut_short_by_max_steps_moves_only_the_mean(tmp_path):
     """16 steps of 10 an epoch: the rate falls to zero at their end."""
     config = bkf.KalmanConfig(rank=4)
     found, batches = trained(tmp_path, config, max_steps=16)
@@ -162,7 +162,7 @@ def test_batches_of_an_accumulated_step_are_updates(tmp_path):
     assert same(found.posterior.state, by_hand(batches, config))
 
 
-def test_the_settings_that_are_not_given(tmp_path):
+def test_default_settings(tmp_path):
     once, _ = trained(tmp_path / "one")
     assert once.posterior.config == bkf.KalmanConfig()
     more, _ = trained(tmp_path / "two", num_train_epochs=2)
@@ -185,7 +185,7 @@ def test_a_stream_without_a_length(tmp_path):
     assert (again.posterior.state.step, again.posterior.state.examples) == (6, 24)
 
 
-def test_the_model_has_the_mean_and_all_else_is_as_it_was(tmp_path):
+def test_the_model_has_the_mean_and_nothing_else_changes(tmp_path):
     model = classifier()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found, _ = trained(tmp_path, model=model)
@@ -199,7 +199,7 @@ def test_the_model_has_the_mean_and_all_else_is_as_it_was(tmp_path):
 # ---- evaluation ----
 
 
-def test_evaluation_is_the_posterior_s(tmp_path):
+def test_evaluation_predicts_with_the_posterior(tmp_path):
     found, _ = trained(tmp_path)
     metrics = found.evaluate()
     data = sentences(30, seed=1)
@@ -220,7 +220,7 @@ def test_evaluation_is_the_posterior_s(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`method` 'sampled' and 'linearized' disagree")
 @pytest.mark.parametrize("method", ["linearized", "sampled"])
-def test_evaluation_is_that_of_evaluate_whatever_the_batches(tmp_path, method):
+def test_evaluation_equals_evaluate_for_any_batch_size(tmp_path, method):
     found, _ = trained(tmp_path)
     found.method = method
     data = sentences(30, seed=1)
@@ -233,7 +233,7 @@ def test_evaluation_is_that_of_evaluate_whatever_the_batches(tmp_path, method):
             assert metrics[f"eval_{name}"] == pytest.approx(scores[own], abs=2e-5), (size, name)
 
 
-def test_before_training_evaluation_is_the_model_s(tmp_path):
+def test_before_training_evaluation_predicts_with_the_model(tmp_path):
     model = classifier()
     options = {"eval_dataset": sentences(30, seed=1), "data_collator": default_data_collator}
     found = KalmanTrainer(model, arguments(tmp_path), **options).evaluate()
@@ -281,7 +281,7 @@ def test_regression(tmp_path):
     assert before > 0.5
 
 
-def test_an_estimated_noise_variance_is_that_of_the_mean_that_is_kept(tmp_path):
+def test_an_estimated_noise_variance_is_that_of_the_last_mean(tmp_path):
     """σ² = SSE/(N − γ) with γ = Σ(1 − P_ii/p₀_i) after the last epoch, as of ``fit`` with passes of the mean."""
     data = [one | {"labels": float(one["labels"])} for one in sentences(40)]
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", mean_passes=0)
@@ -297,13 +297,13 @@ def test_an_estimated_noise_variance_is_that_of_the_mean_that_is_kept(tmp_path):
     assert 0.5 < gamma < 39
 
 
-def test_a_temperature_at_the_cold_end_is_said_after_training(tmp_path, monkeypatch):
+def test_a_temperature_at_the_cold_end_warns_after_training(tmp_path, monkeypatch):
     monkeypatch.setattr(tempering, "MEAN_ALONE", 1e9)
     with pytest.warns(UserWarning, match="predictions are those of the mean alone"):
         trained(tmp_path)
 
 
-def test_readings_of_language_models_and_mappings_are_refused(tmp_path):
+def test_adapters_of_language_models_and_bad_arguments_raise(tmp_path):
     class Language(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -338,7 +338,7 @@ def test_metrics_of_a_tuple_and_of_bad_shapes():
 # ---- logs ----
 
 
-def test_logs_have_the_stream_s_scores_and_no_optimizer_s(tmp_path):
+def test_logs_have_prequential_scores_and_none_of_an_optimizer(tmp_path):
     found, batches = trained(tmp_path, logging_strategy="steps", logging_steps=5)
     logs = [entry for entry in found.state.log_history if "loss" in entry]
     assert len(logs) == 2
@@ -384,7 +384,7 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("covariance", ["diagonal", "low_rank", "block_diagonal"])
 @pytest.mark.parametrize("stop", [4, 10, 13])
-def test_resumed_is_never_stopped(tmp_path, covariance, stop):
+def test_resumed_training_equals_uninterrupted_training(tmp_path, covariance, stop):
     """In the middle of the filter's epoch, between the epochs, and in the middle of a later one."""
     config = bkf.KalmanConfig(covariance=covariance, rank=3)
     options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": stop}
@@ -427,7 +427,7 @@ class Words:
         (Path(folder) / "tokenizer.json").write_text('{"words": 20}')
 
 
-def test_a_saved_model_lies_among_other_files(tmp_path):
+def test_a_saved_model_leaves_other_files_unchanged(tmp_path):
     """The tokenizer and what else Trainer writes stay when the posterior is saved over it, and so do all others."""
     found, _ = trained(tmp_path / "run", save_strategy="no")
     found.processing_class = Words()
@@ -451,7 +451,7 @@ def test_a_saved_model_lies_among_other_files(tmp_path):
     assert snapshot(folder).keys() == after.keys()
 
 
-def test_files_in_the_way_of_a_checkpoint_are_refused_before_trainer_writes(tmp_path):
+def test_files_in_the_way_of_a_checkpoint_raise_before_trainer_writes(tmp_path):
     found, _ = trained(tmp_path / "run", save_strategy="no")
     (tmp_path / "end").mkdir()
     for name in ("kalman_config.json", "adapter_config.json"):
@@ -482,7 +482,7 @@ def test_the_trained_part_of_a_model_does_not_replace_a_whole_one(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the process to be killed is made by os.fork, which Windows lacks")
-def test_killed_while_saving_over_a_checkpoint_it_opens_as_one_of_both(tmp_path):
+def test_a_checkpoint_killed_while_saving_opens_as_the_old_or_the_new_one(tmp_path):
     first, _ = trained(tmp_path / "run", save_strategy="no")
     second, _ = trained(tmp_path / "run", bkf.KalmanConfig(covariance="diagonal"), save_strategy="no")
     folder, kinds = tmp_path / "end", []
@@ -537,7 +537,7 @@ def test_early_stopping_and_the_best_belief(tmp_path):
     assert found.evaluate()["eval_log_loss"] == pytest.approx(losses[best])
 
 
-def test_an_incomplete_checkpoint_is_refused(tmp_path):
+def test_an_incomplete_checkpoint_raises(tmp_path):
     trained(tmp_path, save_strategy="steps", save_steps=5)
     folder = tmp_path / "checkpoint-5"
     (folder / "trainer_state.json").unlink()
@@ -551,7 +551,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
         _ = fresh.posterior
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+def test_a_checkpoint_of_other_settings_raises(tmp_path):
     trained(tmp_path, bkf.KalmanConfig(rank=3), save_strategy="steps", save_steps=5)
     model = classifier()
     before = [tensor.clone() for tensor in model.parameters()]
@@ -566,7 +566,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 # ---- what is refused ----
 
 
-def test_the_same_data_twice(tmp_path):
+def test_training_twice_on_the_same_data_raises(tmp_path):
     found, _ = trained(tmp_path)
     with pytest.raises(ValueError, match="`train_dataset` must be a new one to continue training"):
         found.train()
@@ -576,7 +576,7 @@ def test_the_same_data_twice(tmp_path):
 
 
 @pytest.mark.parametrize("setting", [{"noise": "ema_taylor"}, {"drift_variance": 0.1}], ids=str)
-def test_settings_that_several_epochs_do_not_allow(tmp_path, setting):
+def test_settings_that_exclude_several_epochs_raise(tmp_path, setting):
     with pytest.raises(ValueError, match="`num_train_epochs` must be 1 with these settings"):
         trained(tmp_path, bkf.KalmanConfig(**setting), num_train_epochs=2)
 
@@ -590,7 +590,7 @@ def test_settings_that_several_epochs_do_not_allow(tmp_path, setting):
     ],
     ids=["method", "optimizers", "loss"],
 )
-def test_arguments_without_a_meaning(tmp_path, options, message):
+def test_unsupported_arguments_raise(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=sentences(4), **options)
 
@@ -624,7 +624,7 @@ def test_divergence_keeps_the_belief_before(tmp_path, monkeypatch):
     assert found.posterior.state.step == 3
 
 
-def test_its_checkpoint_s_settings_are_json(tmp_path):
+def test_the_settings_of_a_checkpoint_are_json(tmp_path):
     found, _ = trained(tmp_path, bkf.KalmanConfig(rank=5), save_strategy="epoch")
     kept = json.loads((tmp_path / "checkpoint-10" / "kalman_config.json").read_text(encoding="utf-8"))
     assert kept["rank"] == 5
@@ -640,7 +640,7 @@ class Broken(list):
         return super().__getitem__(index)
 
 
-def test_what_was_learned_in_part_is_not_learned_again(tmp_path):
+def test_training_again_after_an_interruption_raises(tmp_path):
     data = Broken(sentences(80))
     trainer = KalmanTrainer(
         classifier(), arguments(tmp_path, train_sampling_strategy="sequential"), train_dataset=data,
@@ -655,7 +655,7 @@ def test_what_was_learned_in_part_is_not_learned_again(tmp_path):
     assert trainer.posterior.state.examples == learned
 
 
-def test_several_epochs_of_a_second_data_set_are_refused(tmp_path):
+def test_several_epochs_of_a_second_data_set_raise(tmp_path):
     trainer, _ = trained(tmp_path, bkf.KalmanConfig(initial_variance=0.01))
     before = trainer.posterior.mean_vector
     trainer.train_dataset = sentences(20, seed=5)
@@ -668,6 +668,6 @@ def test_several_epochs_of_a_second_data_set_are_refused(tmp_path):
     assert trainer.posterior.state.examples == 60
 
 
-def test_skipping_no_data_on_resuming_is_refused(tmp_path):
+def test_ignoring_the_data_skip_raises(tmp_path):
     with pytest.raises(ValueError, match="no `ignore_data_skip`, which would count batches twice"):
         trained(tmp_path, ignore_data_skip=True)

@@ -1,4 +1,4 @@
-"""The demo: a digit transformer trained on MNIST meets other people's handwriting, and learns it online.
+"""The demo: a digit transformer trained on MNIST learns the handwriting of other people from a stream.
 
 Four ways of learning see the same stream once, one image at a time; the posterior of the package's default setting is
 saved beside a report on it.
@@ -71,7 +71,7 @@ def run_demo(output: str | Path, size: Size = FULL, *, seed: int = 0, progress: 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread inside: the model is so small that threads wait for each other longer than they compute."""
+    """One thread inside: in models as small as this, threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -81,7 +81,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _save(folder: Path, rows: list[Row], posterior: Posterior, data: DemoData, seed: int) -> None:
-    """Everything the demo leaves behind."""
+    """Writes the files of the demo."""
     named = {row.name: row for row in rows}
 
     def write(target: Path) -> None:

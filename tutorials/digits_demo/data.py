@@ -1,4 +1,4 @@
-"""What the demo learns from, is tested on, and should doubt."""
+"""The data of the demo: a stream, a test set, and out-of-distribution images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = Size(stream=150, heldout=200)
 
 
 class DemoData(NamedTuple):
-    """Images of UCI digits to learn from and to be tested on, and two sets that a model should doubt."""
+    """Images of UCI digits to learn from and to be tested on, and two out-of-distribution sets."""
 
     stream: LabelledImages
     heldout: LabelledImages

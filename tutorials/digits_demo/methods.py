@@ -1,4 +1,4 @@
-"""Four ways of meeting a stream; each ends as a row with a report."""
+"""Four ways to learn a stream, each a row of the table with a report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 class Row(NamedTuple):
-    """A way of learning and what came of it.
+    """A way to learn, and its scores.
 
     Attributes:
         name: of the way.
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 def frozen_row(name: str, data: DemoData, progress: bool) -> Row:
-    """The model as it came."""
+    """The frozen model."""
     model = digits_vit()
     history, seconds = stream(model, data.stream_loader, None, _bar(progress, name))
     return Row(name, point_report(model, data, history, name), history, seconds, {})

@@ -26,7 +26,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "accuracy online": _score("online_accuracy"),
     "held out": _score("accuracy"),
     "NLL": _score("nll"),
-    "ECE (chance alone)": _ece,
+    "ECE (null band)": _ece,
     "AUROC corrupted": _score("ood_corrupted_auroc"),
     "photos": _score("ood_photos_auroc"),
     "seconds": lambda row: f"{row.seconds:.1f}",

@@ -8,7 +8,7 @@ import numpy as np
 
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.plots.style import BLUE, SKY, VERMILLION, axes_or_new
-from bayes_kf.evaluation.regression.pit import NUM_BINS, as_pit, pit_counts
+from bayes_kf.evaluation.regression.pit import NUM_BINS, as_pit, pit_band, pit_counts
 from bayes_kf.evaluation.regression.quantile_calibration import QuantileCoverage
 from bayes_kf.evaluation.regression.scores import Coverage, coverage_null
 
@@ -114,9 +114,3 @@ def quantile_coverage_plot(coverage: QuantileCoverage, num_targets: int, *, ax: 
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="level of the quantile", ylabel="share of targets below")
     ax.legend(loc="upper left", fontsize=8)
     return ax
-
-
-def pit_band(num_values: int, num_bins: int) -> tuple[float, float]:
-    """Ends of the 95 % null band: share of PIT values in one bin, for calibrated forecasts."""
-    low, high = coverage_null(np.array([1 / num_bins]), num_values)
-    return low.item(), high.item()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_float, check_choice, check_positive_int
-from bayes_kf.evaluation.regression.scores import check_gaussian, sample_blocks
+from bayes_kf.evaluation.regression.scores import check_gaussian, coverage_null, sample_blocks
 from bayes_kf.evaluation.resampling.null_test import CalibrationTest
 
 NUM_BINS = 20
@@ -148,6 +148,12 @@ def pit_counts(pit: Array, num_bins: int = NUM_BINS) -> Tensor:
     """
     check_positive_int(num_bins, "num_bins")
     return torch.from_numpy(np.histogram(as_pit(pit).numpy(), bins=num_bins, range=(0, 1))[0])
+
+
+def pit_band(num_values: int, num_bins: int) -> tuple[float, float]:
+    """Ends of the 95 % null band: share of PIT values in one bin, for calibrated forecasts."""
+    low, high = coverage_null(np.array([1 / num_bins]), num_values)
+    return low.item(), high.item()
 
 
 def as_pit(pit: Array) -> Tensor:

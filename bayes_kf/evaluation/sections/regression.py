@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_vector
-from bayes_kf.evaluation.plots.regression import coverage_plot, pit_band, pit_histogram, quantile_coverage_plot
+from bayes_kf.evaluation.plots.regression import coverage_plot, pit_histogram, quantile_coverage_plot
 from bayes_kf.evaluation.regression.crps import gaussian_crps, sample_crps
 from bayes_kf.evaluation.regression.ence import ence_test, expected_normalized_calibration_error, sharpness, spread_bins
-from bayes_kf.evaluation.regression.pit import NUM_BINS, ks_null, pit_counts, pit_gaussian, pit_samples, pit_test
+from bayes_kf.evaluation.regression.pit import (
+    NUM_BINS,
+    ks_null,
+    pit_band,
+    pit_counts,
+    pit_gaussian,
+    pit_samples,
+    pit_test,
+)
 from bayes_kf.evaluation.regression.quantile_calibration import (
     QuantileCoverage,
     quantile_calibration_test,

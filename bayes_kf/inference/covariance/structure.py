@@ -37,8 +37,8 @@ def register_structure(name: str, structure: type[GaussianBelief]) -> None:
     """
     missing = [method for method in METHODS if not callable(getattr(structure, method, None))]
     if not isinstance(structure, type) or missing:
-        found = f"one without {', '.join(missing)}" if isinstance(structure, type) else type(structure).__name__
-        raise ValueError(f"`structure` must be a class with the methods of GaussianBelief, got {found}.")
+        given = f"one without {', '.join(missing)}" if isinstance(structure, type) else type(structure).__name__
+        raise ValueError(f"`structure` must be a class with the methods of GaussianBelief, got {given}.")
     if not name.isidentifier() or name in STRUCTURES:
         raise ValueError(f"`name` must be an identifier other than {', '.join(STRUCTURES)}, got {name!r}.")
     STRUCTURES[name] = structure

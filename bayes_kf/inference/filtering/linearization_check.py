@@ -1,37 +1,34 @@
-"""Whether a batch's linearization still holds where the mean has moved to.
+"""Whether the linearization of a batch is still accurate at another mean.
 
-A batch is linearized once and learned in parts, so later parts see their outputs to first order about the mean where
-the batch began. Where those outputs have moved far, a forward pass at the present mean gives the true ones. The two
+A batch is linearized once and its blocks are solved one after the other, so later blocks use first-order outputs about
+the mean before the batch. If those outputs have moved far, a forward pass at the present mean gives the true ones. Both
 sets of outputs predict the targets, and the symmetric Kullback-Leibler divergence of the predictions,
 
-    Σ (h(η) − h(η')) (η − η')      (over σ² for Gaussian targets),
+    Σ (h(η) − h(η')) (η − η')      (divided by σ² for Gaussian targets),
 
-says in nats how far apart they are, whatever the likelihood. Ours.
+measures their difference in nats for every likelihood. Ours.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.filtering.measurement import Measurement, MeasurementBlock
+from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
 from bayes_kf.models.likelihood import Gaussian, Likelihood
 
-if TYPE_CHECKING:
-    from bayes_kf.inference.filtering.measurement import Batch, Part, Tally
-
-TRUSTED = 1.0  # change of an output (a logit, or the sd of a Gaussian's noise) up to which a step is not checked
-MOST_DIVERGENCE = 0.01  # nats an example up to which a linearization holds; at 0.05 batches of 1,024 learned 6 % worse
+TRUST_RADIUS = 1.0  # change of an output (a logit, or the sd of Gaussian noise) below which a step is not checked
+MAX_DIVERGENCE = 0.01  # nats per example; at 0.05, batches of 1,024 gave 6 % more log loss
 
 
-def is_small(change: Tensor, family: Likelihood, most: float) -> bool:
-    """Whether no output changes by ``most`` or more, in logits or in sds of Gaussian noise."""
+def is_small_change(change: Tensor, family: Likelihood, limit: float) -> bool:
+    """Whether every output changes by less than ``limit``, in logits or in sds of Gaussian noise."""
     unit = family.noise_variance.sqrt().to(change) if isinstance(family, Gaussian) else 1.0
-    return bool((change / unit).abs().max() < most)
+    return bool((change / unit).abs().max() < limit)
 
 
-def divergence(family: Likelihood, outputs: Tensor, others: Tensor) -> float:
+def symmetric_divergence(family: Likelihood, outputs: Tensor, others: Tensor) -> float:
     """Symmetric Kullback-Leibler divergence of the predictions from two sets of outputs (B, m), mean over examples."""
     outputs, others = outputs.double(), others.double()
     change = (family.mean(outputs) - family.mean(others)) * (outputs - others)
@@ -40,31 +37,32 @@ def divergence(family: Likelihood, outputs: Tensor, others: Tensor) -> float:
     return float(change.sum(-1).mean())
 
 
-def error(batch: Batch, where: slice, part: Part, mean: Tensor, outputs: Tensor) -> float:
-    """:func:`divergence` of a part's true ``outputs`` (b, m) at ``mean`` (n,) from those of its linearization there."""
-    linear = part.start + part.jacobian.matvec(mean - batch.start)
-    true = batch.seen.project(outputs, where)[:, : linear.shape[1]]
-    return divergence(part.family, true, linear)
+def linearization_error(
+    measurement: Measurement, where: slice, block: MeasurementBlock, mean: Tensor, outputs: Tensor
+) -> float:
+    """The divergence of a block's true ``outputs`` (b, m) at ``mean`` (n,) from its first-order outputs there."""
+    first_order = block.outputs_at_point + block.jacobian.matvec(mean - measurement.point)
+    true = measurement.projected.project(outputs, where)[:, : first_order.shape[1]]
+    return symmetric_divergence(block.family, true, first_order)
 
 
-def holds(batch: Batch, where: slice, part: Part, mean: Tensor, outputs: Tensor) -> bool:
-    """Whether the linearization of a part's batch gives about the true ``outputs`` (b, m) at ``mean`` (n,)."""
-    return error(batch, where, part, mean, outputs) < MOST_DIVERGENCE  # False for NaN
+def move_to_mean(
+    measurement: Measurement, where: slice, block: MeasurementBlock, mean: Tensor, builder: UpdateInfoBuilder
+) -> tuple[MeasurementBlock, bool]:
+    """A block with its outputs at ``mean``, and whether the linearization is accurate there.
 
-
-def at_mean(batch: Batch, where: slice, part: Part, mean: Tensor, tally: Tally) -> tuple[Part, bool]:
-    """A part at ``mean``, and whether the linearization of its batch holds there.
-
-    Its outputs are to first order where those have moved by less than ``TRUSTED``, else those of a forward pass.
+    The outputs are of first order if they have moved by less than ``TRUST_RADIUS``, otherwise from a forward pass.
     """
-    if mean is batch.start:
-        return part, True
-    moved = part.moved(mean - batch.start)
-    if batch.known or is_small(moved.outputs - part.start, part.family, TRUSTED):
-        return moved, True
-    outputs = batch.outputs_at(mean, where)
-    tally.checked(len(part.targets))
+    if mean is measurement.point:
+        return block, True
+    shifted = block.shifted(mean - measurement.point)
+    if measurement.fitted_point or is_small_change(
+        shifted.outputs - block.outputs_at_point, block.family, TRUST_RADIUS
+    ):
+        return shifted, True
+    outputs = measurement.outputs_at(mean, where)
+    builder.add_check(len(block.targets))
     if not bool(torch.isfinite(outputs).all()):
-        return moved, False
-    true = batch.seen.project(outputs, where)[:, : part.start.shape[1]]
-    return part._replace(outputs=true), divergence(part.family, true, moved.outputs) < MOST_DIVERGENCE
+        return shifted, False
+    true = measurement.projected.project(outputs, where)[:, : block.outputs_at_point.shape[1]]
+    return block._replace(outputs=true), symmetric_divergence(block.family, true, shifted.outputs) < MAX_DIVERGENCE

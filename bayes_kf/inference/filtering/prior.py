@@ -1,4 +1,4 @@
-"""The variance that a belief starts from: as given, or scaled so that the first inputs' outputs vary as configured."""
+"""The prior variance: as configured, or scaled so that the outputs for the first inputs vary as configured."""
 
 from __future__ import annotations
 
@@ -9,125 +9,142 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config_groups import PriorSettings
 from bayes_kf.inference.linearization.linearizer import Linearizer
-from bayes_kf.inference.measurement_model.output_directions import signs
+from bayes_kf.inference.measurement_model.output_directions import random_signs
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, batch_size
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
 
-MOST_SD = 10.0  # of the logits
-LINEAR = 0.01  # share of a change of the outputs that may be missed where they are linear in the parameters
-LARGEST_MOVE = 3.0  # of a tensor, prior sd over root mean square
-IDENTITY = 1e-4  # relative rounding within which a tensor's Jacobian is taken for the identity
-SCALE_PROBES = 16  # per example, where the outputs are not seen one by one
+MAX_LOGIT_SD = 10.0  # prior sd of the logits
+LINEARITY_TOL = 0.01  # relative deviation from linearity below which outputs count as linear in the parameters
+MAX_RELATIVE_SD = 3.0  # of a tensor: prior sd over root mean square
+IDENTITY_RTOL = 1e-4  # within which the Jacobian of a tensor counts as the identity
+MAX_PROBES = 16  # per example, unless the curvature is exact
 
 
-def unscaled(config: KalmanConfig, mean: Tensor) -> Tensor:
-    """The variance by the configured rule, (n,); a unit where the first inputs scale it.
+def configured_variance(settings: PriorSettings, mean: Tensor) -> Tensor:
+    """The variance by the configured rule, (n,); ones if the first inputs determine it.
 
     Raises:
-        ValueError: where it is not positive and finite in the mean's precision.
+        ValueError: if it is not positive and finite in the mean's precision.
     """
-    size, variance = len(mean), config.initial_variance
-    if variance is None:
-        drawn = constant_variance(size, 1.0)
-    elif config.initial_rule == "constant":
-        drawn = constant_variance(size, variance)
+    size, value = len(mean), settings.initial_variance
+    if value is None:
+        variance = constant_variance(size, 1.0)
+    elif settings.initial_rule == "constant":
+        variance = constant_variance(size, value)
     else:
-        drawn = uniform_variance(size, variance, torch.Generator().manual_seed(config.seed))
-    drawn = drawn.to(mean)
-    if not bool(torch.isfinite(drawn).all() and (drawn > 0).all()):
-        raise ValueError(f"`initial_variance` must be positive and finite in {mean.dtype}, got {variance:g}.")
-    return drawn
+        variance = uniform_variance(size, value, torch.Generator().manual_seed(settings.seed))
+    variance = variance.to(mean)
+    if not bool(torch.isfinite(variance).all() and (variance > 0).all()):
+        raise ValueError(f"`initial_variance` must be positive and finite in {mean.dtype}, got {value:g}.")
+    return variance
 
 
 def depends_on_inputs(config: KalmanConfig) -> bool:
-    """Whether the variance cannot be known before the first inputs."""
-    bounds = config.bound_prior and config.likelihood in ("categorical", "bernoulli")
-    return config.initial_variance is None or bounds
+    """Whether the variance is unknown before the first inputs."""
+    has_bound = config.bound_prior and config.likelihood in ("categorical", "bernoulli")
+    return config.initial_variance is None or has_bound
 
 
-def fitted(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
-    """The variance, (n,), where it depends on the first inputs."""
-    find = scaled if config.initial_variance is None else bounded
-    return find(config, linearize, mean, inputs)
+def variance_for_inputs(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
+    """The variance, (n,), if it depends on the first inputs."""
+    mean_squares = _jacobian_mean_squares(config, linearize, mean, inputs)
+    if config.initial_variance is None:
+        return scaled_variance(config.prior_settings, linearize.adapter, mean, mean_squares)
+    return bounded_variance(config.prior_settings, linearize.adapter, mean, inputs, mean_squares)
 
 
-def bounded(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
-    """The configured variance, (n,), no wider than a filter of first order can use.
+def bounded_variance(
+    settings: PriorSettings, adapter: AdapterModel, mean: Tensor, inputs: Inputs, mean_squares: Tensor
+) -> Tensor:
+    """The configured variance, (n,), no larger than a filter of first order can use.
 
-    Under too wide a prior the first examples move the weights out of the region where the linearization holds. So,
-    unless outputs are linear in the parameters, the logits for ``inputs`` vary by at most ``MOST_SD`` a priori, no
-    tensor by more than ``LARGEST_MOVE`` times its own root mean square (one that starts from zero, its neighbour's in
-    the module), and no LoRA factor more than lets ΔW be twice the size of W. Warns where that changes anything. Ours.
+    Under too large a variance the first examples move the weights out of the region in which the linearization is
+    accurate. Unless outputs are linear in the parameters, there are three bounds: the logits for ``inputs`` vary by at
+    most ``MAX_LOGIT_SD`` a priori; a tensor varies by at most ``MAX_RELATIVE_SD`` times its root mean square (that of
+    its neighbours in the module, if it starts from zero); and no LoRA factor lets ΔW be more than twice the size of W.
+    Warns if a bound changes anything. Ours.
+
+    Args:
+        settings: of the prior.
+        adapter: the model.
+        mean: the prior mean, (n,).
+        inputs: the first inputs.
+        mean_squares: of the columns of the Jacobian, over examples and outputs, (n,).
     """
-    adapter, given = linearize.adapter, unscaled(config, mean)
-    spread = float((given.double() * _squares(config, linearize, mean, inputs).double()).sum()) ** 0.5
-    if not math.isfinite(spread):
-        return given  # the update will say what is wrong
-    variance, most = given * min(1.0, (MOST_SD / max(spread, MOST_SD)) ** 2), largest_variances(adapter)
+    configured = configured_variance(settings, mean)
+    logit_sd = float((configured.double() * mean_squares.double()).sum()) ** 0.5
+    if not math.isfinite(logit_sd):
+        return configured  # the update reports the cause
+    variance, limits = (
+        configured * min(1.0, (MAX_LOGIT_SD / max(logit_sd, MAX_LOGIT_SD)) ** 2),
+        largest_variances(adapter),
+    )
     squares = {name: float(mean[where].double().square().mean()) for name, where in adapter.slices().items()}
-    largest: dict[str, float] = {}
+    of_module: dict[str, float] = {}
     for name, square in squares.items():
         module = name.rpartition(".")[0]
-        largest[module] = max(square, largest.get(module, 0.0))
+        of_module[module] = max(square, of_module.get(module, 0.0))
     for name, where in adapter.slices().items():
-        square = squares[name] or largest[name.rpartition(".")[0]]
-        limit = most.get(name, LARGEST_MOVE**2 * square if square > 0.0 else float("inf"))
+        square = squares[name] or of_module[name.rpartition(".")[0]]
+        limit = limits.get(name, MAX_RELATIVE_SD**2 * square if square > 0.0 else float("inf"))
         variance[where] = variance[where].clamp_max(limit)
-    if torch.equal(variance, given) or _is_linear(config, adapter, mean, inputs, variance):
-        return given
+    if torch.equal(variance, configured) or _is_linear(settings.seed, adapter, mean, inputs, variance):
+        return configured
     warnings.warn(
-        f"`initial_variance` {config.initial_variance:g} lets the logits vary by {spread:.3g} a priori, and is above "
-        f"what a linearized filter can use: it is {float((variance / given).mean()):.2g} times as large now. "
-        "`bound_prior=False` takes it as it is.",
+        f"`initial_variance` {settings.initial_variance:g} lets the logits vary by {logit_sd:.3g} a priori, which is "
+        f"more than a linearized filter can use: it is multiplied by {float((variance / configured).mean()):.2g}. "
+        "`bound_prior=False` uses it unchanged.",
         stacklevel=2,
     )
     return variance
 
 
-def _is_linear(config: KalmanConfig, adapter: AdapterModel, mean: Tensor, inputs: Inputs, variance: Tensor) -> bool:
-    """Whether a draw from N(mean, variance) moves the outputs half as far as one twice as far away."""
-    generator = torch.Generator(device=mean.device).manual_seed(config.seed)
-    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    step = variance.sqrt() * noise
-    start, once, twice = (adapter.outputs(mean + times * step, inputs) for times in (0.0, 1.0, 2.0))
-    return bool((once - start - 0.5 * (twice - start)).norm() <= LINEAR * (once - start).norm())
-
-
-def scaled(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
-    """The variance that gives the outputs for ``inputs`` the configured spread, (n,), constant in every tensor."""
-    adapter, squares = linearize.adapter, _squares(config, linearize, mean, inputs)
-    where = adapter.slices()
-    gains = [float(squares[part].double().sum()) for part in where.values()]
-    starts = [float(mean[part].double().square().mean()) for part in where.values()]
-    modules = [name.rpartition(".")[0] for name in where]
-    variances = logit_variance(gains, starts, modules, config.initial_logit_sd, config.initial_spread)
-    if config.initial_spread == "modules":
-        most = largest_variances(adapter)
-        variances = [min(v, most.get(name, v)) for name, v in zip(where, variances, strict=True)]
-    if config.initial_bias_sd is not None:
-        least = config.initial_bias_sd**2
+def scaled_variance(settings: PriorSettings, adapter: AdapterModel, mean: Tensor, mean_squares: Tensor) -> Tensor:
+    """The variance that gives the outputs the configured sd, (n,), constant in every tensor."""
+    slices = adapter.slices()
+    gains = [float(mean_squares[where].double().sum()) for where in slices.values()]
+    squares = [float(mean[where].double().square().mean()) for where in slices.values()]
+    modules = [name.rpartition(".")[0] for name in slices]
+    variances = logit_variance(gains, squares, modules, settings.initial_logit_sd, settings.initial_spread)
+    if settings.initial_spread == "modules":
+        limits = largest_variances(adapter)
+        variances = [min(v, limits.get(name, v)) for name, v in zip(slices, variances, strict=True)]
+    if settings.initial_bias_sd is not None:
+        least = settings.initial_bias_sd**2
         variances = [
-            max(v, least) if is_output_bias(squares[part]) else v
-            for v, part in zip(variances, where.values(), strict=True)
+            max(v, least) if is_output_bias(mean_squares[where]) else v
+            for v, where in zip(variances, slices.values(), strict=True)
         ]
     return torch.cat([mean.new_full((size,), value) for value, size in zip(variances, adapter.sizes, strict=True)])
 
 
-def is_output_bias(squares: Tensor) -> bool:
-    """Whether a tensor is added to the outputs: its Jacobian is the identity, of mean squares one over its size."""
-    return bool(torch.allclose(squares * len(squares), torch.ones_like(squares), rtol=IDENTITY, atol=0.0))
+def is_output_bias(mean_squares: Tensor) -> bool:
+    """Whether a tensor is added to the outputs: its Jacobian is the identity, with mean squares one over its size."""
+    return bool(
+        torch.allclose(mean_squares * len(mean_squares), torch.ones_like(mean_squares), rtol=IDENTITY_RTOL, atol=0.0)
+    )
 
 
-def _squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
-    """Mean squares of the Jacobian's columns over examples and outputs, (n,); by probes for many outputs."""
+def _is_linear(seed: int, adapter: AdapterModel, mean: Tensor, inputs: Inputs, variance: Tensor) -> bool:
+    """Whether twice a step drawn from N(0, variance) changes the outputs twice as much."""
+    generator = torch.Generator(device=mean.device).manual_seed(seed)
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    step = variance.sqrt() * noise
+    start, once, twice = (adapter.outputs(mean + times * step, inputs) for times in (0.0, 1.0, 2.0))
+    return bool((once - start - 0.5 * (twice - start)).norm() <= LINEARITY_TOL * (once - start).norm())
+
+
+def _jacobian_mean_squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
+    """Mean squares of the Jacobian's columns over examples and outputs, (n,); by probes unless curvature is exact."""
     num_outputs, total = linearize.prepare(mean, inputs), torch.zeros_like(mean)
-    count = num_outputs if config.curvature == "exact" else min(num_outputs, SCALE_PROBES)
+    count = num_outputs if config.curvature == "exact" else min(num_outputs, MAX_PROBES)
     generator = torch.Generator(device=mean.device).manual_seed(config.seed)
-    for _, piece in linearize.chunks(mean, inputs, count):
-        batch = linearize(mean, piece, rows_per_example=count)
-        directions = None if count == num_outputs else signs(batch.outputs, count, generator)
-        total += batch.jacobian(directions).column_squares()
+    for _, chunk in linearize.chunks(mean, inputs, count):
+        linearized = linearize(mean, chunk, rows_per_example=count)
+        directions = None if count == num_outputs else random_signs(linearized.outputs, count, generator)
+        total += linearized.jacobian(directions).column_squares()
     return total / (batch_size(inputs) * num_outputs)

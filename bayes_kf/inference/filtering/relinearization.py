@@ -1,9 +1,9 @@
-"""A batch learned piece by piece, and linearized again where an earlier linearization does not hold any more.
+"""The update from a batch in chunks, with a new linearization whenever the last one is no longer accurate.
 
-First the whole batch is linearized where it begins. Where that stops to hold (``trust``), the rest is linearized at the
-mean that was reached: as many examples as the last linearization served, twice as many where it held to its end. So a
-model that is linear over a batch is linearized once, and one that is far from it about once for every part that is
-solved together, each example at most three times.
+The whole batch is linearized once, at the mean before it. If that linearization becomes inaccurate, the rest is
+linearized at the present mean: as many examples as the last linearization served, twice as many if it was accurate to
+its end. A model that is linear over a batch is linearized once. A model that is far from linear is linearized about
+once per block, and each example at most three times.
 """
 
 from __future__ import annotations
@@ -14,93 +14,101 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filtering import gradient_penalty
-from bayes_kf.inference.filtering.gradient_penalty import Sides
-from bayes_kf.inference.filtering.measurement import Batch, Tally
-from bayes_kf.inference.filtering.measurement_update import Learned
+from bayes_kf.inference.filtering.gradient_penalty import PenalizedState, penalized_update
+from bayes_kf.inference.filtering.measurement import Measurement
+from bayes_kf.inference.filtering.measurement_update import UpdatedStates
 from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
 
-Observe = Callable[[FilterState, slice, Tensor], Iterator[Batch]]
-Learn = Callable[[Batch, Sides, Tally], tuple[Sides, Learned]]
+Measure = Callable[[FilterState, slice, Tensor], Iterator[Measurement]]
+"""From a state, some of the examples and θ to their chunks, linearized there."""
+
+Update = Callable[[Measurement, PenalizedState, UpdateInfoBuilder], tuple[PenalizedState, UpdatedStates]]
+"""From a chunk, the state and the report to the state after the chunk."""
 
 
-class Step(NamedTuple):
-    """What came of a piece.
+class ChunkResult(NamedTuple):
+    """The result of one chunk.
 
     Attributes:
-        examples: how many of its examples were learned, from the first on.
-        holds: whether its linearization still holds.
+        num_examples: examples used, from the first on.
+        accurate: whether the linearization is still accurate.
         mean: θ after it, (n,).
     """
 
-    examples: int
-    holds: bool
+    num_examples: int
+    accurate: bool
     mean: Tensor
 
 
-def learn_all(
+def update_in_chunks(
     size: int,
-    start: Tensor,
-    observe: Callable[[slice, Tensor], Iterator[Batch]],
-    learn: Callable[[Batch], Step],
+    point: Tensor,
+    measure: Callable[[slice, Tensor], Iterator[Measurement]],
+    update: Callable[[Measurement], ChunkResult],
 ) -> int:
-    """Learn a batch of ``size``; how often its rest was linearized again.
+    """Update with a batch of ``size`` examples; returns how often its rest was linearized again.
 
     Args:
         size: of the batch.
-        start: θ to linearize at first, (n,).
-        observe: from some of its examples and θ to their pieces, linearized there.
-        learn: takes in a piece. Of the first that was linearized at the mean of its last step it learns some example.
+        point: θ of the first linearization, (n,).
+        measure: from some of its examples and θ to their chunks, linearized there.
+        update: uses a chunk. It uses some example of the first chunk that is linearized at the mean of its last step.
     """
-    first, reach, again = 0, size, -1
+    first, reach, relinearized = 0, size, -1
     while first < size:
-        begun, again, held = first, again + 1, True
+        start, accurate = first, True
+        relinearized += 1
         stop = min(first + reach, size)
-        for batch in observe(slice(first, stop), start):
-            step = learn(batch)
-            first, start = first + step.examples, step.mean
-            held = step.holds and step.examples == len(batch.targets)
-            if not held:
+        for measurement in measure(slice(first, stop), point):
+            result = update(measurement)
+            first, point = first + result.num_examples, result.mean
+            accurate = result.accurate and result.num_examples == len(measurement.targets)
+            if not accurate:
                 break
-        reach = (first - begun) * (2 if held else 1) or reach
-    return again
+        reach = (first - start) * (2 if accurate else 1) or reach
+    return relinearized
 
 
-def learn_batch(
+def update_from_batch(
     config: KalmanConfig,
-    sides: Sides,
-    start: Tensor,
+    state: PenalizedState,
+    point: Tensor,
     targets: Tensor,
-    observe: Observe,
-    outputs: Callable[[slice], Tensor],
-    learn: Learn | None = None,
-) -> tuple[Sides, Tally, int]:
-    """The sides after a batch, what to report, and how often its rest was linearized again.
+    measure: Measure,
+    outputs_at_point: Callable[[slice], Tensor],
+    update: Update | None = None,
+) -> tuple[PenalizedState, UpdateInfoBuilder, int]:
+    """The state after a batch, its report, and how often its rest was linearized again.
 
     Args:
         config: the settings.
-        sides: before it.
-        start: θ to linearize at first, (n,).
+        state: before the batch.
+        point: θ of the first linearization, (n,).
         targets: of the batch.
-        observe: from a state, some of the examples and θ to their pieces, linearized there.
-        outputs: of some of the examples at ``start``.
-        learn: from a piece, the sides and the report to the sides after it; :func:`penalty.learn` by default.
+        measure: linearizes some of the examples.
+        outputs_at_point: of some of the examples at ``point``.
+        update: uses a chunk; :func:`~bayes_kf.inference.filtering.gradient_penalty.penalized_update` by default.
     """
-    tally, size = Tally(), len(targets)
+    builder, size = UpdateInfoBuilder(), len(targets)
 
-    def step(batch: Batch) -> Step:
-        nonlocal sides
-        if batch.start is start:
-            tally.piece(batch.outputs, batch.targets, noise.likelihood(config, sides.plain.noise))
-        tally.linearized(batch)
-        sides, learned = learn(batch, sides, tally) if learn else gradient_penalty.learn(config, sides, batch, tally)
-        return Step(learned.examples, learned.holds, sides.plain.belief.mean)
+    def use(measurement: Measurement) -> ChunkResult:
+        nonlocal state
+        if measurement.point is point:
+            family = noise.likelihood(config.noise_settings, state.unpenalized.noise)
+            builder.add_outputs(measurement.outputs, measurement.targets, family)
+        builder.add_linearization(len(measurement.targets), measurement.projected.lumped)
+        if update is None:
+            state, updated = penalized_update(config, state, measurement, builder)
+        else:
+            state, updated = update(measurement, state, builder)
+        return ChunkResult(updated.num_examples, updated.accurate, state.unpenalized.belief.mean)
 
-    again = learn_all(size, start, lambda where, mean: observe(sides.plain, where, mean), step)
-    if tally.examples < size:  # some were never linearized where the batch began
-        rest = slice(tally.examples, size)
-        family, found = noise.likelihood(config, sides.plain.noise), outputs(rest)
-        tally.piece(found, family.check(found, targets[rest]), family)
-        tally.checked(len(found))
-    return sides, tally, again
+    relinearized = update_in_chunks(size, point, lambda where, at: measure(state.unpenalized, where, at), use)
+    if builder.num_examples < size:  # some examples were never linearized at the first point
+        rest = slice(builder.num_examples, size)
+        family, outputs = noise.likelihood(config.noise_settings, state.unpenalized.noise), outputs_at_point(rest)
+        builder.add_outputs(outputs, family.check(outputs, targets[rest]), family)
+        builder.add_check(len(outputs))
+    return state, builder, relinearized

@@ -1,9 +1,9 @@
 """The temperature, a factor on P in predictions, chosen by the prequential log loss of a stream.
 
-Before each update the filter's own linearized predictions are scored at every temperature of a grid. No validation set,
-no extra pass through the network. Log losses tell large differences alone: where P is small beside the noise of the
-labels they are almost the same at all temperatures, and P says more than they do. So the temperature is the one nearest
-to 1, where predictions are those of P itself, that the scores do not clearly speak against. Ours.
+Before each update the filter's linearized predictions are scored at every temperature of a grid. This needs no
+validation set and no further pass through the network. Log losses separate temperatures only if they differ much: if P
+is small compared with the noise of the labels, the losses are almost equal at all temperatures, and P itself is more
+informative. So the chosen temperature is the one nearest to 1 whose loss is not clearly above the smallest. Ours.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-WITHIN = 0.5  # standard errors by which a stream or held-out data must prefer another temperature to one nearer to 1
-MEAN_ALONE = 0.01  # temperature up to which a belief's spread is a tenth of its own, and nothing of it is left to see
+MAX_STANDARD_ERRORS = 0.5  # by which the loss of the chosen temperature may be above the smallest loss
+MEAN_ALONE = 0.01  # at and below it, the sd of outputs is at most a tenth of P's, which hardly changes predictions
 MEAN_ALONE_NOTE = (
     "predictions are those of the mean alone, and epistemic uncertainty is close to zero. The scored data prefer the "
     "mean's predictions to those of the covariance at any larger temperature; `temperature` sets another one."
@@ -25,13 +25,13 @@ MEAN_ALONE_NOTE = (
 
 
 class TemperatureState(NamedTuple):
-    """Sums over the examples scored of their log losses ℓ at every temperature, in nats.
+    """Sums over examples of their log losses ℓ at every temperature, in nats. The names are keys of the state's file.
 
     Attributes:
-        updates: number of updates scored, or of their parts, where they were learned in parts.
+        updates: number of updates that were scored, or of their blocks.
         total: Σ ℓ, (K,).
-        differences: Σ (ℓ_j − ℓ_k)² of every pair of temperatures, (K, K), in nats²; zero where unknown (folders of
-            format 1 without it).
+        differences: Σ (ℓ_j − ℓ_k)² of every pair of temperatures, (K, K), in nats²; zero if unknown (files of format 1
+            without it).
     """
 
     updates: int
@@ -53,34 +53,41 @@ def add(state: TemperatureState, losses: Tensor) -> TemperatureState:
 
 
 def choose(state: TemperatureState) -> float:
-    """The temperature nearest to 1 of those that the scores do not clearly speak against; 1 before anything was scored.
+    """The temperature nearest to 1 whose log loss is not clearly above the smallest; 1 before the first score.
 
-    Its log loss lies above the least by at most ``WITHIN`` standard errors of the difference, paired by example.
+    The loss is above the smallest by at most ``MAX_STANDARD_ERRORS`` standard errors of the difference, paired by
+    example.
     """
     if state.updates == 0:
         return 1.0
-    least = state.total.min()  # a temperature that gave some target no probability is at infinity, and out
+    least = state.total.min()  # the loss is infinite at a temperature that gave some target no probability
     if not bool(torch.isfinite(least)):
         return GRID[0]
     best = int((state.total == least).nonzero().max())  # the largest among equals
     excess = state.total - least
-    return nearest_to_one(excess <= WITHIN * state.differences[best].sqrt(), excess, best)
+    return nearest_to_one(excess <= MAX_STANDARD_ERRORS * state.differences[best].sqrt(), excess, best)
 
 
 def nearest_to_one(near: Tensor, excess: Tensor, best: int) -> float:
-    """The temperature nearest to 1 of the best one and those that are near and have a finite excess, (K,) each."""
+    """The temperature nearest to 1 among the best one and those whose loss is near it.
+
+    Args:
+        near: whether the loss of each temperature is near the smallest, (K,).
+        excess: of each loss over the smallest, (K,); temperatures with infinite excess are left out.
+        best: index of the smallest loss.
+    """
     near = near & torch.isfinite(excess)
     near[best] = True
     return min((t for t, is_near in zip(GRID, near.tolist(), strict=True) if is_near), key=lambda t: abs(math.log(t)))
 
 
 def is_mean_alone(temperature: float) -> bool:
-    """Whether a temperature is so low that predictions are those of the mean."""
+    """Whether a temperature is so low that predictions are practically those of the mean."""
     return temperature <= MEAN_ALONE
 
 
 def warn_of_mean_alone(temperature: float) -> None:
-    """Where a temperature that was chosen leaves predictions to the mean."""
+    """Warn if a chosen temperature makes predictions those of the mean."""
     if is_mean_alone(temperature):
         warnings.warn(f"the temperature chosen is {temperature:g}: {MEAN_ALONE_NOTE}", stacklevel=3)
 

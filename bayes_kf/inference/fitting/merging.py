@@ -60,10 +60,10 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
     merged = first.state._replace(
         belief=beliefs[0].merge(beliefs[1:], first.state.prior),
         noise=NoiseState(step=sum(s.noise.step for s in states)),
-        scores=TemperatureState(
-            sum(s.scores.updates for s in states),
-            torch.stack([s.scores.total.to(device) for s in states]).sum(0),
-            torch.stack([s.scores.differences.to(device) for s in states]).sum(0),
+        temperature_scores=TemperatureState(
+            sum(s.temperature_scores.updates for s in states),
+            torch.stack([s.temperature_scores.total.to(device) for s in states]).sum(0),
+            torch.stack([s.temperature_scores.differences.to(device) for s in states]).sum(0),
         ),
         step=sum(s.step for s in states),
         examples=sum(s.examples for s in states),
@@ -76,7 +76,7 @@ def _temperature(posteriors: Sequence[Posterior]) -> float | str:
     temperatures = {posterior.config.temperature for posterior in posteriors}
     if len(temperatures) == 1:
         return temperatures.pop()
-    if all(posterior.state.scores.updates for posterior in posteriors):
+    if all(posterior.state.temperature_scores.updates for posterior in posteriors):
         return "prequential"
     text = ", ".join(str(value) for value in sorted(temperatures, key=str))
     raise ValueError(f"`posteriors` must have one temperature, or each a stream that chooses it, got {text}.")

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.filtering.state import UpdateInfo
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.predictive.gaussian_posterior import as_training_series
 
 SUMMARY_UPDATES = 100  # the latest updates, whose means stand beside the progress bar

@@ -47,8 +47,8 @@ class BatchRepetition(NamedTuple):
         self, num_rows: int, rows_per_example: Tensor | None, device: torch.device
     ) -> list[BackwardPass]:
         """The passes that carry ``rows_per_example`` (B,) directions of each example, or ``num_rows`` of all."""
-        alike = [num_rows] * len(self.copies)
-        wanted = torch.tensor(alike if rows_per_example is None else rows_per_example.tolist())[self.example]
+        counts = [num_rows] * len(self.copies) if rows_per_example is None else rows_per_example.tolist()
+        wanted = torch.tensor(counts)[self.example]  # directions of the example of each row, (R,)
         copies, copy = self.copies[self.example], torch.arange(len(self.example)) - self.first[self.example]
         example, passes = self.example.to(device), []
         for number in range(int(wanted.add(copies - 1).floor_divide(copies).max())):

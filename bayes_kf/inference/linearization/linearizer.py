@@ -20,13 +20,12 @@ from bayes_kf.inference.linearization.batch_repetition import BatchRepetition, c
 from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import RecordedForward
-from bayes_kf.inference.linearization.rule_check import LinearizationPlan, make_plan
+from bayes_kf.inference.linearization.rule_check import LinearizationPlan, RowsPerExample, make_plan
 from bayes_kf.inference.linearization.tape import Tape
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 
 T = TypeVar("T")
-RowsPerExample = int | Sequence[int] | None  # of all examples, of each, or one per output
 
 MAX_PASS_BYTES = 2**23  # of graph; a small batch is repeated up to this size
 MIN_BUDGET_BYTES = 2**25  # of graph, rows and temporaries; larger batches are divided into chunks
@@ -86,7 +85,7 @@ class Linearizer:
 
     def num_backward_passes(self, vector: Tensor, batch: Batch | Inputs) -> int:
         """Backward passes that the rows of all outputs take."""
-        return _rows_of_each(None, 1, self._planned(vector, Batch.of(batch)))[0]
+        return self._planned(vector, Batch.of(batch)).rows_to_compute(None, 1)[0]
 
     def max_chunk_size(self, vector: Tensor, batch: Batch | Inputs) -> int:
         """The number of examples whose graphs fit the budget."""
@@ -101,11 +100,7 @@ class Linearizer:
         return count == 1 or (self._may_repeat(plan) and batch.size * count * plan.bytes_each <= MAX_PASS_BYTES)
 
     def chunks(
-        self,
-        vector: Tensor,
-        batch: Batch | Inputs,
-        rows_per_example: RowsPerExample = None,
-        cuts: Sequence[int] = (),
+        self, vector: Tensor, batch: Batch | Inputs, rows_per_example: RowsPerExample = None, cuts: Sequence[int] = ()
     ) -> list[tuple[slice, Batch]]:
         """Chunks of a batch whose graph and rows fit ``bytes_budget``, with their places in the batch.
 
@@ -119,7 +114,7 @@ class Linearizer:
         """
         batch = Batch.of(batch)
         plan = self._planned(vector, batch)
-        bounds = self._bounds(plan, _rows_of_each(rows_per_example, batch.size, plan), cuts)
+        bounds = self._bounds(plan, plan.rows_to_compute(rows_per_example, batch.size), cuts)
         if len(bounds) == 2:
             return [(slice(0, batch.size), batch)]
         return [(slice(*ends), batch[slice(*ends)]) for ends in itertools.pairwise(bounds)]
@@ -169,7 +164,7 @@ class Linearizer:
         if wrong:
             self._refuse(wrong)
         plan = self._planned(vector, batch)
-        repetition = self._repetition(plan, _rows_of_each(rows_per_example, batch.size, plan))
+        repetition = self._repetition(plan, plan.rows_to_compute(rows_per_example, batch.size))
         rows = batch if len(repetition.example) == batch.size else batch[repetition.example]
         modules = set() if plan.head is None else {plan.head}
         for hooked in plan.hooked.values():
@@ -237,23 +232,12 @@ class Linearizer:
             return False
         if self._max_bytes is None:
             warnings.warn(
-                f"Memory ran out on {size} examples: they are learned and predicted in smaller pieces from now on, "
-                "which takes longer and may change results slightly. `bytes_budget` sets their size.",
+                f"Memory ran out on {size} examples: batches are divided into smaller chunks from now on, which takes "
+                "longer and may change results slightly. `bytes_budget` sets their size.",
                 stacklevel=2,
             )
         self._max_bytes = self._budget(plan, size) // 2
         return True
-
-
-def _rows_of_each(rows_per_example: RowsPerExample, size: int, plan: LinearizationPlan) -> list[int]:
-    """Backward passes for the rows of each of B examples; the head's features give the rows of all outputs."""
-    if rows_per_example is None:
-        rows_per_example = plan.num_outputs
-    counts = [rows_per_example] * size if isinstance(rows_per_example, int) else list(rows_per_example)
-    if plan.head is None or min(counts) < plan.num_outputs - 1:
-        return counts
-    features = plan.head.get_parameter("weight").shape[1]
-    return counts if features >= max(counts) else [min(count, features) for count in counts]
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ NUM_CHECKED = 4  # examples: the check takes some eight passes over them
 MIN_CHECKED_ROWS = 3  # a batch is repeated to at least this many rows before they are checked
 OVERHEAD = 1.3  # memory of a pass over what its graph stores: hooked outputs, temporaries; measured on a small BERT
 MAX_TOLERANCE = 0.05  # of a gradient's norm, whatever the dtype
+
+RowsPerExample = int | Sequence[int] | None  # of all examples, of each, or one per output
 
 REFUSED = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)  # raised by models that need their own batch
 
@@ -71,6 +73,16 @@ class LinearizationPlan(NamedTuple):
     def without(self, names: set[str]) -> LinearizationPlan:
         """The plan with no rows from hooks for some tensors."""
         return self._replace(hooked={name: hooked for name, hooked in self.hooked.items() if name not in names})
+
+    def rows_to_compute(self, rows_per_example: RowsPerExample, size: int) -> list[int]:
+        """Rows of each of B = ``size`` examples that backward passes compute; the head's features give all outputs."""
+        if rows_per_example is None:
+            rows_per_example = self.num_outputs
+        counts = [rows_per_example] * size if isinstance(rows_per_example, int) else list(rows_per_example)
+        if self.head is None or min(counts) < self.num_outputs - 1:
+            return counts
+        features = self.head.get_parameter("weight").shape[1]
+        return counts if features >= max(counts) else [min(count, features) for count in counts]
 
 
 def tensors_with_rules(adapter: AdapterModel) -> dict[str, HookedTensor]:

@@ -1,1 +1,1 @@
-"""From outputs and targets to a linear measurement: noise, output directions, expansion at the mode."""
+"""The measurement model: noise, directions of the outputs, expansion at the mode, gate, predictive density."""

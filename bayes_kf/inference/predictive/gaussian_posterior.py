@@ -54,7 +54,7 @@ class GaussianPosterior:
     @property
     def likelihood(self) -> Likelihood:
         """The likelihood of the targets; a Gaussian one has the configured or estimated σ²."""
-        return noise.likelihood(self.config, self.state.noise)
+        return noise.likelihood(self.config.noise_settings, self.state.noise)
 
     @property
     def temperature(self) -> float:

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
-from bayes_kf.inference.filtering import predictive_density
-from bayes_kf.inference.filtering.tempering import GRID, WITHIN, nearest_to_one
-from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.filtering.tempering import GRID, MAX_STANDARD_ERRORS, nearest_to_one
+from bayes_kf.inference.measurement_model import noise, predictive_density
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.linearized_prediction import (
     output_covariance,
@@ -87,7 +86,7 @@ def choose_temperature(losses: Tensor) -> float:
     excess = losses - losses[best]
     number = losses.shape[1]
     error = excess.std(1, correction=0) / (number - 1) ** 0.5 if number > 1 else torch.full_like(means, 1e300)
-    return nearest_to_one(excess.mean(1) <= WITHIN * error, excess.mean(1), best)
+    return nearest_to_one(excess.mean(1) <= MAX_STANDARD_ERRORS * error, excess.mean(1), best)
 
 
 def choose_softmax_temperature(losses: Tensor) -> float:
@@ -147,7 +146,7 @@ def _calibrate_with_noise(posterior: P, loader: Iterable[Any]) -> P:
     chosen = choose_temperature(torch.stack(losses))
     variance = variances[GRID.index(chosen)]
     count = torch.full_like(variance, NOISE_COUNT + len(residual))
-    state = posterior.state._replace(noise=noise.settled(posterior.state.noise, variance, count))
+    state = posterior.state._replace(noise=noise.with_variance(posterior.state.noise, variance, count))
     return replace(posterior.with_settings(temperature=chosen), state=state)
 
 

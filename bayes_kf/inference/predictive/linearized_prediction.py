@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws, normal_draws_by_example
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
-from bayes_kf.inference.measurement_model.output_directions import MANY
+from bayes_kf.inference.measurement_model.output_directions import MAX_EXACT_OUTPUTS
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.prediction import Prediction
@@ -58,7 +58,7 @@ def parameter_draws_are_cheaper(posterior: GaussianPosterior, batch: Batch, num_
     if isinstance(posterior.likelihood, Gaussian) or not posterior.adapter.is_precise:
         return False
     passes = posterior.kf.linearize.num_backward_passes(posterior.mean_vector, batch)
-    return num_samples < passes or posterior.kf.linearize.num_outputs > MANY
+    return num_samples < passes or posterior.kf.linearize.num_outputs > MAX_EXACT_OUTPUTS
 
 
 def output_deviations(

@@ -69,17 +69,17 @@ def make_state(kf: KalmanFilter, tensors: dict[str, Tensor], metadata: dict[str,
         belief=kf.config.structure(**with_prefix(tensors, "belief.")),
         prior=DiagonalGaussian(**with_prefix(tensors, "prior.")),
         noise=NoiseState(step=metadata["noise_step"], **with_prefix(tensors, "noise.")),
-        scores=_temperature_scores(metadata["scored"], with_prefix(tensors, "scores.")),
-        scaled=metadata["scaled"],
+        temperature_scores=_temperature_scores(metadata["scored"], with_prefix(tensors, "scores.")),
+        prior_is_scaled=metadata["scaled"],
         step=metadata["step"],
         examples=metadata["examples"],
     )
     _check_tensors(kf, state)
-    counts = (state.step, state.examples, state.noise.step, state.scores.updates)
+    counts = (state.step, state.examples, state.noise.step, state.temperature_scores.updates)
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"its counts are {counts}, not whole numbers >= 0")
-    if type(state.scaled) is not bool:
-        raise ValueError(f"`scaled` is {state.scaled!r}, not true or false")
+    if type(state.prior_is_scaled) is not bool:
+        raise ValueError(f"`scaled` is {state.prior_is_scaled!r}, not true or false")
     if not bool((state.belief.scales() > 0).all()) or not bool((state.prior.variance > 0).all()):
         raise ValueError("its variances are not positive")
     return state
@@ -94,9 +94,9 @@ def _check_tensors(kf: KalmanFilter, state: FilterState) -> None:
     """Raise ValueError if a tensor has another shape or type than in a state of this filter, or other constants."""
     empty = torch.empty(kf.adapter.num_parameters, dtype=kf.adapter.dtype, device="meta")
     start = DiagonalGaussian(empty, empty)
-    parts = {"belief": (state.belief._asdict(), kf._belief(start)._asdict())}
+    parts = {"belief": (state.belief._asdict(), kf._prior_belief(start)._asdict())}
     parts |= {"prior": (state.prior._asdict(), start._asdict())}
-    parts |= {"scores": (state.scores._asdict(), tempering.init(torch.device("cpu"))._asdict())}
+    parts |= {"scores": (state.temperature_scores._asdict(), tempering.init(torch.device("cpu"))._asdict())}
     for part, (own, expected) in parts.items():
         for name, value in own.items():
             like = expected[name]
@@ -123,7 +123,7 @@ def _tensors(posterior: GaussianPosterior) -> dict[str, Tensor]:
     parts: dict[str, Any] = {f"belief.{k}": v for k, v in state.belief._asdict().items()}
     parts |= {f"prior.{k}": v for k, v in state.prior._asdict().items()}
     parts |= {f"noise.{k}": v for k, v in state.noise._asdict().items()}
-    parts |= {f"scores.{k}": v for k, v in state.scores._asdict().items()}
+    parts |= {f"scores.{k}": v for k, v in state.temperature_scores._asdict().items()}
     parts |= {f"history.{k}": v for k, v in posterior.history.items()}
     parts |= base_fingerprint.initialized_samples(posterior.adapter)
     return {k: v.detach().cpu().clone().contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
@@ -141,8 +141,8 @@ def _metadata(posterior: GaussianPosterior, folder: Path) -> dict[str, str]:
         "adapter_settings": adapter_settings(adapter.model),
         "step": state.step,
         "examples": state.examples,
-        "scaled": state.scaled,
-        "scored": state.scores.updates,
+        "scaled": state.prior_is_scaled,
+        "scored": state.temperature_scores.updates,
         "noise_step": state.noise.step,
         "editable": {name: digest(folder / name) for name in EDITABLE if (folder / name).is_file()},
     }

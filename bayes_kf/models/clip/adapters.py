@@ -163,8 +163,8 @@ def prompt_tokens(
     if not used or any("{}" not in template for template in used):
         raise ValueError(f"`templates` must hold {{}} in the place of the name, got {templates!r}.")
     texts = [template.format(name) for name in names for template in used]
-    found = tokenizer(texts, padding=True, return_tensors="pt")
-    tokens = {name: found[name] for name in ("input_ids", "attention_mask")}
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     if isinstance(templates, str):
         return tokens
     return {name: t.view(len(names), len(used), -1) for name, t in tokens.items()}

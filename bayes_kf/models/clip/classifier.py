@@ -128,10 +128,10 @@ class ClipClassifier(TwoTowers):
 
     def _encoded_prompts(self) -> Tensor:
         length = self.input_ids.shape[-1]
-        found = self.encoded(self.input_ids.view(-1, length), self.attention_mask.view(-1, length))
+        features = self.encoded(self.input_ids.view(-1, length), self.attention_mask.view(-1, length))
         if self.input_ids.ndim == 2:
-            return found
-        return F.normalize(found, dim=-1).view(*self.input_ids.shape[:2], -1).mean(1)
+            return features
+        return F.normalize(features, dim=-1).view(*self.input_ids.shape[:2], -1).mean(1)
 
     def _key(self) -> Key | None:
         """The state of the tensors that cached features depend on; None if it may change from call to call."""

@@ -35,13 +35,13 @@ class TwoTowers(nn.Module):
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Unit image features, (B, d)."""
-        found = _as_features(self.clip.get_image_features(pixel_values=pixel_values))  # type: ignore[operator]
-        return F.normalize(found if self.image_adapter is None else self.image_adapter(found), dim=-1)
+        features = _as_features(self.clip.get_image_features(pixel_values=pixel_values))  # type: ignore[operator]
+        return F.normalize(features if self.image_adapter is None else self.image_adapter(features), dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Unit text features, (N, d)."""
-        found = self.encoded(input_ids, attention_mask)
-        return F.normalize(found if self.text_adapter is None else self.text_adapter(found), dim=-1)
+        features = self.encoded(input_ids, attention_mask)
+        return F.normalize(features if self.text_adapter is None else self.text_adapter(features), dim=-1)
 
     def encoded(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Text features before the adapter, (N, d)."""
@@ -49,6 +49,6 @@ class TwoTowers(nn.Module):
         return _as_features(self.clip.get_text_features(input_ids=input_ids, attention_mask=mask))  # type: ignore[operator]
 
 
-def _as_features(found: Any) -> Tensor:
+def _as_features(outputs: Any) -> Tensor:
     """The features that an encoder returns, or that the object it returns holds."""
-    return found if isinstance(found, Tensor) else found.pooler_output
+    return outputs if isinstance(outputs, Tensor) else outputs.pooler_output

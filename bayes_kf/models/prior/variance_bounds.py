@@ -44,16 +44,16 @@ def largest_variances(adapter: AdapterModel) -> dict[str, float]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = {place: name for name, places in adapter.owners.items() for place in places}
-    found: dict[str, float] = {}
+    bounds: dict[str, float] = {}
     for layer in adapter.model.modules():
         if isinstance(layer, LoraLayer) and type(layer.lora_A) is nn.ModuleDict:
-            bounds = _of_factors(adapter, layer, names)
+            of_layer = _of_factors(adapter, layer, names)
         elif isinstance(layer, BaseTunerLayer):
-            bounds = {name: LARGEST_CHANGE**2 / share for name, share in output_sensitivities(adapter, layer).items()}
+            of_layer = {name: LARGEST_CHANGE**2 / share for name, share in output_sensitivities(adapter, layer).items()}
         else:
             continue
-        found |= {name: min(bound, found.get(name, bound)) for name, bound in bounds.items()}
-    return found
+        bounds |= {name: min(bound, bounds.get(name, bound)) for name, bound in of_layer.items()}
+    return bounds
 
 
 def _of_factors(adapter: AdapterModel, layer: Any, names: Mapping[Any, str]) -> dict[str, float]:
@@ -63,13 +63,13 @@ def _of_factors(adapter: AdapterModel, layer: Any, names: Mapping[Any, str]) -> 
         return {}
     pairs = [(key, (layer.lora_A[key], "weight"), (layer.lora_B[key], "weight")) for key in layer.lora_A]
     pairs += [(key, (layer.lora_embedding_A, key), (layer.lora_embedding_B, key)) for key in layer.lora_embedding_A]
-    found: dict[str, float] = {}
+    bounds: dict[str, float] = {}
     for key, *factors in pairs:
         for own, (module, attribute) in (factors, factors[::-1]):
             square = _mean_square(module._parameters[attribute])
             if own in names and square > 0.0:
-                found[names[own]] = LARGEST_CHANGE**2 * size / (layer.scaling[key] ** 2 * layer.r[key] * square)
-    return found
+                bounds[names[own]] = LARGEST_CHANGE**2 * size / (layer.scaling[key] ** 2 * layer.r[key] * square)
+    return bounds
 
 
 def _size(adapter: AdapterModel, layer: Any) -> float | None:

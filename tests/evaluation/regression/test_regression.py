@@ -18,9 +18,8 @@ from scipy.stats import binom, chi2, kstest, norm
 from sklearn.linear_model import BayesianRidge
 
 from bayes_kf import evaluation as ev
-from bayes_kf.evaluation.plots.regression import pit_band
 from bayes_kf.evaluation.regression import scores
-from bayes_kf.evaluation.regression.pit import ks_null, pit_counts
+from bayes_kf.evaluation.regression.pit import ks_null, pit_band, pit_counts
 from bayes_kf.evaluation.regression.quantile_calibration import QUANTILES
 
 with warnings.catch_warnings():  # it holds escapes that newer Pythons warn of

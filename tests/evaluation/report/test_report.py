@@ -143,8 +143,9 @@ def test_saved_files(report, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".html", ".json", ".png"])
-def test_an_earlier_report_is_replaced_and_nothing_else(suffix, report, tmp_path):
+def test_an_earlier_report_is_replaced_and_nothing_else(suffix, tmp_path):
     page, plain = tmp_path / "r.html", Report("Nothing", {}, Sections())
+    report = figure_of(lambda ax: ax.plot([1, 2]))
     (tmp_path / "notes").write_text("x")
     report.save(page)
     plain.save(page)  # without figures: the sheet of the other goes

@@ -348,14 +348,14 @@ def test_pull_to_the_prior_leaves_the_prior_as_it_is_and_forgets_all_else():
         kf = KalmanFilter(model, config)
         start = kf.init()
         matrix = config.structure.covariance_matrix
-        torch.testing.assert_close(matrix(kf._predicted(start).belief), matrix(start.belief), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(matrix(kf._predict(start).belief), matrix(start.belief), rtol=1e-12, atol=1e-12)
         state, _ = kf.update(start, x, y)
-        moved = kf._predicted(state).belief
+        moved = kf._predict(state).belief
         torch.testing.assert_close(moved.mean, 0.7 * state.belief.mean + 0.3 * start.belief.mean)
         expected = 0.49 * matrix(state.belief) + 0.51 * matrix(start.belief)
         torch.testing.assert_close(matrix(moved), expected, rtol=1e-9, atol=1e-12)
         for _ in range(60):
-            state = kf._predicted(state)
+            state = kf._predict(state)
         torch.testing.assert_close(state.belief.mean, start.belief.mean, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(matrix(state.belief), matrix(start.belief), rtol=1e-7, atol=1e-7)
 

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter
 from bayes_kf.inference.config import CURVATURES, NOISES
 from bayes_kf.inference.covariance.structure import STRUCTURES
-from bayes_kf.inference.filtering import measurement_update
+from bayes_kf.inference.filtering import measurement, measurement_update
 from bayes_kf.inference.filtering.gradient_penalty import mean_gradient
-from bayes_kf.inference.filtering.measurement import Tally
+from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
 from bayes_kf.inference.fitting.fit import fit
 from bayes_kf.inference.fitting.selection.filter_bank import Bank
 from bayes_kf.inference.linearization.linearizer import Linearizer
@@ -216,9 +216,9 @@ def test_no_penalty_is_the_plain_filter_bit_for_bit(setting, monkeypatch):
 def recursion(kf, state, x, y):
     """Predict, linearize and learn, without anything between them."""
     kf.linearize.prepare(state.belief.mean, x)
-    state = before = kf._predicted(state)
-    for batch in kf._observed(state, x, y, state.belief.mean):
-        state = measurement_update.learn(kf.config, [state], batch, [Tally()]).states[0]
+    state = before = kf._predict(state)
+    for batch in kf._measure(state, x, y, state.belief.mean):
+        state = measurement_update.measurement_update(kf.config, [state], batch, [UpdateInfoBuilder()]).states[0]
     return state._replace(noise=state.noise._replace(step=before.noise.step + 1), step=before.step + 1)
 
 
@@ -255,8 +255,8 @@ def test_a_permanent_penalty_is_an_update_from_the_tightened_belief(covariance):
     tight, _ = plain.update(start._replace(belief=start.belief.add_precision(added)), x, y)
     assert same(state.belief, tight.belief)
     untouched, _ = plain.update(start, x, y)
-    assert same(state.scores, untouched.scores)  # predictions do not know the targets
-    assert not same(tight.scores, untouched.scores)
+    assert same(state.temperature_scores, untouched.temperature_scores)  # predictions do not know the targets
+    assert not same(tight.temperature_scores, untouched.temperature_scores)
 
 
 @pytest.mark.parametrize("covariance", STRUCTURES)
@@ -282,7 +282,7 @@ def test_how_a_batch_is_cut_does_not_matter(form, bytes_budget, monkeypatch):
     setting = {"likelihood": "gaussian", "covariance": "full", "initial_variance": 0.5, **penalty}
     whole, cut = (KalmanFilter(model, KalmanConfig(bytes_budget=b, **setting)) for b in (None, bytes_budget))
     state, info = whole.update(whole.init(), x, y)
-    monkeypatch.setattr(measurement_update, "PART_ROWS", 4)
+    monkeypatch.setattr(measurement, "MAX_BLOCK_ROWS", 4)
     assert len(list(cut.linearize.chunks(cut.adapter.vector(), x))) > 1 or bytes_budget > 1
     other, report = cut.update(cut.init(), x, y)
     assert report.penalty == pytest.approx(info.penalty, rel=1e-12)
@@ -334,7 +334,7 @@ def test_the_gradient_of_a_first_batch_with_estimated_noise():
     state = kf.init(x)
     torch.testing.assert_close(mean_gradient(config, kf.linearize, state, x, y), expected, rtol=1e-10, atol=1e-12)
     after, _ = kf.update(state, x, y)
-    later = noise.likelihood(config, after.noise).noise_variance
+    later = noise.likelihood(config.noise_settings, after.noise).noise_variance
     moved = at(model, after.belief.mean)
     expected = autograd_gradient(moved, lambda m: 0.5 * ((m(x) - y).square() / later).sum(1).mean())
     torch.testing.assert_close(mean_gradient(config, kf.linearize, after, x, y), expected, rtol=1e-10, atol=1e-12)

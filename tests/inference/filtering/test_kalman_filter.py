@@ -35,10 +35,13 @@ def test_update_is_pure_and_leaves_the_model_alone():
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     kf = KalmanFilter(model, KalmanConfig())
     state = kf.init()
-    copy = [t.clone() for t in (*state.belief, *state.prior, *state.scores[1:])]
+    copy = [t.clone() for t in (*state.belief, *state.prior, *state.temperature_scores[1:])]
     first, info = kf.update(state, *batch())
     again, _ = kf.update(state, *batch())
-    assert all(torch.equal(a, b) for a, b in zip((*state.belief, *state.prior, *state.scores[1:]), copy, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip((*state.belief, *state.prior, *state.temperature_scores[1:]), copy, strict=True)
+    )
     assert torch.equal(first.belief.mean, again.belief.mean)
     assert torch.equal(kf.marginal_variance(first), kf.marginal_variance(again))
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
@@ -117,7 +120,7 @@ def test_prior_scale_gives_the_outputs_their_spread():
     added = (jacobian.square() * state.prior.variance).mean((0, 1))
     shares = torch.stack([added[where].sum() for where in kf.adapter.slices().values()])
     torch.testing.assert_close(shares, torch.full_like(shares, 9.0 / len(shares)), rtol=1e-9, atol=0)
-    assert state.scaled
+    assert state.prior_is_scaled
     modules = KalmanFilter(classifier(), KalmanConfig(initial_logit_sd=3.0)).init(x)
     assert len(modules.prior.variance.unique()) == 3  # two Linears and a batch norm
     added = (jacobian.square() * modules.prior.variance).mean((0, 1))
@@ -361,7 +364,7 @@ def test_an_outlying_rate_leaves_no_nan_in_the_state():
     kf = KalmanFilter(nn.Linear(4, 1), KalmanConfig(likelihood="poisson"))
     state = kf.init(torch.randn(32, 4))
     state, _ = kf.update(state, torch.randn(1, 4) * 20, torch.tensor([3.0]))
-    assert not torch.isnan(state.scores.total).any()
+    assert not torch.isnan(state.temperature_scores.total).any()
     assert kf.temperature(state) > 0
 
 
@@ -439,7 +442,7 @@ def test_a_lucky_first_prediction_does_not_rule_out_noise(covariance, first):
 def test_a_filter_gives_the_posterior_of_a_state():
     kf = KalmanFilter(nn.Linear(2, 3), KalmanConfig(covariance="diagonal"))
     state = kf.init(torch.randn(4, 2))
-    found, x = kf.posterior(state), torch.randn(5, 2)
+    found, x = bkf.Posterior(kf, state), torch.randn(5, 2)
     assert isinstance(found, bkf.Posterior)
     assert torch.equal(found.mean_vector, state.belief.mean)
     assert torch.equal(found.predict(x).probs, bkf.Posterior(kf, state).predict(x).probs)

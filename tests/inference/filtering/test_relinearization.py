@@ -6,9 +6,8 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering import measurement_update
-from bayes_kf.inference.filtering.linearization_check import TRUSTED, divergence, is_small
-from bayes_kf.inference.filtering.measurement import Part
+from bayes_kf.inference.filtering.linearization_check import TRUST_RADIUS, is_small_change, symmetric_divergence
+from bayes_kf.inference.filtering.step_guard import OBJECTIVE_RTOL, StepGuard
 from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 from bayes_kf.inference.linearization.linearizer import MAX_PASS_BYTES, Linearizer
 from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian
@@ -132,8 +131,9 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
     state = kf.init(x)
     start = state.belief.mean
     state = state._replace(belief=state.belief._replace(mean=start + 0.2 * torch.randn_like(start)))
-    (batch,) = kf._observed(state, x, y, start)
-    part = Part.of(batch.seen, batch.jacobian, slice(0, 20), 4).moved(state.belief.mean - start)
+    (batch,) = kf._measure(state, x, y, start)
+    everything = slice(0, 20)
+    block = batch.block(everything, 4).shifted(state.belief.mean - start)
 
     def loss(mean):
         return -kf.adapter.outputs(mean, x).log_softmax(1).gather(1, y[:, None]).sum()
@@ -146,14 +146,13 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
     )
     for scale in (2.0, -2.0, 5.0, -5.0):
         after = wide._replace(mean=wide.mean - scale * gradient / gradient.norm())
-        assert not is_small(part.jacobian.matvec(after.mean - wide.mean), part.family, TRUSTED)  # else not looked at
+        change = block.jacobian.matvec(after.mean - wide.mean)
+        assert not is_small_change(change, block.family, TRUST_RADIUS)  # otherwise it is accepted without a check
         for claimed in (0.0, -100.0, 100.0):  # added to the label's logit in the first-order outputs
-            told = part.outputs.scatter_add(1, y[:, None], torch.full((20, 1), claimed))
-            accepts = measurement_update._objective(
-                kf.config, state, part._replace(outputs=told), lambda mean: kf.adapter.outputs(mean, x), y
-            )
-            verdicts.add(accepts(after))
-            assert accepts(after) == bool(loss(after.mean) <= before * (1 + measurement_update.ROUNDING))
+            outputs = block.outputs.scatter_add(1, y[:, None], torch.full((20, 1), claimed))
+            guard = StepGuard(kf.config.noise_settings, state, batch, everything, block._replace(outputs=outputs))
+            verdicts.add(guard.accepts(after))
+            assert guard.accepts(after) == bool(loss(after.mean) <= before * (1 + OBJECTIVE_RTOL))
     assert verdicts == {True, False}
 
 
@@ -169,4 +168,4 @@ def test_the_divergence_is_that_of_the_predictions(name):
     else:
         p, q = p.base_dist, q.base_dist
         expected = (torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).sum(-1)
-    assert divergence(family, one, two) == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert symmetric_divergence(family, one, two) == pytest.approx(float(expected.mean()), rel=1e-6)

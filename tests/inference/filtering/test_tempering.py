@@ -10,8 +10,9 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf import evaluation
-from bayes_kf.inference.filtering import measurement_update, predictive_density, tempering
+from bayes_kf.inference.filtering import measurement_update, tempering
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
+from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.models.likelihood import Bernoulli, Categorical
 
 
@@ -58,7 +59,7 @@ def test_streams_are_priced_by_the_filter_s_own_predictions():
             log_prob = Categorical().log_prob(linearized.outputs + heat**0.5 * spread, targets).double()
             expected[k] -= (log_prob.logsumexp(0) - math.log(20_000)).sum()
         state, _ = kf.update(state, inputs, targets)
-    torch.testing.assert_close(state.scores.total, expected, rtol=0, atol=0.1)  # of 24 examples' nats
+    torch.testing.assert_close(state.temperature_scores.total, expected, rtol=0, atol=0.1)  # of 24 examples' nats
 
 
 def test_parts_of_a_batch_have_the_prices_of_batches():
@@ -70,7 +71,9 @@ def test_parts_of_a_batch_have_the_prices_of_batches():
         for inputs, targets in batches(x.double(), y, size):
             state, _ = kf.update(state, inputs, targets)
         found.append(state)
-    torch.testing.assert_close(found[1].scores.total, found[0].scores.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found[1].temperature_scores.total, found[0].temperature_scores.total, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [24, 480])
@@ -78,7 +81,7 @@ def test_sampled_curvature_is_priced_at_the_outputs_of_each_part(size, monkeypat
     """At the coldest temperature the price is the log loss of the mean, where the belief stands before each part."""
     model, x, y, settings = own_data(2, classes=8, size=480)
     kf, expected = bkf.KalmanFilter(model, bkf.KalmanConfig(**settings, curvature="sampled")), {}
-    plain = measurement_update.scored
+    plain = measurement_update.score_temperatures
 
     def watched(config, state, batch, where, part, output_cov):
         outputs = batch.outputs_at(state.belief.mean, where)
@@ -86,19 +89,19 @@ def test_sampled_curvature_is_priced_at_the_outputs_of_each_part(size, monkeypat
         expected[state.examples + where.start] = loss  # a part that was too long is tried again, shorter
         return plain(config, state, batch, where, part, output_cov)
 
-    monkeypatch.setattr(measurement_update, "scored", watched)
+    monkeypatch.setattr(measurement_update, "score_temperatures", watched)
     state = kf.init(x[:32])
     for inputs, targets in batches(x, y, size):
         state, _ = kf.update(state, inputs, targets)
     assert len(expected) > 1
-    assert float(state.scores.total[0]) == pytest.approx(sum(expected.values()), rel=2e-3)
+    assert float(state.temperature_scores.total[0]) == pytest.approx(sum(expected.values()), rel=2e-3)
 
 
 def test_a_bank_of_sampled_curvature_prices_each_candidate_at_its_own_outputs(monkeypatch):
     model, x, y, _ = own_data(3, inputs=16, classes=40, size=40)
     config = bkf.KalmanConfig.stream(curvature="sampled")
     bank, expected = Bank(model, candidates(config, config.tune)), {}
-    plain = measurement_update.scored
+    plain = measurement_update.score_temperatures
 
     def watched(config, state, batch, where, part, output_cov):
         outputs = batch.outputs_at(state.belief.mean, where)
@@ -107,13 +110,13 @@ def test_a_bank_of_sampled_curvature_prices_each_candidate_at_its_own_outputs(mo
         return plain(config, state, batch, where, part, output_cov)
 
     state = bank.init(x[:32])
-    monkeypatch.setattr(measurement_update, "scored", watched)
+    monkeypatch.setattr(measurement_update, "score_temperatures", watched)
     for inputs, targets in batches(x, y, 2):
         state, _ = bank.update(state, inputs, targets)
     assert sum(state.own_passes) < 2 * state.step  # most updates are shared with the leader
     for kf, own in zip(bank.filters, state.states, strict=True):
         assert own is not None
-        cold = float(own.scores.total[0])
+        cold = float(own.temperature_scores.total[0])
         assert cold == pytest.approx(expected[kf.config.initial_logit_sd], rel=2e-3)
 
 
@@ -146,8 +149,8 @@ def test_later_passes_are_priced_by_their_own_belief():
         residual = nn.functional.one_hot(label, 2) - probs
         precision = precision + jacobian.T @ curvature @ jacobian
         information = information + jacobian.T @ (curvature @ point + residual)
-    torch.testing.assert_close(second.state.scores.total, expected, rtol=0, atol=1e-6)
-    assert second.state.scores.updates == 40
+    torch.testing.assert_close(second.state.temperature_scores.total, expected, rtol=0, atol=1e-6)
+    assert second.state.temperature_scores.updates == 40
 
 
 def test_the_stream_chooses_what_it_does_not_clearly_speak_against():

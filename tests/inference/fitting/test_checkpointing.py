@@ -33,14 +33,14 @@ def stopping(after, error=KeyboardInterrupt):
 
 def same(first, second):
     assert all(torch.equal(a, b) for a, b in zip(first.state.belief, second.state.belief, strict=True))
-    assert torch.equal(first.state.scores.total, second.state.scores.total)
+    assert torch.equal(first.state.temperature_scores.total, second.state.temperature_scores.total)
     assert (first.state.step, first.state.examples) == (second.state.step, second.state.examples)
     for name in ("log_loss", "correct", "innovation"):
         assert torch.equal(first.history[name], second.history[name])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_twice_it_ends_as_if_never(name, tmp_path):
+def test_a_pass_stopped_twice_ends_like_an_uninterrupted_one(name, tmp_path):
     config, folder = SETTINGS[name], tmp_path / "pass"
     whole = bkf.fit(network(), DATA, config, progress=False)
     model = network()
@@ -58,7 +58,7 @@ def test_stopped_twice_it_ends_as_if_never(name, tmp_path):
     assert (folder / "kalman_state.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_batch_that_does_not_fit_leaves_what_came_before(tmp_path):
+def test_a_bad_batch_leaves_a_checkpoint_of_the_updates_before_it(tmp_path):
     bad = [*DATA[:7], (DATA[7][0], torch.tensor([0, 1, 9])), *DATA[8:]]
     with pytest.raises(ValueError, match=r"`targets` must .* \(batch 7 of `loader`\)"):
         bkf.fit(network(), bad, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", every=5, progress=False)
@@ -67,7 +67,7 @@ def test_a_batch_that_does_not_fit_leaves_what_came_before(tmp_path):
     same(found, bkf.fit(network(), DATA, bkf.KalmanConfig(), progress=False))
 
 
-def test_readings_of_a_model_go_on_too(tmp_path):
+def test_adapters_of_language_models_resume(tmp_path):
     import language_models as lm
 
     read = [OptionTokens(lm.llama(), [3, 7]) for _ in range(3)]
@@ -79,7 +79,7 @@ def test_readings_of_a_model_go_on_too(tmp_path):
     assert torch.equal(found.predict(data[0][0]).probs, whole.predict(data[0][0]).probs)
 
 
-def test_what_is_not_this_pass_is_told(tmp_path):
+def test_another_pass_another_model_or_foreign_files_raise(tmp_path):
     folder, config = tmp_path / "pass", bkf.KalmanConfig()
     bkf.fit(network(), DATA[:10], config, checkpoint=folder, progress=False)
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -120,7 +120,7 @@ def test_what_is_not_this_pass_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_hundred_updates_after_loading_are_those_of_never_having_stopped(name, tmp_path):
+def test_a_hundred_updates_after_loading_equal_uninterrupted_ones(name, tmp_path):
     g = torch.Generator().manual_seed(2)
     batches = [(torch.randn(2, 4, generator=g), torch.randint(3, (2,), generator=g)) for _ in range(120)]
     kf = bkf.KalmanFilter(network(), SETTINGS[name])
@@ -138,11 +138,11 @@ def test_a_hundred_updates_after_loading_are_those_of_never_having_stopped(name,
         again, info_again = kf_again.update(again, x, y)
         assert torch.equal(info.log_loss, info_again.log_loss)
     assert all(torch.equal(a, b) for a, b in zip(state.belief, again.belief, strict=True))
-    assert torch.equal(state.scores.total, again.scores.total)
+    assert torch.equal(state.temperature_scores.total, again.temperature_scores.total)
     assert state.step == again.step == 120
 
 
-def test_an_order_that_does_not_come_again_is_refused(tmp_path):
+def test_a_loader_that_shuffles_without_a_generator_raises(tmp_path):
     data = TensorDataset(torch.cat([x for x, _ in DATA]), torch.cat([y for _, y in DATA]))
     config = bkf.KalmanConfig()
     loader = DataLoader(data, batch_size=3, shuffle=True)

@@ -30,7 +30,7 @@ def test_callbacks_get_every_step_in_order_and_the_summary_follows_them():
     assert bar.done == 2
 
 
-def test_a_loop_that_goes_on_numbers_the_batches_that_follow():
+def test_a_resumed_loop_continues_the_numbers_of_the_batches():
     bar, numbers = ProgressBar(), []
     bar.skip(3)
     run_loop(BATCHES[3:], 0.0, add, [lambda step: numbers.append(step.number)], bar)

@@ -46,7 +46,7 @@ def leaves(state):
 
 @pytest.mark.parametrize("cuts", [(40,), (13, 27), (10, 1, 9, 20)], ids=str)
 @pytest.mark.parametrize("covariance", ["full", "low_rank"])
-def test_a_linear_model_s_parts_are_the_whole(covariance, cuts):
+def test_merged_parts_of_a_linear_model_equal_the_posterior_of_all_data(covariance, cuts):
     """Mean and covariance, whatever the parts; low rank with room for every direction that the data have."""
     x, y = linear_data()
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance=covariance, rank=12, **PLAIN)
@@ -60,7 +60,7 @@ def test_a_linear_model_s_parts_are_the_whole(covariance, cuts):
 
 
 @pytest.mark.parametrize("covariance", STRUCTURES)
-def test_the_product_of_any_structure(covariance):
+def test_every_structure_merges_by_the_product_of_gaussians(covariance):
     """P⁻¹ = Σ P_k⁻¹ − (K − 1) P₀⁻¹ written out densely; the forms are closed under it, but for the cut to low rank."""
     x, y = linear_data()
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance=covariance, rank=12, **PLAIN)
@@ -97,7 +97,7 @@ def test_low_rank_without_room_keeps_mean_and_variances_in_bounds():
 
 
 @pytest.mark.parametrize("covariance", STRUCTURES)
-def test_one_posterior_is_itself(covariance):
+def test_one_posterior_merges_to_itself(covariance):
     x, y = linear_data()
     config = bkf.KalmanConfig(likelihood="gaussian", covariance=covariance, rank=4, **PLAIN)
     alone = fitted(linear(), x, y, config)
@@ -106,7 +106,7 @@ def test_one_posterior_is_itself(covariance):
     torch.testing.assert_close(found.covariance_matrix(), alone.covariance_matrix(), rtol=1e-8, atol=1e-12)
 
 
-def test_temperature_is_that_of_all_streams_together():
+def test_temperature_is_chosen_by_all_streams_together():
     model, config = nn.Linear(64, 10), bkf.KalmanConfig(covariance="diagonal")
     images, labels = uci_digits_split(1197)[0]
     flat = nn.functional.avg_pool2d(images, 3)[:, 0].flatten(1)[:, :64]
@@ -118,12 +118,14 @@ def test_temperature_is_that_of_all_streams_together():
             state, _ = kf.update(state, x, y)
         parts.append(bkf.Posterior(kf, state))
     found = bkf.merge(parts)
-    torch.testing.assert_close(found.state.scores.total, sum(p.state.scores.total for p in parts))
-    assert found.state.scores.updates == 40
+    torch.testing.assert_close(
+        found.state.temperature_scores.total, sum(p.state.temperature_scores.total for p in parts)
+    )
+    assert found.state.temperature_scores.updates == 40
     assert found.history == {}
 
 
-def test_merged_digits_know_what_their_parts_know():
+def test_a_merged_posterior_of_digits_is_closer_to_that_of_all_data_than_its_parts():
     """A classifier on UCI's digits: four parts together are nearer to the whole than any of them."""
     (images, labels), (held, answers) = uci_digits_split(1197)
     flat, test = images.flatten(1)[:, ::12], held.flatten(1)[:, ::12]
@@ -168,7 +170,7 @@ def parts_of(first=None, second=None, models=(None, None)):
     return found
 
 
-def test_none():
+def test_no_posteriors_raise():
     with pytest.raises(ValueError, match="`posteriors` must hold at least one posterior, got none"):
         bkf.merge([])
 
@@ -185,25 +187,25 @@ def test_none():
     ],
     ids=str,
 )
-def test_beliefs_that_are_not_their_prior_times_likelihoods(setting):
+def test_settings_under_which_beliefs_are_not_prior_times_likelihoods_raise(setting):
     with pytest.raises(ValueError, match=f"must have no dynamics, .*got {next(iter(setting))}"):
         bkf.merge(parts_of(setting, setting))
 
 
-def test_other_settings():
+def test_different_settings_raise():
     with pytest.raises(ValueError, match="the same settings, got another noise_variance in number 1"):
         bkf.merge(parts_of(None, {"noise_variance": 2.0}))
     bkf.merge(parts_of(None, {"seed": 5}))
 
 
-def test_other_priors():
+def test_different_priors_raise():
     """Each measured the scale of its outputs on its own data."""
     measured = {"initial_variance": None}
     with pytest.raises(ValueError, match="must come from one prior, got another in number 1; begin with one"):
         bkf.merge(parts_of(measured, measured))
 
 
-def test_other_tensors_and_other_bases():
+def test_different_tensors_and_frozen_weights_raise():
     def two_layers(width, seed=0):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 2)).double()

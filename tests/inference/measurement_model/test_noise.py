@@ -110,7 +110,7 @@ def test_an_overstated_covariance_does_not_make_noise_vanish():
     for _ in range(100):
         claimed = 0.1 + 0.8 * torch.rand(8, 1, 1, generator=g).double()
         errors = (0.1 * claimed[..., 0] + 0.01).sqrt() * torch.randn(8, 1, generator=g).double()
-        state = noise.absorb(state, errors, claimed)
+        state = noise.update_variance(state, errors, claimed)
     assert float(state.variance) == pytest.approx(0.01, rel=0.7)
     assert float(state.variance) > 0.003
 
@@ -190,7 +190,7 @@ def test_calibrate_takes_noise_and_temperature_from_held_out_data():
     config = bkf.KalmanConfig(covariance="full", initial_variance=1.0, temperature=1.0, **GAUSSIAN)
     posterior = bkf.fit(zero_model(5), batches(x[:100], y[:100]), config, progress=False)
     state = posterior.state
-    wrong = state._replace(noise=noise.settled(state.noise, 0.1 * state.noise.variance, state.noise.information))
+    wrong = state._replace(noise=noise.with_variance(state.noise, 0.1 * state.noise.variance, state.noise.information))
     found = bkf.Posterior(posterior.kf, wrong).calibrate(batches(x[100:], y[100:], 50))
     assert float(found.state.noise.variance) ** 0.5 == pytest.approx(0.3, rel=0.15)
     with_few = bkf.Posterior(posterior.kf, wrong).calibrate(batches(x[100:102], y[100:102]))

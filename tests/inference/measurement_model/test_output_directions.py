@@ -10,7 +10,13 @@ from torch import nn
 from bayes_kf.inference import KalmanConfig, KalmanFilter
 from bayes_kf.inference.linearization import linearizer
 from bayes_kf.inference.linearization.row_buffer import Directions
-from bayes_kf.inference.measurement_model.output_directions import num_directions, num_rows, odds_length, see, signs
+from bayes_kf.inference.measurement_model.output_directions import (
+    log_odds_direction_square,
+    num_directions,
+    num_rows,
+    project_outputs,
+    random_signs,
+)
 from bayes_kf.models.likelihood import Categorical
 
 FAMILY = Categorical()
@@ -34,7 +40,9 @@ def fisher(outputs):
 @pytest.mark.parametrize(("curvature", "epsilon"), [("truncated", 1e-3), ("truncated", 0.2), ("sampled", 1e-3)])
 def test_likelihood_and_gradient_of_the_label_stay_exact(curvature, epsilon):
     outputs, targets = outputs_of()
-    seen = see(KalmanConfig(curvature=curvature, curvature_epsilon=epsilon), FAMILY, outputs, targets)
+    seen = project_outputs(
+        KalmanConfig(curvature=curvature, curvature_epsilon=epsilon).curvature_settings, FAMILY, outputs, targets
+    )
     torch.testing.assert_close(seen.family.log_prob(seen.outputs, seen.targets), FAMILY.log_prob(outputs, targets))
     directions = matrix(seen.directions, len(outputs))[:, : seen.outputs.shape[1]]
     gradient = (directions.mT @ seen.family.residual(seen.outputs, seen.targets).unsqueeze(-1)).squeeze(-1)
@@ -91,11 +99,13 @@ def test_classes_that_an_example_does_not_have_count_for_nothing():
     outputs = torch.stack([torch.linspace(2.0, 0.0, 12), 40.0 * (torch.arange(12) == 3)]).double()
     targets = torch.tensor([0, 3])
     config = KalmanConfig(curvature="truncated", curvature_epsilon=0.05)
-    both = see(config, FAMILY, outputs, targets)
-    alone = [see(config, FAMILY, outputs[i : i + 1], targets[i : i + 1]) for i in range(2)]
-    assert both.degrees.tolist() == [int(one.degrees) for one in alone]
-    assert both.degrees[1] == 1  # its class against the rest
-    assert [one.outputs.shape[1] - 1 for one in alone] == both.degrees.tolist()
+    both = project_outputs(config.curvature_settings, FAMILY, outputs, targets)
+    alone = [
+        project_outputs(config.curvature_settings, FAMILY, outputs[i : i + 1], targets[i : i + 1]) for i in range(2)
+    ]
+    assert both.degrees_of_freedom.tolist() == [int(one.degrees_of_freedom) for one in alone]
+    assert both.degrees_of_freedom[1] == 1  # its class against the rest
+    assert [one.outputs.shape[1] - 1 for one in alone] == both.degrees_of_freedom.tolist()
 
 
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-2, 0.3])
@@ -103,9 +113,12 @@ def test_directions_are_the_slopes_of_what_is_seen(epsilon):
     outputs, targets = outputs_of()
     for curvature in ("truncated", "sampled"):
         config = KalmanConfig(curvature=curvature, curvature_epsilon=epsilon)
-        seen = see(config, FAMILY, outputs, targets)
+        seen = project_outputs(config.curvature_settings, FAMILY, outputs, targets)
         slope = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).double()
-        moved = [see(config, FAMILY, outputs + h * slope, targets).outputs for h in (1e-6, -1e-6)]
+        moved = [
+            project_outputs(config.curvature_settings, FAMILY, outputs + h * slope, targets).outputs
+            for h in (1e-6, -1e-6)
+        ]
         numeric = (moved[0] - moved[1]) / 2e-6
         directions = matrix(seen.directions, len(outputs))[:, : seen.outputs.shape[1]]
         exact = (directions @ slope.unsqueeze(-1)).squeeze(-1)
@@ -115,7 +128,9 @@ def test_directions_are_the_slopes_of_what_is_seen(epsilon):
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-2, 0.3])
 def test_truncation_loses_information_within_its_bound(epsilon):
     outputs, targets = outputs_of(size=6)
-    seen = see(KalmanConfig(curvature="truncated", curvature_epsilon=epsilon), FAMILY, outputs, targets)
+    seen = project_outputs(
+        KalmanConfig(curvature="truncated", curvature_epsilon=epsilon).curvature_settings, FAMILY, outputs, targets
+    )
     d = matrix(seen.directions, len(outputs))
     coarse = d.mT @ seen.family.variance(seen.outputs) @ d
     lost = fisher(outputs) - coarse
@@ -136,17 +151,22 @@ def test_truncation_keeps_the_label_however_unlikely_and_no_more_classes_than_to
     outputs = torch.zeros(2, 50).double()
     outputs[:, 3] = 30.0
     targets = torch.tensor([3, 17])
-    seen = see(KalmanConfig(curvature="truncated"), FAMILY, outputs, targets)
+    seen = project_outputs(KalmanConfig(curvature="truncated").curvature_settings, FAMILY, outputs, targets)
     assert seen.directions.num_rows == 3  # the rest, the likely class, the label
     assert seen.directions.rows_per_example.tolist() == [2, 3]
     assert matrix(seen.directions, len(outputs))[1, 2, 17] == 1.0
     assert seen.targets.tolist() == [1, 2]
-    flat = see(
-        KalmanConfig(curvature="truncated", curvature_classes=5), FAMILY, torch.zeros(1, 50).double(), targets[:1]
+    flat = project_outputs(
+        KalmanConfig(curvature="truncated", curvature_classes=5).curvature_settings,
+        FAMILY,
+        torch.zeros(1, 50).double(),
+        targets[:1],
     )
     assert flat.directions.num_rows in (6, 7)  # with the label or beside it
     assert flat.lumped == pytest.approx(1 - (flat.directions.num_rows - 1) / 50)
-    few = see(KalmanConfig(curvature="truncated"), FAMILY, torch.zeros(1, 5).double(), targets[:1])
+    few = project_outputs(
+        KalmanConfig(curvature="truncated").curvature_settings, FAMILY, torch.zeros(1, 5).double(), targets[:1]
+    )
     assert few.directions.num_rows == 5  # the least likely class is what is left, by itself
     assert few.lumped == 0.0
 
@@ -164,7 +184,10 @@ def test_truncation_keeps_the_label_however_unlikely_and_no_more_classes_than_to
 )
 def test_rows_known_beforehand(setting, outputs, rows, directions):
     config = KalmanConfig(**setting)
-    assert (num_rows(config, outputs), num_directions(config, outputs)) == (rows, directions)
+    assert (
+        num_rows(config.curvature_settings, outputs),
+        num_directions(config.curvature_settings, config.likelihood, outputs),
+    ) == (rows, directions)
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -174,7 +197,7 @@ def test_probes_average_to_the_fisher_information(moved):
     config = KalmanConfig(curvature="sampled", curvature_draws=4)
     found = []
     for seed in range(5000):
-        seen = see(config, FAMILY, outputs, targets, seed)
+        seen = project_outputs(config.curvature_settings, FAMILY, outputs, targets, seed)
         found.append(seen.probes.factor(seen.outputs if odds is None else odds) @ matrix(seen.directions, 3))
     draws = torch.cat(found, 1)  # (B, S, m)
     products = draws.unsqueeze(-1) * draws.unsqueeze(-2) * 4  # each probe was divided by √4
@@ -191,7 +214,7 @@ def test_probes_average_to_the_fisher_information(moved):
 def test_signs_average_to_the_identity():
     outputs = torch.zeros(2, 6).double()
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([matrix(signs(outputs, 8, generator), 2) for _ in range(2000)], 1) * 8**0.5
+    draws = torch.cat([matrix(random_signs(outputs, 8, generator), 2) for _ in range(2000)], 1) * 8**0.5
     mean = (draws.mT @ draws) / draws.shape[1]
     error = (1.0 - torch.eye(6).double()) / draws.shape[1] ** 0.5
     assert ((mean - torch.eye(6).double()).abs() <= 5 * error).all()
@@ -199,8 +222,10 @@ def test_signs_average_to_the_identity():
 
 def test_length_of_the_odds_direction():
     outputs, targets = outputs_of()
-    direction = matrix(see(KalmanConfig(curvature="sampled"), FAMILY, outputs, targets).directions, 4)[:, :1]
-    torch.testing.assert_close(odds_length(outputs, targets), direction.square().sum((1, 2)))
+    direction = matrix(
+        project_outputs(KalmanConfig(curvature="sampled").curvature_settings, FAMILY, outputs, targets).directions, 4
+    )[:, :1]
+    torch.testing.assert_close(log_odds_direction_square(outputs, targets), direction.square().sum((1, 2)))
 
 
 def model_of(m, seed=0):
@@ -314,7 +339,7 @@ def test_a_look_ahead_at_how_many_classes_each_example_needs_changes_nothing(cov
         kf = KalmanFilter(model, config)
         state = kf.init()
         kf.linearize.prepare(state.belief.mean, x)
-        needed, _ = kf._needed(state, state.belief.mean, x, y, 12)
+        needed, _, _ = kf._rows_per_example(state, state.belief.mean, x, y, 12)
         asked.append(needed)
         state, info = kf.update(state, x, y)
         found.append((*state.belief, info.log_loss, torch.tensor(info.lumped)))

@@ -64,7 +64,7 @@ def test_fixed_noise_is_whitened_in_the_contrast_basis(name):
     config = KalmanConfig(noise=name)
     state = NoiseState(step=25)
     cov = torch.eye(3).double().expand(4, 3, 3)
-    white, after = noise.whiten(config, state, Categorical(), ETA, TARGETS["categorical"], cov)
+    white, after = noise.whiten(config.noise_settings, state, Categorical(), ETA, TARGETS["categorical"], cov)
     scale = math.exp(-0.5) if name == "decaying" else 1.0
     e, v = Categorical().residual(ETA, TARGETS["categorical"]), Categorical().variance(ETA)
     assert white.factor.shape == (4, 2, 3)
@@ -79,9 +79,9 @@ def test_fixed_noise_is_whitened_in_the_contrast_basis(name):
 def test_moving_averages_take_the_batch_mean(name):
     config = KalmanConfig(noise=name, beta=0.9)
     cov = torch.rand(4, 3, 1, generator=G).double() * torch.eye(3).double()
-    state = noise.begin(config, NoiseState(), ETA, TARGETS["categorical"])
+    state = noise.initialize(config.noise_settings, NoiseState(), ETA, TARGETS["categorical"])
     assert torch.equal(state.covariance, torch.eye(3).double())
-    _, after = noise.whiten(config, state, Categorical(), ETA, TARGETS["categorical"], cov)
+    _, after = noise.whiten(config.noise_settings, state, Categorical(), ETA, TARGETS["categorical"], cov)
     e, v = Categorical().residual(ETA, TARGETS["categorical"]), Categorical().variance(ETA)
     estimate = (
         sum(torch.outer(e[b], e[b]) + (v[b] @ cov[b] @ v[b] if name == "ema_taylor" else 0) for b in range(4)) / 4
@@ -94,7 +94,9 @@ def test_contrast_basis_survives_a_forgotten_start():
     e = Categorical().residual(ETA, TARGETS["categorical"])
     state = NoiseState(step=2000, covariance=(e.T @ e) / 4)  # singular along the ones: plain Cholesky fails
     assert torch.linalg.eigvalsh(state.covariance)[0].abs() < 1e-15
-    white, _ = noise.whiten(config, state, Categorical(), ETA, TARGETS["categorical"], torch.zeros(4, 3, 3).double())
+    white, _ = noise.whiten(
+        config.noise_settings, state, Categorical(), ETA, TARGETS["categorical"], torch.zeros(4, 3, 3).double()
+    )
     assert torch.isfinite(white.factor).all()
     assert white.jitter == 0.0
 
@@ -104,7 +106,7 @@ def test_jitter_is_reported():
     eta, y = ETA[:1], TARGETS["categorical"][:1]
     e = Categorical().residual(eta, y)
     white, _ = noise.whiten(
-        config, NoiseState(5, e.T @ e), Categorical(), eta, y, torch.zeros(1, 3, 3).double()
+        config.noise_settings, NoiseState(5, e.T @ e), Categorical(), eta, y, torch.zeros(1, 3, 3).double()
     )  # rank one in two
     assert 0 < white.jitter <= 1e-8
 

@@ -41,9 +41,11 @@ def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
     for k, value in enumerate(tempering.GRID):
         fixed = bkf.KalmanFilter(kf.adapter, dataclasses.replace(config, temperature=value))
         expected = -bkf.Posterior(fixed, state).predict(X[5:10], targets=Y[5:10]).log_prob.sum()
-        torch.testing.assert_close(after.scores.total[k] - state.scores.total[k], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            after.temperature_scores.total[k] - state.temperature_scores.total[k], expected, rtol=1e-10, atol=1e-10
+        )
     fixed = bkf.fit(linear(), loader(), bkf.KalmanConfig(**EXACT), progress=False)
-    assert (fixed.temperature, fixed.state.scores.updates) == (1.0, 0)
+    assert (fixed.temperature, fixed.state.temperature_scores.updates) == (1.0, 0)
 
 
 def test_calibration_from_parameter_draws_agrees_with_the_covariance(monkeypatch):
@@ -52,7 +54,7 @@ def test_calibration_from_parameter_draws_agrees_with_the_covariance(monkeypatch
     x = torch.randn(200, 3, generator=g).double()
     y = torch.randint(90, (200,), generator=g)
     posterior = bkf.fit(many(), loader(x[:40], y[:40]), bkf.KalmanConfig(temperature=1.0), progress=False)
-    family = likelihood(posterior.config, posterior.state.noise)
+    family = likelihood(posterior.config.noise_settings, posterior.state.noise)
 
     some = Batch.of(x[:20], y[:20])
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.linearization.linearizer import Linearizer
-from bayes_kf.inference.measurement_model.noise import LEAST_SHARE, TRUSTS
+from bayes_kf.inference.measurement_model.noise import COVARIANCE_FACTORS, MIN_VARIANCE_SHARE
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.clip import ClipClassifier, FeatureAdapter, MatchedPairs, clip_lora
 
@@ -322,8 +322,8 @@ def test_noise_of_pairs_may_be_estimated():
     outputs, jacobian = dense_jacobian(pairs, lambda m: m(**batch))
     squares, spread = (1.0 - outputs[:, 0]).square(), 1e-3 * jacobian[:, 0].square().sum(1)
     found = []
-    for trust in TRUSTS:
-        guess = torch.maximum(squares.mean() - trust * spread.mean(), LEAST_SHARE * spread.mean())
+    for trust in COVARIANCE_FACTORS:
+        guess = torch.maximum(squares.mean() - trust * spread.mean(), MIN_VARIANCE_SHARE * spread.mean())
         total = trust * spread + guess
         share = guess / total
         step = 2.0 * ((squares / total - 1.0) * share).sum() / (1.0 + 2.0 * share.square().sum())

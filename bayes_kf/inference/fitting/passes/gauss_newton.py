@@ -73,7 +73,7 @@ def _line_search(
 @torch.no_grad()
 def negative_log_joint(kf: KalmanFilter, state: FilterState, mean: Tensor, loader: Iterable[Any]) -> float:
     """The objective −log p(y, θ) at a mean, up to a constant, in nats, with the prior and the noise of a state."""
-    family = noise.likelihood(kf.config, state.noise)
+    family = noise.likelihood(kf.config.noise_settings, state.noise)
 
     def add_loss(total: float, inputs: Inputs, targets: Tensor) -> tuple[float, None]:
         outputs = kf.adapter.outputs(mean, to_device(inputs, kf.adapter.device))

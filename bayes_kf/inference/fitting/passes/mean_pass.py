@@ -97,7 +97,7 @@ def _loss_gradient(
     config: KalmanConfig, adapter: AdapterModel, state: FilterState, inputs: Inputs, targets: Tensor
 ) -> tuple[float, Tensor]:
     """−log p(y | θ) of a batch, and its gradient, (n,)."""
-    family, leaves = noise.likelihood(config, state.noise), adapter.leaves(state.belief.mean)
+    family, leaves = noise.likelihood(config.noise_settings, state.noise), adapter.leaves(state.belief.mean)
     with (
         adapter.full_precision(),
         adapter.eval_mode(),

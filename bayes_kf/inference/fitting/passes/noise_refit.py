@@ -1,7 +1,7 @@
 """The noise variance σ² of a Gaussian likelihood, refitted at a fixed mean, and the covariance under it.
 
-The filter estimates σ² from its predictions during a pass (``noise.absorb``). Once a mean is fitted, by more passes or
-elsewhere, its residuals on the N examples give
+The filter estimates σ² from its predictions during a pass (``noise.update_variance``). Once a mean is fitted, by more
+passes or elsewhere, its residuals on the N examples give
 
     σ² = SSE / (N − γ),    γ = Σ_i (1 − P_ii / p₀_i) = tr(J P Jᵀ) / σ²,
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.loop import LoopStep, run_loop
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.batch import Inputs, batch_size, some_examples, to_device
@@ -108,14 +109,14 @@ def refit_from_residuals(
         refitted = with_noise_variance(state, variance, leverages)
         if has_converged(last, variance):
             break
-    return refitted._replace(noise=noise.settled(state.noise, variance, count - gamma))
+    return refitted._replace(noise=noise.with_variance(state.noise, variance, count - gamma))
 
 
 def with_noise_variance(state: FilterState, variance: Tensor, leverages: Tensor | None = None) -> FilterState:
     """The state with another σ², (m,), and its covariance under it; ``leverages`` as above."""
     assert state.noise.variance is not None
     ratio = float((_output_shares(state, leverages) * state.noise.variance / variance).sum())
-    settled = noise.settled(state.noise, variance, torch.zeros_like(variance))
+    settled = noise.with_variance(state.noise, variance, torch.zeros_like(variance))
     return scale_data_precision(state, ratio)._replace(noise=settled)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.selection import shared_update
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
@@ -38,8 +39,7 @@ class BankState(NamedTuple):
         states: of the candidates; None for one that diverged.
         own_passes: the number of updates in which each candidate made passes of its own.
         step: the number of updates.
-        differences: Σ over updates of the squared differences between the evidence gains of candidates, (G, G), in
-            nats².
+        differences: Σ over updates of the squared differences of the candidates' evidence gains, (G, G), nats².
     """
 
     states: tuple[FilterState | None, ...]
@@ -119,11 +119,11 @@ class Bank:
         for number, now in enumerate(state.states):
             if now is None:
                 continue
-            total = now.scores.total
+            total = now.temperature_scores.total
             if since is not None:
                 before = since.states[number]
                 assert before is not None  # a candidate that diverged does not come back
-                total = (total - before.scores.total).nan_to_num(math.inf)  # if both are infinite
+                total = (total - before.temperature_scores.total).nan_to_num(math.inf)  # if both are infinite
             evidence[number] = max(-float(total.min()), -sys.float_info.max)
         return evidence
 
@@ -184,7 +184,7 @@ class Bank:
         predictions = [self.posterior(state, n).predict(inputs, targets=targets, **settings) for n in numbers]
         best = state.states[self.best(state)]
         assert best is not None  # its weight is the largest
-        family = noise.likelihood(self.filters[0].config, best.noise)
+        family = noise.likelihood(self.filters[0].config.noise_settings, best.noise)
         shares = (weights[numbers] / weights[numbers].sum()).tolist()
         return predictive_distributions.average(family, predictions, shares)
 

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.filtering import gradient_penalty
-from bayes_kf.inference.filtering.gradient_penalty import Sides
+from bayes_kf.inference.filtering.gradient_penalty import PenalizedState, penalized_update
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.linearization_check import is_small
-from bayes_kf.inference.filtering.measurement import Batch, Tally
-from bayes_kf.inference.filtering.measurement_update import Learned
-from bayes_kf.inference.filtering.state import DIVERGED, FilterState, UpdateInfo
+from bayes_kf.inference.filtering.linearization_check import is_small_change
+from bayes_kf.inference.filtering.measurement import Measurement
+from bayes_kf.inference.filtering.measurement_update import UpdatedStates
+from bayes_kf.inference.filtering.state import DIVERGED, FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.batch import Inputs
 
@@ -43,19 +43,23 @@ class CandidateUpdates(NamedTuple):
 
 def start_updates(
     filters: Sequence[KalmanFilter], states: Sequence[FilterState | None], inputs: Inputs, targets: Tensor
-) -> list[Sides | None]:
+) -> list[PenalizedState | None]:
     """The state of every candidate after the dynamics, before the batch; None for one that diverged."""
-    started: list[Sides | None] = []
+    started: list[PenalizedState | None] = []
     for kf, state in zip(filters, states, strict=True):
         try:
-            started.append(None if state is None else kf._begun(state, inputs, targets))
+            started.append(None if state is None else kf._start_update(state, inputs, targets))
         except DIVERGED:
             started.append(None)
     return started
 
 
 def update_candidates(
-    filters: Sequence[KalmanFilter], started: Sequence[Sides | None], leader: int, inputs: Inputs, targets: Tensor
+    filters: Sequence[KalmanFilter],
+    started: Sequence[PenalizedState | None],
+    leader: int,
+    inputs: Inputs,
+    targets: Tensor,
 ) -> CandidateUpdates:
     """All candidates after the batch.
 
@@ -66,18 +70,20 @@ def update_candidates(
     assert first is not None
     current, alone = list(started), [False] * len(started)
 
-    def update_all(batch: Batch, sides: Sides, tally: Tally) -> tuple[Sides, Learned]:
-        moved, learned = gradient_penalty.learn(leading.config, sides, batch, tally)
+    def update_all(
+        measurement: Measurement, state: PenalizedState, builder: UpdateInfoBuilder
+    ) -> tuple[PenalizedState, UpdatedStates]:
+        moved, updated = penalized_update(leading.config, state, measurement, builder)
         for number, kf in enumerate(filters):
             candidate = current[number]
             if number == leader or candidate is None or alone[number]:
                 continue
-            alone[number] = not _fits_linearization(kf, candidate, batch)
+            alone[number] = not _fits_linearization(kf, candidate, measurement)
             if not alone[number]:
-                current[number], alone[number] = _update_shared(kf, candidate, batch, learned.examples)
-        return moved, learned
+                current[number], alone[number] = _update_shared(kf, candidate, measurement, updated.num_examples)
+        return moved, updated
 
-    led, info = leading._through(first, first.plain.belief.mean, inputs, targets, update_all)
+    led, info = leading._update_from(first, first.unpenalized.belief.mean, inputs, targets, update_all)
     after: list[FilterState | None] = [None] * len(started)
     for number, kf in enumerate(filters):
         before, moved = started[number], current[number]
@@ -86,13 +92,13 @@ def update_candidates(
         elif alone[number] and before is not None:
             after[number] = _update_alone(kf, before, inputs, targets)
         elif moved is not None and before is not None:
-            after[number] = kf._ended(before.plain, moved)
+            after[number] = kf._finish_update(before.unpenalized, moved)
     return CandidateUpdates(after, alone, info)
 
 
 def average_predictions(
     filters: Sequence[KalmanFilter],
-    started: Sequence[Sides | None],
+    started: Sequence[PenalizedState | None],
     leader: int,
     evidence: Tensor,
     info: UpdateInfo,
@@ -117,15 +123,15 @@ def average_predictions(
         return info
     weights = evidence.softmax(0)
     counts = (weights >= MIN_RELATIVE_WEIGHT * weights.max()).tolist()
-    states = {i: sides.plain for i, sides in enumerate(started) if sides is not None and counts[i]}
-    start, outputs, log_probs = first.plain.belief.mean, [], []
+    states = {i: s.unpenalized for i, s in enumerate(started) if s is not None and counts[i]}
+    start, outputs, log_probs = first.unpenalized.belief.mean, [], []
     differs = {i: not torch.equal(state.belief.mean, start) for i, state in states.items() if i != leader}
     if not any(differs.values()):
         return info
     for number, state in states.items():
         kf, mean = filters[number], state.belief.mean
         outputs.append(kf.adapter.outputs(mean, inputs) if differs.get(number) else info.outputs)
-        family = noise.likelihood(kf.config, state.noise)
+        family = noise.likelihood(kf.config.noise_settings, state.noise)
         checked = family.check(outputs[-1], targets)
         log_probs.append(family.log_prob(outputs[-1], checked))
     log_weights = evidence[list(states)].log_softmax(0).to(outputs[0])
@@ -134,32 +140,34 @@ def average_predictions(
     return info._replace(outputs=mixed, log_loss=log_loss, correct=family.correct(mixed, checked))
 
 
-def _fits_linearization(kf: KalmanFilter, sides: Sides, batch: Batch) -> bool:
+def _fits_linearization(kf: KalmanFilter, candidate: PenalizedState, measurement: Measurement) -> bool:
     """Whether a candidate can use the leader's linearization: to first order, its outputs are close to the leader's."""
-    for state in filter(None, (sides.plain, sides.tight)):
-        if state.belief.mean is batch.start:
+    for state in filter(None, (candidate.unpenalized, candidate.penalized)):
+        if state.belief.mean is measurement.point:
             continue
-        shift = batch.jacobian.matvec(state.belief.mean - batch.start)
-        if not is_small(shift, noise.likelihood(kf.config, state.noise), MAX_OUTPUT_SHIFT):
+        shift = measurement.jacobian.matvec(state.belief.mean - measurement.point)
+        if not is_small_change(shift, noise.likelihood(kf.config.noise_settings, state.noise), MAX_OUTPUT_SHIFT):
             return False
     return True
 
 
-def _update_shared(kf: KalmanFilter, sides: Sides, batch: Batch, examples: int) -> tuple[Sides | None, bool]:
+def _update_shared(
+    kf: KalmanFilter, candidate: PenalizedState, measurement: Measurement, examples: int
+) -> tuple[PenalizedState | None, bool]:
     """A candidate after the first ``examples`` of the leader's linearization, and whether that holds for fewer of them.
 
     The first is None if the candidate diverged.
     """
     try:
-        moved, learned = gradient_penalty.learn(kf.config, sides, batch, Tally(), examples)
+        moved, updated = penalized_update(kf.config, candidate, measurement, UpdateInfoBuilder(), examples)
     except DIVERGED:
         return None, False
-    return moved, learned.examples < examples
+    return moved, updated.num_examples < examples
 
 
-def _update_alone(kf: KalmanFilter, started: Sides, inputs: Inputs, targets: Tensor) -> FilterState | None:
+def _update_alone(kf: KalmanFilter, started: PenalizedState, inputs: Inputs, targets: Tensor) -> FilterState | None:
     """A candidate after the batch, by passes of its own; None if it diverged."""
     try:
-        return kf._through(started, started.plain.belief.mean, inputs, targets)[0]
+        return kf._update_from(started, started.unpenalized.belief.mean, inputs, targets)[0]
     except DIVERGED:
         return None

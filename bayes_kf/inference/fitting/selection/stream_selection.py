@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import FilterState, UpdateInfo
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loop import Callback, LoopStep, run_loop
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar

@@ -88,7 +88,7 @@ def test_passes_converge_to_the_mode_and_its_gauss_newton_covariance(likelihood)
     assert float(objective[0]) > float(objective[-1])
 
 
-def test_the_first_pass_is_that_of_a_single_one_and_the_order_of_later_ones_does_not_matter():
+def test_the_first_pass_equals_a_single_one_and_later_passes_do_not_depend_on_the_order():
     model, x, y = small("categorical")
     setting = {"covariance": "full", "initial_variance": 0.3, "bound_prior": False}
     single = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting), progress=False)
@@ -96,22 +96,24 @@ def test_the_first_pass_is_that_of_a_single_one_and_the_order_of_later_ones_does
     found, scores = [], []
     for order in (torch.arange(30), torch.arange(29, -1, -1)):
         state = single.kf.restart(single.state)
-        assert (state.scores.updates, float(state.scores.total.abs().max())) == (0, 0.0)
+        assert (state.temperature_scores.updates, float(state.temperature_scores.total.abs().max())) == (0, 0.0)
         for inputs, targets in batches_of(x[order], y[order]):
             state, info = single.kf.update(state, inputs, targets, at=at)
             assert info.damping == 1.0
         assert (state.step, state.examples) == (8, 30)
-        scores.append(state.scores)
+        scores.append(state.temperature_scores)
         found.append((state.belief.mean, state.belief.covariance))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
     double = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting, passes=2), progress=False)
     torch.testing.assert_close(double.mean_vector, found[0][0], rtol=1e-9, atol=1e-11)
     assert torch.equal(double.history["log_loss"], single.history["log_loss"])
-    assert torch.equal(double.state.scores.total, scores[0].total)  # those of the last pass's own predictions
-    assert not torch.allclose(double.state.scores.total, single.state.scores.total, rtol=1e-3)
+    assert torch.equal(
+        double.state.temperature_scores.total, scores[0].total
+    )  # those of the last pass's own predictions
+    assert not torch.allclose(double.state.temperature_scores.total, single.state.temperature_scores.total, rtol=1e-3)
 
 
-def test_no_pass_ends_worse_than_it_began():
+def test_no_pass_increases_the_objective():
     """With a wide prior the full step overshoots; it is halved."""
     model, x, y = small("categorical", seed=3)
     config = bkf.KalmanConfig(covariance="full", initial_variance=300.0, bound_prior=False, passes=12)
@@ -121,7 +123,7 @@ def test_no_pass_ends_worse_than_it_began():
     assert float(objective[-1]) < 0.9 * float(objective[0])
 
 
-def test_what_does_not_go_with_passes():
+def test_arguments_that_exclude_several_passes_raise():
     model, x, y = small("categorical")
     config = bkf.KalmanConfig(passes=2)
     with pytest.raises(ValueError, match=r"`passes` must be 1 with `start` 'trained', which holds the mean, got 2\."):
@@ -135,7 +137,7 @@ def test_what_does_not_go_with_passes():
 
 
 @pytest.mark.parametrize("passes", [2, 4])
-def test_estimated_noise_of_several_passes_goes_with_the_belief(passes):
+def test_after_several_passes_the_belief_is_that_under_the_estimated_noise(passes):
     """The data of a later pass are already fitted: their residuals say σ² once what they determine is counted."""
     torch.manual_seed(1)
     model, x = nn.Linear(5, 1, bias=False).double(), torch.randn(60, 5).double()
@@ -161,7 +163,7 @@ class Once:
         return self.batches
 
 
-def test_a_loader_that_the_first_pass_used_up_is_refused():
+def test_a_loader_that_can_be_iterated_once_raises():
     model, x, y = small("categorical")
     with pytest.raises(ValueError, match=r"`loader` must yield the same 30 examples in every pass, got 0 in a later"):
         bkf.fit(model, Once(batches_of(x, y)), bkf.KalmanConfig(passes=2), progress=False)
@@ -188,7 +190,7 @@ def test_a_pass_that_diverges_leaves_the_one_before(monkeypatch):
 @pytest.mark.parametrize(
     "setting", [{"forgetting": 0.99}, {"drift_variance": 0.1}, {"prior_pull": 0.1}, {"gate_quantile": 0.9}]
 )
-def test_passes_do_not_go_with_what_moves_or_is_gated(setting):
+def test_dynamics_and_gates_exclude_several_passes(setting):
     (name, value), plain = setting.popitem(), bkf.KalmanConfig()
     message = rf"`passes` above 1 needs `{name}` {getattr(plain, name)}, since [^`]*, got {value}\.$"
     with pytest.raises(ValueError, match=message):
@@ -196,7 +198,7 @@ def test_passes_do_not_go_with_what_moves_or_is_gated(setting):
 
 
 @pytest.mark.parametrize("covariance", ["full", "low_rank", "block_diagonal", "diagonal"])
-def test_a_step_of_a_mean_pass_is_its_formula(covariance):
+def test_a_natural_gradient_step_equals_its_formula(covariance):
     """Against dense matrices: P, the prior's pull, and the filter's denominator along the gradient."""
     model, x, y = small("categorical")
     config = bkf.KalmanConfig(covariance=covariance, initial_variance=0.3, bound_prior=False)
@@ -216,7 +218,7 @@ def test_a_step_of_a_mean_pass_is_its_formula(covariance):
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "poisson"])
-def test_mean_passes_go_toward_the_mode(likelihood):
+def test_mean_passes_approach_the_mode(likelihood):
     """Near it where no example has much leverage; counts as large as these are held back by the denominator."""
     model, x, y = small(likelihood)
     setting = {"likelihood": likelihood, "covariance": "full", "initial_variance": 0.3, "bound_prior": False}
@@ -240,7 +242,7 @@ def test_mean_passes_go_toward_the_mode(likelihood):
     assert len(posterior.history["fitted_log_loss"]) == 30
 
 
-def test_at_the_mode_a_batch_of_all_data_moves_nothing():
+def test_at_the_mode_a_batch_of_all_data_does_not_move_the_mean():
     torch.manual_seed(0)
     model, x, y = nn.Linear(5, 1, bias=False).double(), torch.randn(18, 5).double(), torch.randn(18, 1).double()
     config = bkf.KalmanConfig(
@@ -251,7 +253,7 @@ def test_at_the_mode_a_batch_of_all_data_moves_nothing():
     torch.testing.assert_close(posterior.mean_vector, mean, rtol=1e-9, atol=1e-9)
 
 
-def test_what_does_not_go_with_mean_passes():
+def test_settings_and_loaders_that_exclude_mean_passes_raise():
     model, x, y = small("categorical")
     config = bkf.KalmanConfig(mean_passes=1)
     with pytest.raises(

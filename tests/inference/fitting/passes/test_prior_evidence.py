@@ -72,7 +72,7 @@ def test_evidence_and_covariance_are_those_of_the_dense_laplace_approximation(co
 
 @pytest.mark.parametrize("covariance", EXACT)
 @pytest.mark.parametrize("width", [1e-3, 0.1, 30.0])
-def test_a_widened_prior_is_a_pass_under_that_prior(covariance, width):
+def test_a_scaled_prior_is_a_pass_under_that_prior(covariance, width):
     """One module: a block is the whole."""
     torch.manual_seed(0)
     model, batches = nn.Linear(3, 3).double(), data()
@@ -87,7 +87,7 @@ def test_a_widened_prior_is_a_pass_under_that_prior(covariance, width):
 
 @pytest.mark.parametrize("covariance", ["diagonal", "diagonal_information", "diagonal_mixed", "block_diagonal"])
 @pytest.mark.parametrize("width", [0.1, 30.0])
-def test_a_widened_prior_is_a_pass_under_that_prior_for_beliefs_that_leave_something_out(covariance, width):
+def test_a_scaled_prior_is_a_pass_under_that_prior_for_approximate_structures(covariance, width):
     """Several blocks, or a diagonal: what the data add must not depend on the prior whose width is chosen later."""
     model, batches = network(), data()
     narrow = bkf.KalmanConfig(covariance=covariance, initial_variance=0.5, bound_prior=False)
@@ -122,7 +122,7 @@ def test_evidence_of_linear_regression_is_exact():
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_departure_is_known_for_lora_b_and_saved_modules_only():
+def test_displacement_is_known_for_lora_b_and_saved_modules_only():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
@@ -159,7 +159,7 @@ UNTOUCHED = [
 
 
 @pytest.mark.parametrize("config", UNTOUCHED, ids=lambda config: config.peft_type.value)
-def test_an_untouched_adapter_has_not_moved(config):
+def test_an_untrained_adapter_has_no_displacement(config):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     adapter = AdapterModel(get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), config))
@@ -169,7 +169,7 @@ def test_an_untouched_adapter_has_not_moved(config):
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT, of a LayerNorm
-def test_departure_of_other_tensors_with_a_known_start():
+def test_displacement_of_other_tensors_with_known_initial_values():
     """LoRA's own biases start at zero, IA3 at ones, one factor of LoHa at zero, tuned norms where the base's are."""
     base = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     nn.init.normal_(base[1].weight)
@@ -200,7 +200,7 @@ def test_a_far_trained_adapter_gets_a_wider_prior_than_one_that_hardly_moved():
 
 
 @pytest.mark.parametrize("covariance", EXACT)
-def test_a_trained_mean_goes_on_to_the_mode_under_the_prior_that_training_started_from(covariance):
+def test_mean_passes_move_a_trained_mean_to_the_mode_under_the_prior_at_the_initial_weights(covariance):
     """Linear regression, untrained: toward the exact posterior; without LoRA, training is taken to start from zero."""
     g = torch.Generator().manual_seed(3)
     x, y = torch.randn(40, 4, generator=g).double(), torch.randn(40, 1, generator=g).double()
@@ -227,7 +227,7 @@ def test_a_trained_mean_goes_on_to_the_mode_under_the_prior_that_training_starte
     assert len(moves.history["fitted_log_loss"]) == 30
 
 
-def test_a_trained_lora_adapter_that_goes_on_keeps_the_width_of_its_evidence():
+def test_mean_passes_of_a_trained_lora_adapter_keep_the_prior_width_of_its_evidence():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])).double()
@@ -249,7 +249,7 @@ def test_a_trained_lora_adapter_that_goes_on_keeps_the_width_of_its_evidence():
     assert objective(moves) < objective(stays)
 
 
-def test_temperature_is_as_configured_or_as_held_out_data_say():
+def test_temperature_is_configured_or_chosen_by_held_out_data():
     model, batches = network(), data(count=8)
     posterior = bkf.fit(model, batches, config_of("full"), start="trained", progress=False)
     assert posterior.temperature == prior_evidence.TRAINED_TEMPERATURE
@@ -278,7 +278,7 @@ def test_bad_calibration_data():
 
 
 @pytest.mark.parametrize("dynamics", [{"forgetting": 0.99}, {"drift_variance": 0.1}, {"prior_pull": 0.01}])
-def test_dynamics_and_a_width_chosen_by_evidence_exclude_each_other(dynamics):
+def test_dynamics_exclude_a_prior_width_chosen_by_evidence(dynamics):
     batches = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
     name = next(iter(dynamics))
     with pytest.raises(ValueError, match=rf"data that are not forgotten, got `{name}` {dynamics[name]}"):

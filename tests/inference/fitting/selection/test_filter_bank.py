@@ -26,7 +26,7 @@ def stream(size=2, count=12, m=3, seed=1):
     return [(x, (x @ truth).argmax(1)) for x in inputs]
 
 
-def test_one_candidate_is_its_filter():
+def test_a_bank_of_one_candidate_equals_its_filter():
     config = KalmanConfig()
     bank, kf = Bank(model_of(), [config]), KalmanFilter(model_of(), config)
     data = stream()
@@ -44,7 +44,7 @@ def test_one_candidate_is_its_filter():
     assert together.own_passes == (0,)
 
 
-def test_candidates_far_apart_are_their_filters(monkeypatch):
+def test_candidates_that_share_no_passes_equal_their_filters(monkeypatch):
     """Where no candidate may learn from another's passes, each is what it would be alone."""
     monkeypatch.setattr("bayes_kf.inference.fitting.selection.shared_update.MAX_OUTPUT_SHIFT", 0.0)
     configs = candidates(KalmanConfig(), {"initial_logit_sd": (0.5, 3.0), "covariance": ("diagonal", "full")})
@@ -57,14 +57,14 @@ def test_candidates_far_apart_are_their_filters(monkeypatch):
         states = [kf.update(state, x, y)[0] for kf, state in zip(alone, states, strict=True)]
     for found, expected in zip(together.states, states, strict=True):
         assert torch.equal(found.belief.mean, expected.belief.mean)
-        assert torch.equal(found.scores.total, expected.scores.total)
-    expected = torch.stack([-state.scores.total.min() for state in states])
+        assert torch.equal(found.temperature_scores.total, expected.temperature_scores.total)
+    expected = torch.stack([-state.temperature_scores.total.min() for state in states])
     torch.testing.assert_close(bank.evidence(together), expected)
     assert bank.best(together) == int(expected.argmax())
     torch.testing.assert_close(bank.weights(together), expected.softmax(0))
 
 
-def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
+def test_candidates_of_a_linear_model_share_all_passes_and_equal_their_filters(monkeypatch):
     """To first order is exact there, so one linearization serves every candidate."""
     monkeypatch.setattr("bayes_kf.inference.fitting.selection.shared_update.MAX_OUTPUT_SHIFT", torch.inf)
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_a_linear_model_shares_all_passes_and_loses_nothing(monkeypatch):
         torch.testing.assert_close(found.belief.covariance, state.belief.covariance, rtol=1e-7, atol=1e-10)
 
 
-def test_shared_passes_stay_near_the_filters_alone():
+def test_evidence_with_shared_passes_is_close_to_that_of_the_filters():
     configs = candidates(KalmanConfig(), {"initial_logit_sd": (1.0, 3.0), "forgetting": (1.0, 0.98)})
     bank, data = Bank(model_of(), configs), stream(count=40)
     together = bank.init(data[0][0])
@@ -101,7 +101,7 @@ def test_shared_passes_stay_near_the_filters_alone():
         state = kf.init(data[0][0])
         for x, y in data:
             state, _ = kf.update(state, x, y)
-        assert found == pytest.approx(-float(state.scores.total.min()), rel=0.1)
+        assert found == pytest.approx(-float(state.temperature_scores.total.min()), rel=0.1)
 
 
 def test_a_candidate_that_diverges_is_left_out():
@@ -150,7 +150,7 @@ def test_an_update_reports_the_average_of_what_candidates_predicted(likelihood, 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("skipped", [0, 10])
-def test_within_the_margin_the_narrowest_prior_is_ahead(margin, skipped, monkeypatch):
+def test_within_the_margin_the_narrowest_prior_is_best(margin, skipped, monkeypatch):
     """Against the paired standard errors of what the candidates gained, computed anew at every step.
 
     Where some steps are skipped, at one temperature, so that what was gained after them is a difference.
@@ -180,7 +180,7 @@ def test_within_the_margin_the_narrowest_prior_is_ahead(margin, skipped, monkeyp
     assert bool(margin) == any(best != top for best, top in picked)
 
 
-def test_fit_goes_on_with_the_narrowest_of_what_the_margin_leaves():
+def test_fit_continues_with_the_narrowest_prior_within_the_margin():
     grid = {"initial_logit_sd": (0.9, 0.8)}
     wide, narrow = (
         fit(model_of(), stream(), KalmanConfig(tune=grid, tune_margin=margin), progress=False)
@@ -190,7 +190,7 @@ def test_fit_goes_on_with_the_narrowest_of_what_the_margin_leaves():
     assert (wide.config.initial_logit_sd, narrow.config.initial_logit_sd) == (0.9, 0.8)
 
 
-def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
+def test_fit_continues_with_the_settings_of_largest_evidence(monkeypatch):
     monkeypatch.setattr(
         "bayes_kf.inference.fitting.selection.shared_update.MAX_OUTPUT_SHIFT", 0.0
     )  # no shared passes: to the bit what it is alone
@@ -206,7 +206,10 @@ def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
         burnt_in = state if number == 8 else burnt_in  # fifteen of thirty examples end in the eighth batch
         state, _ = bank.update(state, x, y)
     assert torch.equal(evidence, bank.evidence(state, burnt_in))
-    losses = [-(s.scores.total - b.scores.total).min() for s, b in zip(state.states, burnt_in.states, strict=True)]
+    losses = [
+        -(s.temperature_scores.total - b.temperature_scores.total).min()
+        for s, b in zip(state.states, burnt_in.states, strict=True)
+    ]
     torch.testing.assert_close(evidence, torch.stack(losses), rtol=0.0, atol=0.0)
     assert chosen == candidates(config, grid)[int(evidence.argmax())]
     assert chosen.initial_logit_sd == 2.0  # the other one hardly moves
@@ -218,7 +221,7 @@ def test_fit_goes_on_with_the_settings_that_predicted_best(monkeypatch):
     assert torch.equal(posterior.history["log_loss"][60:], alone.history["log_loss"][60:])
 
 
-def test_what_ends_best_is_chosen_though_it_begins_worst():
+def test_the_burn_in_does_not_count():
     """Coins at first, from which a wide prior learns nonsense, then a rule, which a narrow one hardly learns."""
     g = torch.Generator().manual_seed(9)
     model = nn.Linear(4, 2).double()
@@ -250,7 +253,7 @@ def test_a_tuned_posterior_is_saved_and_loaded(tmp_path):
     assert dict(loaded.tune) == {"initial_logit_sd": [1.0, 3.0]}
 
 
-def test_fit_goes_on_without_a_candidate_that_diverges_at_once():
+def test_fit_continues_without_a_candidate_that_diverges_at_once():
     grid = {"initial_variance": (1e300, 0.1)}
     config = KalmanConfig(tune=grid, bound_prior=False, damping=False, expansion="mean", covariance="full")
     posterior = fit(model_of(), stream(), config, progress=False)
@@ -318,12 +321,12 @@ def test_grids_that_cannot_be_tuned(setting, message):
 
 
 @pytest.mark.parametrize("margin", [-0.5, float("nan"), float("inf"), True, "one"])
-def test_margins_that_are_none(margin):
+def test_bad_margins_raise(margin):
     with pytest.raises(ValueError, match=r"`margin` must be >= 0 and finite, got "):
         Bank(model_of(), [KalmanConfig()], margin)
 
 
-def test_tuning_does_not_go_with_a_trained_adapter():
+def test_tuning_of_a_trained_adapter_raises():
     with pytest.raises(
         ValueError, match=r"`tune` must be None with `start` 'trained', which makes no predictions before"
     ):
@@ -341,7 +344,7 @@ def test_tuning_does_not_go_with_a_trained_adapter():
         ([KalmanConfig(temperature=1.0)], r"`configs` must have `temperature` 'prequential', got 1\.0\."),
     ],
 )
-def test_configs_that_do_not_go_together(configs, message):
+def test_configs_that_differ_in_the_observation_raise(configs, message):
     with pytest.raises(ValueError, match=message):
         Bank(model_of(), configs)
 
@@ -402,7 +405,7 @@ def test_averages_of_every_likelihood_are_mixtures_of_densities():
             assert found.samples is None
 
 
-def test_only_candidates_that_live_have_a_posterior():
+def test_candidates_that_diverged_have_no_posterior():
     bank = Bank(model_of(), [KalmanConfig()])
     state = bank.init(stream()[0][0])
     assert bank.posterior(state).config == KalmanConfig()
@@ -410,11 +413,17 @@ def test_only_candidates_that_live_have_a_posterior():
         bank.posterior(state, 1)
 
 
-def test_candidates_that_gave_some_target_no_probability_are_level_and_ahead_of_one_that_diverged():
+def test_candidates_with_infinite_log_loss_are_equal_and_better_than_one_that_diverged():
     bank = Bank(nn.Linear(3, 2), [KalmanConfig(initial_logit_sd=sd) for sd in (1.0, 2.0, 3.0)])
     state = bank.init(torch.randn(8, 3))
     total = torch.full((len(tempering.GRID),), math.inf, dtype=torch.float64)
-    states = [None, *(s._replace(scores=s.scores._replace(updates=1, total=total)) for s in state.states[1:])]
+    states = [
+        None,
+        *(
+            s._replace(temperature_scores=s.temperature_scores._replace(updates=1, total=total))
+            for s in state.states[1:]
+        ),
+    ]
     state = state._replace(states=states)
     assert bank.weights(state).tolist() == [0.0, 0.5, 0.5]
     assert bank.best(state) == 1

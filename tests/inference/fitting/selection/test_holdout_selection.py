@@ -68,7 +68,7 @@ class Streaming(IterableDataset):
         DataLoader(TensorDataset(X[:7], Y[:7])),
     ],
 )
-def test_what_cannot_be_split_is_fitted_once_by_default(loader):
+def test_loaders_that_cannot_be_split_get_one_pass_by_default(loader):
     assert holdout_selection.split_loader(loader) is None
     with pytest.raises(
         ValueError, match=r"`loader` must be a DataLoader over a data set or a list of at least 8 batch"
@@ -76,7 +76,7 @@ def test_what_cannot_be_split_is_fitted_once_by_default(loader):
         bkf.fit(network(), loader, [bkf.KalmanConfig()], progress=False)
 
 
-def test_without_settings_a_stream_is_passed_over_once():
+def test_without_settings_a_stream_gets_one_pass():
     posterior = bkf.fit(network(), iter(batches()), progress=False)
     evidence = posterior.history["evidence"]
     likeliest, chosen = (3.0, 1.0, 0.3)[int(evidence.argmax())], posterior.config.initial_logit_sd
@@ -90,7 +90,7 @@ def test_without_settings_a_stream_is_passed_over_once():
 
 
 @pytest.mark.parametrize(("signal", "expected"), [(1.0, 3.0), (0.0, 0.3)])
-def test_a_stream_without_settings_takes_the_width_that_it_asks_for(signal, expected):
+def test_without_settings_a_stream_chooses_its_prior_width(signal, expected):
     """Labels that the inputs decide ask for a wide prior, coins for a narrow one."""
     g = torch.Generator().manual_seed(3)
     inputs = torch.randn(160, 3, generator=g, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_a_stream_without_settings_takes_the_width_that_it_asks_for(signal, expe
     assert posterior.config.initial_logit_sd == expected
 
 
-def test_a_trained_adapter_has_no_stream_to_choose_by():
+def test_a_trained_adapter_makes_no_choice_on_a_stream():
     posterior = bkf.fit(network(), iter(batches()), start="trained", progress=False)
     assert "evidence" in posterior.history  # of the prior's precision
     assert posterior.config.tune is None
@@ -124,12 +124,12 @@ def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_bes
     assert posterior.config == dataclasses.replace(good, temperature=temperatures[1])
 
 
-def test_a_temperature_that_was_given_stays():
+def test_a_temperature_given_as_a_number_does_not_change():
     configs = [bkf.KalmanConfig(temperature=0.7), bkf.KalmanConfig(initial_variance=1e-9, temperature=0.7)]
     assert bkf.fit(network(), batches(), configs, progress=False).temperature == 0.7
 
 
-def test_the_held_out_part_is_learned_in_the_end():
+def test_the_best_candidate_is_updated_with_the_held_out_part():
     """Of a linear model, so that the posterior is that of all examples."""
     torch.manual_seed(0)
     model, targets = nn.Linear(3, 1, bias=False).double(), X[:, :1] + 0.1 * X[:, 1:2]
@@ -143,7 +143,7 @@ def test_the_held_out_part_is_learned_in_the_end():
     assert len(posterior.history["log_loss"]) == posterior.state.examples == 90
 
 
-def test_the_default_passes_again_and_keeps_the_model():
+def test_the_default_makes_mean_passes_and_does_not_change_the_model():
     model = network()
     before = [p.clone() for p in model.parameters()]
     posterior = bkf.fit(model, batches(), progress=False)
@@ -159,7 +159,7 @@ def test_the_default_passes_again_and_keeps_the_model():
     assert float(-posterior.predict(X, targets=Y).log_prob.mean()) < 0.5 * math.log(4)  # half of what chance has
 
 
-def test_the_default_tries_a_narrow_prior_only_where_the_careful_one_beats_the_wide_one():
+def test_the_default_tries_a_narrow_prior_only_if_the_cautious_one_beats_the_wide_one():
     """A head already right of labels that are half coins, and a head at zero for labels that the inputs decide."""
     g = torch.Generator().manual_seed(0)
     inputs = torch.randn(120, 6, generator=g).double()
@@ -181,7 +181,7 @@ def test_the_default_tries_a_narrow_prior_only_where_the_careful_one_beats_the_w
     assert (clear.config.initial_logit_sd, clear.config.mean_passes) == (holdout_selection.WIDE_LOGIT_SD, 3)
 
 
-def test_many_outputs_are_seen_by_sampled_directions():
+def test_many_outputs_get_sampled_curvature():
     torch.manual_seed(0)
     data = list(zip(X.split(5), (torch.arange(90) % 40).split(5), strict=True))
     assert [c.curvature for c in holdout_selection.default_candidates(nn.Linear(3, 40).double(), data)] == [
@@ -193,7 +193,7 @@ def test_many_outputs_are_seen_by_sampled_directions():
 
 
 @pytest.mark.parametrize(("outputs", "expected"), [(40, "sampled"), (4, "exact")])
-def test_so_are_those_of_a_stream_and_of_a_trained_adapter_without_settings(outputs, expected):
+def test_many_outputs_of_a_stream_and_of_a_trained_adapter_get_sampled_curvature(outputs, expected):
     torch.manual_seed(0)
     model, data = nn.Linear(3, outputs).double(), list(zip(X.split(5), (torch.arange(90) % 4).split(5), strict=True))
     stream, trained = bkf.fit(model, iter(data), progress=False), bkf.fit(model, data, start="trained", progress=False)
@@ -252,14 +252,14 @@ def test_bad_candidates(configs, start, message):
         bkf.fit(network(), batches(), configs, start=start, progress=False)
 
 
-def test_a_held_out_batch_without_targets_is_refused_whatever_the_temperature():
+def test_a_held_out_batch_without_targets_raises_at_any_temperature():
     batches = [(torch.randn(2, 3), torch.tensor([0, 1])) for _ in range(7)] + [(torch.randn(2, 3), None)]
     for temperature in ("prequential", 0.1):
         with pytest.raises(ValueError, match="must yield targets"):
             bkf.fit(nn.Linear(3, 2), batches, [bkf.KalmanConfig(temperature=temperature)], progress=False)
 
 
-def test_both_parts_keep_how_workers_begin():
+def test_both_parts_keep_the_worker_init_function():
     data = TensorDataset(torch.randn(43, 3), torch.arange(43) % 2)
     hook = lambda worker: None  # noqa: E731
     parts = holdout_selection.split_loader(DataLoader(data, batch_size=8, shuffle=True, worker_init_fn=hook))

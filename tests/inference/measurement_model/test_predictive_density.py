@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import integrate
 
-from bayes_kf.inference.filtering import predictive_density, tempering
+from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
 GENERATOR_SEED = 3

@@ -1,15 +1,15 @@
-"""log p(y) = log E p(y | η) under η ~ N(f, t·C), at several temperatures t.
+"""The predictive density log p(y) = log E p(y | η) under η ~ N(f, t·C), at several temperatures t.
 
-Temperatures are compared by these numbers, so they must be without bias: the logarithm of a mean of S independent draws
-is too low by about Var(p) / (2 S p̄²), the more so the hotter. What is used instead:
+These numbers compare temperatures, so they must be unbiased: the logarithm of a mean of S independent draws is too low
+by about Var(p) / (2 S p̄²), which grows with the temperature. There are three cases:
 
 - Gaussian: the closed form.
 - One output (Bernoulli, Poisson), and two classes, whose log odds are one number: quadrature in one dimension.
 - Otherwise: quasi-random draws (scrambled Sobol points and their mirror images) whose first coordinate, the most even
-  one, lies along the gradient of log p(y | η). Examples take different sets in turn, by their number: errors of a
-  single set would add up.
+  one, lies along the gradient of log p(y | η). Examples use different sets in turn, by their number, because the errors
+  of a single set would add up.
 
-An example's result depends on nothing but its own f, C, y and number, so not on how a batch was cut.
+The result of an example depends on its own f, C, y and number alone, not on the blocks of a batch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from torch.nn import functional as F
 from bayes_kf.models.likelihood import Bernoulli, Gaussian, Likelihood
 
 NODES = 97  # of the quadrature in one dimension
-REACH = 9.0  # standard deviations from the integrand's mode that it covers
-MODE_STEPS = 40  # of Newton's method toward that mode, at most ...
-MODE_PRECISION = 1e-3  # ... and the change that ends them: the mode need not be exact
-POINTS = 512  # quasi-random draws ...
-FEWEST_POINTS = 32  # ... and with so many outputs that those would be more than ...
-MOST_NUMBERS = 2**20  # ... these numbers an example; as many are held at once
-SETS, FEWEST_SETS = 64, 2  # of points, that examples take in turn; fewer where those would be more than ...
-SET_NUMBERS = 2**21  # ... these numbers
+QUADRATURE_SDS = 9.0  # standard deviations on each side of the integrand's mode
+MAX_NEWTON = 40  # steps of Newton's method toward that mode
+NEWTON_ATOL = 1e-3  # change of the mode that ends them: the mode need not be exact
+MAX_POINTS, MIN_POINTS = 512, 32  # quasi-random draws; as many as MAX_NUMEL allows
+MAX_NUMEL = 2**20  # numbers per example, and numbers in memory at once
+MAX_SETS, MIN_SETS = 64, 2  # sets of points, which examples use in turn; as many as MAX_SET_NUMEL allows
+MAX_SET_NUMEL = 2**21  # numbers in all sets
 
 
 def log_loss(
@@ -65,9 +64,8 @@ def log_loss(
         return _one_output(Bernoulli(), odds, variance.clamp_min(0.0).sqrt(), targets.double(), temperatures)
     scale = covariance.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)[:, None, None]
     values, vectors = torch.linalg.eigh(covariance / scale)
-    root = (
-        scale.sqrt() * (vectors * values.clamp_min(0.0).sqrt().unsqueeze(1)) @ vectors.mT
-    )  # negative by rounding only
+    values = values.clamp_min(0.0)  # negative only by rounding
+    root = scale.sqrt() * (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
     return root_log_loss(family, outputs, root.to(outputs), targets, temperatures, first)
 
 
@@ -95,19 +93,19 @@ def root_log_loss(
     """As :func:`log_loss` by quasi-random draws, for C = rootᵀ root with root (B, r, m), or (B, 1, 1) times I."""
     rank = outputs.shape[1] if root.shape[1:] == (1, 1) else root.shape[1]
     width = max(rank, outputs.shape[1])
-    count = POINTS if POINTS * width <= MOST_NUMBERS else max(FEWEST_POINTS, MOST_NUMBERS // width)
+    count = MAX_POINTS if MAX_POINTS * width <= MAX_NUMEL else max(MIN_POINTS, MAX_NUMEL // width)
     sets = _point_sets(count // 2, rank)
     number = torch.arange(first, first + len(outputs)) % len(sets)
-    at_once = max(1, MOST_NUMBERS // (count * width))  # examples
+    chunk = max(1, MAX_NUMEL // (count * width))  # examples in memory at once
     losses = []
-    for start in range(0, len(outputs), at_once):
-        some = slice(start, start + at_once)
+    for start in range(0, len(outputs), chunk):
+        some = slice(start, start + chunk)
         points = sets[number[some]].to(root)
-        losses.append(_drawn(family, outputs[some], root[some], targets[some], points, temperatures))
+        losses.append(_sampled_log_loss(family, outputs[some], root[some], targets[some], points, temperatures))
     return torch.cat(losses, 1)
 
 
-def _drawn(
+def _sampled_log_loss(
     family: Likelihood,
     outputs: Tensor,
     root: Tensor,
@@ -117,44 +115,43 @@ def _drawn(
 ) -> Tensor:
     """Log losses (K, B) from standard normal points (B, r, S) and their mirror images.
 
-    A reflection takes the first axis to the direction in which log p(y | η) changes most. Outputs come first in memory,
-    draws last, where sums over few outputs are fast.
+    A reflection maps the first axis to the direction in which log p(y | η) changes most. Outputs come first in memory
+    and draws last, because sums over few outputs are fast there.
     """
     gradient = family.residual(outputs, targets)
-    scaled = root.shape[1:] == (1, 1)
-    along = F.normalize(gradient if scaled else (root @ gradient.unsqueeze(-1)).squeeze(-1), dim=-1)  # (B, r)
+    isotropic = root.shape[1:] == (1, 1)
+    along = F.normalize(gradient if isotropic else (root @ gradient.unsqueeze(-1)).squeeze(-1), dim=-1)  # (B, r)
     normal = along.clone()
     normal[:, 0] -= 1.0
     normal = F.normalize(normal, dim=-1).unsqueeze(-1)  # of the mirror, (B, r, 1)
-    turned = points - 2.0 * normal * (normal.mT @ points)
-    spread = (turned * root if scaled else root.mT @ turned).transpose(0, 1)  # (m, B, S)
-    spread = torch.cat([spread, -spread], -1)
-    centre = outputs.T.unsqueeze(-1)
-    losses = [-_log_prob(family, centre + heat**0.5 * spread, targets).double().logsumexp(1) for heat in temperatures]
-    return math.log(spread.shape[-1]) + torch.stack(losses)
-
-
-def _log_prob(family: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Log p(y | η) of outputs (m, B, S), (B, S)."""
-    if family.name != "categorical":
-        return family.log_prob(outputs.permute(2, 1, 0), targets).T
-    label = outputs.gather(0, targets.view(1, -1, 1).expand(1, -1, outputs.shape[-1])).squeeze(0)
-    return label - outputs.logsumexp(0)
+    reflected = points - 2.0 * normal * (normal.mT @ points)
+    deviation = (reflected * root if isotropic else root.mT @ reflected).transpose(0, 1)  # (m, B, S)
+    deviation = torch.cat([deviation, -deviation], -1)
+    centre, losses = outputs.T.unsqueeze(-1), []
+    label = targets.view(1, -1, 1).expand(1, -1, deviation.shape[-1]) if family.name == "categorical" else None
+    for t in temperatures:
+        eta = centre + t**0.5 * deviation
+        if label is None:
+            log_prob = family.log_prob(eta.permute(2, 1, 0), targets).T
+        else:
+            log_prob = eta.gather(0, label).squeeze(0) - eta.logsumexp(0)
+        losses.append(-log_prob.double().logsumexp(1))
+    return math.log(deviation.shape[-1]) + torch.stack(losses)
 
 
 @functools.lru_cache(maxsize=8)
 def _point_sets(count: int, dimension: int) -> Tensor:
     """Scrambled Sobol points as standard normal numbers, (sets, dimension, count), the same at every call."""
-    sets = max(FEWEST_SETS, min(SETS, SET_NUMBERS // (count * dimension)))
+    sets = max(MIN_SETS, min(MAX_SETS, MAX_SET_NUMEL // (count * dimension)))
     if dimension > torch.quasirandom.SobolEngine.MAXDIM:
         generator = torch.Generator().manual_seed(0)
         return torch.randn((sets, dimension, count), generator=generator)
-    found = torch.empty(sets, dimension, count)
+    points = torch.empty(sets, dimension, count)
     for number in range(sets):
         engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=number)
         uniform = engine.draw(count, dtype=torch.float64).clamp(1e-12, 1.0 - 1e-12)
-        found[number] = torch.special.ndtri(uniform).T
-    return found
+        points[number] = torch.special.ndtri(uniform).T
+    return points
 
 
 def _one_output(
@@ -162,14 +159,14 @@ def _one_output(
 ) -> Tensor:
     """Log losses (K, ..., B) of one output, by quadrature: outputs (..., B), sd (B,) at temperature 1, targets (B,).
 
-    The integrand exp(g(ε)), g = log p(y | f + sε) − ε²/2, has one maximum. Nodes are ε̂ + c sinh u, u equally spaced:
-    dense at its place ε̂, where the likelihood may be much narrower than the belief, and out to ``REACH``.
+    The integrand exp(g(ε)), g = log p(y | f + sε) − ε²/2, has one maximum ε̂. Nodes are ε̂ + c sinh u, u equally spaced:
+    dense at ε̂, where the likelihood may be much narrower than the belief, and up to ``QUADRATURE_SDS`` away.
     """
     heat = torch.tensor(temperatures, dtype=torch.float64, device=outputs.device)
     sd = heat.sqrt().view(-1, *[1] * outputs.dim()) * sd  # (K, ..., B)
     mode = _mode(family, outputs, sd, targets)
     width = 1.0 / (1.0 + sd)
-    last = torch.asinh(REACH / width)
+    last = torch.asinh(QUADRATURE_SDS / width)
     step = 2.0 * last / (NODES - 1)
     place = (
         torch.linspace(-1.0, 1.0, NODES, dtype=torch.float64, device=outputs.device).view(-1, *[1] * sd.dim()) * last
@@ -181,7 +178,7 @@ def _one_output(
 
 
 def _mode(family: Likelihood, outputs: Tensor, sd: Tensor, targets: Tensor) -> Tensor:
-    """Where log p(y | f + sε) − ε²/2 is largest, by Newton's method kept in a bracket; (K, ..., B)."""
+    """The maximum of log p(y | f + sε) − ε²/2 over ε, (K, ..., B), by Newton's method in a bracket."""
     tiny = torch.finfo(sd.dtype).tiny
     bound = sd * family.residual(outputs.unsqueeze(-1), targets.unsqueeze(-1)).squeeze(-1)
     low, high = bound.clamp_max(0.0), bound.clamp_min(0.0)  # the slope at 0 is s·e, and falls by at least 1 a unit
@@ -189,15 +186,15 @@ def _mode(family: Likelihood, outputs: Tensor, sd: Tensor, targets: Tensor) -> T
         peak = (targets.clamp_min(tiny).log() - outputs) / sd.clamp_min(tiny)
         low, high = torch.maximum(low, peak.clamp_max(0.0)), torch.minimum(high, peak.clamp_min(0.0))
     mode = torch.zeros_like(bound)
-    for _ in range(MODE_STEPS):
+    for _ in range(MAX_NEWTON):
         point = (outputs + sd * mode).unsqueeze(-1)
         slope = sd * family.residual(point, targets.unsqueeze(-1)).squeeze(-1) - mode
         curvature = 1.0 + sd.square() * family.variance(point)[..., 0, 0]
         low, high = torch.where(slope > 0, mode, low), torch.where(slope > 0, high, mode)
-        moved = mode + slope / curvature
-        moved = torch.where((moved > low) & (moved < high), moved, 0.5 * (low + high))
-        change, mode = (moved - mode).abs().max(), moved
-        if float(change) < MODE_PRECISION:
+        proposal = mode + slope / curvature
+        proposal = torch.where((proposal > low) & (proposal < high), proposal, 0.5 * (low + high))
+        change, mode = (proposal - mode).abs().max(), proposal
+        if float(change) < NEWTON_ATOL:
             break
     return mode
 
@@ -205,7 +202,7 @@ def _mode(family: Likelihood, outputs: Tensor, sd: Tensor, targets: Tensor) -> T
 def _gaussian(
     family: Gaussian, outputs: Tensor, output_cov: Tensor, targets: Tensor, temperatures: Sequence[float]
 ) -> Tensor:
-    """In closed form, all temperatures at once."""
+    """Log losses (K, B) in closed form."""
     heat = torch.tensor(temperatures, dtype=torch.float64, device=outputs.device).view(-1, 1, 1, 1)
     noise_var = family.noise_variance.to(heat).expand_as(outputs)
     normal = torch.distributions.MultivariateNormal(
