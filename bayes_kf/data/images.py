@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from bayes_kf.data.labels import LabelledData, make_loader
+from bayes_kf.validation import check_one_of
 
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of Pillow's numbers
 _CROPPED_BELOW = 384  # pixels, of ConvNeXt's images
@@ -54,8 +55,7 @@ class ImageFormat:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"`size` must be a positive height and width, got {self.size}.")
-        if self.resample not in _RESAMPLE:
-            raise ValueError(f"`resample` must be one of {', '.join(_RESAMPLE)}, got {self.resample!r}.")
+        check_one_of("resample", self.resample, _RESAMPLE)
         if self.channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 or 3, got {self.channels}.")
         if len(self.mean) != self.channels or len(self.sd) != self.channels or min(self.sd) <= 0:

@@ -19,13 +19,10 @@ from bayes_kf.inference.baselines.kronecker_factors import Layer, layers, precis
 from bayes_kf.inference.baselines.newton_inverse import newton_inverse, shift_error, shifted
 from bayes_kf.inference.baselines.seeded_optimizer import (
     SeededOptimizer,
-    check_count,
     check_finite,
-    check_not_negative,
     check_outputs,
-    check_positive,
-    check_share,
 )
+from bayes_kf.validation import check_not_negative, check_one_of, check_positive, check_share, check_whole
 
 INVERSES = ("cholesky", "newton", "eigen")
 LAZY = 0.01  # relative error of an inverse that is corrected instead of computed again
@@ -76,12 +73,15 @@ class KFAC(SeededOptimizer):
         inverse: str = "cholesky",
         seed: int = 0,
     ) -> None:
-        check_positive(lr=lr, damping=damping, kl_clip=kl_clip)
-        check_share(decay=decay, momentum=momentum)
-        check_not_negative(weight_decay=weight_decay)
-        check_count(refresh=refresh)
-        if inverse not in INVERSES:
-            raise ValueError(f"`inverse` must be one of {', '.join(INVERSES)}, got {inverse!r}.")
+        check_positive("lr", lr)
+        check_positive("damping", damping)
+        if kl_clip is not None:
+            check_positive("kl_clip", kl_clip)
+        check_share("decay", decay)
+        check_share("momentum", momentum)
+        check_not_negative("weight_decay", weight_decay)
+        check_whole("refresh", refresh)
+        check_one_of("inverse", inverse, INVERSES)
         super().__init__(model, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, seed)
         self.damping, self.decay, self.kl_clip = damping, decay, kl_clip
         self.refresh, self.inverse = refresh, inverse

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayes_kf.inference.baselines.kfac import KFAC
-from bayes_kf.inference.baselines.seeded_optimizer import check_not_negative
+from bayes_kf.validation import check_not_negative
 
 
 class RENG(KFAC):
@@ -42,7 +42,7 @@ class RENG(KFAC):
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-2, *, penalty: float = 1e-2, **options: Any) -> None:
-        check_not_negative(penalty=penalty)
+        check_not_negative("penalty", penalty)
         super().__init__(model, lr, **options)
         self.penalty = penalty
         if penalty > 0:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kf.inference.baselines.kfac import KFAC
-from bayes_kf.inference.baselines.seeded_optimizer import check_not_negative
+from bayes_kf.validation import check_not_negative
 
 
 class RING(KFAC):
@@ -33,7 +33,7 @@ class RING(KFAC):
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-2, *, penalty: float = 1e-2, **options: Any) -> None:
-        check_not_negative(penalty=penalty)
+        check_not_negative("penalty", penalty)
         super().__init__(model, lr, **options)
         self.penalty = penalty
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -107,35 +106,7 @@ def check_outputs(outputs: Tensor) -> None:
     check_finite("outputs", [outputs])
 
 
-def check_positive(**values: float | None) -> None:
-    """Raise ValueError for a number that is not positive and finite; None passes."""
-    for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
-
-
-def check_not_negative(**values: float) -> None:
-    """Raise ValueError for a number that is not >= 0 and finite."""
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be >= 0 and finite, got {value!r}.")
-
-
-def check_share(**values: float) -> None:
-    """Raise ValueError for a number outside [0, 1)."""
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"`{name}` must lie in [0, 1), got {value!r}.")
-
-
 def check_betas(betas: tuple[float, float]) -> None:
-    """Raise ValueError for what are not two numbers in [0, 1)."""
+    """Raise ValueError unless ``betas`` are two numbers in [0, 1)."""
     if len(betas) != 2 or not all(0 <= value < 1 for value in betas):
         raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
-
-
-def check_count(**values: int) -> None:
-    """Raise ValueError for what is not a whole number >= 1."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")

@@ -13,12 +13,10 @@ from bayes_kf.inference.baselines.kronecker_factors import precision
 from bayes_kf.inference.baselines.seeded_optimizer import (
     SeededOptimizer,
     check_betas,
-    check_count,
     check_finite,
-    check_not_negative,
     check_outputs,
-    check_positive,
 )
+from bayes_kf.validation import check_not_negative, check_positive, check_whole
 
 TINY = 1e-15  # added to ρh, as in the release
 
@@ -60,10 +58,11 @@ class SophiaG(SeededOptimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        check_positive(lr=lr, rho=rho)
+        check_positive("lr", lr)
+        check_positive("rho", rho)
         check_betas(betas)
-        check_count(refresh=refresh)
-        check_not_negative(weight_decay=weight_decay)
+        check_whole("refresh", refresh)
+        check_not_negative("weight_decay", weight_decay)
         super().__init__(model, {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay}, seed)
         self.refresh = refresh
         self._drawn: dict[Tensor, Tensor] = {}

@@ -17,10 +17,9 @@ from bayes_kf.inference.baselines.kronecker_factors import precision
 from bayes_kf.inference.baselines.seeded_optimizer import (
     SeededOptimizer,
     check_betas,
-    check_count,
     check_finite,
-    check_positive,
 )
+from bayes_kf.validation import check_positive, check_whole
 
 
 class SparseOptimization(SeededOptimizer):
@@ -65,10 +64,11 @@ class SparseOptimization(SeededOptimizer):
         eps: float = 1e-8,
         seed: int = 0,
     ) -> None:
-        check_positive(lr=lr, eps=eps, density=density)
+        for name, value in (("lr", lr), ("eps", eps), ("density", density)):
+            check_positive(name, value)
         if density > 1:
             raise ValueError(f"`density` must lie in (0, 1], got {density!r}.")
-        check_count(refresh=refresh)
+        check_whole("refresh", refresh)
         check_betas(betas)
         super().__init__(model, {"lr": lr, "betas": betas, "eps": eps, "density": density, "refresh": refresh}, seed)
         self._seen: dict[Tensor, Tensor] = {}
