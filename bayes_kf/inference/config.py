@@ -246,8 +246,8 @@ class KalmanConfig:
     )
     tune_burn_in: float = setting(
         0.5,
-        "Share, in [0, 1), of these examples, the first, whose log loss does not count: the combination that "
-        "begins best often does not end best. 0: all count, as in the evidence.",
+        "Share, in [0, 1), of these examples, the first, whose log loss does not count: the combination with "
+        "the best start often does not have the best end. 0: all count, as in the evidence.",
         check=check_share,
     )
     tune_margin: float = setting(
