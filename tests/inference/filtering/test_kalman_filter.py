@@ -442,7 +442,7 @@ def test_a_lucky_first_prediction_does_not_rule_out_noise(covariance, first):
 def test_a_filter_gives_the_posterior_of_a_state():
     kf = KalmanFilter(nn.Linear(2, 3), KalmanConfig(covariance="diagonal"))
     state = kf.init(torch.randn(4, 2))
-    found, x = bkf.Posterior(kf, state), torch.randn(5, 2)
+    found, x = kf.posterior(state), torch.randn(5, 2)
     assert isinstance(found, bkf.Posterior)
     assert torch.equal(found.mean_vector, state.belief.mean)
     assert torch.equal(found.predict(x).probs, bkf.Posterior(kf, state).predict(x).probs)
