@@ -47,7 +47,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {  # part of a step -> its functions
     "rows": [(RowBuffer, "add")],
     "J P Jᵀ": [(Jacobian, "gram")],
     "mode": [(measurement_update, "expand_at_mode")],
-    "temperature": [(measurement_update, "_scores")],
+    "temperature": [(measurement_update, "score_temperatures")],
     "conditioning": [(measurement_update, "_condition")],
     REST: [(KalmanFilter, "update")],
 }
