@@ -33,7 +33,9 @@ from bayes_kf.inference.filtering.step_guard import (
 )
 from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
+from bayes_kf.models.batch import Batch
 
+LinearizedPiece = tuple[Measurement, MeasurementBlock]
 NEEDED = {"covariance": "diagonal_information", "noise": "exponential_family", "expansion": "mean"}
 
 
@@ -113,13 +115,13 @@ class DataParallelFilter(DistributedFilter):
 
     def _linearize(
         self, before: FilterState, batch: BatchShard, builder: UpdateInfoBuilder, is_whole: bool
-    ) -> tuple[list[tuple[Measurement, MeasurementBlock]], BatchSums]:
+    ) -> tuple[list[LinearizedPiece], BatchSums]:
         """This process's linearized pieces of a global batch, and the sums over all processes."""
-        pieces: list[tuple[Measurement, MeasurementBlock]] = []
+        pieces: list[LinearizedPiece] = []
         own, failure = BatchSums.zeros(before.belief.mean), None
         try:
             if batch.sizes[self.group.rank] and batch.inputs is not None:
-                own = self._linearize_local(before, batch, builder, is_whole, pieces)
+                pieces, own = self._linearize_local(before, batch, builder, is_whole)
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
         self.batch_shards.raise_together(failure)
@@ -129,20 +131,17 @@ class DataParallelFilter(DistributedFilter):
         return pieces, sums
 
     def _linearize_local(
-        self,
-        before: FilterState,
-        batch: BatchShard,
-        builder: UpdateInfoBuilder,
-        is_whole: bool,
-        pieces: list[tuple[Measurement, MeasurementBlock]],
-    ) -> BatchSums:
-        """The sums over this process's examples; appends their linearized pieces to ``pieces``."""
+        self, before: FilterState, batch: BatchShard, builder: UpdateInfoBuilder, is_whole: bool
+    ) -> tuple[list[LinearizedPiece], BatchSums]:
+        """This process's linearized pieces of a global batch, and the sums over its examples."""
         assert batch.inputs is not None
-        self.kf.linearize.prepare(before.belief.mean, batch.inputs)
+        local = Batch(batch.inputs, batch.targets, batch.sizes[self.group.rank])
+        self.kf.linearize.prepare(before.belief.mean, local)
+        pieces: list[LinearizedPiece] = []
         first, own = sum(batch.sizes[: self.group.rank]), BatchSums.zeros(before.belief.mean)
         shifted = before._replace(examples=before.examples + first)  # so that no two processes draw the same probes
-        targets = self.kf._check_targets(shifted, batch.sizes[self.group.rank], batch.targets)
-        for piece in list(self.kf._measure(shifted, batch.inputs, targets, before.belief.mean)):
+        checked = local.with_targets(self.kf._check_targets(shifted, local))
+        for piece in list(self.kf._measure(shifted, checked, before.belief.mean)):
             if is_whole:
                 builder.add_outputs(
                     piece.outputs, piece.targets, noise.likelihood(self.config.noise_settings, before.noise)
@@ -152,7 +151,7 @@ class DataParallelFilter(DistributedFilter):
             block = piece.block(slice(0, len(piece.targets)), max(piece.rows_per_example))
             pieces.append((piece, block))
             own = self._add_piece(own, numbered, piece, block)
-        return own
+        return pieces, own
 
     def _add_piece(self, sums: BatchSums, state: FilterState, piece: Measurement, block: MeasurementBlock) -> BatchSums:
         """The sums with one more piece of this process's examples."""
@@ -182,7 +181,7 @@ class DataParallelFilter(DistributedFilter):
     def _condition(
         self,
         state: FilterState,
-        pieces: list[tuple[Measurement, MeasurementBlock]],
+        pieces: list[LinearizedPiece],
         sums: BatchSums,
         builder: UpdateInfoBuilder,
     ) -> tuple[DiagonalGaussian, float, bool]:
@@ -215,7 +214,7 @@ class DataParallelFilter(DistributedFilter):
         self,
         state: FilterState,
         after: DiagonalGaussian,
-        pieces: list[tuple[Measurement, MeasurementBlock]],
+        pieces: list[LinearizedPiece],
         sums: BatchSums,
         builder: UpdateInfoBuilder,
     ) -> tuple[bool, bool]:

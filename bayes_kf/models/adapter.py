@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.batch import Inputs, to_device
+from bayes_kf.models.batch import Inputs
 from bayes_kf.models.eval_mode import EvalMode
-from bayes_kf.models.forward import as_matrix, cast_inputs
+from bayes_kf.models.forward import as_matrix, to_model
 from bayes_kf.models.model_lock import model_lock
 from bayes_kf.models.module_restoring import ModuleState, restore, restore_parameters, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
@@ -134,7 +134,9 @@ class AdapterModel:
             if snapshot is None:
                 snapshot = take_snapshot(self._modules)
             try:
-                self._place(tensors)
+                for name, tensor in tensors.items():
+                    for module, attribute in self.owners[name]:  # as torch.func.functional_call does
+                        module._parameters[attribute] = tensor  # type: ignore[assignment]
                 yield snapshot
             except BaseException:
                 restore(snapshot)
@@ -145,22 +147,15 @@ class AdapterModel:
     def swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """As :meth:`substituted`, for reading modules without running them."""
         with model_lock(self.model):
-            own = self._place(tensors)
+            places = [(tensor, *place) for name, tensor in tensors.items() for place in self.owners[name]]
+            before = [module._parameters[attribute] for _, module, attribute in places]
             try:
+                for tensor, module, attribute in places:
+                    module._parameters[attribute] = tensor  # type: ignore[assignment]
                 yield
             finally:
-                self._place(own)
-
-    def _place(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Puts tensors into the model, and returns those that were there; as torch.func.functional_call does."""
-        before: dict[str, Tensor] = {}
-        for name in tensors:
-            module, attribute = self.owners[name][0]
-            before[name] = module._parameters[attribute]  # type: ignore[assignment]
-        for name, tensor in tensors.items():
-            for module, attribute in self.owners[name]:
-                module._parameters[attribute] = tensor  # type: ignore[assignment]
-        return before
+                for (_, module, attribute), parameter in zip(places, before, strict=True):
+                    module._parameters[attribute] = parameter
 
     @contextmanager
     def preserved_gradients(self) -> Iterator[None]:
@@ -207,7 +202,7 @@ class AdapterModel:
         """Raw outputs η of the model as it stands, (B, m); see :meth:`call`."""
         device = self.device
         autocast = self._autocast is not None or torch.is_autocast_enabled(device.type)
-        inputs = cast_inputs(to_device(inputs, device), self.model, self.dtypes, autocast)
+        inputs = to_model(inputs, self.model, device, self.dtypes, autocast)
         with nullcontext() if self._autocast is None else self.autocast():
             outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
         return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)

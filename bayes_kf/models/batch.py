@@ -53,14 +53,35 @@ class Batch:
             return cls(inputs, targets, size)
         return cls(to_device(inputs, device), None if targets is None else targets.to(device), size)
 
+    @classmethod
+    def labelled(cls, inputs: Inputs, targets: Tensor, device: torch.device) -> Batch:
+        """As :meth:`checked`, for batches that must have targets.
+
+        Raises:
+            ValueError: if the inputs are not finite, the batch is empty, or the targets are not a tensor.
+        """
+        size = check_inputs(inputs)
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
+        return cls(to_device(inputs, device), targets.to(device), size)
+
     @property
     def device(self) -> torch.device:
         """The device of the first tensor among the inputs."""
         tensors = self.inputs.values() if isinstance(self.inputs, Mapping) else [self.inputs]
         return next(tensor.device for tensor in tensors if isinstance(tensor, Tensor))
 
+    @property
+    def required_targets(self) -> Tensor:
+        """The targets of a batch that must have them."""
+        if self.targets is None:
+            raise ValueError("`targets` must be given, got None.")
+        return self.targets
+
     def __getitem__(self, which: slice | Tensor) -> Batch:
         """The examples of a slice, or with these indices (views for a slice)."""
+        if isinstance(which, slice) and which.indices(self.size) == (0, self.size, 1):
+            return self
         inputs, targets = some_examples(self.inputs, which, self.size), self.targets
         size = len(which) if isinstance(which, Tensor) else len(range(*which.indices(self.size)))
         return Batch(inputs, None if targets is None else targets[which], size)
@@ -72,6 +93,10 @@ class Batch:
     def chunks(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` consecutive examples; the last one may have fewer."""
         return map(self.__getitem__, self.slices(size))
+
+    def with_targets(self, targets: Tensor) -> Batch:
+        """The batch with other targets, as a likelihood's ``check`` returns them."""
+        return Batch(self.inputs, targets, self.size)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with every tensor on ``device``."""

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.batch import Inputs
+from bayes_kf.models.batch import Inputs, to_device
 
 
-def cast_inputs(inputs: Inputs, model: nn.Module, dtypes: Collection[torch.dtype], autocast: bool) -> Inputs:
-    """Inputs in the model's own floating-point dtype, if it has one and nothing else casts them.
+def to_model(
+    inputs: Inputs, model: nn.Module, device: torch.device, dtypes: Collection[torch.dtype], autocast: bool
+) -> Inputs:
+    """Inputs on a device, in the model's own floating-point dtype if it has one and nothing else casts them.
 
     If the model has no float64 tensor, float64 inputs (NumPy's arrays, for example) become its widest dtype. Other
     inputs are cast only if all of the model's tensors have one dtype and autocast is off. Torch would raise for most.
@@ -20,9 +22,11 @@ def cast_inputs(inputs: Inputs, model: nn.Module, dtypes: Collection[torch.dtype
     Args:
         inputs: as for the model.
         model: the model.
+        device: where its trainable tensors are.
         dtypes: of its trainable tensors; inputs of these dtypes need no walk through the model.
         autocast: whether autocast is on in the forward pass.
     """
+    inputs = inputs.to(device) if isinstance(inputs, Tensor) else to_device(inputs, device)
     for value in inputs.values() if isinstance(inputs, Mapping) else (inputs,):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in dtypes:
             break

@@ -64,6 +64,18 @@ def test_a_batch_is_moved_with_its_targets_and_is_not_wrapped_again():
     assert Batch.of(torch.zeros(2, 1)).to(torch.device("meta")).targets is None
 
 
+def test_a_labelled_batch_has_targets():
+    batch = Batch.labelled(INPUTS, TARGETS, torch.device("cpu"))
+    assert torch.equal(batch.required_targets, TARGETS)
+    assert torch.equal(batch.with_targets(TARGETS + 1).required_targets, TARGETS + 1)
+    assert batch[:] is batch
+    assert batch[0:5] is batch
+    with pytest.raises(ValueError, match="`targets` must be a tensor, got list"):
+        Batch.labelled(INPUTS, [0, 1, 0, 1, 1], torch.device("cpu"))
+    with pytest.raises(ValueError, match="`targets` must be given, got None"):
+        Batch.of(INPUTS).required_targets  # noqa: B018
+
+
 def test_checked_batches_are_finite_and_not_empty():
     checked = Batch.checked(INPUTS, TARGETS, torch.device("cpu"))
     assert checked.size == 5

@@ -34,7 +34,7 @@ from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.noise import NoiseState
-from bayes_kf.models.batch import Inputs, batch_size, some_examples
+from bayes_kf.models.batch import Batch
 
 
 class PenalizedState(NamedTuple):
@@ -51,19 +51,16 @@ class PenalizedState(NamedTuple):
     precision: float = 0.0
 
 
-def start_update(
-    config: KalmanConfig, linearize: Linearizer, state: FilterState, inputs: Inputs, targets: Tensor
-) -> PenalizedState:
+def start_update(config: KalmanConfig, linearize: Linearizer, state: FilterState, batch: Batch) -> PenalizedState:
     """The state before a batch, and beside it the state with the precision of the penalty.
 
     Args:
         config: the settings.
         linearize: of the model.
         state: after the prediction step, before the batch.
-        inputs: the whole batch.
-        targets: as the likelihood's ``check`` returned them.
+        batch: with targets as the likelihood's ``check`` returned them.
     """
-    gradient = mean_gradient(config, linearize, state, inputs, targets)
+    gradient = mean_gradient(config, linearize, state, batch)
     check_finite("the gradient", gradient)
     mean = state.belief.mean
     precision = config.gradient_penalty * float(gradient.square().sum())
@@ -103,11 +100,10 @@ def finish_update(config: KalmanConfig, state: PenalizedState) -> FilterState:
     return plain._replace(belief=plain.belief.with_mean(penalized.belief.mean))
 
 
-def mean_gradient(
-    config: KalmanConfig, linearize: Linearizer, state: FilterState, inputs: Inputs, targets: Tensor
-) -> Tensor:
+def mean_gradient(config: KalmanConfig, linearize: Linearizer, state: FilterState, batch: Batch) -> Tensor:
     """∇ of a batch's mean −log p(y | θ) at the state's mean, (n,), float64; arguments as for :func:`start_update`."""
-    initial = _initial_noise(config, linearize, state, inputs, targets)
+    targets = batch.required_targets
+    initial = _initial_noise(config, linearize, state, batch)
     family = noise.likelihood(config.noise_settings, initial)
 
     def cotangent(outputs: Tensor, where: slice) -> Tensor:
@@ -116,19 +112,14 @@ def mean_gradient(
             loss = -family.log_prob(outputs, targets[where]).sum() / len(targets)
         return torch.autograd.grad(loss, outputs)[0]
 
-    return linearize.gradient(state.belief.mean, inputs, cotangent)
+    return linearize.gradient(state.belief.mean, batch, cotangent)
 
 
-def _initial_noise(
-    config: KalmanConfig, linearize: Linearizer, state: FilterState, inputs: Inputs, targets: Tensor
-) -> NoiseState:
+def _initial_noise(config: KalmanConfig, linearize: Linearizer, state: FilterState, batch: Batch) -> NoiseState:
     """The noise state before the batch; the initial guess of an estimated σ² needs the batch's outputs."""
     if config.likelihood != "gaussian":
         return state.noise
+    targets = batch.required_targets
     if config.noise_variance != "estimated" or state.noise.variance is not None:
         return noise.initialize(config.noise_settings, state.noise, targets, targets)
-    mean, size = state.belief.mean, batch_size(inputs)
-    step = linearize.max_chunk_size(mean, inputs)
-    chunks = [some_examples(inputs, slice(first, first + step), size) for first in range(0, size, step)]
-    outputs = torch.cat([linearize.adapter.outputs(mean, chunk) for chunk in chunks])
-    return noise.initialize(config.noise_settings, state.noise, outputs, targets)
+    return noise.initialize(config.noise_settings, state.noise, linearize.outputs(state.belief.mean, batch), targets)

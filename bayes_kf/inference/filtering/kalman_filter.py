@@ -29,7 +29,7 @@ from bayes_kf.inference.measurement_model.output_directions import (
     warn_of_many_outputs,
 )
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, to_device
+from bayes_kf.models.batch import Batch, Inputs
 
 
 class KalmanFilter:
@@ -68,10 +68,9 @@ class KalmanFilter:
         state = FilterState(self._prior_belief(start), start, NoiseState(), scores, is_scaled, 0, 0)
         if inputs is None or is_scaled:
             return state
-        check_inputs(inputs)
-        given = to_device(inputs, self.adapter.device)
+        batch = Batch.checked(inputs, device=self.adapter.device)
         with self.adapter.full_precision():
-            return self.linearize.retry_in_smaller_chunks(lambda: self._scale_prior(state, given), batch_size(given))
+            return self.linearize.retry_in_smaller_chunks(lambda: self._scale_prior(state, batch), batch.size)
 
     def restart(self, state: FilterState) -> FilterState:
         """The prior, for another pass over the same data, without temperature scores; estimated noise stays."""
@@ -107,20 +106,16 @@ class KalmanFilter:
             DivergenceError: if a mean would not be finite, or a variance not finite and positive.
         """
         start = time.perf_counter()
-        check_inputs(inputs)
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
+        batch = Batch.labelled(inputs, targets, self.adapter.device)
         if self.config.gradient_penalty and (hold_mean or at is not None):
             raise ValueError(
                 "`gradient_penalty` must be 0 if the mean is held or the batch is linearized elsewhere (a trained "
                 f"adapter, another pass), got {self.config.gradient_penalty:g}."
             )
-        device = self.adapter.device
         try:
             with self.adapter.full_precision():
-                inputs, targets = to_device(inputs, device), targets.to(device)
                 after, info = self.linearize.retry_in_smaller_chunks(
-                    lambda: self._update(state, inputs, targets, hold_mean, at), batch_size(inputs)
+                    lambda: self._update(state, batch, hold_mean, at), batch.size
                 )
         except DIVERGED as error:
             raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
@@ -135,18 +130,17 @@ class KalmanFilter:
         return tempering.temperature(self.config.temperature, state.temperature_scores)
 
     def _update(
-        self, state: FilterState, inputs: Inputs, targets: Tensor, hold_mean: bool, at: Tensor | None
+        self, state: FilterState, batch: Batch, hold_mean: bool, at: Tensor | None
     ) -> tuple[FilterState, UpdateInfo]:
-        started = self._start_update(state, inputs, targets)
+        started = self._start_update(state, batch)
         point, fitted = (started.unpenalized.belief.mean, hold_mean) if at is None else (at, True)
-        return self._update_from(started, point, inputs, targets, fitted_point=fitted, hold_mean=hold_mean)
+        return self._update_from(started, point, batch, fitted_point=fitted, hold_mean=hold_mean)
 
     def _update_from(
         self,
         state: PenalizedState,
         point: Tensor,
-        inputs: Inputs,
-        targets: Tensor,
+        batch: Batch,
         update: relinearization.Update | None = None,
         *,
         fitted_point: bool = False,
@@ -157,22 +151,20 @@ class KalmanFilter:
         Args:
             state: as :meth:`_start_update` returned it.
             point: θ, (n,).
-            inputs: the batch.
-            targets: the batch's.
+            batch: with targets.
             update: as for :func:`~bayes_kf.inference.filtering.relinearization.update_from_batch`.
             fitted_point: see :class:`~bayes_kf.inference.filtering.measurement.Measurement`.
             hold_mean: as there.
         """
-        size = batch_size(inputs)
 
         def measure(now: FilterState, where: slice, mean: Tensor) -> Iterator[Measurement]:
-            some = inputs if where == slice(0, size) else some_examples(inputs, where, size)
-            return self._measure(now, some, targets[where], mean, fitted_point, hold_mean)
+            return self._measure(now, checked[where], mean, fitted_point, hold_mean)
 
         def outputs_at_point(where: slice) -> Tensor:
-            return self._outputs(point, some_examples(inputs, where, size))
+            return self.linearize.outputs(point, checked[where])
 
-        targets = self._check_targets(state.unpenalized, size, targets)  # all of them, before any is used
+        targets = self._check_targets(state.unpenalized, batch)  # all of them, before any is used
+        checked = batch.with_targets(targets)
         return self._update_measured(state, point, targets, measure, outputs_at_point, update)
 
     def _update_measured(
@@ -193,82 +185,76 @@ class KalmanFilter:
         step_norm = parameter_sums.norm(after.belief.mean - before.belief.mean)
         return after, builder.build(step_norm, state.precision, relinearized)
 
-    def _start_update(self, state: FilterState, inputs: Inputs, targets: Tensor) -> PenalizedState:
+    def _start_update(self, state: FilterState, batch: Batch) -> PenalizedState:
         """The state with the scale of its prior, after the prediction step, and the penalized state beside it."""
-        self.linearize.prepare(state.belief.mean, inputs)
-        state = self._predict(state if state.prior_is_scaled else self._scale_prior(state, inputs))
+        self.linearize.prepare(state.belief.mean, batch)
+        state = self._predict(state if state.prior_is_scaled else self._scale_prior(state, batch))
         if self.config.gradient_penalty == 0.0:
             return PenalizedState(state)
-        targets = self._check_targets(state, batch_size(inputs), targets)
-        return gradient_penalty.start_update(self.config, self.linearize, state, inputs, targets)
+        checked = batch.with_targets(self._check_targets(state, batch))
+        return gradient_penalty.start_update(self.config, self.linearize, state, checked)
 
     def _finish_update(self, before: FilterState, state: PenalizedState) -> FilterState:
         """The state with its update counted, since the noise model counts updates, not blocks."""
         after = gradient_penalty.finish_update(self.config, state)
         return after._replace(noise=after.noise._replace(step=before.noise.step + 1), step=before.step + 1)
 
-    def _check_targets(self, state: FilterState, size: int, targets: Tensor) -> Tensor:
-        """The targets as the likelihood takes them, (B,) or (B, m); B = ``size``."""
-        shape = size, self.linearize.num_outputs
+    def _check_targets(self, state: FilterState, batch: Batch) -> Tensor:
+        """The targets as the likelihood takes them, (B,) or (B, m)."""
+        shape = batch.size, self.linearize.num_outputs
         outputs = torch.zeros((), dtype=self.adapter.dtype).expand(shape)  # of the shape and type of the true ones
-        return noise.likelihood(self.config.noise_settings, state.noise).check(outputs, targets)
+        return noise.likelihood(self.config.noise_settings, state.noise).check(outputs, batch.required_targets)
 
     def _measure(
         self,
         state: FilterState,
-        inputs: Inputs,
-        targets: Tensor,
+        batch: Batch,
         point: Tensor,
         fitted_point: bool = False,
         hold_mean: bool = False,
     ) -> Iterator[Measurement]:
-        """The batch linearized at ``point``, in chunks that fit the memory; ``targets`` have been checked."""
+        """The batch linearized at ``point``, in chunks that fit the memory; its targets have been checked."""
         curvature, num_outputs = self.config.curvature_settings, self.linearize.num_outputs
-        directions, rows, most = self._rows_per_example(state, point, inputs, targets, num_outputs)
+        directions, rows, most = self._rows_per_example(state, point, batch, num_outputs)
         alike = min(rows) == most
         cuts, seed = [where.stop for where, _ in measurement_blocks(rows)], self.config.seed + state.examples
-        for where, chunk in self.linearize.chunks(point, inputs, directions, cuts):
+        for where, chunk in self.linearize.chunks(point, batch, directions, cuts):
+            targets = chunk.required_targets
             linearized = self.linearize(point, chunk, rows_per_example=directions[where])
             outputs = linearized.outputs
             check_finite("the outputs", outputs)
             family = noise.likelihood(self.config.noise_settings, state.noise)
-            projected = project_outputs(curvature, family, outputs, targets[where], seed + where.start)
+            projected = project_outputs(curvature, family, outputs, targets, seed + where.start)
             if projected.directions is None and family.name == "categorical":
                 jacobian = linearized.softmax_jacobian()
             else:
                 jacobian = linearized.jacobian(projected.directions)
             exact = None if alike or projected.directions is None else projected.directions.rows_per_example
             chunk_rows = rows[where] if exact is None else exact.tolist()  # of this pass, not a forecast
-            outputs_at, chunk_targets = self._outputs_of(chunk.inputs), targets[where]
+            outputs_at = self._outputs_of(chunk)
             yield Measurement(
-                outputs_at, chunk_targets, outputs, point, projected, jacobian, chunk_rows, fitted_point, hold_mean
+                outputs_at, targets, outputs, point, projected, jacobian, chunk_rows, fitted_point, hold_mean
             )
 
-    def _outputs_of(self, inputs: Inputs) -> Callable[[Tensor, slice], Tensor]:
+    def _outputs_of(self, batch: Batch) -> Callable[[Tensor, slice], Tensor]:
         """A map from θ and a slice of the examples to their outputs there."""
-        size = batch_size(inputs)
-        return lambda mean, which: self.adapter.outputs(mean, some_examples(inputs, which, size))
-
-    def _outputs(self, mean: Tensor, inputs: Inputs) -> Tensor:
-        """Outputs at θ, (B, m), as many examples at once as fit the memory."""
-        step, size = self.linearize.max_chunk_size(mean, inputs), batch_size(inputs)
-        chunks = [some_examples(inputs, slice(first, first + step), size) for first in range(0, size, step)]
-        return torch.cat([self.adapter.outputs(mean, chunk) for chunk in chunks])
+        return lambda mean, which: self.adapter.outputs(mean, batch[which].inputs)
 
     def _rows_per_example(
-        self, state: FilterState, point: Tensor, inputs: Inputs, targets: Tensor, num_outputs: int
+        self, state: FilterState, point: Tensor, batch: Batch, num_outputs: int
     ) -> tuple[list[int], list[int], int]:
         """Directions and rows of each example, and the most rows that one can have.
 
         "truncated" curvature finds them by a forward pass of its own if that saves backward passes.
         """
-        curvature, size = self.config.curvature_settings, len(targets)
+        curvature, size = self.config.curvature_settings, batch.size
         count, most = num_directions(curvature, self.config.likelihood, num_outputs), num_rows(curvature, num_outputs)
         alike = [count] * size, [most] * size, most
-        if curvature.curvature != "truncated" or self.linearize.fits_one_pass(point, inputs, count):
+        if curvature.curvature != "truncated" or self.linearize.fits_one_pass(point, batch, count):
             return alike
         family = noise.likelihood(self.config.noise_settings, state.noise)
-        directions = project_outputs(curvature, family, self._outputs(point, inputs), targets).directions
+        outputs = self.linearize.outputs(point, batch)
+        directions = project_outputs(curvature, family, outputs, batch.required_targets).directions
         if directions is None or directions.rows_per_example is None:
             return alike
         rows = directions.rows_per_example.tolist()
@@ -293,10 +279,10 @@ class KalmanFilter:
         sizes = block_sizes(self.adapter, self.config.blocks)
         return self.config.structure.from_variance(*start, rank=self.config.rank, block_sizes=sizes)
 
-    def _scale_prior(self, state: FilterState, inputs: Inputs) -> FilterState:
-        """The state with its prior variance set, or bounded, by the change of the outputs for ``inputs``."""
+    def _scale_prior(self, state: FilterState, batch: Batch) -> FilterState:
+        """The state with its prior variance set, or bounded, by the change of the outputs of a batch."""
         mean = state.prior.mean
-        num_outputs = self.linearize.prepare(mean, inputs)
+        num_outputs = self.linearize.prepare(mean, batch)
         warn_of_many_outputs(self.config.curvature_settings, self.config.likelihood, num_outputs)
-        start = DiagonalGaussian(mean, prior.variance_for_inputs(self.config, self.linearize, mean, inputs))
+        start = DiagonalGaussian(mean, prior.variance_for_inputs(self.config, self.linearize, mean, batch))
         return state._replace(belief=self._prior_belief(start), prior=start, prior_is_scaled=True)

@@ -13,7 +13,7 @@ from bayes_kf.inference.config_groups import PriorSettings
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model.output_directions import random_signs
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, batch_size
+from bayes_kf.models.batch import Batch
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
 
@@ -49,21 +49,21 @@ def depends_on_inputs(config: KalmanConfig) -> bool:
     return config.initial_variance is None or has_bound
 
 
-def variance_for_inputs(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
+def variance_for_inputs(config: KalmanConfig, linearize: Linearizer, mean: Tensor, batch: Batch) -> Tensor:
     """The variance, (n,), if it depends on the first inputs."""
-    mean_squares = _jacobian_mean_squares(config, linearize, mean, inputs)
+    mean_squares = _jacobian_mean_squares(config, linearize, mean, batch)
     if config.initial_variance is None:
         return scaled_variance(config.prior_settings, linearize.adapter, mean, mean_squares)
-    return bounded_variance(config.prior_settings, linearize.adapter, mean, inputs, mean_squares)
+    return bounded_variance(config.prior_settings, linearize.adapter, mean, batch, mean_squares)
 
 
 def bounded_variance(
-    settings: PriorSettings, adapter: AdapterModel, mean: Tensor, inputs: Inputs, mean_squares: Tensor
+    settings: PriorSettings, adapter: AdapterModel, mean: Tensor, batch: Batch, mean_squares: Tensor
 ) -> Tensor:
     """The configured variance, (n,), no larger than a filter of first order can use.
 
     Under too large a variance the first examples move the weights out of the region in which the linearization is
-    accurate. Unless outputs are linear in the parameters, there are three bounds: the logits for ``inputs`` vary by at
+    accurate. Unless outputs are linear in the parameters, there are three bounds: the logits for ``batch`` vary by at
     most ``MAX_LOGIT_SD`` a priori; a tensor varies by at most ``MAX_RELATIVE_SD`` times its root mean square (that of
     its neighbours in the module, if it starts from zero); and no LoRA factor lets ΔW be more than twice the size of W.
     Warns if a bound changes anything. Ours.
@@ -72,7 +72,7 @@ def bounded_variance(
         settings: of the prior.
         adapter: the model.
         mean: the prior mean, (n,).
-        inputs: the first inputs.
+        batch: the first one.
         mean_squares: of the columns of the Jacobian, over examples and outputs, (n,).
     """
     configured = configured_variance(settings, mean)
@@ -92,7 +92,7 @@ def bounded_variance(
         square = squares[name] or of_module[name.rpartition(".")[0]]
         limit = limits.get(name, MAX_RELATIVE_SD**2 * square if square > 0.0 else float("inf"))
         variance[where] = variance[where].clamp_max(limit)
-    if torch.equal(variance, configured) or _is_linear(settings.seed, adapter, mean, inputs, variance):
+    if torch.equal(variance, configured) or _is_linear(settings.seed, adapter, mean, batch, variance):
         return configured
     warnings.warn(
         f"`initial_variance` {settings.initial_variance:g} lets the logits vary by {logit_sd:.3g} a priori, which is "
@@ -129,22 +129,22 @@ def is_output_bias(mean_squares: Tensor) -> bool:
     )
 
 
-def _is_linear(seed: int, adapter: AdapterModel, mean: Tensor, inputs: Inputs, variance: Tensor) -> bool:
+def _is_linear(seed: int, adapter: AdapterModel, mean: Tensor, batch: Batch, variance: Tensor) -> bool:
     """Whether twice a step drawn from N(0, variance) changes the outputs twice as much."""
     generator = torch.Generator(device=mean.device).manual_seed(seed)
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     step = variance.sqrt() * noise
-    start, once, twice = (adapter.outputs(mean + times * step, inputs) for times in (0.0, 1.0, 2.0))
+    start, once, twice = (adapter.outputs(mean + times * step, batch.inputs) for times in (0.0, 1.0, 2.0))
     return bool((once - start - 0.5 * (twice - start)).norm() <= LINEARITY_TOL * (once - start).norm())
 
 
-def _jacobian_mean_squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, inputs: Inputs) -> Tensor:
+def _jacobian_mean_squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, batch: Batch) -> Tensor:
     """Mean squares of the Jacobian's columns over examples and outputs, (n,); by probes unless curvature is exact."""
-    num_outputs, total = linearize.prepare(mean, inputs), torch.zeros_like(mean)
+    num_outputs, total = linearize.prepare(mean, batch), torch.zeros_like(mean)
     count = num_outputs if config.curvature == "exact" else min(num_outputs, MAX_PROBES)
     generator = torch.Generator(device=mean.device).manual_seed(config.seed)
-    for _, chunk in linearize.chunks(mean, inputs, count):
+    for _, chunk in linearize.chunks(mean, batch, count):
         linearized = linearize(mean, chunk, rows_per_example=count)
         directions = None if count == num_outputs else random_signs(linearized.outputs, count, generator)
         total += linearized.jacobian(directions).column_squares()
-    return total / (batch_size(inputs) * num_outputs)
+    return total / (batch.size * num_outputs)

@@ -1,7 +1,6 @@
 """Forward passes that record what their backward passes need, in chunks that fit the memory.
 
-The plan, which says how each tensor's rows are computed, is made on the first batch (``rule_check``). The rows of a
-chunk are in ``linearized_batch``.
+The first batch determines the plan: how each tensor's rows are computed (``rule_check``).
 """
 
 from __future__ import annotations
@@ -118,6 +117,11 @@ class Linearizer:
         if len(bounds) == 2:
             return [(slice(0, batch.size), batch)]
         return [(slice(*ends), batch[slice(*ends)]) for ends in itertools.pairwise(bounds)]
+
+    def outputs(self, vector: Tensor, batch: Batch) -> Tensor:
+        """Outputs at θ without their graph, (B, m), in chunks of as many examples as fit the budget."""
+        chunks = batch.chunks(self.max_chunk_size(vector, batch))
+        return torch.cat([self.adapter.outputs(vector, chunk.inputs) for chunk in chunks])
 
     def retry_in_smaller_chunks(self, call: Callable[[], T], size: int) -> T:
         """The result of ``call``, which is called again, with half the bytes for a chunk, while memory runs out.

@@ -22,6 +22,7 @@ from bayes_kf.inference.fitting.selection.filter_bank import Bank
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.models.batch import Batch
 
 M = 3
 FORMS = ("transient", "permanent")
@@ -217,7 +218,7 @@ def recursion(kf, state, x, y):
     """Predict, linearize and learn, without anything between them."""
     kf.linearize.prepare(state.belief.mean, x)
     state = before = kf._predict(state)
-    for batch in kf._measure(state, x, y, state.belief.mean):
+    for batch in kf._measure(state, Batch.of(x, y), state.belief.mean):
         state = measurement_update.measurement_update(kf.config, [state], batch, [UpdateInfoBuilder()]).states[0]
     return state._replace(noise=state.noise._replace(step=before.noise.step + 1), step=before.step + 1)
 
@@ -305,7 +306,7 @@ def test_the_gradient_is_the_mean_loss_s(curvature, size):
         config = KalmanConfig(curvature=curvature, gradient_penalty=2.0, bytes_budget=budget)
         kf = KalmanFilter(model, config)
         state = kf.init(x)
-        found = mean_gradient(config, kf.linearize, state, x, y)
+        found = mean_gradient(config, kf.linearize, state, Batch.of(x, y))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
         assert kf.update(state, x, y)[1].penalty == pytest.approx(2.0 * float(expected.square().sum()), rel=1e-10)
 
@@ -321,7 +322,9 @@ def test_the_gradient_reaches_checkpointed_layers(reentrant):
     kf = KalmanFilter(Checkpointed(*network()), config)
     state = kf.init(x)
     expected = autograd_gradient(plain, lambda m: F.cross_entropy(m(x), y))
-    torch.testing.assert_close(mean_gradient(config, kf.linearize, state, x, y), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        mean_gradient(config, kf.linearize, state, Batch.of(x, y)), expected, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_the_gradient_of_a_first_batch_with_estimated_noise():
@@ -332,12 +335,16 @@ def test_the_gradient_of_a_first_batch_with_estimated_noise():
     guess = (y - model(x)).square().mean(0).detach()
     expected = autograd_gradient(model, lambda m: 0.5 * ((m(x) - y).square() / guess).sum(1).mean())
     state = kf.init(x)
-    torch.testing.assert_close(mean_gradient(config, kf.linearize, state, x, y), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        mean_gradient(config, kf.linearize, state, Batch.of(x, y)), expected, rtol=1e-10, atol=1e-12
+    )
     after, _ = kf.update(state, x, y)
     later = noise.likelihood(config.noise_settings, after.noise).noise_variance
     moved = at(model, after.belief.mean)
     expected = autograd_gradient(moved, lambda m: 0.5 * ((m(x) - y).square() / later).sum(1).mean())
-    torch.testing.assert_close(mean_gradient(config, kf.linearize, after, x, y), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        mean_gradient(config, kf.linearize, after, Batch.of(x, y)), expected, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_copies_of_a_batch_have_its_penalty():

@@ -141,7 +141,7 @@ def test_the_guard_compares_true_outputs_with_true_outputs():
     state = kf.init(x)
     start = state.belief.mean
     state = state._replace(belief=state.belief._replace(mean=start + 0.2 * torch.randn_like(start)))
-    (batch,) = kf._measure(state, x, y, start)
+    (batch,) = kf._measure(state, Batch.of(x, y), start)
     everything = slice(0, 20)
     block = batch.block(everything, 4).shifted(state.belief.mean - start)
 

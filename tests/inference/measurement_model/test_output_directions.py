@@ -17,6 +17,7 @@ from bayes_kf.inference.measurement_model.output_directions import (
     project_outputs,
     random_signs,
 )
+from bayes_kf.models.batch import Batch
 from bayes_kf.models.likelihood import Categorical
 
 FAMILY = Categorical()
@@ -339,7 +340,7 @@ def test_a_look_ahead_at_how_many_classes_each_example_needs_changes_nothing(cov
         kf = KalmanFilter(model, config)
         state = kf.init()
         kf.linearize.prepare(state.belief.mean, x)
-        needed, _, _ = kf._rows_per_example(state, state.belief.mean, x, y, 12)
+        needed, _, _ = kf._rows_per_example(state, state.belief.mean, Batch.of(x, y), 12)
         asked.append(needed)
         state, info = kf.update(state, x, y)
         found.append((*state.belief, info.log_loss, torch.tensor(info.lumped)))

@@ -28,7 +28,7 @@ from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, batch_size, check_inputs, to_device
+from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.validation import check_not_negative
 
 
@@ -94,14 +94,10 @@ class Bank:
             ValueError: if the inputs or targets do not fit.
             DivergenceError: if the updates of all remaining candidates diverge.
         """
-        check_inputs(inputs)
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"`targets` must be a tensor, got {type(targets).__name__}.")
-        begun, device = time.perf_counter(), self.adapter.device
-        inputs, targets = to_device(inputs, device), targets.to(device)
+        batch, begun = Batch.labelled(inputs, targets, self.adapter.device), time.perf_counter()
         with self.adapter.full_precision():
             after, info = self.filters[0].linearize.retry_in_smaller_chunks(
-                lambda: self._update(state, inputs, targets), batch_size(inputs)
+                lambda: self._update(state, batch), batch.size
             )
         return after, info._replace(seconds=time.perf_counter() - begun)
 
@@ -136,8 +132,7 @@ class Bank:
 
         With a ``margin``: of the candidates whose evidence is lower than the largest by at most ``margin`` standard
         errors of the difference, paired by update, the one with the narrowest prior. The first examples of a stream
-        hardly distinguish prior widths, and too wide a prior overfits them while too narrow a one only converges
-        slowly. Ours.
+        hardly distinguish prior widths; too wide a prior overfits, too narrow a one only converges slowly. Ours.
 
         Args:
             state: of the bank.
@@ -188,9 +183,9 @@ class Bank:
         shares = (weights[numbers] / weights[numbers].sum()).tolist()
         return predictive_distributions.average(family, predictions, shares)
 
-    def _update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
+    def _update(self, state: BankState, batch: Batch) -> tuple[BankState, UpdateInfo]:
         """All candidates after a batch; if the best diverges, the next best leads."""
-        started = shared_update.start_updates(self.filters, state.states, inputs, targets)
+        started = shared_update.start_updates(self.filters, state.states, batch)
         before, best = self.evidence(state), self.best(state)
         order = before.argsort(descending=True, stable=True).tolist()
         order.sort(key=lambda number: number != best)  # the best first
@@ -198,7 +193,7 @@ class Bank:
             if started[leader] is None:
                 continue
             try:
-                updates = shared_update.update_candidates(self.filters, started, leader, inputs, targets)
+                updates = shared_update.update_candidates(self.filters, started, leader, batch)
             except DIVERGED:
                 started[leader] = None
                 continue
@@ -206,7 +201,7 @@ class Bank:
                 new = self._count_update(state, before, updates)
                 sides = [s if after is not None else None for s, after in zip(started, updates.states, strict=True)]
                 average = shared_update.average_predictions
-                return new, average(self.filters, sides, leader, before, updates.info, inputs, targets)
+                return new, average(self.filters, sides, leader, before, updates.info, batch)
             break
         last = state.states[order[0]]
         assert last is not None  # a state without candidates is never returned

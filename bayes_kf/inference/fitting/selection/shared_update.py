@@ -21,7 +21,7 @@ from bayes_kf.inference.filtering.measurement_update import UpdatedStates
 from bayes_kf.inference.filtering.state import DIVERGED, FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo, UpdateInfoBuilder
 from bayes_kf.inference.measurement_model import noise
-from bayes_kf.models.batch import Inputs
+from bayes_kf.models.batch import Batch
 
 MAX_OUTPUT_SHIFT = 0.2  # logits, or sds of Gaussian noise; at 1 the error of the evidence decided between candidates
 MIN_RELATIVE_WEIGHT = 1e-3  # candidates with a smaller weight, relative to the largest, are left out of averages
@@ -42,13 +42,13 @@ class CandidateUpdates(NamedTuple):
 
 
 def start_updates(
-    filters: Sequence[KalmanFilter], states: Sequence[FilterState | None], inputs: Inputs, targets: Tensor
+    filters: Sequence[KalmanFilter], states: Sequence[FilterState | None], batch: Batch
 ) -> list[PenalizedState | None]:
     """The state of every candidate after the dynamics, before the batch; None for one that diverged."""
     started: list[PenalizedState | None] = []
     for kf, state in zip(filters, states, strict=True):
         try:
-            started.append(None if state is None else kf._start_update(state, inputs, targets))
+            started.append(None if state is None else kf._start_update(state, batch))
         except DIVERGED:
             started.append(None)
     return started
@@ -58,8 +58,7 @@ def update_candidates(
     filters: Sequence[KalmanFilter],
     started: Sequence[PenalizedState | None],
     leader: int,
-    inputs: Inputs,
-    targets: Tensor,
+    batch: Batch,
 ) -> CandidateUpdates:
     """All candidates after the batch.
 
@@ -83,14 +82,14 @@ def update_candidates(
                 current[number], alone[number] = _update_shared(kf, candidate, measurement, updated.num_examples)
         return moved, updated
 
-    led, info = leading._update_from(first, first.unpenalized.belief.mean, inputs, targets, update_all)
+    led, info = leading._update_from(first, first.unpenalized.belief.mean, batch, update_all)
     after: list[FilterState | None] = [None] * len(started)
     for number, kf in enumerate(filters):
         before, moved = started[number], current[number]
         if number == leader:
             after[number] = led
         elif alone[number] and before is not None:
-            after[number] = _update_alone(kf, before, inputs, targets)
+            after[number] = _update_alone(kf, before, batch)
         elif moved is not None and before is not None:
             after[number] = kf._finish_update(before.unpenalized, moved)
     return CandidateUpdates(after, alone, info)
@@ -102,8 +101,7 @@ def average_predictions(
     leader: int,
     evidence: Tensor,
     info: UpdateInfo,
-    inputs: Inputs,
-    targets: Tensor,
+    batch: Batch,
 ) -> UpdateInfo:
     """The leader's report with the predictions of all candidates, averaged by their evidence before the batch.
 
@@ -115,8 +113,7 @@ def average_predictions(
         leader: the number of the leader.
         evidence: of all candidates before the batch, (G,).
         info: the leader's report.
-        inputs: of the batch.
-        targets: of the batch.
+        batch: with targets.
     """
     first = started[leader]
     if first is None:
@@ -130,9 +127,9 @@ def average_predictions(
         return info
     for number, state in states.items():
         kf, mean = filters[number], state.belief.mean
-        outputs.append(kf.adapter.outputs(mean, inputs) if differs.get(number) else info.outputs)
+        outputs.append(kf.adapter.outputs(mean, batch.inputs) if differs.get(number) else info.outputs)
         family = noise.likelihood(kf.config.noise_settings, state.noise)
-        checked = family.check(outputs[-1], targets)
+        checked = family.check(outputs[-1], batch.required_targets)
         log_probs.append(family.log_prob(outputs[-1], checked))
     log_weights = evidence[list(states)].log_softmax(0).to(outputs[0])
     mixed = family.mixture(torch.stack(outputs), log_weights)
@@ -165,9 +162,9 @@ def _update_shared(
     return moved, updated.num_examples < examples
 
 
-def _update_alone(kf: KalmanFilter, started: PenalizedState, inputs: Inputs, targets: Tensor) -> FilterState | None:
+def _update_alone(kf: KalmanFilter, started: PenalizedState, batch: Batch) -> FilterState | None:
     """A candidate after the batch, by passes of its own; None if it diverged."""
     try:
-        return kf._update_from(started, started.unpenalized.belief.mean, inputs, targets)[0]
+        return kf._update_from(started, started.unpenalized.belief.mean, batch)[0]
     except DIVERGED:
         return None
