@@ -291,7 +291,7 @@ def test_a_batch_toward_which_no_step_is_good_is_not_learned_and_that_is_said(we
     config = KalmanConfig(likelihood="gaussian", initial_variance=variance, noise_variance=noise)
     kf = KalmanFilter(Curved(), config)
     state, x = kf.init(), torch.ones(1, 1).double()
-    with pytest.warns(UserWarning, match="the belief did not learn from them"):
+    with pytest.warns(UserWarning, match="the update left them out"):
         after, info = kf.update(state, x, torch.full((1, 1), target).double())
     assert info.damping == 0.0
     assert info.step_norm == 0.0
