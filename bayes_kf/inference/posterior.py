@@ -246,3 +246,6 @@ class Posterior(GaussianPosterior):
             ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
         """
         return arviz_export.to_arviz(self, num_samples, generator, loader)
+
+
+KalmanFilter.posterior_type = Posterior

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class KalmanFilter:
         >>> kf.marginal_variance(state)  # one observation of the first weight with unit noise halves its variance
         tensor([0.5000, 1.0000])
     """
+
+    posterior_type: ClassVar[type[Any]]  # `Posterior`, set by its module, which imports this one
 
     def __init__(self, model: nn.Module | AdapterModel, config: KalmanConfig | None = None) -> None:
         self.adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
@@ -120,6 +123,10 @@ class KalmanFilter:
         except DIVERGED as error:
             raise DivergenceError(state.step, str(error).splitlines()[0], state) from error
         return after, info._replace(seconds=time.perf_counter() - start)
+
+    def posterior(self, state: FilterState) -> Any:
+        """The :class:`~bayes_kf.Posterior` of a state: the same as ``Posterior(kf, state)``."""
+        return self.posterior_type(self, state)
 
     def marginal_variance(self, state: FilterState) -> Tensor:
         """Variance of every parameter, (n,)."""

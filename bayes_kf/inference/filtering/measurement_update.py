@@ -245,9 +245,7 @@ def _outputs_at_mean(state: FilterState, measurement: Measurement, where: slice)
 
 def check_finite(what: str, tensor: Tensor) -> None:
     """Raise FloatingPointError if a value is not finite."""
-    if parameter_sums.all_shards_agree(
-        bool(torch.isfinite(tensor.sum()))
-    ):  # a sum is cheap, and finite only if all are
+    if parameter_sums.all_shards_agree(bool(torch.isfinite(tensor.sum()))):  # cheap: finite only if every value is
         return
     if not parameter_sums.all_shards_agree(bool(torch.isfinite(tensor).all())):
         raise FloatingPointError(f"{int((~torch.isfinite(tensor)).sum())} values of {what} would not be finite")

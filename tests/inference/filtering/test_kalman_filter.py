@@ -291,7 +291,7 @@ def test_a_batch_toward_which_no_step_is_good_is_not_learned_and_that_is_said(we
     config = KalmanConfig(likelihood="gaussian", initial_variance=variance, noise_variance=noise)
     kf = KalmanFilter(Curved(), config)
     state, x = kf.init(), torch.ones(1, 1).double()
-    with pytest.warns(UserWarning, match="the belief did not learn from them"):
+    with pytest.warns(UserWarning, match="the update left them out"):
         after, info = kf.update(state, x, torch.full((1, 1), target).double())
     assert info.damping == 0.0
     assert info.step_norm == 0.0
@@ -442,7 +442,7 @@ def test_a_lucky_first_prediction_does_not_rule_out_noise(covariance, first):
 def test_a_filter_gives_the_posterior_of_a_state():
     kf = KalmanFilter(nn.Linear(2, 3), KalmanConfig(covariance="diagonal"))
     state = kf.init(torch.randn(4, 2))
-    found, x = bkf.Posterior(kf, state), torch.randn(5, 2)
+    found, x = kf.posterior(state), torch.randn(5, 2)
     assert isinstance(found, bkf.Posterior)
     assert torch.equal(found.mean_vector, state.belief.mean)
     assert torch.equal(found.predict(x).probs, bkf.Posterior(kf, state).predict(x).probs)

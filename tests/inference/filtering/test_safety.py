@@ -146,7 +146,7 @@ def test_ten_thousand_classes(curvature):
 
 def test_all_of_very_many_classes_are_warned_of():
     model = nn.Linear(3, 600)
-    with pytest.warns(UserWarning, match=r"`curvature` 'exact' follows all 600 classes of every example"):
+    with pytest.warns(UserWarning, match=r"`curvature` 'exact' uses all 600 classes of every example"):
         bkf.KalmanFilter(model, bkf.KalmanConfig()).init(torch.randn(2, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
