@@ -1,4 +1,4 @@
-"""Checks of arguments, one sentence an error; suggestions for misspelt names. It imports no third-party package."""
+"""Checks of arguments and suggestions for misspelt names. This module imports no third-party package."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TypeGuard
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """The known name nearest to a misspelt one, as the end of an error message; empty if none is near.
+    """A suggestion of the allowed name nearest to a misspelt one, to end an error message; empty if none is near.
 
     Args:
-        given: what was given; anything but a string has no suggestion.
-        known: the names that are allowed.
+        given: the misspelt name; a value that is not a string gets no suggestion.
+        known: the allowed names.
 
     Example:
         >>> did_you_mean("forgeting", ["forgetting", "noise"])
@@ -30,7 +30,7 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without the differences that do not matter."""
+    """A name in lower case with underscores."""
     return name.lower().replace("-", "_")
 
 
@@ -40,7 +40,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def is_whole(value: object, least: int = 1) -> bool:
-    """Whether a value is an int of at least ``least``; a bool is none."""
+    """Whether a value is an int of at least ``least``; a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -81,3 +81,9 @@ def check_inside_unit_interval(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a number in (0, 1)."""
     if not (is_number(value) and 0 < value < 1):
         raise ValueError(f"`{name}` must lie strictly between 0 and 1, got {value!r}.")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number in [0, 1)."""
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"`{name}` must lie in [0, 1), got {value!r}.")

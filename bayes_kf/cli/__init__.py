@@ -15,19 +15,19 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit status: 0, or 2 after one line on stderr about bad input.
+    """The exit status of a command: 0, 2 after one line on stderr about bad input, or 130 after an interrupt.
 
     Args:
         argv: the arguments; None: those of the process.
     """
     args = build_parser().parse_args(argv)
-    from bayes_kf.cli.commands import COMMANDS  # after --help and bad arguments, which need not wait for PEFT
+    from bayes_kf.cli.commands import COMMANDS  # --help and bad arguments do not wait for PEFT
     from bayes_kf.models.zoo import quiet_transformers
 
     with warnings.catch_warnings(), quiet_transformers():
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries to their callers; nothing a user could change
+        warnings.simplefilter("ignore", FutureWarning)  # libraries address them to their callers, not to users
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.showwarning = _show
+        warnings.showwarning = _print_warning
         try:
             COMMANDS[args.command](args)
         except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message; the kind of error too where it was not written for users, as torch's when memory runs out."""
+    """The message in one line. Errors not written for users, such as those of torch, have their class name in front."""
     text = " ".join(str(error).split())
-    unexpected = isinstance(error, RuntimeError | MemoryError) or not text
-    return f"{type(error).__name__}: {text}" if unexpected else text
+    names_class = isinstance(error, RuntimeError | MemoryError) or not text
+    return f"{type(error).__name__}: {text}" if names_class else text
 
 
-def _show(
+def _print_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -54,5 +54,5 @@ def _show(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning as one line on stderr."""
+    """Print a warning as one line on stderr."""
     print(f"bayes-kf: warning: {' '.join(str(message).split())}", file=sys.stderr)

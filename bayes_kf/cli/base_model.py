@@ -1,4 +1,4 @@
-"""Base models from Hugging Face folders: local files, safetensors, no code but transformers' own."""
+"""Base models from Hugging Face folders: local files, safetensors, no remote code."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from bayes_kf.models.zoo import DIGITS_VIT
 BUNDLED = {"digits-vit": DIGITS_VIT}
 MAPPINGS = {"text": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
 AUTO = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
-POOLER = "pooler"  # of a text model: trained with the head where the folder has neither
+POOLER = "pooler"  # text models may lack it; then it is trained with the head
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A classifier and those of its tensors that its folder does not hold: a head made for these classes."""
+    """A classifier and the new tensors of its head, which the model folder does not hold."""
 
     model: PreTrainedModel
     new_head: dict[str, Tensor]
@@ -45,7 +45,7 @@ class BaseModel:
 
     @property
     def head_modules(self) -> list[str]:
-        """Names of the modules that come after the backbone and have weights."""
+        """Names of the modules outside the backbone that have weights."""
         children = self.model.named_children()
         return [n for n, m in children if n != self.model.base_model_prefix and any(True for _ in m.parameters())]
 
@@ -54,7 +54,7 @@ def model_folder(model: str) -> Path:
     """The folder of ``--model``.
 
     Raises:
-        ValueError: if there is no model in it.
+        ValueError: if the folder holds no model.
     """
     folder = BUNDLED.get(model, Path(model))
     if not (folder / "config.json").is_file():
@@ -69,10 +69,10 @@ def kind_of(data: Path) -> str:
 
 
 def read_config(folder: Path, kind: str) -> PreTrainedConfig:
-    """The model's configuration, of an architecture that classifies this kind of data.
+    """The configuration of the model.
 
     Raises:
-        ValueError: if it is of another.
+        ValueError: if the architecture cannot classify this kind of data.
     """
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if type(config) not in MAPPINGS[kind]:
@@ -81,14 +81,14 @@ def read_config(folder: Path, kind: str) -> PreTrainedConfig:
 
 
 def load_base(folder: Path, kind: str, num_outputs: int | None, seed: int, dtype: str = "auto") -> BaseModel:
-    """The classifier with this many outputs (None: its own); a head that its folder lacks is drawn from ``seed``.
+    """The classifier with this many outputs (None: as saved). ``seed`` draws a head that the folder lacks.
 
     Raises:
-        ValueError: if other weights than the head's are missing.
+        ValueError: if weights outside the head are missing.
         OSError: if there are no safetensors weights.
     """
     read_config(folder, kind)
-    sized = {} if num_outputs is None else {"num_labels": num_outputs}
+    options = {} if num_outputs is None else {"num_labels": num_outputs}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, info = AUTO[kind].from_pretrained(
@@ -99,7 +99,7 @@ def load_base(folder: Path, kind: str, num_outputs: int | None, seed: int, dtype
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=dtype,
-            **sized,
+            **options,
         )
     new = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     state = model.state_dict()
@@ -111,7 +111,7 @@ def load_base(folder: Path, kind: str, num_outputs: int | None, seed: int, dtype
 
 
 def restore_head(base: BaseModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Puts a new head's start back as it was when the posterior was fitted.
+    """Restore the initial weights of a new head from the fit of the posterior.
 
     Raises:
         ValueError: if the tensors belong to another model.
@@ -124,7 +124,7 @@ def restore_head(base: BaseModel, tensors: Mapping[str, Tensor], folder: Path) -
 
 
 def choose_names(data_names: Sequence[str], config: PreTrainedConfig) -> tuple[str, ...]:
-    """Class names by index: the model's own where the data's are among them, else the data's.
+    """Class names by index: those of the model if they include all names of the data, otherwise those of the data.
 
     Example:
         >>> from transformers import BertConfig
@@ -133,16 +133,16 @@ def choose_names(data_names: Sequence[str], config: PreTrainedConfig) -> tuple[s
         >>> choose_names(["cat", "dog"], BertConfig(num_labels=5))
         ('cat', 'dog')
     """
-    own = own_names(config)
+    model_names = model_class_names(config)
     try:
-        encode_labels(data_names, own)
+        encode_labels(data_names, model_names)
     except ValueError:
         return tuple(data_names)
-    return own
+    return model_names
 
 
-def own_names(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The model's class names by index; numbers where it has none but LABEL_0, LABEL_1, ..."""
+def model_class_names(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The class names of the model by index; numbers if the names are LABEL_0, LABEL_1, ..."""
     labels: Any = config.id2label
     names = [str(labels[i]) for i in sorted(labels)]
     generic = all(re.fullmatch(r"LABEL_\d+", name) for name in names)

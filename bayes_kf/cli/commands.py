@@ -1,4 +1,4 @@
-"""What each command does."""
+"""The commands of the command line."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def run_fit(args: argparse.Namespace) -> None:
         return
     for option in ("classes", "skip_bad"):
         if getattr(args, option):
-            raise ValueError(f"`--{option.replace('_', '-')}` is of `--online`, got it without.")
+            raise ValueError(f"`--{option.replace('_', '-')}` needs `--online`, got none.")
     settings = read_settings(args)
     check_output(args.output)
     device, folder, kind = read_device(args.device), model_folder(args.model), kind_of(args.data)
-    data, labels = _open_to_learn(args, settings, folder, kind)
+    data, labels = _open_training_data(args, settings, folder, kind)
     base = load_base(folder, kind, labels.num_outputs, settings.seed, args.dtype)
     model = move(add_adapter(base, args, settings.seed), device)
     check_takes(model, data.loader, args.data)
     progress = False if args.quiet else None
     if gives_settings(args):
         posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
-    else:  # as the library without settings
+    else:  # no settings: as `bkf.fit` without a config
         posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
         tempering.warn_of_mean_alone(posterior.temperature)
     save_posterior(posterior, args.output, labels, base.new_head)
@@ -54,10 +54,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-def _open_to_learn(
+def _open_training_data(
     args: argparse.Namespace, settings: KalmanConfig, folder: Path, kind: str
 ) -> tuple[LabelledData, Labels]:
-    """The data with the classes that fit model and likelihood."""
+    """The training data and its labels, with the class names of the model if they match."""
     config = read_config(folder, kind)
     data = open_data(args, args.data, folder, settings, None, shuffle=not args.in_order, seed=settings.seed)
     if settings.likelihood == "categorical":
@@ -75,13 +75,13 @@ def _open_to_learn(
 
 
 def _scores(posterior: Posterior) -> list[str]:
-    """What the pass said about predictions: of new examples, or of those that a trained adapter knew."""
+    """Prequential scores, or training scores for `--start trained`, in lines of text."""
     history, temperature = posterior.history, f"temperature {posterior.temperature:g}"
     if "log_loss" not in history:
         correct = history.get("training_correct")
         accuracy = "" if correct is None else f", accuracy {correct.mean():.3f}"
         loss = f"training log loss {history['training_log_loss'].mean():.3f} nats an example"
-        return [f"{loss}{accuracy}: of examples that the adapter was trained on", temperature]
+        return [f"{loss}{accuracy} (training examples of the adapter)", temperature]
     return [
         f"log loss {history['log_loss'].mean():.3f} nats an example before its update"
         + (f", accuracy {history['correct'].mean():.3f}" if "correct" in history else ""),
@@ -91,10 +91,10 @@ def _scores(posterior: Posterior) -> list[str]:
 
 
 def _summary(posterior: Posterior, labels: Labels, new_modules: list[str], args: argparse.Namespace) -> str:
-    """What a pass did, in a few lines."""
+    """The summary of a fit, in lines of text."""
     history = posterior.history
     lines = [
-        f"{posterior.state.examples:,} examples, {posterior.adapter.num_parameters:,} trainable numbers"
+        f"{posterior.state.examples:,} examples, {posterior.adapter.num_parameters:,} trainable parameters"
         f" -> {args.output}, in {history['seconds'].sum():.1f} s",
         *_scores(posterior),
     ]
@@ -102,5 +102,5 @@ def _summary(posterior: Posterior, labels: Labels, new_modules: list[str], args:
         shown = ", ".join(labels.class_names[:8]) + (", ..." if len(labels.class_names) > 8 else "")
         lines.append(f"{len(labels.class_names)} classes: {shown}")
     if new_modules:
-        lines.append(f"new, as the model had none of this size: {', '.join(new_modules)}")
+        lines.append(f"new modules, which the model lacks at this size: {', '.join(new_modules)}")
     return "\n".join(lines)

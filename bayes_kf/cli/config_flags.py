@@ -1,6 +1,6 @@
-"""A `KalmanConfig` from a file and from flags: every field has one, with the field's own documentation.
+"""A `KalmanConfig` from a file and from flags. Every field has a flag with the documentation of the field.
 
-The flags come from the JSON schema in the package, so that ``--help`` need not import PyTorch.
+The flags come from the JSON schema in the package, so ``--help`` does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from bayes_kf.validation import did_you_mean
 if TYPE_CHECKING:
     from bayes_kf.inference.config import KalmanConfig
 
-FLAGS = {"rank": "covariance-rank"}  # --rank is the adapter's
-ELSEWHERE = ("seed",)  # a flag of every command
+FLAGS = {"rank": "covariance-rank"}  # --rank is the rank of the adapter
+ELSEWHERE = ("seed",)  # all commands have this flag
 PREFIX = "setting_"
 NAMED = ("loko", "dataset", "stream")  # class methods of KalmanConfig
 YAML = (".yaml", ".yml")
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--config`` and a flag for each setting."""
+    """Add ``--config`` and a flag for each setting."""
     group = parser.add_argument_group("filter")
     group.add_argument(
         "--config",
@@ -56,36 +56,36 @@ def _described_settings() -> dict[str, dict[str, Any]]:
 
 
 def gives_settings(args: argparse.Namespace) -> bool:
-    """Whether the command names any setting, by ``--config`` or by a flag; a ``--seed`` alone is none."""
+    """Whether the arguments include ``--config`` or the flag of a setting; ``--seed`` does not count."""
     return args.config is not None or any(name.startswith(PREFIX) for name in vars(args))
 
 
 def read_settings(args: argparse.Namespace) -> KalmanConfig:
-    """The settings of ``--config``, with those given by flags in their place.
+    """The settings of ``--config``; flags replace them.
 
     Raises:
-        ValueError: if the file is unreadable, holds unknown fields, or a value will not do.
+        ValueError: if the file is unreadable, or holds unknown settings or bad values.
     """
     from bayes_kf.inference.config import KalmanConfig
 
-    given = {name.removeprefix(PREFIX): value for name, value in vars(args).items() if name.startswith(PREFIX)}
+    flags = {name.removeprefix(PREFIX): value for name, value in vars(args).items() if name.startswith(PREFIX)}
     if args.seed is not None:
-        given["seed"] = args.seed
+        flags["seed"] = args.seed
     if args.config is None:
-        return KalmanConfig(**given)
+        return KalmanConfig(**flags)
     if args.config in NAMED:
-        return getattr(KalmanConfig, args.config)(**given)
+        return getattr(KalmanConfig, args.config)(**flags)
     path = Path(args.config)
     if not path.exists() and not path.suffix and path.name == args.config:
         words, nearest = ", ".join(NAMED), did_you_mean(args.config, NAMED) or "."
         raise ValueError(f"`--config` must be a file, a folder, or one of {words}, got {args.config!r}{nearest}")
     if path.suffix.lower() in YAML and not path.is_dir():
-        return _from_yaml(path, given)
-    return KalmanConfig(**(_read(path) | given))
+        return _from_yaml(path, flags)
+    return KalmanConfig(**(_read(path) | flags))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The fields in a file."""
+    """The settings in a JSON file, or in the folder of a configuration."""
     from bayes_kf.inference.config import KalmanConfig, check_setting
 
     if path.is_dir():
@@ -104,11 +104,11 @@ def _read(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _from_yaml(path: Path, given: dict[str, Any]) -> KalmanConfig:
-    """Settings of a YAML file with those given by flags in their place; an error names the file's line.
+def _from_yaml(path: Path, flags: dict[str, Any]) -> KalmanConfig:
+    """The settings of a YAML file; flags replace them. Errors name the line of the file.
 
     Raises:
-        ValueError: for an unreadable file, an unknown or repeated field, or a value that will not do.
+        ValueError: if the file is unreadable, or holds unknown or repeated settings or bad values.
     """
     import yaml
 
@@ -134,17 +134,19 @@ def _from_yaml(path: Path, given: dict[str, Any]) -> KalmanConfig:
         if name in lines:
             raise ValueError(f"`--config` must hold a field once, got {name!r} again in {path}, line {line}.")
         lines[name] = line
-    read = {name: _value(value) if isinstance(value, str) else value for name, value in fields.items()}  # 1e-3 is text
+    read = {
+        name: _value(value) if isinstance(value, str) else value for name, value in fields.items()
+    }  # YAML reads 1e-3 as text
     try:
-        return KalmanConfig(**(read | given))
+        return KalmanConfig(**(read | flags))
     except (ValueError, TypeError) as error:
-        name = next((n for n in re.findall(r"`(\w+)`", str(error)) if n in lines and n not in given), None)
-        where = f"{path}, line {lines[name]}" if name else str(path)
-        raise ValueError(f"{str(error).rstrip('.')} ({where}).") from error
+        name = next((n for n in re.findall(r"`(\w+)`", str(error)) if n in lines and n not in flags), None)
+        place = f"{path}, line {lines[name]}" if name else str(path)
+        raise ValueError(f"{str(error).rstrip('.')} ({place}).") from error
 
 
 def _value(text: str) -> float | str | dict[str, Any] | None:
-    """A number, None, a JSON object, or the word itself; the configuration says whether it will do.
+    """The text as a number, None or a JSON object if it is one, otherwise the text. KalmanConfig checks it.
 
     Example:
         >>> _value("3"), _value("0.5"), _value("none"), _value("diagonal"), _value('{"rank": [3, 20]}')

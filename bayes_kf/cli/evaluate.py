@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayes_kf.cli.base_model import kind_of, load_base, model_folder, own_names, read_config, restore_head
+from bayes_kf.cli.base_model import kind_of, load_base, model_class_names, model_folder, read_config, restore_head
 from bayes_kf.cli.inputs import NUMERIC, check_takes, move, naming_options, open_data, read_device
 from bayes_kf.cli.posterior_folder import read_labels, read_new_head
 from bayes_kf.data import SavedPredictions, read_predictions
@@ -41,7 +41,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     _check_page(args)
     if len({name for name, _ in args.ood}) < len(args.ood):
         raise ValueError(
-            f"`--ood` must give each set a name of its own, got {', '.join(name for name, _ in args.ood)}."
+            f"`--ood` must give each data set a different name, got {', '.join(name for name, _ in args.ood)}."
         )
     if args.recalibrate and not args.calibration:
         raise ValueError(f"`--calibration` must name examples to fit --recalibrate {args.recalibrate} on, got none.")
@@ -68,7 +68,9 @@ def run_compare(args: argparse.Namespace) -> None:
         probs[name], own_targets, history = _read_model(args, name, path)
         histories |= {name: history} if history else {}
         if targets is not None and not torch.equal(targets, own_targets):
-            raise ValueError(f"`NAME=PATH` must hold the same targets in the same order, got others for {name}.")
+            raise ValueError(
+                f"`NAME=PATH` must hold the same targets in the same order, got different targets for {name}."
+            )
         targets = own_targets
     assert targets is not None
     title = args.title or f"{', '.join(names)}" + (f" on {args.data.name}" if args.data else "")
@@ -160,7 +162,7 @@ def _report_predictions(args: argparse.Namespace) -> Report:
 def _fit_recalibration(
     args: argparse.Namespace, probs: Any, targets: Any
 ) -> tuple[Recalibration | None, ConformalSets | None]:
-    """The recalibration and the conformal sets that the options name, fitted on `--calibration`."""
+    """The recalibration and the conformal sets of the options, fitted on `--calibration`."""
     split = args.calibration.name
     recalibration = RECALIBRATIONS[args.recalibrate].fit(probs, targets, split=split) if args.recalibrate else None
     conformal = None
@@ -191,7 +193,7 @@ def _open_posterior(args: argparse.Namespace, path: Path) -> _Opened:
         settings = KalmanConfig.from_pretrained(path)
     device, folder, kind = read_device(args.device), model_folder(args.model), kind_of(args.data)
     labels = read_labels(path)
-    names = own_names(read_config(folder, kind)) if labels is None else labels.class_names
+    names = model_class_names(read_config(folder, kind)) if labels is None else labels.class_names
     base = load_base(folder, kind, None if labels is None else labels.num_outputs, settings.seed, args.dtype)
     restore_head(base, read_new_head(path), path)
     with naming_options(folder="POSTERIOR"):
@@ -200,7 +202,7 @@ def _open_posterior(args: argparse.Namespace, path: Path) -> _Opened:
 
 
 def _loader(args: argparse.Namespace, opened: _Opened, path: Path, *, option: str = "--data") -> Any:
-    """Batches of a data set that the model takes."""
+    """Batches of a data set, checked against the model."""
     is_ood = option == "--ood"
     names = None if is_ood else opened.class_names or None
     data = open_data(args, path, opened.folder, opened.settings, names, option=option, is_ood=is_ood)
@@ -235,12 +237,12 @@ def _probs(saved: SavedPredictions, path: Path) -> np.ndarray:
 
 
 def _is_predictions(path: Path) -> bool:
-    """Whether a path is a file of predictions and no posterior's folder."""
+    """Whether a path is a file of predictions, not the folder of a posterior."""
     return path.suffix in PREDICTION_SUFFIXES and not path.is_dir()
 
 
 def _check_page(args: argparse.Namespace) -> None:
-    """Check the output path before the work."""
+    """Raise ValueError unless the report can be written to ``--output``."""
     check_page(args.output, "--output")
 
 
@@ -267,4 +269,4 @@ def _save(report: Report, args: argparse.Namespace) -> None:
     """Write the report and print its verdict."""
     report.save(args.output)
     if not args.quiet:
-        print("\n".join([*report.sections.verdict, f"The whole report: {args.output}"]))
+        print("\n".join([*report.sections.verdict, f"Full report: {args.output}"]))

@@ -1,9 +1,9 @@
-"""``bayes-kf fit --online``: labelled texts from a pipe or a file, a JSON object a line, learned as they come.
+"""``bayes-kf fit --online``: learns labelled texts one at a time from a pipe or a file, one JSON object per line.
 
-At every checkpoint the stream's files in the output folder are replaced as one: the posterior, and in ``stream.json``
-how many lines are behind it, sums of scores, and the drift detector. Started again on the same lines from their
-beginning, it skips those that it has learned: none is lost, none counts twice, and the result has the bits of one never
-stopped. (Only where the lines ended before there were ``SCALE_EXAMPLES`` of them, the prior stays that of the few.)
+Every checkpoint replaces the posterior and ``stream.json`` (number of processed lines, sums of scores, drift detector)
+in one atomic step. If you start the command again with the same lines, it skips the processed ones, and the result
+equals that of an uninterrupted run to the bit. The exception is a first run with fewer than ``SCALE_EXAMPLES`` lines:
+the scale of the prior stays the one measured on them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bayes_kf.cli.config_flags import read_settings
 from bayes_kf.cli.inputs import move, read_device
 from bayes_kf.cli.lora_adapters import add_adapter
 from bayes_kf.cli.posterior_folder import Labels, read_new_head, save_posterior
-from bayes_kf.cli.stream_files import STDIN, STREAM_FILE, Stream, opened, terminated_as_interrupted, where
+from bayes_kf.cli.stream_files import STDIN, STREAM_FILE, Stream, open_lines, read_stream, sigterm_as_interrupt
 from bayes_kf.data import encode_labels
 from bayes_kf.data.text import text_tokenizer
 from bayes_kf.evaluation import DriftDetector
@@ -39,11 +39,11 @@ from bayes_kf.models.batch import Inputs
 
 
 class BadLine(ValueError):
-    """A line that is no labelled text."""
+    """A line that is not a labelled text."""
 
 
 class Line(NamedTuple):
-    """A line that was read: its number, text and label index; no text where it was bad."""
+    """The number, text and label index of a line; ``text`` is None for a bad line."""
 
     number: int
     text: str | None
@@ -58,7 +58,7 @@ def run_online(args: argparse.Namespace) -> None:
         if name != "tune" and getattr(settings, name) != plain:
             raise ValueError(f"`--online` learns in one pass, with `{name}` {plain}, got {getattr(settings, name)!r}.")
     folder, device = model_folder(args.model), read_device(args.device)
-    stream = where(args)
+    stream = read_stream(args)
     base = load_base(folder, "text", labels.num_outputs, settings.seed, args.dtype)
     if stream is not None:
         restore_head(base, read_new_head(args.output), args.output)
@@ -71,19 +71,19 @@ def run_online(args: argparse.Namespace) -> None:
         if changed:
             raise ValueError(f"`--output` must hold a stream of the same settings, got another {', '.join(changed)}.")
     learner = _Learner(args, base, labels, tokenizer, kf, posterior, stream or Stream(run_length=args.alarm))
-    with opened(args.data) as lines, terminated_as_interrupted():
+    with open_lines(args.data) as lines, sigterm_as_interrupt():
         learner.run(lines)
 
 
-class Reached(NamedTuple):
-    """What the lines up to one have made: assigned at once, so that whatever ends the run saves nothing half."""
+class Snapshot(NamedTuple):
+    """The stream and the state after a line. One assignment replaces both, so no save mixes two lines."""
 
     stream: Stream
     state: FilterState | None
 
 
 class _Learner:
-    """Reads, learns, looks out for drift, saves."""
+    """Reads lines, updates the filter and the drift detector, and saves checkpoints."""
 
     def __init__(
         self,
@@ -97,51 +97,51 @@ class _Learner:
     ) -> None:
         self.args, self.base, self.labels, self.tokenizer = args, base, labels, tokenizer
         self.kf = kf if posterior is None else posterior.kf
-        self.reached = Reached(stream, None if posterior is None else posterior.state)
+        self.snapshot = Snapshot(stream, None if posterior is None else posterior.state)
         self.detector = DriftDetector(stream.run_length, stream.detector)
         tuning = kf.config.tune_examples if kf.config.tune is not None else 0
-        self._needed = max(SCALE_EXAMPLES, tuning)  # lines before the first is learned
+        self._needed = max(SCALE_EXAMPLES, tuning)  # lines to collect before the first update
         self._saved = stream.lines
 
     def run(self, lines: TextIO) -> None:
-        """Learns all lines; if an error ends it earlier, what was learned is saved."""
-        waiting: list[Line] = []  # until there are enough to choose settings and measure the prior's scale on
+        """Learn all lines. An error or an interrupt saves the lines learned so far."""
+        waiting: list[Line] = []  # until they suffice to choose settings and to measure the scale of the prior
         shown = shows_progress(False if self.args.quiet else None)
-        bar = tqdm(unit="example", initial=self.reached.stream.examples, disable=not shown)
+        bar = tqdm(unit="example", initial=self.snapshot.stream.examples, disable=not shown)
         try:
             with bar:
-                for line in self._new(lines):
+                for line in self._unprocessed(lines):
                     waiting.append(line)
-                    if self.reached.state is not None or len(_texts(waiting)) >= self._needed:
+                    if self.snapshot.state is not None or len(_texts(waiting)) >= self._needed:
                         self._learn_all(waiting, bar)
                 self._learn_all(waiting, bar)
         except BadLine as error:
             self._learn_all(waiting, bar)
-            raise ValueError(f"{error} What came before it is saved in {self.args.output}.") from error
+            raise ValueError(f"{error} The lines before it are saved in {self.args.output}.") from error
         finally:
             self._save()
         if not self.args.quiet:
-            print(self.reached.stream.summary())
+            print(self.snapshot.stream.summary())
 
-    def _new(self, lines: TextIO) -> Iterator[Line]:
-        """What was not learned or skipped yet; blank lines are left out."""
+    def _unprocessed(self, lines: TextIO) -> Iterator[Line]:
+        """The lines that are neither learned nor skipped yet, without blank lines."""
         for number, line in enumerate(lines, 1):
-            if number <= self.reached.stream.lines or not line.strip():
+            if number <= self.snapshot.stream.lines or not line.strip():
                 continue
             try:
-                found = Line(number, *self._parsed(number, line))
+                parsed = Line(number, *self._parse(number, line))
             except BadLine as error:
                 if not self.args.skip_bad:
                     raise
                 tqdm.write(f"bayes-kf: warning: {error}", file=sys.stderr)
-                found = Line(number, None)
-            yield found
+                parsed = Line(number, None)
+            yield parsed
 
-    def _parsed(self, number: int, line: str) -> tuple[str, int]:
+    def _parse(self, number: int, line: str) -> tuple[str, int]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadLine(f"`--data` must hold a JSON object a line, got {error} in line {number}.") from error
+            raise BadLine(f"`--data` must hold one JSON object per line, got {error} in line {number}.") from error
         columns = {"--text-column": self.args.text_column, "--label-column": self.args.label_column}
         for option, column in columns.items():
             if not isinstance(row, dict) or column not in row:
@@ -158,44 +158,44 @@ class _Learner:
             ) from error
 
     def _learn_all(self, waiting: list[Line], bar: Any) -> None:
-        """Learn what waits, and forget it."""
+        """Learn the waiting lines and remove them from the list."""
         texts = _texts(waiting)[:SCALE_EXAMPLES]
-        if self.reached.state is None and texts:
+        if self.snapshot.state is None and texts:
             if self.kf.config.tune is not None:
-                self.kf = self._chosen(waiting, self._tokens(texts))
-            self.reached = Reached(self.reached.stream, self.kf.init(self._tokens(texts)))
+                self.kf = self._select_filter(waiting, self._tokens(texts))
+            self.snapshot = Snapshot(self.snapshot.stream, self.kf.init(self._tokens(texts)))
         while waiting:
             line = waiting.pop(0)
             if line.text is None:
-                stream = self.reached.stream
-                self.reached = Reached(replace(stream, lines=line.number, bad=stream.bad + 1), self.reached.state)
+                stream = self.snapshot.stream
+                self.snapshot = Snapshot(replace(stream, lines=line.number, bad=stream.bad + 1), self.snapshot.state)
                 continue
             self._learn(line.number, line.text, line.label)
             bar.update()
-            bar.set_postfix_str(self.reached.stream.summary(), refresh=False)
-            if self.reached.stream.lines - self._saved >= self.args.checkpoint_every:
+            bar.set_postfix_str(self.snapshot.stream.summary(), refresh=False)
+            if self.snapshot.stream.lines - self._saved >= self.args.checkpoint_every:
                 self._save()
 
-    def _chosen(self, lines: Sequence[Line], scaling: Inputs) -> KalmanFilter:
-        """The filter of the candidate that predicts the first lines best, as ``fit`` chooses."""
+    def _select_filter(self, lines: Sequence[Line], scaling: Inputs) -> KalmanFilter:
+        """The filter with the least prequential log loss on the first lines, as in ``fit``."""
         config = self.kf.config
         assert config.tune is not None
         bank = Bank(self.kf.adapter, candidates(config, config.tune), config.tune_margin)
         state, burnt_in = bank.init(scaling), None
         labelled = [line for line in lines if line.text is not None][: config.tune_examples]
-        for seen, line in enumerate(labelled):
-            if burnt_in is None and seen >= config.tune_burn_in * config.tune_examples:
+        for num_learned, line in enumerate(labelled):
+            if burnt_in is None and num_learned >= config.tune_burn_in * config.tune_examples:
                 burnt_in = state
             assert line.text is not None
             try:
                 state, _ = bank.update(state, self._tokens([line.text]), torch.tensor([line.label]))
             except DivergenceError as error:
-                raise ValueError(_breaks(line.number, error)) from error
+                raise ValueError(_divergence_message(line.number, error)) from error
         return bank.filters[bank.best(state, burnt_in)]
 
     def _learn(self, number: int, text: str, label: int) -> None:
-        """Predicts a line, updates the drift detector, and learns the line."""
-        stream, state = self.reached
+        """Predict a line, then update the filter and the drift detector with it."""
+        stream, state = self.snapshot
         assert state is not None  # the prior, at least
         inputs, targets = self._tokens([text]), torch.tensor([label])
         log_prob = Posterior(self.kf, state).predict(inputs, targets=targets).log_prob
@@ -203,7 +203,7 @@ class _Learner:
         try:
             state, info = self.kf.update(state, inputs, targets)
         except DivergenceError as error:
-            raise ValueError(_breaks(number, error)) from error
+            raise ValueError(_divergence_message(number, error)) from error
         assert info.correct is not None  # a classifier
         alarm = self.detector.update(min(1.0, float(log_prob.exp())), self.labels.num_outputs)
         stream = replace(
@@ -215,7 +215,7 @@ class _Learner:
             alarms=stream.alarms + [number] * alarm,
             detector=self.detector.current,
         )
-        self.reached = Reached(stream, state)
+        self.snapshot = Snapshot(stream, state)
         if alarm:
             tqdm.write(f"drift alarm at line {number}: labels have become unlikelier than predicted", file=sys.stdout)
             sys.stdout.flush()
@@ -226,8 +226,8 @@ class _Learner:
         return tokens
 
     def _save(self) -> None:
-        """A checkpoint, where anything was learned since the last one."""
-        stream, state = self.reached
+        """Save a checkpoint if there are new lines since the last one."""
+        stream, state = self.snapshot
         if state is None or stream.lines == self._saved:
             return
         content = json.dumps(asdict(stream), indent=2) + "\n"
@@ -236,8 +236,8 @@ class _Learner:
         self._saved = stream.lines
 
 
-def _breaks(number: int, error: DivergenceError) -> str:
-    return f"`--data` must hold nothing that breaks the filter, got line {number}: {error}."
+def _divergence_message(number: int, error: DivergenceError) -> str:
+    return f"`--data` must not make the filter diverge, got line {number}: {error}."
 
 
 def _texts(lines: Sequence[Line]) -> list[str]:
@@ -245,14 +245,15 @@ def _texts(lines: Sequence[Line]) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError for options that a stream has no use for, or lacks."""
+    """Raise ValueError for options that ``--online`` excludes, or that it needs and that are missing."""
     if args.data != STDIN and args.data.suffix != ".jsonl":
         raise ValueError(f"`--data` must be a .jsonl file or - with --online, got {args.data}.")
     if not args.classes or len(set(args.classes)) < max(2, len(args.classes)):
-        raise ValueError(f"`--classes` must name two different classes at least, got {args.classes or 'none'}.")
+        raise ValueError(f"`--classes` must name at least two different classes, got {args.classes or 'none'}.")
     if args.checkpoint_every < 1:
         raise ValueError(f"`--checkpoint-every` must be at least 1, got {args.checkpoint_every}.")
     if not args.alarm > 1:
-        raise ValueError(f"`--alarm` must be above one, got {args.alarm!r}.")
+        raise ValueError(f"`--alarm` must be greater than 1, got {args.alarm!r}.")
     if args.batch_size != 1 or args.start != "prior":
-        raise ValueError(f"`--online` learns one by one, got --batch-size {args.batch_size} and --start {args.start}.")
+        given = f"--batch-size {args.batch_size} and --start {args.start}"
+        raise ValueError(f"`--online` learns one example at a time from the prior, got {given}.")

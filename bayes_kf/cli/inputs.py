@@ -27,7 +27,7 @@ OPTIONS = {
     "base_model": "--model",
 }
 """Arguments of the library by the option that gives them."""
-NUMERIC = ("gaussian", "poisson")  # likelihoods whose targets are no classes
+NUMERIC = ("gaussian", "poisson")  # likelihoods without classes
 
 
 def open_data(
@@ -77,7 +77,7 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`--device` must be there, got {device}: {error}") from error
+        raise ValueError(f"`--device` must be available, got {device}: {error}") from error
 
 
 def read_device(name: str) -> torch.device:

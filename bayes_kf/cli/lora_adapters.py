@@ -1,4 +1,4 @@
-"""The adapter that ``fit`` learns: a new one, or one trained already."""
+"""The adapter of ``fit``: a new adapter, or a trained one from a folder."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from bayes_kf.validation import did_you_mean
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUERIES_AND_VALUES = (["query", "value"], ["q_proj", "v_proj"], ["q_lin", "v_lin"])
-"""Names of the attention's projections, as different architectures have them."""
+"""Names of the query and value projections in different architectures."""
 
 
 def add_adapter(base: BaseModel, args: argparse.Namespace, seed: int) -> PeftModel:
-    """The model with the adapter of ``--adapter``, ``--lora`` or ``--rank``; only that is trainable.
+    """The model with the adapter of ``--adapter``, ``--lora`` or ``--rank``; only the adapter is trainable.
 
     Raises:
-        ValueError: if PEFT cannot read or place it.
+        ValueError: if PEFT cannot read the adapter or add it to the model.
     """
     if args.target_modules and (args.lora or args.adapter):
-        raise ValueError("`--target-modules` must be left out where --lora or --adapter says it, got both.")
+        raise ValueError("`--target-modules` must be left out with --lora or --adapter, got both.")
     if args.adapter is not None:
-        return _trained(base, args.adapter)
+        return _load_adapter(base, args.adapter)
     config = _read_config(args.lora) if args.lora is not None else _lora(base, args.rank, args.target_modules)
     config.inference_mode = False
     if base.new_modules:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *base.new_modules})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        option = "--target-modules" if args.lora is None else "--lora"  # the rank was checked before
-        return _placed(option, lambda: get_peft_model(base.model, config))
+        option = "--target-modules" if args.lora is None else "--lora"  # _lora checks the rank
+        return _apply_peft(option, lambda: get_peft_model(base.model, config))
 
 
 def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
-    """LoRA at scale 1 on the attention's queries and values, with the head."""
+    """The config of a LoRA with scale 1 on queries and values, and of the trained head."""
     if rank < 1:
         raise ValueError(f"`--rank` must be at least 1, got {rank}.")
     names = {name.rpartition(".")[2] for name, _ in base.model.named_modules()}
-    known = next((pair for pair in QUERIES_AND_VALUES if names.issuperset(pair)), None)
-    if not (targets or known):
+    default_targets = next((pair for pair in QUERIES_AND_VALUES if names.issuperset(pair)), None)
+    if not (targets or default_targets):
         raise ValueError(f"`--target-modules` must be given for this model, got none; {_linear_layers(base.model)}.")
     for target in targets or ():
         if not any(name == target or name.endswith(f".{target}") for name, _ in base.model.named_modules()):
             nearest = did_you_mean(target, names) or f"; {_linear_layers(base.model)}."
             raise ValueError(f"`--target-modules` must name modules of the model, got {target!r}{nearest}")
     heads = base.head_modules or None
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets or known, modules_to_save=heads)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets or default_targets, modules_to_save=heads)
 
 
 def _linear_layers(model: nn.Module) -> str:
@@ -63,7 +63,7 @@ def _linear_layers(model: nn.Module) -> str:
 
 
 def _read_config(path: Path) -> LoraConfig:
-    """A PEFT config from a JSON file or the folder of one."""
+    """The PEFT config in a JSON file, or in its folder."""
     file = path / ADAPTER_FILES[0] if path.is_dir() else path
     try:
         fields: dict[str, Any] = {"peft_type": "LORA"} | json.loads(file.read_text(encoding="utf-8"))
@@ -75,12 +75,12 @@ def _read_config(path: Path) -> LoraConfig:
     return config
 
 
-def _trained(base: BaseModel, folder: Path) -> PeftModel:
-    """The model with an adapter from its folder."""
+def _load_adapter(base: BaseModel, folder: Path) -> PeftModel:
+    """The model with the trained adapter in a folder."""
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise ValueError(f"`--adapter` must be a folder with {name}, got none in {folder}.")
-    model = _placed("--adapter", lambda: PeftModel.from_pretrained(base.model, str(folder), is_trainable=True))
+    model = _apply_peft("--adapter", lambda: PeftModel.from_pretrained(base.model, str(folder), is_trainable=True))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     for module in base.new_modules:
         if not any(f".{module}." in name for name in trainable):
@@ -88,11 +88,11 @@ def _trained(base: BaseModel, folder: Path) -> PeftModel:
     return model
 
 
-def _placed(option: str, place: Callable[[], nn.Module]) -> PeftModel:
-    """What PEFT made of a model, in evaluation mode; its complaints name the option."""
+def _apply_peft(option: str, apply: Callable[[], nn.Module]) -> PeftModel:
+    """The PEFT model in evaluation mode. Errors of PEFT name the option."""
     try:
-        model = place()
+        model = apply()
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"`{option}` must fit the model, got: {error}") from error
-    assert isinstance(model, PeftModel)  # a mixed model comes only where mixed=True
+    assert isinstance(model, PeftModel)  # PEFT returns other classes only with mixed=True
     return model.eval()

@@ -1,4 +1,4 @@
-"""The arguments of every command, each with an example that works as it stands."""
+"""The arguments of every command."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bayes_kf._version import __version__
 from bayes_kf.cli.config_flags import add_setting_flags
 from bayes_kf.validation import did_you_mean
 
-MODEL_HELP = "a Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled one"
+MODEL_HELP = "Hugging Face model folder (image or text classification, safetensors), or digits-vit, the bundled model"
 PREDICTIONS_HELP = "a .csv or .npz of predictions with their targets"
-# The words that the library accepts, written out so that --help need not import PyTorch; a test compares them.
+# The words that the library accepts, written out so that --help does not import PyTorch; a test compares them.
 STARTS = ("prior", "trained")
 METHODS = ("linearized", "probit", "sampled", "mean")
 RECALIBRATIONS = ("temperature", "vector", "isotonic")
@@ -45,7 +45,7 @@ EXAMPLES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of the commands are."""
+    """A parser whose errors are one line, like those of the commands."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -103,7 +103,7 @@ def _fit(parser: Parser) -> None:
         "--start",
         choices=STARTS,
         default=STARTS[0],
-        help="prior: start from the present weights; trained: keep them as the mean (default: %(default)s)",
+        help="prior: start from the current weights; trained: keep them as the mean (default: %(default)s)",
     )
     adapter = parser.add_argument_group("adapter")
     which = adapter.add_mutually_exclusive_group()
@@ -111,7 +111,10 @@ def _fit(parser: Parser) -> None:
     which.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="folder of a trained adapter, in safetensors")
     which.add_argument("--rank", type=int, default=4, metavar="N", help="rank of a new LoRA (default: %(default)s)")
     adapter.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="modules of a new LoRA adapter (default: queries, values)"
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="modules of a new LoRA adapter (default: queries and values)",
     )
     online = parser.add_argument_group("online")
     online.add_argument(
@@ -172,8 +175,12 @@ def _compare(parser: Parser) -> None:
 def _add_predicting(parser: Parser) -> None:
     """Arguments of commands that predict."""
     _add_data(parser, batch_size=64, required=False)
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
-    parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="draws (default: %(default)s)")
+    parser.add_argument(
+        "--method", choices=METHODS, default=METHODS[0], help="predictive distribution (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=64, metavar="N", help="posterior draws (default: %(default)s)"
+    )
     parser.add_argument("--title", help="title of the page")
 
 
@@ -181,9 +188,13 @@ def _add_data(parser: Parser, batch_size: int, required: bool = True) -> None:
     needed = "" if required else "; needed for posteriors"
     parser.add_argument("--model", required=required, help=f"{MODEL_HELP}{needed}")
     parser.add_argument("--data", type=Path, required=required, metavar="PATH", help=f"{DATA_HELP}{needed}")
-    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="default: %(default)s")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help="examples per batch (default: %(default)s)"
+    )
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="column of texts (default: %(default)s)")
+    parser.add_argument(
+        "--label-column", default="label", metavar="NAME", help="column of labels (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-length", type=int, default=512, metavar="N", help="most tokens of a text (default: %(default)s)"
     )

@@ -1,7 +1,7 @@
-"""A posterior's folder as the command line writes it: with its classes, any new head's start, and the history.
+"""The folder of a posterior that the command line writes: with classes, history and the initial weights of a new head.
 
-Beside what `Posterior.save_pretrained` writes lie ``labels.json`` (class names by index, number of outputs),
-``history.npz`` (one array a series) and, where the base model had no head for these classes, ``new_head.safetensors``.
+It adds to the files of `Posterior.save_pretrained`: ``labels.json`` (class names by index, number of outputs),
+``history.npz`` (one array per series) and, if the base model has no head for these classes, ``new_head.safetensors``.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from bayes_kf.inference.saving.file_names import LABELS_FILE as LABELS_FILE
 
 
 class Labels(NamedTuple):
-    """Class names by index, none for numbers, and the number of the model's outputs."""
+    """Class names by index, empty without classes, and the number of outputs of the model."""
 
     class_names: tuple[str, ...]
     num_outputs: int
 
 
 def check_output(folder: Path) -> None:
-    """Raise ValueError where a posterior could not be saved into ``folder``: files in the way that are not ours.
+    """Raise ValueError if other files in ``folder`` prevent saving a posterior there.
 
-    What a save that was killed left there is completed, or cleared away, first.
+    An interrupted earlier save is completed or removed first.
     """
     names = (LABELS_FILE, HEAD_FILE, HISTORY_FILE, STREAM_FILE)
-    with _of_output():
+    with _naming_output():
         pretrained.check_folder(folder, of_peft=True, names=names)
 
 
 def recover_output(folder: Path) -> None:
-    """Complete what a save that was killed left in ``folder``, or clear it away."""
-    with _of_output():
+    """Complete or remove an interrupted save in ``folder``."""
+    with _naming_output():
         recover(folder)
 
 
 @contextlib.contextmanager
-def _of_output() -> Iterator[None]:
-    """Errors about a folder name the option."""
+def _naming_output() -> Iterator[None]:
+    """Errors about the folder name ``--output``."""
     try:
         yield
     except ValueError as error:
@@ -64,39 +64,39 @@ def save_posterior(
     new_head: Mapping[str, Tensor],
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes everything as one; ``texts`` are further files."""
+    """Write all files in one atomic step. ``texts`` maps names of further files to their content."""
 
-    def write(fresh: Path) -> None:
-        (fresh / LABELS_FILE).write_text(json.dumps(labels._asdict(), indent=2) + "\n", encoding="utf-8")
+    def write(target: Path) -> None:
+        (target / LABELS_FILE).write_text(json.dumps(labels._asdict(), indent=2) + "\n", encoding="utf-8")
         series: dict[str, Any] = {name: tensor.numpy() for name, tensor in posterior.history.items()}
-        np.savez_compressed(fresh / HISTORY_FILE, **series)
+        np.savez_compressed(target / HISTORY_FILE, **series)
         for name, text in (texts or {}).items():
-            (fresh / name).write_text(text, encoding="utf-8")
+            (target / name).write_text(text, encoding="utf-8")
         if new_head:
-            save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, fresh / HEAD_FILE)
+            save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, target / HEAD_FILE)
 
     pretrained.save(posterior, folder, write_more=write)
 
 
 def read_labels(folder: Path) -> Labels | None:
-    """What ``labels.json`` says; None where there is none, as in a folder that Python code saved.
+    """The labels in ``labels.json``; None without that file, as in a folder from `Posterior.save_pretrained`.
 
     Raises:
-        ValueError: if it, or another file of the folder, is damaged.
+        ValueError: if a file of the folder is damaged.
     """
     return read_consistently(folder, _read_labels)
 
 
 def _read_labels(folder: Path) -> Labels | None:
     path = folder / LABELS_FILE
-    if not is_listed(folder, LABELS_FILE):  # somebody else's, if any
+    if not is_listed(folder, LABELS_FILE):  # a file of this name may not be ours
         return None
     verify_checksums(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names, num_outputs = content["class_names"], content["num_outputs"]
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError("class_names is no list of strings")
+            raise ValueError("class_names is not a list of strings")
         if not isinstance(num_outputs, int) or num_outputs < 1:
             raise ValueError(f"num_outputs is {num_outputs!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -105,7 +105,7 @@ def _read_labels(folder: Path) -> Labels | None:
 
 
 def read_new_head(folder: Path) -> dict[str, Tensor]:
-    """The tensors that a new head started from; none where the base model had its own."""
+    """The initial weights of a new head; empty if the base model has a head."""
     return read_consistently(folder, _read_new_head)
 
 

@@ -1,4 +1,4 @@
-"""Where a stream of lines is: what its folder says, how it is opened, how it is ended."""
+"""The position and scores of a stream of lines, its saved file, and its input."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ STDIN = Path("-")
 
 @dataclass
 class Stream:
-    """Where a stream is.
+    """Position and scores of a stream.
 
     Attributes:
-        lines: that are behind, learned or skipped as bad.
-        bad: of these, skipped.
-        examples: learned.
-        correct: of these, predicted rightly before they were.
-        log_loss: sum of −log p(label) before that, in nats.
-        alarms: lines that raised a drift alarm.
-        run_length: of the detector.
-        detector: its numbers.
+        lines: number of processed lines, learned or skipped.
+        bad: number of bad lines, which were skipped.
+        examples: number of learned examples.
+        correct: number of examples predicted correctly before their update.
+        log_loss: sum of −log p(label) before each update, in nats.
+        alarms: numbers of the lines that raised a drift alarm.
+        run_length: run length of the drift detector.
+        detector: state of the drift detector.
     """
 
     lines: int = 0
@@ -47,14 +47,18 @@ class Stream:
 
     def summary(self) -> str:
         """The counts and scores in one line of text."""
-        seen = max(1, self.examples)
-        scores = f"accuracy {self.correct / seen:.3f}, log loss {self.log_loss / seen:.3f} nats before learning"
+        count = max(1, self.examples)
+        scores = f"accuracy {self.correct / count:.3f}, log loss {self.log_loss / count:.3f} nats before learning"
         bad = f", {self.bad:,} bad lines skipped" if self.bad else ""
         return f"{self.examples:,} examples{bad}: {scores}; drift alarms: {len(self.alarms)}"
 
 
-def where(args: argparse.Namespace) -> Stream | None:
-    """Where an earlier run in the output folder was; None where there is none."""
+def read_stream(args: argparse.Namespace) -> Stream | None:
+    """The stream of an earlier run in the output folder; None if there is none.
+
+    Raises:
+        ValueError: if the folder holds other files, a damaged stream, or a stream with other classes or alarm.
+    """
     recover_output(args.output)
     if not (args.output / STATE_FILE).is_file():
         check_output(args.output)
@@ -62,16 +66,16 @@ def where(args: argparse.Namespace) -> Stream | None:
     path = args.output / STREAM_FILE
     if not is_listed(args.output, STREAM_FILE):
         raise ValueError(
-            f"`--output` must be new or a stream's, got a posterior without {STREAM_FILE} in {args.output}."
+            f"`--output` must be new or hold a stream, got a posterior without {STREAM_FILE} in {args.output}."
         )
     try:
-        found = Stream(**json.loads(path.read_text(encoding="utf-8")))
-        counts = (found.lines, found.bad, found.examples, found.correct)
+        stream = Stream(**json.loads(path.read_text(encoding="utf-8")))
+        counts = (stream.lines, stream.bad, stream.examples, stream.correct)
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"counts must be whole numbers >= 0, not {counts}")
-        found.log_loss = float(found.log_loss)
-        found.alarms = [int(line) for line in found.alarms]
-        DriftDetector(found.run_length, found.detector)
+        stream.log_loss = float(stream.log_loss)
+        stream.alarms = [int(line) for line in stream.alarms]
+        DriftDetector(stream.run_length, stream.detector)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"`--output` must hold a sound {STREAM_FILE}, got {path}: {error}") from error
     labels = read_labels(args.output)
@@ -80,15 +84,15 @@ def where(args: argparse.Namespace) -> Stream | None:
         raise ValueError(
             f"`--classes` must be those of {args.output}, which are {names}, got {', '.join(args.classes)}."
         )
-    if found.run_length != args.alarm:
-        raise ValueError(f"`--alarm` must be that of {args.output}, {found.run_length:g}, got {args.alarm:g}.")
+    if stream.run_length != args.alarm:
+        raise ValueError(f"`--alarm` must be that of {args.output}, {stream.run_length:g}, got {args.alarm:g}.")
     check_output(args.output)
-    return found
+    return stream
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[TextIO]:
-    """Lines of a file, or of standard input."""
+def open_lines(path: Path) -> Iterator[TextIO]:
+    """The lines of a file, or of standard input."""
     if path == STDIN:
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
         yield sys.stdin
@@ -98,18 +102,18 @@ def opened(path: Path) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """A request to end (SIGTERM) ends like Ctrl-C: with a checkpoint."""
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside, as Ctrl-C does, so the run saves a checkpoint."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # Python sets signal handlers only in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""Data for the demo, which needs no network, and readers of a user's own files."""
+"""Readers of data files, and the data of the demo, which need no network."""
 
 from bayes_kf.data.arrays import array_data
 from bayes_kf.data.corruption import CORRUPTIONS, corrupt

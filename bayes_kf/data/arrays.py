@@ -1,4 +1,4 @@
-"""Reads `.npz` arrays; pickled objects are refused."""
+"""Labelled data from `.npz` files. Pickled objects are rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bayes_kf.data.images import ImageFormat
 from bayes_kf.data.labels import LabelledData, encode_labels, make_loader
 
 _KEYS = (("x", "y"), ("inputs", "targets"))
-# RuntimeError: encrypted; MemoryError: shapes that cannot be
+# RuntimeError: encrypted files; MemoryError: impossible shapes
 _UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 _MOST_CLASSES = 100_000
 
@@ -32,23 +32,23 @@ def array_data(
 ) -> LabelledData:
     """Batches (inputs, targets) from an `.npz` file with arrays `x` and `y`, or `inputs` and `targets`.
 
-    Float inputs of any shape (N, ...) are used as they are, in float32. Inputs in uint8 are pixels, (N, H, W),
-    (N, H, W, C) or (N, C, H, W), and need `image_format`. Targets are class indices (N,) from 0, in integers; labels
-    (N,), in strings; or numbers (N,) or (N, k), in floats, to regress on.
+    Float inputs of any shape (N, ...) become float32. Inputs in uint8 are pixels, (N, H, W),
+    (N, H, W, C) or (N, C, H, W), and need `image_format`. Integer targets (N,) are class indices from 0, string
+    targets (N,) are labels, and float targets (N,) or (N, k) are regression targets.
 
     Args:
         path: the file.
-        class_names: the classes in order; None numbers the indices, or sorts the strings.
-        image_format: what the model expects of an image.
-        batch_size: examples a batch.
-        shuffle: draw a new order on every pass.
-        seed: of the order.
+        class_names: the classes in order; None: the indices as strings, or the sorted labels.
+        image_format: the image format of the model.
+        batch_size: examples per batch.
+        shuffle: whether every pass has a new random order.
+        seed: seed of the order.
 
     Returns:
         The loader and the class names, none for float targets.
 
     Raises:
-        ValueError: the file is unreadable or holds something else; the message says what was found.
+        ValueError: if the file is unreadable or holds other arrays.
 
     Example:
         >>> import pathlib, tempfile
@@ -60,25 +60,25 @@ def array_data(
     """
     x, y = _read_pair(Path(path))
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"`path` must hold as many inputs as targets, at least one, got {_shapes(x, y)} in {path}.")
+        raise ValueError(f"`path` must hold as many inputs as targets, at least one, got {_describe(x, y)} in {path}.")
     targets, names = _targets(y, class_names, path)
     return LabelledData(
         make_loader(TensorDataset(_inputs(x, image_format, path), targets), batch_size, shuffle, seed), names
     )
 
 
-def _shapes(x: np.ndarray, y: np.ndarray) -> str:
+def _describe(x: np.ndarray, y: np.ndarray) -> str:
     return f"{x.dtype} {x.shape} and {y.dtype} {y.shape}"
 
 
 def open_arrays(path: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
-    """Those of the wanted arrays that an `.npz` file holds, never unpickled, and the names of all it holds.
+    """The arrays of an `.npz` file with the wanted names, never unpickled, and the names of all its arrays.
 
     Raises:
-        ValueError: the file is unreadable.
+        ValueError: if the file is unreadable.
     """
     try:
-        with path.open("rb") as stream:  # numpy leaves a file of its own open where the archive is damaged
+        with path.open("rb") as stream:  # numpy does not close a damaged archive that it opened
             arrays = np.load(stream, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError(f"it is a single array of shape {arrays.shape}")
@@ -88,21 +88,19 @@ def open_arrays(path: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray
 
 
 def _read_pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Both arrays of the file."""
-    arrays, found = open_arrays(path, [name for pair in _KEYS for name in pair])
+    """Inputs and targets."""
+    arrays, names = open_arrays(path, [name for pair in _KEYS for name in pair])
     for x, y in _KEYS:
         if x in arrays and y in arrays:
             return arrays[x], arrays[y]
-    raise ValueError(f"`path` must hold arrays x and y, or inputs and targets, got {found} in {path}.")
+    raise ValueError(f"`path` must hold arrays x and y, or inputs and targets, got {names} in {path}.")
 
 
 def _inputs(x: np.ndarray, image_format: ImageFormat | None, path: str | os.PathLike[str]) -> torch.Tensor:
     """Inputs in float32, finite."""
     if x.dtype == np.uint8:
         if image_format is None:
-            raise ValueError(
-                f"`image_format` must say how pixels become inputs, got None for the uint8 inputs of {path}."
-            )
+            raise ValueError(f"`image_format` must be given for uint8 pixels, got None for the uint8 inputs of {path}.")
         return image_format.from_pixels(x)
     if x.dtype.kind != "f":
         raise ValueError(f"`path` must hold inputs in floats, or uint8 pixels, got {x.dtype} in {path}.")
@@ -115,7 +113,7 @@ def _inputs(x: np.ndarray, image_format: ImageFormat | None, path: str | os.Path
 def _targets(
     y: np.ndarray, class_names: Sequence[str] | None, path: str | os.PathLike[str]
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Class indices (N,) and names, or numbers in float32 and no names."""
+    """Class indices (N,) and class names, or float32 targets and no names."""
     if y.dtype.kind == "f" and y.ndim <= 2 and np.isfinite(y).all():
         return torch.from_numpy(y.astype(np.float32)), ()
     if y.dtype.kind == "U" and y.ndim == 1:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
+from bayes_kf.validation import check_one_of
+
 NOISE_SD = (0.1, 0.2, 0.3, 0.45, 0.6)
 ROTATION_DEGREES = (15.0, 30.0, 45.0, 60.0, 90.0)
 BLUR_SD = (0.04, 0.06, 0.08, 0.11, 0.15)
@@ -26,12 +28,12 @@ def _rotation(x: torch.Tensor, level: int, generator: torch.Generator) -> torch.
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     theta = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1  # what comes in from outside is black
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1  # pixels from outside the image are black
 
 
 def _blur(x: torch.Tensor, level: int, generator: torch.Generator) -> torch.Tensor:
     sd = BLUR_SD[level] * x.shape[-1]
-    size = min(2 * round(3 * sd) + 1, 2 * min(x.shape[-2:]) - 1)  # reflection needs less than the image
+    size = min(2 * round(3 * sd) + 1, 2 * min(x.shape[-2:]) - 1)  # reflection padding must be smaller than the image
     return gaussian_blur(x, [size, size], [sd, sd])
 
 
@@ -60,11 +62,11 @@ _KINDS: dict[str, Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]] 
     "occlusion": _occlusion,
 }
 CORRUPTIONS = tuple(_KINDS)
-"""The kinds that `corrupt` knows."""
+"""The kinds of corruption."""
 
 
 def corrupt(images: torch.Tensor, kind: str, severity: int = 3, seed: int = 0) -> torch.Tensor:
-    """Images of which each is corrupted in its own way; the given ones are left as they are.
+    """Corrupted copies of images; each image has its own random corruption.
 
     Kinds, at severity 1 to 5: `gaussian_noise` (standard deviation 0.1 to 0.6 of the grey range, clipped), `rotation`
     (15 to 90 degrees, either way), `blur` (Gaussian, standard deviation 4 to 15 % of the width), `invert` (the negative
@@ -74,7 +76,7 @@ def corrupt(images: torch.Tensor, kind: str, severity: int = 3, seed: int = 0) -
         images: (N, C, H, W), float, pixels in [-1, 1].
         kind: one of `CORRUPTIONS`.
         severity: 1 (mild) to 5.
-        seed: of the noise, the direction and the place.
+        seed: seed of the noise, the direction and the place.
 
     Returns:
         Corrupted images of the same shape, dtype and device.
@@ -87,8 +89,7 @@ def corrupt(images: torch.Tensor, kind: str, severity: int = 3, seed: int = 0) -
         >>> corrupt(black, "invert", severity=5).unique()
         tensor([1.])
     """
-    if kind not in _KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(CORRUPTIONS)}, got {kind!r}.")
+    check_one_of("kind", kind, CORRUPTIONS)
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"`severity` must be 1, 2, 3, 4 or 5, got {severity}.")
     if images.ndim != 4 or not images.is_floating_point():

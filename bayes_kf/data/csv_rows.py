@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows, each with as many fields as the header; blank lines are skipped.
+    """Line numbers and rows. Blank lines are skipped.
 
     Raises:
-        ValueError: a line has another number of fields than the header, or the header names a column twice.
-        csv.Error: the file is no CSV.
-        UnicodeDecodeError: the file is not in UTF-8.
+        ValueError: if a line and the header differ in the number of fields, or the header names a column twice.
+        csv.Error: if the file is not a CSV file.
+        UnicodeDecodeError: if the file is not UTF-8.
     """
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)

@@ -1,4 +1,4 @@
-"""Real images that come with scikit-learn, in the input convention of the bundled digit transformer."""
+"""Real images from scikit-learn, in the input format of the bundled digit transformer."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def uci_digits() -> LabelledImages:
 
 
 def uci_digits_split(num_stream: int = 1197, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
-    """A stream to learn from, in random order, and the images held out: by default 1,197 and 600.
+    """A training stream in random order and the held-out images: 1,197 and 600 by default.
 
     Args:
         num_stream: number of images in the stream, 1 to 1,796.
-        seed: of the permutation that decides both the split and the stream's order.
+        seed: seed of the permutation, which decides the split and the order of the stream.
 
     Returns:
-        The stream and the held-out images, disjoint, together all of `uci_digits`.
+        The stream and the held-out images: disjoint, and together all of `uci_digits`.
 
     Raises:
-        ValueError: `num_stream` leaves one side empty.
+        ValueError: if the stream or the held-out set is empty.
 
     Example:
         >>> stream, heldout = uci_digits_split()
@@ -60,19 +60,19 @@ def uci_digits_split(num_stream: int = 1197, seed: int = 0) -> tuple[LabelledIma
 
 
 def photo_patches(num: int, seed: int = 0) -> torch.Tensor:
-    """Images that are no digits: grey 28x28 patches of the two photographs bundled with scikit-learn.
+    """Out-of-distribution images: grey 28x28 patches of the two photographs bundled with scikit-learn.
 
     Each patch is a square of 56 to 224 pixels at a random place of a random photograph, averaged down to 28x28.
 
     Args:
-        num: number of patches.
-        seed: of the places.
+        num: number of patches, at least 1.
+        seed: seed of the places.
 
     Returns:
         Patches (num, 1, 28, 28), float32 in [-1, 1].
 
     Raises:
-        ValueError: `num` is less than 1.
+        ValueError: if `num` is less than 1.
 
     Example:
         >>> photo_patches(5).shape

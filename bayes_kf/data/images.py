@@ -1,4 +1,4 @@
-"""Reads image folders, one folder a class, into the input a model expects."""
+"""Labelled images from folders, one folder per class, in the image format of a model."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from bayes_kf.data.labels import LabelledData, make_loader
+from bayes_kf.validation import check_one_of
 
-_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of Pillow's numbers
-_CROPPED_BELOW = 384  # pixels, of ConvNeXt's images
+_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic")  # index: the number in Pillow
+_CROPPED_BELOW = 384  # pixels; ConvNeXt crops only smaller images
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a model expects of an image: pixels / 255, resized, then (pixel - mean) / sd in each channel.
+    """The image format of a model: pixels / 255, resized, then (pixel - mean) / sd in each channel.
 
     Attributes:
         size: height and width of the input.
         channels: 1 (grey) or 3 (RGB).
         mean: subtracted from each channel, C numbers.
         sd: divides each channel, C numbers.
-        shortest_edge: resize this side first, keeping proportions, and crop the centre; None goes straight to `size`.
+        shortest_edge: length of the shorter side before the centre crop; None: resize to `size` without a crop.
         resample: nearest, lanczos, bilinear or bicubic.
-        resize: height and width to resize to, whatever the proportions, before the centre is cropped.
+        resize: height and width before the centre crop; the aspect ratio may change.
 
     Raises:
-        ValueError: a field is out of range.
+        ValueError: if a field is out of range.
 
     Example:
         >>> ImageFormat((2, 2), 1, (0.5,), (0.5,)).from_pixels(np.full((1, 2, 2), 255, np.uint8))
@@ -54,8 +55,7 @@ class ImageFormat:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"`size` must be a positive height and width, got {self.size}.")
-        if self.resample not in _RESAMPLE:
-            raise ValueError(f"`resample` must be one of {', '.join(_RESAMPLE)}, got {self.resample!r}.")
+        check_one_of("resample", self.resample, _RESAMPLE)
         if self.channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 or 3, got {self.channels}.")
         if len(self.mean) != self.channels or len(self.sd) != self.channels or min(self.sd) <= 0:
@@ -65,7 +65,7 @@ class ImageFormat:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> ImageFormat | None:
-        """The format that a Hugging Face model folder asks for; None if it has no `preprocessor_config.json`."""
+        """The format of a Hugging Face model folder; None if the folder has no `preprocessor_config.json`."""
         config = _read_json(Path(folder) / "preprocessor_config.json")
         if config is None:
             return None
@@ -103,7 +103,7 @@ class ImageFormat:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
+    """A JSON object; None if the file does not exist."""
     if not path.is_file():
         return None
     try:
@@ -126,13 +126,13 @@ def _fields(config: dict[str, Any], channels: int | None) -> dict[str, Any]:
 
 
 def _sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are lengths, of a preprocessor configuration."""
+    """The sizes in a preprocessor configuration."""
     size = config.get("size", 224)
     shortest = size.get("shortest_edge") if isinstance(size, dict) else None
-    share = config.get("crop_pct")
-    if shortest is not None and share is not None:  # ConvNeXt's: large images are not cropped
-        whole = shortest >= _CROPPED_BELOW
-        return dict(size=(shortest, shortest), shortest_edge=None if whole else int(shortest / share))
+    crop_fraction = config.get("crop_pct")
+    if shortest is not None and crop_fraction is not None:  # ConvNeXt does not crop large images
+        uncropped = shortest >= _CROPPED_BELOW
+        return dict(size=(shortest, shortest), shortest_edge=None if uncropped else int(shortest / crop_fraction))
     crop = config.get("crop_size") if config.get("do_center_crop") else None
     if crop is None:
         return dict(size=_pair(size if shortest is None else shortest), shortest_edge=shortest)
@@ -145,15 +145,15 @@ def _pair(size: int | dict[str, int]) -> tuple[int, int]:
 
 
 def read_image(path: str) -> Image.Image:
-    """A file as an RGB image; 16-bit and float images, which would be clipped, are refused."""
+    """A file as an RGB image. 16-bit and float images are rejected, because the conversion would clip them."""
     try:
         with Image.open(path) as image:
-            mode, found = image.mode, image.convert("RGB")
-    except Exception as error:  # what Pillow raises on damaged files is not one kind
+            mode, rgb = image.mode, image.convert("RGB")
+    except Exception as error:  # Pillow raises many types of errors for damaged files
         raise ValueError(f"`path` must hold readable images, got {path}: {error}.") from error
     if mode.startswith(("I", "F")):
         raise ValueError(f"`path` must hold 8-bit images, got mode {mode} in {path}.")
-    return found
+    return rgb
 
 
 def image_folder_data(
@@ -168,19 +168,19 @@ def image_folder_data(
     """Batches (inputs, targets) from `path/CLASS/IMAGE` files, as torchvision's ImageFolder reads them.
 
     Args:
-        path: a folder with one folder a class.
-        class_names: the classes in order; None takes the folders' names, sorted. Given, some may have no folder.
-        image_format: what the model expects; None means 224x224 RGB with ImageNet's mean and standard deviation.
-        batch_size: examples a batch.
-        shuffle: draw a new order on every pass.
-        seed: of the order.
+        path: a folder with one folder per class.
+        class_names: the classes in order, some perhaps without a folder; None: the sorted names of the folders.
+        image_format: the image format of the model; None: 224x224 RGB with ImageNet's mean and standard deviation.
+        batch_size: examples per batch.
+        shuffle: whether every pass has a new random order.
+        seed: seed of the order.
 
     Returns:
         The loader of inputs (B, C, H, W) and class indices (B,), and the class names.
 
     Raises:
-        ValueError: there are no class folders or no images, or a folder is not among `class_names`. An unreadable
-            image raises, with its name, when its batch is drawn.
+        ValueError: if there are no class folders or no images, or a folder is not among `class_names`. The loader
+            raises it for an unreadable image.
     """
     try:
         dataset = ImageFolder(str(path), (image_format or ImageFormat()).transform(), loader=read_image)

@@ -1,4 +1,4 @@
-"""What every reader returns, and the mapping from labels as written to class indices."""
+"""The result of every reader, and the mapping from labels to class indices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class LabelledData(NamedTuple):
-    """A loader of batches and the names of its classes, by index; no names where targets are numbers.
+    """A loader of batches and its class names by index; no names for regression targets.
 
     Batches are (inputs, targets), or for text a mapping with `labels`.
     """
@@ -22,7 +22,7 @@ class LabelledData(NamedTuple):
 def encode_labels(
     labels: Sequence[int | str], class_names: Sequence[str] | None = None
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Class indices of labels, and the class names the indices refer to.
+    """Class indices of labels, and the class names by index.
 
     Without `class_names`, the classes are the distinct labels: in numerical order if all are integers, else in the
     order of their characters. With `class_names`, a label is looked up by name; if no name is an integer, an integer
@@ -30,13 +30,13 @@ def encode_labels(
 
     Args:
         labels: N labels; 3 and "3" are the same label.
-        class_names: the names to use, as returned by an earlier call or listed by a trained model.
+        class_names: the names of an earlier call or of a trained model.
 
     Returns:
         Indices (N,), int64, and the class names.
 
     Raises:
-        ValueError: a label is empty, or not among `class_names`.
+        ValueError: if a label is empty, or not among `class_names`.
 
     Example:
         >>> encode_labels(["spam", "ham", "spam"])
@@ -44,19 +44,19 @@ def encode_labels(
         >>> encode_labels([10, 2])[1]
         ('2', '10')
     """
-    written = [str(label).strip() for label in labels]
-    for position, label in enumerate(written):
+    texts = [str(label).strip() for label in labels]
+    for position, label in enumerate(texts):
         if not label:
             raise ValueError(f"`labels` must not be empty, got an empty label at position {position}.")
-    names = tuple(class_names) if class_names is not None else _sorted_names(set(written))
+    names = tuple(class_names) if class_names is not None else _sorted_names(set(texts))
     index = {name: i for i, name in enumerate(names)}
     if not any(_is_integer(name) for name in names):
         index |= {str(i): i for i in range(len(names))}
-    for position, label in enumerate(written):
+    for position, label in enumerate(texts):
         if label not in index:
             shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise ValueError(f"`labels` must be among the classes {shown}, got {label!r} at position {position}.")
-    return torch.tensor([index[label] for label in written], dtype=torch.int64), names
+    return torch.tensor([index[label] for label in texts], dtype=torch.int64), names
 
 
 def _sorted_names(names: set[str]) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ def _is_integer(text: str) -> bool:
 def make_loader(
     dataset: Dataset[Any], batch_size: int, shuffle: bool, seed: int, collate: Any = None
 ) -> DataLoader[Any]:
-    """A loader whose order, if shuffled, follows from `seed` alone."""
+    """A loader. If it shuffles, its order depends on `seed` only."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Opens a user's data set, whichever kind it is."""
+"""Labelled data from files of any supported kind."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def open_dataset(
     """A loader and its class names from an image folder, an `.npz` file, or a `.csv`, `.tsv` or `.jsonl` file.
 
     Args:
-        path: a folder (`path/CLASS/IMAGE`) or a file; what it is follows from its suffix.
-        model: a Hugging Face model folder, for the tokenizer of text and the image format of images.
-        class_names: the classes in order; None takes them from the data.
-        image_format: overrides the model's.
-        batch_size: examples a batch.
-        shuffle: draw a new order on every pass.
-        seed: of the order.
-        **text_options: `text_column`, `label_column`, `numeric` and `max_length` of `text_data`.
+        path: a folder (`path/CLASS/IMAGE`) or a file, whose suffix decides the reader.
+        model: a Hugging Face model folder with the tokenizer or the image format.
+        class_names: the classes in order; None: the classes of the data.
+        image_format: replaces the image format of the model.
+        batch_size: examples per batch.
+        shuffle: whether every pass has a new random order.
+        seed: seed of the order.
+        **text_options: arguments `text_column`, `label_column`, `numeric` and `max_length` of `text_data`.
 
     Returns:
         Batches (inputs, targets) of arrays and images, or mappings with `labels` of text; and the class names.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: `path` is of no known kind, cannot be read, or holds what the reader of its kind refuses.
+        FileNotFoundError: if `path` does not exist.
+        ValueError: if no reader supports `path`, or its reader raises.
     """
     file = Path(path)
     if not file.exists():

@@ -20,7 +20,7 @@ REGRESSION_COLUMNS = ("mean", "variance")
 
 @dataclass(frozen=True)
 class SavedPredictions:
-    """What a file of predictions holds; what it lacks is None.
+    """The content of a file of predictions; missing parts are None.
 
     Attributes:
         targets: class indices (N,), or real values (N,) or (N, m).
@@ -40,27 +40,27 @@ class SavedPredictions:
 
 
 def read_predictions(path: str | os.PathLike[str], *, need_targets: bool = True) -> SavedPredictions:
-    r"""Reads predictions with their targets; nothing is unpickled.
+    r"""Saved predictions with their targets. Nothing is unpickled.
 
-    An `.npz` holds `targets` (or `target`, `label`, `labels`, `y`) and either `probs` (N, C), with `class_names` and
-    `samples` (S, N, C) if there are, or `mean` with `variance` or `samples`. A `.csv` has a header: one of these
-    names for the targets, and for every other column a class with its probabilities; or the columns `mean` and
-    `variance`. Targets are class indices from 0 or, where every one of them is the name of a class, names.
+    An `.npz` holds `targets` (or `target`, `label`, `labels`, `y`) and either `probs` (N, C), optionally with
+    `class_names` and `samples` (S, N, C), or `mean` with `variance` or `samples`. The header of a `.csv` has one of
+    these names for the targets. The other columns are class probabilities under the class names, or `mean` and
+    `variance`. Targets are class names if all of them are; otherwise they are class indices from 0.
 
     Args:
         path: the file.
         need_targets: whether targets are required; out-of-distribution inputs may have none.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: the file is unreadable, or holds no predictions.
+        FileNotFoundError: if `path` does not exist.
+        ValueError: if the file is unreadable or holds no predictions.
 
     Example:
         >>> import pathlib, tempfile
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "predictions.csv"
         >>> _ = file.write_text("target,cat,dog\ncat,0.9,0.1\ndog,0.4,0.6\n")
-        >>> found = read_predictions(file)
-        >>> found.class_names, found.targets.tolist(), found.probs.shape
+        >>> saved = read_predictions(file)
+        >>> saved.class_names, saved.targets.tolist(), saved.probs.shape
         (('cat', 'dog'), [0, 1], (2, 2))
     """
     file = Path(path)
@@ -74,14 +74,14 @@ def read_predictions(path: str | os.PathLike[str], *, need_targets: bool = True)
 
 
 def _from_npz(path: Path, need_targets: bool) -> SavedPredictions:
-    arrays, found = open_arrays(path, (*TARGET_NAMES, "probs", "mean", "variance", "samples", "class_names"))
-    targets = _one_of(arrays, found, path, need_targets)
+    arrays, names = open_arrays(path, (*TARGET_NAMES, "probs", "mean", "variance", "samples", "class_names"))
+    targets = _find_targets(arrays, names, path, need_targets)
     if ("probs" in arrays) == ("mean" in arrays):
-        raise ValueError(f"`path` must hold either probs or mean, got {found} in {path}.")
-    samples, names = arrays.get("samples"), arrays.get("class_names")
+        raise ValueError(f"`path` must hold either probs or mean, got {names} in {path}.")
+    samples, class_array = arrays.get("samples"), arrays.get("class_names")
     if "mean" in arrays:
         return SavedPredictions(targets, samples=samples, mean=arrays["mean"], variance=arrays.get("variance"))
-    class_names = None if names is None else tuple(str(name) for name in names)
+    class_names = None if class_array is None else tuple(str(name) for name in class_array)
     return SavedPredictions(_as_indices(targets, class_names, path), arrays["probs"], samples, class_names=class_names)
 
 
@@ -93,47 +93,51 @@ def _from_csv(path: Path, need_targets: bool) -> SavedPredictions:
     if not rows:
         raise ValueError(f"`path` must hold a header and at least one row, got no row in {path}.")
     columns = {name.strip(): np.array([row[name].strip() for row in rows]) for name in rows[0]}
-    targets = _one_of(columns, ", ".join(columns), path, need_targets)
+    targets = _find_targets(columns, ", ".join(columns), path, need_targets)
     others = {name: _numbers(values, name, path) for name, values in columns.items() if values is not targets}
     if set(others) == set(REGRESSION_COLUMNS):
-        known = None if targets is None else _numbers(targets, "target", path)
-        return SavedPredictions(known, mean=others["mean"], variance=others["variance"])
+        values = None if targets is None else _numbers(targets, "target", path)
+        return SavedPredictions(values, mean=others["mean"], variance=others["variance"])
     class_names = tuple(others)
     probs = np.stack(list(others.values()), axis=1) if others else np.empty((len(rows), 0))
     return SavedPredictions(_as_indices(targets, class_names, path), probs, class_names=class_names)
 
 
-def _one_of(arrays: Mapping[str, np.ndarray], found: str, path: Path, need_targets: bool) -> np.ndarray | None:
-    """The targets, under whichever name."""
+def _find_targets(
+    arrays: Mapping[str, np.ndarray], array_names: str, path: Path, need_targets: bool
+) -> np.ndarray | None:
+    """The array under one of the target names."""
     names = [name for name in TARGET_NAMES if name in arrays]
     if not names and not need_targets:
         return None
     if len(names) != 1:
-        raise ValueError(f"`path` must hold targets under one of {', '.join(TARGET_NAMES)}, got {found} in {path}.")
+        raise ValueError(
+            f"`path` must hold targets under one of {', '.join(TARGET_NAMES)}, got {array_names} in {path}."
+        )
     return arrays[names[0]]
 
 
 def _as_indices(targets: np.ndarray | None, class_names: tuple[str, ...] | None, path: Path) -> np.ndarray | None:
-    """Class indices from indices or names."""
+    """Class indices from class indices or names."""
     if targets is None:
         return None
     if targets.dtype.kind in "iu":
         return targets
     if targets.dtype.kind not in "US":
         raise ValueError(f"`path` must hold targets in integers or strings, got {targets.dtype} in {path}.")
-    words = targets.astype(str)
-    if class_names is not None and set(words) <= set(class_names):
+    texts = targets.astype(str)
+    if class_names is not None and set(texts) <= set(class_names):
         order = {name: i for i, name in enumerate(class_names)}
-        return np.array([order[word] for word in words])
+        return np.array([order[text] for text in texts])
     try:
-        return np.array([int(word) for word in words])
+        return np.array([int(text) for text in texts])
     except ValueError as error:
-        wanted = "indices" if class_names is None else f"indices or among {', '.join(class_names[:20])}"
-        raise ValueError(f"`path` must hold targets that are {wanted}, got {error.args[0]} in {path}.") from error
+        expected = "indices" if class_names is None else f"indices or among {', '.join(class_names[:20])}"
+        raise ValueError(f"`path` must hold targets that are {expected}, got {error.args[0]} in {path}.") from error
 
 
 def _numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """A column as numbers."""
+    """A column in float64."""
     try:
         return values.astype(np.float64)
     except ValueError as error:

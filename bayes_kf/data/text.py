@@ -1,4 +1,4 @@
-"""Reads labelled text, CSV or JSON lines, into batches for a transformers model."""
+"""Labelled text from CSV or JSON lines, in batches for a transformers model."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def text_data(
 ) -> LabelledData:
     """Batches that are mappings (input_ids, attention_mask, ..., labels) from a `.csv`, `.tsv` or `.jsonl` file.
 
-    Files are UTF-8. A CSV or TSV file names its columns in the first line; a JSON-lines file holds an object a line.
+    Files are UTF-8. The first line of a CSV or TSV file names its columns; a JSON-lines file has one object per line.
 
     Args:
         path: the file.
-        tokenizer: a Hugging Face model folder to read the tokenizer from, or the tokenizer.
-        class_names: the classes in order; None sorts the distinct labels (see `encode_labels`).
-        text_column: column of the text.
-        label_column: column of the label, an integer or a string.
-        numeric: the labels are numbers to regress on, and batches hold them in float32.
-        max_length: longer texts are cut to this number of tokens.
-        batch_size: examples a batch, padded to the longest of them.
-        shuffle: draw a new order on every pass.
-        seed: of the order.
+        tokenizer: a tokenizer, or a Hugging Face model folder with one.
+        class_names: the classes in order; None: the sorted distinct labels (see `encode_labels`).
+        text_column: name of the text column.
+        label_column: name of the column of labels, which are integers or strings.
+        numeric: whether the labels are regression targets, in float32.
+        max_length: most tokens of a text; longer texts are truncated.
+        batch_size: examples per batch, padded to the longest.
+        shuffle: whether every pass has a new random order.
+        seed: seed of the order.
 
     Returns:
-        The loader and the class names, none where `numeric`.
+        The loader and the class names; no names if `numeric`.
 
     Raises:
-        ValueError: the file or the tokenizer cannot be read, a column is missing or a label unknown; where there is
-            one, the message gives the line.
+        ValueError: if the file or the tokenizer cannot be read, a column is missing or a label is unknown. The message
+            gives the line if there is one.
     """
     file = Path(path)
     texts, labels = _read_columns(file, text_column, label_column)
@@ -66,7 +66,7 @@ def text_data(
 
 
 def text_tokenizer(source: str | os.PathLike[str] | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer that can pad, from a folder unless it is one already."""
+    """A tokenizer with a padding token: ``source``, or the tokenizer in that folder."""
     if isinstance(source, PreTrainedTokenizerBase):
         tokenizer = source
     else:
@@ -97,7 +97,7 @@ def _collate(
 
 
 def _numbers(labels: Sequence[int | float | str]) -> torch.Tensor:
-    """Finite numbers (N,) in float32."""
+    """Finite regression targets (N,) in float32."""
     values = []
     for position, label in enumerate(labels):
         try:
@@ -111,7 +111,7 @@ def _numbers(labels: Sequence[int | float | str]) -> torch.Tensor:
 
 
 def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list[str], list[Any]]:
-    """The two columns of a file, each row checked."""
+    """The texts and labels of a file."""
     rows = _read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)
     texts: list[str] = []
     labels: list[Any] = []
@@ -119,8 +119,10 @@ def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list
         for line, row in rows:
             for option, column in (("text_column", text_column), ("label_column", label_column)):
                 if column not in row:
-                    found = ", ".join(map(str, row))
-                    raise ValueError(f"`{option}` must be a column of {file}, got {column!r}; line {line} has {found}.")
+                    columns = ", ".join(map(str, row))
+                    raise ValueError(
+                        f"`{option}` must be a column of {file}, got {column!r}; line {line} has {columns}."
+                    )
             text, label = row[text_column], row[label_column]
             if not isinstance(text, str):
                 raise ValueError(f"`path` must hold text in column {text_column!r}, got {text!r} in line {line}.")
@@ -146,7 +148,9 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"`path` must hold a JSON object a line, got {error} in line {number}.") from error
+                raise ValueError(f"`path` must hold one JSON object per line, got {error} in line {number}.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"`path` must hold a JSON object a line, got {type(row).__name__} in line {number}.")
+                raise ValueError(
+                    f"`path` must hold one JSON object per line, got {type(row).__name__} in line {number}."
+                )
             yield number, row

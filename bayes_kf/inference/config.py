@@ -1,4 +1,4 @@
-"""Every setting of a filter, checked when it is made."""
+"""The settings of a filter."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 from bayes_kf.files.checksums import CHECKSUMS_FILE, is_listed
 from bayes_kf.files.staging import staging
+from bayes_kf.inference.config_combinations import check_combinations
 from bayes_kf.inference.config_field import (
     check_forgetting,
     check_integer,
-    check_share,
     optional,
     setting,
     word_or_positive,
@@ -39,6 +39,7 @@ from bayes_kf.validation import (
     check_not_negative,
     check_one_of,
     check_positive,
+    check_share,
     check_whole,
     did_you_mean,
 )
@@ -50,7 +51,6 @@ BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
 PENALTIES = ("transient", "permanent")
-OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_classes", "curvature_draws", "seed")
 CHOICES: dict[str, tuple[str, ...]] = {
     "likelihood": tuple(LIKELIHOODS),
     "noise": NOISES,
@@ -61,16 +61,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "expansion": EXPANSIONS,
     "curvature": CURVATURES,
 }
-"""The settings that are words, and the words."""
-WHOLE = ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples")  # numbers, at least 1
-STREAM_SPREADS = (3.0, 1.0, 0.3)  # prior sds of the outputs that a stream chooses among, in logits
-STREAM_BIAS = 1.0  # prior sd of the classes' log odds there
-STREAM_EXAMPLES = 200  # that it chooses by
-STREAM_MARGIN = 1.0  # standard errors by which the first examples must prefer a wider one
-BUDGETS = ("bytes_budget", "outputs_per_pass")
-TUNING = ("tune", "tune_examples", "tune_burn_in", "tune_margin")
-TEMPERATURES = ("temperature", "softmax_temperature")
-FIXED = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", *TEMPERATURES)  # what a stream cannot choose
+"""The allowed words of each setting whose value is a word."""
+WHOLE = ("rank", "curvature_classes", "curvature_draws", "passes", "tune_examples")  # whole numbers >= 1
 CONFIG_FILE = "kalman_config.json"
 
 
@@ -126,8 +118,8 @@ class KalmanConfig:
     initial_bias_sd: float | None = setting(
         None,
         "Least prior standard deviation of a bias of the outputs, in units of the outputs, beside "
-        "initial_logit_sd: how far the log odds of the classes may lie from their start whatever the features can "
-        "teach. Used when initial_variance is None. None: no such bound.",
+        "initial_logit_sd: how far the log odds of the classes may lie from their start whatever the features "
+        "show. Used when initial_variance is None. None: no such bound.",
         check=optional(check_positive),
     )
     initial_variance: float | None = setting(
@@ -254,8 +246,8 @@ class KalmanConfig:
     )
     tune_burn_in: float = setting(
         0.5,
-        "Share, in [0, 1), of these examples, the first, whose log loss does not count: the combination that "
-        "begins best often does not end best. 0: all count, as in the evidence.",
+        "Share, in [0, 1), of these examples, the first, whose log loss does not count: the combination with "
+        "the best start often does not have the best end. 0: all count, as in the evidence.",
         check=check_share,
     )
     tune_margin: float = setting(
@@ -300,11 +292,11 @@ class KalmanConfig:
     )
 
     def __new__(cls, *args: Any, **settings: Any) -> KalmanConfig:
-        """Raise TypeError for a setting that there is not, with the one that it may stand for."""
-        known = [field.name for field in dataclasses.fields(cls)]
+        """Raise TypeError for an unknown setting; the message suggests the nearest name."""
+        names = [field.name for field in dataclasses.fields(cls)]
         for name in settings:
-            if name not in known:
-                raise TypeError(f"KalmanConfig has no setting {name!r}{did_you_mean(name, known) or '.'}")
+            if name not in names:
+                raise TypeError(f"KalmanConfig has no setting {name!r}{did_you_mean(name, names) or '.'}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -314,54 +306,21 @@ class KalmanConfig:
         for f in dataclasses.fields(self):
             if f.metadata["check"] is not None:
                 f.metadata["check"](f.name, getattr(self, f.name))
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        """Raise ValueError for settings that exclude each other."""
-        if self.softmax_temperature != 1.0 and self.likelihood != "categorical":
-            raise ValueError(
-                f"`softmax_temperature` must be 1 for `likelihood` {self.likelihood!r}, which has no softmax, "
-                f"got {self.softmax_temperature!r}."
-            )
-        if self.noise_variance == "estimated" and (self.likelihood, self.noise) != ("gaussian", "exponential_family"):
-            raise ValueError(
-                "`noise_variance` 'estimated' needs `likelihood` 'gaussian' and `noise` 'exponential_family', "
-                f"got {self.likelihood!r} and {self.noise!r}."
-            )
-
-        if self.curvature != "exact" and (self.likelihood, self.noise) != ("categorical", "exponential_family"):
-            raise ValueError(
-                f"`curvature` {self.curvature!r} needs `likelihood` 'categorical' and `noise` 'exponential_family', "
-                f"got {self.likelihood!r} and {self.noise!r}."
-            )
-
+        check_combinations(self)
         if self.tune is not None:
-            _check_grid(self, self.tune)
             object.__setattr__(self, "tune", {name: list(values) for name, values in self.tune.items()})
-        changing = {"forgetting": 1.0, "drift_variance": 0.0, "prior_pull": 0.0, "gate_quantile": None}
-        changing |= {"gradient_penalty": 0.0}
-        many = "`passes` above 1" if self.passes > 1 else "`mean_passes` above 0"
-        wrong = [name for name, plain in changing.items() if getattr(self, name) != plain]
-        if (self.passes > 1 or self.mean_passes) and wrong:
-            needed = " and ".join(f"`{name}` {changing[name]}" for name in wrong)
-            found = " and ".join(str(getattr(self, name)) for name in wrong)
-            raise ValueError(f"{many} needs {needed}, since it gives every example the same weight, got {found}.")
-        if self.mean_passes and self.noise != "exponential_family":
-            raise ValueError(
-                f"`mean_passes` descend the likelihood of `noise` 'exponential_family', got {self.noise!r}."
-            )
 
     def differences(self, other: KalmanConfig) -> list[str]:
-        """Names of the settings that are not the same in another."""
+        """Names of the settings whose values differ in another configuration."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(other, f.name)]
 
     @classmethod
     def loko(cls, **overrides: Any) -> KalmanConfig:
-        """LoKO's setting (its section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, undamped.
+        """The settings of LoKO (section 5.1): equations 9 to 12 with p₀ ~ Uniform(0, 0.2), β = 0.95, undamped.
 
-        R₀ is not given in the paper; ours is the identity.
+        The paper does not give R₀. Here R₀ is the identity.
         """
-        setting: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "covariance": "diagonal",
             "noise": "ema_taylor",
             "initial_variance": 0.2,
@@ -372,35 +331,35 @@ class KalmanConfig:
             "expansion": "mean",
             "temperature": 1.0,
         }
-        return cls(**(setting | overrides))
+        return cls(**(settings | overrides))
 
     @classmethod
     def dataset(cls, **overrides: Any) -> KalmanConfig:
-        """For data that can be passed over again: rank 60, and three passes of the mean after the filter's.
+        """Settings for data that ``fit`` can read several times: rank 60, and three passes of the mean.
 
-        ``fit`` without settings tries this and ``dataset(initial_spread="constant", initial_logit_sd=10.0)``, and where
-        this did better also a narrow prior of one logit without those passes.
+        Without a ``config``, ``fit`` tries these settings and ``dataset(initial_spread="constant",
+        initial_logit_sd=10.0)``. If these do better, it also tries a prior of one logit without passes of the mean.
         """
-        setting: dict[str, Any] = {"rank": 60, "mean_passes": 3}
-        return cls(**(setting | overrides))
+        settings: dict[str, Any] = {"rank": 60, "mean_passes": 3}
+        return cls(**(settings | overrides))
 
     @classmethod
     def stream(cls, **overrides: Any) -> KalmanConfig:
-        """For data that come once: the first 200 examples choose among three widths of the prior by evidence.
+        """Settings for data that arrive once: the evidence of the first 200 examples chooses one of three prior widths.
 
-        ``fit`` without settings takes this where its loader cannot be split. What a stream can teach differs: on
-        some tasks a prior of 3 logits learns fastest, on others it learns noise (``benchmarks/bench/run_online.py``).
-        Among widths that one standard error does not tell apart the narrowest goes on. How frequent the classes are
-        can be learned on all, so their log odds have a prior of one logit under each.
+        Without a ``config``, ``fit`` uses these settings if it cannot split its loader. The best width depends on the
+        task: on some tasks a prior of 3 logits learns fastest, on others it fits noise
+        (``benchmarks/bench/run_online.py``). Among widths within one standard error, the narrowest wins. All tasks can
+        learn the class frequencies, so the log odds of the classes have a prior of one logit under each width.
         """
-        setting: dict[str, Any] = {
-            "tune": {"initial_logit_sd": STREAM_SPREADS},
-            "tune_examples": STREAM_EXAMPLES,
+        settings: dict[str, Any] = {
+            "tune": {"initial_logit_sd": (3.0, 1.0, 0.3)},
+            "tune_examples": 200,
             "tune_burn_in": 0.0,
-            "tune_margin": STREAM_MARGIN,
-            "initial_bias_sd": STREAM_BIAS,
+            "tune_margin": 1.0,
+            "initial_bias_sd": 1.0,
         }
-        return cls(**(setting | overrides))
+        return cls(**(settings | overrides))
 
     @cached_property
     def covariance_settings(self) -> CovarianceSettings:
@@ -443,10 +402,10 @@ class KalmanConfig:
         return STRUCTURES[self.covariance]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``kalman_config.json`` into ``folder``, which is made if missing; earlier settings are replaced.
+        """Write ``kalman_config.json`` into ``folder``. Missing folders are created; earlier settings are replaced.
 
         Raises:
-            ValueError: where a file of that name holds no settings, or those of a posterior saved there.
+            ValueError: if a file of that name is not a configuration, or belongs to a posterior saved in ``folder``.
         """
         path = Path(folder) / CONFIG_FILE
         if os.path.lexists(path):
@@ -455,7 +414,7 @@ class KalmanConfig:
             if self.from_pretrained(folder) == self:
                 return
             if is_listed(Path(folder), CONFIG_FILE) and (Path(folder) / CHECKSUMS_FILE).is_file():
-                raise ValueError(f"`folder` must not be a posterior's, which has settings of its own, got {folder}.")
+                raise ValueError(f"`folder` must not hold a posterior, which has its own settings, got {folder}.")
         Path(folder).mkdir(parents=True, exist_ok=True)
         with staging(Path(folder)) as stage:
             (stage / CONFIG_FILE).write_text(self._as_json(), encoding="utf-8")
@@ -466,10 +425,10 @@ class KalmanConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> KalmanConfig:
-        """Read ``kalman_config.json`` from ``folder``.
+        """The configuration in ``folder``/kalman_config.json.
 
         Raises:
-            ValueError: when the file is missing, is not JSON, or holds fields this version does not know.
+            ValueError: if the file is missing, is not JSON, or holds settings that this version does not have.
         """
         path = Path(folder) / CONFIG_FILE
         try:
@@ -488,44 +447,27 @@ KalmanConfig.__doc__ = f"{KalmanConfig.__doc__}\n    Attributes:\n" + "".join(
 )
 
 
-def check_setting(name: str, rule: str, where: str) -> None:
-    """Raise ValueError for a name that is no setting, with the name that it may stand for.
+def check_setting(name: str, requirement: str, place: str) -> None:
+    """Raise ValueError unless ``name`` is a setting; the message suggests the nearest name.
 
     Args:
-        name: of a setting, as a file has it.
-        rule: the beginning of the message.
-        where: the file, and the line if known.
+        name: the name in the file.
+        requirement: start of the message.
+        place: the file, with the line if known; it follows the name in the message.
     """
-    known = [field.name for field in dataclasses.fields(KalmanConfig)]
-    if name not in known:
-        nearest = did_you_mean(name, known) or f"; the settings are {', '.join(known)}."
-        raise ValueError(f"{rule}, got {name!r}{where}{nearest}")
+    names = [field.name for field in dataclasses.fields(KalmanConfig)]
+    if name not in names:
+        nearest = did_you_mean(name, names) or f"; the settings are {', '.join(names)}."
+        raise ValueError(f"{requirement}, got {name!r}{place}{nearest}")
 
 
 def check_config(config: object, argument: str = "config") -> None:
-    """Raise ValueError for what is no :class:`KalmanConfig`.
+    """Raise ValueError unless ``config`` is a :class:`KalmanConfig`.
 
     Args:
-        config: what was given.
-        argument: its name, for the message.
+        config: the value to check.
+        argument: its name in the message.
     """
     if not isinstance(config, KalmanConfig):
         hint = "; `KalmanConfig(**settings)` makes one" if isinstance(config, Mapping) else ""
         raise ValueError(f"`{argument}` must be a KalmanConfig, got {type(config).__name__}{hint}.")
-
-
-def _check_grid(config: KalmanConfig, grid: object) -> None:
-    """Whether every setting of a grid may be chosen by evidence, and every value of it is one that a filter takes."""
-    if not isinstance(grid, Mapping) or not grid:
-        raise ValueError(f"`tune` must be a mapping from settings to values, got {grid!r}.")
-    known = {field.name for field in dataclasses.fields(config)} - set(FIXED)
-    for name, values in grid.items():
-        if name not in known:
-            nearest = did_you_mean(name, known) or "."
-            raise ValueError(f"`tune` must name settings that a stream can choose, got {name!r}{nearest}")
-        if not isinstance(values, list | tuple) or not values:
-            raise ValueError(f"`tune` must hold a list or tuple of values for {name!r}, got {values!r}.")
-        for value in values:
-            dataclasses.replace(config, tune=None, **{name: value})
-    if config.temperature != "prequential":
-        raise ValueError(f"`tune` needs `temperature` 'prequential', got {config.temperature!r}.")

@@ -17,12 +17,12 @@ def setting(default: Any, help: str, check: Check | None = None) -> Any:
 
 
 def optional(check: Check) -> Check:
-    """A check that lets None pass."""
+    """The check for values that may also be None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def word_or_positive(word: str) -> Check:
-    """A check that takes one word or a finite number > 0."""
+    """The check for one word or a finite number > 0."""
     return lambda name, value: None if value == word else check_positive(name, value)
 
 
@@ -30,12 +30,6 @@ def check_forgetting(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a number in (0, 1]."""
     if not (is_number(value) and 0 < value <= 1):
         raise ValueError(f"`{name}` must lie in (0, 1], got {value!r}.")
-
-
-def check_share(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is a number in [0, 1)."""
-    if not (is_number(value) and 0 <= value < 1):
-        raise ValueError(f"`{name}` must lie in [0, 1), got {value!r}.")
 
 
 def check_integer(name: str, value: object) -> None:

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
+from bayes_kf.validation import check_one_of
+
 DIGITS_VIT = Path(__file__).parent / "weights" / "digits_vit"
 """Folder of the bundled transformer, in the Hugging Face layout (config, weights, image preprocessing)."""
 
@@ -225,8 +227,7 @@ def lenet5(seed: int | None = None, *, init: LeNetInit = "xavier_uniform") -> Le
         >>> sum(p.numel() for p in lenet5(seed=0).parameters())
         61706
     """
-    if init not in _LENET_INITS:
-        raise ValueError(f"`init` must be one of {', '.join(_LENET_INITS)}, got {init!r}.")
+    check_one_of("init", init, _LENET_INITS)
     with _seeded(seed):
         model = LeNet5()
         for name, parameter in model.named_parameters():

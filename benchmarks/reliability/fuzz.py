@@ -36,7 +36,7 @@ import bayes_kf as bkf
 from bayes_kf.cli.config_flags import read_settings
 from bayes_kf.cli.lora_adapters import _read_config
 from bayes_kf.cli.posterior_folder import LABELS_FILE, read_labels
-from bayes_kf.cli.stream_files import STREAM_FILE, where
+from bayes_kf.cli.stream_files import STREAM_FILE, read_stream
 from bayes_kf.data import open_dataset, read_predictions
 from bayes_kf.data.text import text_data
 from bayes_kf.files.checksums import write_checksums
@@ -157,7 +157,7 @@ def readers() -> list[Reader]:
         (folder / LABELS_FILE).write_bytes(labels)
         (folder / STATE_FILE).write_bytes(b"")  # only its existence is checked here
         write_checksums(folder)
-        return where(Namespace(output=folder, classes=["a", "b"], alarm=50.0))
+        return read_stream(Namespace(output=folder, classes=["a", "b"], alarm=50.0))
 
     return [
         Reader("arrays.npz", _dataset, arrays),

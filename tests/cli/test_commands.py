@@ -35,7 +35,7 @@ def test_fit_and_evaluate_arrays(folder, tmp_path, capsys):
     fit = ["fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--rank", 2, "--output", posterior]
     assert main(list(map(str, fit))) == 0
     printed = capsys.readouterr()
-    assert "24 examples, 2,698 trainable numbers" in printed.out
+    assert "24 examples, 2,698 trainable parameters" in printed.out
     assert "classes: 0, 1, 2" in printed.out
     assert "24/24" not in printed.err  # no bar where standard error is no terminal
     assert {p.name for p in posterior.iterdir()} >= {"labels.json", "history.npz", "adapter_model.safetensors"}
@@ -112,7 +112,7 @@ def test_text_gets_a_head_of_its_own_size(folder, tmp_path, data, capsys):
     columns = ("--text-column", "sentence", "--label-column", "mark") if data.endswith("jsonl") else ()
     common = ("--model", folder / "bert", "--data", folder / data, *columns)
     assert main([*map(str, ("fit", *common, "--lora", folder / "lora.json", "--output", tmp_path / "p"))]) == 0
-    assert "new, as the model had none of this size: classifier" in capsys.readouterr().out
+    assert "new modules, which the model lacks at this size: classifier" in capsys.readouterr().out
     labels = read_labels(tmp_path / "p")
     assert labels == (("meh", "neg", "pos"), 3)
     assert run("evaluate", tmp_path / "p", *common, "--output", tmp_path / "r.html") == 0
@@ -151,7 +151,7 @@ def test_trained_adapter_keeps_its_mean(folder, tmp_path, capsys):
     assert main([*common, *further]) == 0
     told = capsys.readouterr().out
     assert "training log loss" in told
-    assert "of examples that the adapter was trained on" in told
+    assert "(training examples of the adapter)" in told
     assert "before its update" not in told
     assert "innovation" not in told
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))

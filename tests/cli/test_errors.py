@@ -136,7 +136,7 @@ def test_bad_input_to_evaluate(folder, tmp_path, capsys):
     assert "must end in .html" in capsys.readouterr().err
     twice = ("--ood", f"a={folder / 'reviews.csv'}") * 2
     assert run(*common, folder / "bert", *twice, "--output", tmp_path / "r.html") == 2
-    assert "`--ood` must give each set a name of its own, got a, a." in capsys.readouterr().err
+    assert "`--ood` must give each data set a different name, got a, a." in capsys.readouterr().err
     with quiet_transformers():
         torch.manual_seed(1)
         BertForSequenceClassification(bert_config(num_labels=3)).save_pretrained(tmp_path / "other")
@@ -177,7 +177,10 @@ def test_bad_input_to_evaluate_and_compare_predictions(folder, tmp_path, capsys)
         (("evaluate", tmp_path / "none.csv"), "`POSTERIOR` must be an existing file of predictions"),
         (("compare", f"a={file}"), "`NAME=PATH` must be given at least twice, with different names, got a."),
         (("compare", f"a={file}", f"a={other}"), "with different names, got a, a."),
-        (("compare", f"a={file}", f"b={other}"), "must hold the same targets in the same order, got others for b."),
+        (
+            ("compare", f"a={file}", f"b={other}"),
+            "must hold the same targets in the same order, got different targets",
+        ),
         (("compare", f"a={file}", f"b={real}"), "`PATH` must hold class probabilities, got real values"),
         (("compare", f"a={file}", f"b={tmp_path}"), "`--model` must be given for the posterior"),
     )

@@ -206,7 +206,7 @@ def test_options_of_a_stream_without_one(model, tmp_path, capsys, more, option):
     (tmp_path / "lines.jsonl").write_text(lines(4), encoding="utf-8")
     plain = ("fit", "--model", model, "--data", tmp_path / "lines.jsonl", "--output", tmp_path / "out")
     assert run(*plain, *more) == 2
-    assert f"`{option}` is of `--online`, got it without" in capsys.readouterr().err
+    assert f"`{option}` needs `--online`, got none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -224,7 +224,7 @@ def test_drift_is_told(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "must hold a JSON object a line, got .* in line 36"),
+        ("{", "must hold one JSON object per line, got .* in line 36"),
         ("[1, 2]", "`--text-column` must be in every line, got none called 'text' in line 36"),
         ('{"text": "a film"}', "`--label-column` must be in every line, got none called 'label' in line 36"),
         ('{"text": 3, "label": "pos"}', "must hold text and a label, got 3 and 'pos' in line 36"),
@@ -235,7 +235,7 @@ def test_drift_is_told(model, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_bad_line(model, tmp_path, monkeypatch, capsys, bad, message):
-    """What came before it is learned and saved; with --skip-bad all the rest is, too."""
+    """The lines before it are learned and saved; with --skip-bad the lines after it are, too."""
     rows = lines(40).splitlines(keepends=True)
     text = "".join([*rows[:35], bad + "\n", "\n", *rows[35:]])
     assert fed(text, monkeypatch, model, tmp_path / "out") == 2
@@ -244,7 +244,7 @@ def test_a_bad_line(model, tmp_path, monkeypatch, capsys, bad, message):
     import re
 
     assert re.search(message, error), error
-    assert "What came before it is saved" in error
+    assert "The lines before it are saved" in error
     assert (stream(tmp_path / "out").lines, stream(tmp_path / "out").examples) == (35, 35)
     assert fed(text, monkeypatch, model, tmp_path / "out", "--skip-bad") == 0
     found = stream(tmp_path / "out")
@@ -258,12 +258,12 @@ def test_a_bad_line(model, tmp_path, monkeypatch, capsys, bad, message):
     ("more", "message"),
     [
         (("--checkpoint-every", 0), "`--checkpoint-every` must be at least 1, got 0"),
-        (("--alarm", 1), "`--alarm` must be above one, got 1.0"),
-        (("--batch-size", 2), "`--online` learns one by one, got --batch-size 2"),
+        (("--alarm", 1), "`--alarm` must be greater than 1, got 1.0"),
+        (("--batch-size", 2), "`--online` learns one example at a time from the prior, got --batch-size 2"),
         (("--config", "dataset"), "`--online` learns in one pass, with `mean_passes` 0, got 3"),
-        (("--start", "trained"), "`--online` learns one by one, got .*--start trained"),
-        (("--classes", "pos"), "`--classes` must name two different classes at least, got"),
-        (("--classes", "pos", "pos"), "`--classes` must name two different classes at least, got"),
+        (("--start", "trained"), "`--online` learns one example at a time from the prior, got .*--start trained"),
+        (("--classes", "pos"), "`--classes` must name at least two different classes, got"),
+        (("--classes", "pos", "pos"), "`--classes` must name at least two different classes, got"),
         (("--data", "reviews.csv"), r"`--data` must be a \.jsonl file or - with --online, got reviews\.csv"),
     ],
     ids=str,
@@ -304,7 +304,7 @@ def test_other_streams_are_not_gone_on_with(model, whole, tmp_path, monkeypatch,
         assert "`--output` must hold a sound stream.json" in capsys.readouterr().err
     (folder / "stream.json").unlink()
     assert fed(lines(80), monkeypatch, model, folder) == 2
-    assert "`--output` must be new or a stream's, got a posterior without stream.json" in capsys.readouterr().err
+    assert "`--output` must be new or hold a stream, got a posterior without stream.json" in capsys.readouterr().err
 
 
 def test_what_was_learned_is_evaluated_like_any_posterior(model, whole, tmp_path, capsys):

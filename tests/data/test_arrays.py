@@ -44,7 +44,7 @@ def test_arrays_of_pixels_take_the_models_format(npz):
     pixels = np.full((6, 28, 28), 255, np.uint8)
     inputs, _ = next(iter(open_dataset(npz(x=pixels, y=Y), model=DIGITS_VIT, batch_size=6).loader))
     assert torch.equal(inputs, torch.ones(6, 1, 28, 28))
-    with pytest.raises(ValueError, match=r"`image_format` must say how pixels become inputs, got None"):
+    with pytest.raises(ValueError, match=r"`image_format` must be given for uint8 pixels, got None"):
         open_dataset(npz(x=pixels, y=Y))
 
 

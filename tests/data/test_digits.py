@@ -1,13 +1,12 @@
-"""Bundled digits, corruptions, foreign images, and the benchmark's own data where it is there."""
+"""Bundled digits, corruptions, out-of-distribution images, and the data of the benchmarks if they are there."""
 
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from bayes_kf.data import CORRUPTIONS, corrupt, photo_patches, uci_digits, uci_digits_split
+from benchmarks.common import data as benchmark_data
 
 
 def test_uci_digits_are_in_the_models_convention():
@@ -104,16 +103,7 @@ def test_photo_patches_are_real_and_fixed():
         photo_patches(0)
 
 
-@pytest.fixture
-def benchmark_data():
-    path = Path(__file__).parents[2] / "benchmarks" / "_data.py"
-    spec = importlib.util.spec_from_file_location("benchmark_data", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_benchmark_data_says_where_it_looked(benchmark_data, tmp_path, monkeypatch):
+def test_benchmark_data_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.setenv("BAYES_KF_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"`BAYES_KF_DATA` must name a folder that holds usps/train_x.npy.xz"):
         benchmark_data.usps("train")
@@ -133,7 +123,7 @@ def test_benchmark_data_says_where_it_looked(benchmark_data, tmp_path, monkeypat
         ("fashion_mnist", (), 900),
     ],
 )
-def test_benchmark_data(benchmark_data, name, options, count):
+def test_benchmark_data(name, options, count):
     try:
         benchmark_data.data_folder()
     except FileNotFoundError as error:

@@ -487,7 +487,7 @@ def test_a_save_waits_for_another_and_then_raises(tmp_path, monkeypatch):
 
 def test_saving_settings_alone_does_not_damage_a_posterior(tmp_path):
     posterior(1).save_pretrained(tmp_path / "p")
-    with pytest.raises(ValueError, match=r"`folder` must not be a posterior's, which has settings of its own, got .*p"):
+    with pytest.raises(ValueError, match=r"`folder` must not hold a posterior, which has its own settings, got .*p"):
         bkf.KalmanConfig(rank=3).save_pretrained(tmp_path / "p")
     posterior(1).config.save_pretrained(tmp_path / "p")  # the same
     assert value(tmp_path / "p") == 1

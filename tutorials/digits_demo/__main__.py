@@ -1,4 +1,4 @@
-"""Runs the demo: ``python -m tutorials.digits_demo --quick``, from the root of the repository."""
+"""The demo: ``python -m tutorials.digits_demo --quick``, from the root of the repository."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tutorials.digits_demo import FULL, QUICK, RANK, caption, markdown_table, ru
 
 
 def main() -> None:
-    """Print the table; the report, the pictures, the posterior and the arrays are in the output folder then."""
+    """Run the demo, print its table and write its files."""
     parser = argparse.ArgumentParser(prog="digits_demo", description=digits_demo.__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="use a few of the images: seconds, not minutes")
+    parser.add_argument("--quick", action="store_true", help="use few images; takes seconds instead of minutes")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of every random choice (default: %(default)s)"
     )
     args = parser.parse_args()
     size = QUICK if args.quick else FULL
     with warnings.catch_warnings(), quiet_transformers():
-        warnings.simplefilter("ignore", FutureWarning)  # from libraries to their callers
+        warnings.simplefilter("ignore", FutureWarning)  # libraries address them to their callers, not to users
         try:
             rows = run_demo(args.output, size, seed=args.seed)
         except ValueError as error:

@@ -17,7 +17,7 @@ SEVERITY = 5
 
 
 class Size(NamedTuple):
-    """Numbers of images of the demo, to learn from and held out."""
+    """Numbers of images in the stream and held out."""
 
     stream: int
     heldout: int
@@ -28,16 +28,16 @@ QUICK = Size(stream=150, heldout=200)
 
 
 class DemoData(NamedTuple):
-    """Images of UCI digits to learn from and to be tested on, and two out-of-distribution sets."""
+    """UCI digits to train and test on, and two out-of-distribution sets."""
 
     stream: LabelledImages
     heldout: LabelledImages
-    corrupted: Tensor  # the held-out images
-    photos: Tensor  # patches of photographs, as many
+    corrupted: Tensor  # corrupted copies of the held-out images
+    photos: Tensor  # as many patches of photographs
 
     @property
     def size(self) -> Size:
-        """How many there are."""
+        """The numbers of images."""
         return Size(len(self.stream.labels), len(self.heldout.labels))
 
     @property
@@ -58,10 +58,10 @@ class DemoData(NamedTuple):
 
 
 def demo_data(size: Size = FULL, seed: int = 0) -> DemoData:
-    """UCI digits split at random, the held-out ones corrupted in all ways in equal shares, and as many photographs.
+    """A random split of UCI digits, corrupted copies of the held-out ones (equal shares of all kinds), and photographs.
 
     Raises:
-        ValueError: if there are not so many digits.
+        ValueError: if ``size`` exceeds the number of digits.
 
     Example:
         >>> data = demo_data(Size(stream=3, heldout=10))

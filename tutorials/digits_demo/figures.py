@@ -12,12 +12,12 @@ from bayes_kf.evaluation.plots.style import BLUE, GREEN, GREY, VERMILLION
 from tutorials.digits_demo.methods import Row
 
 DPI = 130
-WINDOW = 150  # images in a mean
+WINDOW = 150  # images in a moving average
 STYLES = ((GREY, ":"), (VERMILLION, "--"), (GREEN, "-."), (BLUE, "-"))  # in the order of the rows
 
 
 def save_reliability(rows: list[Row], path: Path) -> None:
-    """Reliability diagrams side by side, with one legend below for all."""
+    """Reliability diagrams side by side, with one common legend."""
     figure = Figure(figsize=(4.7 * len(rows), 5.2), layout="constrained")
     for ax, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
         row.report.sections.drawings["reliability"].draw(ax)
@@ -30,7 +30,7 @@ def save_reliability(rows: list[Row], path: Path) -> None:
 
 
 def save_online_curves(rows: list[Row], path: Path) -> None:
-    """Moving mean of the accuracy before each update, one curve a row."""
+    """Moving average of the accuracy before each update, one curve per row."""
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     ax = figure.subplots()
     for row, (colour, line) in zip(rows, STYLES, strict=True):

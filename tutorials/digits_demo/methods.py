@@ -1,4 +1,4 @@
-"""Four ways to learn a stream, each a row of the table with a report."""
+"""The four methods of the demo; each gives a row of the table with a report."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 from tutorials.digits_demo.data import DemoData
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""Learning rates that AdamW may choose from."""
+"""Candidate learning rates of AdamW."""
 
 
 class Row(NamedTuple):
-    """A way to learn, and its scores.
+    """A method and its scores.
 
     Attributes:
-        name: of the way.
-        report: on its predictions for the held-out images, and on the stream.
-        history: "correct" and "log_loss" of each image of the stream, before it was learned.
-        seconds: of the stream, once.
-        notes: what else should be known, name to value.
+        name: name of the method.
+        report: report on its predictions for the held-out images, and on the stream.
+        history: "correct" and "log_loss" of each image of the stream before its update.
+        seconds: duration of one pass over the stream.
+        notes: further values by name.
     """
 
     name: str
@@ -48,11 +48,11 @@ def frozen_row(name: str, data: DemoData, progress: bool) -> Row:
 
 
 def best_adamw_row(name: str, data: DemoData, rank: int, seed: int, progress: bool) -> Row:
-    """LoRA trained by AdamW, one step an image, at the learning rate of `RATES` with the best accuracy online."""
+    """LoRA trained by AdamW, one step per image, at the learning rate of `RATES` with the best accuracy online."""
     rows = [adamw_row(name, rate, data, rank, seed, progress) for rate in RATES]
     best = max(rows, key=lambda row: row.report.scores["online_accuracy"])
-    tried = {row.notes["learning_rate"]: row.report.scores["online_accuracy"] for row in rows}
-    notes = {"online_accuracy_by_rate": tried, "seconds_of_all_rates": sum(row.seconds for row in rows)}
+    accuracy_by_rate = {row.notes["learning_rate"]: row.report.scores["online_accuracy"] for row in rows}
+    notes = {"online_accuracy_by_rate": accuracy_by_rate, "seconds_of_all_rates": sum(row.seconds for row in rows)}
     return best._replace(notes=best.notes | notes)
 
 
@@ -77,7 +77,7 @@ def kalman_row(name: str, config: KalmanConfig, data: DemoData, rank: int, progr
 def stream(
     model: nn.Module, loader: Iterable[Any], optimizer: torch.optim.Optimizer | None, bar: dict[str, Any]
 ) -> tuple[dict[str, Tensor], float]:
-    """Predict each batch, then learn from it if there is an optimizer; what was predicted, and the seconds."""
+    """The history and the duration of a stream: predict each batch, then learn it if there is an optimizer."""
     correct, losses, start = [], [], time.perf_counter()
     with torch.set_grad_enabled(optimizer is not None):
         for inputs, targets in tqdm(loader, **bar):
@@ -93,7 +93,7 @@ def stream(
 
 
 def point_report(model: nn.Module, data: DemoData, history: Mapping[str, Tensor], name: str) -> Report:
-    """The report on a model's softmax."""
+    """The report on the softmax of a model."""
     log_probs, labels = log_softmax(model, data.heldout_loader), data.heldout.labels
     return evaluate_predictions(
         log_probs.exp(),

@@ -1,4 +1,4 @@
-"""The demo's table: as Markdown, which also reads well in a terminal, and as JSON."""
+"""The table of the demo, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """One line a row, columns aligned, numbers on the right."""
+    """The table in Markdown, with aligned columns."""
     cells = [list(COLUMNS), *[[column(row) for column in COLUMNS.values()] for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
@@ -42,24 +42,24 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def caption(rows: list[Row], size: Size, rank: int, seed: int) -> str:
-    """What the columns mean."""
-    grid: dict[float, float] = next(
+    """The caption, which explains the columns."""
+    accuracy_by_rate: dict[float, float] = next(
         (row.notes["online_accuracy_by_rate"] for row in rows if "online_accuracy_by_rate" in row.notes), {}
     )
-    rates = ", ".join(f"{rate:g}" for rate in grid)
+    rates = ", ".join(f"{rate:g}" for rate in accuracy_by_rate)
     total = sum(row.notes.get("seconds_of_all_rates", 0.0) for row in rows)
     return (
         f"A digit transformer trained on MNIST learns {size.stream:,} UCI digits online (one pass, one image at a time,"
-        f" LoRA rank {rank} and the head, seed {seed}). Online accuracy counts each image before it is learned;"
-        f" the other scores are on {size.heldout:,} images held out. The range beside an ECE is what a perfectly"
-        f" calibrated model with these confidences would show. AUROC: entropy tells held-out digits from the same ones"
-        f" corrupted (severity {SEVERITY} of 5), and from patches of photographs. AdamW's rate is the best online of"
-        f" {rates}, chosen in hindsight; all took {total:.1f} s."
+        f" LoRA rank {rank} and the head, seed {seed}). Online accuracy scores each image before its update;"
+        f" the other scores are on {size.heldout:,} held-out images. The null band of an ECE holds the values of a"
+        f" perfectly calibrated model with these confidences. AUROC: entropy separates held-out digits from corrupted"
+        f" copies (severity {SEVERITY} of 5), and from patches of photographs. AdamW has the best online rate of"
+        f" {rates}, chosen in hindsight; all rates took {total:.1f} s."
     )
 
 
 def save_table(rows: list[Row], size: Size, rank: int, seed: int, folder: Path) -> None:
-    """Writes demo.md and demo.json."""
+    """Write demo.md and demo.json."""
     text = f"# UCI digits, online\n\n{markdown_table(rows)}\n\n{caption(rows, size, rank, seed)}\n"
     (folder / "demo.md").write_text(text, encoding="utf-8")
     content = {"setting": size._asdict() | {"rank": rank, "seed": seed}, "rows": [_record(row) for row in rows]}
@@ -67,7 +67,7 @@ def save_table(rows: list[Row], size: Size, rank: int, seed: int, folder: Path) 
 
 
 def _record(row: Row) -> dict[str, Any]:
-    """A row in numbers; one that is not finite is null."""
+    """A row for JSON; numbers that are not finite become null."""
     scores = {name: value if math.isfinite(value) else None for name, value in row.report.scores.items()}
     return {"name": row.name, "seconds": row.seconds, "notes": row.notes, "scores": scores}
 

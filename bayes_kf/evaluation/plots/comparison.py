@@ -11,6 +11,7 @@ from bayes_kf.evaluation.classification.comparison import Difference
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.online.prequential import moving_average, running_accuracy
 from bayes_kf.evaluation.plots.style import COLOURS, LINES, VERMILLION, axes_or_new
+from bayes_kf.validation import check_one_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,8 +80,7 @@ def online_comparison(
     """
     if not histories:
         raise ValueError("`histories` must hold at least one run, got none.")
-    if series not in SERIES:
-        raise ValueError(f"`series` must be one of {', '.join(SERIES)}, got {series!r}.")
+    check_one_of("series", series, SERIES)
     ax = axes_or_new(ax)
     for i, (name, history) in enumerate(histories.items()):
         if series not in history:

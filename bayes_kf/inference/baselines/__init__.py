@@ -1,4 +1,4 @@
-"""Optimizers to compare filters with, one a file; AdamW, AdaGrad and SGD are torch's own."""
+"""Optimizers that benchmarks compare with the filters. AdamW, AdaGrad and SGD come from torch."""
 
 from bayes_kf.inference.baselines.kfac import KFAC
 from bayes_kf.inference.baselines.reng import RENG

@@ -1,7 +1,7 @@
-"""RENG: gradient-regularized natural gradients by double backward. Ours, in the spirit of an abstract.
+"""RENG: natural gradients of a gradient-penalized loss by double backward. Ours, after the idea of an abstract.
 
-The gradient of L + (ρ/2)‖∇L‖² is g + ρHg, H the Hessian; it takes a second backward pass through the first. K-FAC then
-preconditions it.
+The gradient of L + (ρ/2)‖∇L‖² is g + ρHg, with H the Hessian. It needs a second backward pass through the first. K-FAC
+then preconditions it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayes_kf.inference.baselines.kfac import KFAC
-from bayes_kf.inference.baselines.seeded_optimizer import check_not_negative
+from bayes_kf.validation import check_not_negative
 
 
 class RENG(KFAC):
     """K-FAC on the gradient g + ρHg of the penalized loss L + (ρ/2)‖∇L‖².
 
-    Fused attention kernels have no second derivative. Calls of the model take plain ones while gradients are recorded;
-    where parts of it are called by themselves, do that in ``with optimizer.forward():``. With ρ = 0 nothing is
-    differentiated twice, no kernel changes, and it is K-FAC, bit for bit.
+    Fused attention kernels have no second derivative, so calls of the model use the math kernel while gradients are
+    recorded. If you call parts of the model directly, do so inside ``with optimizer.forward():``. With ρ = 0 there is
+    no second backward pass and no change of kernels, and the steps equal those of K-FAC bit for bit.
 
     Args:
-        model: as :class:`KFAC`'s, like all the rest.
+        model: its trainable tensors are optimized.
         lr: step size, > 0.
         penalty: ρ >= 0.
-        **options: of :class:`KFAC`.
+        **options: other arguments of :class:`KFAC`.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -42,7 +42,7 @@ class RENG(KFAC):
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-2, *, penalty: float = 1e-2, **options: Any) -> None:
-        check_not_negative(penalty=penalty)
+        check_not_negative("penalty", penalty)
         super().__init__(model, lr, **options)
         self.penalty = penalty
         if penalty > 0:
@@ -51,7 +51,7 @@ class RENG(KFAC):
             self._handles.append(model.register_forward_hook(attention.leave, always_call=True))
 
     def forward(self) -> AbstractContextManager[Any]:
-        """Where a model's parts are called by themselves, to be differentiated twice."""
+        """A context for direct calls of parts of the model, whose outputs can then be differentiated twice."""
         return sdpa_kernel(SDPBackend.MATH) if self.penalty > 0 else nullcontext()
 
     def _gradients(self, loss: Tensor) -> Iterable[Tensor | None]:
@@ -63,7 +63,7 @@ class RENG(KFAC):
         try:
             second = torch.autograd.grad(half, parameters, allow_unused=True)
         except RuntimeError as error:
-            error.add_note("parts of a model called by themselves have to be called in `with optimizer.forward():`")
+            error.add_note("call parts of the model directly only inside `with optimizer.forward():`")
             raise
         return [
             None if g is None else g.detach() + (0.0 if h is None else self.penalty * h)
@@ -72,7 +72,7 @@ class RENG(KFAC):
 
 
 class _PlainAttention:
-    """Hooks around a model's forward pass: attention by kernels that can be differentiated twice."""
+    """Hooks around the forward pass of a model that select an attention kernel with second derivatives."""
 
     def __init__(self) -> None:
         self._entered: list[AbstractContextManager[Any]] = []  # calls may be nested
@@ -84,6 +84,6 @@ class _PlainAttention:
         self._entered.append(context)
 
     def leave(self, *_: object) -> None:
-        """After it, or where it raised."""
+        """After a forward pass, also one that raised."""
         if self._entered:
             self._entered.pop().__exit__(None, None, None)

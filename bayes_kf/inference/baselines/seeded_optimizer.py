@@ -1,8 +1,7 @@
-"""What the optimizers here share: a model's trained tensors, drawn labels, exact resuming, checks of arguments."""
+"""The base class of the optimizers: trained tensors of a model, labels drawn from it, exact resuming."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -13,14 +12,14 @@ from torch.utils.hooks import RemovableHandle
 
 
 class SeededOptimizer(torch.optim.Optimizer):
-    """An optimizer over a model's trained tensors with a generator of its own.
+    """An optimizer over the trained tensors of a model, with its own random generator.
 
-    What watches the model is taken off by :meth:`close`, at the end of a ``with`` block, or with the optimizer itself.
+    :meth:`close`, the end of a ``with`` block, or the deletion of the optimizer removes its hooks from the model.
 
     Args:
-        model: whose tensors with ``requires_grad`` are optimized.
-        defaults: of the parameter group.
-        seed: of what is drawn.
+        model: its tensors with ``requires_grad`` are optimized.
+        defaults: options of the parameter group.
+        seed: seed of the random generator.
     """
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any], seed: int) -> None:
@@ -33,11 +32,11 @@ class SeededOptimizer(torch.optim.Optimizer):
         self._generator = torch.Generator().manual_seed(seed)
         self._updates, self._ready, self._closed = 0, False, False
         self._handles: list[RemovableHandle] = []
-        weakref.finalize(self, remove, self._handles).atexit = False
+        weakref.finalize(self, remove_hooks, self._handles).atexit = False
 
     def close(self) -> None:
-        """Watch the model no longer; nothing is learned after that."""
-        remove(self._handles)
+        """Remove the hooks from the model. A closed optimizer cannot run :meth:`backward`."""
+        remove_hooks(self._handles)
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -47,20 +46,20 @@ class SeededOptimizer(torch.optim.Optimizer):
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the generator and the count of updates."""
+        """The state of a torch optimizer, the state of the generator and the number of updates."""
         return super().state_dict() | {"generator": self._generator.get_state(), "updates": self._updates}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on exactly where ``state_dict`` was taken.
+        """Restore a state exactly.
 
         Raises:
-            ValueError: for the state of an optimizer of another kind, or of another model.
+            ValueError: if the state belongs to an optimizer of another class, or to another model.
         """
         missing = [name for name in ("generator", "updates") if name not in state_dict]
         if missing:
             raise ValueError(f"`state_dict` must have {' and '.join(missing)}, got {', '.join(state_dict)}.")
         super().load_state_dict(dict(state_dict))
-        for index, saved in state_dict["state"].items():  # in the precision that they were kept in
+        for index, saved in state_dict["state"].items():  # torch casts them to the dtype of the parameter
             parameter = self._parameters()[index]
             for name, value in saved.items():
                 if isinstance(value, Tensor):
@@ -71,71 +70,43 @@ class SeededOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _drawn_labels(self, outputs: Tensor) -> Tensor:
-        """Labels drawn from softmax of the outputs, (B,)."""
+    def _draw_labels(self, outputs: Tensor) -> Tensor:
+        """Labels ỹ ~ softmax(outputs), (B,)."""
         probs = outputs.detach().double().softmax(1).cpu()
         return torch.multinomial(probs, 1, generator=self._generator).squeeze(1).to(outputs.device)
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("`backward` needs an optimizer that watches its model, got one that was closed.")
+            raise RuntimeError("`backward` needs an open optimizer, got a closed one.")
 
     def _check_step(self, closure: None) -> None:
-        """Whether a step may follow."""
+        """Raise unless :meth:`backward` ran since the last step."""
         if closure is not None:
             raise ValueError("`closure` must be None: call `backward(loss, outputs)` before `step()`, got a closure.")
         if not self._ready:
             raise RuntimeError("`step` needs `backward(loss, outputs)` before it, got none since the last step.")
 
 
-def remove(handles: list[RemovableHandle]) -> None:
-    """Take hooks off."""
+def remove_hooks(handles: list[RemovableHandle]) -> None:
+    """Remove hooks from their modules and tensors."""
     while handles:
         handles.pop().remove()
 
 
-def check_finite(what: str, tensors: Iterable[Tensor]) -> None:
-    """Raise FloatingPointError where an entry is infinite or no number."""
+def check_finite(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raise FloatingPointError if an entry is infinite or NaN."""
     if not all(bool(torch.isfinite(values).all()) for values in tensors):
-        raise FloatingPointError(f"the {what} are not finite; the parameters are as they were")
+        raise FloatingPointError(f"the {name} are not finite; the parameters are as they were")
 
 
 def check_outputs(outputs: Tensor) -> None:
-    """Raise ValueError for what are not logits with a graph, FloatingPointError where they are not finite."""
+    """Raise ValueError unless ``outputs`` are logits with a graph, FloatingPointError unless they are finite."""
     if outputs.ndim != 2 or not outputs.requires_grad:
         raise ValueError(f"`outputs` must be logits (B, m) with a graph, got shape {tuple(outputs.shape)}.")
     check_finite("outputs", [outputs])
 
 
-def check_positive(**values: float | None) -> None:
-    """Raise ValueError for a number that is not positive and finite; None passes."""
-    for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
-
-
-def check_not_negative(**values: float) -> None:
-    """Raise ValueError for a number that is not >= 0 and finite."""
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be >= 0 and finite, got {value!r}.")
-
-
-def check_share(**values: float) -> None:
-    """Raise ValueError for a number outside [0, 1)."""
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"`{name}` must lie in [0, 1), got {value!r}.")
-
-
 def check_betas(betas: tuple[float, float]) -> None:
-    """Raise ValueError for what are not two numbers in [0, 1)."""
+    """Raise ValueError unless ``betas`` are two numbers in [0, 1)."""
     if len(betas) != 2 or not all(0 <= value < 1 for value in betas):
         raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
-
-
-def check_count(**values: int) -> None:
-    """Raise ValueError for what is not a whole number >= 1."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")

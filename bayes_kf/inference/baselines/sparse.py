@@ -1,7 +1,7 @@
-"""Sparse Optimization: Adam on a few entries, drawn at random for the gradient and kept by importance for its moments.
+"""Sparse Optimization: Adam on few entries. Gradients use random entries, moments the most important ones.
 
-From the paper's summary and its constants ("local sparsity and global density", "local randomness and global
-importance"); where they leave a choice, it is said below. Own code: there is no package.
+It follows the summary of the paper and its constants ("local sparsity and global density", "local randomness and global
+importance"). The docstring below names the choices that are ours. There is no package.
 """
 
 from __future__ import annotations
@@ -13,35 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.baselines.kronecker_factors import precision
+from bayes_kf.inference.baselines.kronecker_factors import statistics_dtype
 from bayes_kf.inference.baselines.seeded_optimizer import (
     SeededOptimizer,
     check_betas,
-    check_count,
     check_finite,
-    check_positive,
 )
+from bayes_kf.validation import check_positive, check_whole
 
 
 class SparseOptimization(SeededOptimizer):
-    """Adam whose gradient is seen through a random mask, and whose moments live on a support of the same size.
+    """Adam with the gradient on a random mask and the moments on a support of the same size.
 
-    Of every tensor, M = ⌊κ·size⌋ entries (one at least: ours) are drawn uniformly as a mask, which is kept for
-    ``refresh`` updates. An update moves the moments on the union of mask and support, where entries of the support
-    outside the mask see no gradient and decay; steps on that union, the bias corrected by the count of all updates; and
-    keeps as the new support the M entries of the largest first moments, with their second moments.
+    The mask of a tensor has M = max(1, ⌊κ·size⌋) entries (the 1 is ours), drawn uniformly every ``refresh`` updates.
+    Update t works on the union of mask and support. There g is the gradient inside the mask and zero outside, and
 
-    Gradients are reduced to the mask inside hooks, as each tensor's is complete, and freed: dense gradients of two
-    tensors never exist at once. ``step`` then applies them, so that a gradient that is not finite changes nothing.
+        m ← β₁ m + (1 − β₁) g
+        v ← β₂ v + (1 − β₂) g²
+        θ ← θ − lr · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+
+    The M entries with the largest magnitude of m become the new support, with their m and v. The other moments are
+    dropped.
+
+    A hook reduces the gradient of each tensor to the mask as soon as it is complete and frees it, so the dense
+    gradients of two tensors never exist at once. ``step`` applies them, so a gradient that is not finite changes no
+    parameter.
 
     Args:
         model: its trainable tensors are optimized; the paper's are the weight matrices of attention and MLPs.
         lr: step size, > 0.
         density: κ in (0, 1]; the paper says 5e-4, its code 5e-5.
-        refresh: T >= 1, updates that a mask is kept for; the paper says 10, its code 5.
-        betas: of the moments, each in [0, 1).
-        eps: added to the root of the second moment, > 0.
-        seed: of the masks.
+        refresh: T >= 1, updates between two masks; the paper says 10, its code 5.
+        betas: β₁ and β₂, each in [0, 1).
+        eps: ε > 0.
+        seed: seed of the masks.
 
     Example:
         >>> model = nn.Linear(30, 20)
@@ -65,126 +70,125 @@ class SparseOptimization(SeededOptimizer):
         eps: float = 1e-8,
         seed: int = 0,
     ) -> None:
-        check_positive(lr=lr, eps=eps, density=density)
+        for name, value in (("lr", lr), ("eps", eps), ("density", density)):
+            check_positive(name, value)
         if density > 1:
             raise ValueError(f"`density` must lie in (0, 1], got {density!r}.")
-        check_count(refresh=refresh)
+        check_whole("refresh", refresh)
         check_betas(betas)
         super().__init__(model, {"lr": lr, "betas": betas, "eps": eps, "density": density, "refresh": refresh}, seed)
-        self._seen: dict[Tensor, Tensor] = {}
+        self._masked: dict[Tensor, Tensor] = {}
         self._extremes: dict[Tensor, Tensor] = {}
-        self._watching = False
-        self._watch()
+        self._recording = False
+        self._add_hooks()
 
-    def kept(self, parameter: Tensor) -> int:
-        """The number of entries of a tensor that the mask keeps."""
+    def mask_size(self, parameter: Tensor) -> int:
+        """M, the number of entries in the mask of a tensor."""
         return max(1, int(self.param_groups[0]["density"] * parameter.numel()))
 
     def backward(self, loss: Tensor, outputs: Tensor | None = None) -> None:
-        """Instead of ``loss.backward()``: gradients are reduced to the masks as they come.
+        """Compute the gradients of the loss on the masks. Replaces ``loss.backward()``.
 
         Args:
             loss: a scalar.
-            outputs: not looked at; taken as the other optimizers take it.
+            outputs: ignored; the other optimizers need it.
         """
         self._check_open()
         if "mask" not in self.state[self._parameters()[0]]:
             self._draw_masks()
-        self._watching = True
+        self._recording = True
         try:
             loss.backward()
         finally:
-            self._watching = False
+            self._recording = False
         self._ready = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, masked ones too."""
+        """Drop the gradients, masked ones included."""
         super().zero_grad(set_to_none)
-        self._forget()
+        self._clear()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on exactly where ``state_dict`` was taken."""
+        """Restore a state exactly."""
         super().load_state_dict(state_dict)
-        self._forget()
+        self._clear()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move the parameters.
 
         Raises:
-            RuntimeError: without a :meth:`backward` since the last step.
-            FloatingPointError: for gradients that are not finite; the parameters are as they were.
+            RuntimeError: if :meth:`backward` did not run since the last step.
+            FloatingPointError: if a gradient is not finite; the parameters do not change.
         """
         self._check_step(closure)
         check_finite("gradients", self._extremes.values())
         self._updates += 1
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter in self._seen:
-                    self._move(parameter, self._seen[parameter], group)
-        self._forget()
+                if parameter in self._masked:
+                    self._move(parameter, self._masked[parameter], group)
+        self._clear()
         if self._updates % self.param_groups[0]["refresh"] == 0:
             self._draw_masks()
 
-    def _watch(self) -> None:
-        held = weakref.ref(self)  # a hook that held the optimizer itself would keep it alive
+    def _add_hooks(self) -> None:
+        reference = weakref.ref(self)  # a strong reference in a hook would keep the optimizer alive
 
         def reduce(parameter: Tensor) -> None:
-            optimizer = held()
+            optimizer = reference()
             if optimizer is not None:
                 optimizer._reduce(parameter)
 
         self._handles.extend(p.register_post_accumulate_grad_hook(reduce) for p in self._parameters())
 
-    def _forget(self) -> None:
-        self._seen, self._extremes, self._ready = {}, {}, False
+    def _clear(self) -> None:
+        self._masked, self._extremes, self._ready = {}, {}, False
 
     def _draw_masks(self) -> None:
         for parameter in self._parameters():
-            mask = subset(parameter.numel(), self.kept(parameter), self._generator)
+            mask = random_indices(parameter.numel(), self.mask_size(parameter), self._generator)
             self.state[parameter]["mask"] = mask.to(parameter.device)
 
     def _reduce(self, parameter: Tensor) -> None:
-        """Keep of a gradient that is complete what the mask shows, and its extremes, and free the rest."""
-        if self._watching and parameter.grad is not None:
-            values = parameter.grad.take(self.state[parameter]["mask"]).to(precision(parameter))
-            extremes = torch.stack(torch.aminmax(parameter.grad))  # not a number where one is none
-            before = self._seen.get(parameter)
-            self._seen[parameter] = values if before is None else before + values
-            self._extremes[parameter] = extremes if before is None else self._extremes[parameter] + extremes
+        """Store the masked entries of a complete gradient and its extremes, and free the gradient."""
+        if self._recording and parameter.grad is not None:
+            values = parameter.grad.take(self.state[parameter]["mask"]).to(statistics_dtype(parameter))
+            extremes = torch.stack(torch.aminmax(parameter.grad))  # NaN if any entry is NaN
+            previous = self._masked.get(parameter)
+            self._masked[parameter] = values if previous is None else previous + values
+            self._extremes[parameter] = extremes if previous is None else self._extremes[parameter] + extremes
             parameter.grad = None
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """An update of one tensor, from its gradient on the mask, (M,)."""
-        first_decay, second_decay = group["betas"]
+        """Update one tensor and its moments from its gradient on the mask, (M,)."""
+        beta1, beta2 = group["betas"]
         state = self.state[parameter]
         mask, support = state["mask"], state.get("support", state["mask"][:0])
         union, places = torch.cat([support, mask]).unique(return_inverse=True)
-        seen, first, second = (torch.zeros(len(union), dtype=gradient.dtype, device=union.device) for _ in range(3))
-        seen[places[len(support) :]] = gradient
+        g, m, v = (torch.zeros(len(union), dtype=gradient.dtype, device=union.device) for _ in range(3))
+        g[places[len(support) :]] = gradient
         if len(support):
-            first[places[: len(support)]] = state["first"]
-            second[places[: len(support)]] = state["second"]
-        first = first_decay * first + (1.0 - first_decay) * seen
-        second = second_decay * second + (1.0 - second_decay) * seen.square()
-        moved = (first / (1.0 - first_decay**self._updates)) / (
-            (second / (1.0 - second_decay**self._updates)).sqrt() + group["eps"]
-        )
-        parameter.put_(union, (-group["lr"] * moved).to(parameter.dtype), accumulate=True)
-        largest = first.abs().argsort(descending=True, stable=True)[: self.kept(parameter)]
-        state["support"], state["first"], state["second"] = union[largest], first[largest], second[largest]
+            m[places[: len(support)]] = state["first"]
+            v[places[: len(support)]] = state["second"]
+        m = beta1 * m + (1.0 - beta1) * g
+        v = beta2 * v + (1.0 - beta2) * g.square()
+        direction = (m / (1.0 - beta1**self._updates)) / ((v / (1.0 - beta2**self._updates)).sqrt() + group["eps"])
+        parameter.put_(union, (-group["lr"] * direction).to(parameter.dtype), accumulate=True)
+        largest = m.abs().argsort(descending=True, stable=True)[: self.mask_size(parameter)]
+        state["support"], state["first"], state["second"] = union[largest], m[largest], v[largest]
 
 
-def subset(size: int, number: int, generator: torch.Generator) -> Tensor:
-    """Distinct indices below ``size``, (number,), every set as likely; where few, in memory that goes with ``number``.
+def random_indices(size: int, number: int, generator: torch.Generator) -> Tensor:
+    """Distinct indices below ``size``, (number,), drawn uniformly. Small samples take memory of order ``number``.
 
     Example:
-        >>> len(subset(1000, 10, torch.Generator().manual_seed(0)).unique())
+        >>> len(random_indices(1000, 10, torch.Generator().manual_seed(0)).unique())
         10
     """
     if 2 * number > size:
         return torch.randperm(size, generator=generator)[:number]
-    found = torch.empty(0, dtype=torch.long)
-    while len(found) < number:  # what is drawn again is drawn in vain
-        found = torch.cat([found, torch.randint(size, (number - len(found),), generator=generator)]).unique()
-    return found
+    indices = torch.empty(0, dtype=torch.long)
+    while len(indices) < number:  # repeated indices are dropped
+        indices = torch.cat([indices, torch.randint(size, (number - len(indices),), generator=generator)]).unique()
+    return indices

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from bayes_kf.inference.config import BUDGETS, TUNING
+from bayes_kf.inference.config_combinations import BUDGETS, TUNING
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState

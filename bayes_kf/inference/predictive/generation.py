@@ -21,6 +21,7 @@ from torch import Tensor
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.language import learns_prompt
+from bayes_kf.validation import check_whole
 
 
 class Generated(NamedTuple):
@@ -186,8 +187,7 @@ def _check_arguments(inputs: Inputs, max_new_tokens: int, num_samples: int) -> d
     if not isinstance(inputs, Mapping) or "input_ids" not in inputs or inputs["input_ids"].ndim != 2:
         raise ValueError("`inputs` must be a mapping with `input_ids` of shape (prompts, tokens).")
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
+        check_whole(name, value)
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask

@@ -20,7 +20,7 @@ from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disag
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction, concatenate
 from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
-from bayes_kf.validation import did_you_mean
+from bayes_kf.validation import check_one_of, check_whole
 
 
 def predict(
@@ -96,13 +96,10 @@ def predict_loader(
 
 
 def _check_arguments(posterior: GaussianPosterior, method: str, num_samples: int, targets: Tensor | None) -> None:
-    if method not in METHODS:
-        nearest = did_you_mean(method, METHODS) or "."
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}{nearest}")
+    check_one_of("method", method, METHODS)
     if method == "probit" and posterior.config.likelihood == "poisson":
         raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"`num_samples` must be a whole number >= 1, got {num_samples!r}.")
+    check_whole("num_samples", num_samples)
     if targets is not None and not isinstance(targets, Tensor):
         raise ValueError(f"`targets` must be a tensor or None, got {type(targets).__name__}.")
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayes_kf.validation import check_one_of
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import CLIPModel, CLIPProcessor
@@ -51,8 +53,7 @@ class FeatureAdapter(nn.Module):
         hidden = max(1, width // 4) if bottleneck is None else bottleneck
         if width < 1 or hidden < 1:
             raise ValueError(f"`width` and `bottleneck` must be at least 1, got {width} and {hidden}.")
-        if form not in FORMS:
-            raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}.")
+        check_one_of("form", form, FORMS)
         if not 0 < blend <= 1:
             raise ValueError(f"`blend` must lie in (0, 1], got {blend!r}.")
         self.form, self.blend = form, blend

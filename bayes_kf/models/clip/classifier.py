@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayes_kf.models.clip.encoders import TwoTowers
+from bayes_kf.validation import check_positive
 
 VISION = ("vision", "visual", "image")  # first letters of the names of the image encoder's modules
 
@@ -74,8 +75,8 @@ class ClipClassifier(TwoTowers):
         mask = _check_tokens(input_ids, attention_mask)
         if logit_scale is None and not isinstance(getattr(clip, "logit_scale", None), Tensor):
             raise ValueError("`logit_scale` must be given for a `clip` without its own, got None.")
-        if logit_scale is not None and not 0 < logit_scale < float("inf"):
-            raise ValueError(f"`logit_scale` must be positive and finite, got {logit_scale!r}.")
+        if logit_scale is not None:
+            check_positive("logit_scale", logit_scale)
         self.register_buffer("input_ids", input_ids.detach().clone())
         self.register_buffer("attention_mask", mask.detach().clone())
         self.logit_scale = logit_scale
@@ -191,8 +192,7 @@ class MatchedPairs(TwoTowers):
         scale: float = 1.0,
     ) -> None:
         super().__init__(clip, image_adapter, text_adapter)
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"`scale` must be positive and finite, got {scale!r}.")
+        check_positive("scale", scale)
         self.scale = scale
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

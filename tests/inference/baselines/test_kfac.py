@@ -11,7 +11,7 @@ from torch import nn
 
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference.baselines import KFAC, RENG, RING
-from bayes_kf.inference.baselines.kronecker_factors import layers
+from bayes_kf.inference.baselines.kronecker_factors import kronecker_layers
 from bayes_kf.models.zoo import lora_digits_vit
 
 with warnings.catch_warnings():  # of a library that it imports
@@ -57,7 +57,7 @@ def gradients_of_examples(model, inputs, labels):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_factors_of_linear_layers_are_means_over_examples(bias):
-    """With the same drawn labels: Λ from the inputs, and Γ from the gradients of the outputs, example by example."""
+    """With the same drawn labels: A from the inputs, and G from the gradients of the outputs, example by example."""
     model, (inputs, _) = mlp(bias=bias), batch()
     learned, optimizer = model, KFAC(model, lr=1e-9)
     outputs = model(inputs)
@@ -93,7 +93,7 @@ class Net(nn.Module):
 
 
 def exact_fisher_factors(operator_model, inputs):
-    """Λ and Γ by curvlinops, of its exact Fisher information of the mean loss."""
+    """A and G by curvlinops, of its exact Fisher information of the mean loss."""
     return KFACLinearOperator(
         operator_model,
         nn.CrossEntropyLoss(reduction="mean"),
@@ -108,12 +108,12 @@ def exact_fisher_factors(operator_model, inputs):
 
 @pytest.mark.parametrize(("make", "features"), [(mlp, (4,)), (lambda: Net().double(), (2, 9, 9))])
 def test_blocks_average_to_those_of_curvlinops(make, features):
-    """Γ ⊗ Λ over many drawn labels, against the exact expectation by another library, within five standard errors."""
+    """G ⊗ A over many drawn labels, against the exact expectation by another library, within five standard errors."""
     model, (inputs, _) = make(), batch(3, features)
     theirs = exact_fisher_factors(copy.deepcopy(model), inputs) @ torch.eye(
         sum(p.numel() for p in model.parameters()), dtype=torch.float64
     )
-    watched, draws = layers(model), 1500
+    watched, draws = kronecker_layers(model), 1500
     total = {layer.name: [] for layer in watched}
     generator = torch.Generator().manual_seed(0)
     outputs = model(inputs)
@@ -126,7 +126,7 @@ def test_blocks_average_to_those_of_curvlinops(make, features):
         for layer in watched:
             out, into = layer.factors(len(inputs))
             total[layer.name].append(torch.kron(out, into))
-            layer.forget()
+            layer.clear()
     places = {}
     start = 0
     for name, parameter in model.named_parameters():
@@ -148,7 +148,7 @@ def test_blocks_average_to_those_of_curvlinops(make, features):
 
 
 def dense_step(gradient, out, into, damping, exact):
-    """(F + λI)⁻¹ g over the joined weight, F = Γ ⊗ Λ dense, or with its damping in the factors."""
+    """(F + λI)⁻¹ g over the joined weight, F = G ⊗ A dense, or with its damping in the factors."""
     if exact:
         block = torch.kron(out, into) + damping * torch.eye(out.shape[0] * into.shape[0], dtype=torch.float64)
     else:

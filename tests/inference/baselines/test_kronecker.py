@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bayes_kf.inference.baselines import KFAC
-from bayes_kf.inference.baselines.kronecker_factors import layers
+from bayes_kf.inference.baselines.kronecker_factors import kronecker_layers
 
 
 def normal(*shape, seed=1):
@@ -15,12 +15,12 @@ def normal(*shape, seed=1):
 
 
 def recorded(model, layer, inputs, labels):
-    """Γ and Λ with these labels in place of drawn ones."""
+    """G and A with these labels in place of drawn ones."""
     layer.recording = True
     outputs = model(inputs)
     F.cross_entropy(outputs, labels, reduction="sum").backward()
     found = layer.factors(len(inputs))
-    layer.forget()
+    layer.clear()
     return found
 
 
@@ -71,7 +71,7 @@ def test_factors_are_means_over_examples_and_places(name):
     torch.manual_seed(0)
     model = Pooled(make(), width)
     inputs, labels = normal(3, *shape), torch.tensor([0, 2, 1])
-    (watched,) = layers(model)
+    (watched,) = kronecker_layers(model)
     out, into = recorded(model, watched, inputs, labels)
     seen, summed, gradient = [], torch.zeros(width, width, dtype=torch.float64), 0.0
     for x, y in zip(inputs, labels, strict=True):
@@ -89,14 +89,14 @@ def test_factors_are_means_over_examples_and_places(name):
     torch.testing.assert_close(into, seen.mT @ seen / len(seen), rtol=1e-12, atol=1e-14)
     # places and columns in the order of the weight: their products are its gradient
     bias = None if model.layer.bias is None else model.layer.bias.grad
-    torch.testing.assert_close(watched.joined(model.layer.weight.grad, bias), gradient, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(watched.join(model.layer.weight.grad, bias), gradient, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_joined_matrix_parts_again(name):
+def test_a_joined_matrix_splits_again(name):
     layer = LAYERS[name][0]()
-    (watched,) = layers(layer)
-    weight, bias = watched.parted(watched.joined(layer.weight, layer.bias))
+    (watched,) = kronecker_layers(layer)
+    weight, bias = watched.split(watched.join(layer.weight, layer.bias))
     assert torch.equal(weight, layer.weight)
     assert (bias is None) == (layer.bias is None)
     assert bias is None or torch.equal(bias, layer.bias)
@@ -115,7 +115,7 @@ class Twice(nn.Module):
 def test_a_layer_that_is_called_twice_counts_both():
     """Once by keyword."""
     model, inputs, labels = Twice(), normal(4, 3), torch.tensor([0, 1, 2, 1])
-    out, into = recorded(model, layers(model)[0], inputs, labels)
+    out, into = recorded(model, kronecker_layers(model)[0], inputs, labels)
     first = (inputs @ model.layer.weight.mT).tanh()
     last = F.one_hot(labels, 3).double() - (first @ model.layer.weight.mT).softmax(1)
     before = (last @ model.layer.weight) * (1 - first.square())
@@ -171,7 +171,7 @@ def test_dora_s_own_calls_of_a_factor_do_not_count():
 
 def test_factors_of_adapted_convolutions_are_convolutions():
     base = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    watched = layers(adapted(base, target_modules=["0"]))
+    watched = kronecker_layers(adapted(base, target_modules=["0"]))
     assert [(type(layer.module), layer.module.kernel_size) for layer in watched] == [
         (nn.Conv2d, (3, 3)),
         (nn.Conv2d, (1, 1)),
@@ -195,7 +195,7 @@ def test_what_has_no_kronecker_factors():
     )
     model["other"].weight = tied.weight
     model["bias"].weight.requires_grad_(False)
-    assert [layer.name for layer in layers(model)] == ["plain"]
+    assert [layer.name for layer in kronecker_layers(model)] == ["plain"]
 
 
 class Attentive(nn.Module):

@@ -208,7 +208,7 @@ def test_nothing_is_learned_after_it_was_closed(kind):
     optimizer = KINDS[kind](model)
     optimizer.close()
     outputs = model(inputs)
-    with pytest.raises(RuntimeError, match="`backward` needs an optimizer that watches its model, got one that was"):
+    with pytest.raises(RuntimeError, match="`backward` needs an open optimizer, got a closed one"):
         optimizer.backward(F.cross_entropy(outputs, LABELS), outputs)
 
 

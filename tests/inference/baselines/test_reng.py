@@ -151,9 +151,7 @@ def test_parts_called_by_themselves_need_the_context():
         outputs = model.scores(x)
     with pytest.raises(RuntimeError) as caught:
         optimizer.backward(F.cross_entropy(outputs, labels), outputs)
-    assert caught.value.__notes__ == [
-        "parts of a model called by themselves have to be called in `with optimizer.forward():`"
-    ]
+    assert caught.value.__notes__ == ["call parts of the model directly only inside `with optimizer.forward():`"]
     with optimizer.forward():
         outputs = model.scores(x)
     optimizer.backward(F.cross_entropy(outputs, labels), outputs)

@@ -9,7 +9,7 @@ from torch import nn
 
 from bayes_kf.data import uci_digits_split
 from bayes_kf.inference.baselines import SparseOptimization
-from bayes_kf.inference.baselines.sparse import subset
+from bayes_kf.inference.baselines.sparse import random_indices
 from bayes_kf.models.zoo import lora_digits_vit
 
 
@@ -134,7 +134,7 @@ def test_subsets_are_uniform():
     counts = torch.zeros(20)
     pairs = 0
     for _ in range(draws):
-        found = subset(20, 5, generator)
+        found = random_indices(20, 5, generator)
         assert len(set(found.tolist())) == 5
         counts[found] += 1
         pairs += int({0, 1} <= set(found.tolist()))
@@ -142,7 +142,7 @@ def test_subsets_are_uniform():
     assert float((counts - draws / 4).abs().max()) < 5 * error
     chance = (5 / 20) * (4 / 19)
     assert abs(pairs - draws * chance) < 5 * math.sqrt(draws * chance * (1 - chance))
-    assert sorted(subset(6, 6, generator).tolist()) == list(range(6))
+    assert sorted(random_indices(6, 6, generator).tolist()) == list(range(6))
 
 
 def test_schedulers_scale_the_step():
@@ -175,14 +175,14 @@ def test_gradients_accumulate_over_backward_passes():
     optimizer = SparseOptimization(model, density=0.3)
     outputs = model(inputs)
     optimizer.backward(F.cross_entropy(outputs, labels), outputs)
-    whole = {p: values.clone() for p, values in optimizer._seen.items()}
+    whole = {p: values.clone() for p, values in optimizer._masked.items()}
     optimizer.zero_grad()
     other = SparseOptimization(model, density=0.3)
     for part in (slice(0, 4), slice(4, 8)):
         outputs = model(inputs[part])
         other.backward(0.5 * F.cross_entropy(outputs, labels[part]), outputs)
     for p, values in whole.items():
-        torch.testing.assert_close(other._seen[p], values)
+        torch.testing.assert_close(other._masked[p], values)
 
 
 def test_gradients_that_are_not_finite_change_nothing():

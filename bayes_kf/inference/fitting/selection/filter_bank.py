@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.inference.config import OBSERVED, KalmanConfig, check_config
+from bayes_kf.inference.config import KalmanConfig, check_config
+from bayes_kf.inference.config_combinations import OBSERVED
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
