@@ -50,8 +50,8 @@ def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if field.name in WORDS:
         return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": WORDS[field.name]}]} | default
     kinds = [KINDS[kind] for kind in str(field.type).split(" | ")]
-    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds} | default
-    return found | ({"minimum": 1} if field.name in WHOLE else {})
+    schema: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds} | default
+    return schema | ({"minimum": 1} if field.name in WHOLE else {})
 
 
 if __name__ == "__main__":
