@@ -15,7 +15,7 @@ from bayes_kf.cli.lora_adapters import add_adapter
 from bayes_kf.cli.posterior_folder import Labels, check_output, save_posterior
 from bayes_kf.data import LabelledData
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.fit import fit, fit_default
 from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
@@ -41,7 +41,7 @@ def run_fit(args: argparse.Namespace) -> None:
         posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
     else:  # no settings: as `bkf.fit` without a config
         posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
-        tempering.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_mean_alone(posterior.temperature)
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:
         print(_summary(posterior, labels, base.new_modules, args))

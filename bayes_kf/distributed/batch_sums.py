@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.distributed.process_group import Group
-from bayes_kf.inference.filtering import tempering
-from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.filtering import prequential_temperature
+from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
 
 
 class BatchSums(NamedTuple):
@@ -33,11 +33,11 @@ class BatchSums(NamedTuple):
     def zeros(cls, mean: Tensor) -> BatchSums:
         """The sums over no example, for a belief with this mean, (n,)."""
         zero, log_prob = torch.zeros_like(mean), torch.zeros((), dtype=torch.float64, device=mean.device)
-        return cls(zero, zero, log_prob, tempering.init(mean.device), 0)
+        return cls(zero, zero, log_prob, prequential_temperature.init(mean.device), 0)
 
     def over_processes(self, group: Group, examples: int) -> BatchSums:
         """The sums over the examples of all processes, of which there are ``examples``."""
-        size = len(tempering.GRID)
+        size = len(prequential_temperature.GRID)
         numbers = [self.log_prob.view(1), self.temperature_scores.total, self.temperature_scores.differences.flatten()]
         log_prob, total, differences = group.all_reduce(torch.cat(numbers)).split([1, size, size**2])
         scores = TemperatureState(0, total, differences.view(size, size))

@@ -4,7 +4,7 @@ All functions take tensors or NumPy arrays of probabilities, samples and targets
 return numbers as floats and series as float64 tensors on the CPU.
 """
 
-from bayes_kf.evaluation.calibration.errors import (
+from bayes_kf.evaluation.calibration.calibration_errors import (
     ReliabilityBins,
     confidence_gap,
     debiased_calibration_error,

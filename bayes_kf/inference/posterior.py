@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.tempering import warn_of_mean_alone
+from bayes_kf.inference.filtering.prequential_temperature import warn_of_mean_alone
 from bayes_kf.inference.predictive import arviz_export, generation, heldout_calibration, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.generation import Generated

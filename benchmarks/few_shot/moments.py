@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
-from bayes_kf.inference.filtering.tempering import GRID
+from bayes_kf.inference.filtering.prequential_temperature import GRID
 from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.clip import ClipClassifier

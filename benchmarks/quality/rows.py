@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.fitting.selection import holdout_selection
+from bayes_kf.inference.fitting.selection import heldout_config_selection
 from benchmarks.common.learners import Inputs, Stream, logits
 from benchmarks.quality.problems import Setting
 
@@ -211,7 +211,7 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
 
 def curvature(setting: Setting) -> str:
     """The curvature of a single pass: the one that ``fit`` chooses without settings."""
-    return "sampled" if setting.classes > holdout_selection.MAX_EXACT_OUTPUTS else "exact"
+    return "sampled" if setting.classes > heldout_config_selection.MAX_EXACT_OUTPUTS else "exact"
 
 
 def kalman(make: Callable[..., bkf.KalmanConfig], sampling: bool = True) -> Learn:
@@ -235,7 +235,7 @@ def default(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lear
 
 def sampled(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
     """The default with two backward passes in the place of one for each class, for more than three classes."""
-    with mock.patch.object(holdout_selection, "MAX_EXACT_OUTPUTS", 3):
+    with mock.patch.object(heldout_config_selection, "MAX_EXACT_OUTPUTS", 3):
         return default(setting, stream, seed, choice)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bayes_kf.evaluation.calibration.errors import ReliabilityBins, reliability_bins
+from bayes_kf.evaluation.calibration.calibration_errors import ReliabilityBins, reliability_bins
 from bayes_kf.evaluation.calibration.null_distribution import calibration_test, reliability_band
 from bayes_kf.evaluation.inputs import Array, as_vector, check_positive_int
 from bayes_kf.evaluation.plots.style import COLOURS, GREY, HATCHES, LINES, SKY, VERMILLION, axes_or_new

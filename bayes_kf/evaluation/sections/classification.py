@@ -7,8 +7,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from bayes_kf.evaluation.calibration.calibration_errors import reliability_bins
 from bayes_kf.evaluation.calibration.confidence_profile import exact_profile, top_confidence
-from bayes_kf.evaluation.calibration.errors import reliability_bins
 from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, runner_up_losses
 from bayes_kf.evaluation.calibration.null_distribution import classwise_tests, reliability_band
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.errors import expected_calibration_error
+from bayes_kf.evaluation.calibration.calibration_errors import expected_calibration_error
 from bayes_kf.evaluation.calibration.intervals import difference_interval
 from bayes_kf.evaluation.calibration.null_distribution import calibration_test
 from bayes_kf.evaluation.classification.entropy import entropy, max_probability

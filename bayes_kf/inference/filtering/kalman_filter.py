@@ -13,7 +13,7 @@ from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.covariance.block_diagonal import block_sizes
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
-from bayes_kf.inference.filtering import gradient_penalty, prior, relinearization, tempering
+from bayes_kf.inference.filtering import gradient_penalty, prequential_temperature, prior, relinearization
 from bayes_kf.inference.filtering.gradient_penalty import PenalizedState
 from bayes_kf.inference.filtering.measurement import Measurement, measurement_blocks
 from bayes_kf.inference.filtering.measurement_update import check_finite
@@ -67,7 +67,7 @@ class KalmanFilter:
         mean = self.adapter.vector()
         start = DiagonalGaussian(mean, prior.configured_variance(self.config.prior_settings, mean))
         is_scaled = not prior.depends_on_inputs(self.config)
-        scores = tempering.init(mean.device)
+        scores = prequential_temperature.init(mean.device)
         state = FilterState(self._prior_belief(start), start, NoiseState(), scores, is_scaled, 0, 0)
         if inputs is None or is_scaled:
             return state
@@ -78,7 +78,7 @@ class KalmanFilter:
     def restart(self, state: FilterState) -> FilterState:
         """The prior, for another pass over the same data, without temperature scores; estimated noise stays."""
         noise_state = NoiseState(variance=state.noise.variance, information=state.noise.information)
-        scores = tempering.init(state.belief.mean.device)
+        scores = prequential_temperature.init(state.belief.mean.device)
         belief = self._prior_belief(state.prior)
         return FilterState(belief, state.prior, noise_state, scores, state.prior_is_scaled, 0, 0)
 
@@ -134,7 +134,7 @@ class KalmanFilter:
 
     def temperature(self, state: FilterState) -> float:
         """Factor on the covariance in predictions: as configured, or chosen by the prequential scores."""
-        return tempering.temperature(self.config.temperature, state.temperature_scores)
+        return prequential_temperature.temperature(self.config.temperature, state.temperature_scores)
 
     def _update(
         self, state: FilterState, batch: Batch, hold_mean: bool, at: Tensor | None

@@ -12,16 +12,16 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.config_groups import NoiseSettings
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.covariance.observation import Observation, solve_innovation, whiten_observation
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.linearization_check import (
     MAX_DIVERGENCE,
     linearization_error,
     move_to_mean,
 )
 from bayes_kf.inference.filtering.measurement import Measurement, MeasurementBlock, ObservationPair, next_block
+from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.step_guard import DAMPING_STEP, MIN_BLOCK_EXAMPLES, StepGuard, warn_of_refused_steps
-from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
 from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import congruence, diagonal_blocks
@@ -222,12 +222,14 @@ def score_temperatures(
         family, targets = noise.likelihood(config.noise_settings, state.noise), measurement.targets[where]
         outputs = _outputs_at_mean(state, measurement, where)
         variance = output_cov.flatten() / log_odds_direction_square(measurement.outputs[where], targets)
-        losses = predictive_density.isotropic_log_loss(family, outputs, variance, targets, tempering.GRID, first)
+        losses = predictive_density.isotropic_log_loss(
+            family, outputs, variance, targets, prequential_temperature.GRID, first
+        )
     else:
         losses = predictive_density.log_loss(
-            block.family, block.outputs, output_cov, block.targets, tempering.GRID, first
+            block.family, block.outputs, output_cov, block.targets, prequential_temperature.GRID, first
         )
-    return tempering.add(state.temperature_scores, losses)
+    return prequential_temperature.add(state.temperature_scores, losses)
 
 
 def _outputs_at_mean(state: FilterState, measurement: Measurement, where: slice) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
-from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState
 
 DIVERGED = (FloatingPointError, torch.linalg.LinAlgError)  # raised by computations that would break a belief

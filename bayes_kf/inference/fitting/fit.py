@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
@@ -21,8 +21,8 @@ from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
-from bayes_kf.inference.fitting.selection import holdout_selection
-from bayes_kf.inference.fitting.selection.holdout_selection import Split
+from bayes_kf.inference.fitting.selection import heldout_config_selection
+from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.validation import check_one_of
@@ -85,13 +85,13 @@ def fit(
     """
     check_one_of("start", start, STARTS)
     if config is not None and not isinstance(config, KalmanConfig):
-        config = holdout_selection.check_candidates(config)
+        config = heldout_config_selection.check_candidates(config)
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
     posterior = _fit(model, loader, config, start, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
-        tempering.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_mean_alone(posterior.temperature)
     return posterior
 
 
@@ -117,7 +117,7 @@ def _fit(
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
     if config is None:
         return fit_default(model, loader, start, progress)
-    split = holdout_selection.split_loader(loader)
+    split = heldout_config_selection.split_loader(loader)
     if split is None:
         raise ValueError(
             "`loader` must be a DataLoader over a data set or a list of at least 8 batches for several `config`, "
@@ -130,11 +130,11 @@ def fit_default(
     model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
 ) -> Posterior:
     """The result of :func:`fit` without a ``config``; ``seed`` is that of the default settings."""
-    split = None if start == "trained" else holdout_selection.split_loader(loader)
+    split = None if start == "trained" else heldout_config_selection.split_loader(loader)
     if split is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
         return fit_config(model, loader, single, start, progress, choose_curvature=True)
-    cautious, wide, narrow = holdout_selection.default_candidates(model, split.fitted, seed)
+    cautious, wide, narrow = heldout_config_selection.default_candidates(model, split.fitted, seed)
     fits = _fit_candidates(model, split, [cautious, wide], progress)
     if fits[0].loss <= fits[1].loss:
         fits += _fit_candidates(model, split, [narrow], progress, len(fits))
@@ -170,7 +170,7 @@ def _fit_candidates(
             divergence = error
             fits.append(_CandidateFit(math.inf, None))
             continue
-        posterior, loss = holdout_selection.heldout_loss(posterior, split.heldout)
+        posterior, loss = heldout_config_selection.heldout_loss(posterior, split.heldout)
         fits.append(_CandidateFit(loss, posterior))
     if divergence is not None and all(fit.posterior is None for fit in fits):
         raise divergence

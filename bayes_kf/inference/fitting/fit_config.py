@@ -21,8 +21,8 @@ from bayes_kf.inference.fitting.passes.gauss_newton import gauss_newton_pass, re
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.passes.noise_refit import ResidualSums, refit_noise
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
-from bayes_kf.inference.fitting.selection.holdout_selection import default_curvature
-from bayes_kf.inference.fitting.selection.stream_selection import select_on_stream
+from bayes_kf.inference.fitting.selection.heldout_config_selection import default_curvature
+from bayes_kf.inference.fitting.selection.stream_config_selection import select_on_stream
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs

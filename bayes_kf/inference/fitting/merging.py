@@ -15,7 +15,7 @@ import torch
 
 from bayes_kf.inference.config_combinations import BUDGETS, TUNING
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.tempering import TemperatureState
+from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.base_fingerprint import fingerprint

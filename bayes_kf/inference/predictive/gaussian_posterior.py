@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.adapter import AdapterModel
@@ -70,9 +70,9 @@ class GaussianPosterior:
     @property
     def notes(self) -> tuple[str, ...]:
         """Warnings about the predictions, one sentence each; model cards and reports show them."""
-        if not tempering.is_mean_alone(self.temperature):
+        if not prequential_temperature.is_mean_alone(self.temperature):
             return ()
-        return (f"The temperature is {self.temperature:g}: {tempering.MEAN_ALONE_NOTE}",)
+        return (f"The temperature is {self.temperature:g}: {prequential_temperature.MEAN_ALONE_NOTE}",)
 
     def __repr__(self) -> str:
         settings, parameters = self.config, self.adapter.num_parameters

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
-from bayes_kf.inference.filtering.tempering import GRID, MAX_STANDARD_ERRORS, nearest_to_one
+from bayes_kf.inference.filtering.prequential_temperature import GRID, MAX_STANDARD_ERRORS, nearest_to_one
 from bayes_kf.inference.measurement_model import noise, predictive_density
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.linearized_prediction import (

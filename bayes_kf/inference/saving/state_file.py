@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bayes_kf.files.checksums import EDITABLE, digest
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.filtering.tempering import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.saving import base_fingerprint
@@ -96,7 +96,9 @@ def _check_tensors(kf: KalmanFilter, state: FilterState) -> None:
     start = DiagonalGaussian(empty, empty)
     parts = {"belief": (state.belief._asdict(), kf._prior_belief(start)._asdict())}
     parts |= {"prior": (state.prior._asdict(), start._asdict())}
-    parts |= {"scores": (state.temperature_scores._asdict(), tempering.init(torch.device("cpu"))._asdict())}
+    parts |= {
+        "scores": (state.temperature_scores._asdict(), prequential_temperature.init(torch.device("cpu"))._asdict())
+    }
     for part, (own, expected) in parts.items():
         for name, value in own.items():
             like = expected[name]
@@ -113,7 +115,7 @@ def _check_tensors(kf: KalmanFilter, state: FilterState) -> None:
 
 def _temperature_scores(updates: int, fields: dict[str, Tensor]) -> TemperatureState:
     """The log losses by temperature; folders without ``differences`` keep the temperature they were saved with."""
-    empty = tempering.init(next(iter(fields.values())).device if fields else torch.device("cpu"))
+    empty = prequential_temperature.init(next(iter(fields.values())).device if fields else torch.device("cpu"))
     return TemperatureState(updates, **{"differences": empty.differences} | fields)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
@@ -85,11 +85,11 @@ def example(num_outputs, size=60, sd=3.0):
 def test_classes_are_priced_without_bias(num_outputs):
     """The mean over examples, where 32 draws were too high by .01 to .04 and hot temperatures the most."""
     outputs, root, labels, generator = example(num_outputs)
-    found = predictive_density.log_loss(Categorical(), outputs, root @ root.mT, labels, tempering.GRID)
+    found = predictive_density.log_loss(Categorical(), outputs, root @ root.mT, labels, prequential_temperature.GRID)
     count = 15_000
     noise = torch.randn(count, num_outputs, generator=generator)
     spread = torch.einsum("bij,sj->sbi", root, noise)
-    for row, heat in zip(found, tempering.GRID, strict=True):
+    for row, heat in zip(found, prequential_temperature.GRID, strict=True):
         probs = Categorical().log_prob(outputs + heat**0.5 * spread, labels).double().exp()
         expected, error = -probs.mean(0).log(), probs.std(0) / probs.mean(0) / count**0.5
         assert abs(float((row - expected).mean())) < 2e-3 + 4.0 * float(error.mean())
@@ -98,10 +98,12 @@ def test_classes_are_priced_without_bias(num_outputs):
 
 def test_no_price_depends_on_how_a_batch_was_cut():
     outputs, root, labels, _ = example(5, size=11)
-    whole = predictive_density.log_loss(Categorical(), outputs, root @ root.mT, labels, tempering.GRID, 100)
+    whole = predictive_density.log_loss(
+        Categorical(), outputs, root @ root.mT, labels, prequential_temperature.GRID, 100
+    )
     parts = [
         predictive_density.log_loss(
-            Categorical(), outputs[a:b], (root @ root.mT)[a:b], labels[a:b], tempering.GRID, 100 + a
+            Categorical(), outputs[a:b], (root @ root.mT)[a:b], labels[a:b], prequential_temperature.GRID, 100 + a
         )
         for a, b in ((0, 1), (1, 7), (7, 11))
     ]
@@ -113,10 +115,18 @@ def test_alike_and_independent_outputs_make_a_density(num_outputs):
     """Probabilities of all labels add up to one."""
     outputs = torch.linspace(-3.0, 3.0, num_outputs).expand(num_outputs, -1)
     labels, variance = torch.arange(num_outputs), torch.full((num_outputs,), 4.0)
-    losses = predictive_density.isotropic_log_loss(Categorical(), outputs, variance, labels, tempering.GRID)
-    torch.testing.assert_close((-losses).exp().sum(1), torch.ones(len(tempering.GRID)).double(), rtol=0, atol=0.02)
+    losses = predictive_density.isotropic_log_loss(
+        Categorical(), outputs, variance, labels, prequential_temperature.GRID
+    )
+    torch.testing.assert_close(
+        (-losses).exp().sum(1), torch.ones(len(prequential_temperature.GRID)).double(), rtol=0, atol=0.02
+    )
     direct = predictive_density.log_loss(
-        Categorical(), outputs, 4.0 * torch.eye(num_outputs).expand(num_outputs, -1, -1), labels, tempering.GRID
+        Categorical(),
+        outputs,
+        4.0 * torch.eye(num_outputs).expand(num_outputs, -1, -1),
+        labels,
+        prequential_temperature.GRID,
     )
     torch.testing.assert_close(losses, direct, rtol=0, atol=1e-4)
 
@@ -126,11 +136,17 @@ def test_several_answers_are_priced_together():
     outputs, targets = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 0.0]])
     each = [
         predictive_density.log_loss(
-            Bernoulli(), outputs[:, j : j + 1], torch.full((1, 1, 1), 4.0), targets[:, j : j + 1], tempering.GRID
+            Bernoulli(),
+            outputs[:, j : j + 1],
+            torch.full((1, 1, 1), 4.0),
+            targets[:, j : j + 1],
+            prequential_temperature.GRID,
         )
         for j in range(2)
     ]
-    found = predictive_density.log_loss(Bernoulli(), outputs, 4.0 * torch.eye(2)[None], targets, tempering.GRID)
+    found = predictive_density.log_loss(
+        Bernoulli(), outputs, 4.0 * torch.eye(2)[None], targets, prequential_temperature.GRID
+    )
     torch.testing.assert_close(found, sum(each), rtol=0, atol=0.01)
     together = predictive_density.log_loss(Bernoulli(), outputs, torch.full((1, 2, 2), 4.0), targets, [1.0])
     shift = torch.linspace(-20.0, 20.0, 40_001).double()

@@ -8,7 +8,7 @@ from small_problems import EXACT, X, Y, linear, loader, many
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.measurement_model.noise import likelihood
 from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.batch import Batch
@@ -16,7 +16,7 @@ from bayes_kf.models.batch import Batch
 
 def test_the_temperature_is_the_one_nearest_to_1_that_is_not_clearly_worse():
     """Differences of ±1 about their mean have standard error 1/√(N − 1)."""
-    size = len(tempering.GRID)
+    size = len(prequential_temperature.GRID)
     for excess, expected in ((0.45, 6), (0.55, 4)):
         losses = torch.rand(1, 401, generator=torch.Generator().manual_seed(0)).double().repeat(size, 1)
         sign = torch.ones(401).double()
@@ -25,12 +25,12 @@ def test_the_temperature_is_the_one_nearest_to_1_that_is_not_clearly_worse():
         losses[2:5] -= 5.0
         losses[5] -= 4.999999  # a little worse everywhere, so surely
         losses[6] += sign - sign.mean() + excess * (1 - sign.mean() ** 2) ** 0.5 / 20.0 - 5.0
-        assert heldout_calibration.choose_temperature(losses) == tempering.GRID[expected]
+        assert heldout_calibration.choose_temperature(losses) == prequential_temperature.GRID[expected]
     losses[5:, 7] = torch.inf
     losses[:2] = 0.0
-    assert heldout_calibration.choose_temperature(losses) == tempering.GRID[1]
-    assert heldout_calibration.choose_temperature(losses[:, 1:100]) == tempering.GRID[1]
-    assert heldout_calibration.choose_temperature(torch.full((size, 3), torch.inf)) == tempering.GRID[0]
+    assert heldout_calibration.choose_temperature(losses) == prequential_temperature.GRID[1]
+    assert heldout_calibration.choose_temperature(losses[:, 1:100]) == prequential_temperature.GRID[1]
+    assert heldout_calibration.choose_temperature(torch.full((size, 3), torch.inf)) == prequential_temperature.GRID[0]
 
 
 def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
@@ -38,7 +38,7 @@ def test_temperature_scores_are_the_log_losses_of_linearized_predictions():
     kf = bkf.KalmanFilter(linear(), config)
     state, _ = kf.update(kf.init(), X[:5], Y[:5])
     after, _ = kf.update(state, X[5:10], Y[5:10])
-    for k, value in enumerate(tempering.GRID):
+    for k, value in enumerate(prequential_temperature.GRID):
         fixed = bkf.KalmanFilter(kf.adapter, dataclasses.replace(config, temperature=value))
         expected = -bkf.Posterior(fixed, state).predict(X[5:10], targets=Y[5:10]).log_prob.sum()
         torch.testing.assert_close(
@@ -91,12 +91,12 @@ def test_the_posterior_of_a_stream_can_be_calibrated():
     assert kf.config.tune is not None
     x, y = torch.randn(20, 3), torch.arange(20) % 2
     found = bkf.Posterior(kf, kf.init(x)).calibrate([(x, y)])
-    assert found.temperature in tempering.GRID
+    assert found.temperature in prequential_temperature.GRID
     assert found.config.tune is None
 
 
 def test_one_held_out_example_does_not_choose_a_temperature():
-    losses = torch.linspace(0.1, 0.8, len(tempering.GRID)).double()[:, None]
+    losses = torch.linspace(0.1, 0.8, len(prequential_temperature.GRID)).double()[:, None]
     assert heldout_calibration.choose_temperature(losses) == 1.0
     losses[-3:] = math.inf  # but it rules out what gave it no probability
     assert heldout_calibration.choose_temperature(losses) == 0.1

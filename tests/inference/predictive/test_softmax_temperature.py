@@ -10,7 +10,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import TemperatureScaling
-from bayes_kf.inference.fitting.selection import holdout_selection
+from bayes_kf.inference.fitting.selection import heldout_config_selection
 from bayes_kf.inference.predictive import heldout_calibration, predict
 from bayes_kf.models.likelihood import Categorical
 
@@ -163,7 +163,7 @@ def test_fit_chooses_a_softmax_temperature_only_if_it_holds_data_out(tmp_path):
 @pytest.mark.parametrize(("outputs", "expected"), [(32, 1.0), (33, "held_out")])
 def test_without_settings_fit_chooses_it_above_32_outputs(outputs, expected):
     batches = [(torch.zeros(2, 3), torch.tensor([0, 1]))] * 8
-    settings = holdout_selection.default_candidates(nn.Linear(3, outputs), batches)
+    settings = heldout_config_selection.default_candidates(nn.Linear(3, outputs), batches)
     assert {config.softmax_temperature for config in settings} == {expected}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes import prior_evidence
 from bayes_kf.inference.measurement_model.noise import NoiseState
@@ -258,13 +258,13 @@ def test_temperature_is_configured_or_chosen_by_held_out_data():
     held_out = data(count=30, seed=5)
     calibrated = posterior.calibrate(held_out)
     losses = {}
-    for t in tempering.GRID:
+    for t in prequential_temperature.GRID:
         scaled = bkf.Posterior(
             bkf.KalmanFilter(model, dataclasses.replace(posterior.config, temperature=t)), posterior.state
         )
         losses[t] = -torch.cat([scaled.predict(x, num_samples=4000, targets=y).log_prob for x, y in held_out])
     assert calibrated.temperature == heldout_calibration.choose_temperature(torch.stack(list(losses.values())))
-    assert calibrated.temperature > tempering.GRID[0]
+    assert calibrated.temperature > prequential_temperature.GRID[0]
     assert torch.equal(calibrated.mean_vector, posterior.mean_vector)
     assert posterior.temperature == prior_evidence.TRAINED_TEMPERATURE  # the first is as it was
 
@@ -294,7 +294,7 @@ def test_the_evidence_of_a_million_parameters_is_not_rounded_away(name):
     prior = DiagonalGaussian(torch.zeros(size), 0.01 + torch.rand(size, generator=torch.Generator().manual_seed(0)))
     config = bkf.KalmanConfig(covariance=name)
     belief = config.structure.from_variance(*prior, rank=2)
-    state = FilterState(belief, prior, NoiseState(), tempering.init(torch.device("cpu")), True, 0, 0)
+    state = FilterState(belief, prior, NoiseState(), prequential_temperature.init(torch.device("cpu")), True, 0, 0)
     for width in (1e-3, 0.1, 10.0):
         found = prior_evidence.log_evidence(prior_evidence.scale_prior(state, width), torch.zeros(size))
         assert abs(found) < 0.05

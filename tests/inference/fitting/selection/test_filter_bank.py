@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bayes_kf.inference import DivergenceError, KalmanConfig, KalmanFilter, Posterior, fit
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.models.likelihood import LIKELIHOODS
@@ -156,7 +156,7 @@ def test_within_the_margin_the_narrowest_prior_is_best(margin, skipped, monkeypa
     Where some steps are skipped, at one temperature, so that what was gained after them is a difference.
     """
     if skipped:
-        monkeypatch.setattr(tempering, "GRID", (1.0,))
+        monkeypatch.setattr(prequential_temperature, "GRID", (1.0,))
     sds = (3.0, 1.0, 0.3)
     bank = Bank(model_of(), candidates(KalmanConfig(), {"initial_logit_sd": sds}), margin)
     g = torch.Generator().manual_seed(5)
@@ -416,7 +416,7 @@ def test_candidates_that_diverged_have_no_posterior():
 def test_candidates_with_infinite_log_loss_are_equal_and_better_than_one_that_diverged():
     bank = Bank(nn.Linear(3, 2), [KalmanConfig(initial_logit_sd=sd) for sd in (1.0, 2.0, 3.0)])
     state = bank.init(torch.randn(8, 3))
-    total = torch.full((len(tempering.GRID),), math.inf, dtype=torch.float64)
+    total = torch.full((len(prequential_temperature.GRID),), math.inf, dtype=torch.float64)
     states = [
         None,
         *(

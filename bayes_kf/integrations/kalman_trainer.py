@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES
 from bayes_kf.inference.fitting.passes.mean_pass import STEP_SIZE
 from bayes_kf.inference.fitting.passes.noise_refit import can_refit_noise
@@ -116,7 +116,7 @@ class KalmanTrainer(PosteriorTrainer):
             )
         output = super().train(*args, **kwargs)
         if self._trained.kf is not None and isinstance(self._trained.kf.config.temperature, str):
-            tempering.warn_of_mean_alone(self.posterior.temperature)
+            prequential_temperature.warn_of_mean_alone(self.posterior.temperature)
         return output
 
     def training_step(

@@ -10,7 +10,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf import evaluation
-from bayes_kf.inference.filtering import measurement_update, tempering
+from bayes_kf.inference.filtering import measurement_update, prequential_temperature
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
 from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.models.likelihood import Bernoulli, Categorical
@@ -47,7 +47,7 @@ def test_streams_are_priced_by_the_filter_s_own_predictions():
     """Against 20,000 independent draws of every prediction before its update."""
     model, x, y, settings = own_data(0, inputs=6, size=24)
     kf = bkf.KalmanFilter(model, bkf.KalmanConfig(**settings))
-    state, expected = kf.init(x[:2]), torch.zeros(len(tempering.GRID), dtype=torch.float64)
+    state, expected = kf.init(x[:2]), torch.zeros(len(prequential_temperature.GRID), dtype=torch.float64)
     generator = torch.Generator().manual_seed(9)
     for inputs, targets in batches(x, y, 4):
         belief = bkf.Posterior(kf, state)
@@ -55,7 +55,7 @@ def test_streams_are_priced_by_the_filter_s_own_predictions():
         cov = state.belief.output_covariance(linearized.jacobian())
         noise = torch.randn(20_000, *linearized.outputs.shape, generator=generator)
         spread = torch.einsum("bij,sbj->sbi", torch.linalg.cholesky(cov), noise.to(cov))
-        for k, heat in enumerate(tempering.GRID):
+        for k, heat in enumerate(prequential_temperature.GRID):
             log_prob = Categorical().log_prob(linearized.outputs + heat**0.5 * spread, targets).double()
             expected[k] -= (log_prob.logsumexp(0) - math.log(20_000)).sum()
         state, _ = kf.update(state, inputs, targets)
@@ -127,7 +127,7 @@ def test_later_passes_are_priced_by_their_own_belief():
     x, model = x.double(), model.double()
     first = bkf.fit(model, batches(x, y, 1), config, progress=False)
     second = bkf.fit(model, batches(x, y, 1), dataclasses.replace(config, passes=2), progress=False)
-    at, expected = first.mean_vector, torch.zeros(len(tempering.GRID), dtype=torch.float64)
+    at, expected = first.mean_vector, torch.zeros(len(prequential_temperature.GRID), dtype=torch.float64)
     precision = torch.eye(6).double() / settings["initial_variance"]
     information = torch.zeros(6).double()
     for row, label in zip(x, y, strict=True):
@@ -141,7 +141,7 @@ def test_later_passes_are_priced_by_their_own_belief():
             (sign * (outputs[1] - outputs[0])).view(1, 1),
             odds_var.view(1, 1, 1),
             torch.ones(1, 1),
-            tempering.GRID,
+            prequential_temperature.GRID,
         )[:, 0]
         point = jacobian @ at
         probs = point.softmax(0)
@@ -155,21 +155,29 @@ def test_later_passes_are_priced_by_their_own_belief():
 
 def test_the_stream_chooses_what_it_does_not_clearly_speak_against():
     """Differences of ±1 about a mean have a standard error of √N in their sum."""
-    assert tempering.choose(tempering.init(torch.device("cpu"))) == 1.0
+    assert prequential_temperature.choose(prequential_temperature.init(torch.device("cpu"))) == 1.0
     sign = torch.tensor([1.0, -1.0]).double().repeat(200)
     for excess, expected in ((0.4, 1.0), (0.6, 0.01)):
-        losses = torch.ones(len(tempering.GRID), 400).double()
+        losses = torch.ones(len(prequential_temperature.GRID), 400).double()
         losses[2] = 0.0
         losses[6] = sign + excess / 20.0
-        state = tempering.init(torch.device("cpu"))
+        state = prequential_temperature.init(torch.device("cpu"))
         for part in losses.split(7, 1):
-            state = tempering.add(state, part)
+            state = prequential_temperature.add(state, part)
         torch.testing.assert_close(state.total, losses.sum(1))
-        assert tempering.choose(state) == expected
-    impossible = torch.full((len(tempering.GRID), 1), torch.inf).double()
-    assert tempering.choose(tempering.add(state, impossible)) == tempering.GRID[0]
+        assert prequential_temperature.choose(state) == expected
+    impossible = torch.full((len(prequential_temperature.GRID), 1), torch.inf).double()
+    assert (
+        prequential_temperature.choose(prequential_temperature.add(state, impossible))
+        == prequential_temperature.GRID[0]
+    )
     impossible[:6] = 0.0
-    assert tempering.choose(tempering.add(tempering.init(torch.device("cpu")), impossible)) == tempering.GRID[5]
+    assert (
+        prequential_temperature.choose(
+            prequential_temperature.add(prequential_temperature.init(torch.device("cpu")), impossible)
+        )
+        == prequential_temperature.GRID[5]
+    )
 
 
 @pytest.fixture
@@ -187,7 +195,7 @@ def test_a_temperature_at_the_cold_end_is_said(contradicted, tmp_path):
     posterior, x, y = contradicted
     with pytest.warns(UserWarning, match=r"the temperature chosen is 0.001: predictions are those of the mean alone"):
         found = posterior.calibrate([(x, y)])
-    assert found.temperature == tempering.GRID[0]
+    assert found.temperature == prequential_temperature.GRID[0]
     assert "those of the mean alone" in repr(found)
     found.save_pretrained(tmp_path / "saved")
     assert "those of the mean alone" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.distributed.data_parallel import DataParallelFilter
+from bayes_kf.distributed.data_parallel_filter import DataParallelFilter
 from bayes_kf.distributed.distributed_filter import DistributedFilter
 from bayes_kf.distributed.process_group import Group
-from bayes_kf.distributed.sharded import ShardedFilter
+from bayes_kf.distributed.sharded_filter import ShardedFilter
 from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
@@ -83,7 +83,7 @@ def fit(
         state = run_loop(shards, state, kf.update, callbacks, bar, history.summary, split=lambda shard, _: shard)
     posterior = Posterior(kf.kf, kf.gather(state), {} if history.is_empty else history.series())
     if kf.group.rank == 0 and isinstance(config.temperature, str):
-        tempering.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_mean_alone(posterior.temperature)
     if checkpoint is not None:
         kf.save_pretrained(state, checkpoint)
     return posterior

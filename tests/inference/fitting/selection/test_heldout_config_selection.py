@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 
 import bayes_kf as bkf
 from bayes_kf.inference.filtering.state import DivergenceError
-from bayes_kf.inference.fitting.selection import holdout_selection
+from bayes_kf.inference.fitting.selection import heldout_config_selection
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(90, 3, generator=G).double()
@@ -31,7 +31,7 @@ def network():
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_data_set_is_split_into_seven_eighths_and_the_rest(shuffle):
-    parts = holdout_selection.split_loader(DataLoader(DATA, batch_size=4, shuffle=shuffle, drop_last=True))
+    parts = heldout_config_selection.split_loader(DataLoader(DATA, batch_size=4, shuffle=shuffle, drop_last=True))
     fitted, held_out = ([inputs.tolist() for inputs, _ in part] for part in parts)
     first, second = ({number for batch in part for number in batch} for part in (fitted, held_out))
     assert not first & second
@@ -45,7 +45,7 @@ def test_a_data_set_is_split_into_seven_eighths_and_the_rest(shuffle):
 
 
 def test_of_a_list_every_eighth_batch_is_held_out():
-    parts = holdout_selection.split_loader(list(range(17)))
+    parts = heldout_config_selection.split_loader(list(range(17)))
     assert parts.heldout == [7, 15]
     assert sorted(parts.fitted + parts.heldout) == list(range(17))
 
@@ -69,7 +69,7 @@ class Streaming(IterableDataset):
     ],
 )
 def test_loaders_that_cannot_be_split_get_one_pass_by_default(loader):
-    assert holdout_selection.split_loader(loader) is None
+    assert heldout_config_selection.split_loader(loader) is None
     with pytest.raises(
         ValueError, match=r"`loader` must be a DataLoader over a data set or a list of at least 8 batch"
     ):
@@ -113,7 +113,7 @@ def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_bes
     good = bkf.KalmanConfig(initial_logit_sd=3.0)
     stuck = bkf.KalmanConfig(initial_variance=1e-9)
     posterior = bkf.fit(network(), batches(), [stuck, good], progress=False)
-    parts = holdout_selection.split_loader(batches())
+    parts = heldout_config_selection.split_loader(batches())
     losses, temperatures = [], []
     for config in (stuck, good):
         alone = bkf.fit(network(), parts.fitted, config, progress=False).calibrate(parts.heldout)
@@ -173,21 +173,21 @@ def test_the_default_tries_a_narrow_prior_only_if_the_cautious_one_beats_the_wid
     noisy = bkf.fit(model, list(zip(inputs.split(4), coins.split(4), strict=True)), progress=False)
     assert len(noisy.history["held_out_log_loss"]) == 3
     assert noisy.history["held_out_log_loss"].argmin() == 2
-    assert (noisy.config.initial_logit_sd, noisy.config.mean_passes) == (holdout_selection.NARROW_LOGIT_SD, 0)
+    assert (noisy.config.initial_logit_sd, noisy.config.mean_passes) == (heldout_config_selection.NARROW_LOGIT_SD, 0)
     with torch.no_grad():
         model.weight.zero_()
     clear = bkf.fit(model, list(zip(inputs.split(4), decided.split(4), strict=True)), progress=False)
     assert len(clear.history["held_out_log_loss"]) == 2
-    assert (clear.config.initial_logit_sd, clear.config.mean_passes) == (holdout_selection.WIDE_LOGIT_SD, 3)
+    assert (clear.config.initial_logit_sd, clear.config.mean_passes) == (heldout_config_selection.WIDE_LOGIT_SD, 3)
 
 
 def test_many_outputs_get_sampled_curvature():
     torch.manual_seed(0)
     data = list(zip(X.split(5), (torch.arange(90) % 40).split(5), strict=True))
-    assert [c.curvature for c in holdout_selection.default_candidates(nn.Linear(3, 40).double(), data)] == [
+    assert [c.curvature for c in heldout_config_selection.default_candidates(nn.Linear(3, 40).double(), data)] == [
         "sampled"
     ] * 3
-    assert [c.curvature for c in holdout_selection.default_candidates(nn.Linear(3, 4).double(), batches())] == [
+    assert [c.curvature for c in heldout_config_selection.default_candidates(nn.Linear(3, 4).double(), batches())] == [
         "exact"
     ] * 3
 
@@ -262,5 +262,5 @@ def test_a_held_out_batch_without_targets_raises_at_any_temperature():
 def test_both_parts_keep_the_worker_init_function():
     data = TensorDataset(torch.randn(43, 3), torch.arange(43) % 2)
     hook = lambda worker: None  # noqa: E731
-    parts = holdout_selection.split_loader(DataLoader(data, batch_size=8, shuffle=True, worker_init_fn=hook))
+    parts = heldout_config_selection.split_loader(DataLoader(data, batch_size=8, shuffle=True, worker_init_fn=hook))
     assert parts.fitted.worker_init_fn is parts.heldout.worker_init_fn is hook

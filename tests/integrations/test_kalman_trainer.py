@@ -22,10 +22,10 @@ from transformers import (
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import calibration_test
-from bayes_kf.inference.filtering import tempering
+from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.passes import mean_pass
 from bayes_kf.integrations import KalmanTrainer, calibration_metrics
-from bayes_kf.integrations.trainer import SCALE_EXAMPLES
+from bayes_kf.integrations.kalman_trainer import SCALE_EXAMPLES
 from bayes_kf.models.batch import split_batch
 from bayes_kf.models.language import NextToken
 from benchmarks.reliability.folder_snapshots import killed_at, snapshot
@@ -298,7 +298,7 @@ def test_an_estimated_noise_variance_is_that_of_the_last_mean(tmp_path):
 
 
 def test_a_temperature_at_the_cold_end_warns_after_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempering, "MEAN_ALONE", 1e9)
+    monkeypatch.setattr(prequential_temperature, "MEAN_ALONE", 1e9)
     with pytest.warns(UserWarning, match="predictions are those of the mean alone"):
         trained(tmp_path)
 
