@@ -24,7 +24,7 @@ inference/filtering/
 inference/measurement_model/
 inference/config_schema
 inference/config
-inference/config_groups inference/config_field
+inference/config_groups inference/config_field inference/config_combinations
 inference/covariance/
 inference/linearization/
 models

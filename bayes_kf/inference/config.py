@@ -368,32 +368,32 @@ class KalmanConfig:
 
     @cached_property
     def prior_settings(self) -> PriorSettings:
-        """The variance that a belief starts from."""
+        """The prior variance."""
         return PriorSettings.of(self)
 
     @cached_property
     def noise_settings(self) -> NoiseSettings:
-        """The observation: likelihood, noise R, expansion."""
+        """The observation model: likelihood, noise R and expansion point."""
         return NoiseSettings.of(self)
 
     @cached_property
     def curvature_settings(self) -> CurvatureSettings:
-        """Which directions of the outputs an update uses."""
+        """The output directions of an update and its budgets."""
         return CurvatureSettings.of(self)
 
     @cached_property
     def dynamics_settings(self) -> DynamicsSettings:
-        """How the belief changes before an update, and what limits the update."""
+        """The predict step, and the limits of the measurement update."""
         return DynamicsSettings.of(self)
 
     @cached_property
     def predictive_settings(self) -> PredictiveSettings:
-        """How predictions use the belief."""
+        """The predictive distribution."""
         return PredictiveSettings.of(self)
 
     @cached_property
     def fitting_settings(self) -> FittingSettings:
-        """What a fit does with a loader."""
+        """The passes over a loader, and the settings that it chooses."""
         return FittingSettings.of(self)
 
     @property

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Self
 
 
 class SettingsGroup:
-    """Some of the settings of a configuration, by the same names."""
+    """A group of settings with the same names as in the configuration."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @classmethod
     def of(cls, config: Any) -> Self:
-        """The group's settings in a configuration."""
+        """The group with the values of a configuration."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -33,7 +33,7 @@ class CovarianceSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class PriorSettings(SettingsGroup):
-    """The variance that a belief starts from."""
+    """The prior variance."""
 
     initial_logit_sd: float
     initial_spread: str
@@ -46,7 +46,7 @@ class PriorSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class NoiseSettings(SettingsGroup):
-    """The observation: its likelihood, the noise R and where the likelihood is expanded."""
+    """The observation model: likelihood, noise R and expansion point."""
 
     likelihood: str
     noise: str
@@ -57,7 +57,7 @@ class NoiseSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class CurvatureSettings(SettingsGroup):
-    """Which directions of the outputs an update uses, and what it may cost."""
+    """The output directions of an update and its budgets."""
 
     curvature: str
     curvature_epsilon: float
@@ -70,7 +70,7 @@ class CurvatureSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class DynamicsSettings(SettingsGroup):
-    """How the belief changes before an update, and what limits the update."""
+    """The predict step, and the limits of the measurement update."""
 
     forgetting: float
     drift_variance: float
@@ -83,7 +83,7 @@ class DynamicsSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class PredictiveSettings(SettingsGroup):
-    """How predictions use the belief."""
+    """The predictive distribution."""
 
     likelihood: str
     temperature: float | str
@@ -93,7 +93,7 @@ class PredictiveSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class FittingSettings(SettingsGroup):
-    """What a fit does with a loader: passes, and settings to choose among."""
+    """The passes over a loader, and the settings that it chooses."""
 
     passes: int
     mean_passes: int

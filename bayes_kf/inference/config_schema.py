@@ -15,14 +15,15 @@ from bayes_kf.inference.covariance.structure import STRUCTURES
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 KINDS = {"str": "string", "float": "number", "int": "integer", "bool": "boolean", "None": "null"}
-# numbers that may be this word
+# settings that are numbers or this word
 WORDS = {"noise_variance": "estimated", "temperature": "prequential", "softmax_temperature": "held_out"}
 
 
 def config_schema() -> dict[str, Any]:
-    """What a file of settings may hold, as a JSON Schema: names, types, words, defaults and what each is.
+    """The JSON Schema of a file of settings: names, types, allowed words, defaults and descriptions.
 
-    Bounds that depend on other settings are not in it; making a :class:`KalmanConfig` checks those too.
+    It does not express all bounds of numbers, nor bounds that depend on other settings. :class:`KalmanConfig` checks
+    those.
 
     Example:
         >>> config_schema()["properties"]["forgetting"]["default"]
@@ -39,7 +40,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """Type and default of one setting."""
+    """The type and the default of one setting."""
     default = {"default": field.default}
     choices = CHOICES | {"covariance": tuple(STRUCTURES)}
     if field.name in choices:
@@ -50,8 +51,8 @@ def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if field.name in WORDS:
         return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": WORDS[field.name]}]} | default
     kinds = [KINDS[kind] for kind in str(field.type).split(" | ")]
-    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds} | default
-    return found | ({"minimum": 1} if field.name in WHOLE else {})
+    schema: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds} | default
+    return schema | ({"minimum": 1} if field.name in WHOLE else {})
 
 
 if __name__ == "__main__":

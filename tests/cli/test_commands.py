@@ -47,9 +47,9 @@ def test_fit_and_evaluate_arrays(folder, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "50 targets" in printed.out
     assert str(page) in printed.out
-    found = json.loads(page.with_suffix(".json").read_text())
-    assert found["config"]["method"] == "probit"
-    assert 0 <= found["scores"]["ood_strange_auroc"] <= 1
+    report = json.loads(page.with_suffix(".json").read_text())
+    assert report["config"]["method"] == "probit"
+    assert 0 <= report["scores"]["ood_strange_auroc"] <= 1
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json", "report.png"]
 
 
@@ -64,12 +64,12 @@ def test_without_settings_it_is_the_librarys_fit(folder, tmp_path, start):
     model = add_adapter(load_base(model_folder, "image", 10, 3), args, 3)
     loader = open_data(args, args.data, model_folder, KalmanConfig(), None).loader
     expected = fit_default(model, loader, start, False, seed=3)
-    found = Posterior.from_pretrained(tmp_path / "p", add_adapter(load_base(model_folder, "image", 10, 3), args, 3))
-    assert found.config == expected.config
-    assert torch.equal(found.mean_vector, expected.mean_vector)
+    loaded = Posterior.from_pretrained(tmp_path / "p", add_adapter(load_base(model_folder, "image", 10, 3), args, 3))
+    assert loaded.config == expected.config
+    assert torch.equal(loaded.mean_vector, expected.mean_vector)
     plain = fit(model, loader, start=start, progress=False)  # the library's, whose seed is 0
-    assert not plain.config.differences(found.config) or plain.config.differences(found.config) == ["seed"]
-    assert found.config.mean_passes == (0 if start == "trained" else plain.config.mean_passes)
+    assert not plain.config.differences(loaded.config) or plain.config.differences(loaded.config) == ["seed"]
+    assert loaded.config.mean_passes == (0 if start == "trained" else plain.config.mean_passes)
 
 
 def test_evaluate_says_what_the_library_says(folder, tmp_path):
@@ -241,12 +241,12 @@ def test_evaluate_somebodys_predictions(tmp_path):
     assert run("evaluate", tmp_path / "test.npz", "--ood", f"far={tmp_path / 'far.npz'}", "--ordered",
                "--calibration", tmp_path / "calibration.npz", "--recalibrate", "temperature", "--conformal", 0.9,
                "--output", tmp_path / "r.html") == 0  # fmt: skip
-    found = json.loads((tmp_path / "r.json").read_text())
+    report = json.loads((tmp_path / "r.json").read_text())
     stored = np.load(tmp_path / "test.npz")
     direct = evaluate_predictions(stored["probs"], stored["targets"], ordered=True)
-    assert found["scores"]["nll"] == pytest.approx(direct.scores["nll"], abs=1e-12)
-    assert found["scores"]["rps"] == pytest.approx(direct.scores["rps"], abs=1e-12)
-    assert found["scores"]["ood_far_auroc"] > 0.9
+    assert report["scores"]["nll"] == pytest.approx(direct.scores["nll"], abs=1e-12)
+    assert report["scores"]["rps"] == pytest.approx(direct.scores["rps"], abs=1e-12)
+    assert report["scores"]["ood_far_auroc"] > 0.9
     page = (tmp_path / "r.html").read_text()
     assert "&lt;b&gt;cow&lt;/b&gt;" in page
     assert "calibration.npz" in page
@@ -264,10 +264,10 @@ def test_compare_a_posterior_with_somebodys_predictions(folder, tmp_path):
     np.savez(tmp_path / "uniform.npz", probs=np.full((len(heldout["y"]), 10), 0.1), y=heldout["y"])
     assert run("compare", f"ours={tmp_path / 'p'}", f"uniform={tmp_path / 'uniform.npz'}", "--model", "digits-vit",
                "--data", folder / "heldout.npz", "--method", "mean", "--output", tmp_path / "c.html") == 0  # fmt: skip
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert found["scores"]["uniform/nll"] == pytest.approx(np.log(10))
-    assert found["scores"]["ours/nll"] < 1.5
-    assert any(sentence.startswith("Best in negative log-likelihood: ours") for sentence in found["verdict"])
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["scores"]["uniform/nll"] == pytest.approx(np.log(10))
+    assert report["scores"]["ours/nll"] < 1.5
+    assert any(sentence.startswith("Best in negative log-likelihood: ours") for sentence in report["verdict"])
 
 
 def test_compare_files_alone(tmp_path, capsys):
@@ -277,5 +277,7 @@ def test_compare_files_alone(tmp_path, capsys):
 
 
 def test_python_dash_m():
-    found = subprocess.run([sys.executable, "-m", "bayes_kf", "--version"], capture_output=True, text=True, check=True)
-    assert found.stdout.startswith("bayes-kf ")
+    completed = subprocess.run(
+        [sys.executable, "-m", "bayes_kf", "--version"], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout.startswith("bayes-kf ")

@@ -41,8 +41,8 @@ def test_a_yaml_file_says_what_the_settings_are(tmp_path):
         tune={"initial_logit_sd": [3, 1.0], "rank": [5, 10]},
     )
     assert settings(path) == expected
-    found = settings(path, "--forgetting", "0.9", "--seed", "7")
-    assert (found.forgetting, found.seed, found.covariance) == (0.9, 7, "diagonal")
+    config = settings(path, "--forgetting", "0.9", "--seed", "7")
+    assert (config.forgetting, config.seed, config.covariance) == (0.9, 7, "diagonal")
 
 
 def test_words_name_settings():
@@ -148,8 +148,10 @@ def test_bash_completes(words, expected, tmp_path, capsys):
         $(complete -p bayes-kf | sed 's/.*-F \\([^ ]*\\).*/\\1/') bayes-kf "${{COMP_WORDS[-1]}}" ""
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    found = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, env=os.environ, check=True, timeout=60)
-    assert set(found.stdout.split()) == expected, found.stderr
+    completed = subprocess.run(
+        ["bash", "-c", ask], capture_output=True, text=True, env=os.environ, check=True, timeout=60
+    )
+    assert set(completed.stdout.split()) == expected, completed.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

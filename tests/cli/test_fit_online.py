@@ -101,9 +101,9 @@ def test_lines_are_learned_one_by_one(model, whole):
         right += int(info.correct.sum())
     torch.testing.assert_close(state.belief.mean, posterior.state.belief.mean, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(state.belief.variance, posterior.state.belief.variance, rtol=1e-6, atol=1e-9)
-    found = stream(whole)
-    assert (found.lines, found.examples, found.correct, found.bad) == (70, 70, right, 0)
-    assert 0 < found.log_loss < 70
+    saved = stream(whole)
+    assert (saved.lines, saved.examples, saved.correct, saved.bad) == (70, 70, right, 0)
+    assert 0 < saved.log_loss < 70
 
 
 def opened(model, folder):
@@ -153,8 +153,8 @@ def test_killed_at_random_and_started_again(model, whole, tmp_path):
             process.wait()
         seen.append(stream(tmp_path / "out").lines)
     assert seen == [36, 60]
-    found = subprocess.run(command, input=lines(70), env=environment, text=True, check=False, capture_output=True)
-    assert (found.returncode, own(found.stderr)) == (0, "")
+    completed = subprocess.run(command, input=lines(70), env=environment, text=True, check=False, capture_output=True)
+    assert (completed.returncode, own(completed.stderr)) == (0, "")
     assert equal(tmp_path / "out", whole)
     assert stream(tmp_path / "out") == stream(whole)
 
@@ -213,12 +213,12 @@ def test_options_of_a_stream_without_one(model, tmp_path, capsys, more, option):
 def test_drift_is_told(model, tmp_path, monkeypatch, capsys):
     """Where the labels turn round; the number of lines between false alarms is the user's."""
     assert fed(lines(240, change=160), monkeypatch, model, tmp_path / "out", "--alarm", 500) == 0
-    found = stream(tmp_path / "out")
+    saved = stream(tmp_path / "out")
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("drift alarm at line ")]
-    assert [int(line.split()[4].rstrip(":")) for line in printed] == found.alarms
-    assert 160 < found.alarms[0] <= 200
-    assert found.run_length == 500.0
-    assert DriftDetector(500.0, found.detector).statistic > 0
+    assert [int(line.split()[4].rstrip(":")) for line in printed] == saved.alarms
+    assert 160 < saved.alarms[0] <= 200
+    assert saved.run_length == 500.0
+    assert DriftDetector(500.0, saved.detector).statistic > 0
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def test_a_bad_line(model, tmp_path, monkeypatch, capsys, bad, message):
     assert "The lines before it are saved" in error
     assert (stream(tmp_path / "out").lines, stream(tmp_path / "out").examples) == (35, 35)
     assert fed(text, monkeypatch, model, tmp_path / "out", "--skip-bad") == 0
-    found = stream(tmp_path / "out")
-    assert (found.lines, found.examples, found.bad) == (42, 40, 1)
+    saved = stream(tmp_path / "out")
+    assert (saved.lines, saved.examples, saved.bad) == (42, 40, 1)
     assert re.search(message, capsys.readouterr().err)
     assert fed(lines(40), monkeypatch, model, tmp_path / "plain") == 0
     assert equal(tmp_path / "out", tmp_path / "plain")

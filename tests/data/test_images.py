@@ -84,10 +84,10 @@ def test_images_are_what_transformers_own_processors_make_of_them(name, shape, t
     waves = np.add.outer(np.arange(shape[0]) ** 1.5, 3.0 * np.arange(shape[1]))[..., None] + np.array([0.0, 40.0, 80.0])
     image = Image.fromarray((127 + 120 * np.sin(waves / 25)).astype(np.uint8))
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-    found = ImageFormat.from_pretrained(tmp_path)
-    ours = found.transform()(image)
+    image_format = ImageFormat.from_pretrained(tmp_path)
+    ours = image_format.transform()(image)
     assert ours.shape == theirs.shape
-    levels = (ours - theirs).abs() * torch.tensor(found.sd)[:, None, None] * 255
+    levels = (ours - theirs).abs() * torch.tensor(image_format.sd)[:, None, None] * 255
     assert levels.max() < 2.01
 
 

@@ -24,50 +24,50 @@ def npz_file(tmp_path, **arrays):
 def test_csv_of_a_classifier(tmp_path, targets):
     rows = zip(targets.split(","), PROBS, strict=True)
     text = "cat, dog,label\n" + "".join(f"{p[0]},{p[1]}, {t}\n" for t, p in rows)
-    found = read_predictions(csv_file(tmp_path, text))
-    assert found.class_names == ("cat", "dog")
-    assert found.targets.tolist() == [0, 1, 1]
-    np.testing.assert_array_equal(found.probs, PROBS)
+    saved = read_predictions(csv_file(tmp_path, text))
+    assert saved.class_names == ("cat", "dog")
+    assert saved.targets.tolist() == [0, 1, 1]
+    np.testing.assert_array_equal(saved.probs, PROBS)
 
 
 def test_numbers_as_class_names_are_names_first(tmp_path):
-    found = read_predictions(csv_file(tmp_path, "target,7,3\n3,0.9,0.1\n7,0.2,0.8\n"))
-    assert found.class_names == ("7", "3")
-    assert found.targets.tolist() == [1, 0]
+    saved = read_predictions(csv_file(tmp_path, "target,7,3\n3,0.9,0.1\n7,0.2,0.8\n"))
+    assert saved.class_names == ("7", "3")
+    assert saved.targets.tolist() == [1, 0]
 
 
 def test_csv_of_a_regression(tmp_path):
-    found = read_predictions(csv_file(tmp_path, "y,variance,mean\n1.5,0.2,1.0\n-2,0.3,-1\n"))
-    assert found.probs is None
-    assert found.targets.tolist() == [1.5, -2.0]
-    assert found.mean.tolist() == [1.0, -1.0]
-    assert found.variance.tolist() == [0.2, 0.3]
+    saved = read_predictions(csv_file(tmp_path, "y,variance,mean\n1.5,0.2,1.0\n-2,0.3,-1\n"))
+    assert saved.probs is None
+    assert saved.targets.tolist() == [1.5, -2.0]
+    assert saved.mean.tolist() == [1.0, -1.0]
+    assert saved.variance.tolist() == [0.2, 0.3]
 
 
 def test_npz_of_a_classifier(tmp_path):
     samples = np.stack([PROBS, PROBS])
     path = npz_file(tmp_path, probs=PROBS, y=np.array([0, 1, 1]), samples=samples, class_names=np.array(["a", "b"]))
-    found = read_predictions(path)
-    assert found.class_names == ("a", "b")
-    assert found.samples.shape == (2, 3, 2)
-    assert found.targets.tolist() == [0, 1, 1]
+    saved = read_predictions(path)
+    assert saved.class_names == ("a", "b")
+    assert saved.samples.shape == (2, 3, 2)
+    assert saved.targets.tolist() == [0, 1, 1]
     named = npz_file(tmp_path, probs=PROBS, labels=np.array(["b", "a", "b"]), class_names=np.array(["a", "b"]))
     assert read_predictions(named).targets.tolist() == [1, 0, 1]
 
 
 def test_npz_of_a_regression(tmp_path):
-    found = read_predictions(
+    saved = read_predictions(
         npz_file(tmp_path, mean=np.zeros((3, 2)), variance=np.ones((3, 2)), targets=np.ones((3, 2)))
     )
-    assert found.probs is None
-    assert found.mean.shape == found.variance.shape == found.targets.shape == (3, 2)
+    assert saved.probs is None
+    assert saved.mean.shape == saved.variance.shape == saved.targets.shape == (3, 2)
 
 
 def test_foreign_predictions_need_no_targets(tmp_path):
-    found = read_predictions(npz_file(tmp_path, probs=PROBS), need_targets=False)
-    assert found.targets is None
-    found = read_predictions(csv_file(tmp_path, "a,b\n0.5,0.5\n"), need_targets=False)
-    assert (found.targets, found.class_names) == (None, ("a", "b"))
+    saved = read_predictions(npz_file(tmp_path, probs=PROBS), need_targets=False)
+    assert saved.targets is None
+    saved = read_predictions(csv_file(tmp_path, "a,b\n0.5,0.5\n"), need_targets=False)
+    assert (saved.targets, saved.class_names) == (None, ("a", "b"))
 
 
 @pytest.mark.parametrize(

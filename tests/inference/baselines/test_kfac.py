@@ -179,8 +179,8 @@ def test_a_step_is_the_dense_solve(inverse, clip):
     assert clip is None or scale < 1.0
     for number, move in enumerate(moves):
         joined = torch.cat([before[2 * number].weight, before[2 * number].bias[:, None]], 1) - 0.3 * scale * move
-        found = torch.cat([model[2 * number].weight, model[2 * number].bias[:, None]], 1)
-        torch.testing.assert_close(found, joined, rtol=1e-9, atol=1e-12)
+        updated = torch.cat([model[2 * number].weight, model[2 * number].bias[:, None]], 1)
+        torch.testing.assert_close(updated, joined, rtol=1e-9, atol=1e-12)
 
 
 def test_factors_are_moving_averages():

@@ -19,9 +19,9 @@ def recorded(model, layer, inputs, labels):
     layer.recording = True
     outputs = model(inputs)
     F.cross_entropy(outputs, labels, reduction="sum").backward()
-    found = layer.factors(len(inputs))
+    factors = layer.factors(len(inputs))
     layer.clear()
-    return found
+    return factors
 
 
 class Pooled(nn.Module):
@@ -125,7 +125,7 @@ def test_a_layer_that_is_called_twice_counts_both():
 
 def test_only_the_pass_that_is_differentiated_counts():
     """Neither one without gradients, nor one whose outputs are thrown away, nor the backward pass of the loss."""
-    found = []
+    results = []
     for disturbed in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -138,10 +138,10 @@ def test_only_the_pass_that_is_differentiated_counts():
             model(normal(5, 4, seed=3))
         optimizer.backward(F.cross_entropy(outputs, labels), outputs)
         optimizer.step()
-        found.append(
+        results.append(
             [optimizer.state[model[i].weight][f"{side}_factor"] for i in (0, 2) for side in ("input", "output")]
         )
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def adapted(base, **options):
@@ -163,8 +163,8 @@ def test_dora_s_own_calls_of_a_factor_do_not_count():
     optimizer.backward(F.cross_entropy(outputs, labels), outputs)
     optimizer.step()
     for layer, into in zip(optimizer._layers, (hidden, between), strict=True):
-        found = optimizer.state[layer.weight]["input_factor"]
-        torch.testing.assert_close(found, into.mT @ into / 6, rtol=1e-12, atol=1e-14)
+        input_factor = optimizer.state[layer.weight]["input_factor"]
+        torch.testing.assert_close(input_factor, into.mT @ into / 6, rtol=1e-12, atol=1e-14)
     (magnitude,) = [p for name, p in model.named_parameters() if "magnitude" in name]
     assert set(optimizer.state[magnitude]) == {"diagonal"}
 

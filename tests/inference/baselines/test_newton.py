@@ -21,10 +21,10 @@ def matrix(condition, size=12, dtype=torch.float64, seed=0):
 def test_inverse_in_float64(condition, size):
     """Within rounding times the condition number; the number of steps grows with its logarithm."""
     given = matrix(condition, size)
-    found, steps = newton_inverse(given)
+    computed, steps = newton_inverse(given)
     exact = torch.linalg.inv(given)
-    assert float((found - exact).norm() / exact.norm()) < 1e-15 * condition * 10
-    assert torch.equal(found, found.mT)
+    assert float((computed - exact).norm() / exact.norm()) < 1e-15 * condition * 10
+    assert torch.equal(computed, computed.mT)
     # the smallest eigenvalue of X₀A, 1/(condition·‖A‖_F), doubles a step until it is near 1; a few more square the rest
     doublings = math.log2(condition * float(torch.linalg.matrix_norm(given)))
     assert doublings < steps < doublings + 8

@@ -159,7 +159,7 @@ def test_statistics_of_bfloat16_are_float32(kind, tmp_path):
     losses = [learn(optimizer, model, inputs.bfloat16()) for _ in range(12)]
     assert losses[-1] < losses[0]
 
-    def kept():
+    def state_tensors():
         return [
             value
             for p in model.parameters()
@@ -167,11 +167,11 @@ def test_statistics_of_bfloat16_are_float32(kind, tmp_path):
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         ]
 
-    before = [value.clone() for value in kept()]
+    before = [value.clone() for value in state_tensors()]
     assert {value.dtype for value in before} == {torch.float32}
     torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
     optimizer.load_state_dict(torch.load(tmp_path / "saved.pt", weights_only=True))
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, kept(), strict=True))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, state_tensors(), strict=True))
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 

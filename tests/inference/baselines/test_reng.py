@@ -54,7 +54,7 @@ def penalized(loss_at, model, penalty):
     return gradient + penalty * hessian @ gradient
 
 
-def found(model):
+def gradient_vector(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -64,7 +64,7 @@ def test_gradient_of_a_small_network():
     optimizer = RENG(model, penalty=0.7)
     outputs = model(inputs)
     optimizer.backward(F.cross_entropy(outputs, labels), outputs)
-    torch.testing.assert_close(found(model), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient_vector(model), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_gradient_through_attention():
@@ -78,7 +78,7 @@ def test_gradient_through_attention():
     with RENG(model, penalty=0.5) as optimizer:
         outputs = model(**TEXTS).logits
         optimizer.backward(F.cross_entropy(outputs, LABELS), outputs)
-    torch.testing.assert_close(found(model), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient_vector(model), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_through_attention_by_differences():
@@ -117,12 +117,12 @@ def test_gradients_add_up():
         optimizer.zero_grad()
         outputs = model(inputs[part])
         optimizer.backward(F.cross_entropy(outputs, labels[part]), outputs)
-        total = total + found(model)
+        total = total + gradient_vector(model)
     optimizer.zero_grad()
     for part in (slice(0, 4), slice(4, 7)):
         outputs = model(inputs[part])
         optimizer.backward(F.cross_entropy(outputs, labels[part]), outputs)
-    torch.testing.assert_close(found(model), total, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient_vector(model), total, rtol=1e-12, atol=1e-14)
 
 
 class Attention(nn.Module):
@@ -155,12 +155,12 @@ def test_parts_called_by_themselves_need_the_context():
     with optimizer.forward():
         outputs = model.scores(x)
     optimizer.backward(F.cross_entropy(outputs, labels), outputs)
-    first = found(model)
+    first = gradient_vector(model)
     optimizer.zero_grad()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # whatever is asked for outside
         outputs = model(x)
     optimizer.backward(F.cross_entropy(outputs, labels), outputs)
-    assert torch.equal(found(model), first)
+    assert torch.equal(gradient_vector(model), first)
 
 
 def kernels():

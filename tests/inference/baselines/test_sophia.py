@@ -80,9 +80,9 @@ def test_estimate_averages_to_the_diagonal_of_the_fisher_information():
     for _ in range(1500):
         drawn = optimizer._curvature(model(inputs))
         estimates.append(torch.cat([drawn[p].flatten() for p in parameters]))
-    found = torch.stack(estimates)
-    error = found.std(0) / math.sqrt(len(found))
-    assert float(((found.mean(0) - exact).abs() / (5 * error + 1e-12)).max()) < 1
+    samples = torch.stack(estimates)
+    error = samples.std(0) / math.sqrt(len(samples))
+    assert float(((samples.mean(0) - exact).abs() / (5 * error + 1e-12)).max()) < 1
 
 
 def test_adapters_of_a_transformer_learn():

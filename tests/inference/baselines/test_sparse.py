@@ -134,10 +134,10 @@ def test_subsets_are_uniform():
     counts = torch.zeros(20)
     pairs = 0
     for _ in range(draws):
-        found = random_indices(20, 5, generator)
-        assert len(set(found.tolist())) == 5
-        counts[found] += 1
-        pairs += int({0, 1} <= set(found.tolist()))
+        indices = random_indices(20, 5, generator)
+        assert len(set(indices.tolist())) == 5
+        counts[indices] += 1
+        pairs += int({0, 1} <= set(indices.tolist()))
     error = math.sqrt(draws * 0.25 * 0.75)
     assert float((counts - draws / 4).abs().max()) < 5 * error
     chance = (5 / 20) * (4 / 19)
