@@ -174,7 +174,7 @@ def test_some_examples_are_used_even_if_a_second_state_has_left_the_linearizatio
     kf = bkf.KalmanFilter(model, bkf.KalmanConfig(covariance="diagonal", initial_variance=100.0, bound_prior=False))
     state = kf.init(x)
     kf.linearize.prepare(state.belief.mean, x)
-    (chunk,) = kf._measure(state, x, y, state.belief.mean)
+    (chunk,) = kf._measure(state, Batch.of(x, y), state.belief.mean)
     far = state._replace(belief=state.belief.with_mean(state.belief.mean + 3.0 * torch.randn_like(state.belief.mean)))
     moved, accurate = move_to_mean(
         chunk, slice(0, 40), chunk.block(slice(0, 40), 4), far.belief.mean, UpdateInfoBuilder()
