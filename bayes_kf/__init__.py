@@ -54,11 +54,12 @@ _NAMES = {
     ),
     "models": ("AdapterModel",),
 }
+_SUBPACKAGES = ("data", "distributed", "integrations")  # their names are not repeated here
 
 
 def __getattr__(name: str) -> Any:
     """Imports a subpackage, or a public name from its subpackage, on first use."""
-    if name in _NAMES:
+    if name in _NAMES or name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     for subpackage, names in _NAMES.items():
         if name in names:
@@ -68,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_NAMES})
+    return sorted({*globals(), *__all__, *_NAMES, *_SUBPACKAGES})
