@@ -234,8 +234,7 @@ class Posterior(GaussianPosterior):
         ``posterior_predictive`` (chain, draw, N), a target drawn from the likelihood of every drawn adapter; and
         ``log_likelihood`` (chain, draw, N). Targets of several outputs have them as the last axis; their log-likelihood
         is the joint one. The draws are independent. They are divided into two chains (more for an odd number of draws,
-        one if no number divides them), since ArviZ needs two for R̂. Forward passes are those of :meth:`predict` with
-        "sampled", with its warning.
+        one if no number divides them), since ArviZ needs two for R̂. It predicts by "sampled" and warns as that does.
 
         Args:
             num_samples: S draws.
