@@ -1,7 +1,8 @@
 """Pre-trained image networks with LoRA; weights from ``$BAYES_KF_WEIGHTS`` or ../shared/weights.
 
-A vision transformer and residual networks trained on CIFAR-10, and MobileNetV2 trained on ImageNet. Inputs are float
-images (B, 3, H, W) in [0, 1]; each network normalizes them as in its training.
+A vision transformer and residual networks trained on CIFAR-10, and MobileNetV2 trained on ImageNet. Their inputs are
+float images (B, 3, H, W) in [0, 1]; each network normalizes them as in its training. The transformer trained on MNIST,
+whose weights are in the package, has inputs (B, 1, 28, 28) in [-1, 1].
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
+from bayes_kf.models.zoo import lora_digits_vit
 from benchmarks.common.data import REPOSITORY
+from benchmarks.common.learners import draw_classifier
 
 
 def weights_file(name: str) -> Path:
@@ -102,6 +105,17 @@ class TensorFlowConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+def vit_mnist(seed: int, dropout: float = 0.0, new_classes: bool = False) -> PeftModel:
+    """The digit transformer with LoRA of rank 4; its classifier is new if the classes are."""
+    model = lora_digits_vit(rank=4, seed=seed)
+    for module in model.modules():
+        for name, layer in getattr(module, "lora_dropout", {}).items():
+            module.lora_dropout[name] = nn.Dropout(dropout) if dropout else layer
+    if new_classes:
+        draw_classifier(model, seed)
+    return model
 
 
 def vit_cifar(seed: int, dropout: float = 0.0) -> PeftModel:

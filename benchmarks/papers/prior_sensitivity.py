@@ -40,13 +40,12 @@ import bayes_kf as bkf
 from bayes_kf.data import uci_digits_split
 from bayes_kf.evaluation import accuracy, expected_calibration_error, negative_log_likelihood
 from bayes_kf.models.zoo import lenet5, lora_digits_vit
-from benchmarks.bench.registry.problems import TUNING_SEED, found_problems
+from benchmarks.bench.registry.problems import TUNING_SEED, found_problems, found_quality_problems
 from benchmarks.common.command import Cell, Command, run_cells
 from benchmarks.common.data import mnist
 from benchmarks.common.learners import Pass, Stream, frozen_pass, kalman_pass
 from benchmarks.common.result_files import ResultFile
 from benchmarks.papers import prior_sensitivity_tables as tables
-from benchmarks.quality.problems import PROBLEMS as QUALITY_PROBLEMS
 
 LAST = 200  # examples of the final accuracy
 BATCH, PREDICTION_BATCH = 4, 64
@@ -125,14 +124,14 @@ def _width_problem(data: str, seed: int) -> tuple[nn.Module, Stream]:
 
 def measure_tuning(data: str, options: Mapping[str, Any], seed: int) -> Cell:
     """Held-out scores after one pass, and the settings that it used."""
-    setting = QUALITY_PROBLEMS[data]
-    problem = setting.load(seed)
+    problem = found_quality_problems()[data]
+    given = problem.load(seed)
     start = time.process_time()
     with warnings.catch_warnings(action="ignore"):
         config = bkf.KalmanConfig(seed=seed, **options)
-        posterior = bkf.fit(setting.model(seed, 0.0), problem.stream.batches(BATCH), config, progress=False)
+        posterior = bkf.fit(problem.model(seed, 0.0), given.stream.batches(BATCH), config, progress=False)
     seconds = time.process_time() - start
-    probs, labels = posterior.predict_loader(problem.heldout.batches(PREDICTION_BATCH)).probs, problem.heldout.labels
+    probs, labels = posterior.predict_loader(given.heldout.batches(PREDICTION_BATCH)).probs, given.heldout.labels
     assert probs is not None  # a classifier
     return {
         "accuracy": accuracy(probs, labels),

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.fitting.selection import heldout_config_selection
+from benchmarks.bench.registry.problems import QualityProblem
 from benchmarks.common.learners import Inputs, Stream, logits
-from benchmarks.quality.problems import Setting
 
 BATCH = 1
 TOGETHER = 8
@@ -55,27 +55,27 @@ class Learned(NamedTuple):
     facts: Mapping[str, Any] = {}
 
 
-Learn = Callable[[Setting, Stream, int, Choice], Learned]
+Learn = Callable[[QualityProblem, Stream, int, Choice], Learned]
 
 
 def adamw(passes: int) -> Learn:
     """Fine-tuning by AdamW, weight decay 1e-2."""
 
-    def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-        model = setting.model(seed, 0.0)
+    def learn(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
+        model = problem.model(seed, 0.0)
         online = descend(model, stream, seed, choice["lr"], passes)
         return Learned(lambda given: softmax(model, given), online if passes == 1 else None)
 
     return learn
 
 
-def temperature(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def temperature(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """AdamW on the first seven eighths, and the best temperature on the rest (Guo et al. 2017).
 
     The temperature lies between 0.5 and 10: if all answers of a small rest are right, the best one would be zero.
     """
     fitted, rest = validation(stream)
-    model = setting.model(seed, 0.0)
+    model = problem.model(seed, 0.0)
     descend(model, fitted, seed, choice["lr"])
     outputs = raw(model, rest)
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -92,9 +92,9 @@ def temperature(setting: Setting, stream: Stream, seed: int, choice: Choice) -> 
     return Learned(lambda given: (raw(model, given) * scale).softmax(1), facts={"temperature": 1 / float(scale)})
 
 
-def dropout(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def dropout(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """AdamW with LoRA's dropout, which is also active in predictions (Gal and Ghahramani 2016)."""
-    model = setting.model(seed, DROPOUT)
+    model = problem.model(seed, DROPOUT)
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
@@ -103,9 +103,9 @@ def dropout(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lear
     return Learned(lambda given: torch.stack([softmax(model, given) for _ in range(DRAWS)]).mean(0))
 
 
-def ensemble(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def ensemble(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """Five runs of AdamW with different adapters, classifiers and orders (Lakshminarayanan et al. 2017)."""
-    models = [setting.model(MEMBERS * seed + member, 0.0) for member in range(MEMBERS)]
+    models = [problem.model(MEMBERS * seed + member, 0.0) for member in range(MEMBERS)]
     for member, model in enumerate(models):
         descend(model, stream, MEMBERS * seed + member, choice["lr"])
     return Learned(lambda given: torch.stack([softmax(model, given) for model in models]).mean(0))
@@ -114,10 +114,10 @@ def ensemble(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Lea
 def laplace(structure: str) -> Learn:
     """laplace-torch on the trained adapter: all trainable tensors, prior precision by its evidence, probit."""
 
-    def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+    def learn(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
         with warnings.catch_warnings(action="ignore"):
             from laplace import Laplace
-        model = setting.model(seed, 0.0)
+        model = problem.model(seed, 0.0)
         eager(model)  # its Jacobians vectorize backward passes, which SDPA with a mask does not support
         descend(model, stream, seed, choice["lr"])
         wrapped, key = Outputs(model), "input_ids"
@@ -134,11 +134,11 @@ def laplace(structure: str) -> Learn:
     return learn
 
 
-def ivon(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def ivon(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """IVON (Shen et al. 2024, its own package): ess is the number of examples, β₂ suits short runs."""
     from ivon import IVON
 
-    model = setting.model(seed, 0.0)
+    model = problem.model(seed, 0.0)
     torch.manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = IVON(
@@ -159,7 +159,7 @@ def ivon(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned
         schedule.step()
 
     def predict(given: Stream) -> Tensor:
-        total = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        total = torch.zeros(len(given.labels), problem.classes, dtype=torch.float64)
         for _ in range(DRAWS):
             with optimizer.sampled_params():
                 total += softmax(model, given)
@@ -168,14 +168,14 @@ def ivon(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned
     return Learned(predict)
 
 
-def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def svi(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """Pyro's SVI with ``AutoNormal`` around the start, Adam, and the data term scaled to the whole stream."""
     import pyro
     import pyro.distributions as dist
     from pyro.infer import SVI, Trace_ELBO
     from pyro.infer.autoguide import AutoNormal, init_to_value
 
-    model, total = setting.model(seed, 0.0), len(stream.labels)
+    model, total = problem.model(seed, 0.0), len(stream.labels)
     pyro.set_rng_seed(seed)
     pyro.clear_param_store()
     start = {name.replace(".", "_"): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -199,7 +199,7 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
 
     @torch.no_grad()
     def predict(given: Stream) -> Tensor:
-        summed = torch.zeros(len(given.labels), setting.classes, dtype=torch.float64)
+        summed = torch.zeros(len(given.labels), problem.classes, dtype=torch.float64)
         for _ in range(DRAWS):
             drawn = {names[site]: value for site, value in guide(*stream.batches(BATCH)[0]).items() if site in names}
             outputs = [substituted(model, drawn, inputs) for inputs, _ in given.batches(AHEAD)]
@@ -209,50 +209,50 @@ def svi(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
     return Learned(predict)
 
 
-def curvature(setting: Setting) -> str:
+def curvature(problem: QualityProblem) -> str:
     """The curvature of a single pass: the one that ``fit`` chooses without settings."""
-    return "sampled" if setting.classes > heldout_config_selection.MAX_EXACT_OUTPUTS else "exact"
+    return "sampled" if problem.classes > heldout_config_selection.MAX_EXACT_OUTPUTS else "exact"
 
 
 def kalman(make: Callable[..., bkf.KalmanConfig], sampling: bool = True) -> Learn:
     """This package: one pass from the prior, in order; ``sampling`` allows sampled curvature."""
 
-    def learn(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
-        config = make(seed=seed, curvature=curvature(setting) if sampling else "exact")
-        posterior = bkf.fit(setting.model(seed, 0.0), stream.batches(BATCH), config, progress=False)
+    def learn(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
+        config = make(seed=seed, curvature=curvature(problem) if sampling else "exact")
+        posterior = bkf.fit(problem.model(seed, 0.0), stream.batches(BATCH), config, progress=False)
         online = posterior.history["correct"].bool(), posterior.history["log_loss"].double()
         return Learned(predictive(posterior), online, {"temperature": posterior.temperature})
 
     return learn
 
 
-def default(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def default(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """This package without settings: it chooses its prior and temperature on an eighth of the stream."""
-    posterior = bkf.fit(setting.model(seed, 0.0), stream.batches(TOGETHER), progress=False)
+    posterior = bkf.fit(problem.model(seed, 0.0), stream.batches(TOGETHER), progress=False)
     chosen = posterior.config.initial_spread
     return Learned(predictive(posterior), facts={"temperature": posterior.temperature, "prior": chosen})
 
 
-def sampled(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def sampled(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """The default with two backward passes in the place of one for each class, for more than three classes."""
     with mock.patch.object(heldout_config_selection, "MAX_EXACT_OUTPUTS", 3):
-        return default(setting, stream, seed, choice)
+        return default(problem, stream, seed, choice)
 
 
-def post_hoc(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def post_hoc(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """This package on AdamW's adapter: the mean is fixed, one pass estimates the covariance."""
-    model = setting.model(seed, 0.0)
+    model = problem.model(seed, 0.0)
     descend(model, stream, seed, choice["lr"])
-    config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting))
+    config = bkf.KalmanConfig(seed=seed, curvature=curvature(problem))
     posterior = bkf.fit(model, stream.batches(BATCH), config, start="trained", progress=False)
     return Learned(predictive(posterior), facts={"temperature": posterior.temperature})
 
 
-def post_hoc_on(setting: Setting, stream: Stream, seed: int, choice: Choice) -> Learned:
+def post_hoc_on(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
     """As :func:`post_hoc`, and then one pass of the mean toward the mode under that covariance."""
-    model = setting.model(seed, 0.0)
+    model = problem.model(seed, 0.0)
     descend(model, stream, seed, choice["lr"])
-    config = bkf.KalmanConfig(seed=seed, curvature=curvature(setting), mean_passes=1)
+    config = bkf.KalmanConfig(seed=seed, curvature=curvature(problem), mean_passes=1)
     posterior = bkf.fit(model, stream.batches(TOGETHER), config, start="trained", progress=False)
     return Learned(predictive(posterior), facts={"temperature": posterior.temperature})
 
@@ -289,12 +289,12 @@ ROWS: dict[str, tuple[str, Learn, str | None]] = {  # title, method, family whos
 TUNED: dict[str, Learn] = {"adamw": adamw(1), "ivon": ivon, "svi": svi}
 
 
-def tune(family: str, setting: Setting, stream: Stream, seed: int) -> tuple[Choice, list[float]]:
+def tune(family: str, problem: QualityProblem, stream: Stream, seed: int) -> tuple[Choice, list[float]]:
     """The setting with the least log loss on the stream's last eighth after learning the rest, and all losses."""
     fitted, rest = validation(stream)
     losses = []
     for choice in RATES[family]:
-        probs = TUNED[family](setting, fitted, seed, choice).predict(rest)
+        probs = TUNED[family](problem, fitted, seed, choice).predict(rest)
         loss = -probs.gather(1, rest.labels[:, None]).log().mean().item()
         losses.append(loss if math.isfinite(loss) else math.inf)
     return RATES[family][losses.index(min(losses))], losses

