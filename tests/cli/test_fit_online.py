@@ -134,6 +134,7 @@ def test_fed_again_from_the_beginning_it_skips_what_it_knows(model, whole, tmp_p
         assert equal(tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_started_again(model, whole, tmp_path):
     """SIGKILL, twice, while it reads from a pipe: nothing lost, nothing twice, the same bits."""
     (tmp_path / "lines.jsonl").write_text(lines(70), encoding="utf-8")

@@ -45,7 +45,9 @@ def fitted(rank, size, form, folder):
     }
 
 
-@pytest.mark.parametrize(("form", "size"), [("sharded", 2), ("sharded", 3), ("data_parallel", 2)])
+@pytest.mark.parametrize(
+    ("form", "size"), [("sharded", 2), pytest.param("sharded", 3, marks=pytest.mark.slow), ("data_parallel", 2)]
+)
 def test_a_pass_equals_that_of_one_process_with_joined_batches(form, size, tmp_path):
     found = run(size, fitted, tmp_path, size, form, tmp_path)
     rounds = list(zip(*(shares(rank, size) + [None] * 3 for rank in range(size)), strict=False))

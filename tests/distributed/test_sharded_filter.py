@@ -57,7 +57,7 @@ def expected():
     return {name: alone(name) for name in cases.CASES}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_equal_one(size, expected, tmp_path):
     found = run(size, together, tmp_path, size, list(cases.CASES))
     for name, (state, infos) in expected.items():

@@ -85,6 +85,7 @@ def test_estimate_averages_to_the_diagonal_of_the_fisher_information():
     assert float(((samples.mean(0) - exact).abs() / (5 * error + 1e-12)).max()) < 1
 
 
+@pytest.mark.slow
 def test_adapters_of_a_transformer_learn():
     model = lora_digits_vit(rank=4).eval()
     train, _ = uci_digits_split(seed=0)

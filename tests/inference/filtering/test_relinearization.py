@@ -56,8 +56,10 @@ def one_pass(size, seed, **settings):
     [
         {"covariance": "diagonal"},
         {"covariance": "low_rank"},
-        {"covariance": "low_rank", "curvature": "sampled"},
-        {"covariance": "diagonal", "curvature": "truncated", "curvature_epsilon": 0.05},
+        pytest.param({"covariance": "low_rank", "curvature": "sampled"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"covariance": "diagonal", "curvature": "truncated", "curvature_epsilon": 0.05}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda s: "-".join(s.values()) if len(s) < 3 else "truncated",
 )

@@ -125,6 +125,7 @@ def test_temperature_is_chosen_by_all_streams_together():
     assert found.history == {}
 
 
+@pytest.mark.slow
 def test_a_merged_posterior_of_digits_is_closer_to_that_of_all_data_than_its_parts():
     """A classifier on UCI's digits: four parts together are nearer to the whole than any of them."""
     (images, labels), (held, answers) = uci_digits_split(1197)

@@ -44,7 +44,13 @@ def most_likely_sd(x, y, prior_var):
 
 @pytest.mark.parametrize(
     ("size", "batch_size", "loss", "factor"),
-    [(20, 4, 0.1, 1.5), (20, 8, 0.1, 1.5), (20, 64, 0.2, 1.7), (100, 8, 0.2, 1.5), (100, 64, 0.35, 1.7)],
+    [
+        (20, 4, 0.1, 1.5),
+        (20, 8, 0.1, 1.5),
+        (20, 64, 0.2, 1.7),
+        pytest.param(100, 8, 0.2, 1.5, marks=pytest.mark.slow),
+        (100, 64, 0.35, 1.7),
+    ],
 )
 def test_the_online_estimate_is_near_the_marginal_likelihood(size, batch_size, loss, factor):
     """Within a factor, without a bias above a quarter; one pass weighs its start by what it knew then.
