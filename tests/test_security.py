@@ -17,6 +17,8 @@ from bayes_kf.files.checksums import verify_checksums
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
 PACKAGE = Path(bkf.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}  # modules whose loads run what they read
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system"}
 FORBIDDEN |= {"pickle.load", "pickle.loads", "joblib.load", "torch.hub.load", "marshal.loads", "shelve.open"}
 
@@ -40,6 +42,26 @@ def test_the_package_calls_nothing_that_runs_what_it_reads():
         if name.endswith(("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained", "].from_pretrained")):
             assert keywords.get("trust_remote_code") == "False", f"{path}: {name} leaves it open"
     assert seen > 5000
+
+
+def test_no_code_of_the_repository_loads_pickles():
+    """The package imports no unpickler under any name; scripts, tutorials and benchmarks call none of their loads."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                assert not UNPICKLERS & {name.split(".")[0] for name in names}, f"{path} imports {names}"
+    folders = [REPOSITORY / name for name in ("scripts", "tutorials", "benchmarks")]
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    assert len(paths) > 100
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert name not in FORBIDDEN, f"{path} calls {name}"
+            if name == "np.load":
+                assert keywords.get("allow_pickle") == "False", f"{path} leaves pickles open"
 
 
 def evil(folder, marker):

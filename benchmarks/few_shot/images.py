@@ -98,7 +98,10 @@ def clothes() -> Named:
 
 def photographs(split: str) -> Named:
     """CIFAR-10 after JPEG, in grey."""
-    archive = np.load(data_folder() / "cifar10-jpeg" / ("test.npz" if split == "test" else "train_00000-24999.npz"))
+    archive = np.load(
+        data_folder() / "cifar10-jpeg" / ("test.npz" if split == "test" else "train_00000-24999.npz"),
+        allow_pickle=False,
+    )
     head, body, ends = archive["head"].tobytes(), archive["body"].tobytes(), archive["off"]
     grey = [
         np.asarray(Image.open(io.BytesIO(head + body[i:j])).convert("L").resize((28, 28), Image.Resampling.BILINEAR))

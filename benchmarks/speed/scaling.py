@@ -11,6 +11,7 @@ rounds counts; forms and numbers of processes alternate. The model of `docs/dist
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -75,7 +76,7 @@ def measured(form: str, size: int, batch: int) -> dict[str, Any]:
         multiprocessing.start_processes(
             _process, (form, size, batch, port, folder), nprocs=size, start_method="forkserver"
         )
-        cells = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
+        cells = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
     best = {name: max(cell[name] for cell in cells) for name in cells[0]}
     return best | {"batch": batch, "processes": size}
 
@@ -108,7 +109,7 @@ def _process(rank: int, form: str, size: int, batch: int, port: int, folder: str
         "linearizing": linear,
         "parameters": kf.adapter.num_parameters,
     }
-    torch.save(cell, Path(folder) / f"{rank}.pt")
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(cell), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -134,7 +134,9 @@ class KalmanFilter:
 
     def temperature(self, state: FilterState) -> float:
         """Factor on the covariance in predictions: as configured, or chosen by the prequential scores."""
-        return prequential_temperature.temperature(self.config.temperature, state.temperature_scores)
+        return prequential_temperature.temperature(
+            self.config.predictive_settings.temperature, state.temperature_scores
+        )
 
     def _update(
         self, state: FilterState, batch: Batch, hold_mean: bool, at: Tensor | None
@@ -283,8 +285,9 @@ class KalmanFilter:
 
     def _prior_belief(self, start: DiagonalGaussian) -> GaussianBelief:
         """The prior N(μ₀, diag(p₀)) in the configured structure."""
-        sizes = block_sizes(self.adapter, self.config.blocks)
-        return self.config.structure.from_variance(*start, rank=self.config.rank, block_sizes=sizes)
+        settings = self.config.covariance_settings
+        sizes = block_sizes(self.adapter, settings.blocks)
+        return self.config.structure.from_variance(*start, rank=settings.rank, block_sizes=sizes)
 
     def _scale_prior(self, state: FilterState, batch: Batch) -> FilterState:
         """The state with its prior variance set, or bounded, by the change of the outputs of a batch."""
