@@ -27,7 +27,7 @@ def whiteness_verdict(p: float) -> str:
     """Whether innovations are autocorrelated."""
     test = f"Ljung-Box test of ranks, ten lags, {p_value_text(p)}"
     if p >= SIGNIFICANCE:
-        return f"No autocorrelation of the squared innovations detected ({test})."
+        return f"No autocorrelation of the squared innovations detected at the 1 % level ({test})."
     return (
         f"The squared innovations are autocorrelated ({test}): large ones come in runs because the stream changes, or "
         "because the filter lags behind it."
