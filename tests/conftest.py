@@ -12,7 +12,7 @@ def pytest_collection_modifyitems(config, items):
     """Notebooks run first: they share a kernel, so one process runs them all, and at the end the other would wait."""
     items.sort(key=lambda item: "test_notebooks.py" not in item.nodeid)
     if not config.getoption("--slow"):
-        skipped = pytest.mark.skip(reason="takes long, and a quicker case covers the same code; pytest --slow runs it")
+        skipped = pytest.mark.skip(reason="takes long; scripts/test and pytest --slow run it")
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(skipped)
