@@ -145,7 +145,7 @@ def _resume(folder: Path, model: nn.Module | AdapterModel, config: KalmanConfig)
     changed = config.differences(saved.config)
     if changed:
         raise ValueError(f"`checkpoint` must hold a pass with the same settings, got another {', '.join(changed)}.")
-    return saved.reading(model) if isinstance(model, AdapterModel) else saved
+    return saved.with_adapter(model) if isinstance(model, AdapterModel) else saved
 
 
 def _skip_batches(batches: Iterator[Any], steps: int, examples: int, folder: Path) -> None:
