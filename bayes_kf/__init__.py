@@ -14,9 +14,11 @@ if TYPE_CHECKING:
         DivergenceError,
         KalmanConfig,
         KalmanFilter,
+        MixturePosterior,
         Posterior,
         Prediction,
         fit,
+        fit_mixture,
         merge,
     )
     from bayes_kf.models import AdapterModel
@@ -29,6 +31,7 @@ __all__ = [
     "DivergenceError",
     "KalmanConfig",
     "KalmanFilter",
+    "MixturePosterior",
     "Posterior",
     "Prediction",
     "Report",
@@ -36,6 +39,7 @@ __all__ = [
     "compare",
     "evaluate",
     "fit",
+    "fit_mixture",
     "merge",
 ]
 
@@ -47,9 +51,11 @@ _NAMES = {
         "DivergenceError",
         "KalmanConfig",
         "KalmanFilter",
+        "MixturePosterior",
         "Posterior",
         "Prediction",
         "fit",
+        "fit_mixture",
         "merge",
     ),
     "models": ("AdapterModel",),

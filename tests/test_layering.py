@@ -17,8 +17,9 @@ integrations/ distributed/
 inference
 inference/baselines/
 inference/fitting/
+inference/mixture/
 inference/posterior
-inference/saving/
+inference/saving/ inference/heldout/
 inference/predictive/
 inference/filtering/
 inference/measurement_model/

@@ -7,7 +7,9 @@ from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.divergence import FitDivergenceError
 from bayes_kf.inference.fitting.fit import fit
 from bayes_kf.inference.fitting.merging import merge
+from bayes_kf.inference.fitting.mixture_fit import fit_mixture
 from bayes_kf.inference.fitting.selection.filter_bank import Bank
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
 
@@ -19,9 +21,11 @@ __all__ = [
     "KalmanConfig",
     "KalmanFilter",
     "LoaderPrediction",
+    "MixturePosterior",
     "Posterior",
     "Prediction",
     "UpdateInfo",
     "fit",
+    "fit_mixture",
     "merge",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Posterior(GaussianPosterior):
         >>> posterior.predict(torch.randn(6, 3))
         Prediction(mean (6, 2), probs (6, 2), samples (64, 6, 2), entropy (6,), aleatoric (6,), epistemic (6,))
     """
+
+    mixture_type: ClassVar[type[Any]]  # `MixturePosterior`, set by its module, which imports this one
 
     def predict(
         self,
@@ -193,8 +195,8 @@ class Posterior(GaussianPosterior):
         pretrained.save(self, Path(folder), scores)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Self:
-        """Read a posterior that :meth:`save_pretrained` wrote.
+    def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Any:
+        """Read a posterior that :meth:`save_pretrained` wrote; a mixture if the folder holds one.
 
         Args:
             folder: the folder.
@@ -203,7 +205,9 @@ class Posterior(GaussianPosterior):
         Raises:
             ValueError: if files are missing or damaged, or belong to another model; nothing is changed then.
         """
-        return cls(*pretrained.load(Path(folder), base_model))
+        loaded = pretrained.load(Path(folder), base_model)
+        members = tuple(cls(*parts) for parts in loaded.members)
+        return members[0] if len(members) == 1 else cls.mixture_type(members, tuple(loaded.weights))
 
     def export_adapters(
         self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None
