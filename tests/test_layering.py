@@ -16,8 +16,10 @@ integrations/ distributed/
 .
 inference
 inference/baselines/
+inference/pyro/kalman_svi
 inference/fitting/
 inference/posterior
+inference/pyro/
 inference/saving/
 inference/predictive/
 inference/filtering/

@@ -10,6 +10,7 @@ from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.covariance.full import FullGaussian
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.covariance.low_rank import LowRankGaussian, truncate
+from bayes_kf.inference.covariance.rescaling import rescaled
 
 
 def moment_matched(prior: GaussianBelief, draws: Tensor) -> GaussianBelief:
@@ -19,7 +20,7 @@ def moment_matched(prior: GaussianBelief, draws: Tensor) -> GaussianBelief:
     - block diagonal: the covariance of each block;
     - full: C;
     - low rank: a precision D + WWᵀ with the marginal variances diag(C), in which W has the L directions that
-      deviate most from D = (diag(C) λ)⁻¹, λ the largest eigenvalue of the correlation matrix. It is exact if L = n.
+      deviate most from D = (diag(C) λ)⁻¹, λ the largest eigenvalue of the correlation matrix. It is exact if L ≥ n − 1.
 
     C divides by S − 1.
 
@@ -54,7 +55,9 @@ def moment_matched(prior: GaussianBelief, draws: Tensor) -> GaussianBelief:
         return type(prior)(mean, torch.cat([_checked(C).flatten() for C in blocks]).to(mean), prior.sizes)
     if isinstance(prior, LowRankGaussian):
         diagonal, factor = _low_rank_precision(_checked(blocks[0]), prior.factor.shape[1])
-        return type(prior).from_precision(mean, diagonal.to(mean), factor.to(mean))
+        belief = LowRankGaussian.from_precision(mean.double(), diagonal, factor)
+        scaled = rescaled(belief, (variance / belief.marginal_variance()).sqrt())
+        return type(prior).from_precision(mean, scaled.diagonal.to(mean), scaled.factor.to(mean))
     raise ValueError(f"`covariance` must be one of the package's structures, got {type(prior).__name__}.")
 
 
@@ -66,7 +69,7 @@ def _checked(covariance: Tensor) -> Tensor:
 
 
 def _low_rank_precision(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """D (n,) and W (n, L) with diag((D + WWᵀ)⁻¹) = diag(C)."""
+    """D (n,) and W (n, L) with D + WWᵀ ≈ C⁻¹, in which the other directions keep the marginal variances roughly."""
     sd = covariance.diagonal().sqrt()
     values, vectors = torch.linalg.eigh(covariance / torch.outer(sd, sd))  # of the correlations, ascending
     lowest = 1.0 / values[-1]  # the smallest precision in units of the marginal variances

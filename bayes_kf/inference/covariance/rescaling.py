@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ from bayes_kf.inference.covariance.full import FullGaussian
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.covariance.low_rank import LowRankGaussian
 
+Belief = TypeVar("Belief", bound=GaussianBelief)
 
-def rescaled(belief: GaussianBelief, scale: Tensor) -> GaussianBelief:
+
+def rescaled(belief: Belief, scale: Tensor) -> Belief:
     """N(μ, S P S) with S = diag(scale), exactly in the structure of the belief.
 
     A low-rank precision D + WWᵀ becomes S⁻¹DS⁻¹ + (S⁻¹W)(S⁻¹W)ᵀ; WᵀD⁻¹W does not change.

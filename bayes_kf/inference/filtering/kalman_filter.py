@@ -72,7 +72,7 @@ class KalmanFilter:
         return state if inputs is None else self.scale_prior(state, inputs)
 
     def init_from_prior(self, prior: DiagonalGaussian) -> FilterState:
-        """The state before the first update under a given prior N(μ₀, diag(p₀)); the settings of the prior do not count.
+        """The state before the first update under a prior N(μ₀, diag(p₀)), in place of the configured one.
 
         Args:
             prior: mean (n,) and variance (n,), in the order of ``adapter.names``.

@@ -60,8 +60,8 @@ class KalmanGuide(AutoGuide):
         >>> model = nn.Linear(2, 1, bias=False)
         >>> guide = KalmanGuide(model, KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=1.0))
         >>> info = guide.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0]]))
-        >>> guide.median()["weight"].tolist()[0][0]
-        1.0
+        >>> guide.posterior().variance["weight"]  # one observation of the first weight with unit noise
+        tensor([[0.5000, 1.0000]])
     """
 
     loc: Tensor  # PyroParams, read as constrained tensors
@@ -84,10 +84,10 @@ class KalmanGuide(AutoGuide):
         mean = start.belief.mean
         self.loc = PyroParam(mean.clone())  # type: ignore[assignment]
         self.scale = PyroParam(torch.ones_like(mean), constraints.positive)  # type: ignore[assignment]
-        self._kf, self._store = kf, GuideStore(self, kf, start)
+        self._kf, self.store = kf, GuideStore(self, kf, start)
         if state is not None or f"{self._pyro_name}.loc" not in taken:
-            self._store.write(start)
-        self._store.read()
+            self.store.write(start)
+        self.store.read()
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("loc", "scale"):
@@ -108,20 +108,20 @@ class KalmanGuide(AutoGuide):
     @property
     def state(self) -> FilterState:
         """The state of the filter, with the loc and scale that SVI may have moved."""
-        stored = self._store.read()
+        stored = self.store.read()
         loc, scale = self.loc.detach().clone(), self.scale.detach()
         belief = stored.state.belief.with_mean(loc)
         return stored.state._replace(belief=belief if bool((scale == 1.0).all()) else rescaled(belief, scale))
 
     @state.setter
     def state(self, state: FilterState) -> None:
-        self._store.write(state)
+        self.store.write(state)
 
     def init(self, inputs: Inputs) -> FilterState:
         """The state, with the scale of the prior measured on ``inputs`` unless it has one already."""
-        stored = self._store.read().state
+        stored = self.store.read().state
         if not stored.prior_is_scaled:
-            self._store.write(self._kf.scale_prior(stored, inputs), keep_params=True)
+            self.store.write(self._kf.scale_prior(stored, inputs), keep_params=True)
         return self.state
 
     def update(self, inputs: Inputs, targets: Tensor) -> UpdateInfo:
@@ -150,13 +150,14 @@ class KalmanGuide(AutoGuide):
         return self._kf.posterior(self.state)
 
     def forward(self, inputs: Inputs | None = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """A draw of every site, name -> tensor. The arguments are the model's; before the first update the prior takes
-        its scale from ``inputs``.
+        """A draw of every site, name -> tensor.
+
+        The arguments are the model's. Before the first update the prior takes its scale from ``inputs``.
 
         Raises:
             ValueError: if the prior needs inputs for its scale and there are none.
         """
-        stored = self._store.read()
+        stored = self.store.read()
         if not stored.state.prior_is_scaled:
             if inputs is None:
                 raise ValueError(
@@ -164,7 +165,7 @@ class KalmanGuide(AutoGuide):
                     "got None."
                 )
             self.init(inputs)
-            stored = self._store.read()
+            stored = self.store.read()
         loc, scale = self.loc, self.scale * stored.temperature**0.5
         if isinstance(stored.state.belief, DiagonalGaussian):
             return self._sample_sites(loc, scale * stored.marginal_sd)
@@ -176,7 +177,7 @@ class KalmanGuide(AutoGuide):
 
     def _sample_joint(self, loc: Tensor, scale: Tensor) -> dict[str, Tensor]:
         """Draw all tensors at once from an auxiliary site; the site of each tensor is a point mass at its part."""
-        stored, adapter = self._store.read(), self.adapter
+        stored, adapter = self.store.read(), self.adapter
         standard = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
         noise = pyro.sample(f"{self._pyro_name}_joint", standard, infer={"is_auxiliary": True})
         plates = noise.shape[:-1]
@@ -228,7 +229,7 @@ class KalmanGuide(AutoGuide):
         Raises:
             ValueError: if the covariance is not diagonal and n is above 20,000.
         """
-        stored, loc = self._store.read(), self.loc
+        stored, loc = self.store.read(), self.loc
         scale, size = self.scale * stored.temperature**0.5, len(loc)
         if isinstance(stored.state.belief, DiagonalGaussian):
             return dist.Normal(loc, scale * stored.marginal_sd).to_event(1)
@@ -239,13 +240,13 @@ class KalmanGuide(AutoGuide):
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The mean and the marginal standard deviations, (n,) each."""
-        stored = self._store.read()
+        stored = self.store.read()
         return self.loc, self.scale * stored.temperature**0.5 * stored.marginal_sd
 
     def _current_posterior(self, inputs: Inputs | None) -> GaussianPosterior:
         """The posterior whose prior, noise and temperature :attr:`model` uses in a call."""
-        stored = self._store.read()
+        stored = self.store.read()
         if inputs is not None and not stored.state.prior_is_scaled:
             self.init(inputs)
-            stored = self._store.read()
+            stored = self.store.read()
         return GaussianPosterior(self._kf, stored.state)

@@ -105,7 +105,11 @@ class KalmanModel:
             leading[name] = plates[:-1] if plates and plates[-1] == 1 else plates
         plates = torch.broadcast_shapes(*leading.values())
         flat = [
-            sites[name].reshape(*leading[name], -1).expand(*plates, -1).reshape(plates.numel(), -1).to(self.adapter.dtype)
+            sites[name]
+            .reshape(*leading[name], -1)
+            .expand(*plates, -1)
+            .reshape(plates.numel(), -1)
+            .to(self.adapter.dtype)
             for name in shapes
         ]
         draws = torch.cat(flat, 1)  # (S, n)
