@@ -69,7 +69,8 @@ class KalmanSVI:
         self._priors: list[SitePrior] | None = None  # of a model of the user's own, once it was read
         config = guide.config
         self._kf = KalmanFilter(guide.adapter, replace(config, temperature="prequential", tune=None))
-        self._first: tuple[float, ...] | None = None  # sums over the first batch
+        self._first_batch: list[float] | None = None  # sums over its tensors
+        self._warned = False
 
     def step(self, inputs: Inputs, targets: Tensor, num_data: int | None = None) -> float:
         """The loss of a batch, in nats, before the guide was updated with it.
@@ -183,14 +184,14 @@ class KalmanSVI:
 
     def _warn_if_repeated(self, inputs: Inputs, targets: Tensor, num_data: int | None) -> None:
         """Warn once if the first batch comes again and would count as new data."""
-        if num_data is not None or self._first == ():
+        if num_data is not None or self._warned:
             return
         tensors = [inputs, targets] if isinstance(inputs, Tensor) else [*inputs.values(), targets]
-        sums = tuple(float(t.double().sum()) for t in tensors if isinstance(t, Tensor))
-        if self._first is None:
-            self._first = sums
-        elif sums == self._first:
-            self._first = ()
+        sums = [float(tensor.double().sum()) for tensor in tensors if isinstance(tensor, Tensor)]
+        if self._first_batch is None:
+            self._first_batch = sums
+        elif sums == self._first_batch:
+            self._warned = True
             warnings.warn(
                 "the first batch was given again without `num_data`: it counts as new data, and the covariance "
                 "becomes too small if it is not. With `num_data`, further passes count no example twice.",
