@@ -75,6 +75,8 @@ class KalmanGuide(AutoGuide):
         state: FilterState | None = None,
         name: str | None = None,
     ) -> None:
+        if isinstance(model, GaussianPosterior):
+            raise ValueError("`model` must be a module or an adapter, got a posterior; use its method `guide()`.")
         kf = KalmanFilter(model, config)
         super().__init__(KalmanModel(kf.adapter, self._current_posterior))
         taken = pyro.get_param_store()

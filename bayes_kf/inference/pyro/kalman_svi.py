@@ -91,8 +91,15 @@ class KalmanSVI:
             ValueError: if the model, inputs or targets do not fit, or ``num_data`` is less than the number of examples.
             DivergenceError: if the update would not be finite. The guide is not changed by an error.
         """
-        size = Batch.of(inputs).size
-        state, revisited = self._start(inputs, targets, num_data), self.guide.store.read().revisited
+        size, revisited = Batch.of(inputs).size, self.guide.store.read().revisited
+        state = self._start(inputs, targets, num_data)
+        if num_data is not None:
+            check_whole("num_data", num_data)
+            if state.examples != num_data and state.examples + size > num_data:
+                raise ValueError(
+                    "`num_data` must be at least the number of examples that the guide has learned with this batch, "
+                    f"{state.examples + size}, got {num_data}."
+                )
         self._warn_if_repeated(inputs, targets, num_data)
         if num_data is not None and state.examples == num_data:
             state, loss = self._mean_step(state, inputs, targets, num_data / (num_data + revisited))
@@ -112,7 +119,7 @@ class KalmanSVI:
             num_data: N; the loss is multiplied by N/B.
         """
         size = Batch.of(inputs).size
-        loss = self._update(self._start(inputs, targets, None), inputs, targets)[1]
+        loss = self._update(self._start(inputs, targets, num_data), inputs, targets)[1]
         return loss if num_data is None else loss * num_data / size
 
     def run(self, loader: Iterable[Any], num_data: int | None = None) -> list[float]:
@@ -136,14 +143,7 @@ class KalmanSVI:
 
     def _start(self, inputs: Inputs, targets: Tensor, num_data: int | None) -> FilterState:
         """The guide's state, under the priors of the model if it has not learned yet."""
-        state, size = self.guide.state, Batch.of(inputs).size
-        if num_data is not None:
-            check_whole("num_data", num_data)
-            if state.examples != num_data and state.examples + size > num_data:
-                raise ValueError(
-                    "`num_data` must be at least the number of examples that the guide has learned with this batch, "
-                    f"{state.examples + size}, got {num_data}."
-                )
+        state = self.guide.state
         if self.model is self.guide.model:
             return state
         if self._priors is None:

@@ -45,7 +45,8 @@ def read_priors(
         means, sds = guide.adapter.unflatten(prior.mean), guide.adapter.unflatten(prior.variance.sqrt())
         return [SitePrior(name, "Normal", mean, sds[name]) for name, mean in means.items()]
     kwargs = {} if num_data is None else {"num_data": num_data}
-    with torch.random.fork_rng():
+    device = guide.adapter.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         runs = [run_model(model, guide.adapter, inputs, targets, **kwargs) for _ in range(2)]
     priors = runs[0].priors
     changed = differing_site(priors, runs[1].priors)

@@ -224,6 +224,8 @@ def test_bad_arguments_are_named():
         guide.quantiles([0.5, 1.5])
     with pytest.raises(ValueError, match="`config` must be a KalmanConfig, got dict"):
         bkf.KalmanGuide(linear(), {})
+    with pytest.raises(ValueError, match=r"`model` must be a module or an adapter, got a posterior; use its method"):
+        bkf.KalmanGuide(guide.posterior())
     with pytest.raises(ValueError, match=r"`sites` must hold every trainable tensor, got none for 'weight'"):
         guide.model.observe({}, X)
     with pytest.raises(ValueError, match=r"`sites` must end in the shape \(1, 3\) for 'weight', got \(3, 1\)"):

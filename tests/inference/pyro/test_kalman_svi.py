@@ -182,6 +182,29 @@ def test_observe_makes_the_likelihood_of_the_filter():
     torch.testing.assert_close(guide.loc.detach(), mean, rtol=1e-9, atol=1e-9)
 
 
+def test_an_estimated_noise_variance_needs_observe():
+    config = {"noise_variance": "estimated", "initial_variance": 1.5}
+    guide = guide_of(**config)
+
+    def model(x, y=None, num_data=None):
+        sites = {"weight": pyro.sample("weight", dist.Normal(MEAN.view(1, 3), SD.view(1, 3)).to_event(2))}
+        return guide.model.observe(sites, x, y, num_data)
+
+    bkf.KalmanSVI(model, guide).step(X, Y)
+    assert guide.state.noise.variance is not None
+    with pytest.raises(ValueError, match=r"must have the `likelihood` of the config, .*`guide.model.observe` makes"):
+        bkf.KalmanSVI(linear_model(), guide_of(**config)).step(X, Y)
+
+
+def test_a_model_may_require_num_data():
+    def model(x, y, num_data):
+        return linear_model()(x, y, num_data)
+
+    guide = guide_of()
+    svi = bkf.KalmanSVI(model, guide)
+    assert svi.evaluate_loss(X, Y, 20) == svi.step(X, Y, 20)
+
+
 def test_reading_the_model_leaves_the_random_state():
     guide = guide_of()
     before = torch.get_rng_state()
