@@ -36,9 +36,9 @@ class KalmanSVI:
     The model is ``guide.model``, or any Pyro model ``(inputs, targets)`` whose sample sites are the trainable tensors
     and whose one observed site has the likelihood of the config. Its priors become those of the filter at the first
     step: Normal ones exactly; Laplace, StudentT, Cauchy and ``bayes_kf.inference.Horseshoe`` ones by local Gaussian
-    terms (``pyro.site_priors``), which each step evaluates again. The settings of the prior in the config do not count
-    then. The filter begins at the mean of the priors. If all layers of a network are zero there, only the last one can
-    learn: give the sites means such as ``guide.median()``.
+    terms (``pyro.site_priors``), which each step evaluates again. The settings of the prior in the config, ``bound_prior``
+    among them, do not count then. The filter begins at the mean of the priors. If all layers of a network are zero there,
+    only the last one can learn: give the sites means such as ``guide.median()``.
 
     With ``num_data`` a loop may go over the data several times, as for SVI. The first ``num_data`` examples update
     mean and covariance. Later ones move the mean alone, by natural-gradient steps toward the mode (those of
@@ -77,7 +77,8 @@ class KalmanSVI:
 
         The loss is the prequential −Σᵢ log p(yᵢ | earlier batches) of the B examples, under the predictions of the
         belief N(μ, P) linearized at its mean (temperature 1), each example on its own. For Gaussian targets it is in
-        closed form; otherwise it is integrated numerically. Over one pass of single examples it adds up to −log p(y),
+        closed form; otherwise it is integrated numerically, with "sampled" curvature for outputs that vary
+        independently. Over one pass of single examples it adds up to −log p(y),
         which a negative ELBO bounds from above, for models that are linear in θ. With ``num_data`` = N it is multiplied
         by N/B, as SVI's is, and is then an estimate of the loss of all data. From the second pass on it is N/B times
         −log p(y | x, μ), and not prequential any more.

@@ -106,14 +106,16 @@ def run_model(model: Callable[..., Any], adapter: AdapterModel, *args: Any, **kw
     if missing:
         raise ValueError(f"`model` must sample every trainable tensor, got no site {missing[0]!r}.")
     shapes = dict(zip(adapter.names, adapter.shapes, strict=True))
-    priors = [_site_prior(name, nodes[name], shape) for name, shape in shapes.items()]
+    if target["mask"] is not None:
+        raise ValueError("`model` must not mask the observed site, got a masked one.")
+    priors = [_site_prior(name, nodes[name], shape, adapter) for name, shape in shapes.items()]
     values = adapter.flatten({name: nodes[name]["value"].detach() for name in adapter.names})
     log_prob = float(target["fn"].log_prob(target["value"]).double().sum())
     return ModelSites(priors, values, log_prob, float(target["scale"]))
 
 
-def _site_prior(name: str, node: dict[str, Any], shape: torch.Size) -> SitePrior:
-    """The prior of a site."""
+def _site_prior(name: str, node: dict[str, Any], shape: torch.Size, adapter: AdapterModel) -> SitePrior:
+    """The prior of a site, in the adapter's precision and on its device."""
     fn, value = node["fn"], node["value"]
     if value.shape != shape:
         raise ValueError(f"`model` must sample {name!r} with shape {tuple(shape)}, got {tuple(value.shape)}.")
@@ -124,8 +126,11 @@ def _site_prior(name: str, node: dict[str, Any], shape: torch.Size) -> SitePrior
     if family is None:
         raise ValueError(f"`model` must give {name!r} one of the priors {SUPPORTED}, got {_described(fn)}.")
     df = torch.ones_like(base.loc) if isinstance(base, dist.Cauchy) else getattr(base, "df", None)
-    mean, scale = (part.detach().expand(shape).clone() for part in (base.loc, base.scale))
-    return SitePrior(name, family, mean, scale, None if df is None else df.detach().expand(shape).clone())
+    values = [None if part is None else part.detach().expand(shape) for part in (base.loc, base.scale, df)]
+    mean, scale, df = (None if part is None else part.to(adapter.device, adapter.dtype).clone() for part in values)
+    assert mean is not None
+    assert scale is not None
+    return SitePrior(name, family, mean, scale, df)
 
 
 def _without_dimensions(fn: Any) -> Any:

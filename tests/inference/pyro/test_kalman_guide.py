@@ -13,6 +13,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.covariance.structure import STRUCTURES
+from bayes_kf.models.zoo import lora_digits_vit
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(20, 3, generator=G).double(), torch.randn(20, 1, generator=G).double()
@@ -203,8 +204,6 @@ def test_a_refused_update_changes_nothing():
 
 def test_posterior_and_guide_go_back_and_forth(digits):
     stream, held_out = digits
-    from bayes_kf.models.zoo import lora_digits_vit
-
     guide = bkf.KalmanGuide(lora_digits_vit(rank=2), bkf.KalmanConfig(rank=5))
     for start in range(0, 24, 8):
         guide.update(stream.images[start : start + 8], stream.labels[start : start + 8])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from oracles import linear_posterior, log_evidence
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference import Horseshoe
+from bayes_kf.models.zoo import lora_digits_vit
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(20, 3, generator=G).double(), torch.randn(20, 1, generator=G).double()
@@ -180,6 +181,37 @@ def test_observe_makes_the_likelihood_of_the_filter():
     bkf.KalmanSVI(model, guide).step(X, Y, num_data=40)
     mean, _ = linear_posterior(X, Y[:, 0], MEAN, torch.diag(SD.square()), 0.5)
     torch.testing.assert_close(guide.loc.detach(), mean, rtol=1e-9, atol=1e-9)
+
+
+def test_a_prior_in_single_precision_serves_a_module_in_double_precision():
+    guide = guide_of()
+
+    def model(x, y=None):
+        sites = {"weight": pyro.sample("weight", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))}
+        return guide.model.observe(sites, x, y)
+
+    bkf.KalmanSVI(model, guide).step(X, Y)
+    mean, _ = linear_posterior(X, Y[:, 0], torch.zeros(3).double(), torch.eye(3).double(), 0.5)
+    torch.testing.assert_close(guide.loc.detach(), mean, rtol=1e-9, atol=1e-9)
+
+
+def test_priors_of_a_peft_model(digits):
+    stream, held_out = digits
+    guide = bkf.KalmanGuide(lora_digits_vit(rank=2), bkf.KalmanConfig(rank=5, temperature=1.0))
+    start = guide.median()
+
+    def model(images, labels=None, num_data=None):
+        sites = {name: pyro.sample(name, dist.Normal(mean, 0.05).to_event(mean.dim())) for name, mean in start.items()}
+        return guide.model.observe(sites, images, labels, num_data)
+
+    svi = bkf.KalmanSVI(model, guide)
+    losses = svi.run(zip(stream.images[:64].split(8), stream.labels[:64].split(8), strict=True), num_data=64)
+    assert all(math.isfinite(loss) for loss in losses)
+    torch.testing.assert_close(guide.state.prior.variance, torch.full_like(guide.loc, 0.05**2))
+    draws = Predictive(model, guide=guide, num_samples=6, parallel=True)(held_out.images[:5])
+    assert draws["y"].shape == (6, 5)
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True)
+    assert math.isfinite(elbo.loss(model, guide, stream.images[:8], stream.labels[:8], num_data=64))
 
 
 def test_an_estimated_noise_variance_needs_observe():
@@ -399,6 +431,18 @@ def power_likelihood(x, y):
         pyro.sample("obs", dist.Normal(x @ weight.mT, 0.5**0.5).to_event(2), obs=y)
 
 
+def masked(x, y):
+    weight = pyro.sample("weight", dist.Normal(ZEROS, 1.0).to_event(2))
+    with pyro.plate("data", len(x)), poutine.mask(mask=torch.arange(len(x)) < 3):
+        pyro.sample("obs", dist.Normal(x @ weight.mT, 0.5**0.5).to_event(1), obs=y)
+
+
+def penalized(x, y):
+    weight = pyro.sample("weight", dist.Normal(ZEROS, 1.0).to_event(2))
+    pyro.factor("penalty", -weight.abs().sum())
+    pyro.sample("obs", dist.Normal(x @ weight.mT, 0.5**0.5).to_event(2), obs=y)
+
+
 def changing(x, y):
     weight = pyro.sample("weight", dist.Normal(ZEROS, torch.rand(()).double() + 0.1).to_event(2))
     pyro.sample("obs", dist.Normal(x @ weight.mT, 0.5**0.5).to_event(2), obs=y)
@@ -412,6 +456,8 @@ REFUSED = [
     (hierarchical, r"no sample sites but the trainable tensors, got 'width' ~ HalfCauchy"),
     (scaled, r"must neither scale nor mask 'weight'"),
     (power_likelihood, r"must not scale the observed site, got a factor of 2"),
+    (masked, r"must not mask the observed site"),
+    (penalized, r"must observe one site, the targets, got 2: penalty, obs"),
     (changing, r"priors that do not depend on other sites, got one that does: 'weight'"),
     (unobserved, r"must observe one site, the targets, got 0"),
     (sampled(), r"must sample every trainable tensor, got no site 'weight'"),
