@@ -10,6 +10,7 @@ from oracles import linear_posterior, log_evidence
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.nn import PyroModule, PyroSample
+from scipy import integrate
 from torch import nn
 
 import bayes_kf as bkf
@@ -91,6 +92,49 @@ def test_evaluate_loss_is_that_of_the_next_step_and_changes_nothing():
     second = svi.evaluate_loss(X[4:8], Y[4:8])
     assert torch.equal(guide.loc, loc)
     assert svi.step(X[4:8], Y[4:8]) == second
+
+
+def test_the_loss_of_a_class_is_integrated_over_the_belief():
+    """Quadrature of ∫ σ(η) N(η; f, s²) dη for one example after some others."""
+    torch.manual_seed(0)
+    config = bkf.KalmanConfig(likelihood="bernoulli", covariance="full", initial_variance=4.0, bound_prior=False)
+    guide = bkf.KalmanGuide(nn.Linear(3, 1).double(), config)
+    svi, answers = bkf.KalmanSVI(guide.model, guide), (Y > 0).double()
+    svi.step(X[:6], answers[:6])
+    row = torch.cat([X[6], torch.ones(1).double()])
+    belief = guide.state.belief
+    centre, sd = float(row @ belief.mean), float(row @ belief.covariance_matrix() @ row) ** 0.5
+    sign = 2 * float(answers[6]) - 1
+
+    def integrand(z):
+        return math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi) / (1 + math.exp(-sign * (centre + sd * z)))
+
+    expected = -math.log(integrate.quad(integrand, -12, 12)[0])
+    assert svi.step(X[6:7], answers[6:7]) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("curvature", ["truncated", "sampled"])
+def test_other_curvatures_have_a_loss_too(digits, curvature):
+    stream, _ = digits
+    guide = bkf.KalmanGuide(lora_digits_vit(rank=1), bkf.KalmanConfig(rank=5, curvature=curvature))
+    svi, kf = bkf.KalmanSVI(guide.model, guide), bkf.KalmanFilter(guide.adapter, guide.config)
+    loss = svi.step(stream.images[:8], stream.labels[:8])
+    state, _ = kf.update(kf.init(), stream.images[:8], stream.labels[:8])
+    assert loss == float(state.temperature_scores.total[6])  # at temperature 1
+    assert torch.equal(guide.loc.detach(), state.belief.mean)
+
+
+def test_an_update_that_diverges_changes_nothing():
+    guide = guide_of(initial_variance=1.5)
+    svi = bkf.KalmanSVI(guide.model, guide)
+    svi.step(X[:5], Y[:5])
+    before = guide.state
+    for learn in (svi.step, guide.update):
+        with pytest.raises(bkf.DivergenceError):
+            learn(1e200 * X, Y)
+    assert torch.equal(guide.state.belief.mean, before.belief.mean)
+    assert torch.equal(guide.state.belief.covariance_matrix(), before.belief.covariance_matrix())
+    assert guide.state.step == 1
 
 
 def test_nuts_on_the_user_s_model_agrees():
