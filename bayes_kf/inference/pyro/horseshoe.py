@@ -74,13 +74,3 @@ def _scaled_exponential_integral(u: Tensor) -> Tensor:
     for k in range(FRACTION_TERMS, 0, -1):
         fraction = large + (2 * k - 1) - k**2 / fraction
     return torch.where(u < 1.0, small.exp() * series, 1.0 / fraction)
-
-
-def local_precision(square: Tensor, scale: Tensor) -> Tensor:
-    """E[1/(τλ)²] under mean-field variational Bayes, given r = E[(θ − m)²].
-
-    With λ² | ν ~ InvGamma(1/2, 1/ν) and ν ~ InvGamma(1/2, 1), which is half-Cauchy (Wand et al. 2011), x = E[λ⁻²]
-    solves c x² + c x = 1 with c = r/(2τ²).
-    """
-    c = square / (2.0 * scale.square())
-    return 2.0 / (c * (1.0 + (1.0 + 4.0 / c).sqrt())) / scale.square()

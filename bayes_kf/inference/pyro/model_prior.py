@@ -13,7 +13,7 @@ from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
 from bayes_kf.inference.pyro.kalman_model import KalmanModel
-from bayes_kf.inference.pyro.site_priors import ModelSites, SitePrior, differing_site, run_model
+from bayes_kf.inference.pyro.site_priors import NORMAL, ModelSites, SitePrior, differing_site, run_model
 from bayes_kf.models.batch import Inputs
 
 LIKELIHOOD_RTOL = 1e-3  # of log p(y | θ) between the model and the filter, which may round differently
@@ -43,7 +43,7 @@ def read_priors(
     if isinstance(model, KalmanModel):  # its sites are tempered, the filter's prior is not
         prior = model.posterior(inputs).state.prior
         means, sds = guide.adapter.unflatten(prior.mean), guide.adapter.unflatten(prior.variance.sqrt())
-        return [SitePrior(name, "Normal", mean, sds[name]) for name, mean in means.items()]
+        return [SitePrior(name, NORMAL, mean, sds[name]) for name, mean in means.items()]
     kwargs = {} if num_data is None else {"num_data": num_data}
     device = guide.adapter.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -54,7 +54,7 @@ def read_priors(
         raise ValueError(f"`model` must have priors that do not depend on other sites, got one that does: {changed!r}.")
     for run in runs:
         _check_likelihood(guide, run, inputs, targets, num_data)
-    local = [prior for prior in priors if prior.family != "Normal"]
+    local = [prior for prior in priors if prior.family != NORMAL]
     wrong = [name for name, value in NEEDED.items() if getattr(guide.config, name) != value]
     if local and wrong:
         raise ValueError(
@@ -65,12 +65,14 @@ def read_priors(
 
 
 def check_prior(priors: Sequence[SitePrior], prior: DiagonalGaussian) -> None:
-    """Raise ValueError if a Normal prior is not the one under which a guide has learned; local terms may differ."""
+    """Raise ValueError if a Normal prior is not the one under which a guide has learned; local terms change."""
     sizes = [p.mean.numel() for p in priors]
     parts = zip(priors, prior.mean.split(sizes), prior.variance.split(sizes), strict=True)
     for site, mean, variance in parts:
-        pairs = [(site.mean, mean)] + ([(site.scale.square(), variance)] if site.family == "Normal" else [])
-        if not all(torch.allclose(one.reshape(-1).to(two), two, rtol=PRIOR_RTOL, atol=0.0) for one, two in pairs):
+        pairs = ((site.mean, mean), (site.scale.square(), variance))
+        if site.family == NORMAL and not all(
+            torch.allclose(one.reshape(-1), two, rtol=PRIOR_RTOL, atol=0.0) for one, two in pairs
+        ):
             raise ValueError(
                 f"`model` must have the priors under which the guide has learned, got another one for {site.name!r}."
             )

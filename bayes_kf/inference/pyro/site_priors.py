@@ -1,19 +1,17 @@
-"""The priors of a Pyro model's sites as Gaussians: Normal ones as they are, scale mixtures by local Gaussian terms.
+"""The priors of a Pyro model's sites: Normal ones, and scale mixtures of Normals.
 
-A scale mixture p(θ) = ∫ N(θ; m, 1/λ) p(λ) dλ is replaced by N(m, 1/λ) with λ = E[λ] under mean-field variational Bayes,
-q(θ) q(λ), which depends on the belief through r = E[(θ − m)²] alone:
+A scale mixture is p(θ) = ∫ N(θ; m, (s σ)²) p(σ) dσ. With t = log σ, up to constants:
 
-    Laplace(m, b):         λ = 1 / (b √r)
-    StudentT(ν, m, s):     λ = (ν + 1) / (ν s² + r);  Cauchy: ν = 1
-    Horseshoe(m, τ):       λ = x/τ², c x² + c x = 1, c = r/(2τ²)
+    Laplace(m, s):         σ² ~ Exp(1/2),            log p(t) = 2t − σ²/2
+    StudentT(ν, m, s):     σ⁻² ~ Gamma(ν/2, ν/2),    log p(t) = −ν t − ν/(2σ²);  Cauchy: ν = 1
+    Horseshoe(m, s):       σ ~ HalfCauchy(1),        log p(t) = t − log(1 + σ²)
 
-The first is the E step of the Bayesian lasso (Park and Casella 2008), the others those of gamma and half-Cauchy
-mixtures. Without data the fixed points are λ = 1/b², 1/s² and 1/τ². The posterior of θ is Gaussian throughout, so
-spikes at zero and skewness are lost, and the fixed point of a horseshoe may depend on the order of the data.
+``pyro.local_gaussians`` puts a Gaussian in the place of each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,18 +21,22 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from bayes_kf.inference.pyro.horseshoe import Horseshoe, local_precision
+from bayes_kf.inference.pyro.horseshoe import Horseshoe
 from bayes_kf.models.adapter import AdapterModel
 
 SUPPORTED = "Normal, Laplace, StudentT, Cauchy and Horseshoe"
 
+NORMAL = "Normal"
 FAMILIES: dict[type, str] = {
-    dist.Normal: "Normal",
+    dist.Normal: NORMAL,
     dist.Laplace: "Laplace",
     dist.StudentT: "StudentT",
     dist.Cauchy: "StudentT",
     Horseshoe: "Horseshoe",
 }
+NODES = 192  # of integrals over t = log σ; the trapezoidal rule converges exponentially
+TAIL = 14.0  # the density of t is cut off where it is e^(−14) of its maximum ...
+CONFLICT = 3.5  # ... and that far beyond on the right, where data contradict the prior
 
 
 class SitePrior(NamedTuple):
@@ -44,7 +46,7 @@ class SitePrior(NamedTuple):
         name: of the site.
         family: "Normal", "Laplace", "StudentT" or "Horseshoe".
         mean: m, of the tensor's shape.
-        scale: standard deviation of a Normal; b, s or τ of the others.
+        scale: s, the standard deviation of a Normal.
         df: ν of a StudentT, otherwise None.
     """
 
@@ -54,16 +56,32 @@ class SitePrior(NamedTuple):
     scale: Tensor
     df: Tensor | None = None
 
-    def precision(self, square: Tensor | None = None) -> Tensor:
-        """λ, given r = E[(θ − m)²] of the belief; without it, that of the fixed point before any data."""
-        if self.family == "Normal" or square is None:
-            return self.scale.square().reciprocal()
-        if self.family == "Laplace":
-            return 1.0 / (self.scale * square.sqrt())
+    def variance(self) -> Tensor:
+        """The prior variance; infinite for a StudentT with ν ≤ 2 and a Horseshoe."""
+        square = self.scale.square()
         if self.family == "Horseshoe":
-            return local_precision(square, self.scale)
-        assert self.df is not None
-        return (self.df + 1.0) / (self.df * self.scale.square() + square)
+            return torch.full_like(square, math.inf)
+        if self.df is not None:
+            return torch.where(self.df > 2.0, square * self.df / (self.df - 2.0), torch.full_like(square, math.inf))
+        return 2.0 * square if self.family == "Laplace" else square
+
+    def local_scales(self, df: Tensor | None) -> tuple[Tensor, Tensor]:
+        """σ at nodes that are equally spaced in t, and log p(t) there up to a constant.
+
+        Args:
+            df: ν of n numbers of a StudentT, or of all in one; both results are then (n, K), otherwise (K,).
+        """
+        steps = torch.linspace(0.0, 1.0, NODES, dtype=torch.float64, device=self.scale.device)
+        if df is not None:
+            nu = df.unsqueeze(-1)
+            first, last = -(TAIL / nu).sqrt(), TAIL / nu + (3.0 * TAIL / nu).sqrt()
+            t = first + (last + CONFLICT / (1.0 + nu / 1000.0) - first) * steps  # nearly Normal for large ν
+            return t.exp(), -nu * t - 0.5 * nu * (-2.0 * t).exp()
+        if self.family == "Laplace":
+            t = -0.5 * TAIL + (0.5 * TAIL + 0.5 * math.log(2.0 * TAIL) + CONFLICT) * steps
+            return t.exp(), 2.0 * t - 0.5 * (2.0 * t).exp()
+        t = TAIL * (2.0 * steps - 1.0)
+        return t.exp(), t - torch.log1p((2.0 * t).exp())
 
 
 class ModelSites(NamedTuple):

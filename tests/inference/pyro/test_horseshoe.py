@@ -1,4 +1,4 @@
-"""The horseshoe distribution against quadrature of its mixture, and its local precision against coordinate updates."""
+"""The horseshoe distribution against quadrature of its mixture."""
 
 import math
 
@@ -10,7 +10,6 @@ from scipy import integrate, special
 from torch import Tensor
 
 from bayes_kf.inference import Horseshoe
-from bayes_kf.inference.pyro.horseshoe import local_precision
 
 POINTS = [1e-6, 1e-3, 0.1, 0.5, 1.0, 1.4142135, 1.5, 3.0, 10.0, 100.0]
 
@@ -73,14 +72,6 @@ def test_nuts_samples_it():
     variance = float(((grid - mean) ** 2 * weight).sum() / weight.sum())
     effective = float(sampler.diagnostics()["value"]["n_eff"].clamp_max(400))
     assert abs(float(draws.mean()) - mean) < 5 * (variance / effective) ** 0.5
-
-
-def test_local_precision_is_the_fixed_point_of_coordinate_updates():
-    square, scale = torch.tensor([1e-3, 0.01, 1.0, 100.0]).double(), torch.tensor(0.5).double()
-    x = torch.ones_like(square)
-    for _ in range(20_000):
-        x = 1.0 / (1.0 / (1.0 + x) + square / (2 * scale**2))
-    torch.testing.assert_close(local_precision(square, scale), x / scale**2, rtol=1e-6, atol=0.0)
 
 
 def test_bad_scales_are_refused():
