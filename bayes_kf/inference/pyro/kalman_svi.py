@@ -36,7 +36,7 @@ class KalmanSVI:
     The model is ``guide.model``, or any Pyro model ``(inputs, targets)`` whose sample sites are the trainable tensors
     and whose one observed site has the likelihood of the config. Its priors become those of the filter at the first
     step: Normal ones exactly; Laplace, StudentT, Cauchy and ``bayes_kf.inference.Horseshoe`` ones by local Gaussian
-    terms (expectation propagation, ``pyro.local_gaussians``), which each step evaluates again. The prior settings of the
+    terms (expectation propagation, ``pyro.local_gaussians``), which each step evaluates again. Prior settings of the
     config, also ``bound_prior``, do not count then. The filter begins at the mean of the priors. If all layers of a
     network are zero there, only the last one can learn: give the sites means such as ``guide.median()``.
 
