@@ -12,17 +12,11 @@ from torch import Tensor, nn
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.prequential_temperature import warn_of_mean_alone
-from bayes_kf.inference.predictive import (
-    arviz_export,
-    generation,
-    heldout_calibration,
-    output_variance,
-    predict,
-    sample_moments,
-)
+from bayes_kf.inference.predictive import arviz_export, generation, heldout_calibration, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs

@@ -1,4 +1,4 @@
-"""A Gaussian posterior fitted to draws from another sampler, such as NUTS."""
+"""A Gaussian posterior fitted to draws from another sampler, such as NUTS. This module does not load Pyro."""
 
 from __future__ import annotations
 
