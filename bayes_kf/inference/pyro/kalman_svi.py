@@ -14,7 +14,8 @@ from torch import Tensor
 from bayes_kf.inference.config_combinations import EQUAL_WEIGHTS
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DivergenceError, FilterState
+from bayes_kf.inference.filtering.measurement_update import check_belief
+from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
 from bayes_kf.inference.fitting.loop import batch_in_errors, inputs_and_targets
 from bayes_kf.inference.fitting.passes.mean_pass import natural_gradient_step
 from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
@@ -108,7 +109,7 @@ class KalmanSVI:
         else:
             before, (state, loss) = state, self._update(state, inputs, targets)
             self._warn_if_stuck(before, state)
-        self.guide.store.write(reevaluated(state, self._priors or []), revisited)
+        self.guide.store.write(self._with_local_terms(state), revisited)
         return loss if num_data is None else loss * num_data / size
 
     def evaluate_loss(self, inputs: Inputs, targets: Tensor, num_data: int | None = None) -> float:
@@ -165,6 +166,18 @@ class KalmanSVI:
         if not isinstance(self.guide.config.temperature, str):  # nothing chooses by the scores
             after = after._replace(temperature_scores=before)
         return after, loss
+
+    def _with_local_terms(self, state: FilterState) -> FilterState:
+        """The state after an update with the local terms of its prior evaluated again."""
+        if self._priors is None:
+            return state
+        try:
+            after = reevaluated(state, self._priors)
+            check_belief(after.belief)
+        except DIVERGED as error:
+            cause = f"local terms of the prior: {str(error).splitlines()[0]}"
+            raise DivergenceError(self.guide.state.step, cause, self.guide.state) from error
+        return after
 
     def _mean_step(
         self, state: FilterState, inputs: Inputs, targets: Tensor, step_size: float

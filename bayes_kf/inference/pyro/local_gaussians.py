@@ -24,7 +24,7 @@ from bayes_kf.inference.pyro.site_priors import NORMAL, SitePrior
 MAX_SWEEPS = 20  # after one update; the next update goes on from there
 DAMPING = 0.7  # share of the way to the new term, against oscillation between correlated numbers
 RTOL = 1e-4  # change of every term's precision, relative to its number's precision, below which they have converged
-MIN_PRECISION = 1e-6  # of a term, in units of the prior's scale
+MIN_PRECISION = 1e-4  # of a term, in units of the prior's scale
 MIN_INFORMATION = 1e-3  # τ in these units: below it, the variance of heavy tails would be that of the prior, infinite
 MAX_INITIAL_VARIANCE = 10.0  # of a term before any data, in these units, for the same reason
 CHUNK = 2**14  # numbers whose integrals are computed at once

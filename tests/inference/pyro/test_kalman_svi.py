@@ -310,7 +310,7 @@ def expectation_propagation(density):
         total = torch.trapezoid(weight, GRID)
         first = torch.trapezoid(weight * GRID, GRID) / total
         second = torch.trapezoid(weight * (GRID - first) ** 2, GRID) / total
-        lam[k] = (1 / second - tau).clamp_min(4e-6)  # no term of negative precision
+        lam[k] = (1 / second - tau).clamp_min(4e-4)  # no term of negative precision
         h[k] = first * (tau + lam[k]) - cavity_h
     cov = torch.linalg.inv(torch.diag(lam) + X.T @ X / 0.5)
     return cov @ (X.T @ Y[:, 0] / 0.5 + h), cov
@@ -538,6 +538,19 @@ def test_models_that_the_filter_cannot_stand_for_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         bkf.KalmanSVI(model, guide).step(X, Y)
     assert guide.state.step == 0
+
+
+def test_local_terms_that_would_break_the_belief_are_refused(monkeypatch):
+    guide = guide_of()
+    svi = bkf.KalmanSVI(linear_model(SPARSE["laplace"].expand([1, 3])), guide)
+    svi.step(X[:5], Y[:5])
+    before = guide.state
+    broken = before._replace(belief=before.belief._replace(covariance=-before.belief.covariance))
+    monkeypatch.setattr("bayes_kf.inference.pyro.kalman_svi.reevaluated", lambda *_: broken)
+    with pytest.raises(bkf.DivergenceError, match="update 1 refused: local terms of the prior: 3 variances"):
+        svi.step(X[5:], Y[5:])
+    assert torch.equal(guide.state.belief.mean, before.belief.mean)
+    assert guide.state.step == 1
 
 
 def test_local_terms_refuse_dynamics():
