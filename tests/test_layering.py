@@ -16,9 +16,11 @@ integrations/ distributed/
 .
 inference
 inference/baselines/
+inference/pyro/kalman_svi
 inference/fitting/
 inference/mixture/
 inference/posterior
+inference/pyro/
 inference/saving/ inference/heldout/
 inference/predictive/
 inference/filtering/
