@@ -232,7 +232,7 @@ class Posterior(GaussianPosterior):
         """
         loaded = pretrained.load(Path(folder), base_model)
         members = tuple(cls(*parts) for parts in loaded.members)
-        return members[0] if len(members) == 1 else cls.mixture_type(members, tuple(loaded.weights))
+        return members[0] if loaded.weights is None else cls.mixture_type(members, tuple(loaded.weights))
 
     def export_adapters(
         self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None

@@ -5,20 +5,23 @@ the data say little and leaves the others, whatever their number; a factor on P 
 not enough to choose it. Under settings with dynamics the share of the prior in P is unknown, and the size is the factor
 1/s on P, the temperature.
 
-s maximizes log p(y₁ … y_N) + max_S Σ log p(yᵢ; S) − ½ (log₁₀ s)²: the joint likelihood in blocks
-(:mod:`.joint_likelihood`), and the likelihood of each example by itself at the best divisor S of the logits. The second
-hardly depends on s where P is small against the noise of the labels, and then the joint likelihood decides. The joint
-likelihood alone chose covariances of wide priors under which the predictions of single examples were much worse. The
-sum is a composite likelihood over blocks of one and of all examples. Ours.
+s is at least 1: held-out examples may narrow the prior under which the mean was fitted, not widen it. It maximizes
+log p(y₁ … y_N) − ½ (log₁₀ s)², with the joint likelihood in blocks (:mod:`.joint_likelihood`). The likelihoods of the
+single examples hardly depend on s where P is small against the noise of the labels. Where they do, under wide priors of
+networks, the joint likelihood alone chose covariances whose predictions were much worse. So s grows from there until
+the loss of single examples is at most two standard errors above its minimum, paired by example. Ours.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from bayes_kf.inference.config_groups import DynamicsSettings
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
@@ -31,17 +34,18 @@ from bayes_kf.inference.heldout.sharpness import COARSE, choose_sharpness
 from bayes_kf.inference.linearization.jacobian import diagonal_blocks
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 
-SIZES = tuple(10.0 ** (0.5 * k) for k in range(-4, 7))  # s, a hundredth to a thousand
+SIZES = tuple(10.0 ** (0.5 * k) for k in range(7))  # s, 1 to 1,000
 DECADES = 1.0  # standard deviation of log10 s under its prior
+STANDARD_ERRORS = 2.0  # by which the loss of single examples may exceed its minimum
 
 P = TypeVar("P", bound=GaussianPosterior)
 
 
 def choose_size(posterior: P, loader: Iterable[Any]) -> Choice:
-    """The most probable s of a posterior.
+    """The chosen s of a posterior, and the interval of the joint likelihood.
 
     Args:
-        posterior: at the temperature 1 or another number, of which s is to be independent.
+        posterior: at the size 1.
         loader: batches with targets that the posterior was not fitted on.
 
     Raises:
@@ -50,12 +54,31 @@ def choose_size(posterior: P, loader: Iterable[Any]) -> Choice:
     blocks = list(heldout_blocks(posterior, loader))
 
     @functools.cache
-    def log_density(size: float) -> float:
+    def measured(size: float) -> tuple[float, Tensor]:
         sized = with_size(posterior, size)
-        total = sum(_log_likelihood(sized, block) for block in blocks)
-        return total - 0.5 * (math.log10(size) / DECADES) ** 2
+        parts = [_likelihoods(sized, block) for block in blocks]
+        return sum(joint for joint, _ in parts), torch.cat([losses for _, losses in parts])
 
-    return most_probable(log_density, SIZES)
+    def log_density(size: float) -> float:
+        return measured(size)[0] - 0.5 * (math.log10(size) / DECADES) ** 2
+
+    joint = most_probable(log_density, SIZES)
+    candidates = [joint.value, *(size for size in SIZES if size > joint.value)]
+    losses = [measured(size)[1] for size in candidates]
+    value = candidates[first_not_worse(losses)]
+    return Choice(value, min(joint.low, value), max(joint.high, value), value == SIZES[-1], joint.log_density)
+
+
+def first_not_worse(losses: Sequence[Tensor]) -> int:
+    """The first index whose losses (N,) exceed those of the best one by at most two paired standard errors."""
+    stacked = torch.stack(list(losses))
+    means = stacked.mean(1).nan_to_num(torch.inf)
+    best = int(means.argmin())
+    excess = stacked - stacked[best]
+    error = excess.std(1, correction=0) / max(1, stacked.shape[1] - 1) ** 0.5
+    near = means - means[best] <= STANDARD_ERRORS * error
+    near[best] = True
+    return int(near.nonzero().min())
 
 
 def with_size(posterior: P, size: float) -> P:
@@ -81,13 +104,12 @@ def is_static(settings: DynamicsSettings) -> bool:
     return (settings.forgetting, settings.drift_variance, settings.prior_pull) == (1.0, 0.0, 0.0)
 
 
-def _log_likelihood(posterior: GaussianPosterior, block: HeldoutBlock) -> float:
-    """Joint and marginal log-likelihood of a block under the posterior's covariance."""
+def _likelihoods(posterior: GaussianPosterior, block: HeldoutBlock) -> tuple[float, Tensor]:
+    """The joint log-likelihood of a block, and the log loss of each example, (N,), for classes at their best S."""
     belief: GaussianBelief = posterior.state.belief
     covariance = posterior.temperature * belief.joint_output_covariance(block.jacobian)
     joint = float(joint_log_likelihood(block.family, block.outputs, covariance, block.targets, [1.0])[0])
     each = semidefinite(diagonal_blocks(covariance, len(block.outputs)))
     outputs = HeldoutOutputs(block.family, block.outputs, each, None, block.targets)
-    if block.family.name != "categorical":
-        return joint - float(outputs.log_loss().sum())
-    return joint + choose_sharpness([outputs], COARSE).log_density
+    is_class = block.family.name == "categorical"
+    return joint, outputs.log_loss(choose_sharpness([outputs], COARSE).value if is_class else 1.0)

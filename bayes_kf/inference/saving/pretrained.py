@@ -158,10 +158,15 @@ def check_folder(folder: Path, *, of_peft: bool, names: Sequence[str] = ()) -> N
 
 
 class LoadedPosterior(NamedTuple):
-    """The members of a saved posterior, one unless it is a mixture, and their weights."""
+    """The members of a saved posterior, and their weights.
+
+    Attributes:
+        members: one unless it is a mixture.
+        weights: of the members of a mixture; None for any other posterior.
+    """
 
     members: list[Loaded]
-    weights: list[float]
+    weights: list[float] | None
 
 
 def load(folder: Path, base_model: nn.Module) -> LoadedPosterior:
@@ -180,7 +185,7 @@ def load(folder: Path, base_model: nn.Module) -> LoadedPosterior:
         try:
             weights = _read_weights(source)
             first = _load(source, base_model, snapshot)
-            others = [_load_member(source / member_folder(k), first[0].adapter) for k in range(1, len(weights))]
+            others = [_load_member(source / member_folder(k), first[0].adapter) for k in range(1, len(weights or [1.0]))]
         except BaseException:
             snapshot.restore()
             raise
@@ -189,14 +194,14 @@ def load(folder: Path, base_model: nn.Module) -> LoadedPosterior:
     return read_consistently(folder, read, lambda loaded: snapshot.restore())
 
 
-def _read_weights(folder: Path) -> list[float]:
-    """The weights of a mixture's members, (1.0,) for a posterior that is no mixture.
+def _read_weights(folder: Path) -> list[float] | None:
+    """The weights of a mixture's members; None for a posterior that is no mixture.
 
     Raises:
         ValueError: if the file is damaged or of another version.
     """
     if not is_listed(folder, MIXTURE_FILE):
-        return [1.0]
+        return None
     path = folder / MIXTURE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.heldout.covariance_size import SIZES, choose_size, with_size
+from bayes_kf.inference.heldout.covariance_size import SIZES, choose_size, first_not_worse, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_blocks, heldout_outputs
 from bayes_kf.models.batch import Batch
 
@@ -97,19 +97,34 @@ def test_the_chosen_size_of_a_linear_regression_is_the_most_probable_one():
     mean, precision = posterior.mean_vector.numpy(), np.linalg.inv(posterior.covariance_matrix().numpy())
     residual = targets.numpy().ravel() - held.numpy() @ mean
 
-    def height(size):
-        covariance = held.numpy() @ np.linalg.inv(precision + (size - 1) / 50.0 * np.eye(3)) @ held.numpy().T
-        joint = multivariate_normal(cov=covariance + 0.25 * np.eye(50)).logpdf(residual)
-        variance = np.diag(covariance) + 0.25
-        each = -0.5 * (np.log(2 * np.pi * variance) + residual**2 / variance).sum()
-        return joint + each - 0.5 * np.log10(size) ** 2
+    def covariance(size):
+        return held.numpy() @ np.linalg.inv(precision + (size - 1) / 50.0 * np.eye(3)) @ held.numpy().T
 
-    grid = np.logspace(-2, 3, 2001)
-    heights = np.array([height(size) for size in grid])
+    def height(size):
+        total = covariance(size) + 0.25 * np.eye(50)
+        return multivariate_normal(cov=total).logpdf(residual) - 0.5 * np.log10(size) ** 2
+
+    def losses(size):
+        variance = np.diag(covariance(size)) + 0.25
+        return torch.tensor(0.5 * (np.log(2 * np.pi * variance) + residual**2 / variance))
+
+    grid = np.logspace(0, 3, 2001)
+    most_probable = grid[np.argmax([height(size) for size in grid])]
+    larger = [most_probable, *(size for size in SIZES if size > most_probable)]
+    expected = larger[first_not_worse([losses(size) for size in larger])]
     choice = choose_size(posterior, batches(held, targets, 25))
-    assert choice.value == pytest.approx(grid[heights.argmax()], rel=0.05)
-    assert choice.low < choice.value < choice.high
-    assert SIZES[0] < choice.value < SIZES[-1]
+    assert choice.value == pytest.approx(expected, rel=0.05)
+    assert choice.low <= choice.value <= choice.high
+
+
+def test_the_size_grows_only_until_single_examples_are_predicted_well():
+    base = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std(correction=0)  # mean 0, and a standard error of 1/7
+    assert first_not_worse([base + noise + 1.9 / 7, base, base + 1.0]) == 0
+    assert first_not_worse([base + noise + 2.1 / 7, base, base + 1.0]) == 1
+    assert first_not_worse([base + 1.0, base + noise + 0.5 / 7, base]) == 1
+    assert first_not_worse([torch.full_like(base, torch.inf), base]) == 1
 
 
 def test_held_out_outputs_are_those_of_the_posterior():
