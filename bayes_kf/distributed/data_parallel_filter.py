@@ -225,7 +225,7 @@ class DataParallelFilter(DistributedFilter):
         family, step = noise.likelihood(self.config.noise_settings, state.noise), after.mean - state.belief.mean
         is_finite = bool(torch.isfinite(after.mean).all())
         is_trusted = is_finite and all(
-            is_small_change(piece.jacobian.matvec(step), family, TRUST_RADIUS) for piece, _ in pieces
+            is_small_change(piece.jacobian.matvec(step), family, piece.outputs, TRUST_RADIUS) for piece, _ in pieces
         )
         if sum(self.group.all_gather_int(int(not is_trusted), self.adapter.device)) == 0:
             return True, True

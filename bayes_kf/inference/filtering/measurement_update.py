@@ -150,7 +150,9 @@ def _update_block(
         error = linearization_error(measurement, where, block, after.mean, guard.last_outputs)
         accurate = error < MAX_DIVERGENCE  # False for NaN
     if noise_state.variance is not None and not measurement.fitted_point:
-        noise_state = noise.update_variance(noise_state, measurement.targets[where] - block.outputs, output_cov)
+        residual = measurement.targets[where] - block.outputs
+        dof = config.student_dof if config.likelihood == "student_t" else None
+        noise_state = noise.update_variance(noise_state, residual, output_cov, dof)
     noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not blocks
     state = FilterState(after, state.prior, noise_state, scores, True, state.step, state.examples)
     return _BlockUpdate(state, pair.mean, damping, jitter, accurate)

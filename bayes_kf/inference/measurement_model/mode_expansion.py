@@ -5,9 +5,11 @@ whole gradient step and gains almost no precision. The right step for the linear
 
     log p(y | η) − ½ (η − f)ᵀ Σ⁻¹ (η − f),   Σ = J P Jᵀ,
 
-a concave problem in the k outputs of the batch alone: it needs no pass through the network and no n-vector. Newton's
-method on η = f + Σα finds the mode, and the filter conditions on the likelihood expanded there. For a Gaussian
-likelihood plain conditioning reaches the mode, and nothing changes. Ours; the papers expand at the prior mean.
+a problem in the k outputs of the batch alone: it needs no pass through the network and no n-vector. Newton's method on
+η = f + Σα finds the mode, and the filter conditions on the likelihood expanded there. The problem is concave for
+likelihoods in their canonical link. The others take steps with another positive curvature (``newton_factor``), which
+raise the objective to a mode, where their Fisher information is the precision. For a Gaussian likelihood plain
+conditioning reaches the mode, and nothing changes. Ours; the papers expand at the prior mean.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def expand_at_mode(
     eta = f + (cov @ alpha).view_as(f)
     objective = family.log_prob(f, targets).sum()
     for _ in range(MAX_NEWTON):
-        W, u = family.whiten(eta, targets)
+        W, u = family.newton_factor(eta, targets)
         u = u + (W @ (eta - f).unsqueeze(-1)).squeeze(-1)  # relative to f
         # the Newton step: α = Wᵀ (I + WΣWᵀ)⁻¹ u solves the problem expanded at the present η
         chol = torch.linalg.cholesky(congruence(W, cov) + eye)
@@ -51,7 +53,7 @@ def expand_at_mode(
         step = (W.mT @ weights).flatten() - alpha
         slope = torch.dot(step, cov @ (family.residual(eta, targets).reshape(-1) - alpha))
         if not float(slope) > 1e-10 * (1.0 + abs(float(objective))):
-            return W, u, eta
+            break
         scale = 1.0
         for _ in range(MAX_HALVINGS):  # until the objective grows enough (Armijo)
             new_alpha = alpha + scale * step
@@ -61,7 +63,7 @@ def expand_at_mode(
                 break
             scale *= 0.5
         else:
-            return W, u, eta  # no step along this direction raises the objective
+            break  # no step along this direction raises the objective
         alpha, eta, objective = new_alpha, new_eta, new_objective
     W, u = family.whiten(eta, targets)
     return W, u + (W @ (eta - f).unsqueeze(-1)).squeeze(-1), eta

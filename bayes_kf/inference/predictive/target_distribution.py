@@ -1,0 +1,164 @@
+"""The distribution of a regression's targets under a posterior: quantiles, draws, and the probability below a value.
+
+A target y of the likelihood p(y | η) has the density ∫ p(y | η) p(η) dη, where η is Gaussian, η ~ N(f, C), or one of S
+equally likely draws. A quantile is a root of the distribution function, found by bisection. With η ~ N(f, C) it is
+
+- Gaussian noise: N(f, C + σ²), exactly.
+- Student-t and heteroscedastic noise: a mixture of normal distributions by quadrature (``normal_mixture``).
+- counts: quadrature over the log rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
+from bayes_kf.models.likelihood import Gaussian, Poisson, RegressionLikelihood
+
+REACH = 9.0  # standard deviations of an output that the quadrature covers on each side
+NUM_NODES = 289  # of the quadrature over a log rate
+MAX_BISECTIONS = 200
+QUANTILE_RTOL = 1e-12  # of a bracket, relative to the standard deviation of the target
+
+
+@dataclass(frozen=True)
+class TargetDistribution:
+    """The distribution of m targets for each of B examples, output by output.
+
+    Attributes:
+        family: the likelihood.
+        outputs: f, (B, p), or draws of η, (S, B, p).
+        block_cov: C of the k = p/m outputs that belong to each target, (B, m, k, k), float64; None for draws.
+        joint_cov: C of all outputs of an example, (B, p, p); None for draws, or if it is not kept.
+    """
+
+    family: RegressionLikelihood
+    outputs: Tensor
+    block_cov: Tensor | None = None
+    joint_cov: Tensor | None = None
+
+    @classmethod
+    def of_gaussian(cls, family: RegressionLikelihood, outputs: Tensor, output_cov: Tensor) -> TargetDistribution:
+        """The distribution for η ~ N(outputs, output_cov), (B, p) and (B, p, p)."""
+        covariance = output_cov.double()
+        which = _output_blocks(outputs.shape[1], family.outputs_per_target).to(outputs.device)  # (m, k)
+        return cls(family, outputs, covariance[:, which[:, :, None], which[:, None, :]], covariance)
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether every target has a normal distribution."""
+        return isinstance(self.family, Gaussian) and (self.block_cov is not None or len(self.outputs) == 1)
+
+    @property
+    def holds_draws(self) -> bool:
+        """Whether it is an average over draws of η."""
+        return self.block_cov is None
+
+    def to(self, device: torch.device | str) -> TargetDistribution:
+        """The same on another device."""
+        moved = [None if cov is None else cov.detach().to(device) for cov in (self.block_cov, self.joint_cov)]
+        return TargetDistribution(self.family, self.outputs.detach().to(device), *moved)
+
+    def without_joint(self) -> TargetDistribution:
+        """The same without the covariance of different targets of an example."""
+        return replace(self, joint_cov=None)
+
+    def cdf(self, values: Tensor) -> Tensor:
+        """P(y ≤ value) of each target at values (B, m), (B, m), float64."""
+        outputs = self.outputs.double()
+        if self.block_cov is None:
+            return self.family.cdf(outputs, values.double()).mean(0)
+        if isinstance(self.family, Poisson):
+            log_rate, weights = self._log_rates()
+            return (weights * self.family.cdf(log_rate, values.double())).sum(0)
+        return self.family.normal_mixture(self._blocks(), self.block_cov, REACH).cdf(values.double())
+
+    def quantile(self, levels: Sequence[float], mean: Tensor, variance: Tensor) -> Tensor:
+        """Quantiles of each target, (Q, B, m), float64; for counts the smallest count with P(y ≤ count) ≥ level.
+
+        Args:
+            levels: strictly between 0 and 1, Q of them.
+            mean: of the targets, (B, m), which brackets the quantiles by Cantelli's inequality.
+            variance: of the targets, (B, m).
+        """
+        mean, sd = mean.double(), variance.double().sqrt()
+        if isinstance(self.family, Gaussian) and self.block_cov is not None:
+            z = torch.special.ndtri(torch.tensor(levels, dtype=torch.float64, device=mean.device))
+            return mean + sd * z.view(-1, 1, 1)
+        return torch.stack([self._root(level, mean, sd) for level in levels])
+
+    def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Draws of the targets, (S, B, m): the targets of an example are drawn together."""
+        if self.block_cov is None:
+            chosen = torch.randint(len(self.outputs), (num_samples,), generator=generator, device=generator.device)
+            if num_samples == len(self.outputs):
+                chosen = torch.arange(num_samples)  # each of them once
+            return self._with_noise(self.outputs[chosen.to(self.outputs.device)], generator)
+        if self.block_cov.shape[1] == 1:
+            return self.marginal_sample(num_samples, generator)
+        assert self.joint_cov is not None  # checked by the caller
+        outputs = gaussian_draws(self.outputs, self.joint_cov, num_samples, generator)
+        return self._with_noise(outputs, generator)
+
+    def marginal_sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Draws of the targets, (S, B, m), each from its own distribution: those of an example are independent."""
+        if self.block_cov is None:
+            return self.sample(num_samples, generator)
+        batch, targets, width, _ = self.block_cov.shape
+        flat = self._blocks().view(-1, width), self.block_cov.reshape(-1, width, width)
+        drawn = gaussian_draws(*flat, num_samples, generator).view(num_samples, batch, targets, width)
+        return self._with_noise(drawn.transpose(2, 3).flatten(2).to(self.outputs), generator)
+
+    def _with_noise(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        return self.family.sample(outputs, generator).to(outputs.device)
+
+    def _blocks(self) -> Tensor:
+        """f of the outputs of each target, (B, m, k), float64."""
+        which = _output_blocks(self.outputs.shape[-1], self.family.outputs_per_target)
+        return self.outputs.double()[:, which.to(self.outputs.device)]
+
+    def _log_rates(self) -> tuple[Tensor, Tensor]:
+        """Nodes of the log rates, (K, B, m), and their weights, (K, 1, 1)."""
+        assert self.block_cov is not None
+        node = torch.linspace(-REACH, REACH, NUM_NODES, dtype=torch.float64, device=self.outputs.device)
+        weights = torch.softmax(-0.5 * node.square(), 0).view(-1, 1, 1)
+        sd = self.block_cov[..., 0, 0].clamp_min(0.0).sqrt()
+        return self.outputs.double() + sd * node.view(-1, 1, 1), weights
+
+    def _root(self, level: float, mean: Tensor, sd: Tensor) -> Tensor:
+        """The quantile of one level, (B, m), by bisection."""
+        odds = level / (1.0 - level)
+        low, high = mean - sd / odds**0.5, mean + sd * odds**0.5
+        counts = isinstance(self.family, Poisson)
+        if counts:  # P(y ≤ low) < level ≤ P(y ≤ high)
+            low, high = low.clamp_min(0.0).floor() - 1.0, high.ceil()
+        for _ in range(MAX_BISECTIONS):
+            middle = 0.5 * (low + high)
+            middle = middle.floor() if counts else middle
+            open_ = (high - low > (1.0 if counts else QUANTILE_RTOL * sd)) & (middle > low) & (middle < high)
+            if not bool(open_.any()):
+                break
+            below = self.cdf(middle) < level
+            low, high = torch.where(open_ & below, middle, low), torch.where(open_ & ~below, middle, high)
+        return high
+
+
+def concatenate(parts: Sequence[TargetDistribution]) -> TargetDistribution:
+    """One distribution from those of consecutive batches."""
+
+    def join(values: Sequence[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.cat(present) if len(present) == len(values) else None
+
+    outputs = torch.cat([part.outputs for part in parts], parts[0].outputs.dim() - 2)
+    blocks, joint = join([part.block_cov for part in parts]), join([part.joint_cov for part in parts])
+    return TargetDistribution(parts[0].family, outputs, blocks, joint)
+
+
+def _output_blocks(num_outputs: int, per_target: int) -> Tensor:
+    """The outputs of each target, (m, k): output j of target i is i + j m."""
+    return torch.arange(num_outputs).view(per_target, -1).T
