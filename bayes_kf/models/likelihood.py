@@ -3,7 +3,7 @@
 With the Fisher information F of η, ``whiten`` returns W and u with WᵀW = F and Wᵀu = e, the gradient of log p(y | η),
 *exactly*, without a matrix inverse. Most are exponential families in their canonical link: with mean π = h(η), the
 gradient is the residual e = y − π and F is ∂π/∂η. ``student_t`` and ``heteroscedastic_gaussian`` are not: their log
-density is not concave in η, so ``newton_factor`` gives the search for the mode another curvature. For real targets
+density is not concave in η, and updates treat them apart (``inference.measurement_model``). For real targets
 ``normal_mixture`` is the distribution of a target under η ~ N(f, C).
 
 To add a likelihood, write a file in ``likelihoods`` with a class of the same methods, and enter it here.

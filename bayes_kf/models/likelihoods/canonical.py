@@ -26,10 +26,6 @@ class CanonicalLikelihood(ABC):
     def whiten(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """W (B, r, m) and u (B, r) with WᵀW = V and Wᵀu = e."""
 
-    def newton_factor(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """W and u of :meth:`whiten`: V is the negative Hessian of log p(y | η), so they make a Newton step."""
-        return self.whiten(outputs, targets)
-
     def divergence(self, outputs: Tensor, others: Tensor) -> Tensor:
         """Symmetric Kullback-Leibler divergence Σ (h(η) − h(η'))(η − η') of two predictions, (B,), in nats."""
         return ((self.mean(outputs) - self.mean(others)) * (outputs - others)).sum(-1)

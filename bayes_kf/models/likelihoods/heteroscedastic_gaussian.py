@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -23,9 +23,14 @@ class HeteroscedasticGaussian:
     """Real targets y ~ N(μ, exp s) of 2m outputs: m means μ, then m log variances s (Nix and Weigend 1994).
 
     With r = y − μ the score is (r/σ², (r²/σ² − 1)/2), σ² = exp s, and the Fisher information is diag(1/σ², 1/2).
-    log p(y | η) is not concave; the Fisher information is used for the precision.
+    log p(y | η) is not concave.
+
+    Attributes:
+        mean_variance: V, (B, m), the variance of an uncertain μ. It adds to r² in the score and in ``log_prob``, which
+            is then E log p(y | μ, s) under μ ~ N(η_μ, V); 0 for a known μ.
     """
 
+    mean_variance: Tensor | float = 0.0
     name: str = "heteroscedastic_gaussian"
     target_kind: ClassVar[str] = "real"
     outputs_per_target: ClassVar[int] = 2
@@ -45,8 +50,8 @@ class HeteroscedasticGaussian:
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The score ∂ log p(y | η)/∂η = (r/σ², (r²/σ² − 1)/2), (B, 2m)."""
-        standard, noise_sd = self._standard(outputs, targets)
-        return torch.cat([standard / noise_sd, 0.5 * (standard.square() - 1.0)], -1)
+        standard, square, noise_sd = self._standard(outputs, targets)
+        return torch.cat([standard / noise_sd, 0.5 * (square - 1.0)], -1)
 
     def fisher(self, outputs: Tensor) -> Tensor:
         """The Fisher information diag(1/σ², 1/2), (B, 2m, 2m)."""
@@ -55,25 +60,29 @@ class HeteroscedasticGaussian:
 
     def whiten(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """W = diag(1/σ, 1/√2) (B, 2m, 2m) and u = (r/σ, (r²/σ² − 1)/√2) (B, 2m)."""
-        standard, noise_sd = self._standard(outputs, targets)
+        standard, square, noise_sd = self._standard(outputs, targets)
         factor = torch.cat([1.0 / noise_sd, torch.full_like(noise_sd, math.sqrt(0.5))], -1)
-        return torch.diag_embed(factor), torch.cat([standard, math.sqrt(0.5) * (standard.square() - 1.0)], -1)
+        return torch.diag_embed(factor), torch.cat([standard, math.sqrt(0.5) * (square - 1.0)], -1)
+
+    def with_output_cov(self, output_cov: Tensor) -> HeteroscedasticGaussian:
+        """The likelihood whose μ has the variances of the outputs' covariance (B, 2m, 2m)."""
+        return replace(self, mean_variance=output_cov.diagonal(dim1=-2, dim2=-1).chunk(2, -1)[0].clamp_min(0.0))
 
     def newton_factor(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """W and u with Wᵀu = score, and with the curvature max(1, r²/σ²)/2 of s in WᵀW, which shortens long steps.
+        """W and u with Wᵀu = score, and with the curvature max(1, (r² + V)/σ²)/2 of s, which shortens long steps.
 
-        The Hessian −r²/(2σ²) in s is larger than the Fisher information where the target is a surprise.
+        The negative Hessian (r² + V)/(2σ²) in s exceeds the Fisher information where the target is a surprise.
         """
-        standard, noise_sd = self._standard(outputs, targets)
-        root = (0.5 * standard.square().clamp_min(1.0)).sqrt()
+        standard, square, noise_sd = self._standard(outputs, targets)
+        root = (0.5 * square.clamp_min(1.0)).sqrt()
         factor = torch.cat([1.0 / noise_sd, root], -1)
-        return torch.diag_embed(factor), torch.cat([standard, 0.5 * (standard.square() - 1.0) / root], -1)
+        return torch.diag_embed(factor), torch.cat([standard, 0.5 * (square - 1.0) / root], -1)
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """log N(y; μ, exp s) per example, summed over targets, (..., B)."""
-        standard, _ = self._standard(outputs, targets)
+        _, square, _ = self._standard(outputs, targets)
         log_var = outputs.chunk(2, -1)[1]
-        return -0.5 * (standard.square() + log_var + math.log(2.0 * math.pi)).sum(-1)
+        return -0.5 * (square + log_var + math.log(2.0 * math.pi)).sum(-1)
 
     def target_variance(self, outputs: Tensor) -> Tensor:
         """Var(y | η) = exp s, (..., m)."""
@@ -87,7 +96,7 @@ class HeteroscedasticGaussian:
 
     def cdf(self, outputs: Tensor, values: Tensor) -> Tensor:
         """P(y ≤ value | η) of each target, (..., m)."""
-        standard, _ = self._standard(outputs, values)
+        standard, _, _ = self._standard(outputs, values)
         return torch.special.ndtr(standard)
 
     def normal_mixture(self, outputs: Tensor, covariance: Tensor, reach: float) -> NormalMixture:
@@ -141,8 +150,9 @@ class HeteroscedasticGaussian:
         """None: correctness is not defined for a real target."""
         return None
 
-    def _standard(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(y − μ)/σ and σ, (..., m) each."""
+    def _standard(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r/σ, (r² + V)/σ² and σ, (..., m) each."""
         mean, log_var = outputs.chunk(2, -1)
         noise_sd = (0.5 * log_var).exp()
-        return (targets - mean) / noise_sd, noise_sd
+        standard = (targets - mean) / noise_sd
+        return standard, standard.square() + self.mean_variance / noise_sd.square(), noise_sd

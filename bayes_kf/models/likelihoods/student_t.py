@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ class StudentT:
     """Real targets y = η + σ t of Student's t distribution with ν degrees of freedom (Lange, Little and Taylor 1989).
 
     The score in η is (ν+1) r / (νσ² + r²) for r = y − η: an outlier moves η less the farther off it is. log p(y | η) is
-    not concave; its Fisher information (ν+1)/((ν+3)σ²) is used for the precision.
+    not concave. Its Fisher information is (ν+1)/((ν+3)σ²).
 
     Attributes:
         noise_variance: σ², the squared scale, a scalar or one number per output, (m,), in squared units of the targets.
@@ -60,17 +60,6 @@ class StudentT:
         """W = √F (B, m, m) and u = score/√F (B, m)."""
         root = self._information(outputs).sqrt().expand_as(outputs)
         return torch.diag_embed(root), self.residual(outputs, targets) / root
-
-    def newton_factor(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """W and u with Wᵀu = score, and with the curvature WᵀW = w/σ², w = (ν+1)/(ν + r²/σ²), of a lower bound.
-
-        It bounds log p(y | η) from below and touches it at η (iteratively reweighted least squares), so each step to
-        its maximum raises log p.
-        """
-        noise_sd = self.noise_variance.to(outputs).sqrt()
-        error = (targets - outputs) / noise_sd
-        root = ((self.dof + 1.0) / (self.dof + error.square())).sqrt()
-        return torch.diag_embed(root / noise_sd), root * error
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """log p(y | η) per example, summed over outputs, (..., B)."""
@@ -113,6 +102,26 @@ class StudentT:
         noise_var = self.noise_variance.to(outputs) * (-log_precision).exp().view(-1, 1, 1)
         variance = covariance[..., 0, 0].clamp_min(0.0) + noise_var  # negative only by rounding
         return NormalMixture(log_weights.view(-1, 1, 1), outputs.squeeze(-1)[None], variance)
+
+    def evidence_derivatives(self, output: Tensor, variance: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient and negative second derivative of log p(y) in f, () each, for one target with η ~ N(f, c), float64.
+
+        Args:
+            output: f, (). With several σ² use :meth:`of_output`.
+            variance: c, ().
+            target: y, ().
+        """
+        mixture = self.normal_mixture(output.view(1, 1, 1), variance.view(1, 1, 1, 1), 0.0)
+        total, error = mixture.variances.flatten(), target - output
+        weights = (mixture.log_weights.flatten() - 0.5 * (total.log() + error.square() / total)).softmax(0)
+        score = error / total
+        gradient = weights @ score
+        return gradient, weights @ (1.0 / total - score.square()) + gradient.square()
+
+    def of_output(self, number: int) -> StudentT:
+        """The likelihood of one of the outputs."""
+        variance = self.noise_variance.flatten()
+        return replace(self, noise_variance=variance[number if len(variance) > 1 else 0])
 
     def divergence(self, outputs: Tensor, others: Tensor) -> Tensor:
         """Symmetric Kullback-Leibler divergence of two predictions to second order, Σ F (η − η')², (B,), in nats."""
