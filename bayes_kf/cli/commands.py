@@ -60,7 +60,8 @@ def _open_training_data(
     """The training data and its labels, with the class names of the model if they match."""
     config = read_config(folder, kind)
     data = open_data(args, args.data, folder, settings, None, shuffle=not args.in_order, seed=settings.seed)
-    if settings.likelihood == "categorical":
+    inferred = not gives_settings(args)  # `fit_default` finds the likelihood of numbers
+    if settings.likelihood == "categorical" and (data.class_names or not inferred):
         if not data.class_names:
             raise ValueError(f"`--likelihood` categorical needs labels, got numbers in {args.data}.")
         names = choose_names(data.class_names, config)

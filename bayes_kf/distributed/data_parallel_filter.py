@@ -14,6 +14,7 @@ import torch
 from bayes_kf.distributed.batch_shards import BatchShard
 from bayes_kf.distributed.batch_sums import BatchSums
 from bayes_kf.distributed.distributed_filter import DistributedFilter
+from bayes_kf.inference.config_combinations import OWN_NOISE
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.linearization_check import (
     MAX_DIVERGENCE,
@@ -69,6 +70,11 @@ class DataParallelFilter(DistributedFilter):
         return state
 
     def _check_config(self) -> None:
+        if self.config.likelihood in OWN_NOISE:
+            raise ValueError(
+                f"`likelihood` must not be {' or '.join(map(repr, OWN_NOISE))} for a DataParallelFilter, which expands at "
+                f"the mean, got {self.config.likelihood!r}."
+            )
         for name, value in NEEDED.items():
             if getattr(self.config, name) != value:
                 raise ValueError(

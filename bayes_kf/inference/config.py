@@ -148,7 +148,8 @@ class KalmanConfig:
     expansion: str = setting(
         "mode",
         'Where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior "mean" '
-        'as in the papers. Only "exponential_family" noise has a choice.',
+        'as in the papers. Only "exponential_family" noise has a choice. "student_t" takes moments instead of a mode, '
+        'and "heteroscedastic_gaussian" fits the log variance to the expected squared residual.',
     )
     rank: int = setting(
         20,

@@ -15,7 +15,7 @@ TUNING = ("tune", "tune_examples", "tune_burn_in", "tune_margin")
 TEMPERATURES = ("temperature", "softmax_temperature")
 NOT_TUNABLE = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", *TEMPERATURES)
 OWN_NOISE = ("student_t", "heteroscedastic_gaussian")
-"""The likelihoods whose noise is no covariance R of residuals."""
+"""The likelihoods whose noise is no covariance R of residuals, and whose log density is not concave."""
 SCALED = ("gaussian", "student_t")
 """The likelihoods with a noise variance σ² that can be estimated."""
 EQUAL_WEIGHTS = {
@@ -47,6 +47,11 @@ def _check_observation(config: Any) -> None:
     if config.likelihood in OWN_NOISE and config.noise != "exponential_family":
         raise ValueError(
             f"`noise` must be 'exponential_family' for `likelihood` {config.likelihood!r}, got {config.noise!r}."
+        )
+    if config.likelihood in OWN_NOISE and config.expansion != "mode":
+        raise ValueError(
+            f"`expansion` must be 'mode' for `likelihood` {config.likelihood!r}, whose log density is not concave, got "
+            f"{config.expansion!r}."
         )
     if config.likelihood == "heteroscedastic_gaussian" and config.noise_variance != 1.0:
         raise ValueError(

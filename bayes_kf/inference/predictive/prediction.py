@@ -108,28 +108,38 @@ class Prediction:
         found = self._quantiles("quantile", levels)
         return found if several else found[0]
 
-    def target_samples(self, num_samples: int = 64, generator: torch.Generator | None = None) -> Tensor:
+    @property
+    def is_normal(self) -> bool:
+        """Whether each target is predicted by N(mean, variance): exactly, or because no other distribution is known."""
+        return self.distribution is None or self.distribution.is_normal
+
+    def target_samples(
+        self, num_samples: int = 64, generator: torch.Generator | None = None, *, joint: bool = True
+    ) -> Tensor:
         """Draws of the targets y, noise included, (S, B, m).
 
-        ``samples`` are draws of their mean, without noise. The targets of one example are drawn together. Counts are
-        whole numbers.
+        ``samples`` are draws of their mean, without noise. Counts are whole numbers.
 
         Args:
             num_samples: S.
             generator: source of the draws; by default a new one seeded with 0.
+            joint: whether the targets of one example are drawn together, with their correlation. False: each from its
+                own distribution.
 
         Raises:
             ValueError: if ``num_samples`` is not a whole number above 0, or the prediction has no ``distribution``, or
-                not the covariance of several outputs.
+                not the covariance of several outputs that joint draws need.
         """
         check_whole("num_samples", num_samples)
         distribution = self._known_distribution("target_samples")
+        generator = generator or torch.Generator(device=self.mean.device).manual_seed(0)
+        if not joint:
+            return distribution.marginal_sample(num_samples, generator)
         if not distribution.holds_draws and self.mean.shape[1] > 1 and distribution.joint_cov is None:
             raise ValueError(
                 "`target_samples` of several outputs needs their covariance, which `predict_loader` keeps with "
-                "`keep_samples=True`, got a prediction without it."
+                "`keep_samples=True`, or `joint=False`, got a prediction without it."
             )
-        generator = generator or torch.Generator(device=self.mean.device).manual_seed(0)
         return distribution.sample(num_samples, generator)
 
     def _quantiles(self, name: str, levels: Sequence[float]) -> Tensor:

@@ -29,7 +29,10 @@ class Categorical(CanonicalLikelihood):
         if num_classes < 2:
             raise ValueError(f"`likelihood` categorical needs at least 2 outputs, got {num_classes}; use 'bernoulli'?")
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise ValueError(f"`targets` must be integer class labels, got dtype {targets.dtype}.")
+            raise ValueError(
+                f"`targets` must be integer class labels, got dtype {targets.dtype}; for numbers, set `likelihood` "
+                "'gaussian'."
+            )
         if targets.shape != (batch,):
             raise ValueError(f"`targets` must have shape ({batch},), got {tuple(targets.shape)}.")
         if batch and (int(targets.min()) < 0 or int(targets.max()) >= num_classes):
