@@ -17,7 +17,7 @@ from bayes_kf.inference.measurement_model.output_directions import MAX_EXACT_OUT
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.inference.predictive.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
 from bayes_kf.models.batch import Batch
 from bayes_kf.models.batched_forward import finite_difference_jvps
 from bayes_kf.models.likelihood import Likelihood, Poisson, RealLikelihood

@@ -18,7 +18,7 @@ from bayes_kf.inference.predictive.linearized_prediction import (
 )
 from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction, concatenate
-from bayes_kf.inference.predictive.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
 from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.likelihood import Gaussian

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.predictive import target_distribution
-from bayes_kf.inference.predictive.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets import target_distribution
+from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
 from bayes_kf.validation import check_inside_unit_interval, check_whole
 
 METHODS = ("linearized", "probit", "sampled", "mean")
@@ -144,9 +144,7 @@ class Prediction:
 
     def _quantiles(self, name: str, levels: Sequence[float]) -> Tensor:
         """Quantiles (Q, B, m) in the mean's dtype."""
-        distribution = self._known_distribution(name)
-        assert self.variance is not None  # as every regression has
-        return distribution.quantile(levels, self.mean, self.variance).to(self.mean.dtype)
+        return self._known_distribution(name).quantile(levels).to(self.mean.dtype)
 
     def _known_distribution(self, name: str) -> TargetDistribution:
         """The distribution, or ValueError that names the method."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.inference.predictive.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
 from bayes_kf.models.likelihood import (
     Gaussian,
     HeteroscedasticGaussian,

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws
-from bayes_kf.models.likelihood import Gaussian, Poisson, RegressionLikelihood
+from bayes_kf.inference.predictive.targets.quantile_search import root, smallest_count
+from bayes_kf.models.likelihood import Gaussian, HeteroscedasticGaussian, Poisson, RegressionLikelihood
 
 REACH = 9.0  # standard deviations of an output that the quadrature covers on each side
 NUM_NODES = 289  # of the quadrature over a log rate
-MAX_STEPS = 200  # of the search for a quantile
-LEVEL_ATOL = 1e-12  # error of P(y ≤ quantile)
-QUANTILE_RTOL = 1e-14  # of a bracket, relative to its first width
 
 
 @dataclass(frozen=True)
@@ -72,22 +70,23 @@ class TargetDistribution:
         """P(y ≤ value) of each target at values (B, m), (B, m), float64."""
         return self._distribution_function()(values.double())
 
-    def quantile(self, levels: Sequence[float], mean: Tensor, variance: Tensor) -> Tensor:
+    def quantile(self, levels: Sequence[float]) -> Tensor:
         """Quantiles of each target, (Q, B, m), float64; for counts the smallest count with P(y ≤ count) ≥ level.
 
         Args:
             levels: strictly between 0 and 1, Q of them.
-            mean: of the targets, (B, m), which brackets the quantiles by Cantelli's inequality.
-            variance: of the targets, (B, m).
         """
-        mean, sd = mean.double(), variance.double().sqrt()
-        if isinstance(self.family, Gaussian) and self.block_cov is not None:
+        below = self._distribution_function()
+        if isinstance(self.family, Poisson):
+            most = self._largest_rate()
+            return torch.stack([smallest_count(below, level, 2.0 * most + 100.0) for level in levels])
+        mean, sd = self._mean_and_sd()
+        if self.is_normal:
             z = torch.special.ndtri(torch.tensor(levels, dtype=torch.float64, device=mean.device))
             return mean + sd * z.view(-1, 1, 1)
-        below, solve = self._distribution_function(), smallest_count if isinstance(self.family, Poisson) else root
-        odds = [level / (1.0 - level) for level in levels]
-        limits = [(mean - sd / r**0.5, mean + sd * r**0.5) for r in odds]
-        return torch.stack([solve(below, level, *limit) for level, limit in zip(levels, limits, strict=True)])
+        odds = [(level / (1.0 - level)) ** 0.5 for level in levels]  # Cantelli's inequality
+        limits = [(mean - sd / r, mean + sd * r) for r in odds]
+        return torch.stack([root(below, level, *limit) for level, limit in zip(levels, limits, strict=True)])
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
         """Draws of the targets, (S, B, m): the targets of an example are drawn together."""
@@ -127,6 +126,24 @@ class TargetDistribution:
         sd = self.block_cov[..., 0, 0].clamp_min(0.0).sqrt()
         return self.outputs.double() + sd * node.view(-1, 1, 1), weights
 
+    def _mean_and_sd(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of real targets, (B, m) each, float64."""
+        outputs, family = self.outputs.double(), self.family
+        if self.block_cov is None:
+            means = family.mean(outputs)
+            variance = means.var(0, correction=0) + family.target_variance(outputs).mean(0)
+            return means.mean(0), variance.sqrt()
+        variances = self.block_cov.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)  # (B, m, k)
+        if isinstance(family, HeteroscedasticGaussian):  # E exp s of a Gaussian s
+            outputs = outputs + 0.5 * variances.transpose(1, 2).flatten(1)
+        return family.mean(self.outputs.double()), (variances[..., 0] + family.target_variance(outputs)).sqrt()
+
+    def _largest_rate(self) -> Tensor:
+        """A rate that a count's own rate hardly exceeds, (B, m), float64."""
+        if self.block_cov is None:
+            return self.outputs.double().amax(0).exp()
+        return self._log_rates()[0][-1].exp()
+
     def _distribution_function(self) -> Callable[[Tensor], Tensor]:
         """The function from values (B, m) to P(y ≤ value)."""
         if self.block_cov is None:
@@ -153,38 +170,3 @@ def concatenate(parts: Sequence[TargetDistribution]) -> TargetDistribution:
 def _output_blocks(num_outputs: int, per_target: int) -> Tensor:
     """The outputs of each target, (m, k): output j of target i is i + j m."""
     return torch.arange(num_outputs).view(per_target, -1).T
-
-
-def root(below: Callable[[Tensor], Tensor], level: float, low: Tensor, high: Tensor) -> Tensor:
-    """The values at which a distribution function is ``level``, between ``low`` and ``high``.
-
-    By the Illinois variant of false position, with a bisection in every third step.
-    """
-    width = high - low
-    at_low, at_high = below(low) - level, below(high) - level
-    found = high
-    for step in range(MAX_STEPS):
-        chord = (low * at_high - high * at_low) / (at_high - at_low).clamp_min(torch.finfo(low.dtype).tiny)
-        inside = (chord > low) & (chord < high)
-        found = torch.where(inside & (step % 3 < 2), chord, 0.5 * (low + high))
-        at_found = below(found) - level
-        if bool(((at_found.abs() <= LEVEL_ATOL) | (high - low <= QUANTILE_RTOL * width)).all()):
-            break
-        is_low = at_found < 0
-        low, high = torch.where(is_low, found, low), torch.where(is_low, high, found)
-        at_low = torch.where(is_low, at_found, 0.5 * at_low)  # the weight of an end that stays is halved
-        at_high = torch.where(is_low, 0.5 * at_high, at_found)
-    return found
-
-
-def smallest_count(below: Callable[[Tensor], Tensor], level: float, low: Tensor, high: Tensor) -> Tensor:
-    """The smallest counts whose distribution function is at least ``level``, by bisection."""
-    low, high = low.clamp_min(0.0).floor() - 1.0, high.ceil()  # the function is below the level, and not
-    for _ in range(MAX_STEPS):
-        middle = (0.5 * (low + high)).floor()
-        is_open = (middle > low) & (middle < high)
-        if not bool(is_open.any()):
-            break
-        is_low = below(middle) < level
-        low, high = torch.where(is_open & is_low, middle, low), torch.where(is_open & ~is_low, middle, high)
-    return high
