@@ -110,7 +110,7 @@ class Prediction:
 
     @property
     def is_normal(self) -> bool:
-        """Whether each target is predicted by N(mean, variance): exactly, or because no other distribution is known."""
+        """Whether N(mean, variance) is the distribution of each target, or no other distribution is known."""
         return self.distribution is None or self.distribution.is_normal
 
     def target_samples(
