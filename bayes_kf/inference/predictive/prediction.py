@@ -98,15 +98,13 @@ class Prediction:
         Raises:
             ValueError: if a number is not strictly between 0 and 1, or the prediction has no ``distribution``.
         """
-        several = isinstance(q, Sequence) or (isinstance(q, Tensor) and q.ndim > 0)
-        levels: list[Any] = q.tolist() if isinstance(q, Tensor) and several else list(q) if several else [q]  # type: ignore[arg-type]
-        levels = [level.item() if isinstance(level, Tensor) and level.ndim == 0 else level for level in levels]
-        if not levels:
-            raise ValueError("`q` must be a number or several, got none.")
-        for level in levels:
+        levels = torch.as_tensor(q, dtype=torch.float64)
+        if levels.ndim > 1 or levels.numel() == 0:
+            raise ValueError(f"`q` must be a number or several, got shape {tuple(levels.shape)}.")
+        for level in levels.flatten().tolist():
             check_inside_unit_interval("q", level)
-        found = self._quantiles("quantile", levels)
-        return found if several else found[0]
+        found = self._quantiles("quantile", levels.flatten().tolist())
+        return found if levels.ndim else found[0]
 
     @property
     def is_normal(self) -> bool:

@@ -187,7 +187,7 @@ def test_arguments_are_checked():
         prediction.interval(90)
     with pytest.raises(ValueError, match=r"^`q` must lie strictly between 0 and 1, got 0\.0\.$"):
         prediction.quantile([0.5, 0.0])
-    with pytest.raises(ValueError, match=r"^`q` must be a number or several, got none\.$"):
+    with pytest.raises(ValueError, match=r"^`q` must be a number or several, got shape \(0,\)\.$"):
         prediction.quantile([])
     with pytest.raises(ValueError, match=r"^`num_samples` must be a whole number >= 1, got 0\.$"):
         prediction.target_samples(0)
