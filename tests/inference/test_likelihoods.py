@@ -74,14 +74,20 @@ def test_every_setting_learns(name, settings):
 def test_every_method_predicts_and_variances_add_up(name, method, targets):
     model, x, y = problem(name, targets)
     posterior = bkf.fit(model, loader(x, y), config(name), progress=False)
-    found = posterior.predict(x, method, num_samples=200, targets=y)
-    assert found.mean.shape == found.variance.shape == found.aleatoric.shape == found.epistemic.shape == (SIZE, targets)
-    assert found.log_prob.shape == (SIZE,)
-    assert found.entropy is None
-    assert found.probs is None
-    torch.testing.assert_close(found.variance, found.aleatoric + found.epistemic)
-    if found.samples is not None:
-        assert found.samples.shape == (200, SIZE, targets)
+    actual = posterior.predict(x, method, num_samples=200, targets=y)
+    assert (
+        actual.mean.shape
+        == actual.variance.shape
+        == actual.aleatoric.shape
+        == actual.epistemic.shape
+        == (SIZE, targets)
+    )
+    assert actual.log_prob.shape == (SIZE,)
+    assert actual.entropy is None
+    assert actual.probs is None
+    torch.testing.assert_close(actual.variance, actual.aleatoric + actual.epistemic)
+    if actual.samples is not None:
+        assert actual.samples.shape == (200, SIZE, targets)
 
 
 @pytest.mark.parametrize("targets", [1, 2])
@@ -89,7 +95,7 @@ def test_predictive_moments_and_densities_are_those_of_many_draws(name, targets)
     """The law of total variance, and the log density by 200,000 draws of the outputs."""
     model, x, y = problem(name, targets)
     posterior = bkf.fit(model, loader(x, y), config(name), progress=False)
-    found = posterior.predict(x[:6], targets=y[:6])
+    actual = posterior.predict(x[:6], targets=y[:6])
     family = posterior.likelihood
     linearized = posterior.kf.linearize(posterior.mean_vector, x[:6])
     cov = posterior.state.belief.output_covariance(linearized.jacobian())
@@ -97,12 +103,12 @@ def test_predictive_moments_and_densities_are_those_of_many_draws(name, targets)
     eta = torch.distributions.MultivariateNormal(linearized.outputs, cov).sample((number,))
     means, noise = family.mean(eta), family.target_variance(eta)
     error = 6 * (means.var(0) / number).sqrt()
-    assert ((means.mean(0) - found.mean).abs() < error).all()
-    torch.testing.assert_close(noise.mean(0), found.aleatoric, rtol=0.02, atol=0)
-    torch.testing.assert_close(means.var(0), found.epistemic, rtol=0.02, atol=0)
+    assert ((means.mean(0) - actual.mean).abs() < error).all()
+    torch.testing.assert_close(noise.mean(0), actual.aleatoric, rtol=0.02, atol=0)
+    torch.testing.assert_close(means.var(0), actual.epistemic, rtol=0.02, atol=0)
     densities = family.log_prob(eta, y[:6]).exp()
     expected, spread = densities.mean(0), densities.std(0) / number**0.5
-    assert ((found.log_prob.exp() - expected).abs() < 6 * spread + (0.003 if targets == 2 else 0) * expected).all()
+    assert ((actual.log_prob.exp() - expected).abs() < 6 * spread + (0.003 if targets == 2 else 0) * expected).all()
 
 
 def test_a_posterior_is_saved_and_opened(name, tmp_path):
@@ -133,9 +139,9 @@ def test_a_bank_averages_predictions(name):
     for some, targets in loader(x, y):
         state, info = bank.update(state, some, targets)
     assert info.outputs.shape == (8, WIDTH[name])
-    found = bank.predict(state, x, y)
-    assert found.mean.shape == found.variance.shape == (SIZE, 1)
-    assert torch.isfinite(found.log_prob).all()
+    actual = bank.predict(state, x, y)
+    assert actual.mean.shape == actual.variance.shape == (SIZE, 1)
+    assert torch.isfinite(actual.log_prob).all()
 
 
 def test_arviz_data_have_the_targets_shape(name):

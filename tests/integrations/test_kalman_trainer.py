@@ -283,11 +283,11 @@ def test_regression(tmp_path):
 
 def test_float_labels_are_regressed_on_by_default(tmp_path):
     data = [one | {"labels": float(one["labels"]) + 0.5} for one in sentences(24)]
-    found = KalmanTrainer(classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data)
-    found.train()
-    settings = found.posterior.config
+    trainer = KalmanTrainer(classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    settings = trainer.posterior.config
     assert (settings.likelihood, settings.noise_variance) == ("gaussian", "estimated")
-    assert "eval_ece" not in found.evaluate()
+    assert "eval_ece" not in trainer.evaluate()
 
 
 def test_an_estimated_noise_variance_is_that_of_the_last_mean(tmp_path):

@@ -91,8 +91,8 @@ def predict_loader(
             for name, value in vars(part).items()
             if name != "distribution" and (name != "samples" or keep_samples)
         }
-        kept = _kept_distribution(part.distribution, keep_samples)
-        parts.append(LoaderPrediction(**fields, distribution=kept, targets=_to_cpu(targets)))
+        distribution = _stored_distribution(part.distribution, keep_samples)
+        parts.append(LoaderPrediction(**fields, distribution=distribution, targets=_to_cpu(targets)))
     if not parts:
         raise ValueError("`loader` must yield at least one batch, got none.")
     joined = concatenate(parts)
@@ -143,7 +143,7 @@ def _predict_in_chunks(
     return linearize.retry_in_smaller_chunks(predict_chunks, batch.size)
 
 
-def _kept_distribution(distribution: TargetDistribution | None, keep_samples: bool) -> TargetDistribution | None:
+def _stored_distribution(distribution: TargetDistribution | None, keep_samples: bool) -> TargetDistribution | None:
     """The distribution of a batch's targets as a loader's prediction keeps it, on the CPU.
 
     Without ``keep_samples`` it has no covariance of different targets. Gaussian targets then have none by "sampled",

@@ -103,8 +103,8 @@ class Prediction:
             raise ValueError(f"`q` must be a number or several, got shape {tuple(levels.shape)}.")
         for level in levels.flatten().tolist():
             check_inside_unit_interval("q", level)
-        found = self._quantiles("quantile", levels.flatten().tolist())
-        return found if levels.ndim else found[0]
+        quantiles = self._quantiles("quantile", levels.flatten().tolist())
+        return quantiles if levels.ndim else quantiles[0]
 
     @property
     def is_normal(self) -> bool:

@@ -90,8 +90,8 @@ def test_several_outputs_with_scales_of_their_own():
         mean = weights @ points
         covariance = (points - mean).T @ (weights[:, None] * (points - mean))
         prior = torch.distributions.MultivariateNormal(mean, covariance).log_prob(points)
-    W, u, found = match_moments(family, f, y, cov)
-    torch.testing.assert_close(found[0], mean, rtol=0, atol=1e-4)
+    W, u, actual = match_moments(family, f, y, cov)
+    torch.testing.assert_close(actual[0], mean, rtol=0, atol=1e-4)
     inside = torch.linalg.inv(W[0] @ cov @ W[0].T + torch.eye(2).double())
     torch.testing.assert_close(f[0] + cov @ W[0].T @ inside @ u[0], mean, rtol=0, atol=1e-4)
     torch.testing.assert_close(cov - cov @ W[0].T @ inside @ W[0] @ cov, covariance, rtol=0, atol=1e-4)
@@ -255,7 +255,7 @@ def test_the_heteroscedastic_expansion_point_is_stationary(scale):
 @pytest.mark.parametrize("outliers", [0, 8])
 def test_the_scale_is_estimated_in_one_pass(outliers):
     """σ of Student-t noise from 800 examples of a linear model, with and without gross errors."""
-    found = []
+    actual = []
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
         x = torch.randn(800, 5, generator=g).double()
@@ -264,16 +264,16 @@ def test_the_scale_is_estimated_in_one_pass(outliers):
         y[16 : 16 + outliers] += 20.0
         model = nn.Linear(5, 1, bias=False).double()
         posterior = fit(model, x, y, 8, **(STUDENT | {"noise_variance": "estimated"}))
-        found.append(float(posterior.likelihood.noise_variance) ** 0.5)
+        actual.append(float(posterior.likelihood.noise_variance) ** 0.5)
         assert float((posterior.mean_vector - weight[:, 0]).norm()) < 0.15
     error = 5.0 * (7.0 / (4.0 * 2.0 * 0.75 * 800)) ** 0.5  # of log σ: five sds by the information ν/(2(ν+3)) of log σ²
-    assert all(abs(math.log(sd / 0.3)) < error for sd in found)
+    assert all(abs(math.log(sd / 0.3)) < error for sd in actual)
 
 
 def test_the_scale_of_given_errors_is_the_most_probable_one():
     errors = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
     errors[0] = 100.0
-    found = noise.student_scale(errors.square(), 4.0)
+    actual = noise.student_scale(errors.square(), 4.0)
     for output in range(2):
         _, _, scale = scipy.stats.t.fit(errors[:, output].numpy(), fdf=4.0, floc=0.0)
-        assert float(found[output]) ** 0.5 == pytest.approx(scale, rel=1e-3)
+        assert float(actual[output]) ** 0.5 == pytest.approx(scale, rel=1e-3)

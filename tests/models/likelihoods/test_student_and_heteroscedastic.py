@@ -82,8 +82,8 @@ def test_the_fisher_information_is_the_mean_square_of_the_score(name):
                     points=[float(frozen.mean()[target])],
                     limit=400,
                 )
-                found = float(family.fisher(outputs)[0, target::2, target::2][i, j])
-                assert found == pytest.approx(expected, rel=2e-5, abs=1e-6)
+                actual = float(family.fisher(outputs)[0, target::2, target::2][i, j])
+                assert actual == pytest.approx(expected, rel=2e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("target", "variance"), [(0.3, 0.5), (4.0, 2.0), (30.0, 0.1), (1.0, 0.0)])
@@ -95,9 +95,9 @@ def test_the_evidence_s_derivatives_are_autograd_s(target, variance):
         return family.normal_mixture(f.view(1, 1, 1), c.view(1, 1, 1, 1), 9.0).log_density(y).sum()
 
     f = torch.tensor(0.2).double()
-    found = family.evidence_derivatives(f, torch.tensor(variance).double(), torch.tensor(target).double())
-    torch.testing.assert_close(found[0], jacobian(evidence, f), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found[1], -torch.autograd.functional.hessian(evidence, f), rtol=1e-8, atol=1e-9)
+    actual = family.evidence_derivatives(f, torch.tensor(variance).double(), torch.tensor(target).double())
+    torch.testing.assert_close(actual[0], jacobian(evidence, f), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual[1], -torch.autograd.functional.hessian(evidence, f), rtol=1e-8, atol=1e-9)
 
 
 def test_the_scale_of_each_output():
@@ -126,8 +126,8 @@ def test_the_student_t_divergence_is_that_of_the_predictions_for_small_changes()
             points=[0.0],
             limit=400,
         )
-        found = float(family.divergence(one, one + change))
-        assert found == pytest.approx(expected, rel=0.02)
+        actual = float(family.divergence(one, one + change))
+        assert actual == pytest.approx(expected, rel=0.02)
 
 
 def test_a_mixture_of_predictions_has_its_mean_and_variance():

@@ -19,20 +19,20 @@ def root(below: Callable[[Tensor], Tensor], level: float, low: Tensor, high: Ten
     """
     width = high - low
     at_low, at_high = below(low) - level, below(high) - level
-    found = high
+    estimate = high
     for step in range(MAX_STEPS):
         chord = (low * at_high - high * at_low) / (at_high - at_low).clamp_min(torch.finfo(low.dtype).tiny)
         inside = (chord > low) & (chord < high)
-        found = torch.where(inside & (step % 3 < 2), chord, 0.5 * (low + high))
-        at_found = below(found) - level
-        narrow = high - low <= QUANTILE_RTOL * torch.maximum(width, found.abs())
-        if bool(((at_found.abs() <= LEVEL_ATOL) | narrow).all()):
+        estimate = torch.where(inside & (step % 3 < 2), chord, 0.5 * (low + high))
+        at_estimate = below(estimate) - level
+        narrow = high - low <= QUANTILE_RTOL * torch.maximum(width, estimate.abs())
+        if bool(((at_estimate.abs() <= LEVEL_ATOL) | narrow).all()):
             break
-        is_low = at_found < 0
-        low, high = torch.where(is_low, found, low), torch.where(is_low, high, found)
-        at_low = torch.where(is_low, at_found, 0.5 * at_low)  # the weight of an end that stays is halved
-        at_high = torch.where(is_low, 0.5 * at_high, at_found)
-    return found
+        is_low = at_estimate < 0
+        low, high = torch.where(is_low, estimate, low), torch.where(is_low, high, estimate)
+        at_low = torch.where(is_low, at_estimate, 0.5 * at_low)  # the weight of an end that stays is halved
+        at_high = torch.where(is_low, 0.5 * at_high, at_estimate)
+    return estimate
 
 
 def smallest_count(below: Callable[[Tensor], Tensor], level: float, high: Tensor) -> Tensor:

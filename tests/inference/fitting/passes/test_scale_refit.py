@@ -38,9 +38,9 @@ def test_it_is_the_maximum_of_the_likelihood_up_to_the_effective_parameters():
 def test_with_many_degrees_of_freedom_it_is_that_of_gaussian_noise():
     state = fit().state
     errors = Y - X @ state.belief.mean.view(4, 1)
-    found = refit_from_errors(state, errors, 1e9)
+    actual = refit_from_errors(state, errors, 1e9)
     expected = noise_refit.refit_from_residuals(state, errors.square().sum(0), 300)
-    torch.testing.assert_close(found.noise.variance, expected.noise.variance, rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.noise.variance, expected.noise.variance, rtol=1e-4, atol=0)
 
 
 def test_mean_passes_end_near_the_truth_in_spite_of_outliers():

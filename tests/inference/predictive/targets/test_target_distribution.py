@@ -36,9 +36,9 @@ def test_quantiles_invert_the_distribution_function_by_nested_quadrature(name):
     family = FAMILIES[name]
     outputs, covariance = gaussian_outputs(name)
     distribution = TargetDistribution.of_gaussian(family, outputs, covariance)
-    found = distribution.quantile(LEVELS)
+    actual = distribution.quantile(LEVELS)
     for b in range(3):
-        for level, value in zip(LEVELS, found[:, b, 0].tolist(), strict=True):
+        for level, value in zip(LEVELS, actual[:, b, 0].tolist(), strict=True):
             below = plain_cdf(name, outputs[b].numpy(), covariance[b].numpy(), value)
             if name == "poisson":
                 assert value == round(value)
@@ -74,11 +74,11 @@ def test_quantiles_of_draws_are_those_of_the_mixture(name):
     family = FAMILIES[name]
     outputs = torch.randn(20, 3, WIDTH.get(name, 1), generator=G).double()
     distribution = TargetDistribution(family, outputs)
-    found = distribution.quantile(LEVELS)
-    below = torch.stack([family.cdf(outputs, value).mean(0) for value in found])
+    actual = distribution.quantile(LEVELS)
+    below = torch.stack([family.cdf(outputs, value).mean(0) for value in actual])
     expected = torch.tensor(LEVELS, dtype=torch.float64).view(-1, 1, 1).expand_as(below)
     if name == "poisson":
-        smaller = torch.stack([family.cdf(outputs, value - 1).mean(0) for value in found])
+        smaller = torch.stack([family.cdf(outputs, value - 1).mean(0) for value in actual])
         assert ((below >= expected) & (smaller < expected)).all()
     else:
         torch.testing.assert_close(below, expected, rtol=0, atol=1e-9)
@@ -103,8 +103,8 @@ def test_draws_of_targets_follow_the_distribution(name, targets):
     if targets == 2 and name == "gaussian":
         drawn = distribution.sample(20_000, torch.Generator().manual_seed(1))
         for b in range(3):
-            found = torch.cov(drawn[:, b].T)
-            torch.testing.assert_close(found, covariance[b] + 0.3 * torch.eye(2).double(), rtol=0, atol=0.05)
+            actual = torch.cov(drawn[:, b].T)
+            torch.testing.assert_close(actual, covariance[b] + 0.3 * torch.eye(2).double(), rtol=0, atol=0.05)
 
 
 def linear_fit(name, targets=1, **settings):
@@ -207,6 +207,6 @@ def test_large_counts_and_rates():
     outputs = torch.tensor([[np.log(1e6)], [-20.0]]).double()
     distribution = TargetDistribution.of_gaussian(Poisson(), outputs, torch.tensor([0.0, 0.0]).double().view(2, 1, 1))
     rate = outputs.exp()
-    found = distribution.quantile([0.05, 0.5, 0.95])
+    actual = distribution.quantile([0.05, 0.5, 0.95])
     expected = torch.as_tensor(scipy.stats.poisson(rate.numpy()).ppf(np.array([0.05, 0.5, 0.95])[:, None, None]))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
