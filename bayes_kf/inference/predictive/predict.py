@@ -19,9 +19,9 @@ from bayes_kf.inference.predictive.linearized_prediction import (
 from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction, concatenate
 from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_mixture import TargetMixture
 from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
-from bayes_kf.models.likelihood import Gaussian
 from bayes_kf.validation import check_one_of, check_whole
 
 
@@ -143,7 +143,9 @@ def _predict_in_chunks(
     return linearize.retry_in_smaller_chunks(predict_chunks, batch.size)
 
 
-def _stored_distribution(distribution: TargetDistribution | None, keep_samples: bool) -> TargetDistribution | None:
+def _stored_distribution(
+    distribution: TargetDistribution | TargetMixture | None, keep_samples: bool
+) -> TargetDistribution | TargetMixture | None:
     """The distribution of a batch's targets as a loader's prediction keeps it, on the CPU.
 
     Without ``keep_samples`` it has no covariance of different targets. Gaussian targets then have none by "sampled",
@@ -153,7 +155,7 @@ def _stored_distribution(distribution: TargetDistribution | None, keep_samples: 
         return None
     if keep_samples:
         return distribution.to("cpu")
-    if distribution.holds_draws and not distribution.is_normal and isinstance(distribution.family, Gaussian):
+    if isinstance(distribution, TargetDistribution) and distribution.is_average_of_normals:
         return None
     return distribution.without_joint().to("cpu")
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.predictive.targets import target_distribution
+from bayes_kf.inference.predictive.targets import target_mixture
 from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_mixture import TargetMixture
 from bayes_kf.validation import check_inside_unit_interval, check_whole
 
 METHODS = ("linearized", "probit", "sampled", "mean")
@@ -42,8 +43,7 @@ class Prediction:
             the means, (B, m).
         log_prob: log predictive density of the targets in nats, (B,); None if no targets were given.
         distribution: of each target, for :meth:`interval`, :meth:`quantile` and :meth:`target_samples`; None for
-            classification, for an average over posteriors, and for Gaussian targets of a loader by "sampled" without
-            ``keep_samples``.
+            classification, and for Gaussian targets of a loader by "sampled" without ``keep_samples``.
     """
 
     mean: Tensor
@@ -54,7 +54,7 @@ class Prediction:
     aleatoric: Tensor | None = None
     epistemic: Tensor | None = None
     log_prob: Tensor | None = None
-    distribution: TargetDistribution | None = None
+    distribution: TargetDistribution | TargetMixture | None = None
 
     def interval(self, level: float) -> PredictiveInterval:
         """The central interval of each target, ``lower`` and ``upper`` (B, m), in units of the targets.
@@ -133,7 +133,7 @@ class Prediction:
         generator = generator or torch.Generator(device=self.mean.device).manual_seed(0)
         if not joint:
             return distribution.marginal_sample(num_samples, generator)
-        if not distribution.holds_draws and self.mean.shape[1] > 1 and distribution.joint_cov is None:
+        if not distribution.is_joint:
             raise ValueError(
                 "`target_samples` of several outputs needs their covariance, which `predict_loader` keeps with "
                 "`keep_samples=True`, or `joint=False`, got a prediction without it."
@@ -144,14 +144,14 @@ class Prediction:
         """Quantiles (Q, B, m) in the mean's dtype."""
         return self._known_distribution(name).quantile(levels).to(self.mean.dtype)
 
-    def _known_distribution(self, name: str) -> TargetDistribution:
+    def _known_distribution(self, name: str) -> TargetDistribution | TargetMixture:
         """The distribution, or ValueError that names the method."""
         if self.probs is not None:
             raise ValueError(f"`{name}` needs targets that are numbers, got a prediction of classes.")
         if self.distribution is None:
             raise ValueError(
-                f"`{name}` needs the distribution of the targets, got a prediction without it: an average over "
-                "posteriors, or one of a loader by 'sampled' without `keep_samples=True`."
+                f"`{name}` needs the draws of a loader's prediction by 'sampled', which `keep_samples=True` keeps, got "
+                "a prediction without them."
             )
         return self.distribution
 
@@ -180,7 +180,7 @@ def concatenate(parts: Sequence[Prediction]) -> Prediction:
         if any(value is None for value in values):
             joined[field.name] = None
         elif field.name == "distribution":
-            joined[field.name] = target_distribution.concatenate(values)
+            joined[field.name] = target_mixture.concatenate(values)
         else:
             joined[field.name] = torch.cat(values, 1 if field.name == "samples" else 0)
     return type(parts[0])(**joined)

@@ -14,6 +14,7 @@ from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_mixture import TargetMixture
 from bayes_kf.models.likelihood import (
     Gaussian,
     HeteroscedasticGaussian,
@@ -152,7 +153,9 @@ def average(family: Likelihood, parts: Sequence[Prediction], weights: Sequence[f
         return Prediction(mean, mean, None, None, total, aleatoric, epistemic, log_prob)
     noise_var = _weighted_sum([p.aleatoric for p in parts], weights)
     epistemic = _weighted_sum([p.epistemic + (p.mean - mean).square() for p in parts], weights)  # type: ignore[operator]
-    return _regression(family, mean, noise_var, epistemic, None, log_prob, None)
+    known = tuple(p.distribution for p in parts if isinstance(p.distribution, TargetDistribution))
+    mixture = TargetMixture(known, tuple(weights)) if len(known) == len(parts) else None
+    return _regression(family, mean, noise_var, epistemic, None, log_prob, mixture)
 
 
 def _weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
@@ -179,7 +182,7 @@ def _regression(
     epistemic: Tensor,
     samples: Tensor | None,
     log_prob: Tensor | None,
-    distribution: TargetDistribution | None,
+    distribution: TargetDistribution | TargetMixture | None,
 ) -> Prediction:
     """The prediction of a regression likelihood: variances (B, m) add up; the outputs count as independent."""
     variance = noise_var + epistemic

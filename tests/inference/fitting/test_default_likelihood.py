@@ -66,6 +66,12 @@ def test_floats_that_are_all_zero_or_one_need_a_config():
     assert fitted(1, LOADERS["list"](binary), config=bkf.KalmanConfig(likelihood="bernoulli")).state.examples == 80
 
 
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_targets_of_another_size_are_warned_of(scale):
+    with pytest.warns(UserWarning, match=r"^the targets of the first batch have a root mean square of .*: standardize"):
+        default_likelihood([scale * Y])
+
+
 def test_later_batches_decide_if_the_first_is_binary():
     assert default_likelihood([torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([0.5])]) == REAL
     assert default_likelihood([None]) == default_likelihood([[1, 2]]) == default_likelihood([]) == {}

@@ -53,9 +53,14 @@ class TargetDistribution:
         return isinstance(self.family, Gaussian) and (self.block_cov is not None or len(self.outputs) == 1)
 
     @property
-    def holds_draws(self) -> bool:
-        """Whether it is an average over draws of η."""
-        return self.block_cov is None
+    def is_average_of_normals(self) -> bool:
+        """Whether it is an average over several draws of η with Gaussian noise."""
+        return isinstance(self.family, Gaussian) and not self.is_normal
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the targets of an example can be drawn together."""
+        return self.block_cov is None or self.joint_cov is not None or self.block_cov.shape[1] == 1
 
     def to(self, device: torch.device | str) -> TargetDistribution:
         """The same on another device."""

@@ -11,6 +11,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_mixture import TargetMixture, concatenate
 from bayes_kf.models.likelihood import Gaussian, HeteroscedasticGaussian, Poisson, StudentT
 
 G = torch.Generator().manual_seed(0)
@@ -164,7 +165,7 @@ def test_predictions_of_a_loader_have_the_same_intervals(name, method):
     plain = posterior.predict_loader(loader, method)
     assert plain.samples is None
     if name == "gaussian" and method == "sampled":
-        with pytest.raises(ValueError, match=r"^`interval` needs the distribution of the targets, got .*keep_samples"):
+        with pytest.raises(ValueError, match=r"^`interval` needs the draws of a loader's prediction by .*keep_samples"):
             plain.interval(0.9)
         return
     torch.testing.assert_close(plain.quantile(0.9), whole.quantile(0.9), rtol=1e-9, atol=1e-9)
@@ -195,11 +196,6 @@ def test_arguments_are_checked():
     classes = bkf.fit(nn.Linear(3, 2), data, bkf.KalmanConfig(), progress=False).predict(torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"^`quantile` needs targets that are numbers, got a prediction of classes\.$"):
         classes.quantile(0.5)
-    configs = [bkf.KalmanConfig(likelihood="gaussian", initial_variance=v) for v in (0.1, 1.0)]
-    bank = bkf.Bank(nn.Linear(3, 1), configs)
-    state, _ = bank.update(bank.init(x.float()), x.float(), x[:, :1].float())
-    with pytest.raises(ValueError, match=r"^`quantile` needs the distribution of the targets, got .* an average over"):
-        bank.predict(state, x.float()).quantile(0.5)
 
 
 def test_large_counts_and_rates():
@@ -210,3 +206,43 @@ def test_large_counts_and_rates():
     actual = distribution.quantile([0.05, 0.5, 0.95])
     expected = torch.as_tensor(scipy.stats.poisson(rate.numpy()).ppf(np.array([0.05, 0.5, 0.95])[:, None, None]))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_mixture_over_posteriors(name):
+    """Its distribution function is the weighted sum, its quantiles invert it, and draws follow it."""
+    family, weights = FAMILIES[name], (0.3, 0.7)
+    parts = tuple(TargetDistribution.of_gaussian(family, *gaussian_outputs(name, targets=2)) for _ in weights)
+    mixture = TargetMixture(parts, weights)
+    quantiles = mixture.quantile(LEVELS)
+    for level, values in zip(LEVELS, quantiles, strict=True):
+        below = 0.3 * parts[0].cdf(values) + 0.7 * parts[1].cdf(values)
+        torch.testing.assert_close(mixture.cdf(values), below)
+        if name == "poisson":
+            assert (below >= level).all()
+            assert (mixture.cdf(values - 1) < level).all()
+        else:
+            torch.testing.assert_close(below, torch.full_like(below, level), rtol=0, atol=1e-9)
+    for drawn in (
+        mixture.sample(5000, torch.Generator().manual_seed(1)),
+        mixture.without_joint().to("cpu").marginal_sample(5000, torch.Generator().manual_seed(2)),
+    ):
+        at = quantiles[2]
+        share = (drawn <= at).double().mean(0)
+        assert ((share - mixture.cdf(at)).abs() < 5 * (0.25 / 5000) ** 0.5).all()
+    both = concatenate([mixture, mixture])
+    torch.testing.assert_close(both.quantile(LEVELS), torch.cat([quantiles, quantiles], 1))
+    assert mixture.is_joint
+    assert not mixture.without_joint().is_joint
+
+
+def test_a_bank_s_average_has_intervals_between_those_of_its_candidates():
+    _, x, y = linear_fit("gaussian")
+    configs = [bkf.KalmanConfig(likelihood="gaussian", initial_variance=v) for v in (0.1, 1.0)]
+    bank = bkf.Bank(nn.Linear(3, 1).double(), configs)
+    state, _ = bank.update(bank.init(x), x[:20], y[:20])
+    average = bank.predict(state, x).quantile(0.9)
+    each = torch.stack([bank.posterior(state, k).predict(x).quantile(0.9) for k in (0, 1)])
+    assert (each.amin(0) - 1e-9 <= average).all()
+    assert (average <= each.amax(0) + 1e-9).all()
+    assert bank.predict(state, x).target_samples(5).shape == (5, 80, 1)
