@@ -19,6 +19,7 @@ from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.fit import fit, fit_default
 from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.models.likelihood import LIKELIHOODS
 
 
 def run_fit(args: argparse.Namespace) -> None:
@@ -72,7 +73,8 @@ def _open_training_data(
         raise ValueError(f"`--likelihood` bernoulli needs two classes, got {len(data.class_names)} in {args.data}.")
     targets = first_batch(data.loader, args.data)[1]
     names = data.class_names if settings.likelihood == "bernoulli" else ()
-    return data, Labels(names, targets.shape[1] if targets is not None and targets.ndim == 2 else 1)
+    num_targets = targets.shape[1] if targets is not None and targets.ndim == 2 else 1
+    return data, Labels(names, num_targets * LIKELIHOODS[settings.likelihood].outputs_per_target)
 
 
 def _scores(posterior: Posterior) -> list[str]:

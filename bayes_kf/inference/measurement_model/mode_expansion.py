@@ -82,6 +82,6 @@ def expand_at_mode(
 def _posterior_cov(W: Tensor, cov: Tensor) -> Tensor:
     """Covariance of the outputs of each example given the targets, (B, m, m), for the precision WᵀW of the targets."""
     chol = torch.linalg.cholesky(congruence(W, cov) + torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
-    joint = torch.block_diag(*W) @ cov  # (B·m, B·m)
+    joint = (W @ cov.view(len(W), W.shape[2], -1)).flatten(0, 1)  # (B·r, B·m)
     explained = torch.linalg.solve_triangular(chol, joint, upper=False)
     return diagonal_blocks(cov - explained.mT @ explained, len(W))
