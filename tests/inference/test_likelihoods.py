@@ -196,3 +196,16 @@ def test_what_does_not_apply_is_refused(name):
     posterior = bkf.fit(model, loader(x, y), config(name), progress=False)
     with pytest.raises(ValueError, match=rf"`calibrate_softmax` needs `likelihood` 'categorical', got '{name}'"):
         posterior.calibrate_softmax([(x, y)])
+
+
+def test_reports_on_counts_score_counts():
+    """The CRPS and the coverage of rare counts, which no normal distribution has."""
+    torch.manual_seed(0)
+    x = torch.randn(SIZE, 3).double()
+    y = torch.poisson((0.5 * x[:, :1] - 1.0).exp())
+    settings = bkf.KalmanConfig(likelihood="poisson", covariance="full", initial_variance=0.5, temperature=1.0)
+    posterior = bkf.fit(nn.Linear(3, 1).double(), loader(x, y), settings, progress=False)
+    report = bkf.evaluate(posterior, loader(x, y), num_simulations=39)
+    drawn = posterior.predict_loader(loader(x, y)).target_samples(4000, joint=False)
+    assert report.scores["crps"] == pytest.approx(crps_samples(drawn, y), rel=0.05)
+    assert report.scores["coverage_95"] >= 0.95 - 5 * (0.05 * 0.95 / SIZE) ** 0.5
