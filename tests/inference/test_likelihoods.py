@@ -209,3 +209,13 @@ def test_reports_on_counts_score_counts():
     drawn = posterior.predict_loader(loader(x, y)).target_samples(4000, joint=False)
     assert report.scores["crps"] == pytest.approx(crps_samples(drawn, y), rel=0.05)
     assert report.scores["coverage_95"] >= 0.95 - 5 * (0.05 * 0.95 / SIZE) ** 0.5
+
+
+@pytest.mark.parametrize("method", ["linearized", "probit", "sampled", "mean"])
+def test_predictions_keep_single_precision(name, method):
+    model, x, y = problem(name)
+    settings = config(name, **({"noise_variance": "estimated"} if name == "student_t" else {}))
+    posterior = bkf.fit(model.float(), loader(x.float(), y.float()), settings, progress=False)
+    actual = posterior.predict(x.float(), method, targets=y.float())
+    tensors = [value for value in vars(actual).values() if isinstance(value, torch.Tensor)]
+    assert {value.dtype for value in [*tensors, *actual.interval(0.9), actual.target_samples(3)]} == {torch.float32}
