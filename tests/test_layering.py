@@ -16,9 +16,12 @@ integrations/ distributed/
 .
 inference
 inference/baselines/
+inference/pyro/kalman_svi
 inference/fitting/
+inference/mixture/
 inference/posterior
-inference/saving/
+inference/pyro/
+inference/saving/ inference/heldout/
 inference/predictive/
 inference/filtering/
 inference/measurement_model/

@@ -138,10 +138,13 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="bayes_kf-") as scratch:
         copy = Path(scratch) / folder.name
         copy.mkdir()
-        for path in [*folder.iterdir(), *(folder / COMMIT / FILES).glob("*")]:  # the later ones take precedence
-            if path.is_file() and path.name not in plan.removes:
-                with contextlib.suppress(FileNotFoundError):  # another process completes the save: `_version` changes
-                    shutil.copyfile(path, copy / path.name)
+        for root in (folder, folder / COMMIT / FILES):  # the later files take precedence
+            for path in [*root.glob("*"), *root.glob("member_*/*")]:
+                name = path.relative_to(root)
+                if path.is_file() and name.as_posix() not in plan.removes:
+                    (copy / name).parent.mkdir(exist_ok=True)
+                    with contextlib.suppress(FileNotFoundError):  # another process completes the save
+                        shutil.copyfile(path, copy / name)
         yield copy
 
 

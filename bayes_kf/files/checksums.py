@@ -21,7 +21,7 @@ def write_checksums(folder: Path, names: Sequence[str] | None = None) -> None:
     """Write the checksums of the named files of ``folder``; by default of all files that nobody edits."""
     if names is None:
         files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUMS_FILE, *EDITABLE)]
-        files.sort(key=lambda path: (path.name == LAST, path))
+        files.sort(key=lambda path: (path == folder / LAST, path))
     else:
         files = [folder / name for name in names]
     write_digests(folder / CHECKSUMS_FILE, {path.relative_to(folder).as_posix(): digest(path) for path in files})

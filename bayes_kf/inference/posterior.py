@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.prequential_temperature import warn_of_mean_alone
 from bayes_kf.inference.predictive import arviz_export, generation, heldout_calibration, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 
 if TYPE_CHECKING:
-    from bayes_kf.inference.predictive.pyro_guide import KalmanGuide
+    from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
 
 
 class Posterior(GaussianPosterior):
@@ -36,6 +38,8 @@ class Posterior(GaussianPosterior):
         >>> posterior.predict(torch.randn(6, 3))
         Prediction(mean (6, 2), probs (6, 2), samples (64, 6, 2), entropy (6,), aleatoric (6,), epistemic (6,))
     """
+
+    mixture_type: ClassVar[type[Any]]  # `MixturePosterior`, set by its module, which imports this one
 
     def predict(
         self,
@@ -165,17 +169,40 @@ class Posterior(GaussianPosterior):
         other.assign(self.mean_vector.to(other.device))
 
     def guide(self) -> KalmanGuide:
-        """A Pyro guide with one sample site per adapter tensor, under its name."""
-        from bayes_kf.inference.predictive.pyro_guide import KalmanGuide  # loads Pyro
+        """A Pyro guide that begins at this posterior, with one sample site per tensor, under its name."""
+        from bayes_kf.inference.pyro.kalman_guide import KalmanGuide  # loads Pyro
 
-        return KalmanGuide(self)
+        return KalmanGuide(self.adapter, self.config, state=self.state)
 
     @property
     def pyro_model(self) -> Callable[..., Tensor]:
         """The Pyro model, called (inputs, targets=None); tensors are from the prior, targets from the likelihood."""
-        from bayes_kf.inference.predictive.pyro_guide import KalmanModel  # loads Pyro
+        from bayes_kf.inference.pyro.kalman_model import KalmanModel  # loads Pyro
 
-        return KalmanModel(self)
+        return KalmanModel.of(self)
+
+    @classmethod
+    def from_samples(
+        cls,
+        model: nn.Module | AdapterModel,
+        samples: Mapping[str, Tensor],
+        config: KalmanConfig | None = None,
+        inputs: Inputs | None = None,
+    ) -> Self:
+        """The Gaussian with the moments of draws, for example of NUTS; see ``covariance.moment_matching``.
+
+        Args:
+            model: the module, or an adapter of it.
+            samples: tensor name -> S draws, (S, ...), as ``MCMC.get_samples()`` returns them. Draws of other names
+                are left out.
+            config: the settings; ``covariance`` says how much of the draws' covariance is kept.
+            inputs: a batch on which the prior takes its scale, as in ``KalmanFilter.init``, if the config asks for it.
+
+        Raises:
+            ValueError: if draws are missing, too few, not finite or do not fit, the config estimates the noise, which
+                the draws do not hold, or the prior needs ``inputs``.
+        """
+        return cls(*sample_moments.fitted_to_samples(model, samples, config, inputs))
 
     def save_pretrained(self, folder: str | Path, scores: Mapping[str, float] | None = None) -> None:
         """Write the adapter (plain PEFT), the settings, the state and a model card; see ``saving.pretrained``.
@@ -193,8 +220,8 @@ class Posterior(GaussianPosterior):
         pretrained.save(self, Path(folder), scores)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Self:
-        """Read a posterior that :meth:`save_pretrained` wrote.
+    def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Any:
+        """Read a posterior that :meth:`save_pretrained` wrote; a mixture if the folder holds one.
 
         Args:
             folder: the folder.
@@ -203,7 +230,9 @@ class Posterior(GaussianPosterior):
         Raises:
             ValueError: if files are missing or damaged, or belong to another model; nothing is changed then.
         """
-        return cls(*pretrained.load(Path(folder), base_model))
+        loaded = pretrained.load(Path(folder), base_model)
+        members = tuple(cls(*parts) for parts in loaded.members)
+        return members[0] if len(members) == 1 else cls.mixture_type(members, tuple(loaded.weights))
 
     def export_adapters(
         self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None

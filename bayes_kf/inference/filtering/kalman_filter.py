@@ -69,7 +69,20 @@ class KalmanFilter:
         is_scaled = not prior.depends_on_inputs(self.config)
         scores = prequential_temperature.init(mean.device)
         state = FilterState(self._prior_belief(start), start, NoiseState(), scores, is_scaled, 0, 0)
-        if inputs is None or is_scaled:
+        return state if inputs is None else self.scale_prior(state, inputs)
+
+    def init_from_prior(self, prior: DiagonalGaussian) -> FilterState:
+        """The state before the first update under a prior N(μ₀, diag(p₀)), in place of the configured one.
+
+        Args:
+            prior: mean (n,) and variance (n,), in the order of ``adapter.names``.
+        """
+        scores = prequential_temperature.init(prior.mean.device)
+        return FilterState(self._prior_belief(prior), prior, NoiseState(), scores, True, 0, 0)
+
+    def scale_prior(self, state: FilterState, inputs: Inputs) -> FilterState:
+        """The state with the scale of its prior, measured on ``inputs``; unchanged if it has a scale already."""
+        if state.prior_is_scaled:
             return state
         batch = Batch.checked(inputs, device=self.adapter.device)
         with self.adapter.full_precision():

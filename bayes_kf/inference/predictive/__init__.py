@@ -1,1 +1,1 @@
-"""Predictions of a fitted posterior: moments, draws, text, Pyro, ArviZ."""
+"""Predictions of a fitted posterior: moments, draws, text, ArviZ."""

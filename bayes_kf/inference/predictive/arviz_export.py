@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior, PosteriorDraws
 from bayes_kf.inference.predictive.linearized_prediction import required_targets
 from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
 from bayes_kf.inference.predictive.predictive_distributions import from_draws
@@ -23,7 +23,7 @@ TARGET = "target"  # the variable of observed_data, posterior_predictive and log
 
 
 def to_arviz(
-    posterior: GaussianPosterior, num_samples: int, generator: torch.Generator | None, loader: Iterable[Any] | None
+    posterior: PosteriorDraws, num_samples: int, generator: torch.Generator | None, loader: Iterable[Any] | None
 ) -> Any:
     """Draws and, with a loader, their predictions as ArviZ data; see :meth:`Posterior.to_arviz`."""
     generator = posterior.generator(generator)
@@ -71,7 +71,7 @@ def named_draws(adapter: AdapterModel, draws: Tensor) -> dict[str, np.ndarray]:
 
 
 def predictive_groups(
-    posterior: GaussianPosterior, draws: Tensor, loader: Iterable[Any], generator: torch.Generator
+    posterior: PosteriorDraws, draws: Tensor, loader: Iterable[Any], generator: torch.Generator
 ) -> Groups:
     """Predictions of the targets of a loader by drawn adapters.
 
@@ -94,7 +94,7 @@ def predictive_groups(
         batch = Batch.checked(inputs, targets, adapter.device)
         outputs = outputs_of_draws(adapter, draws, batch.inputs, posterior.adapters_at_once(batch))  # (S, B, m)
         outputs = posterior.scaled_logits(outputs)
-        if index == 0:
+        if index == 0 and isinstance(posterior, GaussianPosterior):
             warn_if_methods_disagree(posterior, batch, from_draws(family, outputs, None), stacklevel=5)
         checked = required_targets(family, outputs[0], batch)
         log_prob = family.log_prob(outputs, checked)

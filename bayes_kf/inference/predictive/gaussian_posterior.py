@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,30 @@ from bayes_kf.models.likelihood import Likelihood
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
 TRAINING = "training_"  # prefix of history series about data on which the adapter was trained before
 PREQUENTIAL = ("log_loss", "correct", "innovation", "dof")  # series that are prequential if the data are new
+
+
+class PosteriorDraws(Protocol):
+    """A posterior from which adapters are drawn: one Gaussian, or a mixture."""
+
+    @property
+    def adapter(self) -> AdapterModel:
+        """The model as a function of its trainable tensors."""
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood of the targets."""
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of the parameters, (S, n)."""
+
+    def generator(self, generator: torch.Generator | None = None) -> torch.Generator:
+        """The given generator, or a new one seeded with ``config.seed``."""
+
+    def scaled_logits(self, logits: Tensor) -> Tensor:
+        """Logits divided by the softmax temperature; same shape."""
+
+    def adapters_at_once(self, batch: Batch) -> int:
+        """How many adapters fit in memory together, in forward passes over a batch."""
 
 
 @dataclass(frozen=True, repr=False)

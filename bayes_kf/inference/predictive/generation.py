@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior, PosteriorDraws
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.language import learns_prompt
 from bayes_kf.validation import check_whole
@@ -59,7 +59,7 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    posterior: GaussianPosterior,
+    posterior: PosteriorDraws,
     inputs: Inputs,
     max_new_tokens: int = 32,
     *,
@@ -95,6 +95,8 @@ def generate(
             "`posterior` must be over weights to generate text, got an adapter of virtual tokens (prompt, prefix or"
             " p-tuning)."
         )
+    if shared_prompt and not isinstance(posterior, GaussianPosterior):
+        raise ValueError("`shared_prompt` must be False for a mixture, whose members have no common mean, got True.")
     generator = posterior.generator(generator)
     draws = [adapter.tensors(draw) for draw in posterior.sample(num_samples, generator)]
     ends = _end_tokens(adapter.model) if eos_token_id is None else _token_ids(eos_token_id)
@@ -104,7 +106,7 @@ def generate(
     columns: dict[str, list[Tensor]] = {name: [] for name in Generated._fields}
     caches: list[Any] = [None] * num_samples
     with adapter.full_precision(), adapter.eval_mode():
-        if shared_prompt and ids.shape[1] > 1:
+        if shared_prompt and isinstance(posterior, GaussianPosterior) and ids.shape[1] > 1:
             caches, ids = _shared_caches(posterior, ids, mask, num_samples), ids[:, -1:]
         for _ in range(max_new_tokens):
             log_probs = _next_log_probs(posterior, draws, caches, ids, mask)
@@ -131,7 +133,7 @@ def _shared_caches(posterior: GaussianPosterior, ids: Tensor, mask: Tensor, num_
 
 
 def _next_log_probs(
-    posterior: GaussianPosterior, draws: list[dict[str, Tensor]], caches: list[Any], ids: Tensor, mask: Tensor
+    posterior: PosteriorDraws, draws: list[dict[str, Tensor]], caches: list[Any], ids: Tensor, mask: Tensor
 ) -> Tensor:
     """Log-probabilities of the next token by each drawn adapter, (S, B, V); updates ``caches``."""
     log_probs = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -79,13 +79,34 @@ def predict_loader(
 ) -> LoaderPrediction:
     """The predictive distributions for all batches of a loader, on the CPU; see :meth:`Posterior.predict_loader`."""
     generator = posterior.generator(generator)
-    first_state, parts = generator.get_state(), list[LoaderPrediction]()
+    first_state = generator.get_state()
+
+    def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
+        return predict(
+            posterior, inputs, method, num_samples, generator, targets,
+            compare=is_first, adapter_generator_state=first_state, stacklevel=6,
+        )  # fmt: skip
+
+    return collect_predictions(predict_batch, loader, keep_samples)
+
+
+def collect_predictions(
+    predict_batch: Callable[[Inputs, Tensor | None, bool], Prediction], loader: Iterable[Any], keep_samples: bool
+) -> LoaderPrediction:
+    """The predictions for all batches of a loader, joined, on the CPU.
+
+    Args:
+        predict_batch: from inputs, targets and whether it is the first batch to its prediction.
+        loader: batches as ``fit`` takes them; targets may be missing.
+        keep_samples: whether the result holds all draws.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a batch does not fit.
+    """
+    parts = list[LoaderPrediction]()
     for batch in loader:
         inputs, targets = split_batch(batch)
-        part = predict(
-            posterior, inputs, method, num_samples, generator, targets,
-            compare=not parts, adapter_generator_state=first_state, stacklevel=5,
-        )  # fmt: skip
+        part = predict_batch(inputs, targets, not parts)
         fields: dict[str, Any] = {
             name: _to_cpu(value)
             for name, value in vars(part).items()

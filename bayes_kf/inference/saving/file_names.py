@@ -18,14 +18,28 @@ CARD_FILE, MODEL_FILE = "README.md", "model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
 STREAM_FILE = "stream.json"
+MIXTURE_FILE = "mixture.json"
 IGNORED_SETTINGS = (  # settings of an adapter that change no output, or that PEFT reads from the base
     *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
     *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
 )
 
 
+def member_folder(number: int) -> str:
+    """The name of the folder of a mixture's member; member 0 lies in the mixture's folder itself."""
+    return f"member_{number}"
+
+
 def _editable_digests(folder: Path) -> dict[str, str]:
-    """Name -> digest, when they were saved, of the files that people may edit; the state file records them."""
+    """Name -> digest, when they were saved, of the files that people may edit; the state files record them."""
+    digests = _recorded_digests(folder)
+    for path in folder.glob(f"member_*/{STATE_FILE}"):
+        digests |= {f"{path.parent.name}/{name}": saved for name, saved in _recorded_digests(path.parent).items()}
+    return digests
+
+
+def _recorded_digests(folder: Path) -> dict[str, str]:
+    """The digests in the state file of one folder."""
     try:
         with safe_open(folder / STATE_FILE, framework="pt") as file:
             saved = json.loads((file.metadata() or {})["bayes_kf"]).get("editable", {})
@@ -50,9 +64,13 @@ def _same_adapter(path: Path, new: Path) -> bool:
 
 
 _OWN = (CONFIG_FILE, STATE_FILE, MODEL_FILE, ADAPTER_FILES[1], LABELS_FILE, HEAD_FILE, HISTORY_FILE, STREAM_FILE)
+_OF_MEMBER = (CONFIG_FILE, STATE_FILE, MODEL_FILE, ADAPTER_FILES[1])
 POSTERIOR = SaveKind(
     checksums=CHECKSUMS_FILE,
-    names=re.compile("|".join(re.escape(name) for name in _OWN)),
+    names=re.compile(
+        "|".join(re.escape(name) for name in (*_OWN, MIXTURE_FILE))
+        + rf"|member_\d+/({'|'.join(re.escape(name) for name in _OF_MEMBER)})"
+    ),
     editable=_editable_digests,
     may_keep={CARD_FILE: lambda path, new: True, ADAPTER_FILES[0]: _same_adapter},
     warn_if_kept={CARD_FILE},

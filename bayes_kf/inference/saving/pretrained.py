@@ -9,15 +9,24 @@ stay as they are (:mod:`bayes_kf.files.atomic_folder`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bayes_kf.files.atomic_folder import check_target, read_consistently, recover, write_files
-from bayes_kf.files.checksums import CHECKSUMS_FILE, digest, verify_checksums, write_checksums, write_digests
+from bayes_kf.files.checksums import (
+    CHECKSUMS_FILE,
+    digest,
+    is_listed,
+    verify_checksums,
+    write_checksums,
+    write_digests,
+)
 from bayes_kf.inference.config import CONFIG_FILE, KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
@@ -25,10 +34,21 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior, 
 from bayes_kf.inference.saving import model_card
 from bayes_kf.inference.saving.adapter_files import find_or_attach, write_adapter
 from bayes_kf.inference.saving.base_fingerprint import BaseSnapshot
-from bayes_kf.inference.saving.file_names import ADAPTER_FILES, CARD_FILE, DRAWS, MODEL_FILE, POSTERIOR, STATE_FILE
+from bayes_kf.inference.saving.file_names import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    DRAWS,
+    MIXTURE_FILE,
+    MODEL_FILE,
+    POSTERIOR,
+    STATE_FILE,
+    member_folder,
+)
 from bayes_kf.inference.saving.state_file import make_state, read_state, with_prefix, write_state
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
+MIXTURE_FORMAT = 1
 Loaded = tuple[KalmanFilter, FilterState, dict[str, Tensor]]  # the fields of a GaussianPosterior
 
 
@@ -78,6 +98,33 @@ def save_with(posterior: GaussianPosterior, folder: Path, write_others: Callable
     write_files(folder, write, replace(POSTERIOR, overwrites=lambda name: name not in own))
 
 
+def save_mixture(
+    members: Sequence[GaussianPosterior],
+    weights: Sequence[float],
+    folder: Path,
+    scores: Mapping[str, float] | None = None,
+) -> None:
+    """Write the members of a mixture: the first as :func:`save` does, the others in folders of their own.
+
+    Args:
+        members: K posteriors of one model.
+        weights: K numbers.
+        folder: made if missing.
+        scores: of an evaluation, for the model card.
+    """
+
+    def write_members(target: Path) -> None:
+        for number, member in enumerate(members[1:], 1):
+            part = target / member_folder(number)
+            write_adapter(member.adapter, member.mean_vector, part)
+            (part / CONFIG_FILE).write_text(member.config._as_json(), encoding="utf-8")
+            write_state(member, part)
+        content = {"format": MIXTURE_FORMAT, "weights": list(weights)}
+        (target / MIXTURE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    save(members[0], folder, scores, write_members)
+
+
 def export_draws(posterior: GaussianPosterior, folder: Path, draws: Tensor) -> list[Path]:
     """Write each draw (S, n) as a PEFT adapter ``draw_0``, ``draw_1``, ... and return their folders."""
     if not is_peft(posterior.adapter.model):
@@ -110,8 +157,15 @@ def check_folder(folder: Path, *, of_peft: bool, names: Sequence[str] = ()) -> N
     check_target(folder, (STATE_FILE, CONFIG_FILE, weights, *names), POSTERIOR)
 
 
-def load(folder: Path, base_model: nn.Module) -> Loaded:
-    """Filter, state and history of a saved posterior; see :meth:`Posterior.from_pretrained`.
+class LoadedPosterior(NamedTuple):
+    """The members of a saved posterior, one unless it is a mixture, and their weights."""
+
+    members: list[Loaded]
+    weights: list[float]
+
+
+def load(folder: Path, base_model: nn.Module) -> LoadedPosterior:
+    """Filter, state and history of every member of a saved posterior; see :meth:`Posterior.from_pretrained`.
 
     Args:
         folder: the posterior's.
@@ -122,14 +176,41 @@ def load(folder: Path, base_model: nn.Module) -> Loaded:
         raise ValueError(f"`base_model` must be the model itself, a torch module that you loaded, got {got}.")
     snapshot = BaseSnapshot(base_model)
 
-    def read(source: Path) -> Loaded:
+    def read(source: Path) -> LoadedPosterior:
         try:
-            return _load(source, base_model, snapshot)
+            weights = _read_weights(source)
+            first = _load(source, base_model, snapshot)
+            others = [_load_member(source / member_folder(k), first[0].adapter) for k in range(1, len(weights))]
         except BaseException:
             snapshot.restore()
             raise
+        return LoadedPosterior([first, *others], weights)
 
     return read_consistently(folder, read, lambda loaded: snapshot.restore())
+
+
+def _read_weights(folder: Path) -> list[float]:
+    """The weights of a mixture's members, (1.0,) for a posterior that is no mixture.
+
+    Raises:
+        ValueError: if the file is damaged or of another version.
+    """
+    if not is_listed(folder, MIXTURE_FILE):
+        return [1.0]
+    path = folder / MIXTURE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, weights = content["format"], content["weights"]
+        valid = isinstance(weights, list) and len(weights) > 0 and all(type(w) is float and w > 0.0 for w in weights)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"`folder` must hold a readable {MIXTURE_FILE}, got {path}: {error}.") from error
+    if version != MIXTURE_FORMAT:
+        raise ValueError(
+            f"`folder` must hold a mixture of format {MIXTURE_FORMAT}, got {version}; did a newer bayes_kf write it?"
+        )
+    if not valid or abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(f"`folder` must hold positive weights that add up to 1 in {path}, got {weights}.")
+    return weights
 
 
 def _write_posterior(
@@ -148,6 +229,22 @@ def _load(folder: Path, base_model: nn.Module, snapshot: BaseSnapshot) -> Loaded
     adapter = find_or_attach(folder, base_model, metadata, tensors, snapshot)
     if list(adapter.names) != metadata["names"] or [list(s) for s in adapter.shapes] != metadata["shapes"]:
         raise ValueError(f"`base_model` must have the trainable tensors of {folder}, got others.")
+    return _loaded(folder, adapter, config, tensors, metadata)
+
+
+def _load_member(folder: Path, adapter: AdapterModel) -> Loaded:
+    """A further member of a mixture, over the adapter of the first; its checksums have been verified."""
+    config = KalmanConfig.from_pretrained(folder)
+    tensors, metadata = read_state(folder / STATE_FILE)
+    if list(adapter.names) != metadata["names"] or [list(s) for s in adapter.shapes] != metadata["shapes"]:
+        raise ValueError(f"`folder` must hold members over the same tensors, got others in {folder}.")
+    return _loaded(folder, adapter, config, tensors, metadata)
+
+
+def _loaded(
+    folder: Path, adapter: AdapterModel, config: KalmanConfig, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> Loaded:
+    """Filter, state and history of the files that were read from ``folder``."""
     tensors = {name: t.to(adapter.device) if not name.startswith("history.") else t for name, t in tensors.items()}
     history = with_prefix(tensors, "history.")
     kf = KalmanFilter(adapter, config)

@@ -34,7 +34,13 @@ STEP_SIZE = 1.0  # r of the first step
 
 
 def mean_pass(
-    kf: KalmanFilter, before: FilterState, loader: Iterable[Any], number: int, passes: int, progress: ProgressBar
+    kf: KalmanFilter,
+    before: FilterState,
+    loader: Iterable[Any],
+    number: int,
+    passes: int,
+    progress: ProgressBar,
+    step_size: float = STEP_SIZE,
 ) -> tuple[FilterState, float]:
     """The state after one mean pass, and the log loss per example, in nats, each before its own step.
 
@@ -45,6 +51,7 @@ def mean_pass(
         number: index of this mean pass, from 0.
         passes: the number of mean passes.
         progress: advanced after every batch.
+        step_size: r of the first step of the first pass.
 
     Raises:
         ValueError: if the loader yields another number of examples.
@@ -54,7 +61,7 @@ def mean_pass(
 
     def update(state: FilterState, inputs: Inputs, targets: Tensor) -> tuple[FilterState, float]:
         done = (number + examples / before.examples) / passes
-        after, loss = natural_gradient_step(kf.config, kf.adapter, state, inputs, targets, STEP_SIZE * (1.0 - done))
+        after, loss = natural_gradient_step(kf.config, kf.adapter, state, inputs, targets, step_size * (1.0 - done))
         if not bool(torch.isfinite(after.belief.mean).all()):
             raise DivergenceError(before.step, f"the mean in batch {progress.done} of a mean pass", before)
         return after, loss
@@ -86,14 +93,14 @@ def natural_gradient_step(
     """
     check_inputs(inputs)
     mean = state.belief.mean
-    loss, gradient = _loss_gradient(config, adapter, state, inputs, targets)
+    loss, gradient = loss_gradient(config, adapter, state, inputs, targets)
     gradient = gradient + len(targets) / state.examples * (mean - state.prior.mean) / state.prior.variance
     direction = state.belief.product(gradient)
     direction = direction / (1.0 + step_size * (gradient @ direction).clamp_min(0.0))
     return state._replace(belief=state.belief.with_mean(mean - step_size * direction)), loss
 
 
-def _loss_gradient(
+def loss_gradient(
     config: KalmanConfig, adapter: AdapterModel, state: FilterState, inputs: Inputs, targets: Tensor
 ) -> tuple[float, Tensor]:
     """−log p(y | θ) of a batch, and its gradient, (n,)."""

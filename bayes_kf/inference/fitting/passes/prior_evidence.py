@@ -24,6 +24,7 @@ from bayes_kf.inference.config_groups import DynamicsSettings
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes import noise_refit
+from bayes_kf.inference.heldout.covariance_size import scale_prior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.prior.initial_values import known_initial_values
@@ -86,14 +87,6 @@ def maximize_evidence(adapter: AdapterModel, state: FilterState) -> tuple[Filter
     candidates = [scale_prior(state, scale) for scale in PRIOR_SCALES]
     evidence = torch.tensor([log_evidence(c, displacement) for c in candidates], dtype=torch.float64)
     return candidates[int(evidence.argmax())], evidence
-
-
-def scale_prior(state: FilterState, scale: float) -> FilterState:
-    """The state with the prior variance multiplied by ``scale``, and the belief under that prior."""
-    variance = scale * state.prior.variance
-    added = 1.0 / variance - 1.0 / state.prior.variance
-    belief = state.belief.add_precision(added)
-    return state._replace(belief=belief, prior=state.prior._replace(variance=variance))
 
 
 def log_evidence(state: FilterState, displacement: Tensor) -> float:

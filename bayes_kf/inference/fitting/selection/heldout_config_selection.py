@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,7 +26,7 @@ from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.batch import Batch, Inputs, check_inputs, split_batch, to_device
 
 HELDOUT_SHARE = 8  # one example in 8 is held out
 WIDE_LOGIT_SD, NARROW_LOGIT_SD = 10.0, 1.0  # of the wide prior and the narrow one
@@ -89,6 +89,39 @@ def default_curvature(adapter: AdapterModel, inputs: Inputs) -> str:
     return "sampled" if outputs.shape[1] > MAX_EXACT_OUTPUTS else "exact"
 
 
+class ShuffledBatches:
+    """Batches in a new order in every iteration, the same at every start of the program.
+
+    Args:
+        batches: kept as they are, but cut into pieces of at most ``size`` examples.
+        size: the most examples of a batch.
+    """
+
+    def __init__(self, batches: Iterable[Any], size: int) -> None:
+        self._generator, self._pieces = torch.Generator().manual_seed(0), list[Any]()
+        for batch in batches:
+            inputs, targets = split_batch(batch)
+            whole = Batch.of(inputs, targets)
+            self._pieces += [batch] if whole.size <= size else [(b.inputs, b.targets) for b in whole.chunks(size)]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in torch.randperm(len(self._pieces), generator=self._generator).tolist():
+            yield self._pieces[number]
+
+
+def shuffled(split: Split, size: int) -> Split:
+    """The split with batches of at most ``size`` examples for the fitted part, in a new order in every pass.
+
+    A DataLoader's examples are divided into other batches in every pass; those of a list stay together.
+    """
+    if isinstance(split.fitted, DataLoader):
+        return Split(_subset(split.fitted, None, True, size), split.heldout)
+    return Split(ShuffledBatches(split.fitted, size), split.heldout)
+
+
 def split_loader(loader: Iterable[Any]) -> Split | None:
     """A loader in two parts; None if it cannot be split, or is too small.
 
@@ -134,15 +167,27 @@ def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterio
     return posterior, loss if math.isfinite(loss) else math.inf
 
 
-def _subset(loader: DataLoader[Any], indices: list[int], shuffled: bool) -> DataLoader[Any]:
-    """A loader with the same options over some of the examples."""
+def _subset(
+    loader: DataLoader[Any], indices: list[int] | None, shuffled: bool, size: int | None = None
+) -> DataLoader[Any]:
+    """A loader with the same options over some of the examples, or over all.
+
+    Args:
+        loader: the loader.
+        indices: of the examples; None: all.
+        shuffled: whether every pass has another order.
+        size: of the batches; None: the loader's. With a size, the order depends on nothing outside the loader.
+    """
+    generator = loader.generator
+    if size is not None and generator is None:
+        generator = torch.Generator().manual_seed(0)
     return DataLoader(
-        Subset(loader.dataset, indices),
-        batch_size=loader.batch_size,
+        loader.dataset if indices is None else Subset(loader.dataset, indices),
+        batch_size=size or loader.batch_size,
         shuffle=shuffled,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
-        generator=loader.generator,
+        generator=generator,
     )

@@ -1,0 +1,93 @@
+"""Passes of the mean, of which held-out examples choose the last: the latest one that is not clearly worse.
+
+After each pass the outputs at the mean are scored on the held-out examples: by the log loss at the divisor of the
+logits that suits them best, or for real targets at the noise variance that does. The pass with the least loss is a
+noisy choice with 50 examples, and the learning rate falls to zero at the end. So the result is that of the latest pass
+whose loss exceeds the least by at most one standard error of the difference, paired by example. Ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.fitting.passes.map_passes import MapPasses
+from bayes_kf.inference.fitting.passes.noise_refit import refit_noise
+from bayes_kf.inference.fitting.progress import ProgressBar
+from bayes_kf.inference.heldout.sharpness import point_log_losses
+from bayes_kf.models.batch import Batch
+
+STANDARD_ERRORS = 1.0
+
+
+class StoppedPasses(NamedTuple):
+    """The result of early stopping.
+
+    Attributes:
+        state: after the chosen pass.
+        losses: mean held-out loss in nats before the first pass and after each one.
+        chosen: index of the chosen pass; 0 if none helped.
+    """
+
+    state: FilterState
+    losses: list[float]
+    chosen: int
+
+
+def early_stopped_passes(
+    kf: KalmanFilter,
+    state: FilterState,
+    loader: Iterable[Any],
+    heldout: Sequence[Batch],
+    passes: int,
+    bar: Callable[[str], ProgressBar],
+) -> StoppedPasses:
+    """The state after the latest pass of the mean that held-out examples do not reject.
+
+    Args:
+        kf: the filter.
+        state: after the filter's pass.
+        loader: the examples of that pass.
+        heldout: other examples, on the model's device.
+        passes: the number of passes that are made.
+        bar: from a text to a progress bar.
+
+    Raises:
+        DivergenceError: as :class:`MapPasses`.
+    """
+    run = MapPasses(kf, state, passes)
+    states, losses = [state], [heldout_point_losses(kf, state, heldout)]
+    for number in range(passes):
+        with bar(f"mean pass {number + 1} of {passes}") as progress:
+            state, _ = run.run(refit_noise(kf, states[-1], loader), loader, progress)
+        states.append(state)
+        losses.append(heldout_point_losses(kf, state, heldout))
+    chosen = latest_not_worse(losses)
+    return StoppedPasses(states[chosen], [float(loss.mean()) for loss in losses], chosen)
+
+
+def latest_not_worse(losses: Sequence[Tensor]) -> int:
+    """The last index whose losses (N,) exceed those of the best one by at most one paired standard error."""
+    stacked = torch.stack(list(losses)).double()
+    means = stacked.mean(1).nan_to_num(torch.inf)
+    best = int(means.argmin())
+    excess = stacked - stacked[best]
+    error = excess.std(1, correction=0) / max(1, stacked.shape[1] - 1) ** 0.5
+    near = (means - means[best] <= STANDARD_ERRORS * error) & torch.isfinite(means)
+    near[best] = True
+    return int(near.nonzero().max())
+
+
+def heldout_point_losses(kf: KalmanFilter, state: FilterState, heldout: Iterable[Batch]) -> Tensor:
+    """The held-out log losses of the mean's outputs at their best sharpness, (N,)."""
+    outputs, targets = list[Tensor](), list[Tensor]()
+    with kf.adapter.full_precision():
+        for batch in heldout:
+            outputs.append(kf.linearize.outputs(state.belief.mean, batch))
+            targets.append(batch.required_targets)
+    return point_log_losses(kf.config.likelihood, torch.cat(outputs), torch.cat(targets))

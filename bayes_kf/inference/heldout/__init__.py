@@ -1,0 +1,1 @@
+"""Size and sharpness of a posterior, chosen by held-out data."""

@@ -1,0 +1,77 @@
+"""A positive number that held-out data chose, and how sure they are of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEVEL = 0.9  # of the interval
+
+
+class Choice(NamedTuple):
+    """The most probable value, and an interval of probability 0.9.
+
+    Attributes:
+        value: the chosen number.
+        low: the lower end.
+        high: the upper end.
+        at_edge: whether the value is the smallest or the largest that was tried.
+        log_density: there, up to the constant of the density that was maximized.
+    """
+
+    value: float
+    low: float
+    high: float
+    at_edge: bool
+    log_density: float
+
+    def as_tensor(self) -> Tensor:
+        """Value, low and high, (3,), for a history."""
+        return torch.tensor([self.value, self.low, self.high], dtype=torch.float64)
+
+
+def most_probable(log_density: Callable[[float], float], values: Sequence[float]) -> Choice:
+    """The maximum of a density of log x between the first and the last of ``values``, ascending, and its interval.
+
+    The density is evaluated at all ``values``, and then between the neighbours of the best one.
+
+    Args:
+        log_density: of log x, up to a constant.
+        values: a grid, equally spaced in log x.
+    """
+    grid = torch.tensor(values, dtype=torch.float64).log()
+    heights = torch.tensor([log_density(value) for value in values], dtype=torch.float64)
+    heights = heights.nan_to_num(-torch.inf, posinf=-torch.inf)
+    best = int(heights.argmax())
+    shares = (heights - heights.max()).exp()
+    cumulated = torch.cat([shares.new_zeros(1), torch.cumulative_trapezoid(shares, grid)])
+    cumulated = cumulated / cumulated[-1] if float(cumulated[-1]) > 0 else torch.linspace(0, 1, len(grid)).double()
+    low, high = (_crossing(grid, cumulated, share) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    if best in (0, len(values) - 1):
+        return Choice(values[best], min(low, values[best]), max(high, values[best]), True, float(heights[best]))
+    from scipy.optimize import minimize_scalar  # loads slowly
+
+    optimum = minimize_scalar(
+        lambda x: -log_density(math.exp(x)),
+        bounds=(float(grid[best - 1]), float(grid[best + 1])),
+        method="bounded",
+        options={"xatol": 0.02, "maxiter": 8},
+    )
+    value, height = math.exp(optimum.x), -float(optimum.fun)
+    if height < float(heights[best]):
+        value, height = values[best], float(heights[best])
+    return Choice(value, min(low, value), max(high, value), False, height)
+
+
+def _crossing(grid: Tensor, cumulated: Tensor, share: float) -> float:
+    """x where the cumulated probability reaches ``share``, by linear interpolation in log x."""
+    right = int((cumulated >= share).to(torch.int8).argmax())
+    if right == 0:
+        return float(grid[0].exp())
+    step = cumulated[right] - cumulated[right - 1]
+    part = (share - cumulated[right - 1]) / step if float(step) > 0 else 1.0
+    return float((grid[right - 1] + part * (grid[right] - grid[right - 1])).exp())

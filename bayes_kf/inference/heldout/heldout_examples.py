@@ -1,0 +1,185 @@
+"""Held-out examples, linearized at a posterior's mean: jointly, in blocks, and each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
+from bayes_kf.inference.linearization.jacobian import Jacobian
+from bayes_kf.inference.measurement_model import predictive_density
+from bayes_kf.inference.measurement_model.output_directions import MASKED_LOGIT, project_outputs
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.inference.predictive.linearized_prediction import (
+    output_covariance,
+    output_deviations,
+    parameter_draws_are_cheaper,
+    required_targets,
+)
+from bayes_kf.models.batch import Batch, split_batch
+from bayes_kf.models.likelihood import Likelihood
+
+BLOCK_EXAMPLES = 64  # of a block; below about 50 a joint likelihood says little about the size of a covariance
+BLOCK_BYTES = 2**29  # of a block's Jacobian; blocks of large adapters have fewer examples
+JOINT_CLASSES = 5  # the most probable classes that a block keeps apart; the others are one class
+NUM_DRAWS = 64  # parameter draws that stand for the covariance of more outputs than that
+
+
+class HeldoutBlock(NamedTuple):
+    """Examples whose outputs are correlated through the parameters.
+
+    Attributes:
+        family: likelihood of the targets given the outputs.
+        outputs: N examples of c outputs at the posterior mean, (N, c).
+        targets: as the likelihood's ``check`` returns them.
+        jacobian: of these outputs.
+    """
+
+    family: Likelihood
+    outputs: Tensor
+    targets: Tensor
+    jacobian: Jacobian
+
+
+@dataclass(frozen=True)
+class HeldoutOutputs:
+    """The outputs η ~ N(f, C) of each held-out example by itself.
+
+    Attributes:
+        family: the likelihood.
+        outputs: f, (N, m).
+        covariance: C, (N, m, m); None if ``root`` stands for it.
+        root: RᵀR = C with R (N, r, m); None if ``covariance`` is there.
+        targets: as the likelihood's ``check`` returns them.
+    """
+
+    family: Likelihood
+    outputs: Tensor
+    covariance: Tensor | None
+    root: Tensor | None
+    targets: Tensor
+
+    def log_loss(self, divisor: float = 1.0) -> Tensor:
+        """−log E p(y | η / divisor) of each example, (N,) in nats, float64, on the CPU."""
+        outputs = self.outputs / divisor
+        if self.root is not None:
+            losses = predictive_density.root_log_loss(self.family, outputs, self.root / divisor, self.targets, [1.0])
+        else:
+            assert self.covariance is not None
+            covariance = self.covariance / divisor**2
+            losses = predictive_density.log_loss(self.family, outputs, covariance, self.targets, [1.0])
+        return losses[0].double().cpu()
+
+
+def heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[Batch]:
+    """Every batch, with targets, on the model's device.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
+    """
+    index = -1
+    for index, batch in enumerate(loader):
+        inputs, targets = split_batch(batch)
+        if targets is None:
+            raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"`loader` must yield targets as tensors, got {type(targets).__name__}.")
+        yield Batch.checked(inputs, targets, posterior.adapter.device)
+    if index < 0:
+        raise ValueError("`loader` must yield at least one batch, got none.")
+
+
+def heldout_outputs(posterior: GaussianPosterior, loader: Iterable[Any]) -> HeldoutOutputs:
+    """The outputs of every held-out example, with the posterior's temperature but without its softmax temperature."""
+    family, parts = posterior.likelihood, list[tuple[Tensor, Tensor, Tensor]]()
+    by_draws: bool | None = None
+    with posterior.adapter.full_precision():
+        for batch in heldout_batches(posterior, loader):
+            if by_draws is None:
+                by_draws = parameter_draws_are_cheaper(posterior, batch, NUM_DRAWS)
+            parts += [_draws(posterior, batch)] if by_draws else _covariances(posterior, batch)
+    outputs, spread, targets = (torch.cat(values) for values in zip(*parts, strict=True))
+    checked = family.check(outputs, targets)
+    if by_draws:
+        return HeldoutOutputs(family, outputs, None, spread, checked)
+    return HeldoutOutputs(family, outputs, semidefinite(spread), None, checked)
+
+
+def _covariances(posterior: GaussianPosterior, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Outputs (b, m), T·J P Jᵀ (b, m, m) and targets, a chunk at a time."""
+    parts = []
+    for _, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, batch):
+        linearized = posterior.kf.linearize(posterior.mean_vector, chunk)
+        covariance = posterior.temperature * output_covariance(posterior, linearized)
+        parts.append((linearized.outputs, covariance, chunk.required_targets))
+    return parts
+
+
+def _draws(posterior: GaussianPosterior, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (B, m), a root (B, S, m) of their covariance from S parameter draws, and targets."""
+    outputs = posterior.adapter.outputs(posterior.mean_vector, batch.inputs)
+    deviations = output_deviations(posterior, batch, NUM_DRAWS, posterior.generator(), posterior.temperature)
+    return outputs, (deviations / NUM_DRAWS**0.5).transpose(0, 1), batch.required_targets
+
+
+def heldout_blocks(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[HeldoutBlock]:
+    """The held-out examples in blocks of about ``BLOCK_EXAMPLES``, as far as ``BLOCK_BYTES`` allow.
+
+    Of more than ``JOINT_CLASSES`` + 1 classes a block uses the most probable ones of each example and its label; the
+    others are one class, whose logit is the logsumexp of theirs.
+    """
+    pieces, size = list[HeldoutBlock](), 0
+    with posterior.adapter.full_precision():
+        for batch in heldout_batches(posterior, loader):
+            limit = _block_size(posterior, batch)
+            for piece in batch.chunks(limit):
+                if size and size + piece.size > limit:
+                    yield _joined(pieces)
+                    pieces, size = [], 0
+                pieces.append(_block(posterior, piece))
+                size += piece.size
+    if size:
+        yield _joined(pieces)
+
+
+def _block_size(posterior: GaussianPosterior, batch: Batch) -> int:
+    """The number of examples of a block."""
+    rows = min(posterior.kf.linearize.prepare(posterior.mean_vector, batch), JOINT_CLASSES + 2)
+    each = rows * posterior.adapter.num_parameters * posterior.adapter.dtype.itemsize
+    return max(1, min(BLOCK_EXAMPLES, BLOCK_BYTES // each))
+
+
+def _block(posterior: GaussianPosterior, batch: Batch) -> HeldoutBlock:
+    """Examples of one batch as a block."""
+    family, settings = posterior.likelihood, posterior.config.curvature_settings
+    few = replace(settings, curvature="truncated", curvature_epsilon=1e-6, curvature_classes=JOINT_CLASSES)
+    outputs = posterior.adapter.outputs(posterior.mean_vector, batch.inputs)
+    targets = required_targets(family, outputs, batch)
+    if family.name != "categorical" or outputs.shape[1] <= JOINT_CLASSES + 1:
+        linearized = posterior.kf.linearize(posterior.mean_vector, batch)
+        jacobian = linearized.softmax_jacobian() if family.name == "categorical" else linearized.jacobian()
+        return HeldoutBlock(family, linearized.outputs, targets, jacobian)
+    projected = project_outputs(few, family, outputs, targets)
+    assert projected.directions is not None
+    rows = projected.directions.num_rows
+    linearized = posterior.kf.linearize(posterior.mean_vector, batch, rows_per_example=rows)
+    jacobian = linearized.jacobian(projected.directions)
+    return HeldoutBlock(projected.family, projected.outputs, projected.targets, jacobian)
+
+
+def _joined(pieces: list[HeldoutBlock]) -> HeldoutBlock:
+    """Several blocks as one; masked columns and rows of zeros fill those with fewer outputs."""
+    if len(pieces) == 1:
+        return pieces[0]
+    width = max(piece.outputs.shape[1] for piece in pieces)
+    missing = [width - piece.outputs.shape[1] for piece in pieces]
+    outputs = torch.cat(
+        [F.pad(p.outputs, (0, gap), value=MASKED_LOGIT) for p, gap in zip(pieces, missing, strict=True)]
+    )
+    rows = torch.cat([F.pad(p.jacobian.dense(), (0, 0, 0, gap)) for p, gap in zip(pieces, missing, strict=True)])
+    return HeldoutBlock(pieces[0].family, outputs, torch.cat([p.targets for p in pieces]), Jacobian.from_rows(rows))

@@ -1,0 +1,1 @@
+"""Mixtures of posteriors: their predictions, their files, and the class that users call."""

@@ -1,0 +1,258 @@
+"""The posterior that the default fit returns: a mixture of several Gaussians over one model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
+from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
+from bayes_kf.inference.heldout.sharpness import choose_sharpness
+from bayes_kf.inference.mixture.mixture_prediction import member_generators, predict_mixture
+from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive import arviz_export, generation, predict
+from bayes_kf.inference.predictive.generation import Generated
+from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.saving import pretrained
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Batch, Inputs
+from bayes_kf.models.likelihood import Likelihood
+
+OF_ONE_MEMBER = ("kf", "state", "mean_vector", "variance_vector", "covariance_matrix", "filter", "prior_variance")
+
+
+@dataclass(frozen=True, repr=False)
+class MixturePosterior:
+    """Σ_k w_k N(μ_k, P_k) over the trainable tensors of a model: several :class:`Posterior` s with weights.
+
+    Predictions, draws and text come from all members. What belongs to one Gaussian (``state``, ``kf``,
+    ``covariance_matrix``, ...) is an attribute of a member: ``mixture.best.state``, ``mixture.members[1].state``.
+
+    Attributes:
+        members: K posteriors of one model; the one with the largest weight first.
+        weights: w, K positive numbers that add up to 1.
+        history: series of the fit of the first member, see :class:`Posterior`.
+    """
+
+    members: tuple[Posterior, ...]
+    weights: tuple[float, ...]
+    history: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        members, weights = tuple(self.members), tuple(float(w) for w in self.weights)
+        if not members or len(members) != len(weights):
+            raise ValueError(f"`weights` must be as many as `members`, got {len(weights)} for {len(members)}.")
+        if not all(w > 0.0 for w in weights) or abs(sum(weights) - 1.0) > 1e-6:
+            raise ValueError(f"`weights` must be positive and add up to 1, got {', '.join(f'{w:g}' for w in weights)}.")
+        first = members[0].adapter
+        for number, member in enumerate(members[1:], 1):
+            if (member.adapter.names, member.adapter.shapes) != (first.names, first.shapes):
+                raise ValueError(f"`members` must be over the same tensors, got others in number {number}.")
+            if member.config.likelihood != members[0].config.likelihood:
+                raise ValueError(f"`members` must have one likelihood, got another in number {number}.")
+        order = sorted(range(len(weights)), key=lambda k: -weights[k])  # stable
+        object.__setattr__(self, "members", tuple(members[k] for k in order))
+        object.__setattr__(self, "weights", tuple(weights[k] for k in order))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in OF_ONE_MEMBER:
+            raise AttributeError(
+                f"a mixture of {len(self.members)} posteriors has no `{name}`: each member has one, "
+                f"`posterior.best.{name}` that with the largest weight"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} of {len(self.members)} members:"]
+        lines += [f"  {weight:.2f}  {member!r}" for weight, member in zip(self.weights, self.members, strict=True)]
+        return "\n".join(lines)
+
+    @property
+    def best(self) -> Posterior:
+        """The member with the largest weight; the first of them if several have it."""
+        return self.members[0]
+
+    @property
+    def adapter(self) -> AdapterModel:
+        """The model as a function of its trainable tensors."""
+        return self.best.adapter
+
+    @property
+    def config(self) -> KalmanConfig:
+        """The settings of the best member."""
+        return self.best.config
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood of the best member's targets."""
+        return self.best.likelihood
+
+    @property
+    def softmax_temperature(self) -> float:
+        """The divisor of the logits in predictions, the same for all members."""
+        return self.best.softmax_temperature
+
+    @property
+    def temperature(self) -> float:
+        """The factor on the best member's covariance."""
+        return self.best.temperature
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings about the members' predictions, one sentence each."""
+        return tuple(dict.fromkeys(note for member in self.members for note in member.notes))
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """Means of the mixture, Σ w_k μ_k, tensor name -> tensor. They are the parameters of no member."""
+        return self.adapter.unflatten(self._mean_vector())
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """Marginal variances of the mixture, Σ w_k (p_k + (μ_k − μ)²), tensor name -> tensor."""
+        mean = self._mean_vector()
+        parts = [w * (m.variance_vector + (m.mean_vector - mean).square()) for w, m in self._weighted()]
+        return self.adapter.unflatten(torch.stack(parts).sum(0))
+
+    def predict(
+        self,
+        inputs: Inputs,
+        method: str = "linearized",
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+        targets: Tensor | None = None,
+    ) -> Prediction:
+        """Predictive distribution for a batch: the weighted mean of the members'; see :meth:`Posterior.predict`.
+
+        Disagreement between members counts as epistemic.
+        """
+        generators = member_generators(self.generator(generator), len(self.members))
+        return predict_mixture(self.members, self.weights, inputs, method, num_samples, generators, targets)
+
+    def predict_loader(
+        self,
+        loader: Iterable[Any],
+        method: str = "linearized",
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+        keep_samples: bool = False,
+    ) -> LoaderPrediction:
+        """Predictive distributions for all examples of a loader; see :meth:`Posterior.predict_loader`."""
+        generators = member_generators(self.generator(generator), len(self.members))
+        states = [one.get_state() for one in generators]
+
+        def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
+            return predict_mixture(
+                self.members, self.weights, inputs, method, num_samples, generators, targets,
+                compare=is_first, adapter_generator_states=states, stacklevel=6,
+            )  # fmt: skip
+
+        return predict.collect_predictions(predict_batch, loader, keep_samples)
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws from the mixture, (S, n): for each a member, then parameters from its Gaussian.
+
+        Args:
+            num_samples: S.
+            generator: source of the draws; by default a new one seeded with ``config.seed``.
+        """
+        generator = self.generator(generator)
+        weights = torch.tensor(self.weights, dtype=torch.float64, device=generator.device)
+        chosen = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
+        draws = self.best.mean_vector.new_empty(num_samples, self.adapter.num_parameters)
+        for number, member in enumerate(self.members):
+            where = (chosen == number).nonzero().squeeze(1).to(draws.device)
+            if len(where):
+                draws[where] = member.sample(len(where), generator)
+        return draws
+
+    def generator(self, generator: torch.Generator | None = None) -> torch.Generator:
+        """The given generator, or a new one seeded with ``config.seed``."""
+        return self.best.generator(generator)
+
+    def scaled_logits(self, logits: Tensor) -> Tensor:
+        """Logits divided by :attr:`softmax_temperature`; same shape."""
+        return self.best.scaled_logits(logits)
+
+    def adapters_at_once(self, batch: Batch) -> int:
+        """How many adapters fit in memory together, in forward passes over a batch."""
+        return self.best.adapters_at_once(batch)
+
+    def calibrate(self, loader: Iterable[Any]) -> Self:
+        """The mixture with the size of each member's covariance and the sharpness that held-out data choose.
+
+        See :meth:`Posterior.calibrate`. The weights stay.
+        """
+        batches = list(loader)
+        members = [with_size(member, choose_size(member, batches).value) for member in self.members]
+        chosen = choose_sharpness([heldout_outputs(member, batches) for member in members], weights=self.weights)
+        sharp = [member.with_settings(softmax_temperature=chosen.value) for member in members]
+        return replace(self, members=tuple(sharp))
+
+    def update(self, inputs: Inputs, targets: Tensor) -> Self:
+        """The mixture after one more batch: every member updated, and its weight multiplied by its p(y | x).
+
+        Raises:
+            ValueError: if inputs or targets are malformed.
+            DivergenceError: if a member refuses the update.
+        """
+        evidence = [member.predict(inputs, targets=targets).log_prob for member in self.members]
+        members = [replace(m, state=m.kf.update(m.state, inputs, targets)[0]) for m in self.members]
+        log_weights = torch.tensor(self.weights, dtype=torch.float64).log()
+        for number, log_prob in enumerate(evidence):
+            assert log_prob is not None  # targets were given
+            log_weights[number] += float(log_prob.double().sum())
+        weights = (log_weights - log_weights.logsumexp(0)).exp().clamp_min(torch.finfo(torch.float64).tiny)
+        return replace(self, members=tuple(members), weights=tuple((weights / weights.sum()).tolist()))
+
+    def output_variance(self, batch: Any) -> dict[str, float]:
+        """The weighted mean of the members' contributions of each tensor; see :meth:`Posterior.output_variance`."""
+        parts = [(weight, member.output_variance(batch)) for weight, member in self._weighted()]
+        return {name: sum(weight * part[name] for weight, part in parts) for name in parts[0][1]}
+
+    def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
+        """Text by the predictive distribution of a causal language model; see :meth:`Posterior.generate`."""
+        return generation.generate(self, inputs, max_new_tokens, **settings)
+
+    def with_adapter(self, adapter: AdapterModel) -> Self:
+        """The same mixture over another view of its model; see :meth:`Posterior.with_adapter`."""
+        return replace(self, members=tuple(member.with_adapter(adapter) for member in self.members))
+
+    def apply_to(self, model: nn.Module) -> None:
+        """Write the mean of the best member into ``model``, in place; ValueError if it has other trainable tensors."""
+        self.best.apply_to(model)
+
+    def to_arviz(
+        self, num_samples: int = 500, generator: torch.Generator | None = None, loader: Iterable[Any] | None = None
+    ) -> Any:
+        """Draws from the mixture as ArviZ data; see :meth:`Posterior.to_arviz`."""
+        return arviz_export.to_arviz(self, num_samples, generator, loader)
+
+    def save_pretrained(self, folder: str | Path, scores: Mapping[str, float] | None = None) -> None:
+        """Write the mixture as a folder; see :meth:`Posterior.save_pretrained`.
+
+        The folder itself holds the best member, as a folder of a :class:`Posterior` does: PEFT loads its mean from
+        there. The others lie in ``member_1``, ``member_2``, ..., and the weights in ``mixture.json``.
+        """
+        pretrained.save_mixture(self.members, self.weights, Path(folder), scores)
+
+    def export_adapters(
+        self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None
+    ) -> list[Path]:
+        """Write draws from the mixture as PEFT adapters; see :meth:`Posterior.export_adapters`."""
+        return pretrained.export_draws(self.best, Path(folder), self.sample(num_samples, generator))
+
+    def _weighted(self) -> list[tuple[float, Posterior]]:
+        return list(zip(self.weights, self.members, strict=True))
+
+    def _mean_vector(self) -> Tensor:
+        return torch.stack([weight * member.mean_vector for weight, member in self._weighted()]).sum(0)
+
+
+Posterior.mixture_type = MixturePosterior

@@ -1,0 +1,232 @@
+"""Epistemic entropy against Hamiltonian Monte Carlo, where it converges: two small classifiers under known priors.
+
+Softmax regression on four features, and a two-layer network on two, 150 examples of three classes each. The filter,
+its passes of the mean, and 32 chains of HMC share prior and likelihood. Columns: the filter's own covariance, that of
+``covariance_pass`` at the final mean, and that one at the size which 56 held-out examples choose.
+
+    python -m benchmarks.quality.epistemic_entropy             # everything; a stopped run continues
+    python -m benchmarks.quality.epistemic_entropy --table     # the table from existing results
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import bayes_kf as bkf
+from bayes_kf.inference.fitting.passes.covariance_pass import covariance_pass
+from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
+from benchmarks.common.command import Command, run_cells
+from benchmarks.common.result_files import ResultFile, markdown_table
+
+FITTED, HELDOUT = slice(0, 150), slice(150, 206)
+TEST = slice(500, 1000)
+BATCHES = (1, 16, 64)
+CHAINS, STEPS, LEAPFROGS, THINNING = 32, 600, 20, 4  # as many steps before them are warm-up
+DRAWS = 256
+
+
+class Problem(NamedTuple):
+    """A model, data (1000, d) and labels, and the outputs (K, N, 3) of parameter vectors (K, n)."""
+
+    model: nn.Module
+    inputs: Tensor
+    labels: Tensor
+    outputs: Callable[[Tensor, Tensor], Tensor]
+
+
+def regression(seed: int) -> Problem:
+    """Softmax regression with labels from such a model."""
+    torch.manual_seed(seed)
+    model, generator = nn.Linear(4, 3), torch.Generator().manual_seed(seed)
+    inputs = torch.randn(1000, 4, generator=generator)
+    logits = inputs @ torch.randn(4, 3, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+
+    def outputs(theta: Tensor, given: Tensor) -> Tensor:
+        return torch.einsum("nd,kcd->knc", given, theta[:, :12].view(-1, 3, 4)) + theta[:, 12:].unsqueeze(1)
+
+    return Problem(model, inputs, labels, outputs)
+
+
+def network(seed: int) -> Problem:
+    """A two-layer network on labels that depend on angle and radius."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 3))
+    generator = torch.Generator().manual_seed(seed)
+    inputs = 1.5 * torch.randn(1000, 2, generator=generator)
+    radius, angle = inputs.norm(dim=1), torch.atan2(inputs[:, 1], inputs[:, 0])
+    logits = torch.stack([2 * torch.sin(2 * angle), 2 * (radius - 1.5), torch.zeros_like(radius)], 1)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+
+    def outputs(theta: Tensor, given: Tensor) -> Tensor:
+        first, bias = theta[:, :24].view(-1, 12, 2), theta[:, 24:36].unsqueeze(1)
+        hidden = torch.tanh(torch.einsum("nd,khd->knh", given, first) + bias)
+        return torch.einsum("knh,kch->knc", hidden, theta[:, 36:72].view(-1, 3, 12)) + theta[:, 72:].unsqueeze(1)
+
+    return Problem(model, inputs, labels, outputs)
+
+
+PROBLEMS = {"softmax regression": regression, "two-layer network": network}
+
+
+def measure(name: str, seed: int) -> dict[str, Any]:
+    """Epistemic entropies (mean over test examples, nats) and log losses of one data set."""
+    warnings.simplefilter("ignore")
+    problem = PROBLEMS[name](seed)
+    cell: dict[str, Any] = {}
+    for batch in BATCHES:
+        posterior = fitted(problem, batch)
+        if not cell:
+            cell["hmc"] = hmc(problem, posterior)
+        state = covariance_pass(posterior.kf, posterior.state, batches(problem, FITTED, batch))
+        at_mean = bkf.Posterior(posterior.kf, state)
+        size = choose_size(at_mean, batches(problem, HELDOUT, 28))
+        cell[str(batch)] = {
+            "filter": scores(posterior, problem),
+            "at_mean": scores(at_mean, problem),
+            "sized": scores(with_size(at_mean, size.value), problem) | {"size": size.value},
+        }
+    return cell
+
+
+def fitted(problem: Problem, batch: int) -> bkf.Posterior:
+    """The filter's posterior after three passes of the mean."""
+    config = bkf.KalmanConfig(rank=60, mean_passes=3, temperature=1.0, initial_spread="tensors")
+    return bkf.fit(problem.model, batches(problem, FITTED, batch), config, progress=False)
+
+
+def batches(problem: Problem, part: slice, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of a part of the data."""
+    starts = range(part.start, part.stop, size)
+    pieces = [slice(start, min(start + size, part.stop)) for start in starts]
+    return [(problem.inputs[piece], problem.labels[piece]) for piece in pieces]
+
+
+def scores(posterior: bkf.Posterior, problem: Problem) -> dict[str, float]:
+    """Mean epistemic entropy and log loss on the test examples."""
+    prediction = posterior.predict(problem.inputs[TEST], num_samples=DRAWS, targets=problem.labels[TEST])
+    assert prediction.epistemic is not None  # a classifier
+    assert prediction.log_prob is not None  # targets are given
+    return {"epistemic": float(prediction.epistemic.mean()), "nll": -float(prediction.log_prob.mean())}
+
+
+def hmc(problem: Problem, posterior: bkf.Posterior) -> dict[str, float]:
+    """The same scores by HMC under the filter's prior, with the largest and the median R̂ of a parameter."""
+    prior, labels = posterior.state.prior, problem.labels[FITTED]
+
+    def log_density(theta: Tensor) -> Tensor:
+        log_probs = problem.outputs(theta, problem.inputs[FITTED]).log_softmax(-1)
+        likelihood = log_probs.gather(-1, labels.expand(len(theta), -1).unsqueeze(-1)).squeeze(-1).sum(1)
+        return likelihood - 0.5 * ((theta - prior.mean).square() / prior.variance).sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    start = prior.mean + 0.3 * prior.variance.sqrt() * torch.randn(CHAINS, len(prior.mean), generator=generator)
+    draws = chains(log_density, start, posterior.variance_vector.sqrt(), generator)  # (CHAINS, draws, n)
+    within, means = draws.var(1).mean(0), draws.mean(1)
+    rhat = (1.0 - 1.0 / draws.shape[1] + means.var(0) / within).sqrt()
+    probs = problem.outputs(draws.flatten(0, 1)[::8], problem.inputs[TEST]).softmax(-1)
+    mean = probs.mean(0)
+    total, aleatoric = torch.special.entr(mean).sum(-1), torch.special.entr(probs).sum(-1).mean(0)
+    nll = -mean.gather(1, problem.labels[TEST][:, None]).log().mean()
+    return {
+        "epistemic": float((total - aleatoric).mean()),
+        "nll": float(nll),
+        "largest_rhat": float(rhat.max()),
+        "median_rhat": float(rhat.median()),
+    }
+
+
+def chains(log_density: Callable[[Tensor], Tensor], start: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws of all chains after the warm-up, which adapts the step size to an acceptance of 0.8."""
+
+    def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        value = log_density(x)
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+    def normal() -> Tensor:
+        return torch.randn(start.shape, generator=generator)
+
+    x, step, kept = start, 0.3 / start.shape[1] ** 0.25, list[Tensor]()
+    value, slope = gradient(x)
+    for number in range(2 * STEPS):
+        momentum, new, new_slope, new_value = normal(), x, slope, value
+        energy = value - 0.5 * momentum.square().sum(1)
+        length = step * (0.8 + 0.4 * torch.rand(CHAINS, 1, generator=generator))
+        for _ in range(LEAPFROGS):
+            momentum = momentum + 0.5 * length * scale * new_slope
+            new = new + length * scale * momentum
+            new_value, new_slope = gradient(new)
+            momentum = momentum + 0.5 * length * scale * new_slope
+        accepted = (new_value - 0.5 * momentum.square().sum(1) - energy).exp().clamp_max(1.0).nan_to_num(0.0)
+        moves = torch.rand(CHAINS, generator=generator) < accepted
+        x = torch.where(moves[:, None], new, x)
+        value, slope = torch.where(moves, new_value, value), torch.where(moves[:, None], new_slope, slope)
+        if number < STEPS:
+            step *= float(torch.exp(0.1 * (accepted.mean() - 0.8)))
+        elif number % THINNING == 0:
+            kept.append(x)
+    return torch.stack(kept, 1)
+
+
+def render(cells: dict[str, Any]) -> list[str]:
+    """The table: a line for each data set and batch size."""
+    header = ["data", "seed", "batch", "HMC", "filter", "at the mean", "with the size", "size", "NLL: HMC", *NLL]
+    lines = []
+    for key, cell in cells.items():
+        name, _, seed = key.rpartition("/")
+        for batch in BATCHES:
+            ours = cell[str(batch)]
+            numbers = [cell["hmc"]["epistemic"], *(ours[kind]["epistemic"] for kind in ("filter", "at_mean", "sized"))]
+            losses = [cell["hmc"]["nll"], *(ours[kind]["nll"] for kind in ("filter", "at_mean", "sized"))]
+            shown = [f"{number:.3f}" for number in numbers]
+            lines.append(
+                [name, seed, str(batch), *shown, f"{ours['sized']['size']:.2g}", *(f"{loss:.3f}" for loss in losses)]
+            )
+    worst = max((cell["hmc"]["largest_rhat"] for cell in cells.values()), default=float("nan"))
+    ratios = [
+        ours[kind]["epistemic"] / cell["hmc"]["epistemic"]
+        for kind in ("filter", "at_mean", "sized")
+        for cell in cells.values()
+        for ours in (cell[str(batch)] for batch in BATCHES)
+    ]
+    third = len(ratios) // 3
+    ranges = [
+        f"{min(part):.2f} to {max(part):.2f}"
+        for part in (ratios[:third], ratios[third : 2 * third], ratios[2 * third :])
+    ]
+    note = (
+        "Mean epistemic entropy in nats, and log loss, of 500 test examples under one prior and 150 training examples. "
+        f"Ratio to HMC: the filter's covariance {ranges[0]}, at the final mean {ranges[1]}, with the size that 56 "
+        f"held-out examples chose {ranges[2]}. Largest R̂ of HMC: {worst:.2f}."
+    )
+    return [note, "", *markdown_table(header, lines)]
+
+
+NLL = ("filter", "at the mean", "with the size")
+
+
+def main() -> None:
+    """The command line."""
+    args = Command(__doc__).seeds(4).redo().table().parse()
+    file = ResultFile("epistemic_entropy")
+    if not args.table:
+        work = {f"{name}/{seed}": partial(measure, name, seed) for name in PROBLEMS for seed in args.seeds}
+        run_cells(file, work, args.redo, show, lambda key, measured: False)
+    print(file.write_markdown("Epistemic entropy against HMC", render(file.cells)))
+
+
+def show(measured: dict[str, Any]) -> str:
+    """A measured cell in one line."""
+    ours = [f"{measured[str(batch)]['sized']['epistemic']:.3f}" for batch in BATCHES]
+    return f"HMC {measured['hmc']['epistemic']:.3f}, ours {', '.join(ours)}"
+
+
+if __name__ == "__main__":
+    main()

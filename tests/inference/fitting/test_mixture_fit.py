@@ -1,0 +1,111 @@
+"""``fit_mixture``: what its members learn, what the held-out part chooses, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayes_kf as bkf
+from bayes_kf.inference.fitting.selection.heldout_config_selection import shuffled, split_loader
+
+
+def data(number=240, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = 1.5 * torch.randn(number, 2, generator=generator)
+    logits = torch.stack([3 * x[:, 0], 3 * x[:, 1], torch.zeros(number)], 1)
+    return x, torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    loader = DataLoader(TensorDataset(*data()), batch_size=4, shuffle=True)
+    return bkf.fit_mixture(network(), loader, progress=False)
+
+
+def test_every_member_learns_all_examples_once(mixture):
+    assert {member.state.examples for member in mixture.members} == {240}
+    spreads = {member.config.initial_spread for member in mixture.members}
+    assert spreads <= {"modules", "constant"}
+    assert sum(mixture.weights) == pytest.approx(1.0)
+    assert len({member.softmax_temperature for member in mixture.members}) == 1
+    for member in mixture.members:
+        value, low, high = member.history["size"].tolist()
+        assert low <= value <= high
+        assert len(member.history["held_out_log_loss"]) == 7  # before the first of six passes, and after each
+        assert member.temperature == 1.0
+
+
+def test_the_means_find_the_classes_of_a_problem_with_known_probabilities(mixture):
+    x, labels = data(2000, seed=1)
+    logits = torch.stack([3 * x[:, 0], 3 * x[:, 1], torch.zeros(2000)], 1)
+    right, best = ((p.argmax(1) == labels).double().mean() for p in (mixture.predict(x, "mean").probs, logits))
+    assert float(right) > float(best) - 0.02  # the best possible accuracy is 0.84
+
+
+def test_the_same_call_gives_the_same_mixture_and_the_model_stays():
+    x, y = data(80)
+    batches = [(x[k : k + 20], y[k : k + 20]) for k in range(0, 80, 10)]  # more than 16 examples, which are divided
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    one, two = (bkf.fit_mixture(model, batches, progress=False) for _ in range(2))
+    assert one.weights == two.weights
+    for first, second in zip(one.members, two.members, strict=True):
+        assert torch.equal(first.mean_vector, second.mean_vector)
+        assert torch.equal(first.variance_vector, second.variance_vector)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_members_of_a_regression():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(160, 3, generator=generator)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.5 * torch.randn(160, 1, generator=generator)
+    common = {"likelihood": "gaussian", "noise_variance": "estimated", "covariance": "full", "mean_passes": 3}
+    configs = [bkf.KalmanConfig(**common), bkf.KalmanConfig(**common, initial_logit_sd=10.0)]
+    loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+    mixture = bkf.fit_mixture(nn.Linear(3, 1), loader, configs, progress=False)
+    for member in mixture.members:
+        torch.testing.assert_close(member.mean["weight"], torch.tensor([[1.0, -2.0, 0.5]]), rtol=0, atol=0.15)
+        assert float(member.likelihood.noise_variance) == pytest.approx(0.25, rel=0.3)
+    new = torch.randn(2000, 3, generator=generator)
+    targets = new @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.5 * torch.randn(2000, 1, generator=generator)
+    prediction = mixture.predict(new, targets=targets)
+    inside = ((prediction.mean - targets).abs() < 1.645 * prediction.variance.sqrt()).double().mean()
+    assert 0.86 < float(inside) < 0.94
+
+
+def test_a_member_that_diverges_is_left_out():
+    x, y = data(96)
+    batches = [(x[k : k + 8], y[k : k + 8]) for k in range(0, 96, 8)]
+    wild = bkf.KalmanConfig(initial_variance=1e30, bound_prior=False, damping=False, covariance="diagonal")
+    mixture = bkf.fit_mixture(network(), batches, [wild, bkf.KalmanConfig(mean_passes=1)], progress=False)
+    assert [member.config.initial_variance for member in mixture.members] == [None]
+    with pytest.raises(bkf.DivergenceError):
+        bkf.fit_mixture(network(), batches, [wild], progress=False)
+
+
+def test_loaders_that_cannot_be_split_are_refused():
+    x, y = data(16)
+    for loader in (iter([(x, y)]), [(x, y)], 5):
+        with pytest.raises(ValueError, match="`loader` must be a DataLoader over a data set or a list of at least 8"):
+            bkf.fit_mixture(network(), loader, progress=False)
+    with pytest.raises(ValueError, match="`config` must be a KalmanConfig or several, got none"):
+        bkf.fit_mixture(network(), [(x[k : k + 2], y[k : k + 2]) for k in range(0, 16, 2)], [], progress=False)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_passes_over_a_split_have_other_orders_and_the_same_examples(as_list):
+    x = torch.arange(64.0)[:, None]
+    y = torch.arange(64) % 3
+    loader = DataLoader(TensorDataset(x, y), batch_size=32)
+    split = shuffled(split_loader([(x[k : k + 8], y[k : k + 8]) for k in range(0, 64, 8)] if as_list else loader), 4)
+    passes = [[batch[0].flatten().tolist() for batch in split.fitted] for _ in range(2)]
+    held = [value for batch in split.heldout for value in batch[0].flatten().tolist()]
+    assert passes[0] != passes[1]
+    for batches in passes:
+        assert {len(batch) for batch in batches} == {4}
+        assert sorted(sum(batches, held)) == list(range(64))

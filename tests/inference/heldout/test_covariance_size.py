@@ -1,0 +1,129 @@
+"""The size of a covariance: what it changes, and which one held-out examples choose."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from torch import nn
+
+import bayes_kf as bkf
+from bayes_kf.inference.heldout.covariance_size import SIZES, choose_size, with_size
+from bayes_kf.inference.heldout.heldout_examples import heldout_blocks, heldout_outputs
+from bayes_kf.models.batch import Batch
+
+
+def data(number, seed=0, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(number, 2, generator=generator, dtype=torch.float64)
+    logits = 2.0 * torch.cat([x, x[:, :1] * x[:, 1:]], 1)
+    logits = torch.nn.functional.pad(logits, (0, classes - 3))
+    return x, torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+
+
+def network(classes=3, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, classes)).double()
+
+
+def batches(x, y, size=8):
+    return [(x[k : k + size], y[k : k + size]) for k in range(0, len(x), size)]
+
+
+def fitted(covariance="full", classes=3, **settings):
+    x, y = data(80, classes=classes)
+    config = bkf.KalmanConfig(covariance=covariance, rank=20, temperature=1.0, **settings)
+    return bkf.fit(network(classes), batches(x, y), config, progress=False)
+
+
+@pytest.mark.parametrize("covariance", ["full", "low_rank", "diagonal_information"])
+def test_the_size_is_a_factor_on_the_precision_of_the_prior(covariance):
+    posterior = fitted(covariance)
+    prior_precision = torch.diag(1.0 / posterior.state.prior.variance)
+    for size in (0.1, 1.0, 30.0):
+        sized = with_size(posterior, size)
+        expected = torch.linalg.inv(posterior.covariance_matrix()) + (size - 1.0) * prior_precision
+        torch.testing.assert_close(torch.linalg.inv(sized.covariance_matrix()), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(sized.mean_vector, posterior.mean_vector)
+        assert sized.temperature == 1.0
+
+
+def test_with_dynamics_the_size_is_a_temperature():
+    posterior = fitted(forgetting=0.99)
+    sized = with_size(posterior, 4.0)
+    assert sized.temperature == 0.25
+    assert torch.equal(sized.covariance_matrix(), posterior.covariance_matrix())
+
+
+@pytest.mark.parametrize("pieces", [1, 3])  # texts come in batches of several lengths, which cannot be concatenated
+def test_blocks_hold_the_covariance_of_all_their_outputs(pieces):
+    posterior = fitted()
+    x, y = data(12, seed=1)
+    (block,) = heldout_blocks(posterior, batches(x, y, 12 // pieces))
+    dense = posterior.kf.linearize(posterior.mean_vector, Batch.of(x)).jacobian().dense().flatten(0, 1)
+    expected = dense @ posterior.covariance_matrix() @ dense.mT
+    actual = posterior.state.belief.joint_output_covariance(block.jacobian)
+    centre = torch.eye(3).double() - 1.0 / 3  # softmax ignores a shift of all outputs of an example
+    centre = torch.block_diag(*[centre] * 12)
+    torch.testing.assert_close(centre @ actual @ centre, centre @ expected @ centre, rtol=1e-7, atol=1e-9)
+    assert torch.equal(block.targets, y)
+
+
+def test_of_many_classes_a_block_keeps_the_likely_ones_and_the_label():
+    posterior = fitted(classes=12)
+    x, y = data(10, seed=1, classes=12)
+    (block,) = heldout_blocks(posterior, batches(x, y, 5))
+    outputs = posterior.adapter.outputs(posterior.mean_vector, x)
+    assert block.outputs.shape[1] <= 7
+    expected = posterior.likelihood.log_prob(outputs, y)
+    torch.testing.assert_close(block.family.log_prob(block.outputs, block.targets), expected)
+    likely = outputs.argmax(1)
+    each = posterior.state.belief.output_covariance(block.jacobian)
+    dense = posterior.kf.linearize(posterior.mean_vector, Batch.of(x)).jacobian().dense()
+    rows = dense[range(10), likely]
+    variance = torch.einsum("bi,ij,bj->b", rows, posterior.covariance_matrix(), rows)
+    column = (block.outputs - outputs.gather(1, likely[:, None])).abs().argmin(1)
+    torch.testing.assert_close(each[range(10), column, column], variance)
+
+
+def test_the_chosen_size_of_a_linear_regression_is_the_most_probable_one():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    y = x @ torch.tensor([[0.3], [-0.2], [0.1]], dtype=torch.float64) + 0.5 * torch.randn(60, 1, generator=generator)
+    config = bkf.KalmanConfig(
+        likelihood="gaussian", covariance="full", noise_variance=0.25, initial_variance=50.0, temperature=1.0
+    )
+    posterior = bkf.fit(nn.Linear(3, 1, bias=False).double(), batches(x[:10], y[:10]), config, progress=False)
+    held, targets = x[10:], y[10:]
+    mean, precision = posterior.mean_vector.numpy(), np.linalg.inv(posterior.covariance_matrix().numpy())
+    residual = targets.numpy().ravel() - held.numpy() @ mean
+
+    def height(size):
+        covariance = held.numpy() @ np.linalg.inv(precision + (size - 1) / 50.0 * np.eye(3)) @ held.numpy().T
+        joint = multivariate_normal(cov=covariance + 0.25 * np.eye(50)).logpdf(residual)
+        variance = np.diag(covariance) + 0.25
+        each = -0.5 * (np.log(2 * np.pi * variance) + residual**2 / variance).sum()
+        return joint + each - 0.5 * np.log10(size) ** 2
+
+    grid = np.logspace(-2, 3, 2001)
+    heights = np.array([height(size) for size in grid])
+    choice = choose_size(posterior, batches(held, targets, 25))
+    assert choice.value == pytest.approx(grid[heights.argmax()], rel=0.05)
+    assert choice.low < choice.value < choice.high
+    assert SIZES[0] < choice.value < SIZES[-1]
+
+
+def test_held_out_outputs_are_those_of_the_posterior():
+    posterior = fitted()
+    x, y = data(20, seed=1)
+    outputs = heldout_outputs(posterior, batches(x, y))
+    prediction = posterior.predict(x, targets=y, num_samples=20_000)
+    torch.testing.assert_close(outputs.log_loss(), -prediction.log_prob.double(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("call", [choose_size, heldout_outputs])
+def test_held_out_data_need_targets(call):
+    x, _ = data(4)
+    with pytest.raises(ValueError, match="`loader` must yield targets with every batch, got none in batch 0"):
+        call(fitted(), [x])
+    with pytest.raises(ValueError, match="`loader` must yield at least one batch, got none"):
+        call(fitted(), [])
