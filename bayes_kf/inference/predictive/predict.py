@@ -176,7 +176,8 @@ def _stored_distribution(
         return None
     if keep_samples:
         return distribution.to("cpu")
-    if isinstance(distribution, TargetDistribution) and distribution.is_average_of_normals:
+    parts = distribution.parts if isinstance(distribution, TargetMixture) else [distribution]
+    if any(part.is_average_of_normals for part in parts):
         return None
     return distribution.without_joint().to("cpu")
 
