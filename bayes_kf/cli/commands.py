@@ -19,6 +19,7 @@ from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.fit import fit, fit_default
 from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.models.likelihood import LIKELIHOODS
 
 
 def run_fit(args: argparse.Namespace) -> None:
@@ -60,7 +61,8 @@ def _open_training_data(
     """The training data and its labels, with the class names of the model if they match."""
     config = read_config(folder, kind)
     data = open_data(args, args.data, folder, settings, None, shuffle=not args.in_order, seed=settings.seed)
-    if settings.likelihood == "categorical":
+    inferred = not gives_settings(args)  # `fit_default` finds the likelihood of numbers
+    if settings.likelihood == "categorical" and (data.class_names or not inferred):
         if not data.class_names:
             raise ValueError(f"`--likelihood` categorical needs labels, got numbers in {args.data}.")
         names = choose_names(data.class_names, config)
@@ -71,7 +73,8 @@ def _open_training_data(
         raise ValueError(f"`--likelihood` bernoulli needs two classes, got {len(data.class_names)} in {args.data}.")
     targets = first_batch(data.loader, args.data)[1]
     names = data.class_names if settings.likelihood == "bernoulli" else ()
-    return data, Labels(names, targets.shape[1] if targets is not None and targets.ndim == 2 else 1)
+    num_targets = targets.shape[1] if targets is not None and targets.ndim == 2 else 1
+    return data, Labels(names, num_targets * LIKELIHOODS[settings.likelihood].outputs_per_target)
 
 
 def _scores(posterior: Posterior) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayes_kf.cli.base_model import kind_of, load_base, model_class_names, model_folder, read_config, restore_head
-from bayes_kf.cli.inputs import NUMERIC, check_takes, move, naming_options, open_data, read_device
+from bayes_kf.cli.inputs import check_takes, move, naming_options, open_data, read_device
 from bayes_kf.cli.posterior_folder import read_labels, read_new_head
 from bayes_kf.data import SavedPredictions, read_predictions
 from bayes_kf.data.predictions import PREDICTION_SUFFIXES
@@ -34,6 +34,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.batch import Inputs, split_batch
+from bayes_kf.models.likelihood import NUMERIC
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

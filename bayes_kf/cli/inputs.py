@@ -17,6 +17,7 @@ from bayes_kf.data import LabelledData, open_dataset
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, split_batch
+from bayes_kf.models.likelihood import NUMERIC
 
 OPTIONS = {
     "batch_size": "--batch-size",
@@ -27,7 +28,6 @@ OPTIONS = {
     "base_model": "--model",
 }
 """Arguments of the library by the option that gives them."""
-NUMERIC = ("gaussian", "poisson")  # likelihoods without classes
 
 
 def open_data(

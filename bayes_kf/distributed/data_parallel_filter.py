@@ -14,6 +14,7 @@ import torch
 from bayes_kf.distributed.batch_shards import BatchShard
 from bayes_kf.distributed.batch_sums import BatchSums
 from bayes_kf.distributed.distributed_filter import DistributedFilter
+from bayes_kf.inference.config_combinations import OWN_NOISE
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.linearization_check import (
     MAX_DIVERGENCE,
@@ -69,6 +70,11 @@ class DataParallelFilter(DistributedFilter):
         return state
 
     def _check_config(self) -> None:
+        if self.config.likelihood in OWN_NOISE:
+            raise ValueError(
+                f"`likelihood` must not be {' or '.join(map(repr, OWN_NOISE))} for a DataParallelFilter, which expands "
+                f"at the mean, got {self.config.likelihood!r}."
+            )
         for name, value in NEEDED.items():
             if getattr(self.config, name) != value:
                 raise ValueError(
@@ -225,7 +231,7 @@ class DataParallelFilter(DistributedFilter):
         family, step = noise.likelihood(self.config.noise_settings, state.noise), after.mean - state.belief.mean
         is_finite = bool(torch.isfinite(after.mean).all())
         is_trusted = is_finite and all(
-            is_small_change(piece.jacobian.matvec(step), family, TRUST_RADIUS) for piece, _ in pieces
+            is_small_change(piece.jacobian.matvec(step), family, piece.outputs, TRUST_RADIUS) for piece, _ in pieces
         )
         if sum(self.group.all_gather_int(int(not is_trusted), self.adapter.device)) == 0:
             return True, True

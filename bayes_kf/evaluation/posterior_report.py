@@ -18,6 +18,8 @@ from bayes_kf.evaluation.regression_report import make_forecast, regression_repo
 from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 
+NUM_TARGET_DRAWS = 512  # of a prediction that is no normal distribution
+
 
 def evaluate(
     posterior: PosteriorLike,
@@ -42,7 +44,8 @@ def evaluate(
 
     Bernoulli outputs count as N·m problems of two classes. Intervals and null bands assume that these are independent;
     they are up to √m too narrow if the errors of the m outputs of an example are correlated. A posterior without class
-    probabilities (Gaussian, Poisson) gets a regression report. If the posterior has a method `output_variance`, the
+    probabilities (real targets, counts) gets a regression report. Unless each target is predicted by a normal
+    distribution, its scores are those of draws of the targets. If the posterior has a method `output_variance`, the
     report shows its result for the first batch.
 
     Args:
@@ -123,8 +126,20 @@ def _regression(prediction: LoaderPrediction, options: EvaluationOptions) -> Rep
     """The report on predictions of real values."""
     if prediction.mean is None or prediction.targets is None:
         raise ValueError("`posterior` must predict probs or a mean, got neither.")
-    forecast = make_forecast(prediction.mean, prediction.targets, prediction.variance, prediction.samples)
+    samples = _target_draws(prediction, options.null.seed)
+    forecast = make_forecast(prediction.mean, prediction.targets, prediction.variance, samples)
     return regression_report(forecast, options, log_prob=prediction.log_prob)
+
+
+def _target_draws(prediction: LoaderPrediction, seed: int) -> Tensor | None:
+    """Draws of the targets, noise included; None if N(mean, variance) is their distribution."""
+    draw = getattr(prediction, "target_samples", None)
+    if draw is None:
+        return prediction.samples
+    if getattr(prediction, "is_normal", False):
+        return None
+    draws: Tensor = draw(NUM_TARGET_DRAWS, torch.Generator().manual_seed(seed), joint=False)
+    return draws
 
 
 def _remember_first(loader: Any, first: list[Any]) -> Any:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 @runtime_checkable
 class LoaderPrediction(Protocol):
-    """Predictions for all examples of a loader, in order. Attributes that do not apply are None."""
+    """Predictions for all examples of a loader, in order. Attributes that do not apply are None.
+
+    Optional: a method `target_samples(num_samples, generator, joint=False)`, draws of real targets with observation
+    noise, (S, N, m), each from its own distribution; and `is_normal`, whether N(mean, variance) is that distribution.
+    With them `samples` may be anything else: bayes_kf's own are draws of the mean.
+    """
 
     @property
     def probs(self) -> Tensor | None:

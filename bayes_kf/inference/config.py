@@ -15,6 +15,7 @@ from bayes_kf.files.checksums import CHECKSUMS_FILE, is_listed
 from bayes_kf.files.staging import staging
 from bayes_kf.inference.config_combinations import check_combinations
 from bayes_kf.inference.config_field import (
+    check_dof,
     check_forgetting,
     check_integer,
     optional,
@@ -85,7 +86,8 @@ class KalmanConfig:
 
     likelihood: str = setting(
         "categorical",
-        'The observation model: "categorical", "bernoulli", "gaussian" or "poisson".',
+        'The observation model: "categorical", "bernoulli", "gaussian", "poisson", "student_t" (real targets with '
+        'outliers) or "heteroscedastic_gaussian" (two outputs a target: the means, then the log variances).',
     )
     covariance: str = setting(
         "low_rank",
@@ -99,9 +101,14 @@ class KalmanConfig:
     )
     noise_variance: float | str = setting(
         1.0,
-        'σ² of a Gaussian likelihood, in squared units of the targets, or "estimated". With "identity" and '
-        '"decaying" noise, the unit of R.',
+        'σ² of a Gaussian likelihood, in squared units of the targets, or "estimated"; of a Student-t likelihood '
+        'its squared scale. With "identity" and "decaying" noise, the unit of R.',
         check=word_or_positive("estimated"),
+    )
+    student_dof: float = setting(
+        4.0,
+        "ν > 2, the degrees of freedom of a Student-t likelihood: the smaller, the less an outlier counts.",
+        check=check_dof,
     )
     initial_logit_sd: float = setting(
         3.0,
@@ -141,7 +148,8 @@ class KalmanConfig:
     expansion: str = setting(
         "mode",
         'Where the likelihood is expanded: at the "mode" of the outputs given the batch, or at their prior "mean" '
-        'as in the papers. Only "exponential_family" noise has a choice.',
+        'as in the papers. Only "exponential_family" noise has a choice. "student_t" takes moments instead of a mode, '
+        'and "heteroscedastic_gaussian" fits the log variance to the expected squared residual.',
     )
     rank: int = setting(
         20,

@@ -14,6 +14,10 @@ BUDGETS = ("bytes_budget", "outputs_per_pass")
 TUNING = ("tune", "tune_examples", "tune_burn_in", "tune_margin")
 TEMPERATURES = ("temperature", "softmax_temperature")
 NOT_TUNABLE = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", *TEMPERATURES)
+OWN_NOISE = ("student_t", "heteroscedastic_gaussian")
+"""The likelihoods whose noise is no covariance R of residuals, and whose log density is not concave."""
+SCALED = ("gaussian", "student_t")
+"""The likelihoods with a noise variance σ² that can be estimated."""
 EQUAL_WEIGHTS = {
     "forgetting": 1.0,
     "drift_variance": 0.0,
@@ -40,10 +44,25 @@ def _check_observation(config: Any) -> None:
             f"`softmax_temperature` must be 1 for `likelihood` {config.likelihood!r}, which has no softmax, "
             f"got {config.softmax_temperature!r}."
         )
-    if config.noise_variance == "estimated" and observation != ("gaussian", "exponential_family"):
+    if config.likelihood in OWN_NOISE and config.noise != "exponential_family":
         raise ValueError(
-            "`noise_variance` 'estimated' needs `likelihood` 'gaussian' and `noise` 'exponential_family', "
-            f"got {config.likelihood!r} and {config.noise!r}."
+            f"`noise` must be 'exponential_family' for `likelihood` {config.likelihood!r}, got {config.noise!r}."
+        )
+    if config.likelihood in OWN_NOISE and config.expansion != "mode":
+        raise ValueError(
+            f"`expansion` must be 'mode' for `likelihood` {config.likelihood!r}, whose log density is not concave, got "
+            f"{config.expansion!r}."
+        )
+    if config.likelihood == "heteroscedastic_gaussian" and config.noise_variance != 1.0:
+        raise ValueError(
+            "`noise_variance` must be left at 1 for `likelihood` 'heteroscedastic_gaussian', whose outputs hold the "
+            f"variances, got {config.noise_variance!r}."
+        )
+    estimable = config.likelihood in SCALED and config.noise == "exponential_family"
+    if config.noise_variance == "estimated" and not estimable:
+        raise ValueError(
+            "`noise_variance` 'estimated' needs `likelihood` 'gaussian' or 'student_t' and `noise` "
+            f"'exponential_family', got {config.likelihood!r} and {config.noise!r}."
         )
     if config.curvature != "exact" and observation != ("categorical", "exponential_family"):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -30,6 +31,12 @@ def check_forgetting(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a number in (0, 1]."""
     if not (is_number(value) and 0 < value <= 1):
         raise ValueError(f"`{name}` must lie in (0, 1], got {value!r}.")
+
+
+def check_dof(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a finite number above 2, with which Student's t has a variance."""
+    if not (is_number(value) and 2 < value < math.inf):
+        raise ValueError(f"`{name}` must be above 2 and finite, got {value!r}.")
 
 
 def check_integer(name: str, value: object) -> None:

@@ -51,6 +51,7 @@ class NoiseSettings(SettingsGroup):
     likelihood: str
     noise: str
     noise_variance: float | str
+    student_dof: float
     beta: float
     expansion: str
 

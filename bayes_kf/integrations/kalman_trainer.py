@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
+from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES
 from bayes_kf.inference.fitting.passes.mean_pass import STEP_SIZE
-from bayes_kf.inference.fitting.passes.noise_refit import can_refit_noise
+from bayes_kf.inference.fitting.passes.scale_refit import can_refit_scale
 from bayes_kf.integrations.posterior_trainer import PosteriorTrainer
 from bayes_kf.integrations.trainer_callbacks import (
     EpochCounter,
@@ -49,7 +50,8 @@ class KalmanTrainer(PosteriorTrainer):
 
     Args:
         *args: of Trainer.
-        kalman: the settings; by default ``KalmanConfig()`` for one epoch, ``KalmanConfig.dataset()`` for more.
+        kalman: the settings; by default ``KalmanConfig()`` for one epoch, ``KalmanConfig.dataset()`` for more, with the
+            likelihood of the first labels, as :func:`~bayes_kf.fit` without a config.
         method: of predictions in evaluation, see :meth:`~bayes_kf.Posterior.predict`.
         num_samples: of predictions in evaluation.
         **kwargs: of Trainer.
@@ -127,7 +129,7 @@ class KalmanTrainer(PosteriorTrainer):
         if targets is None:
             raise ValueError(f"`train_dataset` must have {self._label_name!r}, got batches of {', '.join(batch)}.")
         if self._trained.state is None:
-            self._trained.start(self._module, self._settings(), self._scale_inputs(batch))
+            self._trained.start(self._module, self._settings(targets), self._scale_inputs(batch))
         self._seen_dataset = self.train_dataset  # even if training is stopped
         done = self._epochs_done()
         if done >= 1.0:
@@ -144,7 +146,7 @@ class KalmanTrainer(PosteriorTrainer):
     def _refit_noise(self) -> None:
         """Refit an estimated σ² at the mean after one of several epochs, as ``fit`` does."""
         kf, data = self._trained.kf, self.train_dataset
-        if kf is None or not can_refit_noise(kf.config) or self._num_epochs() <= 1:
+        if kf is None or not can_refit_scale(kf.config) or self._num_epochs() <= 1:
             return
         if data is None or not hasattr(data, "__len__"):
             return
@@ -174,10 +176,12 @@ class KalmanTrainer(PosteriorTrainer):
         first = collate([data[k] for k in range(min(SCALE_EXAMPLES, len(data)))])
         return self._split(self._prepare_inputs(first))[0]
 
-    def _settings(self) -> KalmanConfig:
+    def _settings(self, targets: Tensor | None = None) -> KalmanConfig:
+        """The settings; by default with the likelihood of the first targets, if they are known."""
         if self.kalman is not None:
             return self.kalman
-        return KalmanConfig.dataset(mean_passes=0) if self._num_epochs() > 1 else KalmanConfig()
+        settings = {} if targets is None else default_likelihood([targets])
+        return KalmanConfig.dataset(mean_passes=0, **settings) if self._num_epochs() > 1 else KalmanConfig(**settings)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as Trainer does, with the scores of the updates since the last entry in place of the optimizer's."""

@@ -13,7 +13,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
-from bayes_kf.inference.fitting.passes import mean_pass, noise_refit
+from bayes_kf.inference.fitting.passes import mean_pass, scale_refit
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.batch import Inputs
 
@@ -69,7 +69,7 @@ class TrainerFilter:
     def refit_noise(self, batches: Iterable[Any]) -> None:
         """Refit an estimated σ² to the residuals of some batches."""
         kf, state = self._started()
-        self.state = noise_refit.refit_noise(kf, state, batches)
+        self.state = scale_refit.refit_scale(kf, state, batches)
 
     def restore(self, folder: Path, model: nn.Module, config: KalmanConfig | None) -> None:
         """Load a posterior that was saved with this config, and give the model its mean.

@@ -72,7 +72,7 @@ class Hashes:
 
     def add_prediction(self, name: str, prediction: bkf.Prediction) -> None:
         """One hash for all tensors of a prediction."""
-        fields = {key: value for key, value in sorted(vars(prediction).items()) if value is not None}
+        fields = {key: value for key, value in sorted(vars(prediction).items()) if isinstance(value, Tensor)}
         parts = [f"{key} {tuple(value.shape)} ".encode() + _bytes(value) for key, value in fields.items()]
         self.add(name, b"".join(parts))
 

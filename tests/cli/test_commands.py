@@ -165,6 +165,21 @@ def test_numbers_are_regressed_on(folder, tmp_path):
     assert read_labels(tmp_path / "p") == ((), 1)
     assert run("evaluate", tmp_path / "p", *common, "--output", tmp_path / "r.html") == 0
     assert "rmse" in json.loads((tmp_path / "r.json").read_text())["scores"]
+    assert run("fit", *common, "--likelihood", "heteroscedastic_gaussian", "--output", tmp_path / "h") == 0
+    assert read_labels(tmp_path / "h") == ((), 2)  # a mean and a log variance
+    assert run("evaluate", tmp_path / "h", *common, "--output", tmp_path / "h.html") == 0
+    assert "rmse" in json.loads((tmp_path / "h.json").read_text())["scores"]
+
+
+def test_float_targets_of_an_array_are_regressed_on_without_settings(folder, tmp_path):
+    with np.load(folder / "digits.npz") as data:
+        np.savez(tmp_path / "n.npz", x=data["x"], y=np.linspace(-1, 1, len(data["x"]), dtype=np.float32))
+    common = ("fit", "--model", "digits-vit", "--data", tmp_path / "n.npz", "--rank", 1, "--batch-size", 8)
+    assert run(*common, "--output", tmp_path / "p") == 0
+    assert read_labels(tmp_path / "p") == ((), 1)
+    settings = KalmanConfig.from_pretrained(tmp_path / "p")
+    assert (settings.likelihood, settings.noise_variance) == ("gaussian", "estimated")
+    assert run(*common, "--covariance", "diagonal", "--output", tmp_path / "q") != 0  # settings name the likelihood
 
 
 def test_yes_or_no(folder, tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from bayes_kf import KalmanConfig
+from bayes_kf.models.likelihood import LIKELIHOODS, NUMERIC
 
 
 def network():
@@ -85,6 +86,8 @@ CASES = {
     "mixed, gated": ("network", dataclasses.replace(PLAIN, covariance="diagonal_mixed", gate_quantile=0.9)),
     "loko": ("network", KalmanConfig.loko()),
     "gaussian": ("network", dataclasses.replace(PLAIN, likelihood="gaussian", noise_variance="estimated")),
+    "student_t": ("network", dataclasses.replace(PLAIN, likelihood="student_t", noise_variance="estimated")),
+    "heteroscedastic": ("network", dataclasses.replace(PLAIN, likelihood="heteroscedastic_gaussian")),
     "through the head": ("wide", PLAIN),
     "sampled": ("wide", dataclasses.replace(PLAIN, curvature="sampled")),
     "truncated": ("wide", dataclasses.replace(PLAIN, curvature="truncated", curvature_epsilon=0.2)),
@@ -103,8 +106,9 @@ def batches(name, seed=1):
     actual = []
     for size in SIZES.get(name, (9, 8, 1, 4, 3)):
         x = inputs(size, generator)
-        if config.likelihood == "gaussian":
-            y = torch.randn(size, outputs, generator=generator, dtype=torch.float64)
+        if config.likelihood in NUMERIC:
+            targets = outputs // LIKELIHOODS[config.likelihood].outputs_per_target
+            y = torch.randn(size, targets, generator=generator, dtype=torch.float64)
         else:
             y = torch.randint(outputs, (size,), generator=generator)
         actual.append((x, y))

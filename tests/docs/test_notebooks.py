@@ -27,8 +27,8 @@ def pictures(notebook):
     return sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ()))
 
 
-def test_there_are_seven():
-    assert [path.name[0] for path in NOTEBOOKS] == list("1234567")
+def test_there_are_eight():
+    assert [path.name[0] for path in NOTEBOOKS] == list("12345678")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from bayes_kf.inference.covariance import structure
 BAD = [
     (
         {"likelihood": "normal"},
-        r"`likelihood` must be one of categorical, bernoulli, gaussian, poisson, got 'normal'\.",
+        r"`likelihood` must be one of categorical, bernoulli, gaussian, poisson, student_t, .*gaussian, got 'normal'\.",
     ),
     ({"covariance": "dense"}, r"`covariance` must be one of diagonal, .*, full, got 'dense'\."),
     ({"noise": "white"}, r"`noise` must be one of exponential_family, .* got 'white'\."),
@@ -21,7 +21,17 @@ BAD = [
     ({"initial_rule": "normal"}, r"`initial_rule` must be one of constant, uniform, got 'normal'\."),
     ({"initial_spread": "equal"}, r"`initial_spread` must be one of modules, tensors, constant, got 'equal'\."),
     ({"noise_variance": 0.0}, r"`noise_variance` must be positive and finite, got 0\.0\."),
-    ({"noise_variance": "estimated"}, r"`noise_variance` 'estimated' needs `likelihood` 'gaussian'"),
+    ({"noise_variance": "estimated"}, r"`noise_variance` 'estimated' needs `likelihood` 'gaussian' or 'student_t' and"),
+    ({"student_dof": 2.0}, r"`student_dof` must be above 2 and finite, got 2\.0\."),
+    ({"student_dof": "5"}, r"`student_dof` must be above 2 and finite, got '5'\."),
+    (
+        {"likelihood": "student_t", "noise": "ema_taylor"},
+        r"`noise` must be 'exponential_family' for `likelihood` 'student_t', got 'ema_taylor'\.",
+    ),
+    (
+        {"likelihood": "heteroscedastic_gaussian", "noise_variance": "estimated"},
+        r"`noise_variance` must be left at 1 for `likelihood` 'heteroscedastic_gaussian', .* got 'estimated'\.",
+    ),
     ({"initial_logit_sd": -1}, r"`initial_logit_sd` must be positive and finite, got -1\."),
     ({"initial_bias_sd": 0.0}, r"`initial_bias_sd` must be positive and finite, got 0\.0\."),
     ({"initial_variance": float("inf")}, r"`initial_variance` must be positive and finite, got inf\."),

@@ -281,6 +281,15 @@ def test_regression(tmp_path):
     assert before > 0.5
 
 
+def test_float_labels_are_regressed_on_by_default(tmp_path):
+    data = [one | {"labels": float(one["labels"]) + 0.5} for one in sentences(24)]
+    trainer = KalmanTrainer(classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    settings = trainer.posterior.config
+    assert (settings.likelihood, settings.noise_variance) == ("gaussian", "estimated")
+    assert "eval_ece" not in trainer.evaluate()
+
+
 def test_an_estimated_noise_variance_is_that_of_the_last_mean(tmp_path):
     """σ² = SSE/(N − γ) with γ = Σ(1 − P_ii/p₀_i) after the last epoch, as of ``fit`` with passes of the mean."""
     data = [one | {"labels": float(one["labels"])} for one in sentences(40)]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.inference.config_combinations import SCALED
 from bayes_kf.inference.filtering.measurement import Measurement
 from bayes_kf.inference.filtering.measurement_update import UpdatedStates, check_finite, measurement_update
 from bayes_kf.inference.filtering.state import FilterState
@@ -117,7 +118,7 @@ def mean_gradient(config: KalmanConfig, linearize: Linearizer, state: FilterStat
 
 def _initial_noise(config: KalmanConfig, linearize: Linearizer, state: FilterState, batch: Batch) -> NoiseState:
     """The noise state before the batch; the initial guess of an estimated σ² needs the batch's outputs."""
-    if config.likelihood != "gaussian":
+    if config.likelihood not in SCALED:
         return state.noise
     targets = batch.required_targets
     if config.noise_variance != "estimated" or state.noise.variance is not None:

@@ -28,8 +28,10 @@ from bayes_kf.inference.linearization.jacobian import congruence, diagonal_block
 from bayes_kf.inference.measurement_model import noise, predictive_density
 from bayes_kf.inference.measurement_model.innovation_gate import gate_precision
 from bayes_kf.inference.measurement_model.mode_expansion import expand_at_mode
+from bayes_kf.inference.measurement_model.moment_matching import match_moments
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.measurement_model.output_directions import log_odds_direction_square
+from bayes_kf.models.likelihood import Gaussian, StudentT
 
 
 class UpdatedStates(NamedTuple):
@@ -150,7 +152,9 @@ def _update_block(
         error = linearization_error(measurement, where, block, after.mean, guard.last_outputs)
         accurate = error < MAX_DIVERGENCE  # False for NaN
     if noise_state.variance is not None and not measurement.fitted_point:
-        noise_state = noise.update_variance(noise_state, measurement.targets[where] - block.outputs, output_cov)
+        residual = measurement.targets[where] - block.outputs
+        dof = config.student_dof if config.likelihood == "student_t" else None
+        noise_state = noise.update_variance(noise_state, residual, output_cov, dof)
     noise_state = noise_state._replace(step=state.noise.step)  # it counts updates, not blocks
     state = FilterState(after, state.prior, noise_state, scores, True, state.step, state.examples)
     return _BlockUpdate(state, pair.mean, damping, jitter, accurate)
@@ -172,8 +176,11 @@ def _observe(
         u = u + (W @ (point - outputs).to(W).unsqueeze(-1)).squeeze(-1)
     innovation = float(solve_innovation(congruence(W, joint_cov), u.flatten()).squared)
     at_mode = settings.expansion == "mode" and settings.noise == "exponential_family"
-    if at_mode and not fitted_point and family.name != "gaussian":
-        W, u, point = expand_at_mode(family, outputs.double(), block.targets, joint_cov)
+    if at_mode and not fitted_point and not isinstance(family, Gaussian):
+        if isinstance(family, StudentT):
+            W, u, point = match_moments(family, outputs.double(), block.targets, joint_cov)
+        else:
+            W, u, point = expand_at_mode(family, outputs.double(), block.targets, joint_cov)
     observation = whiten_observation(W, u, block.jacobian, block.degrees_of_freedom, innovation)
     if block.probes is None:
         return ObservationPair(observation, None), after, jitter

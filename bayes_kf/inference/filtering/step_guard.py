@@ -52,7 +52,8 @@ class StepGuard:
         if not parameter_sums.all_shards_agree(bool(torch.isfinite(after.mean).all())):
             return False
         step = after.mean - self._belief.mean
-        if is_small_change(self._block.jacobian.matvec(step), self._family, TRUST_RADIUS):
+        change = self._block.jacobian.matvec(step)
+        if is_small_change(change, self._family, self._block.outputs, TRUST_RADIUS):
             return True
         penalty = 0.5 * self._belief.quadratic(step)
         del step

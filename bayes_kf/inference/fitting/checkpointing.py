@@ -14,6 +14,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
+from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
 from bayes_kf.inference.fitting.loop import LoopStep, run_loop
@@ -22,7 +23,7 @@ from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.inference.saving.file_names import STATE_FILE
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, batch_size
+from bayes_kf.models.batch import Inputs, batch_size, split_batch
 from bayes_kf.models.peft_adapters.in_use import is_peft
 from bayes_kf.validation import check_whole
 
@@ -32,7 +33,7 @@ SINGLE_PASS: dict[str, Any] = {"tune": None, "passes": 1, "mean_passes": 0}  # s
 def fit_with_checkpoints(
     model: nn.Module | AdapterModel,
     loader: Iterable[Any],
-    config: KalmanConfig,
+    config: KalmanConfig | None,
     folder: str | Path,
     every: int,
     progress: bool,
@@ -42,7 +43,7 @@ def fit_with_checkpoints(
     Args:
         model: as for ``fit``.
         loader: yields the same batches in every call; those that an earlier call used are skipped.
-        config: settings of one pass.
+        config: settings of one pass; None: ``KalmanConfig()`` with the likelihood of the targets.
         folder: new, or with the posterior of an earlier call with these settings. Other files in it are not changed.
         every: updates between checkpoints.
         progress: whether to show a progress bar.
@@ -55,8 +56,17 @@ def fit_with_checkpoints(
     """
     folder = Path(folder)
     check_whole("every", every)
+    batches: Iterator[Any] | None = None
+    if config is None:
+        _check_single_pass(KalmanConfig(), loader)
+        batches = iter(loader)
+        first = first_batches(batches)
+        config, batches = (
+            KalmanConfig(**default_likelihood(split_batch(b)[1] for b in first)),
+            itertools.chain(first, batches),
+        )
     _check_single_pass(config, loader)
-    resumed, batches = _resume(folder, model, config), iter(loader)
+    resumed, batches = _resume(folder, model, config), batches or iter(loader)
     if resumed is None:
         start, batches = _start(model, config, batches)
     else:

@@ -54,9 +54,11 @@ def fit(
             None: if the loader can be split (a DataLoader over a data set, or a list of at least eight batches), the
             candidates are ``KalmanConfig.dataset`` with a cautious and a wide prior, and with a narrow prior if the
             cautious one is better. If it cannot be split, ``fit`` makes one pass with ``KalmanConfig.stream()``. With
-            ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. Without a config and a ``checkpoint``,
-            a model with more than 32 outputs gets "sampled" curvature, and held-out data, if any, choose its softmax
-            temperature.
+            ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The targets decide the likelihood:
+            integers are class labels, floats are real numbers with Gaussian noise of an estimated variance, bools are
+            answers ("bernoulli"). A config is used as it is, with its own likelihood. Without a config and a
+            ``checkpoint``, a classifier with more than 32 outputs gets "sampled" curvature, and held-out data, if any,
+            choose its softmax temperature.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given. The
@@ -110,7 +112,7 @@ def _fit(
             raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")
         if config is not None and not isinstance(config, KalmanConfig):
             raise ValueError("`config` must be one KalmanConfig with a `checkpoint`, got several.")
-        return fit_with_checkpoints(model, loader, config or KalmanConfig(), checkpoint, every, progress)
+        return fit_with_checkpoints(model, loader, config, checkpoint, every, progress)
     if isinstance(config, KalmanConfig):
         return fit_config(model, loader, config, start, progress)
     if config is not None and start == "trained":
@@ -133,7 +135,7 @@ def fit_default(
     split = None if start == "trained" else heldout_config_selection.split_loader(loader)
     if split is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
-        return fit_config(model, loader, single, start, progress, choose_curvature=True)
+        return fit_config(model, loader, single, start, progress, choose_defaults=True)
     cautious, wide, narrow = heldout_config_selection.default_candidates(model, split.fitted, seed)
     fits = _fit_candidates(model, split, [cautious, wide], progress)
     if fits[0].loss <= fits[1].loss:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
 from bayes_kf.inference.fitting.loop import inputs_and_targets
@@ -19,13 +20,14 @@ from bayes_kf.inference.fitting.passes import prior_evidence
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.gauss_newton import gauss_newton_pass, refit_noise_and_mode
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
-from bayes_kf.inference.fitting.passes.noise_refit import ResidualSums, refit_noise
+from bayes_kf.inference.fitting.passes.noise_refit import ResidualSums
+from bayes_kf.inference.fitting.passes.scale_refit import refit_scale
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.fitting.selection.heldout_config_selection import default_curvature
 from bayes_kf.inference.fitting.selection.stream_config_selection import select_on_stream
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import check_inputs
+from bayes_kf.models.batch import check_inputs, split_batch
 
 
 class _Data(NamedTuple):
@@ -58,7 +60,7 @@ def fit_config(
     progress: bool,
     label: str = "",
     *,
-    choose_curvature: bool = False,
+    choose_defaults: bool = False,
 ) -> Posterior:
     """The posterior under one config; ``model``, ``loader``, ``start`` and errors as for :func:`bayes_kf.fit`.
 
@@ -69,7 +71,8 @@ def fit_config(
         start: as there.
         progress: whether to show progress bars.
         label: the beginning of the text before them.
-        choose_curvature: whether to replace the config's curvature by the default for the number of outputs.
+        choose_defaults: whether to replace the config's likelihood and curvature by the defaults for the targets and
+            the number of outputs.
     """
     is_trained = start == "trained"
     if is_trained and config.temperature == "prequential" and config.tune is None:
@@ -80,8 +83,8 @@ def fit_config(
     data = _Data(loader, first_batches(batches), batches, label, progress)
     if not data.first:
         raise ValueError("`loader` must yield at least one batch, got none.")
-    if choose_curvature:
-        kf = _with_default_curvature(kf, data.first[0])
+    if choose_defaults:
+        kf = _with_defaults(kf, data.first)
     posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data)
     posterior = _gauss_newton_passes(posterior, data)
     return _mean_passes(posterior, data)
@@ -96,16 +99,22 @@ def _check_passes(config: KalmanConfig, loader: Iterable[Any], is_trained: bool)
         raise ValueError(f"`loader` must allow a new iteration in each of {total} passes, got {type(loader).__name__}.")
     if config.tune is not None and is_trained:
         raise ValueError("`tune` must be None with `start` 'trained', which makes no predictions before its updates.")
+    if is_trained and (config.likelihood, config.noise_variance) == ("student_t", "estimated"):
+        raise ValueError(
+            "`noise_variance` must be a number for `likelihood` 'student_t' with `start` 'trained', got 'estimated'."
+        )
     if is_trained and config.initial_variance is None:
         prior_evidence.check_static_prior(config.dynamics_settings)
 
 
-def _with_default_curvature(kf: KalmanFilter, batch: Any) -> KalmanFilter:
-    """The filter with the default curvature for the number of outputs."""
-    inputs, _ = inputs_and_targets(batch, 0)
+def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
+    """The filter with the default likelihood for the targets, and the curvature for the number of outputs."""
+    inputs, _ = inputs_and_targets(batches[0], 0)
     check_inputs(inputs)
-    curvature = default_curvature(kf.adapter, inputs)
-    return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, curvature=curvature))
+    settings = default_likelihood(split_batch(batch)[1] for batch in batches) or {
+        "curvature": default_curvature(kf.adapter, inputs)
+    }
+    return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 
 
 def _fit_from_prior(kf: KalmanFilter, data: _Data) -> Posterior:
@@ -153,7 +162,7 @@ def _gauss_newton_pass(posterior: Posterior, data: _Data, number: int) -> tuple[
     """The posterior after one more pass, and the objective at its mean."""
     kf = posterior.kf
     with data.bar(f"pass {number} of {kf.config.passes}") as bar, posterior_on_divergence(lambda _: posterior):
-        state, objective = gauss_newton_pass(kf, refit_noise(kf, posterior.state, data.loader), data.loader, bar)
+        state, objective = gauss_newton_pass(kf, refit_scale(kf, posterior.state, data.loader), data.loader, bar)
     return Posterior(kf, state, posterior.history), objective
 
 
@@ -166,10 +175,10 @@ def _mean_passes(posterior: Posterior, data: _Data) -> Posterior:
             data.bar(f"mean pass {number + 1} of {kf.config.mean_passes}") as bar,
             posterior_on_divergence(lambda before: Posterior(kf, before, history)),
         ):
-            state = refit_noise(kf, state, data.loader)
+            state = refit_scale(kf, state, data.loader)
             state, loss = mean_pass(kf, state, data.loader, number, kf.config.mean_passes, bar)
         losses.append(loss)
     if not losses:
         return posterior
-    state = refit_noise(kf, state, data.loader)
+    state = refit_scale(kf, state, data.loader)
     return Posterior(kf, state, history | {"fitted_log_loss": torch.tensor(losses, dtype=torch.float64)})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import DivergenceError
+from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.fit_config import fit_config
 from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covariance_pass
@@ -83,7 +84,7 @@ def fit_mixture(
         loader: a DataLoader over a data set, or a list of at least eight batches. The members are fitted to batches of
             at most 16 examples, in another order in every pass.
         configs: the settings of each member, with ``mean_passes`` passes of its mean; None: a cautious prior and a
-            wide one.
+            wide one, with the likelihood of the targets, as :func:`bayes_kf.fit` without a config.
         progress: as for :func:`bayes_kf.fit`.
 
     Raises:
@@ -113,11 +114,14 @@ def fit_mixture(
 
 def default_members(adapter: AdapterModel, loader: Iterable[Any], seed: int = 0) -> list[KalmanConfig]:
     """The settings of the members without settings: a cautious prior of 3 logits, and a wide one of 10."""
-    inputs, _ = split_batch(next(iter(loader)))
+    batches = iter(loader)
+    first = next(batches)
+    inputs, _ = split_batch(first)
     check_inputs(inputs)
     outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
-    curvature = "sampled" if outputs > FEW_OUTPUTS else "exact"
-    common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES, "curvature": curvature, "seed": seed}
+    likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain([first], batches))
+    curvature = "sampled" if outputs > FEW_OUTPUTS and not likelihood else "exact"
+    common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES, "curvature": curvature, "seed": seed} | likelihood
     wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE_LOGIT_SD}
     return [KalmanConfig(**common), KalmanConfig(**common, **wide)]
 

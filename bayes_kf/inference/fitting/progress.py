@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.predictive.gaussian_posterior import as_training_series
+from bayes_kf.models.likelihood import NUMERIC
 
 SUMMARY_UPDATES = 100  # the latest updates, whose means stand beside the progress bar
 
@@ -112,7 +113,7 @@ class FitHistory:
     def series(self) -> dict[str, Tensor]:
         """Every recorded series as a 1-D tensor, by name."""
         joined = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in self._per_example.items()}
-        if self.likelihood in ("gaussian", "poisson"):
+        if self.likelihood in NUMERIC:
             del joined["correct"]
         joined |= {name: torch.tensor(values) for name, values in self._per_update.items()}
         return as_training_series(joined) if self.trained_on else joined

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bayes_kf.inference.heldout.choice import Choice, most_probable
 from bayes_kf.inference.heldout.heldout_examples import HeldoutOutputs
-from bayes_kf.models.likelihood import LIKELIHOODS
+from bayes_kf.inference.measurement_model import noise
+from bayes_kf.models.likelihood import LIKELIHOODS, StudentT
 
 SHARPNESS = tuple(10.0 ** (k / 8) for k in range(-8, 9))  # S, 0.1 to 10
 COARSE = tuple(10.0 ** (k / 4) for k in range(-3, 4))  # S, 0.18 to 5.6
@@ -48,7 +49,7 @@ def choose_sharpness(
 def point_log_losses(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
     """The log losses of outputs (N, m) without a covariance, (N,) in nats: for classes at their most probable S.
 
-    For real targets they are those of the noise variance that suits the examples best.
+    For Gaussian and Student-t targets they are those of the noise variance that suits the examples best.
     """
     outputs = outputs.double()
     if likelihood == "gaussian":
@@ -56,6 +57,9 @@ def point_log_losses(likelihood: str, outputs: Tensor, targets: Tensor) -> Tenso
         variance = squares.mean(0).clamp_min(torch.finfo(torch.float64).tiny)
         return 0.5 * (variance.log() + squares / variance).sum(1)
     family = LIKELIHOODS[likelihood]()
+    if isinstance(family, StudentT):
+        squares = (targets.to(outputs).reshape(outputs.shape) - outputs).square()
+        family = StudentT(noise.student_scale(squares, family.dof), family.dof)
     checked = family.check(outputs, targets)
     if likelihood != "categorical":
         return -family.log_prob(outputs, checked)

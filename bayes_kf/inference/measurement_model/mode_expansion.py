@@ -8,6 +8,12 @@ whole gradient step and gains almost no precision. The right step for the linear
 a concave problem in the k outputs of the batch alone: it needs no pass through the network and no n-vector. Newton's
 method on η = f + Σα finds the mode, and the filter conditions on the likelihood expanded there. For a Gaussian
 likelihood plain conditioning reaches the mode, and nothing changes. Ours; the papers expand at the prior mean.
+
+The log densities of two likelihoods are not concave. Student-t noise takes moments instead (``moment_matching``). With
+heteroscedastic noise the joint mode of means and log variances is useless: where the mean is uncertain it moves to the
+target, and the variance to zero. There the log variance is fitted to the expected squared residual r² + V, where V is
+the variance of the mean given the targets (a variational approximation): a single target with an unknown mean then says
+nothing about its variance. The precision is the Fisher information.
 """
 
 from __future__ import annotations
@@ -15,10 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.linearization.jacobian import congruence
-from bayes_kf.models.likelihood import Likelihood
+from bayes_kf.inference.linearization.jacobian import congruence, diagonal_blocks
+from bayes_kf.models.likelihood import HeteroscedasticGaussian, Likelihood
+from bayes_kf.models.likelihoods.canonical import CanonicalLikelihood
 
 MAX_NEWTON = 20
+MAX_SEARCH = 50  # steps if the log density is not concave
 MAX_HALVINGS = 20
 
 
@@ -28,7 +36,7 @@ def expand_at_mode(
     """The whitening factor and the residual of the likelihood expanded at the mode, relative to the prior outputs.
 
     Args:
-        family: the likelihood.
+        family: any likelihood but Student's t.
         outputs: f, (B, m), float64.
         targets: as the likelihood's ``check`` returned them.
         output_cov: Σ over the whole batch, (B·m, B·m).
@@ -42,8 +50,12 @@ def expand_at_mode(
     alpha = torch.zeros(f.numel(), dtype=torch.float64, device=f.device)
     eta = f + (cov @ alpha).view_as(f)
     objective = family.log_prob(f, targets).sum()
-    for _ in range(MAX_NEWTON):
+    for _ in range(MAX_NEWTON if isinstance(family, CanonicalLikelihood) else MAX_SEARCH):
         W, u = family.whiten(eta, targets)
+        if isinstance(family, HeteroscedasticGaussian):
+            family = family.with_output_cov(_posterior_cov(W, cov))
+            objective = family.log_prob(eta, targets).sum() - 0.5 * alpha @ cov @ alpha
+            W, u = family.newton_factor(eta, targets)
         u = u + (W @ (eta - f).unsqueeze(-1)).squeeze(-1)  # relative to f
         # the Newton step: α = Wᵀ (I + WΣWᵀ)⁻¹ u solves the problem expanded at the present η
         chol = torch.linalg.cholesky(congruence(W, cov) + eye)
@@ -51,7 +63,7 @@ def expand_at_mode(
         step = (W.mT @ weights).flatten() - alpha
         slope = torch.dot(step, cov @ (family.residual(eta, targets).reshape(-1) - alpha))
         if not float(slope) > 1e-10 * (1.0 + abs(float(objective))):
-            return W, u, eta
+            break
         scale = 1.0
         for _ in range(MAX_HALVINGS):  # until the objective grows enough (Armijo)
             new_alpha = alpha + scale * step
@@ -61,7 +73,15 @@ def expand_at_mode(
                 break
             scale *= 0.5
         else:
-            return W, u, eta  # no step along this direction raises the objective
+            break  # no step along this direction raises the objective
         alpha, eta, objective = new_alpha, new_eta, new_objective
     W, u = family.whiten(eta, targets)
     return W, u + (W @ (eta - f).unsqueeze(-1)).squeeze(-1), eta
+
+
+def _posterior_cov(W: Tensor, cov: Tensor) -> Tensor:
+    """Covariance of the outputs of each example given the targets, (B, m, m), for the precision WᵀW of the targets."""
+    chol = torch.linalg.cholesky(congruence(W, cov) + torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
+    joint = (W @ cov.view(len(W), W.shape[2], -1)).flatten(0, 1)  # (B·r, B·m)
+    explained = torch.linalg.solve_triangular(chol, joint, upper=False)
+    return diagonal_blocks(cov - explained.mT @ explained, len(W))

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.config_groups import NoiseSettings
-from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian, Likelihood
+from bayes_kf.models.likelihood import LIKELIHOODS, Gaussian, Likelihood, StudentT
+from bayes_kf.models.likelihoods.canonical import CanonicalLikelihood
 
 MIN_PIVOT = 1e-13  # of a noise covariance, relative to its mean variance; smaller ones are rounding
 PRIOR_COUNT = 1.0  # weight, in observations, of the initial guess of an estimated noise variance
 MIN_VARIANCE_SHARE = 0.1  # of J P Jᵀ in that guess, since one lucky prediction of a wide belief does not exclude noise
+MAX_SCALE_ROUNDS, SCALE_RTOL = 200, 1e-6  # of the search for the scale of Student-t noise
 COVARIANCE_FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)  # t of t·J P Jᵀ, one estimate of σ² under each
 
 
@@ -30,7 +32,7 @@ class NoiseState(NamedTuple):
     Attributes:
         step: number of updates.
         covariance: R of the moving-average models, (m, m); the identity until the first update.
-        variance: estimated σ² of a Gaussian likelihood per output, (m,).
+        variance: estimated σ² of a Gaussian or Student-t likelihood per output, (m,).
         information: weight of that estimate per output, (m,), in observations whose mean is known.
         candidate_variance: σ² if errors of the mean have variance t·J P Jᵀ, for t in ``COVARIANCE_FACTORS``, (K, m).
         candidate_information: weight of each, (K, m).
@@ -57,15 +59,16 @@ class Whitened(NamedTuple):
 
 
 def likelihood(settings: NoiseSettings, state: NoiseState) -> Likelihood:
-    """The likelihood under the present noise: σ² of a Gaussian may be fixed or estimated."""
-    if settings.likelihood != "gaussian":
+    """The likelihood under the present noise: σ² of a Gaussian or Student-t one may be fixed or estimated."""
+    if settings.likelihood not in ("gaussian", "student_t"):
         return LIKELIHOODS[settings.likelihood]()
-    if state.variance is not None:
-        return Gaussian(state.variance)
-    if state.covariance is not None:
-        return Gaussian(state.covariance.diagonal())
     value = 1.0 if settings.noise_variance == "estimated" else float(settings.noise_variance)
-    return Gaussian(torch.tensor(value, dtype=torch.float64))
+    variance = torch.tensor(value, dtype=torch.float64)
+    if state.variance is not None:
+        variance = state.variance
+    elif state.covariance is not None:
+        variance = state.covariance.diagonal()
+    return Gaussian(variance) if settings.likelihood == "gaussian" else StudentT(variance, settings.student_dof)
 
 
 def initialize(
@@ -89,7 +92,8 @@ def initialize(
     if settings.noise in ("ema_taylor", "ema_residual") and state.covariance is None:
         return state._replace(covariance=torch.eye(num_outputs, dtype=torch.float64, device=outputs.device))
     if settings.noise_variance == "estimated" and state.variance is None:
-        squares = (targets - outputs).double().square().mean(0)
+        squares = (targets - outputs).double().square()
+        squares = squares.mean(0) if settings.likelihood == "gaussian" else student_scale(squares, settings.student_dof)
         explained = torch.zeros_like(squares) if output_variance is None else output_variance().to(squares)
         return _initial_guess(state, squares, explained, torch.finfo(outputs.dtype).tiny ** 0.5)
     return state
@@ -117,6 +121,7 @@ def whiten(
     if settings.noise == "exponential_family":
         factor, residual = family.whiten(outputs, targets)
         return Whitened(factor, residual, 0.0), state._replace(step=state.step + 1)
+    assert isinstance(family, CanonicalLikelihood)  # the others have no other noise
     residual = family.residual(outputs, targets)
     V = family.variance(outputs)  # ∂π/∂η
     R = _covariance(settings, state, residual, V, output_cov.double())
@@ -127,7 +132,7 @@ def whiten(
     return Whitened(whitener @ V, residual @ whitener.mT, jitter), NoiseState(state.step + 1, moving_average)
 
 
-def update_variance(state: NoiseState, residual: Tensor, output_cov: Tensor) -> NoiseState:
+def update_variance(state: NoiseState, residual: Tensor, output_cov: Tensor, dof: float | None = None) -> NoiseState:
     """Estimated σ² after a batch: scoring steps on log σ² for e ~ N(0, s), s = t·J P⁻ Jᵀ + σ², outputs apart (ours).
 
     An observation whose mean is uncertain carries little information about σ² and has weight w = (σ²/s)². The estimate
@@ -139,20 +144,28 @@ def update_variance(state: NoiseState, residual: Tensor, output_cov: Tensor) -> 
     the errors, and σ² would vanish. So there is one estimate for each t of ``COVARIANCE_FACTORS``, and the one under
     which the residuals were most probable is used: t and σ² are judged together.
 
+    For a Student-t likelihood, e is taken to be √s times a Student-t variable. With r = e²/s, the score (r − 1)/2 of
+    log s becomes ((ν+1) r/(ν + r) − 1)/2, and the information 1/2 becomes ν/(2(ν+3)).
+
     Args:
         state: the noise state before the batch; ``noise_variance`` is "estimated".
         residual: e = y − η at the mean before the update, (B, m).
         output_cov: J P⁻ Jᵀ of the belief, without the temperature of predictions, (B, m, m).
+        dof: ν of a Student-t likelihood; None for a Gaussian one.
     """
     variance, information, loss, seen = _candidates(state)
     t = torch.tensor(COVARIANCE_FACTORS, dtype=torch.float64, device=variance.device).view(-1, 1, 1)
     s = t * output_cov.double().diagonal(dim1=1, dim2=2) + variance.unsqueeze(1)  # (K, B, m)
     ratio, share = residual.double().square() / s, variance.unsqueeze(1) / s
     seen = seen + len(residual)
-    loss = loss + seen * 0.5 * (s.log() + ratio).sum((1, 2))
-    weight = share.square().sum(1)
+    log_tail, score, efficiency = ratio, ratio - 1.0, 1.0
+    if dof is not None:
+        log_tail, score = (dof + 1.0) * (ratio / dof).log1p(), (dof + 1.0) * ratio / (dof + ratio) - 1.0
+        efficiency = dof / (dof + 3.0)  # information about log σ², relative to that of Gaussian noise
+    loss = loss + seen * 0.5 * (s.log() + log_tail).sum((1, 2))
+    weight = efficiency * share.square().sum(1)
     information = information + weight
-    step = 2.0 * ((ratio - 1.0) * share).sum(1) / (information + weight)
+    step = 2.0 * (score * share).sum(1) / (information + weight)
     variance = variance * step.clamp(-1.0, 1.0).exp()
     best = int(loss.argmin())
     return state._replace(
@@ -163,6 +176,20 @@ def update_variance(state: NoiseState, residual: Tensor, output_cov: Tensor) -> 
         candidate_loss=loss,
         seen=seen,
     )
+
+
+def student_scale(squares: Tensor, dof: float) -> Tensor:
+    """The most probable σ² of Student-t noise given squared errors (N, m), (m,): σ² = mean of w e².
+
+    w = (ν+1)/(ν + e²/σ²) are the weights of iteratively reweighted least squares (Lange, Little and Taylor 1989).
+    """
+    variance = squares.mean(0).clamp_min(torch.finfo(squares.dtype).tiny)
+    for _ in range(MAX_SCALE_ROUNDS):
+        last, variance = variance, ((dof + 1.0) * squares / (dof + squares / variance)).mean(0)
+        variance = variance.clamp_min(torch.finfo(squares.dtype).tiny)
+        if float((variance / last).log().abs().max()) < SCALE_RTOL:
+            break
+    return variance
 
 
 def with_variance(state: NoiseState, variance: Tensor, information: Tensor) -> NoiseState:

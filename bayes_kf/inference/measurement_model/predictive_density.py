@@ -1,9 +1,11 @@
 """The predictive density log p(y) = log E p(y | η) under η ~ N(f, t·C), at several temperatures t.
 
 These numbers compare temperatures, so they must be unbiased: the logarithm of a mean of S independent draws is too low
-by about Var(p) / (2 S p̄²), which grows with the temperature. There are three cases:
+by about Var(p) / (2 S p̄²), which grows with the temperature. There are four cases:
 
 - Gaussian: the closed form.
+- One target with Student-t or heteroscedastic noise: a mixture of normal distributions, by quadrature over the
+  variance of the noise.
 - One output (Bernoulli, Poisson), and two classes, whose log odds are one number: quadrature in one dimension.
 - Otherwise: quasi-random draws (scrambled Sobol points and their mirror images) whose first coordinate, the most even
   one, lies along the gradient of log p(y | η). Examples use different sets in turn, by their number, because the errors
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_kf.models.likelihood import Bernoulli, Gaussian, Likelihood
+from bayes_kf.models.likelihood import Bernoulli, Gaussian, Likelihood, RealLikelihood
+from bayes_kf.models.likelihoods.canonical import CanonicalLikelihood
 
 NODES = 97  # of the quadrature in one dimension
 QUADRATURE_SDS = 9.0  # standard deviations on each side of the integrand's mode
+MIXTURE_REACH = 38.0  # standard deviations of a log variance on each side: surprises are explained far out
 MAX_NEWTON = 40  # steps of Newton's method toward that mode
 NEWTON_ATOL = 1e-3  # change of the mode that ends them: the mode need not be exact
 MAX_POINTS, MIN_POINTS = 512, 32  # quasi-random draws; as many as MAX_NUMEL allows
@@ -55,6 +59,11 @@ def log_loss(
     covariance = output_cov.double()
     if isinstance(family, Gaussian):
         return _gaussian(family, outputs.double(), covariance, targets.double(), temperatures)
+    if isinstance(family, RealLikelihood) and targets.shape[1] == 1:
+        heated = (t * covariance.unsqueeze(1) for t in temperatures)  # (B, 1, p, p)
+        location, value = outputs.double().unsqueeze(1), targets.double()
+        densities = [family.normal_mixture(location, c, MIXTURE_REACH).log_density(value) for c in heated]
+        return -torch.stack(densities).squeeze(-1)
     if outputs.shape[1] == 1:
         sd = covariance[:, 0, 0].clamp_min(0.0).sqrt()
         return _one_output(family, outputs[:, 0].double(), sd, targets[:, 0].double(), temperatures)
@@ -179,6 +188,7 @@ def _one_output(
 
 def _mode(family: Likelihood, outputs: Tensor, sd: Tensor, targets: Tensor) -> Tensor:
     """The maximum of log p(y | f + sε) − ε²/2 over ε, (K, ..., B), by Newton's method in a bracket."""
+    assert isinstance(family, CanonicalLikelihood)  # its log density is concave
     tiny = torch.finfo(sd.dtype).tiny
     bound = sd * family.residual(outputs.unsqueeze(-1), targets.unsqueeze(-1)).squeeze(-1)
     low, high = bound.clamp_max(0.0), bound.clamp_min(0.0)  # the slope at 0 is s·e, and falls by at least 1 a unit

@@ -16,10 +16,8 @@ from bayes_kf.inference.predictive.predictive_distributions import from_draws
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
-from bayes_kf.models.likelihood import Gaussian, Likelihood
 
 Groups = dict[str, dict[str, np.ndarray]]
-MAX_POISSON_RATE = 1e6  # above it a Poisson is drawn as a Gaussian: torch's own draws are no counts far above it
 MIN_CHAIN = 4  # draws of a chain from which ArviZ computes R̂
 TARGET = "target"  # the variable of observed_data, posterior_predictive and log_likelihood
 
@@ -100,8 +98,8 @@ def predictive_groups(
             warn_if_methods_disagree(posterior, batch, from_draws(family, outputs, None), stacklevel=5)
         checked = required_targets(family, outputs[0], batch)
         log_prob = family.log_prob(outputs, checked)
-        drawn = draw_targets(family, outputs, generator)
-        if outputs.shape[-1] == 1:  # ArviZ needs targets and log-likelihoods of one shape
+        drawn = family.sample(outputs, generator)
+        if checked.shape[1:] == (1,):  # ArviZ needs targets and log-likelihoods of one shape
             checked, drawn = checked.squeeze(-1), drawn.squeeze(-1)
         parts.append((checked.cpu(), drawn.cpu(), log_prob.cpu()))
     if not parts:
@@ -113,20 +111,3 @@ def predictive_groups(
         "posterior_predictive": {TARGET: in_chains(torch.cat(predicted, dim=1).numpy())},
         "log_likelihood": {TARGET: in_chains(torch.cat(log_probs, dim=1).numpy())},  # (chains, draws, N)
     }
-
-
-def draw_targets(family: Likelihood, outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """A target drawn from each of the outputs (S, B, m): classes (S, B), else (S, B, m), on the generator's device."""
-    mean = family.mean(outputs).to(generator.device)
-    if family.name == "categorical":
-        return torch.multinomial(mean.flatten(0, 1), 1, replacement=True, generator=generator).view(mean.shape[:-1])
-    if family.name == "bernoulli":
-        return torch.bernoulli(mean, generator=generator)
-    if isinstance(family, Gaussian):
-        unit = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + family.noise_variance.to(mean).sqrt() * unit
-    counts = torch.poisson(mean.clamp_max(MAX_POISSON_RATE), generator=generator)
-    if bool((mean <= MAX_POISSON_RATE).all()):
-        return counts
-    unit = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    return torch.where(mean <= MAX_POISSON_RATE, counts, (mean + mean.sqrt() * unit).round())

@@ -46,7 +46,7 @@ P = TypeVar("P", bound=GaussianPosterior)
 
 def calibrate_temperature(posterior: P, loader: Iterable[Any]) -> P:
     """The posterior at the temperature that held-out data choose; see :meth:`Posterior.calibrate`."""
-    if posterior.config.noise_variance == "estimated":
+    if posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian":
         return _calibrate_with_noise(posterior, loader)
     family, losses = posterior.likelihood, list[Tensor]()
     num_examples = 0

@@ -6,6 +6,8 @@ There are two ways to draw η. One forms the covariance J P Jᵀ of the outputs,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,10 @@ from bayes_kf.inference.measurement_model.output_directions import MAX_EXACT_OUT
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.prediction import Prediction
+from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
 from bayes_kf.models.batch import Batch
 from bayes_kf.models.batched_forward import finite_difference_jvps
-from bayes_kf.models.likelihood import Gaussian, Likelihood
+from bayes_kf.models.likelihood import Likelihood, Poisson, RealLikelihood
 
 
 def predict_from_covariance(
@@ -30,16 +33,19 @@ def predict_from_covariance(
     targets = check_targets(family, outputs, batch.targets)
     covariance = output_covariance(posterior, linearized)
     output_cov = posterior.temperature / posterior.softmax_temperature**2 * covariance
-    if method == "probit" and family.name != "gaussian":
+    if method == "probit" and not isinstance(family, RealLikelihood):
         return predictive_distributions.probit(family, outputs, output_cov.to(outputs.dtype), targets)
     draws = None
     if method == "linearized":
         normal = normal_draws_by_example(num_samples, outputs.shape, generator)
         draws = gaussian_draws(outputs, output_cov, num_samples, generator, normal)
-    if isinstance(family, Gaussian):
+    if isinstance(family, RealLikelihood):
         return predictive_distributions.from_gaussian(family, outputs, output_cov, draws, targets)
     assert draws is not None
-    return predictive_distributions.from_draws(family, draws, targets)
+    prediction = predictive_distributions.from_draws(family, draws, targets)
+    if not isinstance(family, Poisson):
+        return prediction
+    return replace(prediction, distribution=TargetDistribution.of_gaussian(family, outputs, output_cov))
 
 
 def predict_from_parameter_draws(
@@ -55,7 +61,7 @@ def predict_from_parameter_draws(
 
 def parameter_draws_are_cheaper(posterior: GaussianPosterior, batch: Batch, num_samples: int) -> bool:
     """Whether S draws of the outputs take fewer passes from draws of the parameters than from J P Jᵀ."""
-    if isinstance(posterior.likelihood, Gaussian) or not posterior.adapter.is_precise:
+    if isinstance(posterior.likelihood, RealLikelihood) or not posterior.adapter.is_precise:
         return False
     passes = posterior.kf.linearize.num_backward_passes(posterior.mean_vector, batch)
     return num_samples < passes or posterior.kf.linearize.num_outputs > MAX_EXACT_OUTPUTS

@@ -12,7 +12,7 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.linearized_prediction import predict_from_covariance
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.batch import Batch
-from bayes_kf.models.likelihood import Gaussian, Likelihood
+from bayes_kf.models.likelihood import Likelihood, RealLikelihood
 
 MAX_EXAMPLES = 16  # the first examples of a batch are compared
 MIN_DRAWS = 8  # with fewer draws nothing is compared
@@ -41,7 +41,7 @@ def warn_if_methods_disagree(posterior: GaussianPosterior, batch: Batch, sampled
     variance = None if sampled.variance is None else sampled.variance[:size]
     first = replace(sampled, samples=sampled.samples[:, :size], variance=variance)
     family = posterior.likelihood
-    if isinstance(family, Gaussian):  # the unit is the standard deviation of the linearized prediction
+    if isinstance(family, RealLikelihood):  # the unit is the standard deviation of the linearized prediction
         first, linearized = linearized, first
     distance, error = prediction_distance(family, first, linearized)
     if distance > max(MAX_ERRORS * error, MIN_DISTANCE):

@@ -18,6 +18,8 @@ from bayes_kf.inference.predictive.linearized_prediction import (
 )
 from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disagree
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction, concatenate
+from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_mixture import TargetMixture
 from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.validation import check_one_of, check_whole
@@ -106,9 +108,12 @@ def collect_predictions(
         inputs, targets = split_batch(batch)
         part = predict_batch(inputs, targets, not parts)
         fields: dict[str, Any] = {
-            name: _to_cpu(value) for name, value in vars(part).items() if name != "samples" or keep_samples
+            name: _to_cpu(value)
+            for name, value in vars(part).items()
+            if name != "distribution" and (name != "samples" or keep_samples)
         }
-        parts.append(LoaderPrediction(**fields, targets=_to_cpu(targets)))
+        distribution = _stored_distribution(part.distribution, keep_samples)
+        parts.append(LoaderPrediction(**fields, distribution=distribution, targets=_to_cpu(targets)))
     if not parts:
         raise ValueError("`loader` must yield at least one batch, got none.")
     joined = concatenate(parts)
@@ -157,6 +162,24 @@ def _predict_in_chunks(
         )
 
     return linearize.retry_in_smaller_chunks(predict_chunks, batch.size)
+
+
+def _stored_distribution(
+    distribution: TargetDistribution | TargetMixture | None, keep_samples: bool
+) -> TargetDistribution | TargetMixture | None:
+    """The distribution of a batch's targets as a loader's prediction keeps it, on the CPU.
+
+    Without ``keep_samples`` it has no covariance of different targets. Gaussian targets then have none by "sampled",
+    whose draws would be kept in it; the others have no other distribution.
+    """
+    if distribution is None:
+        return None
+    if keep_samples:
+        return distribution.to("cpu")
+    parts = distribution.parts if isinstance(distribution, TargetMixture) else [distribution]
+    if any(part.is_average_of_normals for part in parts):
+        return None
+    return distribution.without_joint().to("cpu")
 
 
 def _to_cpu(tensor: Tensor | None) -> Tensor | None:

@@ -11,39 +11,77 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
+from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.inference.predictive.prediction import Prediction
-from bayes_kf.models.likelihood import Gaussian, Likelihood
+from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
+from bayes_kf.inference.predictive.targets.target_mixture import TargetMixture
+from bayes_kf.models.likelihood import (
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    RealLikelihood,
+    RegressionLikelihood,
+)
 
 
 def from_point(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Prediction:
     """The prediction p(y | η) of outputs (B, m); it has no epistemic part."""
     mean = family.mean(outputs)
     log_prob = None if targets is None else family.log_prob(outputs, targets)
-    if family.name in ("categorical", "bernoulli"):
+    if family.target_kind == "class":
         return Prediction(mean, mean, entropy=_entropy(family, mean), log_prob=log_prob)
-    noise_var = _noise_variance(family, mean)
-    return _regression(family, mean, noise_var, torch.zeros_like(mean), None, log_prob)
+    regression = as_regression(family)
+    noise_var, exact = regression.target_variance(outputs), TargetDistribution(regression, outputs[None])
+    return _regression(family, mean, noise_var, torch.zeros_like(mean), None, log_prob, exact)
 
 
 def from_gaussian(
-    family: Gaussian, outputs: Tensor, output_cov: Tensor, samples: Tensor | None, targets: Tensor | None
+    family: RealLikelihood, outputs: Tensor, output_cov: Tensor, samples: Tensor | None, targets: Tensor | None
 ) -> Prediction:
-    """The exact prediction N(y; f, C + σ²I) of a Gaussian likelihood and η ~ N(f, C).
+    """The prediction of real targets with η ~ N(f, C), with exact moments.
+
+    Gaussian noise: N(y; f, C + σ²I). Student-t noise has the mean f and the variance C + σ²ν/(ν−2). Heteroscedastic
+    noise has the variance of the mean plus E exp s = exp(f_s + C_ss/2). The log densities of these two are those of
+    ``predictive_density``: quadrature for one target an example, quasi-random draws for more.
 
     Args:
         family: the likelihood.
-        outputs: f, (B, m).
-        output_cov: C, (B, m, m).
-        samples: draws of η, (S, B, m), which the prediction carries along.
+        outputs: f, (B, outputs).
+        output_cov: C, (B, outputs, outputs).
+        samples: draws of η, (S, B, outputs), whose means the prediction carries along.
         targets: (B, m).
     """
-    noise_var = _noise_variance(family, outputs)
+    distribution = TargetDistribution.of_gaussian(family, outputs, output_cov)
+    if not isinstance(family, Gaussian):
+        return _from_other_noise(family, outputs, output_cov, samples, targets, distribution)
+    noise_var = family.target_variance(outputs)
     total = semidefinite(output_cov.double()) + torch.diag_embed(noise_var.double())
     normal = torch.distributions.MultivariateNormal(outputs.double(), total, validate_args=False)
     log_prob = None if targets is None else normal.log_prob(targets.double()).to(outputs.dtype)
     epistemic = output_cov.diagonal(dim1=1, dim2=2).to(outputs.dtype)
-    prediction = _regression(family, outputs, noise_var, epistemic, samples, log_prob)
+    prediction = _regression(family, outputs, noise_var, epistemic, samples, log_prob, distribution)
     return replace(prediction, entropy=normal.entropy().to(outputs.dtype))
+
+
+def _from_other_noise(
+    family: RealLikelihood,
+    outputs: Tensor,
+    output_cov: Tensor,
+    samples: Tensor | None,
+    targets: Tensor | None,
+    distribution: TargetDistribution,
+) -> Prediction:
+    """The prediction of real targets whose noise is not Gaussian of one variance; arguments as above."""
+    log_prob = None
+    if targets is not None:
+        log_prob = -predictive_density.log_loss(family, outputs, output_cov, targets, (1.0,))[0].to(outputs.dtype)
+    variances = output_cov.diagonal(dim1=1, dim2=2).to(outputs.dtype)
+    shifted = outputs
+    if isinstance(family, HeteroscedasticGaussian):  # E exp s of a Gaussian s
+        shifted = outputs + 0.5 * variances
+    means, draws = family.mean(outputs), None if samples is None else family.mean(samples)
+    noise_var, epistemic = family.target_variance(shifted), family.mean(variances)
+    return _regression(family, means, noise_var, epistemic, draws, log_prob, distribution)
 
 
 def from_draws(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> Prediction:
@@ -53,11 +91,12 @@ def from_draws(family: Likelihood, outputs: Tensor, targets: Tensor | None) -> P
     log_prob = None
     if targets is not None:
         log_prob = family.log_prob(outputs, targets).logsumexp(0) - math.log(len(outputs))
-    if family.name in ("categorical", "bernoulli"):
+    if family.target_kind == "class":
         total, aleatoric = _entropy(family, mean), _entropy(family, samples).mean(0)
         return Prediction(mean, mean, samples, None, total, aleatoric, total - aleatoric, log_prob)
-    noise_var = _noise_variance(family, samples).mean(0)
-    return _regression(family, mean, noise_var, samples.var(0, correction=0), samples, log_prob)
+    regression = as_regression(family)
+    noise_var, average = regression.target_variance(outputs).mean(0), TargetDistribution(regression, outputs)
+    return _regression(family, mean, noise_var, samples.var(0, correction=0), samples, log_prob, average)
 
 
 def probit(family: Likelihood, outputs: Tensor, output_cov: Tensor, targets: Tensor | None) -> Prediction:
@@ -106,7 +145,7 @@ def average(family: Likelihood, parts: Sequence[Prediction], weights: Sequence[f
     if parts[0].log_prob is not None:
         log_probs = torch.stack([p.log_prob.double() for p in parts])  # type: ignore[union-attr]  # all or none
         log_prob = (log_probs + shares.log().to(log_probs)[:, None]).logsumexp(0).to(mean)
-    if family.name in ("categorical", "bernoulli"):
+    if family.target_kind == "class":
         total, aleatoric = _entropy(family, mean), None
         if all(p.aleatoric is not None for p in parts):
             aleatoric = _weighted_sum([p.aleatoric for p in parts], weights)
@@ -114,7 +153,9 @@ def average(family: Likelihood, parts: Sequence[Prediction], weights: Sequence[f
         return Prediction(mean, mean, None, None, total, aleatoric, epistemic, log_prob)
     noise_var = _weighted_sum([p.aleatoric for p in parts], weights)
     epistemic = _weighted_sum([p.epistemic + (p.mean - mean).square() for p in parts], weights)  # type: ignore[operator]
-    return _regression(family, mean, noise_var, epistemic, None, log_prob)
+    known = tuple(p.distribution for p in parts if isinstance(p.distribution, TargetDistribution))
+    mixture = TargetMixture(known, tuple(weights)) if len(known) == len(parts) else None
+    return _regression(family, mean, noise_var, epistemic, None, log_prob, mixture)
 
 
 def _weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
@@ -128,9 +169,10 @@ def _entropy(family: Likelihood, probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
 
 
-def _noise_variance(family: Likelihood, mean: Tensor) -> Tensor:
-    """Var(y | mean) of a regression likelihood: σ², or the rate of a Poisson; shape of ``mean``."""
-    return family.noise_variance.to(mean).expand_as(mean) if isinstance(family, Gaussian) else mean
+def as_regression(family: Likelihood) -> RegressionLikelihood:
+    """The likelihood itself, whose targets are known to be numbers."""
+    assert isinstance(family, RegressionLikelihood)
+    return family
 
 
 def _regression(
@@ -140,8 +182,9 @@ def _regression(
     epistemic: Tensor,
     samples: Tensor | None,
     log_prob: Tensor | None,
+    distribution: TargetDistribution | TargetMixture | None,
 ) -> Prediction:
     """The prediction of a regression likelihood: variances (B, m) add up; the outputs count as independent."""
     variance = noise_var + epistemic
     entropy = 0.5 * (2 * math.pi * math.e * variance).log().sum(-1) if isinstance(family, Gaussian) else None
-    return Prediction(mean, None, samples, variance, entropy, noise_var, epistemic, log_prob)
+    return Prediction(mean, None, samples, variance, entropy, noise_var, epistemic, log_prob, distribution)

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kf as bkf
-from bayes_kf.inference.predictive.arviz_export import draw_targets
 from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, Poisson
 
 OLD = int(importlib.metadata.version("arviz").split(".")[0]) < 1
@@ -28,7 +27,7 @@ def problem(likelihood: str, outputs: int) -> tuple[bkf.Posterior, DataLoader]:
     eta = 1.5 * X @ torch.randn(3, outputs, generator=torch.Generator().manual_seed(1)).double()
     generator = torch.Generator().manual_seed(2)
     family = {"gaussian": Gaussian(torch.tensor(NOISE_SD**2)), "categorical": Categorical(), "bernoulli": Bernoulli()}
-    targets = draw_targets(family.get(likelihood, Poisson()), 0.5 * eta[None], generator)[0]
+    targets = family.get(likelihood, Poisson()).sample(0.5 * eta[None], generator)[0]
     loader = DataLoader(TensorDataset(X, targets), batch_size=16)
     settings = {"likelihood": likelihood, "covariance": "full", "initial_variance": 1.0, "temperature": 1.0}
     if likelihood == "gaussian":
@@ -227,7 +226,7 @@ def test_bad_loaders_are_refused():
 
 def test_counts_at_rates_above_the_range_of_torch():
     outputs = torch.tensor([[[2.0], [20.0], [60.0]]]).expand(2000, -1, -1)
-    drawn = draw_targets(Poisson(), outputs, torch.Generator().manual_seed(0))[..., 0].double()
+    drawn = Poisson().sample(outputs, torch.Generator().manual_seed(0))[..., 0].double()
     rate = outputs[0, :, 0].double().exp()
     assert (drawn >= 0).all()
     assert ((drawn.mean(0) - rate).abs() < 5 * (rate / 2000).sqrt() + 1e-6 * rate).all()

@@ -58,9 +58,9 @@ class ResidualSums:
 
 
 def can_refit_noise(config: KalmanConfig) -> bool:
-    """Whether σ² is estimated and no dynamics have changed the prior's share of the belief."""
+    """Whether σ² of Gaussian noise is estimated and no dynamics have changed the prior's share of the belief."""
     static = (config.forgetting, config.drift_variance, config.prior_pull) == (1.0, 0.0, 0.0)
-    return config.noise_variance == "estimated" and static
+    return config.likelihood == "gaussian" and config.noise_variance == "estimated" and static
 
 
 def refit_noise(kf: KalmanFilter, state: FilterState, loader: Iterable[Any]) -> FilterState:

@@ -12,6 +12,7 @@ data also choose the softmax temperature. Ours.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from bayes_kf.inference.config import KalmanConfig, check_config
+from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
@@ -63,16 +65,22 @@ def check_candidates(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
 
 
 def default_candidates(model: nn.Module | AdapterModel, loader: Iterable[Any], seed: int = 0) -> Sequence[KalmanConfig]:
-    """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one."""
+    """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one.
+
+    Their likelihood is that of the targets (``default_likelihood``).
+    """
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    inputs, _ = split_batch(next(iter(loader)))
+    batches = iter(loader)
+    first = next(batches)
+    inputs, _ = split_batch(first)
     check_inputs(inputs)
-    curvature = default_curvature(adapter, inputs)
-    softmax = "held_out" if curvature == "sampled" else 1.0
+    common = default_likelihood(split_batch(batch)[1] for batch in itertools.chain([first], batches))
+    if not common:
+        curvature = default_curvature(adapter, inputs)
+        common = {"curvature": curvature, "softmax_temperature": "held_out" if curvature == "sampled" else 1.0}
     wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE_LOGIT_SD}
     settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW_LOGIT_SD, "mean_passes": 0})
-    common: dict[str, Any] = {"curvature": curvature, "softmax_temperature": softmax, "seed": seed}
-    return [KalmanConfig.dataset(**common, **setting) for setting in settings]
+    return [KalmanConfig.dataset(seed=seed, **common, **setting) for setting in settings]
 
 
 def default_curvature(adapter: AdapterModel, inputs: Inputs) -> str:

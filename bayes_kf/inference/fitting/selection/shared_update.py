@@ -143,7 +143,8 @@ def _fits_linearization(kf: KalmanFilter, candidate: PenalizedState, measurement
         if state.belief.mean is measurement.point:
             continue
         shift = measurement.jacobian.matvec(state.belief.mean - measurement.point)
-        if not is_small_change(shift, noise.likelihood(kf.config.noise_settings, state.noise), MAX_OUTPUT_SHIFT):
+        family = noise.likelihood(kf.config.noise_settings, state.noise)
+        if not is_small_change(shift, family, measurement.outputs, MAX_OUTPUT_SHIFT):
             return False
     return True
 

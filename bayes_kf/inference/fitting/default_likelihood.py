@@ -1,0 +1,62 @@
+"""The likelihood of a fit without a config, from its targets. A config, also one with defaults only, is used as it is.
+
+Only unambiguous targets decide: floats are real numbers, bools are answers, integers are class labels. Floats that are
+all 0 or 1 could be either, and an integer could be a count: a config says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST, SMALLEST = 10.0, 0.1  # root mean square of targets that fit the prior's unit
+MIN_TARGETS = 8  # fewer say little about their size
+REAL: dict[str, Any] = {"likelihood": "gaussian", "noise_variance": "estimated"}
+
+
+def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
+    """The settings of the likelihood for the targets of batches; empty for class labels, and if they are no tensors.
+
+    The first batch decides, unless it holds only the floats 0 and 1; then further batches are read. Warns if real
+    targets are not of size one, as the default prior expects.
+
+    Raises:
+        ValueError: if all targets are the floats 0 and 1.
+
+    Example:
+        >>> default_likelihood([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0])])
+        {'likelihood': 'gaussian', 'noise_variance': 'estimated'}
+        >>> default_likelihood([torch.tensor([0, 1])])
+        {}
+    """
+    is_binary = False
+    for some in targets:
+        if not isinstance(some, Tensor) or not (some.is_floating_point() or some.dtype == torch.bool):
+            return {}
+        if some.dtype == torch.bool:
+            return {"likelihood": "bernoulli"}
+        if not bool(((some == 0) | (some == 1)).all()):
+            _warn_of_scale(some)
+            return REAL
+        is_binary = True
+    if is_binary:
+        raise ValueError(
+            "`config` must say what float targets that are all 0 or 1 mean, by `likelihood` 'bernoulli' or 'gaussian', "
+            "got None."
+        )
+    return {}
+
+
+def _warn_of_scale(targets: Tensor) -> None:
+    """Warn if real targets are far from size one."""
+    size = float(targets.double().square().mean().sqrt())
+    if targets.numel() >= MIN_TARGETS and not SMALLEST <= size <= LARGEST:
+        warnings.warn(
+            f"the targets of the first batch have a root mean square of {size:.3g}, but the default prior is for "
+            "targets of size 1: standardize them, or set `initial_logit_sd`, in units of the targets, in a config",
+            stacklevel=2,
+        )

@@ -1,0 +1,1 @@
+"""The distribution of a regression's targets under a posterior."""
