@@ -24,9 +24,8 @@ def features(model: nn.Module, stream: Stream) -> Tensor:
     """
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     if not heads:
-        raise ValueError(
-            f"`model` must have a classifier in `modules_to_save`, got {type(model).__name__} without one."
-        )
+        got = f"{type(model).__name__} without one"
+        raise ValueError(f"`model` must have a classifier in `modules_to_save`, got {got}.")
     seen: list[Tensor] = []
     hook = heads[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).double()))
     try:

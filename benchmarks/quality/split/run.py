@@ -15,87 +15,22 @@ cell runs in its own process, and is written when it is measured. Data and weigh
 
 from __future__ import annotations
 
-import math
 import re
-import signal
 import subprocess
-import time
-import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from benchmarks.bench.registry.data_split import part
-from benchmarks.bench.registry.problems import QualityProblem, RegressionProblem, found_split_problems
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.data import REPOSITORY
-from benchmarks.common.learners import Stream, logits
 from benchmarks.common.result_files import ResultFile
-from benchmarks.common.subprocesses import MIB, alarmed, held, peak, run_in_process
+from benchmarks.common.subprocesses import alarmed, run_in_process
 from benchmarks.quality.split import regression_rows, rows
-from benchmarks.quality.split.scores import classification_scores, regression_scores
-from benchmarks.quality.split.strong import BATCH
+from benchmarks.quality.split.cells import PROBLEMS, measure, rows_of
 from benchmarks.quality.split.table import render
 
-PROBLEMS = found_split_problems()
 ROWS = tuple(dict.fromkeys([*rows.ROWS, *regression_rows.ROWS]))
-CPU = torch.device("cpu")
-PROBE = 20  # AdamW steps timed before and after each cell, the unit of its cost
-
-
-def measure(data: str, row: str, seed: int, cap: float) -> dict[str, Any]:
-    """One cell: learn, predict, score. SIGALRM ends this process after ``cap`` seconds."""
-    warnings.simplefilter("ignore")
-    problem = PROBLEMS[data]
-    given = problem.load(seed)
-    step = probe(problem, given.stream, seed)
-    before = held(CPU, reset=True)
-    signal.setitimer(signal.ITIMER_REAL, cap)
-    try:
-        begun = time.process_time()
-        learned: Any = learn(problem, row, given.stream, seed)
-        fitted, most = time.process_time() - begun, peak(CPU) - before
-        begun = time.process_time()
-        predictions = learned.predict(given.heldout)
-        predicted = time.process_time() - begun
-        if isinstance(problem, RegressionProblem):
-            cell = regression_scores(predictions, given.heldout.labels)
-        else:
-            cell = classification_scores(learned.predict, given, problem.model(seed, 0.0), seed)
-    except Exception as error:  # an error of a row is its result
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    step = (step + probe(problem, given.stream, seed)) / 2
-    epoch = step * math.ceil(len(given.stream.labels) / BATCH)
-    times = {"seconds": fitted, "epoch_seconds": epoch, "predict_seconds": predicted, "mib": most / MIB}
-    return cell | times | dict(learned.facts)
-
-
-def learn(problem: QualityProblem | RegressionProblem, row: str, stream: Stream, seed: int) -> Any:
-    """The row's result on a problem of either kind."""
-    return rows_of(problem.name)[row][1](problem, stream, seed)
-
-
-def probe(problem: QualityProblem | RegressionProblem, stream: Stream, seed: int) -> float:
-    """Processor seconds of an AdamW step on a batch of 16 of this stream, measured now."""
-    is_regression = isinstance(problem, RegressionProblem)
-    model = problem.model(seed) if isinstance(problem, RegressionProblem) else problem.model(seed, 0.0)
-    loss = F.mse_loss if is_regression else F.cross_entropy
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    batches = [batch for batch in stream.first(PROBE * BATCH).batches(BATCH) if len(batch[1]) == BATCH]
-    for number in range(-1, PROBE):  # the first step is not timed
-        if number == 0:
-            begun = time.process_time()
-        inputs, labels = batches[number % len(batches)]
-        optimizer.zero_grad(set_to_none=True)
-        loss(logits(model, inputs), labels).backward()
-        optimizer.step()
-    return (time.process_time() - begun) / PROBE
 
 
 def run(data: str, row: str, seed: int, cap: float, commit: str) -> dict[str, Any]:
@@ -106,11 +41,6 @@ def run(data: str, row: str, seed: int, cap: float, commit: str) -> dict[str, An
     if cell > 0:  # an error of a row is its result; this one is ours
         raise RuntimeError(f"the process of {data}/{row}/{seed} ended with {cell}")
     return {"skipped": f"more than {cap:g} s" if alarmed(cell) else f"ended with {cell}", "commit": commit}
-
-
-def rows_of(data: str) -> Mapping[str, Any]:
-    """The rows that apply to a data set."""
-    return regression_rows.ROWS if isinstance(PROBLEMS[data], RegressionProblem) else rows.ROWS
 
 
 def checked_data(names: Sequence[str] | None, open_sealed: bool) -> list[str]:
