@@ -6,7 +6,7 @@ from benchmarks.bench.quality_streams import drawn_texts, seeded_order
 from benchmarks.bench.registry.problems import QualityData, QualityProblem
 from benchmarks.common.text import minilm, rows_of
 
-CLASSES, SHOTS = 77, 6
+INTENTS, SHOTS = 77, 6
 
 
 def quality(seed: int) -> QualityData:
@@ -23,8 +23,8 @@ QUALITY = QualityProblem(
     "banking77",
     "MiniLM → BANKING77's 77 intents, new head: 462 questions; out of distribution: CLINC150's out-of-scope queries",
     quality,
-    lambda seed, dropout: minilm(seed, 4, CLASSES, dropout),
-    classes=CLASSES,
+    lambda seed, dropout: minilm(seed, 4, INTENTS, dropout),
+    classes=INTENTS,
     priority=201,
     is_one_of_nine=False,
 )
