@@ -25,7 +25,7 @@ from benchmarks.quality.split.strong import BATCH
 
 PROBLEMS = found_split_problems()
 CPU = torch.device("cpu")
-PROBE = 20  # AdamW steps timed before and after each cell, the unit of its cost
+PROBE = 20  # AdamW steps timed before and after each cell, the units of its cost
 
 
 def measure(data: str, row: str, seed: int, cap: float) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def measure(data: str, row: str, seed: int, cap: float) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     problem = PROBLEMS[data]
     given = problem.load(seed)
-    step = probe(problem, given.stream, seed)
+    units = epoch_seconds(problem, given.stream, seed)
     before = held(CPU, reset=True)
     signal.setitimer(signal.ITIMER_REAL, cap)
     try:
@@ -51,10 +51,9 @@ def measure(data: str, row: str, seed: int, cap: float) -> dict[str, Any]:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}
     signal.setitimer(signal.ITIMER_REAL, 0)
-    step = (step + probe(problem, given.stream, seed)) / 2
-    epoch = step * math.ceil(len(given.stream.labels) / BATCH)
-    times = {"seconds": fitted, "epoch_seconds": epoch, "predict_seconds": predicted, "mib": most / MIB}
-    return cell | times | dict(learned.facts)
+    again = epoch_seconds(problem, given.stream, seed)
+    times = {"seconds": fitted, "predict_seconds": predicted, "mib": most / MIB}
+    return cell | times | {unit: (units[unit] + again[unit]) / 2 for unit in units} | dict(learned.facts)
 
 
 def learn(problem: QualityProblem | RegressionProblem, row: str, stream: Stream, seed: int) -> Any:
@@ -62,13 +61,20 @@ def learn(problem: QualityProblem | RegressionProblem, row: str, stream: Stream,
     return rows_of(problem.name)[row][1](problem, stream, seed)
 
 
-def probe(problem: QualityProblem | RegressionProblem, stream: Stream, seed: int) -> float:
-    """Processor seconds of an AdamW step on a batch of 16 of this stream, measured now."""
+def epoch_seconds(problem: QualityProblem | RegressionProblem, stream: Stream, seed: int) -> dict[str, float]:
+    """Processor seconds of an epoch of AdamW with batches of 16, and of one with batches of 1, from steps measured now."""
+    sizes = {"epoch_seconds": BATCH, "single_seconds": 1}
+    steps = {unit: math.ceil(len(stream.labels) / size) for unit, size in sizes.items()}
+    return {unit: steps[unit] * probe(problem, stream, seed, size) for unit, size in sizes.items()}
+
+
+def probe(problem: QualityProblem | RegressionProblem, stream: Stream, seed: int, size: int) -> float:
+    """Processor seconds of an AdamW step on a batch of this stream, measured now."""
     is_regression = isinstance(problem, RegressionProblem)
     model = problem.model(seed) if isinstance(problem, RegressionProblem) else problem.model(seed, 0.0)
     loss = F.mse_loss if is_regression else F.cross_entropy
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    batches = [batch for batch in stream.first(PROBE * BATCH).batches(BATCH) if len(batch[1]) == BATCH]
+    batches = [batch for batch in stream.first(PROBE * size).batches(size) if len(batch[1]) == size]
     for number in range(-1, PROBE):  # the first step is not timed
         if number == 0:
             begun = time.process_time()

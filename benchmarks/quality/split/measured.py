@@ -72,12 +72,10 @@ def verdict(gaps: Sequence[float]) -> str:
     return "better" if gap < -2 * error else "within noise" if gap <= 2 * error else "worse"
 
 
-def cost_in_epochs(measured: Sequence[Cell]) -> tuple[float, float]:
-    """Epochs in all, and without the runs of the search that predict nothing."""
-    full = statistics.mean(cell["seconds"] / cell["epoch_seconds"] for cell in measured)
-    rest = statistics.mean(
-        (cell["seconds"] - cell.get("search_seconds", 0.0)) / cell["epoch_seconds"] for cell in measured
-    )
+def cost(measured: Sequence[Cell], unit: str) -> tuple[float, float]:
+    """Learning in units of "epoch_seconds" or "single_seconds": all, and without runs that predict nothing."""
+    full = statistics.mean(cell["seconds"] / cell[unit] for cell in measured)
+    rest = statistics.mean((cell["seconds"] - cell.get("search_seconds", 0.0)) / cell[unit] for cell in measured)
     return full, rest
 
 

@@ -66,12 +66,13 @@ def test_an_epoch_costs_as_many_steps_as_it_has_batches(digits, monkeypatch):
     monkeypatch.setitem(rows.ROWS, "strong", ("s", lambda *_: pytest.fail("not this")))
     cell = cells.measure("digits", "default", 0, 600.0)
     assert cell["epoch_seconds"] == 2.0 * 6  # 96 examples in batches of 16
+    assert cell["single_seconds"] == 2.0 * 96
 
 
 def test_a_default_is_kept_under_another_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     scores = dict.fromkeys(("nll", "rmse", "crps", "coverage_50", "coverage_90", "predict_seconds", "mib"), 0.5)
-    scores |= {"seconds": 2.0, "epoch_seconds": 1.0}
+    scores |= {"seconds": 2.0, "epoch_seconds": 1.0, "single_seconds": 4.0}
     file = ResultFile("quality_development")
     for row in ("strong", "default"):
         file.put(f"boston/{row}/0", scores)
@@ -95,7 +96,7 @@ def test_differences_are_paired_and_verdicts_need_two_seeds():
         names = ("accuracy", "ece", "ece_null_low", "ece_null_high", "ood_auroc", "error_auroc", "aurc", "mib")
         shifts = [f"{name}_{severity}" for name in ("nll", "ece") for severity in (1, 2, 3)]
         values = dict.fromkeys([*names, *shifts, "predict_seconds"], 0.5)
-        return values | {"nll": nll, "seconds": 6.0, "search_seconds": 2.0, "epoch_seconds": 2.0}
+        return values | {"nll": nll, "seconds": 6.0, "search_seconds": 2.0, "epoch_seconds": 2.0, "single_seconds": 8.0}
 
     measured = {f"digits/strong/{seed}": cell(nll) for seed, nll in enumerate((0.50, 0.60, 0.70))}
     measured |= {f"digits/default/{seed}": cell(nll) for seed, nll in enumerate((0.41, 0.50, 0.61))}
@@ -105,4 +106,4 @@ def test_differences_are_paired_and_verdicts_need_two_seeds():
     assert [part.strip() for part in line.split("|")[2:7]] == ["nll", "-0.093", "1", "1 better", "digits -0.093"]
     line = next(line for line in text.splitlines() if "post hoc" in line and "| nll" in line)
     assert [part.strip() for part in line.split("|")[3:6]] == ["+0.100", "1", "1 one seed"]
-    assert "3.0 (2.0)" in text  # six seconds are three epochs, two of them without the search
+    assert "| 3.0 (2.0) | 0.8 (0.5) " in text  # six seconds are three epochs, two of them without the search
