@@ -62,7 +62,7 @@ def learn(problem: QualityProblem | RegressionProblem, row: str, stream: Stream,
 
 
 def epoch_seconds(problem: QualityProblem | RegressionProblem, stream: Stream, seed: int) -> dict[str, float]:
-    """Processor seconds of an epoch of AdamW with batches of 16, and of one with batches of 1, from steps measured now."""
+    """Processor seconds of epochs of AdamW with batches of 16 and of 1, from steps measured now."""
     sizes = {"epoch_seconds": BATCH, "single_seconds": 1}
     steps = {unit: math.ceil(len(stream.labels) / size) for unit, size in sizes.items()}
     return {unit: steps[unit] * probe(problem, stream, seed, size) for unit, size in sizes.items()}

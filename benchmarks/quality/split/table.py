@@ -37,8 +37,8 @@ LEGEND = (
     " epistemic entropy with the distance to the nearest training example, in the inputs of the frozen network's"
     " classifier, each divided by its sd. Cost: processor seconds of learning over those of an epoch of AdamW with"
     " batches of 16 on all training examples, from steps timed in the same process before and after; in parentheses"
-    " without the runs of the rate search that predict nothing; beside it in epochs of batch 1. NLL, RMSE and CRPS of regressions are for targets with"
-    " sd 1."
+    " without the runs of the rate search that predict nothing; beside it in epochs of batch 1. NLL, RMSE and CRPS of"
+    " regressions are for targets with sd 1."
 )
 SEALED_NOTE = "These sets were opened once, after all settings were fixed; the table is printed as it came."
 SPLIT_NOTE = (
