@@ -78,10 +78,16 @@ def keep_default(file: ResultFile, name: str) -> int:
 
 
 def commit() -> str:
-    """The commit of the code, with "-dirty" if files differ from it; "unknown" outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)  # noqa: S603
-    return found.stdout.strip() or "unknown"
+    """The commit of the code, with "-dirty" if other files than results differ from it; "unknown" without Git."""
+    head = _git("rev-parse", "--short", "HEAD")
+    if head.returncode:
+        return "unknown"
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode
+    return head.stdout.strip() + "-dirty" * bool(changed)
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)  # noqa: S603, S607
 
 
 def show(cell: Mapping[str, Any]) -> str:

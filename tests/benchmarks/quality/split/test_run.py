@@ -91,6 +91,16 @@ def test_a_default_is_kept_under_another_name(tmp_path, monkeypatch, capsys):
         run.main()
 
 
+def test_each_part_has_a_page_of_its_own(digits):
+    problems = {"digits": DIGITS, "closed": DIGITS._replace(name="closed", title="a sealed set", sealed=True)}
+    skipped = {"skipped": "more than 9 s"}
+    assert "opened once" not in "\n".join(render({"digits/strong/0": skipped}, problems, False))
+    text = "\n".join(render({"digits/strong/0": skipped}, problems, True))
+    assert "These sets were opened once" in text
+    assert "Sealed sets: closed." in text
+    assert "Development sets: digits." in text
+
+
 def test_differences_are_paired_and_verdicts_need_two_seeds():
     def cell(nll):
         names = ("accuracy", "ece", "ece_null_low", "ece_null_high", "ood_auroc", "error_auroc", "aurc", "mib")
