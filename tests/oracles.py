@@ -56,13 +56,13 @@ def naive_loko(jacobian_of, outputs_of, theta, p, stream, beta=0.95, taylor=True
 
 def against_the_rest(outputs, covariance):
     """MacKay's approximation for each class against the rest, written out."""
-    found = []
+    actual = []
     for c in range(outputs.shape[1]):
         others = outputs.clone()
         others[:, c] = -math.inf
         slope = torch.eye(outputs.shape[1]).to(outputs)[c] - others.softmax(1)
         variance = (slope.unsqueeze(1) @ covariance @ slope.unsqueeze(2)).flatten()
         odds = outputs[:, c] - others.logsumexp(1)
-        found.append((odds / (1 + math.pi / 8 * variance).sqrt()).sigmoid())
-    probs = torch.stack(found, 1)
+        actual.append((odds / (1 + math.pi / 8 * variance).sqrt()).sigmoid())
+    probs = torch.stack(actual, 1)
     return probs / probs.sum(1, keepdim=True)

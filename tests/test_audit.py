@@ -16,8 +16,8 @@ def package(name, *fixes):
     return {"name": name, "version": "1.0", "vulns": [{"id": "X-1", "fix_versions": list(fixes)}]}
 
 
-def answers(found, canary=CANARY):
-    return lambda arguments: canary if "-r" in arguments else found
+def answers(actual, canary=CANARY):
+    return lambda arguments: canary if "-r" in arguments else actual
 
 
 @pytest.mark.parametrize("canary", [None, [], [{"name": "jinja2", "skip_reason": "not found"}]])
@@ -27,7 +27,7 @@ def test_a_database_that_does_not_know_a_known_vulnerability_is_none(canary, cap
 
 
 @pytest.mark.parametrize(
-    ("found", "status", "said"),
+    ("actual", "status", "said"),
     [
         (package("Torch", "2.0"), 1, "Torch 1.0 (required): X-1, repaired in 2.0."),
         (package("torch"), 0, "torch 1.0 (required): X-1, repaired in no version yet."),
@@ -35,12 +35,12 @@ def test_a_database_that_does_not_know_a_known_vulnerability_is_none(canary, cap
         ({"name": "numpy", "version": "2", "vulns": []}, 0, "1 packages looked at."),
     ],
 )
-def test_what_a_newer_version_would_repair_fails(found, status, said, capsys):
-    assert audit.audit(answers([found])) == status
+def test_what_a_newer_version_would_repair_fails(actual, status, said, capsys):
+    assert audit.audit(answers([actual])) == status
     assert said in capsys.readouterr().out
 
 
 def test_what_is_required_goes_all_the_way_down_and_leaves_tools_out():
-    found = audit.required()
-    assert {"torch", "pyro-ppl", "peft", "numpy", "safetensors", "jinja2"} <= found
-    assert not {"ruff", "pytest", "pip-audit"} & found
+    actual = audit.required()
+    assert {"torch", "pyro-ppl", "peft", "numpy", "safetensors", "jinja2"} <= actual
+    assert not {"ruff", "pytest", "pip-audit"} & actual

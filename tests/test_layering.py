@@ -118,10 +118,10 @@ def test_no_circle_of_modules():
 
 def test_parts_that_know_nothing_of_each_other():
     for one, other in APART:
-        found = [
+        actual = [
             (name, to) for name, tos in IMPORTS.items() for to in tos if name.startswith(one) and to.startswith(other)
         ]
-        assert not found
+        assert not actual
 
 
 def test_no_folder_is_crowded():

@@ -77,9 +77,9 @@ def test_a_new_optimizer_and_a_new_data_set_are_one_file_each(tmp_path, monkeypa
     assert "UCI digits upside down" in text
     cells = json.loads((tmp_path / "bench_online-limit40.json").read_text(encoding="utf-8"))["cells"]
     assert sum(key.startswith("upside_down/signum/") and key.endswith("/tuning") for key in cells) == BUDGET
-    found = [cell for key, cell in cells.items() if key.startswith("upside_down/signum/") and key.endswith("/0")]
-    assert found[0]["online_accuracy"] > 0.1
-    assert found[0]["state_bytes"] == 4 * found[0]["parameters"]  # one average
+    actual = [cell for key, cell in cells.items() if key.startswith("upside_down/signum/") and key.endswith("/0")]
+    assert actual[0]["online_accuracy"] > 0.1
+    assert actual[0]["state_bytes"] == 4 * actual[0]["parameters"]  # one average
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLE.glob("*/*.py")), ids=lambda path: path.stem)

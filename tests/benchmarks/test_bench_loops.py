@@ -39,7 +39,7 @@ def test_adamw_is_torchs_with_a_linear_decay():
     choice = {"lr": 1e-3}
     stream = UCI.split("online", 0, LIMIT).stream
     model, reference = UCI.model("lora", 0), UCI.model("lora", 0)
-    found = online.run(row.make(model, choice, 0, LIMIT, None), stream)
+    actual = online.run(row.make(model, choice, 0, LIMIT, None), stream)
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-4)
     losses = []
@@ -50,7 +50,7 @@ def test_adamw_is_torchs_with_a_linear_decay():
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    torch.testing.assert_close(found.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-4, atol=1e-6)
     for one, two in zip(learners.trainable(model), parameters, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
 
@@ -60,10 +60,10 @@ def test_the_filters_pass_is_that_of_fit():
     split = UCI.split("online", 0, 40)
     model = UCI.model("lora", 0)
     learner = learners.KalmanLearner(model, config, split.stream.first(32).inputs)
-    found = online.run(learner, split.stream)
+    actual = online.run(learner, split.stream)
     posterior = bkf.fit(UCI.model("lora", 0), split.stream.batches(), config, progress=False)
     torch.testing.assert_close(learner.state.belief.mean, posterior.mean_vector, rtol=0, atol=0)
-    torch.testing.assert_close(found.losses, posterior.history["log_loss"].double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.losses, posterior.history["log_loss"].double(), rtol=1e-5, atol=1e-6)
     expected = posterior.predict(split.heldout.inputs[:5]).probs.double()
     torch.testing.assert_close(learner.probs(split.heldout.inputs[:5]), expected, rtol=1e-6, atol=1e-7)
 
@@ -173,11 +173,11 @@ def test_curves_are_running_and_moving_averages():
 def test_a_point_is_the_whole_training_sets_loss_and_gradient():
     split = UCI.split("optimizers", 0, 150)
     model = UCI.model("lora", 0)
-    found = epochs.point(model, split)  # in two batches
+    actual = epochs.point(model, split)  # in two batches
     loss = F.cross_entropy(model(split.stream.inputs).logits, split.stream.labels)
     parts = torch.autograd.grad(loss, learners.trainable(model))
-    assert found.train_loss == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert found.gradient_norm == pytest.approx(float(torch.cat([p.flatten() for p in parts]).norm()), rel=1e-4)
+    assert actual.train_loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert actual.gradient_norm == pytest.approx(float(torch.cat([p.flatten() for p in parts]).norm()), rel=1e-4)
 
 
 def test_steps_to_a_loss():
@@ -242,6 +242,6 @@ def test_infinite_logits_end_a_pass():
     model = torch.nn.Linear(2, 3)
     torch.nn.init.constant_(model.weight, math.inf)
     learner = learners.GradientLearner(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    found = online.run(learner, Stream(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)))
-    assert found.cause == "FloatingPointError: the outputs are not finite"
-    assert len(found.losses) == 0
+    actual = online.run(learner, Stream(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)))
+    assert actual.cause == "FloatingPointError: the outputs are not finite"
+    assert len(actual.losses) == 0

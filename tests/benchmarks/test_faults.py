@@ -13,10 +13,10 @@ from benchmarks.reliability import faults, soak
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", [100, 101])
 def test_a_damaged_folder_is_refused_or_was_not_damaged(seed, tmp_path):
-    found = faults.damage(80, tmp_path, seed=seed, progress=False)
-    assert found.total() == 80
-    assert {outcome for _, outcome in found} == set(faults.OUTCOMES)
-    assert len({fault for fault, _ in found}) == len(faults.FAULTS)
+    actual = faults.damage(80, tmp_path, seed=seed, progress=False)
+    assert actual.total() == 80
+    assert {outcome for _, outcome in actual} == set(faults.OUTCOMES)
+    assert len({fault for fault, _ in actual}) == len(faults.FAULTS)
 
 
 @pytest.mark.skipif(
@@ -57,8 +57,8 @@ def test_a_disk_that_is_full_or_read_only(mounted):
 @pytest.mark.parametrize("covariance", soak.EXACT)
 def test_innovations_of_an_exact_filter_stay_in_their_band(covariance):
     """Two thousand updates; a million are in ``benchmarks/reliability/soak.py``."""
-    found = soak.run(covariance, 2_000, seed=7, progress=False)
-    assert found["band_low"] < found["innovations"] < found["band_high"]
-    assert found["windows_outside"] == 0
-    assert found["asymmetry"] < 1e-10
-    assert found["mib_in_the_end"] < found["mib_after_a_tenth"] + 20
+    actual = soak.run(covariance, 2_000, seed=7, progress=False)
+    assert actual["band_low"] < actual["innovations"] < actual["band_high"]
+    assert actual["windows_outside"] == 0
+    assert actual["asymmetry"] < 1e-10
+    assert actual["mib_in_the_end"] < actual["mib_after_a_tenth"] + 20

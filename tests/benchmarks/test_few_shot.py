@@ -19,11 +19,11 @@ from benchmarks.few_shot.rows import ROWS, Cache
 
 
 def digits():
-    found = uci_digits()
-    test = found.at(slice(0, 60))
+    actual = uci_digits()
+    test = actual.at(slice(0, 60))
     shifts = {"noise": tasks._corrupted(test, "gaussian_noise", 2)}
     foreign = {"noise": torch.randn(40, 1, 28, 28, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)}
-    return tasks.Task("UCI digits", found.at(slice(100, 700)), test, shifts, foreign)
+    return tasks.Task("UCI digits", actual.at(slice(100, 700)), test, shifts, foreign)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def setting(task, clip):
 
 @pytest.mark.parametrize("shots", [1, 4, 16])
 def test_shots_are_of_every_class_and_none_is_validation(task, shots):
-    found = tasks.draw(task.pool, shots, seed=3)
-    assert found.training.labels.bincount().tolist() == [shots] * 10
-    assert found.validation.labels.bincount().tolist() == [min(shots, 4)] * 10
-    distances = torch.cdist(found.training.images.flatten(1), found.validation.images.flatten(1))
+    actual = tasks.draw(task.pool, shots, seed=3)
+    assert actual.training.labels.bincount().tolist() == [shots] * 10
+    assert actual.validation.labels.bincount().tolist() == [min(shots, 4)] * 10
+    distances = torch.cdist(actual.training.images.flatten(1), actual.validation.images.flatten(1))
     assert float(distances.min()) > 0.1
     other = tasks.draw(task.pool, shots, seed=4)
-    assert not torch.equal(other.training.images, found.training.images)
+    assert not torch.equal(other.training.images, actual.training.images)
     again = tasks.draw(task.pool, shots, seed=3)
-    assert torch.equal(again.training.images, found.training.images)
+    assert torch.equal(again.training.images, actual.training.images)
 
 
 def test_validation_is_drawn_first(task):
@@ -67,10 +67,10 @@ def test_too_few_images_to_draw_from(task):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_wrong_labels_are_as_many_as_asked_for(task, share):
-    found = tasks.draw(task.pool, 4, 0).training
-    wrong = tasks.relabelled(found, share, 0)
-    assert int((wrong.labels != found.labels).sum()) == int(share * 40)
-    assert torch.equal(wrong.images, found.images)
+    actual = tasks.draw(task.pool, 4, 0).training
+    wrong = tasks.relabelled(actual, share, 0)
+    assert int((wrong.labels != actual.labels).sum()) == int(share * 40)
+    assert torch.equal(wrong.images, actual.images)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -79,11 +79,11 @@ def test_every_row_predicts_probabilities(name, task, clip):
     cell = run.measure(ROWS[name], task, clip, 1, 0)
     assert len(cell["tried"]) == len(ROWS[name].grid)
     assert cell["choice"] in [dict(choice) for choice in ROWS[name].grid]
-    for found in cell["variants"].values():
-        numbers = [found["id"], *found["shifts"].values()]
+    for actual in cell["variants"].values():
+        numbers = [actual["id"], *actual["shifts"].values()]
         assert all(0 <= part["accuracy"] <= 1 and 0 <= part["ece"] <= 1 and part["nll"] > 0 for part in numbers)
-        assert set(found["foreign"]) == {"noise"}
-        assert found["id"]["accuracy"] > 0.3  # zero-shot has 0.7 here, chance is 0.1
+        assert set(actual["foreign"]) == {"noise"}
+        assert actual["id"]["accuracy"] > 0.3  # zero-shot has 0.7 here, chance is 0.1
     json.dumps(cell)
 
 
@@ -125,14 +125,14 @@ def test_averaged_predictions_and_their_temperatures():
     """Against quadrature over a logit of two classes, and a search by hand."""
     mean = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
     covariance = torch.diag_embed(torch.tensor([[2.0, 0.0], [0.5, 0.5]]).double())
-    found = averaged(mean, covariance, Temperatures(0.5, 2.0), 20_000, 0)
+    actual = averaged(mean, covariance, Temperatures(0.5, 2.0), 20_000, 0)
     nodes = torch.linspace(-8, 8, 4001).double()
     weights = torch.exp(-0.5 * nodes**2) / torch.exp(-0.5 * nodes**2).sum()
     for row, variance in enumerate((2.0, 1.0)):
         difference = (mean[row, 0] - mean[row, 1]) + (0.5 * variance) ** 0.5 * nodes
         expected = float((torch.sigmoid(difference / 2.0) * weights).sum())
-        assert float(found[row, 0]) == pytest.approx(expected, abs=4 * 0.2 / 20_000**0.5)
-    torch.testing.assert_close(found.sum(1), torch.ones(2).double())
+        assert float(actual[row, 0]) == pytest.approx(expected, abs=4 * 0.2 / 20_000**0.5)
+    torch.testing.assert_close(actual.sum(1), torch.ones(2).double())
     labels = torch.tensor([1, 0])  # both unlikely: the flattest is best
     assert best_temperatures(mean, covariance, labels, 64, 0).softmax == max(SOFTMAX)
     assert best_temperatures(mean, covariance, 1 - labels, 64, 0).softmax == min(SOFTMAX)

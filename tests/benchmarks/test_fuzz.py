@@ -9,8 +9,8 @@ READERS = fuzz.readers()
 
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
 def test_a_broken_file_is_refused_in_a_sentence(reader):
-    found = fuzz.attack(reader, 120, number=1)
-    assert found["cases"] >= 100
-    assert found["refused"] > 0
-    assert found["read"] > 0
-    assert found["longest_seconds"] < fuzz.SECONDS
+    actual = fuzz.attack(reader, 120, number=1)
+    assert actual["cases"] >= 100
+    assert actual["refused"] > 0
+    assert actual["read"] > 0
+    assert actual["longest_seconds"] < fuzz.SECONDS

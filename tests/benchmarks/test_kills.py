@@ -9,7 +9,7 @@ from benchmarks.reliability import kills
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
 def test_killed_it_goes_on_to_the_bit(tmp_path):
-    found = kills.run(8, 60, tmp_path / "pass", seed=3, longest=0.4)
-    assert found["kills"] == 8
-    assert found["whole_passes"] >= 1
-    assert found["equal_to_the_bit"]
+    actual = kills.run(8, 60, tmp_path / "pass", seed=3, longest=0.4)
+    assert actual["kills"] == 8
+    assert actual["whole_passes"] >= 1
+    assert actual["equal_to_the_bit"]

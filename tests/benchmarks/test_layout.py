@@ -28,14 +28,16 @@ PLUGINS = {"bench/optimizers", "bench/problems"}
 
 def imported(path):
     """Modules of benchmarks that a file imports, also inside functions."""
-    found = set()
+    actual = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
             assert node.level == 0
-            found |= {name for alias in node.names if (name := f"{node.module}.{alias.name}") in FILES} or {node.module}
+            actual |= {name for alias in node.names if (name := f"{node.module}.{alias.name}") in FILES} or {
+                node.module
+            }
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("benchmarks")}
-    return found
+            actual |= {alias.name for alias in node.names if alias.name.startswith("benchmarks")}
+    return actual
 
 
 GRAPH = {name: imported(path) for name, path in FILES.items()}

@@ -49,14 +49,14 @@ def test_the_page_has_every_type_of_the_installed_peft():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
 def test_all_works_or_one_sentence_refuses(case):
-    found = peft_support.run(case)
-    assert found.right, found.steps
+    actual = peft_support.run(case)
+    assert actual.right, actual.steps
     if f"with PEFT {peft.__version__}:" not in PAGE:
         pytest.skip(f"docs/peft.md lists what another version of PEFT than the installed {peft.__version__} supports")
-    part = "Refused" if found.refusal else "What PEFT itself does not run here" if found.broken else "Works"
+    part = "Refused" if actual.refusal else "What PEFT itself does not run here" if actual.broken else "Works"
     assert listed(case.name) == [part]
-    assert not found.refusal or found.refusal in PAGE
-    assert not found.refusal or re.fullmatch(r"`model` .*\.", found.refusal)
+    assert not actual.refusal or actual.refusal in PAGE
+    assert not actual.refusal or re.fullmatch(r"`model` .*\.", actual.refusal)
 
 
 @pytest.mark.parametrize("step", ["mean", "sampled", "model"])
@@ -71,6 +71,6 @@ def test_wrong_answers_are_seen(step, monkeypatch):
         return run(self, inputs) * 1.01
 
     monkeypatch.setattr(AdapterModel, "run", shifted)
-    found = peft_support.run(case)
-    assert not found.right
-    assert found.steps[step] != "yes"
+    actual = peft_support.run(case)
+    assert not actual.right
+    assert actual.steps[step] != "yes"

@@ -41,8 +41,8 @@ def digests(folder):
 def tensors(posterior):
     from safetensors.torch import load_file
 
-    found = load_file(posterior / "kalman_state.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in found.items() if "seconds" not in name}
+    actual = load_file(posterior / "kalman_state.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in actual.items() if "seconds" not in name}
 
 
 def test_two_processes_write_the_same_bits(tmp_path):

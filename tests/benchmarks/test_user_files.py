@@ -11,8 +11,8 @@ from benchmarks.reliability import user_files
     sys.platform == "win32", reason="the processes to be killed are made by os.fork, which Windows lacks"
 )
 def test_what_the_package_did_not_write_stays_as_it_is():
-    found = user_files.run(12, seed=1000, progress=False)
-    assert found["opened"] > 50
-    assert found["files of other people"] > 20
-    assert sum(number for name, number in found.items() if name.endswith("killed")) >= 5
-    assert sum(number for name, number in found.items() if name.endswith("refused")) >= 5
+    actual = user_files.run(12, seed=1000, progress=False)
+    assert actual["opened"] > 50
+    assert actual["files of other people"] > 20
+    assert sum(number for name, number in actual.items() if name.endswith("killed")) >= 5
+    assert sum(number for name, number in actual.items() if name.endswith("refused")) >= 5

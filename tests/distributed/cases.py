@@ -49,12 +49,12 @@ def lora():
     )
     model = BertForSequenceClassification(config).double()
     asked = LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"])
-    found = get_peft_model(model, asked).eval()
+    actual = get_peft_model(model, asked).eval()
     with torch.no_grad():
-        for name, parameter in found.named_parameters():
+        for name, parameter in actual.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    return found
+    return actual
 
 
 def numbers(size, generator):
@@ -100,15 +100,15 @@ def batches(name, seed=1):
     model, config = CASES[name]
     _, inputs, outputs = MODELS[model]
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    actual = []
     for size in SIZES.get(name, (9, 8, 1, 4, 3)):
         x = inputs(size, generator)
         if config.likelihood == "gaussian":
             y = torch.randn(size, outputs, generator=generator, dtype=torch.float64)
         else:
             y = torch.randint(outputs, (size,), generator=generator)
-        found.append((x, y))
-    return found
+        actual.append((x, y))
+    return actual
 
 
 def share(inputs, targets, rank, size):

@@ -16,9 +16,9 @@ from torch import multiprocessing
 
 def run(size, function, folder, *args):
     """What ``function(rank, *args)`` returned in every process: a dict of tensors and plain values each."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as actual:
+        actual.bind(("127.0.0.1", 0))
+        port = actual.getsockname()[1]
     set_forkserver_preload(["peft", "transformers.models.bert.modeling_bert", "bayes_kf.distributed"])  # imported once
     arguments = size, port, str(folder), function, args
     multiprocessing.start_processes(_started, arguments, nprocs=size, start_method="forkserver")

@@ -29,7 +29,7 @@ def parts(name):
 
 
 def together(rank, size):
-    found = {}
+    actual = {}
     for name in CONFIGS:
         make, config, data = parts(name)
         kf = DataParallelFilter(make(), config)
@@ -38,7 +38,7 @@ def together(rank, size):
             state, info = kf.update(state, *cases.share(inputs, targets, rank, size))
             damping.append(info.damping)
             correct += len(info.log_loss)
-        found[name] = {
+        actual[name] = {
             "mean": state.belief.mean,
             "variance": state.belief.variance,
             "scores": state.temperature_scores.total,
@@ -47,12 +47,12 @@ def together(rank, size):
             "damping": damping,
             "bytes": kf.group.bytes_sent,
         }
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_sums_over_processes_equal_one_filter(size, tmp_path):
-    found, damped = run(size, together, tmp_path, size), False
+    actual, damped = run(size, together, tmp_path, size), False
     for name in CONFIGS:
         make, config, data = parts(name)
         kf = bkf.KalmanFilter(make(), config)
@@ -61,14 +61,14 @@ def test_sums_over_processes_equal_one_filter(size, tmp_path):
             state, info = kf.update(state, inputs, targets)
             damping.append(info.damping)
         damped |= min(damping) < 1.0
-        for here in (process[name] for process in found):
+        for here in (process[name] for process in actual):
             torch.testing.assert_close(here["mean"], state.belief.mean, rtol=1e-8, atol=1e-10, msg=name)
             torch.testing.assert_close(here["variance"], state.belief.variance, rtol=1e-8, atol=1e-12, msg=name)
             assert here["damping"] == damping
             assert here["examples"] == state.examples
             if config.likelihood == "gaussian" or size == 1:  # the others draw, each process for its own examples
                 torch.testing.assert_close(here["scores"], state.temperature_scores.total)
-        assert sum(process[name]["own"] for process in found) == state.examples
+        assert sum(process[name]["own"] for process in actual) == state.examples
     assert damped  # so that the guard was seen
 
 
@@ -104,12 +104,12 @@ def test_one_large_batch_learns_as_small_ones_do(size, tmp_path):
     small = kf.init(x[:32])
     for some in torch.arange(600).split(16):
         small, _ = kf.update(small, x[some], y[some])
-    found = run(size, one_large_batch, tmp_path, size)
-    assert found[0]["loss"] <= 1.05 * log_loss(kf, small)
-    for here in found:
-        torch.testing.assert_close(here["mean"], found[0]["mean"], rtol=0.0, atol=0.0)
-        assert here["again"][0] == found[0]["again"][0] > 0
-    linearized, checked = (sum(process["again"][k] for process in found) for k in (1, 2))
+    actual = run(size, one_large_batch, tmp_path, size)
+    assert actual[0]["loss"] <= 1.05 * log_loss(kf, small)
+    for here in actual:
+        torch.testing.assert_close(here["mean"], actual[0]["mean"], rtol=0.0, atol=0.0)
+        assert here["again"][0] == actual[0]["again"][0] > 0
+    linearized, checked = (sum(process["again"][k] for process in actual) for k in (1, 2))
     assert linearized >= 600
     assert checked >= 600
 

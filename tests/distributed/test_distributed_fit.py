@@ -49,7 +49,7 @@ def fitted(rank, size, form, folder):
     ("form", "size"), [("sharded", 2), pytest.param("sharded", 3, marks=pytest.mark.slow), ("data_parallel", 2)]
 )
 def test_a_pass_equals_that_of_one_process_with_joined_batches(form, size, tmp_path):
-    found = run(size, fitted, tmp_path, size, form, tmp_path)
+    actual = run(size, fitted, tmp_path, size, form, tmp_path)
     rounds = list(zip(*(shares(rank, size) + [None] * 3 for rank in range(size)), strict=False))
     rounds = [[share for share in some if share is not None] for some in rounds]
     joined = [(torch.cat([x for x, _ in some]), torch.cat([y for _, y in some])) for some in rounds if some]
@@ -64,7 +64,7 @@ def test_a_pass_equals_that_of_one_process_with_joined_batches(form, size, tmp_p
     for x, y in zip(X.split(BATCH), Y.split(BATCH), strict=True):
         scores.update(alone.predict(x).probs, y)
     expected = scores.scores(num_simulations=50)
-    for here in found:
+    for here in actual:
         torch.testing.assert_close(here["mean"], alone.mean_vector, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(here["covariance"], alone.covariance_matrix(), rtol=1e-7, atol=1e-9)
         assert here["saved"]
@@ -124,9 +124,9 @@ def broken(rank, size, end, folder):
 )
 def test_an_error_on_one_process_raises_on_all(end, own, tmp_path):
     begun = time.monotonic()
-    found = run(3, broken, tmp_path, 3, end, tmp_path)
+    actual = run(3, broken, tmp_path, 3, end, tmp_path)
     assert time.monotonic() - begun < 50  # no process waited for another until the group's timeout
-    errors = [process["error"] for process in found]
+    errors = [process["error"] for process in actual]
     assert re.search(own, errors[1])
     assert errors[0].startswith("OtherProcessError: process 1 could not")
     assert errors[2] == errors[0]
@@ -218,7 +218,7 @@ def differing(rank, size):
 
 
 def test_different_models_raise(tmp_path):
-    found = run(2, differing, tmp_path, 2)
-    assert [process["error"] for process in found] == [
+    actual = run(2, differing, tmp_path, 2)
+    assert [process["error"] for process in actual] == [
         "`model` and `config` must be the same in every process, got different ones."
     ] * 2

@@ -24,7 +24,7 @@ def alone(name):
 
 def together(rank, size, names):
     """In each of several processes: the whole state in the end, and reports."""
-    found = {}
+    actual = {}
     for name in names:
         model, config = cases.CASES[name]
         kf = ShardedFilter(cases.MODELS[model][0](), config)
@@ -36,7 +36,7 @@ def together(rank, size, names):
             infos.append(info)
         whole = kf.gather(state)
         back = kf.shard(whole)
-        found[name] = {
+        actual[name] = {
             "belief": dict(zip(whole.belief._fields, whole.belief, strict=True)),
             "scores": whole.temperature_scores.total,
             "noise": {k: v for k, v in whole.noise._asdict().items() if v is not None},
@@ -49,7 +49,7 @@ def together(rank, size, names):
             "own": len(state.belief.mean),
             "same": all(torch.equal(a, b) for a, b in zip(back.belief, state.belief, strict=True)),
         }
-    return found
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def expected():
 
 @pytest.mark.parametrize("size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_equal_one(size, expected, tmp_path):
-    found = run(size, together, tmp_path, size, list(cases.CASES))
+    actual = run(size, together, tmp_path, size, list(cases.CASES))
     for name, (state, infos) in expected.items():
-        for here in (process[name] for process in found):
+        for here in (process[name] for process in actual):
             whole = type(state.belief)(**here["belief"])
             torch.testing.assert_close(whole.mean, state.belief.mean, rtol=1e-7, atol=1e-9, msg=name)
             matrix = type(state.belief).covariance_matrix
@@ -80,6 +80,6 @@ def test_several_processes_equal_one(size, expected, tmp_path):
                 assert sum(count for count, *_ in again) > 0
             assert here["examples"] == state.examples
             assert here["same"]
-        held = [process[name]["own"] for process in found]
+        held = [process[name]["own"] for process in actual]
         assert sum(held) == len(state.belief.mean)
         assert max(held) - min(held) <= 0.25 * max(held) + 16

@@ -55,9 +55,9 @@ def test_it_runs(path, tmp_path, client):
     client.execute(cleanup_kc=False)
     del notebook.cells[0]
     assert pictures(notebook) == pictures(saved)
-    found, expected = numbers(notebook), numbers(saved)
+    actual, expected = numbers(notebook), numbers(saved)
     assert sum(map(len, expected)) + len(differences(notebook)) >= 3
     assert all(difference < 1e-5 for difference in differences(notebook))
-    for number, (here, before) in enumerate(zip(found, expected, strict=True)):
+    for number, (here, before) in enumerate(zip(actual, expected, strict=True)):
         assert here == pytest.approx(before, abs=SLACK, rel=SLACK), f"cell {number}"
     assert not list(tmp_path.iterdir()), "a tutorial must leave nothing behind where it runs"

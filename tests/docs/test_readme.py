@@ -13,8 +13,8 @@ ROUNDING = 0.02  # of a printed score: other processors round otherwise, and a s
 
 
 def block(language):
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return found
+    (actual,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return actual
 
 
 def test_the_example_prints_what_the_page_says(capsys):

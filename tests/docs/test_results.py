@@ -28,8 +28,8 @@ def test_a_number_is_that_of_the_file():
 
 
 def test_a_table_is_cut_to_rows_and_columns():
-    found = results.table("online-usps", rows="frozen; default (", columns="NLL = log loss; cost")
-    head, _, frozen, default = found.splitlines()
+    actual = results.table("online-usps", rows="frozen; default (", columns="NLL = log loss; cost")
+    head, _, frozen, default = actual.splitlines()
     assert head == "|  | log loss | cost |"
     assert frozen.startswith("| frozen |")
     assert default.startswith("| **default (`KalmanConfig()`)** |")
@@ -39,9 +39,9 @@ def test_a_table_is_cut_to_rows_and_columns():
 
 def test_a_column_may_have_an_equals_sign_in_its_name():
     ratio = cells("speed")["bert-tiny/B16/m100/time"]["ratio"]["exact"]
-    found = results.table("speed", section="bert-tiny", rows="exact", columns="B=16 m=100")
-    assert found.splitlines()[0] == "|  | B=16 m=100 |"
-    assert f"{ratio:.3g}" in found.splitlines()[2]
+    actual = results.table("speed", section="bert-tiny", rows="exact", columns="B=16 m=100")
+    assert actual.splitlines()[0] == "|  | B=16 m=100 |"
+    assert f"{ratio:.3g}" in actual.splitlines()[2]
 
 
 @pytest.mark.parametrize("options", [{"rows": "nobody"}, {"columns": "nothing"}, {"section": "nowhere"}])

@@ -46,9 +46,9 @@ def posterior(value):
 
 def value(folder):
     """The number of the posterior that a folder opens as; all its files are of that one."""
-    found = bkf.Posterior.from_pretrained(folder, torch.nn.Linear(3, 2))
-    assert found.mean_vector.unique().tolist() == [found.state.step]
-    return found.state.step
+    actual = bkf.Posterior.from_pretrained(folder, torch.nn.Linear(3, 2))
+    assert actual.mean_vector.unique().tolist() == [actual.state.step]
+    return actual.state.step
 
 
 def write_other_files(folder):
@@ -365,8 +365,8 @@ def test_a_plan_is_not_carried_out_through_links(tmp_path):
     (folder / atomic_folder.COMMIT / "files" / "to").mkdir(parents=True)
     (folder / atomic_folder.COMMIT / "files" / "to" / "new").write_text("x")
     (folder / "to").symlink_to(tmp_path / "home")
-    found = digest(tmp_path / "home" / "file")
-    plan = {"sums": "SHA256SUMS", "replaces": {}, "overwrites": [], "removes": {"to/file": found}}
+    actual = digest(tmp_path / "home" / "file")
+    plan = {"sums": "SHA256SUMS", "replaces": {}, "overwrites": [], "removes": {"to/file": actual}}
     (folder / atomic_folder.COMMIT / "plan.json").write_text(json.dumps(plan | {"replaces": {"to/new": ""}}))
     with pytest.raises(ValueError, match="to/new \\(to is no folder\\)"):
         atomic_folder.recover(folder)

@@ -107,7 +107,7 @@ def by_hand(batches, config, epochs=1, model=None):
 
 def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, **options):
     recorder = Recorder()
-    found = trainer(
+    actual = trainer(
         classifier() if model is None else model,
         arguments(folder, **options),
         data_collator=recorder,
@@ -115,27 +115,27 @@ def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, *
         eval_dataset=sentences(30, seed=1),
         kalman=config,
     )
-    found.train()
-    return found, recorder.batches
+    actual.train()
+    return actual, recorder.batches
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
 def test_an_epoch_equals_the_filter_over_its_batches(tmp_path, covariance):
     config = bkf.KalmanConfig(covariance=covariance)
-    found, batches = trained(tmp_path, config)
+    actual, batches = trained(tmp_path, config)
     assert len(split_batch(batches[0])[1]) == SCALE_EXAMPLES
     assert [len(batch["labels"]) for batch in batches[1:]] == [4] * 10
     order = torch.cat([batch["input_ids"] for batch in batches[1:]])
     assert not torch.equal(order, torch.stack([one["input_ids"] for one in sentences(40)]))  # Trainer's shuffle
-    assert same(found.posterior.state, by_hand(batches, config))
+    assert same(actual.posterior.state, by_hand(batches, config))
 
 
 def test_later_epochs_move_only_the_mean(tmp_path):
     config = bkf.KalmanConfig(rank=4)
-    found, batches = trained(tmp_path, config, num_train_epochs=3)
+    actual, batches = trained(tmp_path, config, num_train_epochs=3)
     expected = by_hand(batches, config, epochs=3)
     once = by_hand(batches[:11], config)
-    state = found.posterior.state
+    state = actual.posterior.state
     torch.testing.assert_close(state.belief.mean, expected.belief.mean, rtol=1e-6, atol=1e-8)
     assert state.examples == 40
     assert same(state._replace(belief=state.belief._replace(mean=once.belief.mean)), once)
@@ -145,21 +145,21 @@ def test_later_epochs_move_only_the_mean(tmp_path):
 def test_an_epoch_cut_short_by_max_steps_moves_only_the_mean(tmp_path):
     """16 steps of 10 an epoch: the rate falls to zero at their end."""
     config = bkf.KalmanConfig(rank=4)
-    found, batches = trained(tmp_path, config, max_steps=16)
+    actual, batches = trained(tmp_path, config, max_steps=16)
     kf = bkf.KalmanFilter(classifier(), config)
     state = by_hand(batches[:11], config)
     for step, batch in enumerate(batches[11:17]):
         inputs, targets = split_batch(batch)
         state, _ = mean_pass.natural_gradient_step(config, kf.adapter, state, inputs, targets, 1.0 - step / 6)
-    torch.testing.assert_close(found.posterior.mean_vector, state.belief.mean, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual.posterior.mean_vector, state.belief.mean, rtol=1e-5, atol=1e-7)
 
 
 def test_batches_of_an_accumulated_step_are_updates(tmp_path):
     config = bkf.KalmanConfig(covariance="diagonal")
-    found, batches = trained(tmp_path, config, gradient_accumulation_steps=3)
-    assert found.state.global_step == 4  # 3 + 3 + 3 + 1 batches
-    assert found.posterior.state.step == 10
-    assert same(found.posterior.state, by_hand(batches, config))
+    actual, batches = trained(tmp_path, config, gradient_accumulation_steps=3)
+    assert actual.state.global_step == 4  # 3 + 3 + 3 + 1 batches
+    assert actual.posterior.state.step == 10
+    assert same(actual.posterior.state, by_hand(batches, config))
 
 
 def test_default_settings(tmp_path):
@@ -175,12 +175,12 @@ def test_a_stream_without_a_length(tmp_path):
             return iter(sentences(24))
 
     config = bkf.KalmanConfig(covariance="diagonal")
-    found, batches = trained(tmp_path, config, data=Stream(), max_steps=5)
+    actual, batches = trained(tmp_path, config, data=Stream(), max_steps=5)
     kf = bkf.KalmanFilter(classifier(), config)
     state = kf.init(split_batch(batches[0])[0])  # the prior's scale is that of the first batch
     for batch in batches[:5]:
         state, _ = kf.update(state, *split_batch(batch))
-    assert same(found.posterior.state, state)
+    assert same(actual.posterior.state, state)
     again, _ = trained(tmp_path / "again", config, data=Stream(), max_steps=9)  # the stream begins again: no update
     assert (again.posterior.state.step, again.posterior.state.examples) == (6, 24)
 
@@ -188,8 +188,8 @@ def test_a_stream_without_a_length(tmp_path):
 def test_the_model_has_the_mean_and_nothing_else_changes(tmp_path):
     model = classifier()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found, _ = trained(tmp_path, model=model)
-    mean = found.posterior.mean
+    actual, _ = trained(tmp_path, model=model)
+    mean = actual.posterior.mean
     for name, tensor in model.named_parameters():
         expected = mean[name] if tensor.requires_grad else before[name]
         assert torch.equal(tensor, expected), name
@@ -200,12 +200,12 @@ def test_the_model_has_the_mean_and_nothing_else_changes(tmp_path):
 
 
 def test_evaluation_predicts_with_the_posterior(tmp_path):
-    found, _ = trained(tmp_path)
-    metrics = found.evaluate()
+    actual, _ = trained(tmp_path)
+    metrics = actual.evaluate()
     data = sentences(30, seed=1)
     batches = [default_data_collator(data[first : first + 8]) for first in range(0, 30, 8)]
-    expected = found.posterior.predict_loader(batches)
-    output = found.predict(data)
+    expected = actual.posterior.predict_loader(batches)
+    output = actual.predict(data)
     np.testing.assert_allclose(np.exp(output.predictions), expected.probs.numpy(), rtol=1e-5)
     sums = output.predictions[np.arange(30), output.label_ids]
     assert metrics["eval_log_loss"] == pytest.approx(-sums.mean(), rel=1e-5)
@@ -214,21 +214,21 @@ def test_evaluation_predicts_with_the_posterior(tmp_path):
     ece = calibration_test(probs, torch.from_numpy(output.label_ids), "ece")
     assert (metrics["eval_ece"], metrics["eval_ece_chance_high"]) == pytest.approx((ece.value, ece.null_high))
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_log_loss"], rel=0.1)  # batches count alike in Trainer's
-    mean = found.posterior.predict_loader(batches, method="mean")
+    mean = actual.posterior.predict_loader(batches, method="mean")
     assert not np.allclose(np.exp(output.predictions), mean.probs.numpy(), atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:`method` 'sampled' and 'linearized' disagree")
 @pytest.mark.parametrize("method", ["linearized", "sampled"])
 def test_evaluation_equals_evaluate_for_any_batch_size(tmp_path, method):
-    found, _ = trained(tmp_path)
-    found.method = method
+    actual, _ = trained(tmp_path)
+    actual.method = method
     data = sentences(30, seed=1)
     one = [default_data_collator(data)]
-    scores = bkf.evaluate(found.posterior, one, method=method, num_simulations=50).scores
+    scores = bkf.evaluate(actual.posterior, one, method=method, num_simulations=50).scores
     for size in (1, 7, 100):
-        found.args.per_device_eval_batch_size = size
-        metrics = found.evaluate()
+        actual.args.per_device_eval_batch_size = size
+        metrics = actual.evaluate()
         for name, own in (("accuracy", "accuracy"), ("log_loss", "nll"), ("brier", "brier"), ("ece", "ece")):
             assert metrics[f"eval_{name}"] == pytest.approx(scores[own], abs=2e-5), (size, name)
 
@@ -236,30 +236,30 @@ def test_evaluation_equals_evaluate_for_any_batch_size(tmp_path, method):
 def test_before_training_evaluation_predicts_with_the_model(tmp_path):
     model = classifier()
     options = {"eval_dataset": sentences(30, seed=1), "data_collator": default_data_collator}
-    found = KalmanTrainer(model, arguments(tmp_path), **options).evaluate()
+    actual = KalmanTrainer(model, arguments(tmp_path), **options).evaluate()
     plain = Trainer(model, arguments(tmp_path), **options).evaluate()
-    assert found["eval_loss"] == pytest.approx(plain["eval_loss"])
-    assert found["eval_log_loss"] == pytest.approx(plain["eval_loss"], rel=1e-3)
+    assert actual["eval_loss"] == pytest.approx(plain["eval_loss"])
+    assert actual["eval_log_loss"] == pytest.approx(plain["eval_loss"], rel=1e-3)
 
 
 def test_own_metrics_are_kept(tmp_path):
-    found = KalmanTrainer(
+    actual = KalmanTrainer(
         classifier(),
         arguments(tmp_path),
         train_dataset=sentences(8),
         eval_dataset=sentences(8, seed=1),
         compute_metrics=lambda p: {"accuracy": 7.0, "classes": p.predictions.shape[1]},
     )
-    found.train()
-    metrics = found.evaluate()
+    actual.train()
+    metrics = actual.evaluate()
     assert (metrics["eval_accuracy"], metrics["eval_classes"]) == (7.0, 3)
     assert 0 <= metrics["eval_ece"] <= 1
 
 
 def test_predictions_without_labels(tmp_path):
-    found, _ = trained(tmp_path)
+    actual, _ = trained(tmp_path)
     bare = [{name: value for name, value in one.items() if name != "labels"} for one in sentences(9)]
-    output = found.predict(bare)
+    output = actual.predict(bare)
     assert output.label_ids is None
     np.testing.assert_allclose(np.exp(output.predictions).sum(1), np.ones(9), rtol=1e-5)
 
@@ -267,16 +267,16 @@ def test_predictions_without_labels(tmp_path):
 def test_regression(tmp_path):
     data = [one | {"labels": float(one["labels"])} for one in sentences(40)]
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.3)
-    found = KalmanTrainer(
+    actual = KalmanTrainer(
         classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data, kalman=config
     )
-    before = found.evaluate()["eval_loss"]
-    found.train()
-    metrics = found.evaluate()
+    before = actual.evaluate()["eval_loss"]
+    actual.train()
+    metrics = actual.evaluate()
     assert "eval_ece" not in metrics
     batches = [default_data_collator(data[first : first + 8]) for first in range(0, 40, 8)]
     batches = [b | {"labels": b["labels"].unsqueeze(1)} for b in batches]
-    expected = found.posterior.predict_loader(batches)
+    expected = actual.posterior.predict_loader(batches)
     assert metrics["eval_loss"] == pytest.approx(-float(expected.log_prob.mean()), rel=1e-5)
     assert before > 0.5
 
@@ -285,11 +285,11 @@ def test_an_estimated_noise_variance_is_that_of_the_last_mean(tmp_path):
     """σ² = SSE/(N − γ) with γ = Σ(1 − P_ii/p₀_i) after the last epoch, as of ``fit`` with passes of the mean."""
     data = [one | {"labels": float(one["labels"])} for one in sentences(40)]
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", mean_passes=0)
-    found = KalmanTrainer(
+    actual = KalmanTrainer(
         classifier(labels=1), arguments(tmp_path, num_train_epochs=3), train_dataset=data, kalman=config
     )
-    found.train()
-    posterior, batch = found.posterior, default_data_collator(data)
+    actual.train()
+    posterior, batch = actual.posterior, default_data_collator(data)
     targets = batch.pop("labels").unsqueeze(1)
     squares = (targets - posterior.adapter.outputs(posterior.mean_vector, batch)).double().square().sum()
     gamma = (1.0 - posterior.variance_vector.double() / posterior.state.prior.variance.double()).sum()
@@ -328,9 +328,9 @@ def test_adapters_of_language_models_and_bad_arguments_raise(tmp_path):
 
 def test_metrics_of_a_tuple_and_of_bad_shapes():
     logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8]]))
-    found = calibration_metrics(EvalPrediction((logits, logits), np.array([0, 0])))
-    assert found["log_loss"] == pytest.approx(-(math.log(0.9) + math.log(0.2)) / 2)
-    assert found["brier"] == pytest.approx((0.02 + 1.28) / 2)
+    actual = calibration_metrics(EvalPrediction((logits, logits), np.array([0, 0])))
+    assert actual["log_loss"] == pytest.approx(-(math.log(0.9) + math.log(0.2)) / 2)
+    assert actual["brier"] == pytest.approx((0.02 + 1.28) / 2)
     with pytest.raises(ValueError, match=r"predictions \(N, classes\) and labels \(N,\), got \(2, 2\) and \(3,\)"):
         calibration_metrics(EvalPrediction(logits, np.zeros(3)))
 
@@ -339,8 +339,8 @@ def test_metrics_of_a_tuple_and_of_bad_shapes():
 
 
 def test_logs_have_prequential_scores_and_none_of_an_optimizer(tmp_path):
-    found, batches = trained(tmp_path, logging_strategy="steps", logging_steps=5)
-    logs = [entry for entry in found.state.log_history if "loss" in entry]
+    actual, batches = trained(tmp_path, logging_strategy="steps", logging_steps=5)
+    logs = [entry for entry in actual.state.log_history if "loss" in entry]
     assert len(logs) == 2
     kf, model = bkf.KalmanFilter(classifier(), bkf.KalmanConfig()), []
     state = kf.init(split_batch(batches[0])[0])
@@ -352,14 +352,14 @@ def test_logs_have_prequential_scores_and_none_of_an_optimizer(tmp_path):
     total = sum(i.innovation for i in model) / sum(i.degrees_of_freedom for i in model)
     assert logs[0]["innovation"] == pytest.approx(total)
     assert logs[0]["temperature"] == kf.temperature(state)
-    assert not {"grad_norm", "learning_rate"} & set().union(*map(set, found.state.log_history))
+    assert not {"grad_norm", "learning_rate"} & set().union(*map(set, actual.state.log_history))
 
 
 def test_tensorboard(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    found, _ = trained(
+    actual, _ = trained(
         tmp_path, report_to="tensorboard", logging_strategy="steps", logging_steps=5, eval_strategy="epoch"
     )
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
@@ -375,7 +375,7 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert wanted <= set(events.Tags()["scalars"])
     assert not {"train/grad_norm", "train/learning_rate"} & set(events.Tags()["scalars"])
     logged = [event.value for event in events.Scalars("train/online_accuracy")]
-    kept = [entry["online_accuracy"] for entry in found.state.log_history if "online_accuracy" in entry]
+    kept = [entry["online_accuracy"] for entry in actual.state.log_history if "online_accuracy" in entry]
     assert logged == pytest.approx(kept)
 
 
@@ -403,7 +403,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, covariance, st
 
 
 def test_a_checkpoint_is_a_posterior_and_a_plain_adapter(tmp_path):
-    found, _ = trained(tmp_path, save_strategy="epoch")
+    actual, _ = trained(tmp_path, save_strategy="epoch")
     folder = tmp_path / "checkpoint-10"
     assert not list(folder.glob("optimizer*"))
     assert not list(folder.glob("scheduler*"))
@@ -411,13 +411,13 @@ def test_a_checkpoint_is_a_posterior_and_a_plain_adapter(tmp_path):
     with pytest.raises(ValueError, match="`base_model` must be the model"):
         bkf.Posterior.from_pretrained(folder, base)
     again = bkf.Posterior.from_pretrained(folder, classifier())
-    assert same(again.state, found.posterior.state)
+    assert same(again.state, actual.posterior.state)
     plain = PeftModel.from_pretrained(classifier(lora=False), str(folder))
     inputs = split_batch(default_data_collator(sentences(5)))[0]
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(**inputs).logits, found.model.eval()(**inputs).logits)
-    found.save_model(str(tmp_path / "end"))
-    assert same(bkf.Posterior.from_pretrained(tmp_path / "end", classifier()).state, found.posterior.state)
+        torch.testing.assert_close(plain.eval()(**inputs).logits, actual.model.eval()(**inputs).logits)
+    actual.save_model(str(tmp_path / "end"))
+    assert same(bkf.Posterior.from_pretrained(tmp_path / "end", classifier()).state, actual.posterior.state)
 
 
 class Words:
@@ -429,36 +429,36 @@ class Words:
 
 def test_a_saved_model_leaves_other_files_unchanged(tmp_path):
     """The tokenizer and what else Trainer writes stay when the posterior is saved over it, and so do all others."""
-    found, _ = trained(tmp_path / "run", save_strategy="no")
-    found.processing_class = Words()
+    actual, _ = trained(tmp_path / "run", save_strategy="no")
+    actual.processing_class = Words()
     folder = tmp_path / "end"
     (folder / "checkpoint-500").mkdir(parents=True)
     (folder / "checkpoint-500" / "optimizer.pt").write_text("x")
     (folder / "README.md").write_text("mine")
     (folder / "training_args.bin").write_text("of an earlier run")  # Trainer replaces its own names
     with pytest.warns(UserWarning, match=r"README\.md was edited, or bayes_kf did not write it, and stays"):
-        found.save_model(str(folder))
+        actual.save_model(str(folder))
     assert (folder / "training_args.bin").stat().st_size > 1000
     kept = {name: what for name, what in snapshot(folder).items() if "kalman" not in name and name != "SHA256SUMS"}
     with pytest.warns(UserWarning, match=r"README\.md was edited"):
-        found.posterior.save_pretrained(folder)
+        actual.posterior.save_pretrained(folder)
     after = snapshot(folder)
     assert kept.keys() | {"SHA256SUMS", "kalman_config.json", "kalman_state.safetensors"} == after.keys()
     assert {name: after[name] for name in kept} == kept
-    assert same(bkf.Posterior.from_pretrained(folder, classifier()).state, found.posterior.state)
+    assert same(bkf.Posterior.from_pretrained(folder, classifier()).state, actual.posterior.state)
     with pytest.warns(UserWarning, match=r"README\.md was edited"):
-        found.save_model(str(folder))
+        actual.save_model(str(folder))
     assert snapshot(folder).keys() == after.keys()
 
 
 def test_files_in_the_way_of_a_checkpoint_raise_before_trainer_writes(tmp_path):
-    found, _ = trained(tmp_path / "run", save_strategy="no")
+    actual, _ = trained(tmp_path / "run", save_strategy="no")
     (tmp_path / "end").mkdir()
     for name in ("kalman_config.json", "adapter_config.json"):
         (tmp_path / "end" / name).write_text("mine")
     before = snapshot(tmp_path / "end")
     with pytest.raises(ValueError, match=r"got kalman_config\.json \(not written by bayes_kf\) in .*end"):
-        found.save_model(str(tmp_path / "end"))
+        actual.save_model(str(tmp_path / "end"))
     assert snapshot(tmp_path / "end") == before
 
 
@@ -467,14 +467,14 @@ def test_the_trained_part_of_a_model_does_not_replace_a_whole_one(tmp_path):
     model = classifier(lora=False)
     for name, tensor in model.named_parameters():
         tensor.requires_grad_("classifier" in name)
-    found = KalmanTrainer(model, arguments(tmp_path), train_dataset=sentences(8))
-    found.train()
-    found.save_model(str(tmp_path / "end"))
+    actual = KalmanTrainer(model, arguments(tmp_path), train_dataset=sentences(8))
+    actual.train()
+    actual.save_model(str(tmp_path / "end"))
     before = snapshot(tmp_path / "end")
     with pytest.raises(ValueError, match=r"got model\.safetensors \(not written by bayes_kf\)"):
-        found.posterior.save_pretrained(tmp_path / "end")
+        actual.posterior.save_pretrained(tmp_path / "end")
     assert snapshot(tmp_path / "end") == before
-    found.save_model(str(tmp_path / "end"))
+    actual.save_model(str(tmp_path / "end"))
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "end")
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
@@ -499,8 +499,8 @@ def test_a_checkpoint_killed_while_saving_opens_as_the_old_or_the_new_one(tmp_pa
 
 def test_checkpoints_and_saved_models_have_the_posterior_s_card(tmp_path):
     """PEFT's own is a form with an empty base model."""
-    found, _ = trained(tmp_path / "run", save_strategy="epoch")
-    found.save_model(str(tmp_path / "saved"))
+    actual, _ = trained(tmp_path / "run", save_strategy="epoch")
+    actual.save_model(str(tmp_path / "saved"))
     for folder in (tmp_path / "run" / "checkpoint-10", tmp_path / "saved"):
         text = (folder / "README.md").read_text(encoding="utf-8")
         assert "40 examples in 10 updates" in text
@@ -510,7 +510,7 @@ def test_checkpoints_and_saved_models_have_the_posterior_s_card(tmp_path):
 
 
 def test_early_stopping_and_the_best_belief(tmp_path):
-    found = KalmanTrainer(
+    actual = KalmanTrainer(
         classifier(),
         arguments(
             tmp_path,
@@ -527,14 +527,14 @@ def test_early_stopping_and_the_best_belief(tmp_path):
         eval_dataset=sentences(30, seed=1),
         callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
     )
-    found.train()
-    losses = {e["step"]: e["eval_log_loss"] for e in found.state.log_history if "eval_log_loss" in e}
+    actual.train()
+    losses = {e["step"]: e["eval_log_loss"] for e in actual.state.log_history if "eval_log_loss" in e}
     best = min(losses, key=losses.get)
-    assert found.state.global_step < 40  # stopped early
-    assert found.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    expected = bkf.Posterior.from_pretrained(found.state.best_model_checkpoint, classifier())
-    assert same(found.posterior.state, expected.state)
-    assert found.evaluate()["eval_log_loss"] == pytest.approx(losses[best])
+    assert actual.state.global_step < 40  # stopped early
+    assert actual.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    expected = bkf.Posterior.from_pretrained(actual.state.best_model_checkpoint, classifier())
+    assert same(actual.posterior.state, expected.state)
+    assert actual.evaluate()["eval_log_loss"] == pytest.approx(losses[best])
 
 
 def test_an_incomplete_checkpoint_raises(tmp_path):
@@ -567,12 +567,12 @@ def test_a_checkpoint_of_other_settings_raises(tmp_path):
 
 
 def test_training_twice_on_the_same_data_raises(tmp_path):
-    found, _ = trained(tmp_path)
+    actual, _ = trained(tmp_path)
     with pytest.raises(ValueError, match="`train_dataset` must be a new one to continue training"):
-        found.train()
-    found.train_dataset = sentences(12, seed=5)
-    found.train()
-    assert found.posterior.state.examples == 52
+        actual.train()
+    actual.train_dataset = sentences(12, seed=5)
+    actual.train()
+    assert actual.posterior.state.examples == 52
 
 
 @pytest.mark.parametrize("setting", [{"noise": "ema_taylor"}, {"drift_variance": 0.1}], ids=str)
@@ -602,9 +602,9 @@ def test_label_smoothing(tmp_path):
 
 def test_data_without_labels(tmp_path):
     bare = [{name: value for name, value in one.items() if name != "labels"} for one in sentences(8)]
-    found = KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=bare)
+    actual = KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=bare)
     with pytest.raises(ValueError, match="`train_dataset` must have 'labels', got batches of input_ids"):
-        found.train()
+        actual.train()
 
 
 def test_divergence_keeps_the_belief_before(tmp_path, monkeypatch):
@@ -617,18 +617,18 @@ def test_divergence_keeps_the_belief_before(tmp_path, monkeypatch):
         return real(self, state, inputs, targets, **options)
 
     monkeypatch.setattr(bkf.KalmanFilter, "update", update)
-    found = KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=sentences(40))
+    actual = KalmanTrainer(classifier(), arguments(tmp_path), train_dataset=sentences(40))
     with pytest.raises(bkf.DivergenceError):
-        found.train()
-    assert same(found.posterior.state, calls[-1])
-    assert found.posterior.state.step == 3
+        actual.train()
+    assert same(actual.posterior.state, calls[-1])
+    assert actual.posterior.state.step == 3
 
 
 def test_the_settings_of_a_checkpoint_are_json(tmp_path):
-    found, _ = trained(tmp_path, bkf.KalmanConfig(rank=5), save_strategy="epoch")
+    actual, _ = trained(tmp_path, bkf.KalmanConfig(rank=5), save_strategy="epoch")
     kept = json.loads((tmp_path / "checkpoint-10" / "kalman_config.json").read_text(encoding="utf-8"))
     assert kept["rank"] == 5
-    assert dataclasses.replace(found.posterior.config) == bkf.KalmanConfig(rank=5)
+    assert dataclasses.replace(actual.posterior.config) == bkf.KalmanConfig(rank=5)
 
 
 class Broken(list):

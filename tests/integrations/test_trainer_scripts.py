@@ -58,7 +58,7 @@ def folder(tmp_path):
 def run(script, folder, model, *, seconds=240):
     names = [str(folder / name) for name in ("train.csv", "test.csv", "out")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    found = subprocess.run(
+    actual = subprocess.run(
         [sys.executable, str(script), str(model), *names],
         cwd=folder,
         env=environment,
@@ -67,8 +67,8 @@ def run(script, folder, model, *, seconds=240):
         timeout=seconds,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    return ast.literal_eval(found.stdout.strip().splitlines()[-1])
+    assert actual.returncode == 0, actual.stderr
+    return ast.literal_eval(actual.stdout.strip().splitlines()[-1])
 
 
 def test_the_plain_script_runs(folder):

@@ -32,11 +32,11 @@ def test_fit_and_predict_accept_numpys_float64():
     with pytest.raises(RuntimeError, match="dtype"):
         network()(x)
     config = bkf.KalmanConfig(covariance="diagonal")
-    found = bkf.fit(network(), loader, config=config, progress=False)
+    actual = bkf.fit(network(), loader, config=config, progress=False)
     single = DataLoader(TensorDataset(x.float(), y), batch_size=8)
     expected = bkf.fit(network(), single, config=config, progress=False)
-    assert torch.equal(found.mean_vector, expected.mean_vector)
-    assert torch.equal(found.predict(x).probs, expected.predict(x.float()).probs)
+    assert torch.equal(actual.mean_vector, expected.mean_vector)
+    assert torch.equal(actual.predict(x).probs, expected.predict(x.float()).probs)
 
 
 class Clock(nn.Module):

@@ -43,9 +43,9 @@ def test_one_pass_over_all_adapters_is_the_loop(case, at_once, monkeypatch):
     weights = adapter.vector()
     looped = []
     monkeypatch.setattr(AdapterModel, "outputs", lambda *args: looped.append(args))
-    found = outputs_of_draws(adapter, draws, inputs, at_once)
+    actual = outputs_of_draws(adapter, draws, inputs, at_once)
     assert not looped
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(adapter.vector(), weights)
     assert all(m.training for m in adapter.model.modules())
 
@@ -74,8 +74,8 @@ def test_finite_difference_jvps_are_the_jacobian_times_the_steps(case, dtype, to
     adapter = AdapterModel(make().to(dtype))
     assert adapter.is_precise
     given = double.to(dtype) if isinstance(inputs, torch.Tensor) else inputs
-    found = finite_difference_jvps(adapter, at.to(dtype), steps.to(dtype), given, at_once=3)
-    missed = float((found.double() - expected).abs().max() / expected.abs().max())
+    actual = finite_difference_jvps(adapter, at.to(dtype), steps.to(dtype), given, at_once=3)
+    missed = float((actual.double() - expected).abs().max() / expected.abs().max())
     if dtype == torch.float64 and case == "dora":
         tolerance = 5e-3  # the norm of its weight has no gradient in PEFT
     assert missed < tolerance
@@ -125,8 +125,8 @@ def test_a_model_that_cannot_be_batched_is_run_one_by_one():
         module._batched(adapter, draws, x, None)
     expected = torch.stack([adapter.outputs(draw, x) for draw in draws])
     with pytest.warns(UserWarning, match="6 draws were run one by one, not at once: .*vmap"):
-        found = outputs_of_draws(adapter, draws, x)
-    assert torch.equal(found, expected)
+        actual = outputs_of_draws(adapter, draws, x)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("kind", [MemoryError, RuntimeError, torch.OutOfMemoryError])

@@ -29,14 +29,14 @@ def test_options_are_the_logits_of_the_last_token_given_on_either_side_of_paddin
     model, tokens = lm.llama(), torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0], [0, 0, 4, 2]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]])
     read = OptionTokens(model, [3, 7, 11])
-    found = read.outputs(read.vector(), {"input_ids": tokens, "attention_mask": mask})
+    actual = read.outputs(read.vector(), {"input_ids": tokens, "attention_mask": mask})
     with torch.no_grad():
         for row, (some, attended) in enumerate(zip(tokens, mask, strict=True)):
             alone = model(some[attended.bool()].unsqueeze(0)).logits[0, -1, [3, 7, 11]]
-            torch.testing.assert_close(found[row], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual[row], alone, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         without = read.run({"input_ids": tokens[:1]})
-    torch.testing.assert_close(without[0], found[0])
+    torch.testing.assert_close(without[0], actual[0])
 
 
 def test_texts_are_scored_as_a_loop_over_tokens_scores_them():
@@ -44,7 +44,7 @@ def test_texts_are_scored_as_a_loop_over_tokens_scores_them():
     given, options = ["The value of ", "An int"], [["x", "the list", "it is"], ["eger", "o", "ernal"]]
     for per_token in (False, True):
         read = OptionTexts(model, per_token)
-        found = read.outputs(read.vector(), option_examples(tokenizer, given, options))
+        actual = read.outputs(read.vector(), option_examples(tokenizer, given, options))
         for row, (prompt, some) in enumerate(zip(given, options, strict=True)):
             for column, text in enumerate(some):
                 before, own, total = lm.ids(prompt), lm.ids(text), 0.0
@@ -53,7 +53,7 @@ def test_texts_are_scored_as_a_loop_over_tokens_scores_them():
                     with torch.no_grad():
                         total += float(model(whole).logits[0, -1].log_softmax(-1)[token])
                 expected = total / len(own) if per_token else total
-                assert float(found[row, column]) == pytest.approx(expected, rel=1e-4)
+                assert float(actual[row, column]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_next_tokens_are_those_of_the_sequence():
@@ -104,8 +104,8 @@ def test_virtual_tokens_are_not_positions_of_the_text(kind):
     own = [logits[-len(ids) :].log_softmax(-1) for logits, ids in zip(alone, (tokens[0], *[[0] * 3] * 2), strict=True)]
     total = [own[0][2, 8] + own[0][3, 9], own[1][0, 3] + own[1][1, 4], own[2][1, 7]]
     read = OptionTexts(model)
-    found = read.outputs(read.vector(), texts | {"scored": scored.unsqueeze(0)})
-    torch.testing.assert_close(found[0], torch.stack(total), **close)
+    actual = read.outputs(read.vector(), texts | {"scored": scored.unsqueeze(0)})
+    torch.testing.assert_close(actual[0], torch.stack(total), **close)
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefix tuning
@@ -113,9 +113,9 @@ def test_virtual_tokens_are_not_positions_of_the_text(kind):
 def test_jacobians_of_virtual_tokens_are_those_of_autograd(kind):
     read, tokens = OptionTokens(lm.with_prompt(VIRTUAL[kind]), [3, 7, 11]), torch.tensor([[0, 6, 7], [9, 3, 4]])
     inputs, vector = {"input_ids": tokens, "attention_mask": (tokens > 0).long()}, read.vector()
-    found = Linearizer(read)(vector, inputs).jacobian().dense()
+    actual = Linearizer(read)(vector, inputs).jacobian().dense()
     exact = torch.autograd.functional.jacobian(lambda v: read.call(read.unflatten(v), inputs), vector)
-    torch.testing.assert_close(found, exact.flatten(2), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual, exact.flatten(2), rtol=1e-3, atol=1e-4)
 
 
 def inputs_of(kind):
@@ -132,9 +132,9 @@ def test_jacobians_are_those_of_autograd(kind):
     torch.manual_seed(2)
     read, inputs = inputs_of(kind)
     vector = read.vector()
-    found = Linearizer(read)(vector, inputs).jacobian().dense()
+    actual = Linearizer(read)(vector, inputs).jacobian().dense()
     exact = torch.autograd.functional.jacobian(lambda v: read.call(read.unflatten(v), inputs), vector)
-    torch.testing.assert_close(found, exact.flatten(2), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual, exact.flatten(2), rtol=1e-3, atol=1e-4)
     if kind is not OptionTexts:
         assert set(read.linearized_by.values()) == {"hooks"}
 
@@ -234,8 +234,8 @@ def test_padding_on_either_side_changes_nothing(make):
     for sides in ((nothing, ids), (ids, nothing)):
         padded = torch.cat(sides, 1)
         mask = torch.cat([torch.ones_like(t) if t is ids else t for t in sides], 1)
-        found = read.outputs(read.vector(), {"input_ids": padded, "attention_mask": mask})
-        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+        actual = read.outputs(read.vector(), {"input_ids": padded, "attention_mask": mask})
+        torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_the_callers_autocast_applies():

@@ -57,8 +57,8 @@ def learned(model, config=None):
     return kf, state, Posterior(kf, state).predict({"input_ids": IDS}, method="probit").probs
 
 
-def assert_same(found, expected, tolerance):
-    (kf, state, probs), (other, state_of_other, probs_of_other) = found, expected
+def assert_same(actual, expected, tolerance):
+    (kf, state, probs), (other, state_of_other, probs_of_other) = actual, expected
     assert torch.equal(kf.adapter.vector(), other.adapter.vector())
     torch.testing.assert_close(state.belief.mean, state_of_other.belief.mean, rtol=0, atol=tolerance)
     variances = kf.marginal_variance(state), other.marginal_variance(state_of_other)
@@ -118,21 +118,21 @@ def test_an_8_bit_base_gives_the_posterior_of_its_dequantized_weights(folder):
 def test_the_size_of_quantized_weights_bounds_the_prior(bits, folder):
     model = load(folder, quantization_config=bits, device_map="cpu")
     twin = dense_twin(folder, model)
-    found, expected = largest_variances(AdapterModel(model)), largest_variances(AdapterModel(twin))
-    assert len(found) == 12
-    assert found == pytest.approx(expected, rel=0.05)
+    actual, expected = largest_variances(AdapterModel(model)), largest_variances(AdapterModel(twin))
+    assert len(actual) == 12
+    assert actual == pytest.approx(expected, rel=0.05)
 
 
 def test_a_half_precision_base_has_a_single_precision_posterior(folder):
     model = load(folder, dtype=torch.bfloat16)
     rounded = load(folder)
     rounded.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
-    found, expected = learned(model), learned(rounded)
+    actual, expected = learned(model), learned(rounded)
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-    assert found[1].belief.mean.dtype == torch.float32
+    assert actual[1].belief.mean.dtype == torch.float32
     moved = float((expected[1].belief.mean - expected[0].adapter.vector()).abs().max())
     assert moved > 0.05
-    assert_same(found, expected, 0.05)
+    assert_same(actual, expected, 0.05)
 
 
 @pytest.mark.parametrize("covariance", ["low_rank", "diagonal"])

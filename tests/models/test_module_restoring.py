@@ -37,15 +37,15 @@ def known(value):
 
 def everything(model):
     """All that a module is made of: classes, attributes, parts by identity, values."""
-    found = {}
+    actual = {}
     for name, module in list(nn.Module.named_modules(model)):
         attributes = {k: id(v) for k, v in vars(module).items()}
         contents = {k: [(a, known(b)) for a, b in v.items()] for k, v in vars(module).items() if isinstance(v, dict)}
         contents["_parameters"].sort()
         lists = {k: list(v) for k, v in vars(module).items() if isinstance(v, list)}
         values = {k: v.clone() for k, v in {**module._parameters, **module._buffers}.items() if v is not None}
-        found[name] = (type(module), attributes, contents, lists, values)
-    return found
+        actual[name] = (type(module), attributes, contents, lists, values)
+    return actual
 
 
 def same(one, two):
@@ -136,14 +136,14 @@ def test_drawn_adapters_predict_what_the_model_with_their_weights_does(name):
     _, inputs, posterior = fitted(name)
     draws = posterior.sample(4, torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="one by one"):
-        found = posterior.predict(inputs, "sampled", 4, torch.Generator().manual_seed(0)).samples
+        actual = posterior.predict(inputs, "sampled", 4, torch.Generator().manual_seed(0)).samples
     expected = []
     for draw in draws:
         own = CASES[name].wrap(CASES[name].base()).eval()
         posterior.adapter.__class__(own).assign(draw)
         with torch.no_grad():
             expected.append(own(inputs).softmax(-1))
-    assert torch.allclose(found, torch.stack(expected), atol=1e-6)
+    assert torch.allclose(actual, torch.stack(expected), atol=1e-6)
 
 
 def test_weights_that_a_forward_pass_replaces_do_not_drift():

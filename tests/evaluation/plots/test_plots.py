@@ -133,13 +133,13 @@ def test_variance_by_tensor_leaves_out_what_has_no_variance(ax, all_zero):
 
 
 def test_output_variance_plot_draws_a_bar_for_each_tensor_or_the_largest(ax):
-    found = {"m.a.weight": 0.5, "m.b.weight": 0.0, "m.c.weight": 2.0}
-    drawn = ev.output_variance_plot(found, ax=ax)
+    actual = {"m.a.weight": 0.5, "m.b.weight": 0.0, "m.c.weight": 2.0}
+    drawn = ev.output_variance_plot(actual, ax=ax)
     assert [bar.get_width() for bar in drawn.patches] == [0.5, 0.0, 2.0]
     assert [text.get_text() for text in drawn.get_yticklabels()] == ["a", "b", "c"]
     signed = ev.output_variance_plot({"a": -3.0, "b": 1.0, "c": 4.0}, max_tensors=2, ax=Figure().subplots())
     assert [bar.get_width() for bar in signed.patches] == [-3.0, 4.0]
-    few = ev.output_variance_plot(found, max_tensors=2, ax=Figure().subplots())
+    few = ev.output_variance_plot(actual, max_tensors=2, ax=Figure().subplots())
     assert [bar.get_width() for bar in few.patches] == [0.5, 2.0]
     assert few.get_xlabel() == "contribution to the variance (1 smaller ones not drawn)"
     for bad, message in (({}, r"^`output_variance` must hold at least one"), ({"a": math.nan}, r"got nan for a\.$")):

@@ -154,10 +154,10 @@ def seen(report):
 
 @pytest.mark.parametrize("make", [classifier, confident, numbers, wild, models])
 def test_what_people_see_is_what_was_approved(make):
-    file, found = APPROVED / f"{make.__name__}.txt", seen(make())
+    file, actual = APPROVED / f"{make.__name__}.txt", seen(make())
     if os.environ.get("BAYES_KF_APPROVE"):
         APPROVED.mkdir(exist_ok=True)
-        file.write_text(found, encoding="utf-8")
+        file.write_text(actual, encoding="utf-8")
     expected = file.read_text(encoding="utf-8")
-    changes = difflib.unified_diff(expected.splitlines(), found.splitlines(), "approved", "now", lineterm="", n=1)
-    assert found == expected, "\n".join(changes)
+    changes = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "approved", "now", lineterm="", n=1)
+    assert actual == expected, "\n".join(changes)

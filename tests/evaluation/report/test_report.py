@@ -105,8 +105,8 @@ def test_scores_of_the_stream_are_those_of_all_of_it(report):
     assert "innovation_whiteness_p" not in report.scores  # of so few updates it would be wrong too often
     probs, targets = random_case()
     longer = {"innovation": nis.repeat(4), "dof": dof.repeat(4)}
-    found = ev.evaluate_predictions(probs, targets, history=longer, num_simulations=39).scores
-    assert found["innovation_whiteness_p"] == ev.innovation_whiteness(nis.repeat(4), dof.repeat(4), 10).p_value
+    actual = ev.evaluate_predictions(probs, targets, history=longer, num_simulations=39).scores
+    assert actual["innovation_whiteness_p"] == ev.innovation_whiteness(nis.repeat(4), dof.repeat(4), 10).p_value
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_scores_of_the_stream_are_those_of_all_of_it(report):
 )
 def test_every_calibration_score_has_its_band(report, name, statistic, binning, kind):
     test = ev.calibration_test(*random_case(), statistic, binning=binning, kind=kind, num_simulations=200)
-    found = [report.scores[name + suffix] for suffix in ("", "_null_mean", "_null_low", "_null_high", "_p_value")]
-    assert found == list(test)
+    actual = [report.scores[name + suffix] for suffix in ("", "_null_mean", "_null_low", "_null_high", "_p_value")]
+    assert actual == list(test)
 
 
 def test_saved_files(report, tmp_path):
@@ -158,9 +158,9 @@ def test_an_earlier_report_is_replaced_and_nothing_else(suffix, tmp_path):
     else:
         mine.write_bytes(content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for found in (report, plain):
+    for actual in (report, plain):
         with pytest.raises(ValueError, match=rf"`path` must be a new name .*, where r\{suffix} belongs to no report"):
-            found.save(page)
+            actual.save(page)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
@@ -393,8 +393,8 @@ def test_fingerprints_tell_shapes_and_single_bits_apart():
     values = torch.rand(4, 6, dtype=torch.float64)
     other = values.clone()
     other[3, 5] = np.nextafter(other[3, 5].item(), 2)
-    found = {fingerprint(x) for x in (values, other, values.reshape(6, 4), values.flatten(), values[:0], values[0, 0])}
-    assert len(found) == 6
+    actual = {fingerprint(x) for x in (values, other, values.reshape(6, 4), values.flatten(), values[:0], values[0, 0])}
+    assert len(actual) == 6
     with pytest.raises(ValueError, match=r"^`array` must hold real numbers, got torch\.complex64\.$"):
         fingerprint(torch.zeros(2, dtype=torch.complex64))
 

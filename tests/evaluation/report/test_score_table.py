@@ -20,9 +20,9 @@ def test_interval_band_and_p_value_stand_beside_their_score():
     assert [column.name for column in table.columns] == ["Score", "Value", "95 % interval", "Null band", "p-value"]
     assert [column.is_number for column in table.columns] == [False, True, True, True, True]
     assert [group.title for group in table.groups] == ["Accuracy and likelihood", "Calibration"]
-    accuracy, found = table.groups[0].rows[0], table.groups[1].rows[0]
-    assert [cell.text for cell in found] == ["ECE", "0.2000", "0.1000 to 0.3000", "0.0100 to 0.0900", "<\u00a00.001"]
-    assert [cell.sort_key for cell in found] == ["", "0.2", "0.1", "0.01", "0.0004"]
+    accuracy, actual = table.groups[0].rows[0], table.groups[1].rows[0]
+    assert [cell.text for cell in actual] == ["ECE", "0.2000", "0.1000 to 0.3000", "0.0100 to 0.0900", "<\u00a00.001"]
+    assert [cell.sort_key for cell in actual] == ["", "0.2", "0.1", "0.01", "0.0004"]
     assert [cell.text for cell in accuracy] == ["Accuracy", "0.5000", "", "", ""]
     assert [cell.sort_key for cell in accuracy] == ["", "0.5", "", "", ""]
 

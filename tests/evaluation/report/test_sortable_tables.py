@@ -60,6 +60,6 @@ def test_a_rounded_zero_has_no_sign():
 
 
 def test_small_numbers_keep_two_digits():
-    found = [number(value) for value in (1.04e-5, -1.26e-5, 0.000344, 0.001, 1.2e-7)]
-    assert found == ["0.00001", "−0.000013", "0.00034", "0.0010", "0.00000012"]
+    actual = [number(value) for value in (1.04e-5, -1.26e-5, 0.000344, 0.001, 1.2e-7)]
+    assert actual == ["0.00001", "−0.000013", "0.00034", "0.0010", "0.00000012"]
     assert [number(value) for value in (1e-12, 0.0)] == ["0.0000", "0.0000"]

@@ -32,8 +32,8 @@ def pixels(picture):
 
 def shown(examples):
     """Pixels of the three examples of the case, in order."""
-    found = {example.index: pixels(example.image) for gallery in galleries(examples) for example in gallery.examples}
-    return [found[index] for index in range(3)]
+    actual = {example.index: pixels(example.image) for gallery in galleries(examples) for example in gallery.examples}
+    return [actual[index] for index in range(3)]
 
 
 def test_the_most_uncertain_and_the_surest_of_the_wrong_are_shown():
@@ -79,8 +79,8 @@ def test_only_what_is_shown_is_read():
 
     probs, targets = random_case(500, 3)
     read: list[int] = []
-    found = galleries(Counting(map(str, range(500))), probs=probs, targets=targets, num_examples=4)
-    assert sorted(read) == sorted({example.index for gallery in found for example in gallery.examples})
+    actual = galleries(Counting(map(str, range(500))), probs=probs, targets=targets, num_examples=4)
+    assert sorted(read) == sorted({example.index for gallery in actual for example in gallery.examples})
 
 
 def test_names_of_classes_are_used_and_equal_names_are_not_mixed_up():
@@ -111,8 +111,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_shows_the_same_pixels(layout):
     given, wanted = LAYOUTS[layout]
-    for found, expected in zip(shown(given), wanted, strict=True):
-        assert np.array_equal(found, expected)
+    for actual, expected in zip(shown(given), wanted, strict=True):
+        assert np.array_equal(actual, expected)
 
 
 def test_transparent_images_keep_their_transparency():
@@ -123,10 +123,10 @@ def test_transparent_images_keep_their_transparency():
 @pytest.mark.parametrize("dtype", [np.float64, np.int16])
 def test_standardized_images_are_rescaled_one_by_one(dtype):
     images = (100 * RNG.standard_normal((3, 9, 7))).astype(dtype)
-    for found, image in zip(shown(images), images, strict=True):
+    for actual, image in zip(shown(images), images, strict=True):
         values = image.astype(np.float64)
         expected = np.round(255 * (values - values.min()) / (values.max() - values.min()))
-        assert np.array_equal(found, expected)
+        assert np.array_equal(actual, expected)
 
 
 def test_one_image_outside_0_to_1_among_those_shown_rescales_all():
@@ -183,9 +183,9 @@ def test_turned_photographs_stand_upright_and_lose_their_metadata():
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", exif=exif)
     with Image.open(buffer) as turned:
-        found = shown([turned] * 3)[0]
+        actual = shown([turned] * 3)[0]
         assert turned.size == (7, 9)
-    assert np.array_equal(found, np.rot90(COLOUR[0], -1))
+    assert np.array_equal(actual, np.rot90(COLOUR[0], -1))
     uri = galleries([turned] * 3)[0].examples[0].image.uri
     assert b"taken at home" not in base64.b64decode(uri.split(",")[1])
 

@@ -147,9 +147,9 @@ def test_few_updates_are_no_proof_of_consistency():
         history = {"innovation": torch.ones(number), "dof": torch.ones(number)}
         probs, targets = torch.full((40, 2), 0.5), torch.arange(40) % 2
         report = ev.evaluate_predictions(probs, targets, history=history, num_simulations=39)
-        found = [
+        actual = [
             sentence
             for sentence in report.sections.verdict
             if "squared innovations are" in sentence and "times" in sentence
         ]
-        assert [sentence.startswith(beginning) for sentence in found] == [True], number
+        assert [sentence.startswith(beginning) for sentence in actual] == [True], number

@@ -159,7 +159,7 @@ def test_low_rank_is_calibrated_with_more_parameters_than_data():
         y = x @ weight.T + 0.1 * torch.randn(60, 1, generator=g).double()
         model = nn.Linear(200, 1, bias=False).double()
         nn.init.zeros_(model.weight)
-        found = {}
+        actual = {}
         for covariance in ("low_rank", "full"):
             setting = {"covariance": covariance, "noise_variance": 0.01, "initial_variance": 1 / 200, "rank": 20}
             kf = KalmanFilter(model, KalmanConfig(likelihood="gaussian", **setting))
@@ -167,9 +167,9 @@ def test_low_rank_is_calibrated_with_more_parameters_than_data():
             for some in torch.arange(60).split(2):
                 state, _ = kf.update(state, x[some], y[some])
             spread = state.belief.output_covariance(Jacobian.from_rows(inputs.unsqueeze(1)))
-            found[covariance] = (inputs @ (state.belief.mean - weight[0])).square() / spread.flatten()
-        squares.append(found["low_rank"].mean())
-        full_squares.append(found["full"].mean())
+            actual[covariance] = (inputs @ (state.belief.mean - weight[0])).square() / spread.flatten()
+        squares.append(actual["low_rank"].mean())
+        full_squares.append(actual["full"].mean())
     assert float(torch.stack(full_squares).mean().sqrt()) == pytest.approx(1.0, abs=0.15)  # exact Bayes
     assert float(torch.stack(squares).mean().sqrt()) == pytest.approx(1.0, abs=0.15)
 
@@ -196,9 +196,9 @@ def test_low_rank_in_float32_is_exact_however_small_the_noise(noise):
     variance = belief.marginal_variance().double()
     torch.testing.assert_close(variance, covariance.diagonal(), rtol=rounding, atol=0.0)
     for rows, tolerance in ((unseen, rounding), (x, 4.0 * rounding)):
-        found = belief.output_covariance(Jacobian.from_rows(rows.unsqueeze(1))).flatten()
+        actual = belief.output_covariance(Jacobian.from_rows(rows.unsqueeze(1))).flatten()
         expected = ((rows.double() @ covariance) * rows.double()).sum(1)
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0.0)
     draws = belief.root()(torch.eye(60)).double()
     assert float((draws.mT @ draws - covariance).norm() / covariance.norm()) < rounding
 
@@ -314,14 +314,14 @@ def test_blocks_that_no_observation_joins_stay_exact():
     model.forward = lambda x: torch.cat([model[0](x[:, :3]), model[1](x[:, 3:])], 1)
     x, y = torch.randn(30, 5).double(), torch.randn(30, 2).double()
     setting = {"likelihood": "gaussian", "noise_variance": NOISE, "initial_variance": 0.7}
-    found = {}
+    actual = {}
     for covariance in ("full", "block_diagonal"):
         kf = KalmanFilter(model, KalmanConfig(covariance=covariance, **setting))
         state = kf.init()
         for start in range(0, 30, 7):
             state, _ = kf.update(state, x[start : start + 7], y[start : start + 7])
-        found[covariance] = (state.belief.mean, state.belief.covariance_matrix())
-    torch.testing.assert_close(found["block_diagonal"], found["full"], rtol=1e-9, atol=1e-10)
+        actual[covariance] = (state.belief.mean, state.belief.covariance_matrix())
+    torch.testing.assert_close(actual["block_diagonal"], actual["full"], rtol=1e-9, atol=1e-10)
 
 
 def test_blocks_are_tensors_or_adapted_layers():

@@ -95,8 +95,8 @@ class Dense:
             information, pulled, r = slope, error, self.r
             if self.config.noise == "ema_taylor":
                 h = slope @ jacobian
-                found = (error.unsqueeze(-1) * error.unsqueeze(1) + h @ prior @ h.mT).mean(0)
-                r = 0.95 * self.r + 0.05 * found
+                actual = (error.unsqueeze(-1) * error.unsqueeze(1) + h @ prior @ h.mT).mean(0)
+                r = 0.95 * self.r + 0.05 * actual
                 inverse = torch.linalg.inv(r)
                 information = slope @ inverse @ slope
                 pulled = (slope @ inverse @ error.unsqueeze(-1)).squeeze(-1)
@@ -138,8 +138,8 @@ def test_equals_the_dense_filter(covariance, form, setting):
         state, info = kf.update(state, x, y)
         assert dense.update(x, y) == pytest.approx(info.penalty, rel=1e-9)
         torch.testing.assert_close(state.belief.mean, dense.mean, rtol=1e-9, atol=1e-9)
-        found = state.belief.covariance_matrix()
-        torch.testing.assert_close(found, dense.cov, rtol=1e-9, atol=1e-9)
+        actual = state.belief.covariance_matrix()
+        torch.testing.assert_close(actual, dense.cov, rtol=1e-9, atol=1e-9)
         assert info.penalty > 0.1  # of an information of about 1: a penalty that is felt
 
 
@@ -237,8 +237,8 @@ def test_a_vanishing_penalty_is_the_plain_filter(setting, form):
         assert info.penalty > 0.0
         if kf.config.covariance.startswith("diagonal"):
             assert same(state, plain)
-        for found, wanted in zip(flat(state), flat(plain), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+        for actual, wanted in zip(flat(state), flat(plain), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
         assert info.degrees_of_freedom == expected.degrees_of_freedom
         numbers = (info.innovation, info.damping, info.step_norm, info.jitter, info.lumped)
         wanted = (expected.innovation, expected.damping, expected.step_norm, expected.jitter, expected.lumped)
@@ -306,8 +306,8 @@ def test_the_gradient_is_the_mean_loss_s(curvature, size):
         config = KalmanConfig(curvature=curvature, gradient_penalty=2.0, bytes_budget=budget)
         kf = KalmanFilter(model, config)
         state = kf.init(x)
-        found = mean_gradient(config, kf.linearize, state, Batch.of(x, y))
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        actual = mean_gradient(config, kf.linearize, state, Batch.of(x, y))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
         assert kf.update(state, x, y)[1].penalty == pytest.approx(2.0 * float(expected.square().sum()), rel=1e-10)
 
 
@@ -387,10 +387,10 @@ def test_a_bank_s_candidates_are_their_filters(form, trusted, monkeypatch):
         state, _ = bank.update(state, x, y)
         states = [kf.update(s, x, y)[0] for kf, s in zip(alone, states, strict=True)]
     assert (sum(state.own_passes) > 0) == (trusted == 0.0)
-    for found, wanted in zip(state.states, states, strict=True):
-        assert same(found, wanted) or trusted > 0.0
-        torch.testing.assert_close(found.belief.mean, wanted.belief.mean, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(found.belief.diagonal, wanted.belief.diagonal, rtol=1e-9, atol=1e-9)
+    for actual, wanted in zip(state.states, states, strict=True):
+        assert same(actual, wanted) or trusted > 0.0
+        torch.testing.assert_close(actual.belief.mean, wanted.belief.mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(actual.belief.diagonal, wanted.belief.diagonal, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)

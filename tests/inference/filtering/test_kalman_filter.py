@@ -248,9 +248,9 @@ def test_estimated_noise_variance_finds_the_truth_per_output():
     for _ in range(count // 5):
         x = torch.randn(5, 3).double()
         state, _ = kf.update(state, x, x @ weight.T + truth.sqrt() * torch.randn(5, 2).double())
-    found = state.noise.variance
+    actual = state.noise.variance
     assert (state.noise.information > 0.95 * count).all()
-    assert ((found - truth).abs() < 5 * truth * math.sqrt(2 / count)).all()
+    assert ((actual - truth).abs() < 5 * truth * math.sqrt(2 / count)).all()
 
 
 def test_guard_damps_a_step_that_overshoots_and_says_so():
@@ -442,7 +442,7 @@ def test_a_lucky_first_prediction_does_not_rule_out_noise(covariance, first):
 def test_a_filter_gives_the_posterior_of_a_state():
     kf = KalmanFilter(nn.Linear(2, 3), KalmanConfig(covariance="diagonal"))
     state = kf.init(torch.randn(4, 2))
-    found, x = kf.posterior(state), torch.randn(5, 2)
-    assert isinstance(found, bkf.Posterior)
-    assert torch.equal(found.mean_vector, state.belief.mean)
-    assert torch.equal(found.predict(x).probs, bkf.Posterior(kf, state).predict(x).probs)
+    actual, x = kf.posterior(state), torch.randn(5, 2)
+    assert isinstance(actual, bkf.Posterior)
+    assert torch.equal(actual.mean_vector, state.belief.mean)
+    assert torch.equal(actual.predict(x).probs, bkf.Posterior(kf, state).predict(x).probs)

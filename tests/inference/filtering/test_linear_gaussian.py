@@ -63,14 +63,14 @@ def test_diagonal_beliefs_keep_their_bounds():
     """
     forms = ("diagonal", "diagonal_information", "diagonal_mixed")
     for seed in SEEDS:
-        found = {form: fitted(seed, covariance=form, damping=False) for form in forms}
-        _, _, covariance = found["diagonal"]
+        actual = {form: fitted(seed, covariance=form, damping=False) for form in forms}
+        _, _, covariance = actual["diagonal"]
         precision = torch.linalg.inv(covariance).diagonal()
         for form in ("diagonal_information", "diagonal_mixed"):
-            variance = found[form][0].variance_vector.double()
+            variance = actual[form][0].variance_vector.double()
             torch.testing.assert_close(variance, 1.0 / precision, rtol=1e-4, atol=0.0)
             assert (variance <= covariance.diagonal() * (1 + 1e-4)).all()
-        gain = found["diagonal"][0].variance_vector.double()
+        gain = actual["diagonal"][0].variance_vector.double()
         assert (gain >= (1.0 / precision) * (1 - 1e-4)).all()
         assert (gain <= problem(seed)[3]).all()
 

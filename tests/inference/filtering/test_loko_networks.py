@@ -96,8 +96,8 @@ CASES = {
 
 def logits(model, tensors, inputs):
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-    found = functional_call(model, tensors, args, kwargs)
-    return (found if isinstance(found, torch.Tensor) else found.logits)[0]
+    actual = functional_call(model, tensors, args, kwargs)
+    return (actual if isinstance(actual, torch.Tensor) else actual.logits)[0]
 
 
 @pytest.mark.parametrize("rule", ["constant", "uniform"])

@@ -65,14 +65,14 @@ def test_streams_are_priced_by_the_filter_s_own_predictions():
 def test_parts_of_a_batch_have_the_prices_of_batches():
     """In a linear model with a full covariance a batch is learned in parts, as if they were batches."""
     model, x, y, settings = own_data(1, size=384)
-    kf, found = bkf.KalmanFilter(model.double(), bkf.KalmanConfig(**settings, damping=False)), []
+    kf, actual = bkf.KalmanFilter(model.double(), bkf.KalmanConfig(**settings, damping=False)), []
     for size in (64, 128):  # parts have 192 rows
         state = kf.init(x[:2].double())
         for inputs, targets in batches(x.double(), y, size):
             state, _ = kf.update(state, inputs, targets)
-        found.append(state)
+        actual.append(state)
     torch.testing.assert_close(
-        found[1].temperature_scores.total, found[0].temperature_scores.total, rtol=1e-6, atol=1e-6
+        actual[1].temperature_scores.total, actual[0].temperature_scores.total, rtol=1e-6, atol=1e-6
     )
 
 
@@ -194,18 +194,18 @@ def contradicted():
 def test_a_temperature_at_the_cold_end_is_said(contradicted, tmp_path):
     posterior, x, y = contradicted
     with pytest.warns(UserWarning, match=r"the temperature chosen is 0.001: predictions are those of the mean alone"):
-        found = posterior.calibrate([(x, y)])
-    assert found.temperature == prequential_temperature.GRID[0]
-    assert "those of the mean alone" in repr(found)
-    found.save_pretrained(tmp_path / "saved")
+        actual = posterior.calibrate([(x, y)])
+    assert actual.temperature == prequential_temperature.GRID[0]
+    assert "those of the mean alone" in repr(actual)
+    actual.save_pretrained(tmp_path / "saved")
     assert "those of the mean alone" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
-    report = evaluation.evaluate(found, [(x[:100], y[:100])], num_simulations=39)
+    report = evaluation.evaluate(actual, [(x[:100], y[:100])], num_simulations=39)
     page = report.save(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "those of the mean alone" in page
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hot = bkf.Posterior(
-            bkf.KalmanFilter(found.adapter, dataclasses.replace(found.config, temperature=1.0)), found.state
+            bkf.KalmanFilter(actual.adapter, dataclasses.replace(actual.config, temperature=1.0)), actual.state
         )
     assert hot.notes == ()
     assert "mean alone" not in repr(hot)

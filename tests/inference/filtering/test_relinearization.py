@@ -46,9 +46,9 @@ def one_pass(size, seed, **settings):
     for first in range(0, LEARNED, size):
         state, info = kf.update(state, x[first : first + size], y[first : first + size])
         again += info.relinearized
-    found = bkf.Posterior(kf, state).predict(x[LEARNED:], "mean", targets=y[LEARNED:])
-    right = (found.probs.argmax(1) == y[LEARNED:]).double().mean()
-    return torch.tensor([-float(found.log_prob.double().mean()), float(right)]), again
+    actual = bkf.Posterior(kf, state).predict(x[LEARNED:], "mean", targets=y[LEARNED:])
+    right = (actual.probs.argmax(1) == y[LEARNED:]).double().mean()
+    return torch.tensor([-float(actual.log_prob.double().mean()), float(right)]), again
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ def test_no_batch_size_learns_worse_than_small_ones(settings):
     """Linearized once, a batch of 1,024 ends at an accuracy of 0.3 to 0.8 and a log loss of 0.5 to 2.2."""
     seeds = range(4)
     small = torch.stack([one_pass(16, seed, **settings)[0] for seed in seeds]).mean(0)
-    found = [one_pass(LEARNED, seed, **settings) for seed in seeds]
-    large = torch.stack([scores for scores, _ in found]).mean(0)
+    actual = [one_pass(LEARNED, seed, **settings) for seed in seeds]
+    large = torch.stack([scores for scores, _ in actual]).mean(0)
     assert large[0] <= 1.05 * small[0]
     assert large[1] >= small[1] - 0.01
-    assert min(again for _, again in found) > 0
+    assert min(again for _, again in actual) > 0
 
 
 def test_a_model_that_is_linear_is_linearized_once():

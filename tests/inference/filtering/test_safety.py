@@ -105,8 +105,8 @@ def test_a_belief_stays_positive_and_finite_or_as_it_was(case):
             assert 0.0 <= info.damping <= 1.0
             assert info.damping > 0 or info.step_norm == 0  # a step that was not taken
             state = after
-        found = bkf.Posterior(kf, state).predict(data[0][0], method="mean")
-        assert found.mean.shape[0] == len(data[0][1])
+        actual = bkf.Posterior(kf, state).predict(data[0][0], method="mean")
+        assert actual.mean.shape[0] == len(data[0][1])
 
 
 @pytest.mark.parametrize("covariance", STRUCTURES)

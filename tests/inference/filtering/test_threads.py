@@ -45,8 +45,8 @@ def test_64_threads_get_the_answers_of_one():
         return [answers(posterior, inputs[number]) for _ in range(CALLS)]
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(work, range(THREADS)))
-    for number, calls in enumerate(found):
+        actual = list(pool.map(work, range(THREADS)))
+    for number, calls in enumerate(actual):
         wanted = expected[id((first, second)[number % 2])][number]
         for call in calls:
             assert all(torch.equal(a, b) for a, b in zip(call, wanted, strict=True))

@@ -50,8 +50,8 @@ def test_a_pass_stopped_twice_ends_like_an_uninterrupted_one(name, tmp_path):
             bkf.fit(model, stopping(after), config, checkpoint=folder, every=5, progress=False)
         assert bkf.Posterior.from_pretrained(folder, network()).state.step == after
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    found = bkf.fit(network(), DATA, config, checkpoint=folder, progress=False)
-    same(found, whole)
+    actual = bkf.fit(network(), DATA, config, checkpoint=folder, progress=False)
+    same(actual, whole)
     same(bkf.Posterior.from_pretrained(folder, network()), whole)
     written = (folder / "kalman_state.safetensors").stat().st_mtime_ns
     same(bkf.fit(network(), DATA, config, checkpoint=folder, progress=False), whole)  # nothing left to learn
@@ -63,8 +63,8 @@ def test_a_bad_batch_leaves_a_checkpoint_of_the_updates_before_it(tmp_path):
     with pytest.raises(ValueError, match=r"`targets` must .* \(batch 7 of `loader`\)"):
         bkf.fit(network(), bad, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", every=5, progress=False)
     assert bkf.Posterior.from_pretrained(tmp_path / "pass", network()).state.step == 7
-    found = bkf.fit(network(), DATA, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
-    same(found, bkf.fit(network(), DATA, bkf.KalmanConfig(), progress=False))
+    actual = bkf.fit(network(), DATA, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
+    same(actual, bkf.fit(network(), DATA, bkf.KalmanConfig(), progress=False))
 
 
 def test_adapters_of_language_models_resume(tmp_path):
@@ -74,9 +74,9 @@ def test_adapters_of_language_models_resume(tmp_path):
     data = [({"input_ids": torch.randint(1, 50, (2, 6), generator=G)}, torch.tensor([0, 1])) for _ in range(6)]
     whole = bkf.fit(read[0], data, bkf.KalmanConfig(), progress=False)
     bkf.fit(read[1], data[:4], bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
-    found = bkf.fit(read[2], data, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
-    same(found, whole)
-    assert torch.equal(found.predict(data[0][0]).probs, whole.predict(data[0][0]).probs)
+    actual = bkf.fit(read[2], data, bkf.KalmanConfig(), checkpoint=tmp_path / "pass", progress=False)
+    same(actual, whole)
+    assert torch.equal(actual.predict(data[0][0]).probs, whole.predict(data[0][0]).probs)
 
 
 def test_another_pass_another_model_or_foreign_files_raise(tmp_path):
@@ -150,5 +150,5 @@ def test_a_loader_that_shuffles_without_a_generator_raises(tmp_path):
         bkf.fit(network(), loader, config, checkpoint=tmp_path / "pass", progress=False)
     assert not (tmp_path / "pass").exists()
     loader = DataLoader(data, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(0))
-    found = bkf.fit(network(), loader, config, checkpoint=tmp_path / "pass", progress=False)
-    assert found.state.examples == len(data)
+    actual = bkf.fit(network(), loader, config, checkpoint=tmp_path / "pass", progress=False)
+    assert actual.state.examples == len(data)

@@ -102,12 +102,12 @@ def test_scores_of_the_first_of_several_passes_are_prequential(digits, tmp_path,
     plain = bkf.fit(lora_digits_vit(rank=1), data, bkf.KalmanConfig(), progress=False)
     several = [bkf.KalmanConfig(passes=2), bkf.KalmanConfig.dataset(initial_logit_sd=4.0, mean_passes=1)]
     for config in several:
-        found = bkf.fit(lora_digits_vit(rank=1), data, config, progress=True)
-        assert set(found.history) >= ONLINE
-        assert not any(name.startswith("training_") for name in found.history)
-        found.save_pretrained(tmp_path / "saved")
+        actual = bkf.fit(lora_digits_vit(rank=1), data, config, progress=True)
+        assert set(actual.history) >= ONLINE
+        assert not any(name.startswith("training_") for name in actual.history)
+        actual.save_pretrained(tmp_path / "saved")
         read = bkf.Posterior.from_pretrained(tmp_path / "saved", digits_vit())
-        assert torch.equal(read.history["log_loss"], found.history["log_loss"])
+        assert torch.equal(read.history["log_loss"], actual.history["log_loss"])
     assert torch.equal(bkf.fit(lora_digits_vit(rank=1), data, several[0], progress=False).history["log_loss"],
                        plain.history["log_loss"])  # fmt: skip
     bar = capsys.readouterr().err

@@ -52,11 +52,11 @@ def test_merged_parts_of_a_linear_model_equal_the_posterior_of_all_data(covarian
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance=covariance, rank=12, **PLAIN)
     whole = fitted(linear(), x, y, config)
     parts = [fitted(linear(), a, b, config) for a, b in zip(x.split(cuts), y.split(cuts), strict=True)]
-    found = bkf.merge(parts)
-    torch.testing.assert_close(found.mean_vector, whole.mean_vector, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.covariance_matrix(), whole.covariance_matrix(), rtol=1e-8, atol=1e-10)
-    assert found.state.examples == whole.state.examples == 40
-    assert found.state.step == sum(part.state.step for part in parts)
+    actual = bkf.merge(parts)
+    torch.testing.assert_close(actual.mean_vector, whole.mean_vector, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual.covariance_matrix(), whole.covariance_matrix(), rtol=1e-8, atol=1e-10)
+    assert actual.state.examples == whole.state.examples == 40
+    assert actual.state.step == sum(part.state.step for part in parts)
 
 
 @pytest.mark.parametrize("covariance", STRUCTURES)
@@ -65,15 +65,15 @@ def test_every_structure_merges_by_the_product_of_gaussians(covariance):
     x, y = linear_data()
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance=covariance, rank=12, **PLAIN)
     parts = [fitted(linear(), a, b, config) for a, b in zip(x.split(20), y.split(20), strict=True)]
-    found = bkf.merge(parts)
+    actual = bkf.merge(parts)
     prior = torch.diag(1.0 / parts[0].state.prior.variance.double())
     products = [dense(part) for part in parts]
     precision = sum(inverse for inverse, _ in products) - prior
     mean = parts[0].state.prior.mean + torch.linalg.solve(precision, sum(own for _, own in products))
-    torch.testing.assert_close(found.mean_vector, mean, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.covariance_matrix().double(), torch.linalg.inv(precision), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(actual.mean_vector, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual.covariance_matrix().double(), torch.linalg.inv(precision), rtol=1e-8, atol=1e-10)
     backwards = bkf.merge(parts[::-1])
-    torch.testing.assert_close(backwards.mean_vector, found.mean_vector, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(backwards.mean_vector, actual.mean_vector, rtol=1e-9, atol=1e-12)
 
 
 def test_low_rank_without_room_keeps_mean_and_variances_in_bounds():
@@ -81,13 +81,13 @@ def test_low_rank_without_room_keeps_mean_and_variances_in_bounds():
     x, y = linear_data()
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.5, covariance="low_rank", rank=3, **PLAIN)
     parts = [fitted(linear(), a, b, config) for a, b in zip(x.split(20), y.split(20), strict=True)]
-    found = bkf.merge(parts)
+    actual = bkf.merge(parts)
     prior = torch.diag(1.0 / parts[0].state.prior.variance)
     precision = sum(dense(part)[0] for part in parts) - prior
     mean = parts[0].state.prior.mean + torch.linalg.solve(precision, sum(dense(part)[1] for part in parts))
-    torch.testing.assert_close(found.mean_vector, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual.mean_vector, mean, rtol=1e-9, atol=1e-9)
     diagonals = sum(part.state.belief.diagonal for part in parts) - prior.diagonal()
-    belief, exact = found.state.belief, torch.linalg.inv(precision)
+    belief, exact = actual.state.belief, torch.linalg.inv(precision)
     kept_only = torch.diag(diagonals) + belief.factor @ belief.factor.T
     for index in range(len(mean)):
         alone = kept_only.clone()
@@ -101,9 +101,9 @@ def test_one_posterior_merges_to_itself(covariance):
     x, y = linear_data()
     config = bkf.KalmanConfig(likelihood="gaussian", covariance=covariance, rank=4, **PLAIN)
     alone = fitted(linear(), x, y, config)
-    found = bkf.merge([alone])
-    torch.testing.assert_close(found.mean_vector, alone.mean_vector, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found.covariance_matrix(), alone.covariance_matrix(), rtol=1e-8, atol=1e-12)
+    actual = bkf.merge([alone])
+    torch.testing.assert_close(actual.mean_vector, alone.mean_vector, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual.covariance_matrix(), alone.covariance_matrix(), rtol=1e-8, atol=1e-12)
 
 
 def test_temperature_is_chosen_by_all_streams_together():
@@ -117,12 +117,12 @@ def test_temperature_is_chosen_by_all_streams_together():
         for x, y in zip(flat[where].split(5), labels[where].split(5), strict=True):
             state, _ = kf.update(state, x, y)
         parts.append(bkf.Posterior(kf, state))
-    found = bkf.merge(parts)
+    actual = bkf.merge(parts)
     torch.testing.assert_close(
-        found.state.temperature_scores.total, sum(p.state.temperature_scores.total for p in parts)
+        actual.state.temperature_scores.total, sum(p.state.temperature_scores.total for p in parts)
     )
-    assert found.state.temperature_scores.updates == 40
-    assert found.history == {}
+    assert actual.state.temperature_scores.updates == 40
+    assert actual.history == {}
 
 
 @pytest.mark.slow
@@ -164,11 +164,11 @@ def test_saved_merged_and_loaded(tmp_path):
 
 def parts_of(first=None, second=None, models=(None, None)):
     x, y = linear_data()
-    found = []
+    actual = []
     for options, model, where in ((first, models[0], slice(0, 20)), (second, models[1], slice(20, 40))):
         config = bkf.KalmanConfig(**{"likelihood": "gaussian", "covariance": "diagonal"} | PLAIN | (options or {}))
-        found.append(fitted(model or linear(), x[where], y[where], config))
-    return found
+        actual.append(fitted(model or linear(), x[where], y[where], config))
+    return actual
 
 
 def test_no_posteriors_raise():

@@ -36,12 +36,12 @@ def cost(repetition: BatchRepetition, needed, free):
 @pytest.mark.parametrize(("free", "most"), [(1, 8), (1, 64), (16, 16), (64, 200)])
 def test_no_other_repetition_is_cheaper(needed, free, most):
     needed = torch.tensor(needed)
-    found = cheapest_repetition(tuple(needed.tolist()), free, most)
-    assert len(found.example) <= max(most, len(needed))
+    actual = cheapest_repetition(tuple(needed.tolist()), free, most)
+    assert len(actual.example) <= max(most, len(needed))
     for passes in range(1, int(needed.max()) + 1):
         other = BatchRepetition.of(-(-needed // passes))
         if len(other.example) <= max(most, len(needed)):
-            assert cost(found, needed, free) <= cost(other, needed, free) + 1e-4
+            assert cost(actual, needed, free) <= cost(other, needed, free) + 1e-4
 
 
 def test_one_example_with_many_directions_takes_no_extra_passes_of_the_others():
@@ -59,6 +59,6 @@ def test_rows_do_not_depend_on_the_repetition(told):
     seeds *= (torch.arange(4) < needed.unsqueeze(1)).unsqueeze(-1)
     adapter = AdapterModel(model)
     directions = Directions(4, lambda example, which: seeds[example, which], needed)
-    found = Linearizer(adapter)(adapter.vector(), x, rows_per_example=told).jacobian(directions).dense()
+    actual = Linearizer(adapter)(adapter.vector(), x, rows_per_example=told).jacobian(directions).dense()
     exact = seeds @ dense_jacobian(model, lambda m: m(x))[1].view(4, 6, -1)
-    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)

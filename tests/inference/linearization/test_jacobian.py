@@ -132,8 +132,8 @@ def in_double(inputs):
 
 
 def call(model, inputs):
-    found = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return found if isinstance(found, torch.Tensor) else found.logits
+    actual = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return actual if isinstance(actual, torch.Tensor) else actual.logits
 
 
 def oracle(model, inputs):
@@ -226,9 +226,9 @@ def test_compiled_model_is_linearized_and_keeps_its_own_calls():
         warnings.simplefilter("ignore")  # of the compiler
         compiled = torch.compile(bert().double(), backend="eager")
         adapter = AdapterModel(compiled)
-        found = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
+        actual = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
         shifted = adapter.outputs(adapter.vector() + 0.1, TEXT)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     assert set(adapter.linearized_by.values()) == {"hooks"}
     plain = AdapterModel(model)
     torch.testing.assert_close(shifted, plain.outputs(plain.vector() + 0.1, TEXT), rtol=1e-10, atol=1e-12)
@@ -302,8 +302,8 @@ def test_unused_tensors_have_zero_rows_until_a_batch_uses_them():
     for sign in (-1.0, 1.0):
         x = torch.randn(3, 4).double()
         x[:, 0] = sign
-        found = linearize(adapter.vector(), x).jacobian().dense()
-        torch.testing.assert_close(found, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-10, atol=1e-12)  # noqa: B023
+        actual = linearize(adapter.vector(), x).jacobian().dense()
+        torch.testing.assert_close(actual, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-10, atol=1e-12)  # noqa: B023
     assert adapter.linearized_by["b.weight"] == "unused"
 
 
@@ -312,8 +312,8 @@ def test_outputs_per_pass_changes_nothing(outputs_per_pass):
     model = bert(num_labels=7).double()
     adapter = AdapterModel(model)
     expected = Linearizer(adapter)(adapter.vector(), TEXT).jacobian().dense()
-    found = Linearizer(adapter, outputs_per_pass)(adapter.vector(), TEXT).jacobian().dense()
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    actual = Linearizer(adapter, outputs_per_pass)(adapter.vector(), TEXT).jacobian().dense()
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
 
 
 def opt(dropout, reentrant=None):
@@ -343,8 +343,8 @@ def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(r
     before = torch.get_rng_state()
     for _ in range(2):
         torch.testing.assert_close(adapter.outputs(vector, ids), plain.outputs(vector, ids), rtol=1e-9, atol=1e-12)
-    found, expected = (Linearizer(a)(vector, ids).jacobian().dense() for a in (adapter, plain))
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+    actual, expected = (Linearizer(a)(vector, ids).jacobian().dense() for a in (adapter, plain))
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-11)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
     config, steps = KalmanConfig(covariance="diagonal", initial_variance=0.1, bound_prior=False), []
@@ -361,12 +361,12 @@ def test_checkpointed_layers_have_no_dropout_and_pass_gradients_of_the_mean_on(r
 
 def agrees_with_autograd(model, x):
     adapter = AdapterModel(model)
-    found = Linearizer(adapter)(adapter.vector(), x).jacobian()
+    actual = Linearizer(adapter)(adapter.vector(), x).jacobian()
     expected = dense_jacobian(model, lambda m: m(x))[1]
-    torch.testing.assert_close(found.dense(), expected, rtol=1e-9, atol=1e-12)
-    variance = torch.rand(found.num_parameters, generator=torch.Generator().manual_seed(2)).double()
+    torch.testing.assert_close(actual.dense(), expected, rtol=1e-9, atol=1e-12)
+    variance = torch.rand(actual.num_parameters, generator=torch.Generator().manual_seed(2)).double()
     rows = expected.flatten(0, 1)
-    torch.testing.assert_close(found.gram(variance), rows * variance @ rows.T, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual.gram(variance), rows * variance @ rows.T, rtol=1e-9, atol=1e-12)
 
 
 class Changed(nn.Module):
@@ -418,8 +418,8 @@ def test_an_in_place_activation_that_has_no_effect_in_the_first_batch():
     adapter = AdapterModel(model)
     linearize = Linearizer(adapter)
     for x in (0.1 * torch.randn(4, 3).double(), 20.0 * torch.randn(4, 3).double()):
-        found = linearize(adapter.vector(), x).jacobian().dense()
-        torch.testing.assert_close(found, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-9, atol=1e-12)  # noqa: B023
+        actual = linearize(adapter.vector(), x).jacobian().dense()
+        torch.testing.assert_close(actual, dense_jacobian(model, lambda m: m(x))[1], rtol=1e-9, atol=1e-12)  # noqa: B023
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

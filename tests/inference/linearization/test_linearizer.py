@@ -296,6 +296,6 @@ def test_a_large_first_batch_is_checked_on_few_examples():
             return self.fc(given.view(64, 3))
 
     adapter = AdapterModel(Fixed())
-    found = Linearizer(adapter)(adapter.vector(), x).jacobian().dense()
+    actual = Linearizer(adapter)(adapter.vector(), x).jacobian().dense()
     expected = torch.autograd.functional.jacobian(lambda v: adapter.call(adapter.tensors(v), x), adapter.vector())
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)

@@ -104,11 +104,11 @@ def test_rows_belong_to_their_examples_on_every_batch(kind, pulled):
     linearize, vector, shown = Linearizer(adapter), adapter.vector(), batches(kind)
     inputs = [x if kind is Packed else x.double() for x in shown]
     for x in (*inputs, inputs[0]):
-        found = getattr(linearize(vector, x), pulled)().dense()
+        actual = getattr(linearize(vector, x), pulled)().dense()
         expected = exact(adapter, vector, x)
         if pulled == "softmax_jacobian":
-            found, expected = found - found[:, -1:], expected - expected[:, -1:]
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+            actual, expected = actual - actual[:, -1:], expected - expected[:, -1:]
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
     if kind is Sorted:
         assert adapter.linearized_by["first.weight"] == "general"
         assert adapter.linearized_by["last.weight"] == "hooks"

@@ -37,10 +37,10 @@ def test_gradient_and_fisher_are_those_at_the_mode(name, scale):
         (gradient,) = torch.autograd.grad(value, eta)
         return float(value.detach()), gradient.reshape(-1).numpy()
 
-    found = minimize(
+    actual = minimize(
         negative, outputs.reshape(-1).numpy(), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 2000}
     )
-    mode = torch.tensor(found.x).view(2, 3)
+    mode = torch.tensor(actual.x).view(2, 3)
     factor, residual, _ = expand_at_mode(family, outputs, targets, cov)
     torch.testing.assert_close(factor.mT @ factor, family.variance(mode), rtol=1e-4, atol=1e-5)
     gradient = (factor.mT @ residual.unsqueeze(-1)).squeeze(-1)

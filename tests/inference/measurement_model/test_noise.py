@@ -93,8 +93,8 @@ def test_outputs_of_different_noise_are_told_apart():
     x, y, _ = linear_data(10, 600, 0, 3, truth)
     config = bkf.KalmanConfig(covariance="full", initial_variance=0.1, **GAUSSIAN)
     posterior = bkf.fit(zero_model(10, 3), batches(x, y), config, progress=False)
-    found = posterior.state.noise.variance.sqrt()
-    assert ((found / truth).log().abs() < 5.0 * (2.0 / (0.75 * 600)) ** 0.5).all()  # five standard errors of log σ²
+    actual = posterior.state.noise.variance.sqrt()
+    assert ((actual / truth).log().abs() < 5.0 * (2.0 / (0.75 * 600)) ** 0.5).all()  # five standard errors of log σ²
 
 
 @pytest.mark.parametrize("first", [16, 400])
@@ -184,10 +184,10 @@ def test_mean_passes_end_with_the_noise_of_their_own_residuals(covariance):
     posterior = bkf.fit(network, batches(x[:200], y[:200]), config, progress=False)
     residual = posterior.predict(x[:200], "mean").mean - y[:200]
     gamma = noise_refit.effective_parameters(posterior.state)
-    found = float(posterior.state.noise.variance)
-    assert found == pytest.approx(float(residual.square().sum()) / (200 - gamma), rel=1e-3)
+    actual = float(posterior.state.noise.variance)
+    assert actual == pytest.approx(float(residual.square().sum()) / (200 - gamma), rel=1e-3)
     unseen = float((posterior.predict(x[200:], "mean").mean - y[200:]).square().mean())
-    assert 0.4 < found / unseen < 1.5  # what is left of the mean's own error is not noise
+    assert 0.4 < actual / unseen < 1.5  # what is left of the mean's own error is not noise
 
 
 def test_calibrate_takes_noise_and_temperature_from_held_out_data():
@@ -197,11 +197,11 @@ def test_calibrate_takes_noise_and_temperature_from_held_out_data():
     posterior = bkf.fit(zero_model(5), batches(x[:100], y[:100]), config, progress=False)
     state = posterior.state
     wrong = state._replace(noise=noise.with_variance(state.noise, 0.1 * state.noise.variance, state.noise.information))
-    found = bkf.Posterior(posterior.kf, wrong).calibrate(batches(x[100:], y[100:], 50))
-    assert float(found.state.noise.variance) ** 0.5 == pytest.approx(0.3, rel=0.15)
+    actual = bkf.Posterior(posterior.kf, wrong).calibrate(batches(x[100:], y[100:], 50))
+    assert float(actual.state.noise.variance) ** 0.5 == pytest.approx(0.3, rel=0.15)
     with_few = bkf.Posterior(posterior.kf, wrong).calibrate(batches(x[100:102], y[100:102]))
-    assert float(with_few.state.noise.variance) < 0.5 * float(found.state.noise.variance)  # two examples say little
-    assert torch.equal(found.mean_vector, posterior.mean_vector)
+    assert float(with_few.state.noise.variance) < 0.5 * float(actual.state.noise.variance)  # two examples say little
+    assert torch.equal(actual.mean_vector, posterior.mean_vector)
 
 
 @pytest.mark.parametrize("covariance", ["full", "low_rank", "diagonal", "block_diagonal"])
@@ -230,5 +230,5 @@ def test_every_number_of_a_prediction_has_the_dtype_of_the_outputs(dtype, likeli
     estimated = {"noise_variance": "estimated"} if likelihood == "gaussian" else {}
     posterior = bkf.fit(model, [(x, y)], bkf.KalmanConfig(likelihood=likelihood, **estimated), progress=False)
     for method in ("linearized", "sampled", "mean", *(() if likelihood == "poisson" else ("probit",))):
-        found = posterior.predict(x, method, targets=y)
-        assert {value.dtype for value in vars(found).values() if value is not None} == {dtype}
+        actual = posterior.predict(x, method, targets=y)
+        assert {value.dtype for value in vars(actual).values() if value is not None} == {dtype}

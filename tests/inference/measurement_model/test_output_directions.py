@@ -196,11 +196,11 @@ def test_probes_average_to_the_fisher_information(moved):
     outputs, targets = outputs_of(size=3, m=5, scale=1.5)
     odds = torch.tensor([[0.3], [-1.0], [2.0]]).double() if moved else None
     config = KalmanConfig(curvature="sampled", curvature_draws=4)
-    found = []
+    actual = []
     for seed in range(5000):
         seen = project_outputs(config.curvature_settings, FAMILY, outputs, targets, seed)
-        found.append(seen.probes.factor(seen.outputs if odds is None else odds) @ matrix(seen.directions, 3))
-    draws = torch.cat(found, 1)  # (B, S, m)
+        actual.append(seen.probes.factor(seen.outputs if odds is None else odds) @ matrix(seen.directions, 3))
+    draws = torch.cat(actual, 1)  # (B, S, m)
     products = draws.unsqueeze(-1) * draws.unsqueeze(-2) * 4  # each probe was divided by √4
     probs = outputs.softmax(-1)
     if moved:
@@ -266,11 +266,11 @@ def test_sampled_covariance_with_many_probes_is_the_exact_one():
     }
     exact = KalmanFilter(model_of(4), KalmanConfig(**setting))
     expected = 1 / exact.update(exact.init(), x, y)[0].belief.variance
-    found = []
+    actual = []
     for seed in range(60):
         kf = KalmanFilter(model_of(4), KalmanConfig(curvature="sampled", curvature_draws=8, seed=seed, **setting))
-        found.append(1 / kf.update(kf.init(), x, y)[0].belief.variance)
-    draws = torch.stack(found)
+        actual.append(1 / kf.update(kf.init(), x, y)[0].belief.variance)
+    draws = torch.stack(actual)
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - expected).abs() < 5 * error + 1e-9).all()
     assert float((draws.mean(0) / expected - 1).abs().max()) < 0.2
@@ -333,7 +333,7 @@ def test_a_look_ahead_at_how_many_classes_each_example_needs_changes_nothing(cov
     with torch.no_grad():
         model[-1].weight.mul_(8.0)  # so that some examples need few classes
     config = KalmanConfig(curvature="truncated", covariance=covariance, initial_variance=0.05, bound_prior=False)
-    found, asked = [], []
+    actual, asked = [], []
     for limit in (None, 1):
         if limit:
             monkeypatch.setattr(linearizer, "MAX_PASS_BYTES", limit)
@@ -343,25 +343,25 @@ def test_a_look_ahead_at_how_many_classes_each_example_needs_changes_nothing(cov
         needed, _, _ = kf._rows_per_example(state, state.belief.mean, Batch.of(x, y), 12)
         asked.append(needed)
         state, info = kf.update(state, x, y)
-        found.append((*state.belief, info.log_loss, torch.tensor(info.lumped)))
+        actual.append((*state.belief, info.log_loss, torch.tensor(info.lumped)))
     assert len(set(asked[0])) == 1
     assert len(set(asked[1])) > 1
     assert max(asked[1]) <= asked[0][0]
-    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(actual[0], actual[1], rtol=1e-8, atol=1e-10)
 
 
 def test_probes_need_their_batch_and_follow_the_seed():
     x, y = batch_of(5, 12)
-    found = []
+    actual = []
     for seed in (0, 0, 1):
         config = KalmanConfig(
             covariance="diagonal", curvature="sampled", seed=seed, initial_variance=0.2, bound_prior=False
         )
         kf = KalmanFilter(model_of(12), config)
-        found.append(kf.update(kf.init(), x, y)[0].belief)
-    assert torch.equal(found[0].variance, found[1].variance)
-    assert not torch.equal(found[0].variance, found[2].variance)
-    torch.testing.assert_close(found[0].mean, found[2].mean)  # the mean sees no probes
+        actual.append(kf.update(kf.init(), x, y)[0].belief)
+    assert torch.equal(actual[0].variance, actual[1].variance)
+    assert not torch.equal(actual[0].variance, actual[2].variance)
+    torch.testing.assert_close(actual[0].mean, actual[2].mean)  # the mean sees no probes
 
 
 def test_large_batches_follow_in_parts_that_are_exact_for_a_full_covariance():

@@ -42,19 +42,19 @@ def test_one_output_is_integrated_exactly(variance, tolerance):
     """Means of ±30 and standard deviations of up to 100 logits."""
     means = torch.tensor([-30.0, -8.0, -1.0, 0.0, 2.0, 30.0]).double()
     covariance = torch.full((6, 1, 1), variance).double()
-    found = predictive_density.log_loss(Bernoulli(), means[:, None], covariance, torch.ones(6, 1), [1.0])[0]
+    actual = predictive_density.log_loss(Bernoulli(), means[:, None], covariance, torch.ones(6, 1), [1.0])[0]
     expected = [by_quadrature(log_sigmoid, m, variance) for m in means.tolist()]
-    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual, torch.tensor(expected).double(), rtol=0, atol=tolerance)
     both = torch.cat([torch.zeros(6, 1), means[:, None]], 1).double()  # two classes: the same log odds
     spread = torch.tensor([[0.5, 0.2], [0.2, 0.9]]).double() * variance
     odds_var = float(spread[0, 0] + spread[1, 1] - 2 * spread[0, 1])
     for label in (0, 1):
-        found = predictive_density.log_loss(
+        actual = predictive_density.log_loss(
             Categorical(), both, spread.expand(6, 2, 2), torch.full((6,), label), [1.0]
         )[0]
         sign = 2 * label - 1
         expected = [by_quadrature(log_sigmoid, sign * m, odds_var) for m in means.tolist()]
-        torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(actual, torch.tensor(expected).double(), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("variance", "count"), [(0.01, 3.0), (1.0, 0.0), (25.0, 30.0), (100.0, 1.0)])
@@ -64,11 +64,11 @@ def test_counts_are_integrated_exactly(variance, count):
     def log_prob(eta):
         return count * eta - np.exp(np.minimum(eta, 700.0)) - math.lgamma(count + 1)
 
-    found = predictive_density.log_loss(
+    actual = predictive_density.log_loss(
         Poisson(), means[:, None], torch.full((3, 1, 1), variance), torch.full((3, 1), count), [1.0]
     )[0]
     expected = [by_quadrature(log_prob, m, variance) for m in means.tolist()]
-    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, torch.tensor(expected).double(), rtol=0, atol=1e-4)
 
 
 def example(num_outputs, size=60, sd=3.0):
@@ -85,11 +85,11 @@ def example(num_outputs, size=60, sd=3.0):
 def test_classes_are_priced_without_bias(num_outputs):
     """The mean over examples, where 32 draws were too high by .01 to .04 and hot temperatures the most."""
     outputs, root, labels, generator = example(num_outputs)
-    found = predictive_density.log_loss(Categorical(), outputs, root @ root.mT, labels, prequential_temperature.GRID)
+    actual = predictive_density.log_loss(Categorical(), outputs, root @ root.mT, labels, prequential_temperature.GRID)
     count = 15_000
     noise = torch.randn(count, num_outputs, generator=generator)
     spread = torch.einsum("bij,sj->sbi", root, noise)
-    for row, heat in zip(found, prequential_temperature.GRID, strict=True):
+    for row, heat in zip(actual, prequential_temperature.GRID, strict=True):
         probs = Categorical().log_prob(outputs + heat**0.5 * spread, labels).double().exp()
         expected, error = -probs.mean(0).log(), probs.std(0) / probs.mean(0) / count**0.5
         assert abs(float((row - expected).mean())) < 2e-3 + 4.0 * float(error.mean())
@@ -144,10 +144,10 @@ def test_several_answers_are_priced_together():
         )
         for j in range(2)
     ]
-    found = predictive_density.log_loss(
+    actual = predictive_density.log_loss(
         Bernoulli(), outputs, 4.0 * torch.eye(2)[None], targets, prequential_temperature.GRID
     )
-    torch.testing.assert_close(found, sum(each), rtol=0, atol=0.01)
+    torch.testing.assert_close(actual, sum(each), rtol=0, atol=0.01)
     together = predictive_density.log_loss(Bernoulli(), outputs, torch.full((1, 2, 2), 4.0), targets, [1.0])
     shift = torch.linspace(-20.0, 20.0, 40_001).double()
     density = (-0.125 * shift.square()).exp() / (8 * math.pi) ** 0.5
@@ -159,8 +159,8 @@ def test_gaussian_targets_have_a_closed_form():
     family = Gaussian(torch.tensor([0.5, 2.0]))
     outputs, root = torch.randn(3, 2).double(), torch.randn(3, 2, 2).double()
     targets, cov = torch.randn(3, 2).double(), root @ root.mT
-    found = predictive_density.log_loss(family, outputs, cov, targets, (0.1, 1.0))
-    for row, heat in zip(found, (0.1, 1.0), strict=True):
+    actual = predictive_density.log_loss(family, outputs, cov, targets, (0.1, 1.0))
+    for row, heat in zip(actual, (0.1, 1.0), strict=True):
         total = heat * cov + torch.diag(family.noise_variance.double())
         expected = -torch.distributions.MultivariateNormal(outputs, total).log_prob(targets)
         torch.testing.assert_close(row, expected)

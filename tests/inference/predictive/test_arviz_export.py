@@ -141,9 +141,9 @@ def test_predictive_draws_come_from_every_draws_likelihood(exported):
 
 def test_arviz_loo_agrees_with_exact_leave_one_out(regression):
     """The posterior without example i is exact here: PSIS-LOO estimates its predictive density."""
-    found = arviz.loo(regression, pointwise=True)
-    assert (found.pareto_k.values < 0.7).all()
-    each = (found.loo_i if OLD else found.elpd_i).values
+    actual = arviz.loo(regression, pointwise=True)
+    assert (actual.pareto_k.values < 0.7).all()
+    each = (actual.loo_i if OLD else actual.elpd_i).values
     posterior, loader = problem("gaussian", 1)
     targets = torch.cat([targets for _, targets in loader])
     for left_out in (0, 17, 59):
@@ -183,8 +183,8 @@ def test_summary_loo_and_plot_of_classes(figures):
     posterior, loader = problem("categorical", 4)
     data = posterior.to_arviz(1000, loader=loader)  # with 300 one example's Pareto shape cannot be told
     assert len(arviz.summary(data, var_names=["weight"], kind="stats")) == 12
-    found = arviz.loo(data)
-    assert np.isfinite(found.elpd_loo if OLD else found.elpd)
+    actual = arviz.loo(data)
+    assert np.isfinite(actual.elpd_loo if OLD else actual.elpd)
     if OLD:
         arviz.plot_ppc(data, num_pp_samples=20, random_seed=0)
 

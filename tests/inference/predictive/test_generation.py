@@ -36,59 +36,59 @@ def test_without_uncertainty_the_text_is_the_greedy_text_of_the_model(make):
     ids = prompt(model)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0  # padded on the left
-    found = posterior_of(model, 1e-12).generate({"input_ids": ids, "attention_mask": mask}, 12, num_samples=2)
+    actual = posterior_of(model, 1e-12).generate({"input_ids": ids, "attention_mask": mask}, 12, num_samples=2)
     expected = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=0
     )[:, ids.shape[1] :]
-    assert torch.equal(found.tokens[:, : expected.shape[1]], expected)
-    assert float(found.mutual_information.max()) < 1e-4
-    assert found.written.shape == found.tokens.shape
+    assert torch.equal(actual.tokens[:, : expected.shape[1]], expected)
+    assert float(actual.mutual_information.max()) < 1e-4
+    assert actual.written.shape == actual.tokens.shape
 
 
 def test_uncertainty_is_that_of_the_drawn_adapters_run_one_by_one():
     """Against whole forward passes without a cache."""
     model = lm.llama()
     posterior, ids = posterior_of(model, 0.02), prompt(model)
-    found = posterior.generate({"input_ids": ids}, 6, num_samples=4, eos_token_id=-1)
+    actual = posterior.generate({"input_ids": ids}, 6, num_samples=4, eos_token_id=-1)
     draws = posterior.sample(4, torch.Generator().manual_seed(posterior.config.seed))
     for step in range(6):
-        whole, spoken = torch.cat([ids, found.tokens[:, :step]], 1), []
+        whole, spoken = torch.cat([ids, actual.tokens[:, :step]], 1), []
         for draw in draws:
             inputs = {"input_ids": whole, "place": torch.full((len(ids),), whole.shape[1] - 1)}
             spoken.append(posterior.adapter.outputs(draw, inputs).double().softmax(-1))
         mean = torch.stack(spoken).mean(0)
         entropy = -(mean * mean.log()).sum(-1)
         agreed = torch.stack([-(p * p.log()).sum(-1) for p in spoken]).mean(0)
-        assert torch.equal(found.tokens[:, step], mean.argmax(-1))
-        torch.testing.assert_close(found.entropy[:, step], entropy, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.mutual_information[:, step], entropy - agreed, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(found.log_prob[:, step], mean.max(-1).values.log(), rtol=1e-4, atol=1e-5)
-    assert float(found.mutual_information.min()) > 1e-3
-    torch.testing.assert_close(found.sequence_log_prob, found.log_prob.sum(1))
-    torch.testing.assert_close(found.sequence_entropy, found.entropy.mean(1))
-    torch.testing.assert_close(found.sequence_mutual_information, found.mutual_information.mean(1))
+        assert torch.equal(actual.tokens[:, step], mean.argmax(-1))
+        torch.testing.assert_close(actual.entropy[:, step], entropy, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.mutual_information[:, step], entropy - agreed, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(actual.log_prob[:, step], mean.max(-1).values.log(), rtol=1e-4, atol=1e-5)
+    assert float(actual.mutual_information.min()) > 1e-3
+    torch.testing.assert_close(actual.sequence_log_prob, actual.log_prob.sum(1))
+    torch.testing.assert_close(actual.sequence_entropy, actual.entropy.mean(1))
+    torch.testing.assert_close(actual.sequence_mutual_information, actual.mutual_information.mean(1))
 
 
 def test_a_softmax_temperature_divides_the_tokens_logits():
     model = lm.llama()
     posterior, ids = posterior_of(model, 0.02), prompt(model)
     kf = bkf.KalmanFilter(posterior.adapter, dataclasses.replace(posterior.config, softmax_temperature=0.5))
-    found = bkf.Posterior(kf, posterior.state).generate({"input_ids": ids}, 5, num_samples=3)
+    actual = bkf.Posterior(kf, posterior.state).generate({"input_ids": ids}, 5, num_samples=3)
     handle = model.register_forward_hook(lambda _module, _args, out: setattr(out, "logits", out.logits / 0.5))
     expected = posterior.generate({"input_ids": ids}, 5, num_samples=3)
     handle.remove()
-    assert torch.equal(found.tokens, expected.tokens)
-    torch.testing.assert_close(found.entropy, expected.entropy)
-    assert float((found.entropy - posterior.generate({"input_ids": ids}, 5, num_samples=3).entropy).abs().max()) > 0.01
+    assert torch.equal(actual.tokens, expected.tokens)
+    torch.testing.assert_close(actual.entropy, expected.entropy)
+    assert float((actual.entropy - posterior.generate({"input_ids": ids}, 5, num_samples=3).entropy).abs().max()) > 0.01
 
 
 def test_scores_after_the_end_of_a_text_are_zero():
     model = lm.lora()
     start = torch.stack([lm.ids("Changed in version 3.1"), lm.ids("The following are spec")])
-    found = posterior_of(model, 1e-4).generate({"input_ids": start}, 60, num_samples=3, pad_token_id=7)
-    ends = [row.tolist().index(lm.END) for row in found.tokens if lm.END in row.tolist()]
+    actual = posterior_of(model, 1e-4).generate({"input_ids": start}, 60, num_samples=3, pad_token_id=7)
+    ends = [row.tolist().index(lm.END) for row in actual.tokens if lm.END in row.tolist()]
     assert ends  # some text ended
-    for row, written, entropy in zip(found.tokens, found.written, found.entropy, strict=True):
+    for row, written, entropy in zip(actual.tokens, actual.written, actual.entropy, strict=True):
         length = int(written.sum())
         assert bool(written[:length].all())
         assert not bool(written[length:].any())
@@ -116,7 +116,7 @@ def test_a_fitted_phrase_is_generated():
     before = bkf.Posterior(kf, kf.init(next(iter(next_token_examples(text, text))).inputs))
     start = {"input_ids": lm.ids("the kalman filter; the ka").unsqueeze(0)}
     learned, untaught = (p.generate(start, 15, num_samples=4) for p in (posterior, before))
-    texts = ["".join(lm.LETTERS[token] for token in found.tokens[0].tolist()) for found in (learned, untaught)]
+    texts = ["".join(lm.LETTERS[token] for token in actual.tokens[0].tolist()) for actual in (learned, untaught)]
     assert texts[0] == "lman filter; the kalman filter;"[:15] != texts[1]
     assert float(learned.sequence_entropy) < float(untaught.sequence_entropy)
 
@@ -151,7 +151,7 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model.base_model.model), "forward", counted)
-    found = posterior.generate(given, 5, num_samples=3, eos_token_id=-1, shared_prompt=True)
+    actual = posterior.generate(given, 5, num_samples=3, eos_token_id=-1, shared_prompt=True)
     assert widths == [8] + [1] * 15
     draws = posterior.sample(3, torch.Generator().manual_seed(posterior.config.seed))
     adapter, places = posterior.adapter, (mask.cumsum(1) - 1).clamp_min(0)
@@ -171,10 +171,10 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
                 spoken.append(out.logits[:, -1].double().softmax(-1))
             mean = torch.stack(spoken).mean(0)
             token = mean.argmax(-1, keepdim=True)
-            assert torch.equal(found.tokens[:, step], token.squeeze(-1))
-            torch.testing.assert_close(found.entropy[:, step], -(mean * mean.log()).sum(-1), rtol=1e-5, atol=1e-6)
+            assert torch.equal(actual.tokens[:, step], token.squeeze(-1))
+            torch.testing.assert_close(actual.entropy[:, step], -(mean * mean.log()).sum(-1), rtol=1e-5, atol=1e-6)
     apart = posterior.generate(given, 5, num_samples=3, eos_token_id=-1)
-    assert float((apart.entropy - found.entropy).abs().max()) > 1e-4  # what sharing leaves out
+    assert float((apart.entropy - actual.entropy).abs().max()) > 1e-4  # what sharing leaves out
 
 
 @pytest.mark.parametrize(("name", "other"), [("cache", "past_key_values"), ("past_key_values", "cache")])
@@ -202,11 +202,11 @@ def test_any_of_several_tokens_ends_a_text():
     free = posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id=-1)
     ends = [int(free.tokens[0, 2]), int(free.tokens[1, 4])]
     model.generation_config.eos_token_id = ends
-    for found in (
+    for actual in (
         posterior.generate({"input_ids": ids}, 8, num_samples=2),
         posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id=ends),
     ):
-        for text, written in zip(free.tokens, found.written, strict=True):
+        for text, written in zip(free.tokens, actual.written, strict=True):
             places = torch.isin(text, torch.tensor(ends)).nonzero()
             length = int(places[0]) + 1 if len(places) else 8
             assert int(written.sum()) == min(length, written.numel())

@@ -68,9 +68,9 @@ def test_calibration_from_parameter_draws_agrees_with_the_covariance(monkeypatch
         exact, chosen = losses(), posterior.calibrate(loader(x[40:], y[40:])).temperature
     with monkeypatch.context() as patched:
         patched.setattr(type(posterior.kf.linearize(posterior.mean_vector, x[:2])), "jacobian", None)
-        found = losses()
+        actual = losses()
         assert posterior.calibrate(loader(x[40:], y[40:])).temperature == chosen
-    assert float(((found - exact).abs() / exact).max()) < 0.025
+    assert float(((actual - exact).abs() / exact).max()) < 0.025
 
 
 def test_calibration_finds_temperature_1_with_forty_classes():
@@ -90,9 +90,9 @@ def test_the_posterior_of_a_stream_can_be_calibrated():
     kf = bkf.KalmanFilter(nn.Linear(3, 2), bkf.KalmanConfig.stream())
     assert kf.config.tune is not None
     x, y = torch.randn(20, 3), torch.arange(20) % 2
-    found = bkf.Posterior(kf, kf.init(x)).calibrate([(x, y)])
-    assert found.temperature in prequential_temperature.GRID
-    assert found.config.tune is None
+    actual = bkf.Posterior(kf, kf.init(x)).calibrate([(x, y)])
+    assert actual.temperature in prequential_temperature.GRID
+    assert actual.config.tune is None
 
 
 def test_one_held_out_example_does_not_choose_a_temperature():

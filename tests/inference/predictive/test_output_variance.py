@@ -24,24 +24,24 @@ def by_hand(posterior: bkf.Posterior, model: nn.Module, x: torch.Tensor, centred
     _, jacobian = dense_jacobian(model, lambda m: m(x))
     rows = jacobian - jacobian.mean(dim=1, keepdim=True) if centred else jacobian
     covariance = posterior.temperature * posterior.covariance_matrix()
-    found = {}
+    actual = {}
     for name, where in posterior.adapter.slices().items():
         part = rows[..., where] @ covariance[where] @ rows.mT
-        found[name] = part.diagonal(dim1=1, dim2=2).mean().item()
-    return found
+        actual[name] = part.diagonal(dim1=1, dim2=2).mean().item()
+    return actual
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal_mixed", "low_rank", "block_diagonal"])
 def test_contributions_of_tensors_are_those_of_dense_matrices(covariance):
     config = bkf.KalmanConfig(covariance=covariance)
     posterior = bkf.fit(network(), DataLoader(TensorDataset(X, Y), batch_size=4), config, progress=False)
-    found = posterior.output_variance(X[:8])
-    assert found == pytest.approx(by_hand(posterior, network(), X[:8], centred=True), rel=1e-6)
-    assert set(found) == set(posterior.variance)
+    actual = posterior.output_variance(X[:8])
+    assert actual == pytest.approx(by_hand(posterior, network(), X[:8], centred=True), rel=1e-6)
+    assert set(actual) == set(posterior.variance)
     outputs = posterior.predict(X[:8], "linearized", num_samples=20_000).samples.log()  # but for a shift of all classes
     drawn = (outputs - outputs.mean(2, keepdim=True)).var(0).mean().item()
-    assert sum(found.values()) == pytest.approx(drawn, rel=0.03)
-    assert posterior.output_variance((X, Y)) == found  # a batch with targets, of which eight are looked at
+    assert sum(actual.values()) == pytest.approx(drawn, rel=0.03)
+    assert posterior.output_variance((X, Y)) == actual  # a batch with targets, of which eight are looked at
 
 
 def test_a_linear_regression_has_its_predictive_variance():
@@ -83,8 +83,8 @@ def test_contributions_of_tensors_that_compensate_each_other_add_up_to_the_varia
         likelihood="gaussian", covariance="full", initial_variance=1.0, noise_variance=1.0, temperature=1.0
     )
     posterior = bkf.fit(Twice(), [(x, torch.zeros(50, 1).double())], config, progress=False)
-    found = posterior.output_variance(x[:2])
+    actual = posterior.output_variance(x[:2])
     whole = 1.0 / (1.0 / 2.0 + 50.0)  # of the sum, whose prior variance is 2
-    assert found == pytest.approx({"first.weight": whole / 2, "second.weight": whole / 2}, rel=1e-9)
+    assert actual == pytest.approx({"first.weight": whole / 2, "second.weight": whole / 2}, rel=1e-9)
     alone = sum(variance.item() for variance in posterior.variance.values())
     assert alone > 40 * whole

@@ -130,16 +130,16 @@ def test_linearized_predictions_from_parameter_draws_have_the_exact_moments(monk
     posterior = bkf.fit(many(), loader(x, y), bkf.KalmanConfig(temperature=1.0), progress=False)
     exact = posterior.predict(x[:4], num_samples=20_000)
     monkeypatch.setattr(LinearizedBatch, "jacobian", None)
-    found = [
+    actual = [
         posterior.predict(x[:4], num_samples=60, generator=torch.Generator().manual_seed(seed), targets=y[:4])
         for seed in range(80)
     ]
     for of in (lambda p: p.probs, lambda p: p.samples.square().mean(0)):
-        runs = torch.stack([of(p) for p in found])
+        runs = torch.stack([of(p) for p in actual])
         error = runs.std(0) / len(runs) ** 0.5
         assert float(((runs.mean(0) - of(exact)).abs() / (error + exact.samples.std(0) / 20_000**0.5)).max()) < 4.5
-    assert found[0].samples.shape == (60, 4, 90)
-    torch.testing.assert_close(found[0].log_prob, found[0].probs[torch.arange(4), y[:4]].log())
+    assert actual[0].samples.shape == (60, 4, 90)
+    torch.testing.assert_close(actual[0].log_prob, actual[0].probs[torch.arange(4), y[:4]].log())
 
 
 def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
@@ -155,13 +155,13 @@ def test_draws_of_very_many_outputs_do_not_form_their_covariance(monkeypatch):
     covariance = posterior.state.belief.output_covariance(linearized.jacobian())
     torch.testing.assert_close(exact.probs, against_the_rest(linearized.outputs, covariance))
     monkeypatch.setattr(type(linearized), "jacobian", None)
-    found = torch.cat(
+    actual = torch.cat(
         [posterior.predict(x[:2], generator=torch.Generator().manual_seed(seed)).samples.log() for seed in range(200)]
     )
-    centred = found - found[..., :1]  # log odds against the first class
+    centred = actual - actual[..., :1]  # log odds against the first class
     variance = covariance.diagonal(dim1=1, dim2=2)
     truth = variance + variance[:, :1] - 2 * covariance[:, :, 0]
-    error = truth * (2 / (len(found) / 2)) ** 0.5  # draws come in pairs
+    error = truth * (2 / (len(actual) / 2)) ** 0.5  # draws come in pairs
     assert float(((centred.var(0) - truth).abs() / error.clamp_min(1e-12))[:, 1:].max()) < 4.5
 
 
@@ -171,11 +171,11 @@ def test_predictions_of_a_loader_do_not_depend_on_its_batches(fitted, digits, se
     whole, *divided = [
         fitted.predict_loader(in_batches(size, digits[1]), keep_samples=True, **settings) for size in (30, 1, 7)
     ]
-    for found in divided:
-        torch.testing.assert_close(found.samples, whole.samples, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(found.probs, whole.probs, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.log_prob, whole.log_prob, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.epistemic, whole.epistemic, rtol=1e-3, atol=1e-5)
+    for actual in divided:
+        torch.testing.assert_close(actual.samples, whole.samples, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual.probs, whole.probs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.log_prob, whole.log_prob, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.epistemic, whole.epistemic, rtol=1e-3, atol=1e-5)
     noise = whole.samples.var(0).mean()
     assert noise > 1e-4  # there are draws to differ by
 
@@ -187,14 +187,14 @@ def test_predictions_from_drawn_adapters_do_not_depend_on_batches(method):
     x, y = torch.randn(20, 5).double(), torch.randint(12, (20,))
     config = bkf.KalmanConfig(covariance="full", temperature=1.0)
     posterior = bkf.fit(nn.Sequential(nn.Linear(5, 12)).double(), [(x, y)], config, progress=False)
-    found = [
+    actual = [
         posterior.predict_loader(list(zip(x.split(size), y.split(size), strict=True)), method, 8, keep_samples=True)
         for size in (20, 1, 7)
     ]
-    for other in found[1:]:
-        torch.testing.assert_close(other.samples, found[0].samples, rtol=1e-6, atol=1e-6)
+    for other in actual[1:]:
+        torch.testing.assert_close(other.samples, actual[0].samples, rtol=1e-6, atol=1e-6)
     expected = posterior.predict(x, method, 8)
-    torch.testing.assert_close(found[0].samples, expected.samples, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual[0].samples, expected.samples, rtol=1e-6, atol=1e-6)
 
 
 def test_predictions_do_not_depend_on_the_chunks_that_fit_in_memory(fitted, digits):
@@ -202,8 +202,8 @@ def test_predictions_do_not_depend_on_the_chunks_that_fit_in_memory(fitted, digi
     small = dataclasses.replace(fitted.config, bytes_budget=1)
     pieces = bkf.Posterior(bkf.KalmanFilter(fitted.adapter, small), fitted.state)
     assert len(list(pieces.kf.linearize.chunks(pieces.mean_vector, images))) == 20
-    found, expected = pieces.predict(images), fitted.predict(images)
-    torch.testing.assert_close(found.samples, expected.samples, rtol=1e-3, atol=1e-4)
+    actual, expected = pieces.predict(images), fitted.predict(images)
+    torch.testing.assert_close(actual.samples, expected.samples, rtol=1e-3, atol=1e-4)
 
 
 def test_draws_of_different_examples_are_independent(fitted, digits):
@@ -217,10 +217,10 @@ def test_draws_of_different_examples_are_independent(fitted, digits):
 
 
 def test_scores_of_a_report_do_not_depend_on_the_batch_size(fitted, digits):
-    found = [
+    actual = [
         evaluation.evaluate(fitted, in_batches(size, digits[1], 60), num_simulations=50, num_samples=32).scores
         for size in (60, 1, 7)
     ]
     for name in ("accuracy", "nll", "brier", "ece", "entropy", "aleatoric", "epistemic"):
-        values = [scores[name] for scores in found]
+        values = [scores[name] for scores in actual]
         assert values == pytest.approx([values[0]] * 3, abs=2e-5), name

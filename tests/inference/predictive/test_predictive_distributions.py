@@ -61,8 +61,8 @@ def test_probit_agrees_with_draws_although_one_direction_keeps_its_prior_varianc
     config = bkf.KalmanConfig(covariance="full", initial_variance=4.0, temperature=1.0, bound_prior=False)
     batches = list(zip(x[:1000].split(10), y[:1000].split(10), strict=True))
     posterior = bkf.fit(nn.Linear(2, 2), batches, config, progress=False)
-    by_draws, found = (posterior.predict(x[1000:], m, num_samples=512).probs for m in ("linearized", "probit"))
-    assert float((by_draws - found).abs().max()) < 0.02
+    by_draws, actual = (posterior.predict(x[1000:], m, num_samples=512).probs for m in ("linearized", "probit"))
+    assert float((by_draws - actual).abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("variance", [1e-5, 1e-7])
@@ -70,10 +70,10 @@ def test_small_noise_beside_collinear_outputs_of_large_variance(variance):
     """In float32, whose rounding of J P Jᵀ is larger than the noise."""
     ones = torch.ones(1, 2, 2)
     family = Gaussian(torch.tensor(variance, dtype=torch.float64))
-    found = predictive_distributions.from_gaussian(family, torch.zeros(1, 2), 9.0 * ones, None, torch.zeros(1, 2))
+    actual = predictive_distributions.from_gaussian(family, torch.zeros(1, 2), 9.0 * ones, None, torch.zeros(1, 2))
     total = 9.0 * ones[0].double() + variance * torch.eye(2).double()
     expected = 0.5 * torch.logdet(2 * math.pi * math.e * total)
-    assert float(found.entropy) == pytest.approx(float(expected), abs=1e-3)
+    assert float(actual.entropy) == pytest.approx(float(expected), abs=1e-3)
     rounded = 9.0 * ones - 1e-6 * torch.eye(2)  # as rounding may leave it
     assert bool(
         torch.isfinite(predictive_distributions.from_gaussian(family, torch.zeros(1, 2), rounded, None, None).entropy)

@@ -170,9 +170,9 @@ def test_predictive_divides_logits_as_predictions_do(fitted, digits, parallel):
     posterior = bkf.Posterior(bkf.KalmanFilter(fitted.adapter, config), fitted.state)
     draws = posterior.sample(5)
     sites = {name: torch.stack([posterior.adapter.unflatten(d)[name] for d in draws]) for name in fitted.adapter.names}
-    found = Predictive(posterior.pyro_model, sites, return_sites=("outputs", "y"), parallel=parallel)(images[:6])
+    actual = Predictive(posterior.pyro_model, sites, return_sites=("outputs", "y"), parallel=parallel)(images[:6])
     expected = torch.stack([2.0 * posterior.adapter.outputs(draw, images[:6]) for draw in draws])
-    torch.testing.assert_close(found["outputs"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual["outputs"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
@@ -198,8 +198,8 @@ def test_adapters_in_one_pass_have_the_outputs_of_separate_passes(digits, covari
         of_guide = poutine.trace(poutine.condition(guide, joint or one)).get_trace(images, labels)
         of_model = poutine.trace(poutine.condition(model, one)).get_trace(images, labels, num_data=50)
         apart += (of_model.log_prob_sum() - of_guide.log_prob_sum()).item()
-        found = together.nodes["outputs"]["value"][k]
-        torch.testing.assert_close(found, of_model.nodes["outputs"]["value"], rtol=1e-4, atol=1e-4)
+        actual = together.nodes["outputs"]["value"][k]
+        torch.testing.assert_close(actual, of_model.nodes["outputs"]["value"], rtol=1e-4, atol=1e-4)
     assert abs(total.item() - apart) < 1e-4 * abs(apart)
 
 

@@ -39,9 +39,9 @@ def pair(classes=4):
     return bkf.Posterior(kf, state), bkf.Posterior(bkf.KalmanFilter(Divided(model), config), state), x, y
 
 
-def assert_same(found, expected):
-    for field in dataclasses.fields(found):
-        one, two = getattr(found, field.name), getattr(expected, field.name)
+def assert_same(actual, expected):
+    for field in dataclasses.fields(actual):
+        one, two = getattr(actual, field.name), getattr(expected, field.name)
         assert (one is None) == (two is None)
         if one is not None:
             torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9, msg=field.name)
@@ -65,7 +65,7 @@ def test_so_are_predictions_from_parameter_draws_and_their_temperature(monkeypat
                 monkeypatch.setattr(module, "parameter_draws_are_cheaper", lambda *_: True)
         assert_same(posterior.predict(x, targets=y), expected.predict(x, targets=y))
         losses = []
-        monkeypatch.setattr(heldout_calibration, "choose_temperature", lambda found: losses.append(found) or 1.0)  # noqa: B023
+        monkeypatch.setattr(heldout_calibration, "choose_temperature", lambda actual: losses.append(actual) or 1.0)  # noqa: B023
         posterior.calibrate(batches)
         expected.calibrate(batches)
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-9)
@@ -74,11 +74,11 @@ def test_so_are_predictions_from_parameter_draws_and_their_temperature(monkeypat
 
 def test_exported_log_likelihoods_are_those_of_the_divided_outputs():
     posterior, expected, x, y = pair()
-    found, other = (
+    actual, other = (
         p.to_arviz(20, torch.Generator().manual_seed(1), [(x, y)]).log_likelihood["target"].values
         for p in (posterior, expected)
     )
-    assert found == pytest.approx(other, rel=1e-6)
+    assert actual == pytest.approx(other, rel=1e-6)
 
 
 def labels(logits, seed=0):
@@ -100,19 +100,19 @@ def test_the_softmax_temperature_is_the_most_probable_one_given_held_out_data(tr
     """Against SciPy's minimum; with many examples also against temperature scaling, which has no prior."""
     logits = torch.randn(count, 30, generator=torch.Generator().manual_seed(1)).double()
     y = labels(logits / true)
-    found = held(logits).calibrate_softmax(zip(logits.split(50), y.split(50), strict=True))
+    actual = held(logits).calibrate_softmax(zip(logits.split(50), y.split(50), strict=True))
 
     def objective(log_divisor):
         chosen = (logits / math.exp(log_divisor)).log_softmax(1).gather(1, y[:, None]).sum()
         return -float(chosen) + 0.5 * (log_divisor / 0.1) ** 2
 
     best = math.exp(minimize_scalar(objective, bounds=(-2.0, 0.0), method="bounded").x)
-    assert abs(found.softmax_temperature - best) <= 0.0251  # half a step of the grid
-    assert found.config.softmax_temperature == found.softmax_temperature
+    assert abs(actual.softmax_temperature - best) <= 0.0251  # half a step of the grid
+    assert actual.config.softmax_temperature == actual.softmax_temperature
     if count > 1000:
         scaled = TemperatureScaling.fit(logits.softmax(1), y)
-        assert abs(found.softmax_temperature - scaled.temperature) < 0.05
-        assert abs(found.softmax_temperature - true) < 0.06
+        assert abs(actual.softmax_temperature - scaled.temperature) < 0.05
+        assert abs(actual.softmax_temperature - true) < 0.06
 
 
 def test_the_softmax_temperature_is_never_above_1():

@@ -69,8 +69,8 @@ def targets(name):
 def predicted(name, posterior):
     """Predictions without draws."""
     if name == "gaussian":
-        found = posterior.predict(inputs(name), method="mean", targets=targets(name))
-        mean, log_prob = found.mean, found.log_prob
+        actual = posterior.predict(inputs(name), method="mean", targets=targets(name))
+        mean, log_prob = actual.mean, actual.log_prob
     else:
         linearized = posterior.kf.linearize(posterior.mean_vector, inputs(name))
         output_cov = posterior.state.belief.output_covariance(linearized.jacobian())
@@ -90,13 +90,13 @@ def predicted(name, posterior):
 def test_folders_of_earlier_versions_open_and_predict_the_same(folder):
     name, expected = folder.name, json.loads((folder / "expected.json").read_text())
     posterior = bkf.Posterior.from_pretrained(folder / "posterior", base(name))
-    found = predicted(name, posterior)
+    actual = predicted(name, posterior)
     kept = torch.tensor(expected["mean"], dtype=torch.float64)
-    torch.testing.assert_close(torch.tensor(found["mean"], dtype=torch.float64), kept, rtol=1e-9, atol=1e-12)
-    assert found["log_prob"] == pytest.approx(expected["log_prob"], rel=1e-9)
-    assert found["variance"] == pytest.approx(expected["variance"], rel=1e-12)
-    assert found["temperature"] == expected["temperature"]
-    assert found["examples"] == expected["examples"] == 24
+    torch.testing.assert_close(torch.tensor(actual["mean"], dtype=torch.float64), kept, rtol=1e-9, atol=1e-12)
+    assert actual["log_prob"] == pytest.approx(expected["log_prob"], rel=1e-9)
+    assert actual["variance"] == pytest.approx(expected["variance"], rel=1e-12)
+    assert actual["temperature"] == expected["temperature"]
+    assert actual["examples"] == expected["examples"] == 24
     after, info = posterior.kf.update(posterior.state, inputs(name), targets(name))  # and goes on
     assert after.examples == 30
     assert info.log_loss.mean() == pytest.approx(-sum(expected["next"]) / 6, rel=1e-9)

@@ -44,20 +44,20 @@ def test_a_module_has_a_card_with_its_scores_and_their_bands(tmp_path):
     posterior = fitted(network(), inputs)
     report = bkf.evaluate(posterior, [(inputs.repeat(20, 1), torch.tensor([0, 1, 1]).repeat(20))], num_simulations=100)
     posterior.save_pretrained(tmp_path / "mine", report.scores)
-    found = ModelCard.load(tmp_path / "mine" / "README.md")
-    assert found.data.library_name == "bayes_kf"
-    assert "lora" not in found.data.tags
-    assert "A posterior over 26 adapter parameters" in found.text
-    assert "12 examples in 4 updates" in found.text
+    actual = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert actual.data.library_name == "bayes_kf"
+    assert "lora" not in actual.data.tags
+    assert "A posterior over 26 adapter parameters" in actual.text
+    assert "12 examples in 4 updates" in actual.text
     scores = report.scores
     assert "ece_low" not in scores  # calibration errors have null bands, and no intervals
     ece = f"| expected calibration error | {scores['ece']:.4g} |  | "
-    assert ece + f"{scores['ece_null_low']:.4g} to {scores['ece_null_high']:.4g} |" in found.text
+    assert ece + f"{scores['ece_null_low']:.4g} to {scores['ece_null_high']:.4g} |" in actual.text
     accuracy = (
         f"| accuracy | {scores['accuracy']:.4g} | {scores['accuracy_low']:.4g} to {scores['accuracy_high']:.4g} |"
     )
-    assert accuracy in found.text
-    assert "PeftModel" not in found.text
+    assert accuracy in actual.text
+    assert "PeftModel" not in actual.text
     loaded = bkf.Posterior.from_pretrained(tmp_path / "mine", network())
     assert torch.equal(loaded.mean_vector, posterior.mean_vector)
 
@@ -78,13 +78,13 @@ def test_an_adapter_card_names_its_base_but_no_local_folder(name, expected, tmp_
     inputs = {"input_ids": torch.randint(30, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.int64)}
     posterior = fitted(lora(name), inputs)
     posterior.save_pretrained(tmp_path / "adapter")
-    found = ModelCard.load(tmp_path / "adapter" / "README.md")
-    assert found.data.base_model == expected
-    assert found.data.library_name == "peft"
-    assert "lora" in found.data.tags
-    assert "Scores" not in found.text
-    assert 'PeftModel.from_pretrained(base_model, "adapter")' in found.text
-    assert expected is not None or name not in found.content
+    actual = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert actual.data.base_model == expected
+    assert actual.data.library_name == "peft"
+    assert "lora" in actual.data.tags
+    assert "Scores" not in actual.text
+    assert 'PeftModel.from_pretrained(base_model, "adapter")' in actual.text
+    assert expected is not None or name not in actual.content
     plain = PeftModel.from_pretrained(bert(), tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(**inputs).logits, posterior.adapter.outputs(posterior.mean_vector, inputs))

@@ -25,8 +25,8 @@ def fitted(model, inputs=INPUTS):
 
 def equal(one, two, inputs=INPUTS, atol=0.0):
     for method in ("mean", "linearized"):
-        found, expected = (p.predict(inputs, method).probs for p in (one, two))
-        torch.testing.assert_close(found, expected, atol=atol, rtol=0.0)
+        actual, expected = (p.predict(inputs, method).probs for p in (one, two))
+        torch.testing.assert_close(actual, expected, atol=atol, rtol=0.0)
 
 
 @pytest.mark.parametrize("name", ["my adapter", "a/b", "a/b/c d", "späße", "weight", "base_layer", "README"])

@@ -97,10 +97,10 @@ def test_lora_adds_alpha_over_the_root_of_the_rank():
                 a, b = (own[f"{path}.lora_{factor}.default.weight"] for factor in "AB")
                 weight += 3.0 / 2.0 * b @ a
     expected = base.get_image_features(pixel_values=images()).pooler_output
-    found = model.get_image_features(pixel_values=images()).pooler_output
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    actual = model.get_image_features(pixel_values=images()).pooler_output
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     plain = small_clip().get_image_features(pixel_values=images()).pooler_output
-    assert not torch.allclose(found, plain)
+    assert not torch.allclose(actual, plain)
 
 
 def test_lora_starts_where_the_model_is_and_drops_out_in_training():

@@ -175,9 +175,9 @@ def test_cached_prompts_have_no_dropout_and_serve_autograd():
     classifier = ClipClassifier(clip, **PROMPTS, image_adapter=FeatureAdapter(6).double()).train()
     with torch.inference_mode():
         classifier.prompt_features()
-    found = classifier(images())
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    found.sum().backward()
+    actual = classifier(images())
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    actual.sum().backward()
     assert all(module.training for module in classifier.modules())
 
 
@@ -281,8 +281,8 @@ def test_pairs_are_updated_by_equation_12():
         state, _ = kf.update(state, batch, ones)
         assert float(state.noise.covariance) == pytest.approx(noise, rel=1e-10)
         torch.testing.assert_close(state.belief.mean, mean, rtol=1e-9, atol=1e-9)
-        found = state.belief.covariance_matrix()
-        torch.testing.assert_close(found, covariance, rtol=1e-9, atol=1e-9)
+        actual = state.belief.covariance_matrix()
+        torch.testing.assert_close(actual, covariance, rtol=1e-9, atol=1e-9)
 
 
 def test_the_gate_down_weights_a_wrong_pair():
@@ -321,14 +321,14 @@ def test_noise_of_pairs_may_be_estimated():
     state, _ = kf.update(kf.init(), batch, ones)
     outputs, jacobian = dense_jacobian(pairs, lambda m: m(**batch))
     squares, spread = (1.0 - outputs[:, 0]).square(), 1e-3 * jacobian[:, 0].square().sum(1)
-    found = []
+    actual = []
     for trust in COVARIANCE_FACTORS:
         guess = torch.maximum(squares.mean() - trust * spread.mean(), MIN_VARIANCE_SHARE * spread.mean())
         total = trust * spread + guess
         share = guess / total
         step = 2.0 * ((squares / total - 1.0) * share).sum() / (1.0 + 2.0 * share.square().sum())
-        found.append((float((total.log() + squares / total).sum()), guess * step.clamp(-1.0, 1.0).exp()))
-    torch.testing.assert_close(state.noise.variance[0], min(found)[1], rtol=1e-9, atol=0)
+        actual.append((float((total.log() + squares / total).sum()), guess * step.clamp(-1.0, 1.0).exp()))
+    torch.testing.assert_close(state.noise.variance[0], min(actual)[1], rtol=1e-9, atol=0)
 
 
 def test_a_posterior_from_pairs_predicts_classes():
@@ -342,8 +342,8 @@ def test_a_posterior_from_pairs_predicts_classes():
     learned.apply_to(pairs)
     assert float(pairs(**batch[0]).mean().detach()) > float(before)  # images came closer to their texts
     kf = bkf.KalmanFilter(classifier, bkf.KalmanConfig(temperature=1.0))
-    found = bkf.Posterior(kf, learned.state).predict(images(), method="mean")
-    torch.testing.assert_close(found.probs, classifier(images()).softmax(1).detach())
+    actual = bkf.Posterior(kf, learned.state).predict(images(), method="mean")
+    torch.testing.assert_close(actual.probs, classifier(images()).softmax(1).detach())
 
 
 # end to end
@@ -352,9 +352,9 @@ def test_a_posterior_from_pairs_predicts_classes():
 def problem(size=48):
     """Images of three classes, told apart by which colour is strong."""
     labels = torch.arange(size) % CLASSES
-    found = 0.3 * images(size, torch.float32)
-    found[torch.arange(size), labels] += 1.0
-    return [(found[i : i + 8], labels[i : i + 8]) for i in range(0, size, 8)]
+    actual = 0.3 * images(size, torch.float32)
+    actual[torch.arange(size), labels] += 1.0
+    return [(actual[i : i + 8], labels[i : i + 8]) for i in range(0, size, 8)]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "features"])
@@ -364,13 +364,13 @@ def test_fit_predict_evaluate_report(adapter, tmp_path):
     classifier, data = classifier.float(), problem()
     config = bkf.KalmanConfig.dataset(rank=10, initial_logit_sd=3.0)
     posterior = bkf.fit(classifier, data, config, progress=False)
-    found = posterior.predict_loader(data)
+    actual = posterior.predict_loader(data)
     before = torch.cat([F.cross_entropy(classifier(x), y, reduction="none") for x, y in data]).mean()
-    assert -float(found.log_prob.mean()) < 0.7 * float(before.detach())
-    torch.testing.assert_close(found.entropy, found.aleatoric + found.epistemic, rtol=1e-4, atol=1e-5)
-    assert float(found.epistemic.min()) > -1e-6
+    assert -float(actual.log_prob.mean()) < 0.7 * float(before.detach())
+    torch.testing.assert_close(actual.entropy, actual.aleatoric + actual.epistemic, rtol=1e-4, atol=1e-5)
+    assert float(actual.epistemic.min()) > -1e-6
     report = bkf.evaluate(posterior, data, ood={"noise": [5 * images(16, torch.float32, seed=7)]}, num_simulations=39)
-    assert report.scores["accuracy"] == pytest.approx((found.probs.argmax(1) == found.targets).double().mean().item())
+    assert report.scores["accuracy"] == pytest.approx((actual.probs.argmax(1) == actual.targets).double().mean().item())
     assert 0 <= report.scores["ood_noise_auroc"] <= 1
     assert 0 <= report.scores["ece"] <= 1
     report.save(tmp_path / "report.html")

@@ -82,8 +82,8 @@ def test_the_bound_holds_wherever_lora_is(kind):
             own.data.normal_().mul_(variance**0.5)
             squares.append(weight_of(layer)[1].detach().square().mean())
         own.data.copy_(kept)
-        found, expected = torch.stack(squares), LARGEST_CHANGE**2 * weight_of(layer)[0].square().mean()
-        assert float((found.mean() - expected).abs()) < 5 * float(found.std()) / 300**0.5, name
+        actual, expected = torch.stack(squares), LARGEST_CHANGE**2 * weight_of(layer)[0].square().mean()
+        assert float((actual.mean() - expected).abs()) < 5 * float(actual.std()) / 300**0.5, name
 
 
 @pytest.mark.parametrize(

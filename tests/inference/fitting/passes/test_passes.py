@@ -27,8 +27,8 @@ def test_a_linear_model_has_its_exact_posterior_after_any_number_of_passes(passe
     posterior = bkf.fit(model, batches_of(x, y), config, progress=False)
     mean, matrix = linear_posterior(x, y[:, 0], model.weight.detach()[0], 0.7 * torch.eye(5).double(), 0.3)
     torch.testing.assert_close(posterior.mean_vector, mean, rtol=1e-9, atol=1e-9)
-    found = posterior.state.belief.covariance_matrix()
-    torch.testing.assert_close(found, matrix, rtol=1e-9, atol=1e-9)
+    actual = posterior.state.belief.covariance_matrix()
+    torch.testing.assert_close(actual, matrix, rtol=1e-9, atol=1e-9)
     assert len(posterior.history["log_loss"]) == 18
 
 
@@ -61,14 +61,14 @@ def mode_by_lbfgs(model, x, y, family, variance, start):
         return float(loss.detach()), theta.grad.numpy()
 
     options = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9}
-    found = minimize(objective, start.numpy(), jac=True, method="L-BFGS-B", options=options)
-    mode = torch.tensor(found.x)
+    actual = minimize(objective, start.numpy(), jac=True, method="L-BFGS-B", options=options)
+    mode = torch.tensor(actual.x)
     torch.nn.utils.vector_to_parameters(mode, model.parameters())
     outputs, jacobian = dense_jacobian(model, lambda m: m(x))
     torch.nn.utils.vector_to_parameters(prior, model.parameters())
     rows = jacobian.flatten(0, 1)
     precision = rows.T @ torch.block_diag(*family.variance(outputs)) @ rows + torch.eye(len(prior)) / variance
-    return mode, torch.linalg.inv(precision), found.fun
+    return mode, torch.linalg.inv(precision), actual.fun
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "poisson"])
@@ -93,7 +93,7 @@ def test_the_first_pass_equals_a_single_one_and_later_passes_do_not_depend_on_th
     setting = {"covariance": "full", "initial_variance": 0.3, "bound_prior": False}
     single = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting), progress=False)
     at = single.mean_vector
-    found, scores = [], []
+    actual, scores = [], []
     for order in (torch.arange(30), torch.arange(29, -1, -1)):
         state = single.kf.restart(single.state)
         assert (state.temperature_scores.updates, float(state.temperature_scores.total.abs().max())) == (0, 0.0)
@@ -102,10 +102,10 @@ def test_the_first_pass_equals_a_single_one_and_later_passes_do_not_depend_on_th
             assert info.damping == 1.0
         assert (state.step, state.examples) == (8, 30)
         scores.append(state.temperature_scores)
-        found.append((state.belief.mean, state.belief.covariance))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+        actual.append((state.belief.mean, state.belief.covariance))
+    torch.testing.assert_close(actual[0], actual[1], rtol=1e-9, atol=1e-11)
     double = bkf.fit(model, batches_of(x, y), bkf.KalmanConfig(**setting, passes=2), progress=False)
-    torch.testing.assert_close(double.mean_vector, found[0][0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(double.mean_vector, actual[0][0], rtol=1e-9, atol=1e-11)
     assert torch.equal(double.history["log_loss"], single.history["log_loss"])
     assert torch.equal(
         double.state.temperature_scores.total, scores[0].total
@@ -210,9 +210,9 @@ def test_a_natural_gradient_step_equals_its_formula(covariance):
     dense = state.belief.covariance_matrix()
     gradient = gradient + 4 / 30 * (mean - adapter.vector()) / 0.3
     moved = dense @ gradient / (1 + 0.7 * gradient @ dense @ gradient)
-    after, found = mean_pass.natural_gradient_step(config, adapter, state, x[:4], y[:4], 0.7)
+    after, actual = mean_pass.natural_gradient_step(config, adapter, state, x[:4], y[:4], 0.7)
     torch.testing.assert_close(after.belief.mean, mean - 0.7 * moved, rtol=1e-9, atol=1e-11)
-    assert found == pytest.approx(float(loss.detach()), rel=1e-12)
+    assert actual == pytest.approx(float(loss.detach()), rel=1e-12)
     assert torch.equal(state.belief.mean, mean)
     assert all(torch.equal(a, b) for a, b in zip(after.belief[1:], state.belief[1:], strict=True))
 

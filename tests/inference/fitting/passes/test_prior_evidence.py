@@ -94,20 +94,20 @@ def test_a_scaled_prior_is_a_pass_under_that_prior_for_approximate_structures(co
     wide = dataclasses.replace(narrow, initial_variance=0.5 * width)
     before, after = (bkf.fit(model, batches, c, start="trained", progress=False) for c in (narrow, wide))
     widened = prior_evidence.scale_prior(before.state, width)
-    found = widened.belief.covariance_matrix()
-    torch.testing.assert_close(found, after.covariance_matrix(), rtol=1e-8, atol=1e-12)
+    actual = widened.belief.covariance_matrix()
+    torch.testing.assert_close(actual, after.covariance_matrix(), rtol=1e-8, atol=1e-12)
     h = curvature(model, batches)
     if covariance == "block_diagonal":
         return
     expected = 1.0 / (h.diagonal() + 1.0 / (0.5 * width))  # of the generalized Gauss-Newton matrix
-    torch.testing.assert_close(found.diagonal(), expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(actual.diagonal(), expected, rtol=1e-8, atol=1e-12)
 
 
 def test_evidence_of_linear_regression_is_exact():
     """With the mean at the posterior mode, Laplace's evidence is the evidence: their differences agree."""
     g = torch.Generator().manual_seed(2)
     x, y = torch.randn(30, 4, generator=g).double(), torch.randn(30, 1, generator=g).double()
-    found, expected = [], []
+    actual, expected = [], []
     for p0 in (0.05, 0.5, 5.0):
         config = bkf.KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=p0)
         model = nn.Linear(4, 1, bias=False).double()
@@ -117,9 +117,9 @@ def test_evidence_of_linear_regression_is_exact():
         mode.apply_to(model)
         state = bkf.fit(model, batches, config, start="trained", progress=False).state
         likelihood = torch.distributions.Normal(x @ model.weight.T.detach(), 1.0).log_prob(y).sum()
-        found.append(float(likelihood) + prior_evidence.log_evidence(state, mode.mean_vector))
+        actual.append(float(likelihood) + prior_evidence.log_evidence(state, mode.mean_vector))
         expected.append(float(log_evidence(x, y[:, 0], torch.zeros(4).double(), p0 * torch.eye(4).double(), 1.0)))
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert actual == pytest.approx(expected, rel=1e-9)
 
 
 def test_displacement_is_known_for_lora_b_and_saved_modules_only():
@@ -132,8 +132,8 @@ def test_displacement_is_known_for_lora_b_and_saved_modules_only():
     )  # A has not moved
     assert float(prior_evidence.displacement_from_init(adapter, adapter.vector()).abs().max()) == 0.0
     moved = adapter.vector() + 1.0
-    found = adapter.unflatten(prior_evidence.displacement_from_init(adapter, moved))
-    for name, part in found.items():
+    actual = adapter.unflatten(prior_evidence.displacement_from_init(adapter, moved))
+    for name, part in actual.items():
         expected = 0.0 if "lora_A" in name else 1.0
         torch.testing.assert_close(part, torch.full_like(part, expected))
     nested = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
@@ -181,8 +181,8 @@ def test_displacement_of_other_tensors_with_known_initial_values():
     }
     for part, config in cases.items():
         adapter = AdapterModel(get_peft_model(copy.deepcopy(base), config))
-        found = adapter.unflatten(prior_evidence.displacement_from_init(adapter, adapter.vector() + 0.5))
-        (moved,) = [tensor for name, tensor in found.items() if part in name]
+        actual = adapter.unflatten(prior_evidence.displacement_from_init(adapter, adapter.vector() + 0.5))
+        (moved,) = [tensor for name, tensor in actual.items() if part in name]
         torch.testing.assert_close(moved, torch.full_like(moved, 0.5), msg=part)
 
 
@@ -296,5 +296,5 @@ def test_the_evidence_of_a_million_parameters_is_not_rounded_away(name):
     belief = config.structure.from_variance(*prior, rank=2)
     state = FilterState(belief, prior, NoiseState(), prequential_temperature.init(torch.device("cpu")), True, 0, 0)
     for width in (1e-3, 0.1, 10.0):
-        found = prior_evidence.log_evidence(prior_evidence.scale_prior(state, width), torch.zeros(size))
-        assert abs(found) < 0.05
+        actual = prior_evidence.log_evidence(prior_evidence.scale_prior(state, width), torch.zeros(size))
+        assert abs(actual) < 0.05

@@ -37,8 +37,8 @@ def test_a_bank_of_one_candidate_equals_its_filter():
         assert torch.equal(seen.log_loss, info.log_loss)
         assert seen.innovation == info.innovation
         assert seen.step_norm == pytest.approx(info.step_norm)
-    for found, expected in zip(together.states[0].belief, alone.belief, strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(together.states[0].belief, alone.belief, strict=True):
+        assert torch.equal(actual, expected)
     assert together.states[0].step == alone.step == together.step
     assert together.states[0].examples == alone.examples
     assert together.own_passes == (0,)
@@ -55,9 +55,9 @@ def test_candidates_that_share_no_passes_equal_their_filters(monkeypatch):
     for x, y in data:
         together, _ = bank.update(together, x, y)
         states = [kf.update(state, x, y)[0] for kf, state in zip(alone, states, strict=True)]
-    for found, expected in zip(together.states, states, strict=True):
-        assert torch.equal(found.belief.mean, expected.belief.mean)
-        assert torch.equal(found.temperature_scores.total, expected.temperature_scores.total)
+    for actual, expected in zip(together.states, states, strict=True):
+        assert torch.equal(actual.belief.mean, expected.belief.mean)
+        assert torch.equal(actual.temperature_scores.total, expected.temperature_scores.total)
     expected = torch.stack([-state.temperature_scores.total.min() for state in states])
     torch.testing.assert_close(bank.evidence(together), expected)
     assert bank.best(together) == int(expected.argmax())
@@ -80,13 +80,13 @@ def test_candidates_of_a_linear_model_share_all_passes_and_equal_their_filters(m
         together, _ = bank.update(together, x, y)
     assert len(pulls) - begun == len(data)
     assert together.own_passes == (0, 0, 0)
-    for config, found in zip(configs, together.states, strict=True):
+    for config, actual in zip(configs, together.states, strict=True):
         kf = KalmanFilter(model, config)
         state = kf.init(data[0][0])
         for x, y in data:
             state, _ = kf.update(state, x, y)
-        torch.testing.assert_close(found.belief.mean, state.belief.mean, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(found.belief.covariance, state.belief.covariance, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(actual.belief.mean, state.belief.mean, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(actual.belief.covariance, state.belief.covariance, rtol=1e-7, atol=1e-10)
 
 
 def test_evidence_with_shared_passes_is_close_to_that_of_the_filters():
@@ -96,12 +96,12 @@ def test_evidence_with_shared_passes_is_close_to_that_of_the_filters():
     for x, y in data:
         together, _ = bank.update(together, x, y)
     assert 0 < sum(together.own_passes) < 40 * 3  # some shared, some not
-    for config, found in zip(configs, bank.evidence(together).tolist(), strict=True):
+    for config, actual in zip(configs, bank.evidence(together).tolist(), strict=True):
         kf = KalmanFilter(model_of(), config)
         state = kf.init(data[0][0])
         for x, y in data:
             state, _ = kf.update(state, x, y)
-        assert found == pytest.approx(-float(state.temperature_scores.total.min()), rel=0.1)
+        assert actual == pytest.approx(-float(state.temperature_scores.total.min()), rel=0.1)
 
 
 def test_a_candidate_that_diverges_is_left_out():
@@ -356,13 +356,13 @@ def test_average_is_the_mixture_of_the_candidates():
     for x, y in data:
         state, _ = bank.update(state, x, y)
     x, y = data[0]
-    found = bank.predict(state, x, y, method="probit")
+    actual = bank.predict(state, x, y, method="probit")
     weights = bank.weights(state)
     assert float(weights.max()) < 0.999  # else nothing is averaged
     each = [bank.posterior(state, g).predict(x, "probit", targets=y) for g in range(3)]
     probs = sum(w * p.probs for w, p in zip(weights, each, strict=True))
-    torch.testing.assert_close(found.probs, probs, rtol=2e-3, atol=2e-3)  # but for candidates of negligible weight
-    torch.testing.assert_close(found.log_prob, found.probs.gather(1, y[:, None])[:, 0].log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual.probs, probs, rtol=2e-3, atol=2e-3)  # but for candidates of negligible weight
+    torch.testing.assert_close(actual.log_prob, actual.probs.gather(1, y[:, None])[:, 0].log(), rtol=1e-9, atol=1e-9)
     drawn = bank.predict(state, x, num_samples=16)
     torch.testing.assert_close(drawn.entropy, drawn.aleatoric + drawn.epistemic)
     assert drawn.samples is None
@@ -378,12 +378,12 @@ def test_averaged_regression_has_the_variance_of_the_mixture():
     state = bank.init()
     x, y = torch.randn(3, 2).double(), torch.randn(3, 1).double()
     state, _ = bank.update(state, x, y)
-    found, weights = bank.predict(state, x), bank.weights(state)
+    actual, weights = bank.predict(state, x), bank.weights(state)
     each = [bank.posterior(state, g).predict(x) for g in range(2)]
     mean = sum(w * p.mean for w, p in zip(weights, each, strict=True))
     second = sum(w * (p.variance + p.mean.square()) for w, p in zip(weights, each, strict=True))
-    torch.testing.assert_close(found.mean, mean)
-    torch.testing.assert_close(found.variance, second - mean.square())
+    torch.testing.assert_close(actual.mean, mean)
+    torch.testing.assert_close(actual.variance, second - mean.square())
 
 
 def test_averages_of_every_likelihood_are_mixtures_of_densities():
@@ -393,16 +393,16 @@ def test_averages_of_every_likelihood_are_mixtures_of_densities():
         base = KalmanConfig(likelihood=likelihood, covariance="full", initial_variance=1.0)
         bank = Bank(nn.Linear(2, 2).double(), candidates(base, {"initial_variance": (0.3, 3.0)}))
         state, _ = bank.update(bank.init(), x, y)
-        found, weights = bank.predict(state, x, y), bank.weights(state)
+        actual, weights = bank.predict(state, x, y), bank.weights(state)
         each = [bank.posterior(state, g).predict(x, targets=y) for g in range(2)]
         mixed = sum(w * p.log_prob.exp() for w, p in zip(weights, each, strict=True))
-        torch.testing.assert_close(found.log_prob, mixed.log())
+        torch.testing.assert_close(actual.log_prob, mixed.log())
         mean = sum(w * p.mean for w, p in zip(weights, each, strict=True))
-        torch.testing.assert_close(found.mean, mean)
+        torch.testing.assert_close(actual.mean, mean)
         if likelihood == "bernoulli":
             entropy = -(mean * mean.log() + (1 - mean) * (1 - mean).log()).sum(-1)
-            torch.testing.assert_close(found.entropy, entropy)
-            assert found.samples is None
+            torch.testing.assert_close(actual.entropy, entropy)
+            assert actual.samples is None
 
 
 def test_candidates_that_diverged_have_no_posterior():
