@@ -87,13 +87,13 @@ def test_no_finite_loss_is_an_error():
 
 def test_the_temperature_minimizes_the_log_loss_within_its_limits():
     probs = (3 * network(3)(HELDOUT.inputs)).double().softmax(1).detach()
-    found = minimize_scalar(
+    minimum = minimize_scalar(
         lambda log_s: F.nll_loss(scaled(probs, torch.tensor(log_s).exp().item()).log(), HELDOUT.labels).item(),
         bounds=(torch.tensor(0.1).log().item(), torch.tensor(10.0).log().item()),
         method="bounded",
         options={"xatol": 1e-9},
     )
-    assert fitted_temperature(probs, HELDOUT.labels) == pytest.approx(torch.tensor(found.x).exp().item(), rel=1e-4)
+    assert fitted_temperature(probs, HELDOUT.labels) == pytest.approx(torch.tensor(minimum.x).exp().item(), rel=1e-4)
     sure = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64)
     assert fitted_temperature(sure, torch.tensor([0, 1])) == 0.1  # all right
     assert fitted_temperature(sure, torch.tensor([1, 0])) == 10.0  # all wrong
