@@ -63,11 +63,13 @@ class Learned(NamedTuple):
         predict: from a stream to predictions; labels are not used.
         online: whether each example was predicted correctly before its update, and its log loss; (T,) each.
         facts: further numbers.
+        variants: name -> other predictions of the same models, scored beside the row's own.
     """
 
     predict: Predict
     online: tuple[Tensor, Tensor] | None = None
     facts: Mapping[str, Any] = {}
+    variants: Mapping[str, Predict] = {}
 
 
 Learn = Callable[[QualityProblem, Stream, int, Choice], Learned]

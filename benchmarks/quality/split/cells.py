@@ -20,7 +20,7 @@ from benchmarks.bench.registry.problems import QualityProblem, RegressionProblem
 from benchmarks.common.learners import Stream, logits
 from benchmarks.common.subprocesses import MIB, held, peak
 from benchmarks.quality.split import regression_rows, rows
-from benchmarks.quality.split.scores import classification_scores, regression_scores
+from benchmarks.quality.split.scores import classification_scores, regression_scores, variant_scores
 from benchmarks.quality.split.strong import BATCH
 
 PROBLEMS = found_split_problems()
@@ -47,6 +47,7 @@ def measure(data: str, row: str, seed: int, cap: float) -> dict[str, Any]:
             cell = regression_scores(predictions, given.heldout.labels)
         else:
             cell = classification_scores(learned.predict, given, problem.model(seed, 0.0), seed)
+            cell |= variant_scores(learned.variants, given.heldout)
     except Exception as error:  # an error of a row is its result
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -11,7 +12,17 @@ import bayes_kf as bkf
 from benchmarks.bench.registry.problems import QualityProblem
 from benchmarks.common.learners import Stream
 from benchmarks.quality import rows as nine
-from benchmarks.quality.rows import AHEAD, TOGETHER, Learned, Predicted, averaged, predictive, softmax, validation
+from benchmarks.quality.rows import (
+    AHEAD,
+    TOGETHER,
+    Learned,
+    Predict,
+    Predicted,
+    averaged,
+    predictive,
+    softmax,
+    validation,
+)
 from benchmarks.quality.split.strong import FINE_TUNING, facts, fitted_temperature, members, scaled, search
 
 Learn = Callable[[QualityProblem, Stream, int], Learned]
@@ -21,25 +32,34 @@ def strong(problem: QualityProblem, stream: Stream, seed: int) -> Learned:
     """AdamW, ten epochs at most, four rates, early stopping, temperature scaling: all on a held-out eighth."""
     fitted, heldout = validation(stream)
     best, *others = search(partial(_model, problem), fitted, heldout, seed, FINE_TUNING)
-    temperature = fitted_temperature(softmax(best.model, heldout), heldout.labels)
-    return Learned(
-        lambda given: Predicted(scaled(softmax(best.model, given), temperature)),
-        facts={"temperature": temperature, **facts([best], others)},
-    )
+    return _with_temperature(lambda given: Predicted(softmax(best.model, given)), heldout, facts([best], others))
 
 
 def strong_ensemble(problem: QualityProblem, stream: Stream, seed: int) -> Learned:
     """Three such members, averaged; one temperature for the average. Epistemic entropy is that of the bare members."""
     fitted, heldout = validation(stream)
     runs, unused = members(partial(_model, problem), fitted, heldout, seed, FINE_TUNING)
-    bare = lambda given: averaged([softmax(run.model, given) for run in runs])  # noqa: E731
-    temperature = fitted_temperature(bare(heldout).probs, heldout.labels)
+    models = [run.model for run in runs]
+    return _with_temperature(
+        lambda given: averaged([softmax(model, given) for model in models]), heldout, facts(runs, unused)
+    )
 
-    def predict(given: Stream) -> Predicted:
-        average = bare(given)
-        return Predicted(scaled(average.probs, temperature), average.epistemic)
 
-    return Learned(predict, facts={"temperature": temperature, **facts(runs, unused)})
+def _with_temperature(bare: Predict, heldout: Stream, numbers: Mapping[str, object]) -> Learned:
+    """Predictions at the temperature that held-out examples choose; variants: without its prior, and without it."""
+    probs = bare(heldout).probs
+    with_prior = fitted_temperature(probs, heldout.labels)
+    without = fitted_temperature(probs, heldout.labels, math.inf)
+
+    def at(temperature: float, given: Stream) -> Predicted:
+        predicted = bare(given)
+        return Predicted(scaled(predicted.probs, temperature), predicted.epistemic)
+
+    return Learned(
+        partial(at, with_prior),
+        facts={"temperature": with_prior, "temperature_no_prior": without, **numbers},
+        variants={"no_prior": partial(at, without), "unscaled": bare},
+    )
 
 
 def default(problem: QualityProblem, stream: Stream, seed: int) -> Learned:

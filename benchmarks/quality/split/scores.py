@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,16 @@ def shift_scores(predict: Predict, heldout: Stream, seed: int) -> dict[str, floa
         scores[f"accuracy_{severity}"] = accuracy(probs, corrupted.labels)
         scores[f"nll_{severity}"] = negative_log_likelihood(probs, corrupted.labels)
         scores[f"ece_{severity}"] = expected_calibration_error(probs, corrupted.labels)
+    return scores
+
+
+def variant_scores(variants: Mapping[str, Predict], heldout: Stream) -> dict[str, float]:
+    """NLL and ECE of other predictions of a row, as ``nll_NAME`` and ``ece_NAME``."""
+    scores = {}
+    for name, predict in variants.items():
+        probs = predict(heldout).probs
+        scores[f"nll_{name}"] = negative_log_likelihood(probs, heldout.labels)
+        scores[f"ece_{name}"] = expected_calibration_error(probs, heldout.labels)
     return scores
 
 

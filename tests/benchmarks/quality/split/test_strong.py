@@ -1,6 +1,7 @@
 """The strong rows on toy problems: early stopping, the temperature and the ensemble against independent answers."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from benchmarks.bench.registry.problems import QualityProblem
 from benchmarks.common.learners import Stream
 from benchmarks.quality.rows import validation
 from benchmarks.quality.split import rows, strong
-from benchmarks.quality.split.strong import FINE_TUNING, Plan, fitted_temperature, members, scaled, search, train
+from benchmarks.quality.split.strong import FINE_TUNING, Plan, fitted_temperature, members, search, train
 
 
 def clusters(number, seed):
@@ -85,18 +86,28 @@ def test_no_finite_loss_is_an_error():
         search(network, bad, HELDOUT, 0, Plan(1, 1, F.cross_entropy))
 
 
-def test_the_temperature_minimizes_the_log_loss_within_its_limits():
+@pytest.mark.parametrize("prior_sd", [0.5, math.inf])
+def test_the_temperature_has_the_least_loss_within_its_limits(prior_sd):
     probs = (3 * network(3)(HELDOUT.inputs)).double().softmax(1).detach()
-    minimum = minimize_scalar(
-        lambda log_s: F.nll_loss(scaled(probs, torch.tensor(log_s).exp().item()).log(), HELDOUT.labels).item(),
-        bounds=(torch.tensor(0.1).log().item(), torch.tensor(10.0).log().item()),
-        method="bounded",
-        options={"xatol": 1e-9},
-    )
-    assert fitted_temperature(probs, HELDOUT.labels) == pytest.approx(torch.tensor(minimum.x).exp().item(), rel=1e-4)
-    sure = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64)
-    assert fitted_temperature(sure, torch.tensor([0, 1])) == 0.1  # all right
-    assert fitted_temperature(sure, torch.tensor([1, 0])) == 10.0  # all wrong
+    labels = HELDOUT.labels
+
+    def loss(log_s):
+        powers = probs ** math.exp(-log_s)
+        log_likelihood = (powers / powers.sum(1, keepdim=True)).log().gather(1, labels[:, None]).sum().item()
+        return -log_likelihood + 0.5 * (log_s / prior_sd) ** 2
+
+    limits = (-math.log(10), math.log(10))
+    minimum = minimize_scalar(loss, bounds=limits, method="bounded", options={"xatol": 1e-9})
+    assert fitted_temperature(probs, labels, prior_sd) == pytest.approx(math.exp(minimum.x), rel=1e-5)
+
+
+def test_the_prior_speaks_where_all_answers_are_right():
+    sure = torch.tensor([[0.9, 0.1], [0.2, 0.8]] * 15, dtype=torch.float64)
+    right, wrong = torch.tensor([0, 1] * 15), torch.tensor([1, 0] * 15)
+    assert fitted_temperature(sure, right, math.inf) == pytest.approx(0.1)
+    assert fitted_temperature(sure, wrong, math.inf) == pytest.approx(10.0)
+    assert 0.3 < fitted_temperature(sure, right) < 0.7
+    assert fitted_temperature(torch.eye(2, dtype=torch.float64)[[0, 1]], torch.tensor([0, 1])) == pytest.approx(1.0)
 
 
 def test_the_ensemble_has_the_best_run_and_two_more_at_its_rate():
@@ -122,6 +133,11 @@ def test_the_strong_row_learns_and_scales():
     torch.testing.assert_close(predicted.probs, expected, rtol=1e-9, atol=1e-12)
     assert learned.facts["search_seconds"] > 0
     assert len(learned.facts["epochs"]) == 4
+    with torch.no_grad():
+        bare = best(TEST.inputs).double()
+    torch.testing.assert_close(learned.variants["unscaled"](TEST).probs, bare.softmax(1))
+    without = (bare / learned.facts["temperature_no_prior"]).softmax(1)
+    torch.testing.assert_close(learned.variants["no_prior"](TEST).probs, without)
 
 
 def test_the_ensembles_epistemic_entropy_is_mutual_information():
