@@ -16,6 +16,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "command_help",
     "results",
 ]
 root_doc = "docs/index"
@@ -24,6 +25,7 @@ exclude_patterns = ["docs/conf.py", "docs/_ext", ".venv", ".git"]
 html_static_path, html_css_files = ["_static"], ["site.css"]
 html_theme, html_title = "furo", f"bayes_kf {version}"
 nb_execution_mode = "off"  # the notebooks are stored executed; the tests run them
+nb_render_image_options = {"alt": "The figure that the code above draws"}
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

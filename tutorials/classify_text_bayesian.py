@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     TrainingArguments,
+    set_seed,
 )
 
 from bayes_kf.integrations import KalmanTrainer
@@ -35,6 +36,7 @@ def read(path):
 
 train, test = read(train_file), read(test_file)
 classes = 1 + max(example["labels"] for example in train)
+set_seed(0)  # of the new head and the adapter, which are drawn before the trainer sets its own
 model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=classes)
 model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
 

@@ -72,7 +72,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"bayes-kf {__version__}")
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script for this shell and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{fit,evaluate,compare}")
-    _fit(_command(commands, "fit", "fit a posterior over an adapter in one pass over labelled data"))
+    _fit(_command(commands, "fit", "fit a posterior over an adapter to labelled data"))
     _evaluate(_command(commands, "evaluate", "write a report on a saved posterior, or on a file of predictions"))
     _compare(_command(commands, "compare", "write a report that compares several posteriors or files of predictions"))
     return parser

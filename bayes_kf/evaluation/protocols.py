@@ -21,15 +21,15 @@ class LoaderPrediction(Protocol):
 
     @property
     def entropy(self) -> Tensor | None:
-        """Total entropy: of the mean prediction, (N,), nats."""
+        """Total entropy, of the mean prediction, (N,), nats."""
 
     @property
     def aleatoric(self) -> Tensor | None:
-        """Aleatoric entropy: mean entropy of the draws, (N,), nats."""
+        """Aleatoric entropy, the mean entropy of the draws, (N,), nats."""
 
     @property
     def epistemic(self) -> Tensor | None:
-        """Epistemic entropy: mutual information of label and parameters, (N,), nats."""
+        """Epistemic entropy, the mutual information of label and parameters, (N,), nats."""
 
     @property
     def log_prob(self) -> Tensor | None:
@@ -61,7 +61,7 @@ class PosteriorLike(Protocol):
 
     @property
     def history(self) -> Mapping[str, Tensor] | None:
-        """Series of the fit: log_loss and correct for each example, innovation and dof for each update."""
+        """Series of the fit, log_loss and correct for each example, innovation and dof for each update."""
 
     def predict_loader(
         self, loader: Any, *, method: str, num_samples: int, generator: torch.Generator

@@ -373,7 +373,7 @@ class KalmanConfig:
 
     @cached_property
     def noise_settings(self) -> NoiseSettings:
-        """The observation model: likelihood, noise R and expansion point."""
+        """The likelihood, the noise R and the expansion point."""
         return NoiseSettings.of(self)
 
     @cached_property

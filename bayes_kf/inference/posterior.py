@@ -172,7 +172,7 @@ class Posterior(GaussianPosterior):
 
     @property
     def pyro_model(self) -> Callable[..., Tensor]:
-        """The Pyro model, called (inputs, targets=None): tensors from the prior, targets from the likelihood."""
+        """The Pyro model, called (inputs, targets=None); tensors are from the prior, targets from the likelihood."""
         from bayes_kf.inference.predictive.pyro_guide import KalmanModel  # loads Pyro
 
         return KalmanModel(self)

@@ -19,7 +19,7 @@ def calibration_metrics(prediction: Any) -> dict[str, float]:
 
     Returns:
         ``accuracy``, ``log_loss`` and ``entropy`` (nats), ``brier``, ``ece``, and the ends of its 95 % null band,
-        ``ece_chance_low`` and ``ece_chance_high``: the ECE of a perfectly calibrated model with the same confidences.
+        ``ece_null_low`` and ``ece_null_high``: the ECE of a perfectly calibrated model with the same confidences.
 
     Raises:
         ValueError: if the predictions are not (N, m) or the labels not (N,).
@@ -46,6 +46,6 @@ def calibration_metrics(prediction: Any) -> dict[str, float]:
         "brier": brier_score(probs, targets),
         "entropy": float(entropy(probs).mean()),
         "ece": ece.value,
-        "ece_chance_low": ece.null_low,
-        "ece_chance_high": ece.null_high,
+        "ece_null_low": ece.null_low,
+        "ece_null_high": ece.null_high,
     }

@@ -27,9 +27,9 @@ def _save(figure, name):
 def _box(ax, x, y, width, height, title, text="", face="#eaf2f8"):
     style = "round,pad=0.0,rounding_size=0.08"
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=face, edgecolor=BLUE, linewidth=1.2))
-    middle = x + width / 2
+    middle, size = x + width / 2, 10.5 if len(title) < 36 else 8.4
     if text:
-        ax.text(middle, y + height * 0.66, title, ha="center", va="center", fontsize=10.5, weight="bold", color=DARK)
+        ax.text(middle, y + height * 0.66, title, ha="center", va="center", fontsize=size, weight="bold", color=DARK)
         ax.text(middle, y + height * 0.29, text, ha="center", va="center", fontsize=8.5, color=DARK)
     else:
         ax.text(middle, y + height / 2, title, ha="center", va="center", fontsize=10.5, weight="bold", color=DARK)
@@ -55,7 +55,7 @@ def architecture():
         ("fitting", "loops over loaders, selection, checkpoints"),
         ("posterior, saving, predictive", "a fitted Gaussian: predictions, draws, a folder"),
         ("filtering", "one predict and one measurement update"),
-        ("measurement, covariance, linearization", "u = Mθ + ε;   P;   J = ∂η/∂θ"),
+        ("measurement_model, covariance, linearization", "u = Mθ + ε;   P;   J = ∂η/∂θ"),
     )
     for number, (title, text) in enumerate(inference):
         _box(left, 0, 6.0 - 1.15 * number, 5.4, 0.9, title, text)
@@ -73,12 +73,12 @@ def architecture():
         _arrow(left, (2.7, 6.0 - 1.15 * number), (2.7, 5.75 - 1.15 * number if number < 3 else 2.0))
     right.text(0, 8.5, "One measurement update", weight="bold", fontsize=11.5)
     steps = (
-        ("batch of inputs and targets", "x, y", "η, J"),
-        ("linearizer", "outputs η at μ⁻ and J = ∂η/∂θ as an operator", "W, u"),
-        ("noise and mode", "whitened residual u, factor W with WᵀW = V", "M = WJ"),
-        ("observation", "u = M(θ − μ) + ε,  ε ~ N(0, I)", "ν = uᵀS⁻¹u"),
-        ("gate", "optional: less weight for outliers", ""),
-        ("structure.condition", "μ, P  →  μ⁺, P⁺", ""),
+        ("batch of inputs and targets", "", "x, y"),
+        ("linearizer", "outputs η at μ⁻ and J = ∂η/∂θ as an operator", "η, J"),
+        ("noise and mode", "whitened residual u, factor W with WᵀW = V", "W, u"),
+        ("observation", "u = M(θ − μ) + ε,  M = WJ,  ε ~ N(0, I)", "M, u"),
+        ("gate", "optional: more noise where ν = uᵀS⁻¹u is large", "M, u"),
+        ("GaussianBelief.condition", "μ, P  →  μ⁺, P⁺", "μ⁺, P⁺"),
         ("guard and relinearization", "steps that do not lower the objective are damped", ""),
     )
     for number, (title, text, _passed) in enumerate(steps):
@@ -158,7 +158,10 @@ def curvature():
     many = int((probs.cumsum(0) < 0.95).sum()) + 1
     used = {
         "exact: 19 passes": ([BLUE] * 20, "every class but one"),
-        f"truncated: {many} passes": ([BLUE if c < many or c == label else GREY for c in range(20)], "grey: one lump"),
+        f"truncated: {many} passes": (
+            [BLUE if c < many or c == label else GREY for c in range(20)],
+            "grey: merged into one class",
+        ),
         "sampled: 2 passes": ([ORANGE if c == label else GREY for c in range(20)], "label against the rest, one probe"),
     }
     for ax, (title, (colours, text)) in zip(axes, used.items(), strict=True):

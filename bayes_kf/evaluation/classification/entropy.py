@@ -141,7 +141,7 @@ def energy(logits: Array, temperature: float = 1.0) -> Tensor:
 
     Args:
         logits: Outputs before the softmax, (N, C).
-        temperature: T.
+        temperature: T in the formula, > 0.
 
     Raises:
         ValueError: If the logits are not a finite (N, C) or the temperature is not positive.

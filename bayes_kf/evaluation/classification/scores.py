@@ -144,8 +144,8 @@ def brier_parts(
     """The parts of the Brier score from sums over the classwise bins, each (C · bins,).
 
     Args:
-        num_examples: N.
-        num_classes: C.
+        num_examples: The number of examples, N.
+        num_classes: The number of classes, C.
         counts: Number of examples.
         sums: Sums of the probabilities p.
         squares: Sums of p².

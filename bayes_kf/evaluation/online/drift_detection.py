@@ -62,7 +62,7 @@ class DriftDetector:
 
         Args:
             prob: Predicted probability of the observed label.
-            num_classes: C.
+            num_classes: The number of classes, C.
 
         Raises:
             ValueError: If `prob` is not a probability.

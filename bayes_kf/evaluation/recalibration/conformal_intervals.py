@@ -26,7 +26,7 @@ class ConformalIntervals:
         threshold: The ⌈(n + 1) level⌉-th smallest |target − mean|/scale of the fit; infinite if n is too small.
         is_scaled: Whether the fit had a scale for each example.
         split: Name of the examples of the fit.
-        num_examples: n.
+        num_examples: Their number, n.
 
     Reference: Lei et al., *Distribution-free predictive inference for regression*, 2018.
     """

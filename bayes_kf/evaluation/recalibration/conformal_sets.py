@@ -51,9 +51,9 @@ class ConformalSets:
         score: "lac" or "aps".
         threshold: The ⌈(n + 1) level⌉-th smallest score of the n labels of the fit. If n is too small it is infinite,
             and every set contains every class.
-        num_classes: C.
+        num_classes: The number of classes, C.
         split: Name of the examples of the fit.
-        num_examples: n.
+        num_examples: Their number, n.
         seed: Seed of the uniform numbers of "aps"; the fit and the sets use different numbers.
 
     Reference: lac: Sadinle, Lei, Wasserman 2019; aps: Romano, Sesia, Candès, *Classification with valid and adaptive

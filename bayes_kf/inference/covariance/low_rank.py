@@ -227,7 +227,7 @@ def truncate(
         diagonal: d, (n,).
         values: e, (K,), ascending.
         vectors: V, (K, K).
-        rank: L.
+        rank: the number of columns, L.
         columns: from columns of V (K, c) to those of F V, (n, c).
     """
     rounding = len(values) * torch.finfo(diagonal.dtype).eps ** 2 * values[-1]  # squared length of a sum that cancels

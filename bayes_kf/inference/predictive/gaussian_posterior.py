@@ -58,7 +58,7 @@ class GaussianPosterior:
 
     @property
     def temperature(self) -> float:
-        """Factor on P in predictions and draws: as configured, or chosen by the prequential log loss."""
+        """Factor on P in predictions and draws, as configured or chosen by the prequential log loss."""
         return self.kf.temperature(self.state)
 
     @property
@@ -126,7 +126,7 @@ class GaussianPosterior:
         """Draws from N(μ, temperature·P), (S, n).
 
         Args:
-            num_samples: S.
+            num_samples: the number of draws, S.
             generator: source of the draws; by default a new one seeded with ``config.seed``.
         """
         return self.mean_vector + self.sample_deviations(num_samples, self.generator(generator), self.temperature)

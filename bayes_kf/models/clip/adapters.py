@@ -30,7 +30,7 @@ class FeatureAdapter(nn.Module):
     a random U (CLIP-Adapter, Gao et al. 2021, which uses a bottleneck of d/4 and α = 0.2).
 
     Args:
-        width: d.
+        width: the number of features, d.
         bottleneck: rows of D; a quarter of ``width`` by default.
         form: "residual" or "blend".
         blend: α of "blend", in (0, 1].
