@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
-from bayes_kf.models.zoo import lora_digits_vit
+from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 from benchmarks.common.data import REPOSITORY
-from benchmarks.common.learners import draw_classifier
+from benchmarks.common.learners import HEAD_SD, draw_classifier
 
 
 def weights_file(name: str) -> Path:
@@ -118,6 +118,13 @@ def vit_mnist(seed: int, dropout: float = 0.0, new_classes: bool = False) -> Pef
     return model
 
 
+def vit_mnist_classes(seed: int, dropout: float = 0.0, classes: int = 10) -> PeftModel:
+    """The digit transformer with LoRA of rank 4 on queries and values, and a new classifier of ``classes``."""
+    base = digits_vit()
+    base.classifier = new_head(base.classifier.in_features, classes, seed)
+    return _adapted(base, r".*attention\.(query|value|q_proj|v_proj)", "classifier", seed, dropout)
+
+
 def vit_cifar(seed: int, dropout: float = 0.0) -> PeftModel:
     """The transformer with LoRA of rank 4 on its feed-forward layers; the last layer is trainable."""
     torch.backends.mha.set_fastpath_enabled(False)  # the fast path would ignore LoRA
@@ -127,10 +134,15 @@ def vit_cifar(seed: int, dropout: float = 0.0) -> PeftModel:
     return _adapted(base, ["linear1", "linear2"], "mlp_head.1", seed, dropout)
 
 
-def resnet_cifar(seed: int, dropout: float = 0.0) -> PeftModel:
-    """ResNet-20 with LoRA of rank 4 on the convolutions of its last stage; the last layer is trainable."""
+def resnet_cifar(seed: int, dropout: float = 0.0, new_classes: int | None = None) -> PeftModel:
+    """ResNet-20 with LoRA of rank 4 on the convolutions of its last stage; the last layer is trainable.
+
+    ``new_classes`` asks for a new last layer of that many classes.
+    """
     network = CifarResNet(3)
     network.load_state_dict(load_file(weights_file("resnet-cifar10/resnet20.safetensors")), strict=False)
+    if new_classes is not None:
+        network.linear = new_head(64, new_classes, seed)
     base = Normalized(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return _adapted(base, r".*layer3\.\d\.conv\d", "linear", seed, dropout)
 
@@ -151,13 +163,17 @@ def mobilenet(seed: int, dropout: float = 0.0, num_classes: int = 2) -> PeftMode
             scale = scales[key.removesuffix("weight_int8")]
             weights[key.removesuffix("_int8")] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
     network.load_state_dict(weights)
-    generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(1280, num_classes)
-    head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=generator))
-    nn.init.zeros_(head.bias)
-    network.classifier[1] = head
+    network.classifier[1] = new_head(1280, num_classes, seed)
     base = Normalized(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     return _adapted(base, r".*features\.(17\.conv\.0\.0|17\.conv\.2|18\.0)", "classifier.1", seed, dropout)
+
+
+def new_head(width: int, classes: int, seed: int) -> nn.Linear:
+    """A new classifier whose weights depend on the seed alone, drawn as in transformers."""
+    head = nn.Linear(width, classes)
+    head.weight.data.copy_(HEAD_SD * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _convolution(old: nn.Conv2d) -> nn.Conv2d:

@@ -69,6 +69,28 @@ def fashion_mnist() -> LabelledImages:
     return _labelled("fashion-mnist-900", "", _grey(_read("fashion-mnist-900", "x")))
 
 
+def omniglot(part: Literal[1, 2]) -> tuple[Tensor, Tensor, Tensor]:
+    """Characters of five alphabets, each by 20 drawers: images (N, 1, 28, 28) in [-1, 1], characters, alphabets (N,).
+
+    Grey levels are shares of ink in 28x28 cells, doubled and cut at white: strokes then are about as bright as MNIST's.
+    """
+    bits = np.unpackbits(_read("omniglot-small", f"small{part}_x_bits"), axis=1, count=105 * 105)
+    ink = torch.from_numpy(bits.reshape(-1, 1, 105, 105)).float()
+    images = 2 * (2 * F.adaptive_avg_pool2d(ink, 28)).clamp(max=1) - 1
+    kinds = [
+        torch.from_numpy(_read("omniglot-small", f"small{part}_{kind}").astype(np.int64))
+        for kind in ("char", "alphabet")
+    ]
+    return images, kinds[0], kinds[1]
+
+
+def uci_regression(name: str, split: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (N, d), targets (N,), both float64, and the indices of the test examples of a standard split."""
+    archive = archive_of("uci-regression/uci")
+    values = [torch.from_numpy(archive[f"{name}.{field}"]).double() for field in ("x", "y")]
+    return values[0], values[1], torch.from_numpy(archive[f"{name}.test"][split].astype(np.int64))
+
+
 def archive_of(name: str) -> Mapping[str, Any]:
     """The arrays of an ``.npz`` file of the data folder."""
     path = data_folder() / f"{name}.npz"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bayes_kf as bkf
+from bayes_kf.evaluation import entropy_parts
 from bayes_kf.inference.fitting.selection import heldout_config_selection
 from benchmarks.bench.registry.problems import QualityProblem
 from benchmarks.common.learners import Inputs, Stream, logits
@@ -37,22 +38,38 @@ RATES = {
     "svi": tuple({"lr": lr, "prior_sd": sd} for lr in (3e-3, 1e-2) for sd in (0.1, 1.0)),
 }
 
-Predict = Callable[[Stream], Tensor]
 Choice = Mapping[str, float]
+
+
+class Predicted(NamedTuple):
+    """Predictions of a stream's inputs.
+
+    Attributes:
+        probs: probabilities (N, C), float64.
+        epistemic: mutual information of label and parameters in nats, (N,), float64; None for a row without it.
+    """
+
+    probs: Tensor
+    epistemic: Tensor | None = None
+
+
+Predict = Callable[[Stream], Predicted]
 
 
 class Learned(NamedTuple):
     """The result of a row.
 
     Attributes:
-        predict: from a stream to probabilities (N, C), float64; labels are not used.
+        predict: from a stream to predictions; labels are not used.
         online: whether each example was predicted correctly before its update, and its log loss; (T,) each.
         facts: further numbers.
+        variants: name -> other predictions of the same models, scored beside the row's own.
     """
 
     predict: Predict
     online: tuple[Tensor, Tensor] | None = None
     facts: Mapping[str, Any] = {}
+    variants: Mapping[str, Predict] = {}
 
 
 Learn = Callable[[QualityProblem, Stream, int, Choice], Learned]
@@ -64,7 +81,7 @@ def adamw(passes: int) -> Learn:
     def learn(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
         model = problem.model(seed, 0.0)
         online = descend(model, stream, seed, choice["lr"], passes)
-        return Learned(lambda given: softmax(model, given), online if passes == 1 else None)
+        return Learned(lambda given: Predicted(softmax(model, given)), online if passes == 1 else None)
 
     return learn
 
@@ -89,7 +106,9 @@ def temperature(problem: QualityProblem, stream: Stream, seed: int, choice: Choi
 
     optimizer.step(loss)  # type: ignore[arg-type]  # a closure that returns a tensor, as torch documents
     scale = log_scale.detach().exp().clamp(0.1, 2.0)
-    return Learned(lambda given: (raw(model, given) * scale).softmax(1), facts={"temperature": 1 / float(scale)})
+    return Learned(
+        lambda given: Predicted((raw(model, given) * scale).softmax(1)), facts={"temperature": 1 / float(scale)}
+    )
 
 
 def dropout(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
@@ -100,7 +119,7 @@ def dropout(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) 
             module.train()
     torch.manual_seed(seed)
     descend(model, stream, seed, choice["lr"])
-    return Learned(lambda given: torch.stack([softmax(model, given) for _ in range(DRAWS)]).mean(0))
+    return Learned(lambda given: averaged([softmax(model, given) for _ in range(DRAWS)]))
 
 
 def ensemble(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
@@ -108,7 +127,7 @@ def ensemble(problem: QualityProblem, stream: Stream, seed: int, choice: Choice)
     models = [problem.model(MEMBERS * seed + member, 0.0) for member in range(MEMBERS)]
     for member, model in enumerate(models):
         descend(model, stream, MEMBERS * seed + member, choice["lr"])
-    return Learned(lambda given: torch.stack([softmax(model, given) for model in models]).mean(0))
+    return Learned(lambda given: averaged([softmax(model, given) for model in models]))
 
 
 def laplace(structure: str) -> Learn:
@@ -125,9 +144,10 @@ def laplace(structure: str) -> Learn:
         fitted.fit(LaplaceLoader(stream))
         fitted.optimize_prior_precision(method="marglik", pred_type="glm", link_approx="probit")
 
-        def predict(given: Stream) -> Tensor:
+        def predict(given: Stream) -> Predicted:
             batches = given.batches(AHEAD // 4)
-            return torch.cat([fitted(_plain(x), pred_type="glm", link_approx="probit") for x, _ in batches]).double()
+            probs = [fitted(_plain(x), pred_type="glm", link_approx="probit") for x, _ in batches]
+            return Predicted(torch.cat(probs).double())
 
         return Learned(predict, facts={"prior_precision": float(fitted.prior_precision.mean())})
 
@@ -158,12 +178,12 @@ def ivon(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> 
         optimizer.step()
         schedule.step()
 
-    def predict(given: Stream) -> Tensor:
-        total = torch.zeros(len(given.labels), problem.classes, dtype=torch.float64)
+    def predict(given: Stream) -> Predicted:
+        draws = []
         for _ in range(DRAWS):
             with optimizer.sampled_params():
-                total += softmax(model, given)
-        return total / DRAWS
+                draws.append(softmax(model, given))
+        return averaged(draws)
 
     return Learned(predict)
 
@@ -198,13 +218,13 @@ def svi(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> L
         inference.step(inputs, labels)
 
     @torch.no_grad()
-    def predict(given: Stream) -> Tensor:
-        summed = torch.zeros(len(given.labels), problem.classes, dtype=torch.float64)
+    def predict(given: Stream) -> Predicted:
+        draws = []
         for _ in range(DRAWS):
             drawn = {names[site]: value for site, value in guide(*stream.batches(BATCH)[0]).items() if site in names}
             outputs = [substituted(model, drawn, inputs) for inputs, _ in given.batches(AHEAD)]
-            summed += torch.cat(outputs).double().softmax(1)
-        return summed / DRAWS
+            draws.append(torch.cat(outputs).double().softmax(1))
+        return averaged(draws)
 
     return Learned(predict)
 
@@ -260,10 +280,11 @@ def post_hoc_on(problem: QualityProblem, stream: Stream, seed: int, choice: Choi
 def predictive(posterior: bkf.Posterior) -> Predict:
     """The posterior's default predictions."""
 
-    def predict(given: Stream) -> Tensor:
+    def predict(given: Stream) -> Predicted:
         prediction = posterior.predict_loader([(inputs, None) for inputs, _ in given.batches(AHEAD)])
         assert prediction.probs is not None  # a classifier
-        return prediction.probs.double()
+        epistemic = prediction.epistemic
+        return Predicted(prediction.probs.double(), None if epistemic is None else epistemic.double())
 
     return predict
 
@@ -294,7 +315,7 @@ def tune(family: str, problem: QualityProblem, stream: Stream, seed: int) -> tup
     fitted, rest = validation(stream)
     losses = []
     for choice in RATES[family]:
-        probs = TUNED[family](problem, fitted, seed, choice).predict(rest)
+        probs = TUNED[family](problem, fitted, seed, choice).predict(rest).probs
         loss = -probs.gather(1, rest.labels[:, None]).log().mean().item()
         losses.append(loss if math.isfinite(loss) else math.inf)
     return RATES[family][losses.index(min(losses))], losses
@@ -342,6 +363,12 @@ def raw(model: nn.Module, given: Stream) -> Tensor:
 def softmax(model: nn.Module, given: Stream) -> Tensor:
     """Probabilities, (N, C), float64."""
     return raw(model, given).softmax(1)
+
+
+def averaged(draws: Sequence[Tensor]) -> Predicted:
+    """The mean of several predictions (N, C), whose disagreement is the epistemic part."""
+    samples = torch.stack(list(draws))
+    return Predicted(samples.mean(0), entropy_parts(samples).epistemic)
 
 
 def substituted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

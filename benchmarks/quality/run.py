@@ -59,9 +59,9 @@ def measure(data: str, row: str, seed: int, choice: Mapping[str, float], cap: fl
         learned = learn(problem, given.stream, seed, choice)
         fitted, most = time.process_time() - begun, peak(CPU) - before
         begun = time.process_time()
-        probs = learned.predict(given.heldout)
+        probs = learned.predict(given.heldout).probs
         predicted = time.process_time() - begun
-        cell = scores(probs, learned.predict(given.ood), given)
+        cell = scores(probs, learned.predict(given.ood).probs, given)
     except Exception as error:  # an error of a peer is its result
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}

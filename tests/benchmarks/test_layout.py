@@ -72,7 +72,7 @@ def test_folders_are_small():
 def test_the_readme_names_scripts_and_results_that_exist():
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     commands = set(re.findall(r"python -m (benchmarks[\w.]+)", text))
-    rows = {f"benchmarks.{name}" for name in re.findall(r"^\| `(\w+\.\w+)", text, re.M)}
+    rows = {f"benchmarks.{name}" for name in re.findall(r"^\| `(\w+(?:\.\w+)+)", text, re.M)}
     scripts = {name for name, path in FILES.items() if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
     assert commands <= scripts
     assert rows == scripts

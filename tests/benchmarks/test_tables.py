@@ -16,6 +16,7 @@ SCRIPTS = {  # those whose --table draws no figure
     "prior_width": ("papers.prior_sensitivity", ["--tables", "prior_width"]),
     "tuning": ("papers.prior_sensitivity", ["--tables", "tuning"]),
     "posterior_quality": ("quality.run", []),
+    "quality_development": ("quality.split.run", []),
     "interval_coverage": ("quality.interval_coverage", []),
     "evaluation_cost": ("speed.evaluation_cost", []),
     "reproducibility": ("reliability.reproducibility", []),

@@ -1,7 +1,7 @@
-"""The data sets of two benches: every file of ``problems/`` is one.
+"""The data sets of the benches: every file of ``problems/`` is one.
 
-A file has a docstring and serves the optimizer bench (``run_online``, ``run_epochs``), the posterior-quality bench
-(``benchmarks/quality/run.py``), or both.
+A file has a docstring and serves the optimizer bench (``run_online``, ``run_epochs``), the benches of posteriors
+(``benchmarks/quality/``), or both.
 
 For the optimizer bench it has
 
@@ -15,9 +15,10 @@ For the optimizer bench it has
 
 It may have ``PRIORITY``, as rows do, and ``EXTRA = True`` if it is not one of the online bench's six.
 
-For the posterior-quality bench it has ``QUALITY``, a :class:`QualityProblem`. A file with ``QUALITY`` and none of the
-names above serves only that bench. The two benches have streams and models of their own: those of the posterior-quality
-bench have out-of-distribution inputs and dropout, they draw adapters in another order, and a seed also sets the split.
+For the benches of posteriors (``benchmarks/quality/run.py``, ``benchmarks/quality/split/run.py``) it has ``QUALITY``, a
+:class:`QualityProblem` or a tuple of them, or ``REGRESSION``, one or several :class:`RegressionProblem`. A file with
+one of these and none of the names above serves only those benches. They have streams and models of their own: with
+out-of-distribution inputs and dropout, adapters drawn in another order, and a seed that also sets the split.
 """
 
 from __future__ import annotations
@@ -28,12 +29,33 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks.bench.networks.small import Network, Request, network
 from benchmarks.bench.registry.plugins import attribute, modules
+from benchmarks.bench.registry.quality_problems import (
+    QualityData,
+    QualityProblem,
+    RegressionData,
+    RegressionProblem,
+    found_quality_problems,
+    found_split_problems,
+)
 from benchmarks.common.learners import Inputs, Stream
+
+__all__ = [
+    "Problem",
+    "QualityData",
+    "QualityProblem",
+    "RegressionData",
+    "RegressionProblem",
+    "Sizes",
+    "Split",
+    "first_inputs",
+    "found_problems",
+    "found_quality_problems",
+    "found_split_problems",
+]
 
 SPLIT_SEED = 12_345  # of the tuning examples, the same for every seed
 TUNING_SEED = 99_991  # of the network during tuning
@@ -47,42 +69,6 @@ class Sizes(NamedTuple):
     tuning: int
     validation: int
     heldout: int
-
-
-class QualityData(NamedTuple):
-    """The data of the posterior-quality bench for one seed.
-
-    Attributes:
-        stream: the training examples, in their order.
-        heldout: the test examples.
-        ood: out-of-distribution inputs; their labels have no meaning.
-        human: shares of people's answers to the held-out inputs, (N, C); None if unknown.
-    """
-
-    stream: Stream
-    heldout: Stream
-    ood: Stream
-    human: Tensor | None = None
-
-
-class QualityProblem(NamedTuple):
-    """A data set of the posterior-quality bench and the model that learns it.
-
-    Attributes:
-        name: for options and keys of results.
-        title: for the table.
-        load: from a seed to the data.
-        model: from a seed and LoRA's dropout rate to the model at its start.
-        classes: the number of classes.
-        priority: place among the problems; smaller numbers come first.
-    """
-
-    name: str
-    title: str
-    load: Callable[[int], QualityData]
-    model: Callable[[int, float], PeftModel]
-    classes: int
-    priority: int
 
 
 class Split(NamedTuple):
@@ -170,27 +156,14 @@ def found_problems(
     return {problem.name: problem for problem in sorted(readable, key=lambda problem: (problem.priority, problem.name))}
 
 
-def found_quality_problems() -> dict[str, QualityProblem]:
-    """All problems of the posterior-quality bench by name, in their order.
-
-    Raises:
-        ValueError: if two files have problems of the same name.
-    """
-    problems = [module.QUALITY for module in modules("problems").values() if hasattr(module, "QUALITY")]
-    by_name = {problem.name: problem for problem in sorted(problems, key=lambda problem: problem.priority)}
-    if len(by_name) < len(problems):
-        names = sorted(problem.name for problem in problems)
-        raise ValueError(f"`QUALITY` of every file must have a name of its own, got {', '.join(names)}.")
-    return by_name
-
-
 def first_inputs(stream: Stream, number: int) -> Inputs:
     """A stream's first inputs."""
     return stream.first(number).inputs
 
 
 def _serves_optimizers(module: ModuleType) -> bool:
-    return not hasattr(module, "QUALITY") or any(hasattr(module, field) for field in OPTIMIZER_FIELDS)
+    serves_posteriors = hasattr(module, "QUALITY") or hasattr(module, "REGRESSION")
+    return not serves_posteriors or any(hasattr(module, field) for field in OPTIMIZER_FIELDS)
 
 
 def _problem(name: str, module: ModuleType, backbone: str | None, random_weights: bool) -> Problem | None:
