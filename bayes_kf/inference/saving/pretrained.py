@@ -185,7 +185,9 @@ def load(folder: Path, base_model: nn.Module) -> LoadedPosterior:
         try:
             weights = _read_weights(source)
             first = _load(source, base_model, snapshot)
-            others = [_load_member(source / member_folder(k), first[0].adapter) for k in range(1, len(weights or [1.0]))]
+            others = [
+                _load_member(source / member_folder(k), first[0].adapter) for k in range(1, len(weights or [1.0]))
+            ]
         except BaseException:
             snapshot.restore()
             raise

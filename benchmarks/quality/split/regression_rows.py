@@ -15,6 +15,7 @@ import bayes_kf as bkf
 from benchmarks.bench.registry.problems import RegressionProblem
 from benchmarks.common.learners import Stream
 from benchmarks.quality.rows import AHEAD, raw, validation
+from benchmarks.quality.split.rows import stream_loader
 from benchmarks.quality.split.scores import GaussianPredicted
 from benchmarks.quality.split.strong import BATCH, FROM_SCRATCH, facts, members, search
 
@@ -79,14 +80,28 @@ def gaussian_process(problem: RegressionProblem, stream: Stream, seed: int) -> L
 def default(problem: RegressionProblem, stream: Stream, seed: int) -> LearnedRegression:
     """This package with the settings of ``docs/how-to/regression.md``."""
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", mean_passes=2, seed=seed)
-    posterior = bkf.fit(problem.model(seed), stream.batches(BATCH), config, progress=False)
+    return LearnedRegression(_moments(bkf.fit(problem.model(seed), stream.batches(BATCH), config, progress=False)))
+
+
+def mixture(problem: RegressionProblem, stream: Stream, seed: int) -> LearnedRegression:
+    """This package: two posteriors with different priors, and their mixture, as a Gaussian of its moments."""
+    posterior = bkf.fit_mixture(problem.model(seed), stream_loader(stream, seed), progress=False)
+    members = [
+        {"prior": member.config.initial_spread, "weight": weight, "size": member.history["size"].tolist()}
+        for weight, member in zip(posterior.weights, posterior.members, strict=True)
+    ]
+    return LearnedRegression(_moments(posterior), {"members": members})
+
+
+def _moments(posterior: Any) -> Callable[[Stream], GaussianPredicted]:
+    """The means and variances of a posterior's predictions."""
 
     def predict(given: Stream) -> GaussianPredicted:
         prediction = posterior.predict_loader([(inputs, None) for inputs, _ in given.batches(AHEAD)])
         assert prediction.variance is not None  # a regression
         return GaussianPredicted(prediction.mean[:, 0].double(), prediction.variance[:, 0].double())
 
-    return LearnedRegression(predict)
+    return predict
 
 
 def _scikit_learn(model: Any, stream: Stream) -> LearnedRegression:
@@ -111,4 +126,5 @@ ROWS: dict[str, tuple[str, Learn]] = {  # title, method
     "ridge": ("Bayesian ridge (scikit-learn)", ridge),
     "gp": ("Gaussian process (scikit-learn)", gaussian_process),
     "default": ("**ours, default**", default),
+    "mixture": ("**ours, mixture of two**", mixture),
 }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 import bayes_kf as bkf
 from benchmarks.bench.registry.problems import QualityProblem
@@ -67,6 +70,32 @@ def default(problem: QualityProblem, stream: Stream, seed: int) -> Learned:
     return nine.default(problem, stream, seed, {})
 
 
+def mixture(problem: QualityProblem, stream: Stream, seed: int) -> Learned:
+    """This package: two posteriors with different priors, and their mixture."""
+    posterior = bkf.fit_mixture(problem.model(seed, 0.0), stream_loader(stream, seed), progress=False)
+    members = [
+        {
+            "prior": member.config.initial_spread,
+            "weight": weight,
+            "size": member.history["size"].tolist(),
+            "held_out": member.history["held_out_log_loss"].tolist(),
+        }
+        for weight, member in zip(posterior.weights, posterior.members, strict=True)
+    ]
+    return Learned(predictive(posterior), facts={"temperature": posterior.softmax_temperature, "members": members})
+
+
+def stream_loader(stream: Stream, seed: int) -> DataLoader[Any]:
+    """A loader that draws other batches of sixteen in every pass."""
+
+    def collate(numbers: list[int]) -> tuple[Any, Tensor]:
+        return stream.at(torch.tensor(numbers)).batches(len(numbers))[0]
+
+    examples: Any = range(len(stream.labels))
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(examples, batch_size=16, shuffle=True, collate_fn=collate, generator=generator)
+
+
 def post_hoc(problem: QualityProblem, stream: Stream, seed: int) -> Learned:
     """This package on the adapter of the strong row: a covariance from the same examples, calibrated on the eighth."""
     fitted, heldout = validation(stream)
@@ -84,5 +113,6 @@ ROWS: dict[str, tuple[str, Learn]] = {  # title, method
     "strong": ("AdamW, early stopping, temperature scaling", strong),
     "strong-ensemble": ("ensemble of three of them", strong_ensemble),
     "default": ("**ours, default**", default),
+    "mixture": ("**ours, mixture of two**", mixture),
     "post-hoc": ("**ours, post hoc on the first row**", post_hoc),
 }
