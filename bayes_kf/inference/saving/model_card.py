@@ -35,13 +35,16 @@ The posterior mean alone is an ordinary PEFT adapter: `PeftModel.from_pretrained
 """
 
 
-def text(posterior: GaussianPosterior, folder: str, scores: Mapping[str, float] | None = None) -> str:
+def text(
+    posterior: GaussianPosterior, folder: str, scores: Mapping[str, float] | None = None, num_members: int = 1
+) -> str:
     """The card in Markdown, with the metadata that the Hub reads.
 
     Args:
         posterior: the saved posterior.
         folder: name of its folder, for the code example.
         scores: of an evaluation, as ``Report.scores``; intervals and null bands are shown for those that have them.
+        num_members: of the mixture whose best member the posterior is; 1 if there is no mixture.
     """
     from huggingface_hub import ModelCardData
 
@@ -56,7 +59,7 @@ def text(posterior: GaussianPosterior, folder: str, scores: Mapping[str, float] 
         "",
         f"# A posterior over {posterior.adapter.num_parameters:,} adapter parameters",
         "",
-        _summary(posterior, base),
+        _summary(posterior, base, num_members),
         "",
         "| setting | value |",
         "| --- | --- |",
@@ -69,14 +72,19 @@ def text(posterior: GaussianPosterior, folder: str, scores: Mapping[str, float] 
     return "\n".join(lines) + (ADAPTER.format(folder=folder) if of_peft else "")
 
 
-def _summary(posterior: GaussianPosterior, base: str | None) -> str:
-    """The first paragraph: base model, size of the data, temperatures, and warnings about the predictions."""
+def _summary(posterior: GaussianPosterior, base: str | None, num_members: int) -> str:
+    """The first paragraph: base model, size of the data, members, temperatures, and warnings about the predictions."""
     model, state = f"`{base}`" if base else "a model", posterior.state
     sentences = [
         f"A Gaussian posterior over the trainable tensors of {model}, fitted with bayes_kf on "
         f"{state.examples:,} examples in {state.step:,} updates.",
         f"Its covariance is used at temperature {posterior.temperature:g}.",
     ]
+    if num_members > 1:
+        sentences.append(
+            f"It is the best of {num_members} members of a mixture, which `bayes_kf` loads together; other programs "
+            "see this member alone."
+        )
     if posterior.softmax_temperature != 1.0:
         sentences.append(f"Logits are divided by {posterior.softmax_temperature:g} in predictions.")
     return " ".join([*sentences, *posterior.notes])

@@ -57,6 +57,7 @@ def save(
     folder: Path,
     scores: Mapping[str, float] | None = None,
     write_more: Callable[[Path], None] | None = None,
+    num_members: int = 1,
 ) -> None:
     """Write a posterior into ``folder`` and replace the posterior that is there; see :meth:`Posterior.save_pretrained`.
 
@@ -65,11 +66,12 @@ def save(
         folder: made if missing.
         scores: of an evaluation, for the model card.
         write_more: writes further files of the posterior into a folder.
+        num_members: of the mixture whose best member the posterior is.
     """
 
     def write(target: Path) -> None:
         write_adapter(posterior.adapter, posterior.mean_vector, target)
-        _write_posterior(posterior, target, folder.resolve().name, scores)
+        _write_posterior(posterior, target, folder.resolve().name, scores, num_members)
         if write_more is not None:
             write_more(target)
         write_checksums(target)
@@ -122,7 +124,7 @@ def save_mixture(
         content = {"format": MIXTURE_FORMAT, "weights": list(weights)}
         (target / MIXTURE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    save(members[0], folder, scores, write_members)
+    save(members[0], folder, scores, write_members, len(members))
 
 
 def export_draws(posterior: GaussianPosterior, folder: Path, draws: Tensor) -> list[Path]:
@@ -221,11 +223,15 @@ def _read_weights(folder: Path) -> list[float] | None:
 
 
 def _write_posterior(
-    posterior: GaussianPosterior, folder: Path, name: str, scores: Mapping[str, float] | None = None
+    posterior: GaussianPosterior,
+    folder: Path,
+    name: str,
+    scores: Mapping[str, float] | None = None,
+    num_members: int = 1,
 ) -> None:
     """Settings, model card and state; the card calls the folder ``name``."""
     (folder / CONFIG_FILE).write_text(posterior.config._as_json(), encoding="utf-8")
-    (folder / CARD_FILE).write_text(model_card.text(posterior, name, scores), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card.text(posterior, name, scores, num_members), encoding="utf-8")
     write_state(posterior, folder)
 
 

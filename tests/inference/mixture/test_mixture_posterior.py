@@ -106,6 +106,7 @@ def test_a_saved_mixture_reads_back_bit_for_bit(mixture, digits, tmp_path):
         "README.md", "SHA256SUMS", "mixture.json", "member_1/adapter_config.json",
         "member_1/adapter_model.safetensors", "member_1/kalman_config.json", "member_1/kalman_state.safetensors",
     }  # fmt: skip
+    assert "the best of 2 members of a mixture" in (folder / "README.md").read_text()
     images = digits[1].images[:10]
     for base in (digits_vit(), lora_digits_vit(rank=2)):
         again = bkf.Posterior.from_pretrained(folder, base)
