@@ -97,20 +97,22 @@ HIGHER_IS_BETTER = {"ood_auroc"}
 
 
 def _means(cells: Mapping[str, Cell], names: Sequence[str], title: str) -> list[str]:
-    """Each row's mean over the data sets that all rows of the table have, beside the number of sets that it has."""
+    """Each row's mean over the sets that the base rows have; dashes for a row without some of these."""
     columns = CLASSIFICATION if title == "classification" else REGRESSION
     by_row = {row: {name: measured_cells(cells, name, row) for name in names} for row in row_names(cells, names)}
     by_row = {row: {name: measured for name, measured in sets.items() if measured} for row, sets in by_row.items()}
-    by_row = {row: sets for row, sets in by_row.items() if sets}
-    common = [name for name in names if all(name in sets for sets in by_row.values())]
-    if not by_row or not common:
+    common = [name for name in names if all(name in by_row.get(base, ()) for base in BASES)]
+    if not common:
         return []
     lines = []
     for row, sets in by_row.items():
-        values = [[mean_of(sets[name], score) for name in common] for score in columns.values()]
-        costs = [_costs([cost(sets[name], unit) for name in common]) for unit in UNITS.values()]
-        lines.append([row_title(row, title), *(_number(average(v)) for v in values), *costs, str(len(sets))])
-    note = f"Over the {len(common)} sets that all rows have: {', '.join(common)}."
+        shown = ["–"] * (len(columns) + len(UNITS))
+        if all(name in sets for name in common):
+            values = [[mean_of(sets[name], score) for name in common] for score in columns.values()]
+            costs = [_costs([cost(sets[name], unit) for name in common]) for unit in UNITS.values()]
+            shown = [*(_number(average(v)) for v in values), *costs]
+        lines.append([row_title(row, title), *shown, str(len(sets))])
+    note = f"Over the {len(common)} sets that the strong row and the ensemble have: {', '.join(common)}."
     header = ["", *columns, *UNITS, "sets"]
     return ["", f"## Means, {title}", "", note, "", *markdown_table(header, lines)]
 

@@ -101,6 +101,25 @@ def test_each_part_has_a_page_of_its_own(digits):
     assert "Development sets: digits." in text
 
 
+def test_means_are_over_the_sets_of_the_base_rows():
+    problems = {name: run.PROBLEMS[name] for name in ("boston", "energy", "power")}
+    scores = dict.fromkeys(("rmse", "crps", "coverage_50", "coverage_90", "predict_seconds", "mib"), 0.5)
+    scores |= {"seconds": 2.0, "epoch_seconds": 1.0, "single_seconds": 4.0}
+    nll = {"boston": 1.0, "energy": 2.0}
+    measured = {f"{name}/{row}/0": scores | {"nll": nll[name]} for row in ("strong", "strong-ensemble") for name in nll}
+    measured |= {f"{name}/ridge/0": scores | {"nll": 4.0} for name in problems}
+    measured |= {"boston/gp/0": scores | {"nll": 0.0}}
+    lines = "\n".join(render(measured, problems, False)).splitlines()
+    assert "Over the 2 sets that the strong row and the ensemble have: boston, energy." in lines
+    table = lines[lines.index("## Means, regression") : lines.index("## Against the strong row, regression")]
+    first = {
+        line.split("|")[1].strip(): [part.strip() for part in line.split("|")[2:-1]] for line in table if "|" in line
+    }
+    assert first["AdamW, early stopping, σ² held out"][0] == "1.500"
+    assert (first["Bayesian ridge (scikit-learn)"][0], first["Bayesian ridge (scikit-learn)"][-1]) == ("4.000", "3")
+    assert (first["Gaussian process (scikit-learn)"][0], first["Gaussian process (scikit-learn)"][-1]) == ("–", "1")
+
+
 def test_differences_are_paired_and_verdicts_need_two_seeds():
     def cell(nll):
         names = ("accuracy", "ece", "ece_null_low", "ece_null_high", "ood_auroc", "error_auroc", "aurc", "mib")
