@@ -84,7 +84,7 @@ def predict_loader(
     def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
         return predict(
             posterior, inputs, method, num_samples, generator, targets,
-            compare=is_first, adapter_generator_state=first_state, stacklevel=6,
+            compare=is_first, adapter_generator_state=first_state, stacklevel=7,
         )  # fmt: skip
 
     return collect_predictions(predict_batch, loader, keep_samples)
