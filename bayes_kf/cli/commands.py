@@ -10,7 +10,7 @@ from bayes_kf.cli.base_model import choose_names, kind_of, load_base, model_fold
 from bayes_kf.cli.config_flags import gives_settings, read_settings
 from bayes_kf.cli.evaluate import run_compare, run_evaluate
 from bayes_kf.cli.fit_online import run_online
-from bayes_kf.cli.inputs import check_takes, first_batch, move, open_data, read_device
+from bayes_kf.cli.inputs import check_takes, first_batch, move, naming_options, open_data, read_device
 from bayes_kf.cli.lora_adapters import add_adapter
 from bayes_kf.cli.posterior_folder import Labels, check_output, save_posterior
 from bayes_kf.data import LabelledData
@@ -41,7 +41,8 @@ def run_fit(args: argparse.Namespace) -> None:
     if gives_settings(args):
         posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
     else:  # no settings: as `bkf.fit` without a config
-        posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
+        with naming_options(config="--likelihood"):
+            posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
         prequential_temperature.warn_of_mean_alone(posterior.temperature)
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:

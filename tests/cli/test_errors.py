@@ -51,7 +51,14 @@ BAD = {
         "--model bert --data reviews.csv --config lora.json",
         "`--config` must hold settings of KalmanConfig, got 'r' in lora.json; the settings",
     ),
-    "numbers, not classes": ("--model digits-vit --data floats.npz", "categorical needs labels, got numbers"),
+    "numbers, not classes": (
+        "--model digits-vit --data floats.npz --covariance diagonal",
+        "categorical needs labels, got numbers",
+    ),
+    "zeros, without a likelihood": (
+        "--model digits-vit --data floats.npz",
+        "`--likelihood` must say what float targets that are all 0 or 1 mean",
+    ),
     "wrong input size": ("--model digits-vit --data small.npz", "`--model` must take the inputs of"),
     "NaN in inputs": ("--model digits-vit --data nan.npz", "must hold finite inputs"),
     "three yes or no": ("--model bert --data reviews.csv --likelihood bernoulli", "bernoulli needs two classes, got 3"),
