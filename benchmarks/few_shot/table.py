@@ -50,7 +50,7 @@ SCORES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "ECE OOD": shifted("ece"),
     "NLL ID": lambda found: found["id"]["nll"],
     "NLL OOD": shifted("nll"),
-    "AUROC foreign": auroc,
+    "AUROC OOD": auroc,
 }
 
 

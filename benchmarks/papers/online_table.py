@@ -43,7 +43,7 @@ def render(cells: Cells, rows: Sequence[str], data: str) -> list[str]:
     best = best_adamw(cells)
     steps = max((cell["steps"] for cell in cells.values()), default=0)
     legend = LEGEND.format(seeds=f"{len(seeds)} seeds" if len(seeds) != 1 else "1 seed", heldout=HELDOUT[data])
-    header = ["", "online accuracy", "online log loss", "held-out accuracy", "NLL", "ECE [chance]", "cost"]
+    header = ["", "online accuracy", "online log loss", "held-out accuracy", "NLL", "ECE [null band]", "cost"]
     lines = [f"Stream of {steps:,} examples. {legend}", ""]
     lines += markdown_table(header, [_line(cells, row, row == best) for row in rows if _seeds(cells, row)])
     if best is None:

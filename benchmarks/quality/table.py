@@ -20,9 +20,9 @@ LEGEND = (
     "One pass over the stream, one example at a time; AdamW with three passes takes three, and this package's default"
     " eight examples at a time, a pass of the filter and three of the mean, twice over. Mean ± sd over"
     " seeds (order, adapter, classifier, and where there is no official split the split). ECE: 15 bins; in [ ] what a"
-    " calibrated model with these confidences would show in 95 % of samples of this size. Foreign, errors: area under"
-    " the ROC curve of predictive entropy as a detector of foreign inputs and of wrong answers. Cost: processor seconds"
-    " of learning over those of a pass of AdamW, from steps timed in the same process before and after;"
+    " calibrated model with these confidences would show in 95 % of samples of this size. OOD, errors: area under the"
+    " ROC curve of predictive entropy as a detector of out-of-distribution inputs and of wrong answers. Cost: processor"
+    " seconds of learning over those of a pass of AdamW, from steps timed in the same process before and after;"
     " predicting: seconds for the held-out part. MiB: peak while learning. Rates of AdamW, IVON and SVI were chosen on"
     " the last eighth of seed 0's stream, which is not counted as cost (3.5 passes for AdamW's four). The row"
     " with sampled curvature was measured as a default. On CLINC150 the rows of a single pass and post hoc have sampled"
@@ -43,8 +43,8 @@ def render(cells: Cells, problems: Mapping[str, QualityProblem]) -> list[str]:
 
 def _table(cells: Cells, data: str, rows: Sequence[str]) -> list[str]:
     human = any("human_nll" in c for row in rows for c in _seeds(cells, data, row).values())
-    header = ["", "online", "accuracy", "NLL", "Brier", "ECE [chance]"] + ["people"] * human
-    header += ["foreign", "errors", "cost", "predicting", "MiB", "seeds"]
+    header = ["", "online", "accuracy", "NLL", "Brier", "ECE [null band]"] + ["people"] * human
+    header += ["OOD", "errors", "cost", "predicting", "MiB", "seeds"]
     lines = []
     for row in rows:
         measured = [c for c in _seeds(cells, data, row).values() if "skipped" not in c]

@@ -64,7 +64,7 @@ def _flowers(side: int) -> Stream:
 
 QUALITY = QualityProblem(
     "cifar-few",
-    "CIFAR-10 transformer → JPEG copy, 500 images; foreign: flowers",
+    "CIFAR-10 transformer → JPEG copy, 500 images; out of distribution: flowers",
     quality,
     vit_cifar,
     classes=10,

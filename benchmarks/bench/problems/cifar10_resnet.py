@@ -16,7 +16,7 @@ SIZES = {"online": Sizes(500, 200, 300, 1000)}
 PRIORITY, EXTRA = 71, True
 QUALITY = QualityProblem(
     "cifar-noisy",
-    "ResNet-20 → JPEG copy, 1,000 images with one person's labels (17 % wrong); foreign: flowers",
+    "ResNet-20 → JPEG copy, 1,000 images with one person's labels (17 % wrong); out of distribution: flowers",
     functools.partial(quality, size=1000, labels="y_random1"),
     resnet_cifar,
     classes=10,

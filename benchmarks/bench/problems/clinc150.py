@@ -30,7 +30,7 @@ def quality(seed: int) -> QualityData:
 
 QUALITY = QualityProblem(
     "clinc150",
-    "MiniLM → CLINC150, new head: 1,500 queries; foreign: its out-of-scope queries",
+    "MiniLM → CLINC150, new head: 1,500 queries; out of distribution: its out-of-scope queries",
     quality,
     lambda seed, dropout: minilm(seed, 4, 150, dropout),
     classes=150,

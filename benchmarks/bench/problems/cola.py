@@ -17,7 +17,7 @@ PRIORITY = 50
 train, test = texts("cola", "dev")
 QUALITY = QualityProblem(
     "cola",
-    "MiniLM → CoLA, new head: 1,000 sentences; foreign: BANKING77",
+    "MiniLM → CoLA, new head: 1,000 sentences; out of distribution: BANKING77",
     functools.partial(labelled_sentences, "cola"),
     lambda seed, dropout: minilm(seed, 4, 2, dropout),
     classes=2,

@@ -33,7 +33,7 @@ def quality(seed: int) -> QualityData:
 
 QUALITY = QualityProblem(
     "ants-bees",
-    "MobileNetV2 → ants or bees, new head: 245 photographs; foreign: ImageNet",
+    "MobileNetV2 → ants or bees, new head: 245 photographs; out of distribution: ImageNet",
     quality,
     mobilenet,
     classes=2,

@@ -49,7 +49,7 @@ def quality(seed: int) -> QualityData:
 
 QUALITY = QualityProblem(
     "kmnist",
-    "MNIST transformer → KMNIST, new head: 1,000 characters; foreign: notMNIST",
+    "MNIST transformer → KMNIST, new head: 1,000 characters; out of distribution: notMNIST",
     quality,
     functools.partial(vit_mnist, new_classes=True),
     classes=10,

@@ -18,7 +18,7 @@ def quality(seed: int) -> QualityData:
 
 QUALITY = QualityProblem(
     "notmnist",
-    "MNIST transformer → notMNIST, new head: 1,000 letters; foreign: Fashion-MNIST",
+    "MNIST transformer → notMNIST, new head: 1,000 letters; out of distribution: Fashion-MNIST",
     quality,
     functools.partial(vit_mnist, new_classes=True),
     classes=10,

@@ -17,7 +17,7 @@ PRIORITY = 40
 train, test = texts("sst2", "dev")
 QUALITY = QualityProblem(
     "sst2",
-    "MiniLM → SST-2, new head: 1,000 sentences; foreign: BANKING77's questions",
+    "MiniLM → SST-2, new head: 1,000 sentences; out of distribution: BANKING77's questions",
     functools.partial(labelled_sentences, "sst2"),
     lambda seed, dropout: minilm(seed, 4, 2, dropout),
     classes=2,

@@ -26,7 +26,7 @@ def quality(seed: int) -> QualityData:
 
 QUALITY = QualityProblem(
     "usps",
-    "MNIST transformer → USPS: 1,000 digits; foreign: notMNIST's letters",
+    "MNIST transformer → USPS: 1,000 digits; out of distribution: notMNIST's letters",
     quality,
     vit_mnist,
     classes=10,

@@ -51,7 +51,7 @@ def _problem(problem: Problem, flat: Sequence[Entry], adamw: Entry | None) -> li
     size = f"{cell['stream']:,} training and {cell['heldout']:,} test examples, {cell['parameters']:,} parameters"
     reached = "" if level is None else f"; AdamW's training loss in the end: {level:.4f}"
     header = ["", "chosen by", "setting", "train loss", "test loss", "gradient norm", "largest norm", "test accuracy"]
-    header += ["NLL", "ECE [chance]", "epochs to level", "cost (wall)", "state KiB"]
+    header += ["NLL", "ECE [null band]", "epochs to level", "cost (wall)", "state KiB"]
     return [
         f"## {problem.title}",
         "",

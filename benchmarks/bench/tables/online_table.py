@@ -155,7 +155,8 @@ def _details(by_row: dict[str, list[Entry]], problem: Problem) -> list[str]:
     loss = level(by_criterion(by_row.get("adamw", []), "online"))
     size = f"Stream of {cell['stream']:,}, tuning stream of {cell['sizes'][1]:,}, {cell['heldout']:,} held out."
     reached = "" if loss is None else f" AdamW's loss in its last quarter: {loss:.3f} nats."
-    header = ["", "chosen by", "setting", "online accuracy", "online loss", "held-out accuracy", "NLL", "ECE [chance]"]
+    header = ["", "chosen by", "setting", "online accuracy", "online loss", "held-out accuracy", "NLL"]
+    header += ["ECE [null band]"]
     header += ["steps", "cost (wall)", "state KiB", "adapter"]
     return [
         f"## {problem.title}",
