@@ -37,11 +37,12 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import (
 )
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
-from bayes_kf.inference.heldout.heldout_examples import HeldoutOutputs, heldout_batches, heldout_outputs
+from bayes_kf.inference.heldout.heldout_examples import HeldoutOutputs, heldout_outputs
 from bayes_kf.inference.heldout.member_weights import choose_weights
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive.heldout_calibration import heldout_batches
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch, to_device
 

@@ -67,6 +67,25 @@ def most_probable(log_density: Callable[[float], float], values: Sequence[float]
     return Choice(value, min(low, value), max(high, value), False, height)
 
 
+def near_best(losses: Sequence[Tensor], standard_errors: float) -> Tensor:
+    """Which candidates are not clearly worse than the best one, (K,): the best one, and those near it.
+
+    The mean loss of the others exceeds that of the best one by at most so many standard errors of the difference,
+    paired by example.
+
+    Args:
+        losses: of each candidate, (N,), of the same examples; a candidate whose mean is not finite is not near.
+        standard_errors: how many.
+    """
+    stacked = torch.stack(list(losses)).double()
+    means = stacked.mean(1).nan_to_num(torch.inf)
+    best = int(means.argmin())
+    error = (stacked - stacked[best]).std(1, correction=0) / max(1, stacked.shape[1] - 1) ** 0.5
+    near = (means - means[best] <= standard_errors * error) & torch.isfinite(means)
+    near[best] = True
+    return near
+
+
 def _crossing(grid: Tensor, cumulated: Tensor, share: float) -> float:
     """x where the cumulated probability reaches ``share``, by linear interpolation in log x."""
     right = int((cumulated >= share).to(torch.int8).argmax())

@@ -27,7 +27,7 @@ from bayes_kf.inference.config_groups import DynamicsSettings
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.heldout.choice import Choice, most_probable
+from bayes_kf.inference.heldout.choice import Choice, most_probable, near_best
 from bayes_kf.inference.heldout.heldout_examples import HeldoutBlock, HeldoutOutputs, heldout_blocks
 from bayes_kf.inference.heldout.joint_likelihood import joint_log_likelihood
 from bayes_kf.inference.heldout.sharpness import COARSE, choose_sharpness
@@ -71,14 +71,7 @@ def choose_size(posterior: P, loader: Iterable[Any]) -> Choice:
 
 def first_not_worse(losses: Sequence[Tensor]) -> int:
     """The first index whose losses (N,) exceed those of the best one by at most two paired standard errors."""
-    stacked = torch.stack(list(losses))
-    means = stacked.mean(1).nan_to_num(torch.inf)
-    best = int(means.argmin())
-    excess = stacked - stacked[best]
-    error = excess.std(1, correction=0) / max(1, stacked.shape[1] - 1) ** 0.5
-    near = means - means[best] <= STANDARD_ERRORS * error
-    near[best] = True
-    return int(near.nonzero().min())
+    return int(near_best(losses, STANDARD_ERRORS).nonzero().min())
 
 
 def with_size(posterior: P, size: float) -> P:

@@ -8,20 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from bayes_kf.inference.heldout.choice import near_best
 
 STANDARD_ERRORS = 2.0
 
 
 def choose_weights(losses: Sequence[Tensor]) -> list[float]:
     """The weights of members with these log losses of the same examples, (N,) each; they add up to 1."""
-    stacked = torch.stack([loss.double() for loss in losses])
-    best = int(stacked.mean(1).nan_to_num(torch.inf).argmin())
-    excess = stacked - stacked[best]
-    number = stacked.shape[1]
-    error = excess.std(1, correction=0) / max(1, number - 1) ** 0.5
-    is_kept = excess.mean(1) <= STANDARD_ERRORS * error
-    is_kept &= torch.isfinite(stacked).all(1)
-    is_kept[best] = True
+    is_kept = near_best(losses, STANDARD_ERRORS)
     return (is_kept.double() / is_kept.sum()).tolist()

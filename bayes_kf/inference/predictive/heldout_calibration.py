@@ -50,7 +50,7 @@ def calibrate_temperature(posterior: P, loader: Iterable[Any]) -> P:
         return _calibrate_with_noise(posterior, loader)
     family, losses = posterior.likelihood, list[Tensor]()
     num_examples = 0
-    for batch in _heldout_batches(posterior, loader):
+    for batch in heldout_batches(posterior, loader):
         with posterior.adapter.full_precision():
             losses.append(log_losses(posterior, family, batch, num_examples))
         num_examples += batch.size
@@ -63,7 +63,7 @@ def calibrate_softmax(posterior: P, loader: Iterable[Any]) -> P:
     if not isinstance(family, Categorical):
         raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {family.name!r}.")
     losses = SOFTMAX_PRIOR
-    for batch in _heldout_batches(posterior, loader):
+    for batch in heldout_batches(posterior, loader):
         with posterior.adapter.full_precision():
             outputs = posterior.adapter.outputs(posterior.mean_vector, batch.inputs)
         losses = losses + softmax_log_losses(family, outputs, required_targets(family, outputs, batch))
@@ -153,7 +153,7 @@ def _calibrate_with_noise(posterior: P, loader: Iterable[Any]) -> P:
 def _heldout_residuals(posterior: GaussianPosterior, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Residuals e = y − f(x, μ), (N, m), and covariances J P Jᵀ, (N, m, m), of held-out examples."""
     family, residuals, covariances = posterior.likelihood, list[Tensor](), list[Tensor]()
-    for batch in _heldout_batches(posterior, loader):
+    for batch in heldout_batches(posterior, loader):
         with posterior.adapter.full_precision():
             for _, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, batch):
                 linearized = posterior.kf.linearize(posterior.mean_vector, chunk)
@@ -189,7 +189,7 @@ def gaussian_log_losses(variance: Tensor, residual: Tensor, output_cov: Tensor) 
     return -torch.distributions.MultivariateNormal(zero, total, validate_args=False).log_prob(residual)
 
 
-def _heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[Batch]:
+def heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[Batch]:
     """Every batch, with targets, on the model's device.
 
     Raises:

@@ -173,14 +173,15 @@ def _convolved(name, f, C, y, kind):
     return scipy.integrate.quad(given, f[1] - 12 * log_sd, f[1] + 12 * log_sd, limit=300, epsabs=1e-13)[0]
 
 
-@pytest.mark.parametrize("dof", [2.1, 4.0, 30.0, 1000.0])
-@pytest.mark.parametrize("distance", [0.0, 1.0, 30.0, 1e6])
+# with 1,000 degrees of freedom the log density at 1e6 is below −10,000, far beyond where the nodes end
+@pytest.mark.parametrize(
+    ("dof", "distance"),
+    [(dof, far) for dof in (2.1, 4.0, 30.0, 1000.0) for far in (0.0, 1.0, 30.0, 1e6) if (dof, far) != (1000.0, 1e6)],
+)
 def test_the_nodes_of_the_student_t_density_reach_outliers(dof, distance):
     """Without uncertainty of the mean it is the Student-t density itself."""
     family = StudentT(torch.tensor(1.0).double(), dof)
     mixture = family.normal_mixture(torch.zeros(1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double(), 9.0)
-    if dof == 1000.0 and distance == 1e6:
-        pytest.skip("its log density is below −10,000; the sum ends at −750")
     value = torch.tensor([[distance]]).double()
     expected = float(family.log_prob(torch.zeros(1, 1).double(), value))
     assert float(mixture.log_density(value)) == pytest.approx(expected, abs=1e-6)

@@ -19,6 +19,7 @@ from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes.map_passes import MapPasses
 from bayes_kf.inference.fitting.passes.noise_refit import refit_noise
 from bayes_kf.inference.fitting.progress import ProgressBar
+from bayes_kf.inference.heldout.choice import near_best
 from bayes_kf.inference.heldout.sharpness import point_log_losses
 from bayes_kf.models.batch import Batch
 
@@ -73,14 +74,7 @@ def early_stopped_passes(
 
 def latest_not_worse(losses: Sequence[Tensor]) -> int:
     """The last index whose losses (N,) exceed those of the best one by at most one paired standard error."""
-    stacked = torch.stack(list(losses)).double()
-    means = stacked.mean(1).nan_to_num(torch.inf)
-    best = int(means.argmin())
-    excess = stacked - stacked[best]
-    error = excess.std(1, correction=0) / max(1, stacked.shape[1] - 1) ** 0.5
-    near = (means - means[best] <= STANDARD_ERRORS * error) & torch.isfinite(means)
-    near[best] = True
-    return int(near.nonzero().max())
+    return int(near_best(losses, STANDARD_ERRORS).nonzero().max())
 
 
 def heldout_point_losses(kf: KalmanFilter, state: FilterState, heldout: Iterable[Batch]) -> Tensor:

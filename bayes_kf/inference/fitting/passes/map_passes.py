@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import DivergenceError, FilterState
-from bayes_kf.inference.fitting.loop import LoopStep, run_loop
-from bayes_kf.inference.fitting.passes.filter_pass import check_same_examples
-from bayes_kf.inference.fitting.passes.mean_pass import loss_gradient
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.fitting.passes.mean_pass import loss_gradient, pass_of_steps
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.models.batch import Inputs, check_inputs
 
@@ -43,7 +41,7 @@ class MapPasses:
         self._sd = start.prior.variance.sqrt()
         self._z = torch.nn.Parameter((start.belief.mean - start.prior.mean) / self._sd)
         self._optimizer = torch.optim.Adam([self._z], lr=learning_rate)
-        self._rate, self._examples = learning_rate, 0
+        self._rate, self._done = learning_rate, 0  # passes done
 
     def run(self, state: FilterState, loader: Iterable[Any], progress: ProgressBar) -> tuple[FilterState, float]:
         """The state after one more pass, and the log loss per example, in nats, each before its own step.
@@ -57,31 +55,18 @@ class MapPasses:
             ValueError: if the loader yields another number of examples.
             DivergenceError: if the mean is not finite; its state is the one before the pass.
         """
-        total, examples = 0.0, 0
+        after, loss = pass_of_steps(state, loader, self._step, progress)
+        self._done += 1
+        return after, loss
 
-        def update(now: FilterState, inputs: Inputs, targets: Tensor) -> tuple[FilterState, float]:
-            after, loss = self._step(now, inputs, targets)
-            if not bool(torch.isfinite(after.belief.mean).all()):
-                raise DivergenceError(state.step, f"the mean in batch {progress.done} of a mean pass", state)
-            return after, loss
-
-        def add_loss(step: LoopStep[FilterState, float]) -> None:
-            nonlocal total, examples
-            total, examples = total + step.info, examples + len(step.targets)
-
-        after = run_loop(loader, state, update, [add_loss], progress, lambda: f"log loss {total / examples:.3f}")
-        check_same_examples(state.examples, examples)
-        return after, total / examples
-
-    def _step(self, state: FilterState, inputs: Inputs, targets: Tensor) -> tuple[FilterState, float]:
-        """The state after a step, and the batch's summed log loss before it."""
+    def _step(self, state: FilterState, inputs: Inputs, targets: Tensor, examples: int) -> tuple[FilterState, float]:
+        """The state after a step, and the batch's summed log loss before it; ``examples`` of this pass are done."""
         check_inputs(inputs)
-        done = self._examples / (self._passes * self._start.examples)
+        done = (self._done + examples / self._start.examples) / self._passes
         self._optimizer.param_groups[0]["lr"] = self._rate * max(0.0, 1.0 - done)
         loss, gradient = loss_gradient(self._kf.config, self._kf.adapter, state, inputs, targets)
         with torch.no_grad():
             self._z.grad = gradient * self._sd / len(targets) + self._z / self._start.examples
         self._optimizer.step()
-        self._examples += len(targets)
         mean = state.prior.mean + self._sd * self._z.detach()
         return state._replace(belief=state.belief.with_mean(mean)), loss

@@ -14,7 +14,7 @@ natural gradients are from Amari (1998).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,11 +57,37 @@ def mean_pass(
         ValueError: if the loader yields another number of examples.
         DivergenceError: if the mean is not finite; its state is ``before``.
     """
+
+    def step(state: FilterState, inputs: Inputs, targets: Tensor, examples: int) -> tuple[FilterState, float]:
+        done = (number + examples / before.examples) / passes
+        return natural_gradient_step(kf.config, kf.adapter, state, inputs, targets, step_size * (1.0 - done))
+
+    return pass_of_steps(before, loader, step, progress)
+
+
+def pass_of_steps(
+    before: FilterState,
+    loader: Iterable[Any],
+    step: Callable[[FilterState, Inputs, Tensor, int], tuple[FilterState, float]],
+    progress: ProgressBar,
+) -> tuple[FilterState, float]:
+    """The state after a step with every batch, and the log loss per example, in nats, each before its own step.
+
+    Args:
+        before: the state before the pass; its ``examples`` are those that the loader must yield.
+        loader: the same examples as in earlier passes.
+        step: from a state, inputs, targets and the number of examples so far to the state after the batch and its
+            summed log loss before.
+        progress: advanced after every batch.
+
+    Raises:
+        ValueError: if the loader yields another number of examples.
+        DivergenceError: if the mean is not finite; its state is ``before``.
+    """
     total, examples = 0.0, 0
 
     def update(state: FilterState, inputs: Inputs, targets: Tensor) -> tuple[FilterState, float]:
-        done = (number + examples / before.examples) / passes
-        after, loss = natural_gradient_step(kf.config, kf.adapter, state, inputs, targets, step_size * (1.0 - done))
+        after, loss = step(state, inputs, targets, examples)
         if not bool(torch.isfinite(after.belief.mean).all()):
             raise DivergenceError(before.step, f"the mean in batch {progress.done} of a mean pass", before)
         return after, loss
