@@ -130,3 +130,8 @@ def test_parts_that_know_nothing_of_each_other():
 def test_no_folder_is_crowded():
     for folder in {path.parent for path in FILES.values()}:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+
+
+def test_the_posterior_is_a_facade():
+    """What it does stands in the parts below; here are the methods that users call, and their words."""
+    assert len(FILES["inference/posterior"].read_text(encoding="utf-8").splitlines()) <= 250

@@ -60,9 +60,7 @@ class Posterior(GaussianPosterior):
                 drawn from N(μ, P), a forward pass each. It warns if the two methods differ by more than Monte Carlo
                 error on the first 16 examples (of a loader: of its first batch); this is checked from eight draws on,
                 if there are at least as many draws as outputs. "mean": the outputs at μ alone, as plain PEFT gives.
-            num_samples: S draws for "linearized" and "sampled". The mean log probability of targets is too low by about
-                Var p / (2 S p²), because it is the logarithm of a mean of draws. In softmax regression with eight
-                classes and 64 draws, this is 0.0004 nats at temperature 0.1 and 0.003 at 1.
+            num_samples: S draws for "linearized" and "sampled". Log probabilities are low by about Var p / (2 S p²).
             generator: source of the draws; by default a new one seeded with ``config.seed``, so that the same call
                 gives the same answer.
             targets: if given, ``log_prob`` of the result is filled.
@@ -82,8 +80,7 @@ class Posterior(GaussianPosterior):
     ) -> LoaderPrediction:
         """Predictive distributions for all N examples of a loader, on the CPU, with the loader's targets.
 
-        They do not depend on the division into batches, except for rounding. All batches are predicted by the same
-        adapters if adapters are drawn; draws of outputs are different for each example.
+        They do not depend on the batches, except for rounding: drawn adapters are the same for all of them.
 
         Args:
             loader: batches as ``fit`` takes them; targets may be missing.
@@ -100,11 +97,9 @@ class Posterior(GaussianPosterior):
     def calibrate(self, loader: Iterable[Any]) -> Self:
         """The same posterior at the temperature that held-out data choose.
 
-        For an adapter that was trained elsewhere (``fit(start="trained")``), or if a part of the data can be spared. It
-        takes one linearized prediction of each batch. The temperature is the one nearest to 1 whose log loss is within
-        half a standard error of the smallest, paired by example. An estimated σ² is estimated again at each
-        temperature: the most probable one given the held-out residuals, where the present σ² weighs as much as 20
-        observations. Warns if the temperature is 0.01 or less: predictions are then those of the mean alone.
+        The temperature is the one nearest to 1 whose log loss is within half a standard error of the smallest, paired
+        by example. An estimated σ² is estimated again at each temperature: the most probable one given the held-out
+        residuals, where the present σ² weighs as much as 20 observations. Warns if the temperature is 0.01 or less.
 
         Args:
             loader: batches with targets that the posterior was not fitted on.
@@ -119,10 +114,8 @@ class Posterior(GaussianPosterior):
     def calibrate_softmax(self, loader: Iterable[Any]) -> Self:
         """The same posterior with the softmax temperature, at most 1, that held-out data choose.
 
-        A covariance can only add uncertainty. If the mean alone is less confident than held-out data justify, as with
-        many classes of a few examples each, dividing its logits removes uncertainty. The data are predicted once, by
-        the mean. The divisor is the most probable one under a prior that keeps it near 1; without a prior, a handful of
-        examples, all predicted right, would make the posterior certain. Call it before :meth:`calibrate`.
+        A covariance can only add uncertainty; dividing the logits removes it where the mean alone is less confident
+        than held-out data justify. A prior keeps the divisor near 1. Call it before :meth:`calibrate`.
 
         Args:
             loader: batches with targets that the posterior was not fitted on.
@@ -137,9 +130,8 @@ class Posterior(GaussianPosterior):
         """Contribution of each tensor to the variance of the outputs, tensor name -> squared units of the outputs.
 
         It is the mean over examples and outputs of J_t (P Jᵀ)_t times the temperature. For a classifier, outputs count
-        less their mean over the classes, which softmax ignores. The numbers add up to the mean variance of the outputs.
-        A covariance of two tensors counts for each of them, so a number may be negative. If there are more than 16
-        outputs, 16 of them are used.
+        less their mean over the classes, which softmax ignores. The numbers add up to the mean variance of the outputs;
+        one may be negative, since covariances of two tensors count for both. At most 16 outputs are used.
 
         Args:
             batch: inputs, or a batch as ``fit`` takes them; its first 8 examples are used.
@@ -149,24 +141,9 @@ class Posterior(GaussianPosterior):
         """
         return output_variance.output_variance(self, batch)
 
-    def reading(self, adapter: AdapterModel) -> Self:
-        """The same as :meth:`with_adapter`."""
-        return self.with_adapter(adapter)
-
     def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
         """Text by the posterior predictive of a causal language model, with its uncertainty; see ``generation``."""
         return generation.generate(self, inputs, max_new_tokens, **settings)
-
-    def filter(self) -> KalmanFilter:
-        """The filter, to continue from :attr:`state`."""
-        return self.kf
-
-    def apply_to(self, model: nn.Module) -> None:
-        """Write the posterior mean into ``model``, in place; ValueError if it has other trainable tensors."""
-        other = AdapterModel(model)
-        if (other.names, other.shapes) != (self.adapter.names, self.adapter.shapes):
-            raise ValueError("`model` must have the trainable tensors that the posterior was fitted on, got others.")
-        other.assign(self.mean_vector.to(other.device))
 
     def guide(self) -> KalmanGuide:
         """A Pyro guide that begins at this posterior, with one sample site per tensor, under its name."""
@@ -193,14 +170,12 @@ class Posterior(GaussianPosterior):
 
         Args:
             model: the module, or an adapter of it.
-            samples: tensor name -> S draws, (S, ...), as ``MCMC.get_samples()`` returns them. Draws of other names
-                are left out.
+            samples: tensor name -> S draws, (S, ...), as ``MCMC.get_samples()`` returns; other names are ignored.
             config: the settings; ``covariance`` says how much of the draws' covariance is kept.
             inputs: a batch on which the prior takes its scale, as in ``KalmanFilter.init``, if the config asks for it.
 
         Raises:
-            ValueError: if draws are missing, too few, not finite or do not fit, the config estimates the noise, which
-                the draws do not hold, or the prior needs ``inputs``.
+            ValueError: if draws are missing or do not fit, the noise is estimated, or the prior needs ``inputs``.
         """
         return cls(*sample_moments.fitted_to_samples(model, samples, config, inputs))
 
@@ -252,18 +227,14 @@ class Posterior(GaussianPosterior):
         return pretrained.export_draws(self, Path(folder), self.sample(num_samples, generator))
 
     def to_arviz(
-        self,
-        num_samples: int = 500,
-        generator: torch.Generator | None = None,
-        loader: Iterable[Any] | None = None,
+        self, num_samples: int = 500, generator: torch.Generator | None = None, loader: Iterable[Any] | None = None
     ) -> Any:
         """Draws from the posterior as ArviZ data: group ``posterior``, one variable per tensor.
 
         A loader of N examples adds three groups with the variable ``target``: ``observed_data`` (N,);
         ``posterior_predictive`` (chain, draw, N), a target drawn from the likelihood of every drawn adapter; and
         ``log_likelihood`` (chain, draw, N). Targets of several outputs have them as the last axis; their log-likelihood
-        is the joint one. The draws are independent. They are divided into two chains (more for an odd number of draws,
-        one if no number divides them), since ArviZ needs two for R̂. It predicts by "sampled" and warns as that does.
+        is the joint one. The draws are independent; ``arviz_export.num_chains`` divides them into chains for R̂.
 
         Args:
             num_samples: S draws.

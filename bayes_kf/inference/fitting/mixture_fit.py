@@ -1,12 +1,12 @@
 """``fit_mixture``: several posteriors of one data set, and the mixture of those that predict held-out data well.
 
 1. One example in eight is held out. For each member, which differ in their priors:
-   a pass of the filter over the others; passes of the mean, stopped where the held-out examples are predicted best; and
-   the covariance at that mean.
+   a pass of the filter over the others; passes of the mean, up to the latest one that the held-out examples do not
+   reject; and the covariance at that mean.
 2. The held-out examples choose the size of each covariance, the weights of the members and one divisor of the logits.
 3. Each member with a weight learns the held-out examples: its covariance, and its mean in one more pass over all data.
 
-Ours. ``docs/concepts`` explains it; ``benchmarks/quality`` measures it.
+Ours. ``docs/how-to/mixture.md`` explains it; ``benchmarks/quality/split`` measures it.
 """
 
 from __future__ import annotations

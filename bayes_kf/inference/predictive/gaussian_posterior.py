@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
@@ -190,6 +190,21 @@ class GaussianPosterior:
         if (adapter.names, adapter.shapes) != (self.adapter.names, self.adapter.shapes):
             raise ValueError("`adapter` must have the trainable tensors that the posterior was fitted on, got others.")
         return replace(self, kf=KalmanFilter(adapter, self.config))
+
+    def reading(self, adapter: AdapterModel) -> Self:
+        """The same as :meth:`with_adapter`."""
+        return self.with_adapter(adapter)
+
+    def filter(self) -> KalmanFilter:
+        """The filter, to continue from :attr:`state`."""
+        return self.kf
+
+    def apply_to(self, model: nn.Module) -> None:
+        """Write the posterior mean into ``model``, in place; ValueError if it has other trainable tensors."""
+        other = AdapterModel(model)
+        if (other.names, other.shapes) != (self.adapter.names, self.adapter.shapes):
+            raise ValueError("`model` must have the trainable tensors that the posterior was fitted on, got others.")
+        other.assign(self.mean_vector.to(other.device))
 
 
 def as_training_series(history: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,9 +4,8 @@ With z = (θ − μ₀)/σ₀ the objective is −Σ log p(yᵢ | θ)/N + |z|²/
 descends it from the filter's mean. All parameters have one scale in z, so that one learning rate serves every prior;
 it decreases linearly to zero. A pass costs as much as an epoch of AdamW.
 
-The natural-gradient steps of :mod:`.mean_pass` are bounded by the Kalman gain and stop far from the mode: after ten
-passes their held-out log loss on notMNIST was 1.16, after six of these 0.87 (``docs/development/decisions.md``). Ours
-in this use.
+The natural-gradient steps of :mod:`.mean_pass` are bounded by the Kalman gain and stop short of the mode
+(``docs/development/decisions.md``, "Several posteriors"). Ours in this use.
 """
 
 from __future__ import annotations
