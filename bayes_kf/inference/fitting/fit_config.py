@@ -61,6 +61,7 @@ def fit_config(
     label: str = "",
     *,
     choose_defaults: bool = False,
+    prior_mean: Tensor | None = None,
 ) -> Posterior:
     """The posterior under one config; ``model``, ``loader``, ``start`` and errors as for :func:`bayes_kf.fit`.
 
@@ -73,6 +74,7 @@ def fit_config(
         label: the beginning of the text before them.
         choose_defaults: whether to replace the config's likelihood and curvature by the defaults for the targets and
             the number of outputs.
+        prior_mean: (n,); None: the model's tensors. Not with ``start`` "trained".
     """
     is_trained = start == "trained"
     if is_trained and config.temperature == "prequential" and config.tune is None:
@@ -85,7 +87,7 @@ def fit_config(
         raise ValueError("`loader` must yield at least one batch, got none.")
     if choose_defaults:
         kf = _with_defaults(kf, data.first)
-    posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data)
+    posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data, prior_mean)
     posterior = _gauss_newton_passes(posterior, data)
     return _mean_passes(posterior, data)
 
@@ -117,14 +119,14 @@ def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 
 
-def _fit_from_prior(kf: KalmanFilter, data: _Data) -> Posterior:
+def _fit_from_prior(kf: KalmanFilter, data: _Data, prior_mean: Tensor | None) -> Posterior:
     """The posterior after the first pass, which starts from the prior; with ``tune``, under the best settings."""
     history = FitHistory(kf.config.likelihood)
     batches, inputs = itertools.chain(data.first, data.rest), scale_inputs(kf, data.first)
     evidence: dict[str, Tensor] = {}
     with data.bar("fit") as bar:
         if kf.config.tune is None:
-            state = kf.init(inputs)
+            state = kf.init(inputs, prior_mean)
         else:
             kf, state, evidence["evidence"] = select_on_stream(kf, batches, inputs, history, bar)
         state = filter_pass(kf, state, batches, history, bar)
