@@ -278,9 +278,20 @@ class MixturePosterior:
         """The same mixture over another view of its model; see :meth:`Posterior.with_adapter`."""
         return replace(self, members=tuple(member.with_adapter(adapter) for member in self.members))
 
-    def apply_to(self, model: nn.Module) -> None:
-        """Write the mean of the best member into ``model``, in place; ValueError if it has other trainable tensors."""
-        self.best.apply_to(model)
+    def apply_to(self, model: nn.Module, member: int = 0) -> Posterior:
+        """Write the mean of one member into ``model``, in place; returns that member.
+
+        Args:
+            model: with the mixture's trainable tensors.
+            member: number of the member; by default the best one.
+
+        Raises:
+            ValueError: if there is no such member, or the model has other trainable tensors.
+        """
+        if not 0 <= member < len(self.members):
+            raise ValueError(f"`member` must be from 0 to {len(self.members) - 1}, got {member}.")
+        self.members[member].apply_to(model)
+        return self.members[member]
 
     def to_arviz(
         self, num_samples: int = 500, generator: torch.Generator | None = None, loader: Iterable[Any] | None = None

@@ -201,10 +201,14 @@ def test_reports_arviz_and_exports(mixture, digits, tmp_path):
     folders = mixture.export_adapters(tmp_path / "draws", 3)
     assert [folder.name for folder in folders] == ["draw_0", "draw_1", "draw_2"]
     model = lora_digits_vit(rank=2)
-    mixture.apply_to(model)
+    assert mixture.apply_to(model) is mixture.best
     with torch.no_grad():
         actual = model.eval()(digits[1].images[:4]).logits.softmax(-1)
     torch.testing.assert_close(actual, mixture.best.predict(digits[1].images[:4], "mean").probs)
+    assert mixture.apply_to(model, member=1) is mixture.members[1]
+    assert torch.equal(bkf.AdapterModel(model).vector(), mixture.members[1].mean_vector)
+    with pytest.raises(ValueError, match="`member` must be from 0 to 1, got 2"):
+        mixture.apply_to(model, member=2)
     assert repr(mixture).startswith("MixturePosterior of 2 members:")
 
 
