@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES
 from bayes_kf.inference.fitting.passes.mean_pass import STEP_SIZE
 from bayes_kf.inference.fitting.passes.scale_refit import can_refit_scale
 from bayes_kf.integrations.posterior_trainer import PosteriorTrainer
+from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_callbacks import (
     EpochCounter,
     EpochEnd,
@@ -51,7 +53,9 @@ class KalmanTrainer(PosteriorTrainer):
     Args:
         *args: of Trainer.
         kalman: the settings; by default ``KalmanConfig()`` for one epoch, ``KalmanConfig.dataset()`` for more, with the
-            likelihood of the first labels, as :func:`~bayes_kf.fit` without a config.
+            likelihood of the first labels, as :func:`~bayes_kf.fit` without a config. Several settings, as for a
+            :class:`~bayes_kf.Bank`, train a mixture: all members on the same batches, with weights by the evidence of
+            their predictions in the first epoch. The model has the mean of the best member.
         method: of predictions in evaluation, see :meth:`~bayes_kf.Posterior.predict`.
         num_samples: of predictions in evaluation.
         **kwargs: of Trainer.
@@ -84,7 +88,7 @@ class KalmanTrainer(PosteriorTrainer):
     def __init__(
         self,
         *args: Any,
-        kalman: KalmanConfig | None = None,
+        kalman: KalmanConfig | Sequence[KalmanConfig] | None = None,
         method: str = "linearized",
         num_samples: int = 64,
         **kwargs: Any,
@@ -110,7 +114,8 @@ class KalmanTrainer(PosteriorTrainer):
         if self._seen_dataset is not None and self._seen_dataset is self.train_dataset and not resumed:
             raise ValueError("`train_dataset` must be a new one to continue training, got the one already trained on.")
         if self._num_epochs() > 1:
-            check_passes(self._settings())
+            for settings in self._trained.configs if isinstance(self._trained, TrainerBank) else [self._settings()]:
+                check_passes(settings)
         if self._trained.state is not None and not resumed and self._num_epochs() > 1:
             raise ValueError(
                 f"`num_train_epochs` must be 1 for a second data set, got {self._num_epochs():g}; later epochs move "
