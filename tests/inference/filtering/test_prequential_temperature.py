@@ -13,6 +13,7 @@ from bayes_kf import evaluation
 from bayes_kf.inference.filtering import measurement_update, prequential_temperature
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
 from bayes_kf.inference.measurement_model import predictive_density
+from bayes_kf.inference.predictive.heldout_calibration import calibrate_temperature
 from bayes_kf.models.likelihood import Bernoulli, Categorical
 
 
@@ -193,8 +194,9 @@ def contradicted():
 
 def test_a_temperature_at_the_cold_end_is_said(contradicted, tmp_path):
     posterior, x, y = contradicted
+    actual = calibrate_temperature(posterior, [(x, y)])
     with pytest.warns(UserWarning, match=r"the temperature chosen is 0.001: predictions are those of the mean alone"):
-        actual = posterior.calibrate([(x, y)])
+        prequential_temperature.warn_of_mean_alone(actual.temperature)
     assert actual.temperature == prequential_temperature.GRID[0]
     assert "those of the mean alone" in repr(actual)
     actual.save_pretrained(tmp_path / "saved")

@@ -256,7 +256,7 @@ def test_temperature_is_configured_or_chosen_by_held_out_data():
     fixed = dataclasses.replace(config_of("full"), temperature=0.7)
     assert bkf.fit(model, batches, fixed, start="trained", progress=False).temperature == 0.7
     held_out = data(count=30, seed=5)
-    calibrated = posterior.calibrate(held_out)
+    calibrated = heldout_calibration.calibrate_temperature(posterior, held_out)
     losses = {}
     for t in prequential_temperature.GRID:
         scaled = bkf.Posterior(
