@@ -80,7 +80,10 @@ def _open_training_data(
 
 def _scores(posterior: Posterior) -> list[str]:
     """Prequential scores, or training scores for `--start trained`, in lines of text."""
-    history, temperature = posterior.history, f"temperature {posterior.temperature:g}"
+    history = posterior.history
+    temperature = f"temperature {posterior.temperature:g}"
+    if "size" in history:
+        temperature += f", size {float(history['size'][0]):g}"
     if "log_loss" not in history:
         correct = history.get("training_correct")
         accuracy = "" if correct is None else f", accuracy {correct.mean():.3f}"

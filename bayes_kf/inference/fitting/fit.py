@@ -36,6 +36,7 @@ def fit(
     config: KalmanConfig | Sequence[KalmanConfig] | None = None,
     *,
     start: str = "prior",
+    held_out: Iterable[Any] | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
     progress: bool | None = None,
@@ -62,9 +63,11 @@ def fit(
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given. The
-            temperature is 0.1 unless the config gives a number; :meth:`Posterior.calibrate` finds a better one on
-            held-out data. With ``mean_passes``, the mean then moves on toward the mode, for adapters whose training was
-            stopped early.
+            size of the covariance is then 10, and ``held_out`` chooses a better one (:meth:`Posterior.calibrate`); a
+            ``temperature`` that the config gives as a number is used instead. With ``mean_passes``, the mean moves on
+            toward the mode, for adapters whose training was stopped early.
+        held_out: with ``start`` "trained": batches on which the adapter was not trained, of 50 examples or more if
+            possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`.
         checkpoint: a folder in which a single pass saves its posterior after every ``every`` updates, at the end, and
             when it is stopped (Ctrl-C, an error of the loader). A later call with the same loader, config and folder
             skips the batches of the earlier call; its result equals that of an uninterrupted pass to the bit. None: no
@@ -75,7 +78,8 @@ def fit(
 
     Raises:
         ValueError: if ``start`` is unknown, the loader is empty, cannot be iterated again for several passes, or cannot
-            be split for several configs, or a batch does not fit; the message gives the number of the batch.
+            be split for several configs, or a batch does not fit; the message gives the number of the batch. Also if
+            ``held_out`` is given with another ``start`` or a number as ``temperature``.
         FitDivergenceError: a :class:`DivergenceError`, if the filter refuses an update; its attribute ``posterior`` is
             the posterior before that update. With several configs: only if all of them diverge.
 
@@ -90,7 +94,11 @@ def fit(
         config = heldout_config_selection.check_candidates(config)
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
-    posterior = _fit(model, loader, config, start, checkpoint, every, shows_progress(progress))
+    if held_out is not None and start != "trained":
+        raise ValueError("`held_out` must be None with `start` 'prior', got batches; `Posterior.calibrate` takes them.")
+    if held_out is not None and not isinstance(held_out, Iterable):
+        raise ValueError(f"`held_out` must be iterable, got {type(held_out).__name__}.")
+    posterior = _fit(model, loader, config, start, held_out, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
         prequential_temperature.warn_of_mean_alone(posterior.temperature)
@@ -102,6 +110,7 @@ def _fit(
     loader: Iterable[Any],
     config: KalmanConfig | Sequence[KalmanConfig] | None,
     start: str,
+    held_out: Iterable[Any] | None,
     checkpoint: str | Path | None,
     every: int,
     progress: bool,
@@ -113,10 +122,12 @@ def _fit(
         if config is not None and not isinstance(config, KalmanConfig):
             raise ValueError("`config` must be one KalmanConfig with a `checkpoint`, got several.")
         return fit_with_checkpoints(model, loader, config, checkpoint, every, progress)
-    if isinstance(config, KalmanConfig):
-        return fit_config(model, loader, config, start, progress)
-    if config is not None and start == "trained":
+    if start == "trained" and not isinstance(config, KalmanConfig | None):
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
+    if isinstance(config, KalmanConfig) or start == "trained":
+        settings = config if isinstance(config, KalmanConfig) else KalmanConfig()
+        is_default = config is None
+        return fit_config(model, loader, settings, start, progress, choose_defaults=is_default, held_out=held_out)
     if config is None:
         return fit_default(model, loader, start, progress)
     split = heldout_config_selection.split_loader(loader)

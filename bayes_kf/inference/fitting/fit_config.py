@@ -25,6 +25,7 @@ from bayes_kf.inference.fitting.passes.scale_refit import refit_scale
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.fitting.selection.heldout_config_selection import default_curvature
 from bayes_kf.inference.fitting.selection.stream_config_selection import select_on_stream
+from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch
@@ -61,6 +62,7 @@ def fit_config(
     label: str = "",
     *,
     choose_defaults: bool = False,
+    held_out: Iterable[Any] | None = None,
 ) -> Posterior:
     """The posterior under one config; ``model``, ``loader``, ``start`` and errors as for :func:`bayes_kf.fit`.
 
@@ -73,10 +75,14 @@ def fit_config(
         label: the beginning of the text before them.
         choose_defaults: whether to replace the config's likelihood and curvature by the defaults for the targets and
             the number of outputs.
+        held_out: as for :func:`bayes_kf.fit`, which calls this function in its second step.
     """
     is_trained = start == "trained"
-    if is_trained and config.temperature == "prequential" and config.tune is None:
-        config = dataclasses.replace(config, temperature=prior_evidence.TRAINED_TEMPERATURE)
+    gets_size = is_trained and config.temperature == "prequential" and config.tune is None
+    if gets_size:
+        config = dataclasses.replace(config, temperature=1.0)
+    elif held_out is not None:
+        raise ValueError(f"`temperature` must be 'prequential' with `held_out`, got {config.temperature}.")
     kf = KalmanFilter(model, config)
     _check_passes(kf.config, loader, is_trained)
     batches = iter(loader)
@@ -86,8 +92,12 @@ def fit_config(
     if choose_defaults:
         kf = _with_defaults(kf, data.first)
     posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data)
-    posterior = _gauss_newton_passes(posterior, data)
-    return _mean_passes(posterior, data)
+    posterior = _mean_passes(_gauss_newton_passes(posterior, data), data)
+    if held_out is not None:
+        return calibration.calibrate([posterior], [1.0], held_out, stacklevel=5)[0]
+    if gets_size and config.initial_variance is None:
+        return calibration.with_given_size(posterior, prior_evidence.TRAINED_SIZE)
+    return posterior
 
 
 def _check_passes(config: KalmanConfig, loader: Iterable[Any], is_trained: bool) -> None:

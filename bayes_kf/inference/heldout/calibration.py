@@ -106,11 +106,24 @@ def _warn(notes: Iterable[str | None], stacklevel: int) -> None:
             warnings.warn(note, stacklevel=stacklevel)
 
 
+def with_given_size(posterior: P, size: float) -> P:
+    """The posterior with a size that no data chose: ``history["size"]`` holds it without an interval."""
+    added = {"size": torch.tensor([size], dtype=torch.float64)}
+    return replace(with_size(posterior, size), history=posterior.history | added)
+
+
+def at_size_1(posterior: P) -> P:
+    """The posterior without the size that ``history["size"]`` says it has, so that a new choice does not add to it."""
+    static = is_static(posterior.config.dynamics_settings)
+    present = float(posterior.history["size"][0]) if static and "size" in posterior.history else 1.0
+    return with_size(posterior, 1.0 / present)
+
+
 def _with_chosen_size(posterior: P, batches: Sequence[Batch]) -> tuple[P, Choice]:
     """The posterior with the size that held-out data choose, and the σ² at it where that is estimated; the choice."""
     estimated = posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian"
     present, pairs = posterior.state.noise.variance, _pairs(batches)
-    start = with_size(posterior, 1.0)
+    start = at_size_1(posterior)
     if estimated:
         start = with_heldout_noise(start, pairs, present)
     size = choose_size(start, _pairs(_thinned(batches)))
