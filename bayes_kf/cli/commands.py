@@ -43,7 +43,7 @@ def run_fit(args: argparse.Namespace) -> None:
     else:  # no settings: as `bkf.fit` without a config
         with naming_options(config="--likelihood"):
             posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
-        prequential_temperature.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_edge(posterior.temperature)
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:
         print(_summary(posterior, labels, base.new_modules, args))

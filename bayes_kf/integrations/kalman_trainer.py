@@ -135,7 +135,7 @@ class KalmanTrainer(PosteriorTrainer):
         finally:
             self.train_dataset = whole
         if self._trained.kf is not None and isinstance(self._trained.kf.config.temperature, str):
-            prequential_temperature.warn_of_mean_alone(self.posterior.temperature)
+            prequential_temperature.warn_of_edge(self.posterior.temperature)
         return output
 
     def _check_epochs(self, resumed: bool) -> None:

@@ -101,7 +101,7 @@ def fit(
     posterior = _fit(model, loader, config, start, held_out, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
-        prequential_temperature.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_edge(posterior.temperature)
     return posterior
 
 

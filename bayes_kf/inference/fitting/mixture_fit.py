@@ -35,6 +35,7 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import (
     shuffled,
     split_loader,
 )
+from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
 from bayes_kf.inference.heldout.heldout_examples import HeldoutOutputs, heldout_outputs
@@ -151,6 +152,9 @@ def _combined(members: Sequence[Member], split: Split, progress: bool) -> Mixtur
     shares = [weight for _, weight in pairs]
     is_class = members[0].posterior.config.likelihood == "categorical"
     sharpness = choose_sharpness([member.heldout for member, _ in pairs], weights=shares) if is_class else None
+    edges = [calibration.edge_of_size(member.size) for member, _ in pairs]
+    edges += [calibration.edge_of_sharpness(sharpness)] if sharpness else []
+    calibration.warn(edges, stacklevel=4)
     posteriors = tuple(_learn_heldout(member, split, sharpness, progress) for member, _ in pairs)
     return MixturePosterior(posteriors, tuple(shares), posteriors[0].history)
 

@@ -51,7 +51,7 @@ def calibrate(members: Sequence[P], weights: Sequence[float], loader: Iterable[A
     if members[0].config.likelihood == "categorical":
         sized, sharpness = _with_chosen_sharpness(sized, weights, checked)
         notes.append(edge_of_sharpness(sharpness))
-    _warn(notes, stacklevel + 1)
+    warn(notes, stacklevel + 1)
     return sized
 
 
@@ -65,7 +65,7 @@ def calibrate_sharpness(posterior: P, loader: Iterable[Any]) -> P:
     if posterior.config.likelihood != "categorical":
         raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {posterior.config.likelihood!r}.")
     (sharp,), sharpness = _with_chosen_sharpness([posterior], [1.0], list(heldout_batches(posterior, loader)))
-    _warn([edge_of_sharpness(sharpness)], 4)
+    warn([edge_of_sharpness(sharpness)], 4)
     return sharp
 
 
@@ -100,7 +100,8 @@ def edge_of_sharpness(sharpness: Choice) -> str | None:
     return f"the softmax temperature chosen is {sharpness.value:g}, the {end} that was tried. {advice}"
 
 
-def _warn(notes: Iterable[str | None], stacklevel: int) -> None:
+def warn(notes: Iterable[str | None], stacklevel: int) -> None:
+    """Warn of each note that is not None."""
     for note in notes:
         if note is not None:
             warnings.warn(note, stacklevel=stacklevel)
