@@ -57,6 +57,11 @@ def add(latest: LatestExamples, inputs: Inputs, targets: Tensor, after: FilterSt
     return LatestExamples(latest.between, after, newer)
 
 
+def init(state: FilterState) -> LatestExamples:
+    """No examples yet, after a state whose prior has its scale (``KalmanFilter.init`` with inputs)."""
+    return LatestExamples(state)
+
+
 def calibrate(posterior: P, latest: LatestExamples, *, stacklevel: int = 3) -> P:
     """The posterior of a stream with the size and the sharpness that its latest examples choose.
 

@@ -284,7 +284,7 @@ def test_held_out_data_that_do_not_fit_the_settings_are_refused():
     model, batches = network(), data()
     with pytest.raises(ValueError, match=r"^`temperature` must be 'prequential' with `held_out`, got 1\.0\.$"):
         bkf.fit(model, batches, config_of("full"), start="trained", held_out=batches, progress=False)
-    with pytest.raises(ValueError, match=r"^`held_out` must be None with `start` 'prior', got batches"):
+    with pytest.raises(ValueError, match=r"^`held_out` must be None or 'latest' with `start` 'prior', got batches"):
         bkf.fit(model, batches, held_out=batches, progress=False)
     with pytest.raises(ValueError, match=r"^`held_out` must be iterable, got int\.$"):
         bkf.fit(model, batches, start="trained", held_out=3, progress=False)
