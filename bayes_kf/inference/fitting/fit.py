@@ -16,7 +16,7 @@ from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
-from bayes_kf.inference.fitting.fit_config import fit_config
+from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
 from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
@@ -36,6 +36,7 @@ def fit(
     config: KalmanConfig | Sequence[KalmanConfig] | None = None,
     *,
     start: str = "prior",
+    held_out: Iterable[Any] | str | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
     progress: bool | None = None,
@@ -61,10 +62,14 @@ def fit(
             choose its softmax temperature.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
-            approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given. The
-            temperature is 0.1 unless the config gives a number; :meth:`Posterior.calibrate` finds a better one on
-            held-out data. With ``mean_passes``, the mean then moves on toward the mode, for adapters whose training was
-            stopped early.
+            approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
+            that width is too large as a rule, its precision is multiplied by a size of 10. ``held_out`` chooses a
+            better size. A ``temperature`` that the config gives as a number is used instead. With ``mean_passes``, the
+            mean moves on toward the mode, for adapters whose training was stopped early.
+        held_out: with ``start`` "trained": batches on which the adapter was not trained, of 50 examples or more if
+            possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`. With
+            ``start`` "prior": "latest": one pass, whose latest 64 to 128 examples choose them, before they are learned
+            (``heldout.latest_examples``).
         checkpoint: a folder in which a single pass saves its posterior after every ``every`` updates, at the end, and
             when it is stopped (Ctrl-C, an error of the loader). A later call with the same loader, config and folder
             skips the batches of the earlier call; its result equals that of an uninterrupted pass to the bit. None: no
@@ -75,7 +80,8 @@ def fit(
 
     Raises:
         ValueError: if ``start`` is unknown, the loader is empty, cannot be iterated again for several passes, or cannot
-            be split for several configs, or a batch does not fit; the message gives the number of the batch.
+            be split for several configs, or a batch does not fit; the message gives the number of the batch. Also if
+            ``held_out`` is given with another ``start`` or a number as ``temperature``.
         FitDivergenceError: a :class:`DivergenceError`, if the filter refuses an update; its attribute ``posterior`` is
             the posterior before that update. With several configs: only if all of them diverge.
 
@@ -90,11 +96,32 @@ def fit(
         config = heldout_config_selection.check_candidates(config)
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
-    posterior = _fit(model, loader, config, start, checkpoint, every, shows_progress(progress))
+    _check_held_out(held_out, start, config)
+    posterior = _fit(model, loader, config, start, held_out, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
-        prequential_temperature.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_edge(posterior.temperature)
     return posterior
+
+
+def _check_held_out(
+    held_out: Iterable[Any] | str | None, start: str, config: KalmanConfig | Sequence[KalmanConfig] | None
+) -> None:
+    """Raise ValueError for held-out data that do not suit the start."""
+    if held_out is None:
+        return
+    if isinstance(held_out, str):
+        check_one_of("held_out", held_out, [LATEST])
+    if not isinstance(held_out, Iterable):
+        raise ValueError(f"`held_out` must be iterable, got {type(held_out).__name__}.")
+    if start == "trained" and held_out == LATEST:
+        raise ValueError("`held_out` must be batches with `start` 'trained', which has learned its data, got 'latest'.")
+    if start == "prior" and held_out != LATEST:
+        raise ValueError(
+            "`held_out` must be None or 'latest' with `start` 'prior', got batches; `Posterior.calibrate` takes them."
+        )
+    if held_out == LATEST and not isinstance(config, KalmanConfig | None):
+        raise ValueError("`config` must be one KalmanConfig with `held_out` 'latest', got several.")
 
 
 def _fit(
@@ -102,6 +129,7 @@ def _fit(
     loader: Iterable[Any],
     config: KalmanConfig | Sequence[KalmanConfig] | None,
     start: str,
+    held_out: Iterable[Any] | str | None,
     checkpoint: str | Path | None,
     every: int,
     progress: bool,
@@ -112,11 +140,16 @@ def _fit(
             raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")
         if config is not None and not isinstance(config, KalmanConfig):
             raise ValueError("`config` must be one KalmanConfig with a `checkpoint`, got several.")
+        if held_out is not None:
+            raise ValueError("`held_out` must be None with a `checkpoint`, got 'latest'.")
         return fit_with_checkpoints(model, loader, config, checkpoint, every, progress)
-    if isinstance(config, KalmanConfig):
-        return fit_config(model, loader, config, start, progress)
-    if config is not None and start == "trained":
+    if start == "trained" and not isinstance(config, KalmanConfig | None):
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
+    if isinstance(config, KalmanConfig) or held_out is not None or start == "trained":
+        without = KalmanConfig() if start == "trained" else KalmanConfig.stream()
+        settings = config if isinstance(config, KalmanConfig) else without
+        is_default = config is None
+        return fit_config(model, loader, settings, start, progress, choose_defaults=is_default, held_out=held_out)
     if config is None:
         return fit_default(model, loader, start, progress)
     split = heldout_config_selection.split_loader(loader)

@@ -37,8 +37,9 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import (
     shuffled,
     split_loader,
 )
+from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.heldout.choice import Choice
-from bayes_kf.inference.heldout.covariance_size import choose_common_size, with_size
+from bayes_kf.inference.heldout.covariance_size import choose_common_size, is_static, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
 from bayes_kf.inference.heldout.member_weights import choose_weights
 from bayes_kf.inference.heldout.sharpness import choose_sharpness, cross_fitted_sharpness
@@ -183,6 +184,8 @@ def _combined(members: Sequence[Member], progress: bool) -> MixturePosterior:
     weights = choose_weights(losses)
     kept = [number for number, weight in enumerate(weights) if weight > 0.0]
     sharpness = cross_fitted_sharpness([outputs[number] for number in kept]) if is_class else None
+    if sharpness:
+        calibration.warn([calibration.edge_of_sharpness(sharpness)], stacklevel=4)
     is_single = len(kept) == 1
     posteriors = tuple(_learn_heldout(sized[number], sharpness, is_single, progress) for number in kept)
     return MixturePosterior(posteriors, tuple(weights[number] for number in kept), posteriors[0].history)
@@ -194,12 +197,21 @@ def _with_sizes(members: Sequence[Member]) -> list[Member]:
     kinds = [dataclasses.replace(member.posterior.config, seed=0) for member in members]
     for kind in dict.fromkeys(map(repr, kinds)):
         alike = [number for number, other in enumerate(kinds) if repr(other) == kind]
-        size = choose_common_size([(members[n].posterior, members[n].split.heldout) for n in alike])
+        limit = -(-calibration.SIZE_EXAMPLES // len(alike))
+        size = choose_common_size([_of_limited_size(members[n], limit) for n in alike])
+        static = is_static(members[alike[0]].posterior.config.dynamics_settings)
+        calibration.warn([calibration.edge_of_size(size, static)], stacklevel=5)
         for number in alike:
             posterior = with_size(members[number].posterior, size.value)
             history = posterior.history | {"size": size.as_tensor()}
             sized[number] = members[number]._replace(posterior=dataclasses.replace(posterior, history=history))
     return sized
+
+
+def _of_limited_size(member: Member, limit: int) -> tuple[Posterior, list[tuple[Any, Tensor]]]:
+    """A member and its held-out examples, thinned out to at most ``limit``."""
+    batches = list(heldout_batches(member.posterior, member.split.heldout))
+    return member.posterior, calibration.pairs(calibration.thinned(batches, limit))
 
 
 def _learn_heldout(member: Member, sharpness: Choice | None, learns_mean: bool, progress: bool) -> Posterior:

@@ -160,7 +160,7 @@ def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterio
         ValueError: if a batch has no targets or does not fit.
     """
     if posterior.config.softmax_temperature == "held_out":
-        posterior = posterior.calibrate_softmax(heldout)
+        posterior = heldout_calibration.calibrate_softmax(posterior, heldout)
     if posterior.config.temperature == "prequential":
         posterior = heldout_calibration.calibrate_temperature(posterior, heldout)
     log_prob = posterior.predict_loader(heldout).log_prob
