@@ -35,6 +35,7 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import (
     shuffled,
     split_loader,
 )
+from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
 from bayes_kf.inference.heldout.heldout_examples import HeldoutOutputs, heldout_outputs
@@ -165,11 +166,19 @@ def _fit_member(adapter: AdapterModel, split: Split, config: KalmanConfig, progr
         state = covariance_pass(kf, stopped.state, split.fitted, at_mean)
     losses = torch.tensor(stopped.losses, dtype=torch.float64)
     posterior = Posterior(kf, state, first.history | {"held_out_log_loss": losses})
-    size = choose_size(posterior, split.heldout)
-    posterior = with_size(posterior, size.value)
+    posterior, size = _sized(posterior, split.heldout)
     outputs = heldout_outputs(posterior, split.heldout)
     divisor = choose_sharpness([outputs]).value if config.likelihood == "categorical" else 1.0
     return Member(posterior, size, outputs, outputs.log_loss(divisor))
+
+
+def _sized(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterior, Choice]:
+    """The posterior at the size that held-out examples choose, with the σ² that they choose if it is estimated."""
+    if noise_and_size.chooses_noise(posterior):
+        chosen = noise_and_size.choose_noise_and_size(posterior, heldout)
+        return noise_and_size.with_noise_and_size(posterior, chosen), chosen.size
+    size = choose_size(posterior, heldout)
+    return with_size(posterior, size.value), size
 
 
 def _learn_heldout(member: Member, split: Split, sharpness: Choice | None, progress: bool) -> Posterior:

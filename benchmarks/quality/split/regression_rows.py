@@ -78,9 +78,9 @@ def gaussian_process(problem: RegressionProblem, stream: Stream, seed: int) -> L
 
 
 def default(problem: RegressionProblem, stream: Stream, seed: int) -> LearnedRegression:
-    """This package with the settings of ``docs/how-to/regression.md``."""
-    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", mean_passes=2, seed=seed)
-    return LearnedRegression(_moments(bkf.fit(problem.model(seed), stream.batches(BATCH), config, progress=False)))
+    """This package without settings."""
+    posterior = bkf.fit(problem.model(seed), stream.batches(BATCH), progress=False)
+    return LearnedRegression(_moments(posterior), {"noise_variance": float(posterior.likelihood.noise_variance)})
 
 
 def mixture(problem: RegressionProblem, stream: Stream, seed: int) -> LearnedRegression:
