@@ -28,6 +28,8 @@ from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covar
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import ProgressBar, shows_progress
+from bayes_kf.inference.fitting.regression.examples import holds_real_targets
+from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
 from bayes_kf.inference.fitting.selection.heldout_config_selection import (
     WIDE_LOGIT_SD,
     Split,
@@ -86,7 +88,8 @@ def fit_mixture(
         loader: a DataLoader over a data set, or a list of at least eight batches. The members are fitted to batches of
             at most 16 examples, in another order in every pass.
         configs: the settings of each member, with ``mean_passes`` passes of its mean; None: a cautious prior and a
-            wide one, with the likelihood of the targets, as :func:`bayes_kf.fit` without a config.
+            wide one, with the likelihood of the targets, as :func:`bayes_kf.fit` without a config. For float targets:
+            three fits as :func:`bayes_kf.fit` makes them, from other starts; nothing is held out.
         progress: as for :func:`bayes_kf.fit`.
 
     Raises:
@@ -101,6 +104,8 @@ def fit_mixture(
         >>> posterior.predict(torch.tensor([[-2.0], [2.0]])).probs.argmax(1)
         tensor([0, 1])
     """
+    if configs is None and holds_real_targets(loader):
+        return fit_regression_mixture(model, loader, shows_progress(progress))
     split = split_loader(loader) if isinstance(loader, Iterable) else None
     if split is None:
         raise ValueError(

@@ -202,6 +202,33 @@ def test_the_same_call_gives_the_same_posterior_and_the_model_stays():
     torch.set_rng_state(state)
 
 
+def test_a_mixture_has_members_from_other_starts():
+    x, y = curved_data(60)
+    model, data = network(), batches(x, y)
+    mixture = bkf.fit_mixture(model, data, progress=False)
+    assert mixture.weights == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert torch.equal(mixture.members[0].mean_vector, bkf.fit(model, data, progress=False).mean_vector)
+    starts = [member.state.prior.mean for member in mixture.members]
+    for where in mixture.adapter.slices().values():
+        values = [start[where].sort().values for start in starts]
+        assert torch.equal(values[0], values[1])
+        assert torch.equal(values[0], values[2])
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])
+    assert all(member.adapter is mixture.adapter for member in mixture.members)
+    parts = [member.predict(x[:5]) for member in mixture.members]
+    torch.testing.assert_close(mixture.predict(x[:5]).mean, torch.stack([part.mean for part in parts]).mean(0))
+
+
+def test_members_of_a_partly_frozen_model_start_from_its_tensors():
+    model = network()
+    model[0].requires_grad_(False)
+    mixture = bkf.fit_mixture(model, batches(*curved_data(60)), progress=False)
+    start = torch.cat([model[2].weight.flatten(), model[2].bias]).detach()
+    assert all(torch.equal(member.state.prior.mean, start) for member in mixture.members)
+    assert not torch.equal(mixture.members[0].mean_vector, mixture.members[1].mean_vector)
+
+
 def list_of(data):
     return batches(*data.tensors)
 

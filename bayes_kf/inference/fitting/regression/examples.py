@@ -44,19 +44,19 @@ def holds_real_targets(loader: Iterable[Any]) -> bool:
         return False
 
 
-def repeated_examples(loader: Iterable[Any]) -> Examples:
-    """The examples of a list of batches, or of a DataLoader over a data set.
+def repeated_examples(loader: Iterable[Any], seed: int = 0) -> Examples:
+    """The examples of a list of batches, or of a DataLoader over a data set; ``seed`` is that of their orders.
 
     Raises:
         ValueError: if a batch has no targets, or the loader is of another kind.
     """
     if isinstance(loader, list | tuple):
-        return _of_batches(loader)
+        return _of_batches(loader, seed)
     if not _repeats(loader):
         raise ValueError(
             f"`loader` must be a DataLoader over a data set or a list of batches, got {type(loader).__name__}."
         )
-    return Examples(_resized(loader, SMALL, True), _resized(loader, LARGE, False))
+    return Examples(_resized(loader, SMALL, True, seed), _resized(loader, LARGE, False))
 
 
 def _repeats(loader: Iterable[Any]) -> bool:
@@ -69,7 +69,7 @@ def _repeats(loader: Iterable[Any]) -> bool:
     return is_known and not getattr(sampler, "replacement", False)
 
 
-def _of_batches(batches: list[Any] | tuple[Any, ...]) -> Examples:
+def _of_batches(batches: list[Any] | tuple[Any, ...], seed: int) -> Examples:
     pairs = [inputs_and_targets(batch, number) for number, batch in enumerate(batches)]
     wholes = [Batch.of(*pair) for pair in pairs]
     joined, total = Batch.of(concatenate_inputs([inputs for inputs, _ in pairs])), sum(one.size for one in wholes)
@@ -77,14 +77,14 @@ def _of_batches(batches: list[Any] | tuple[Any, ...]) -> Examples:
     if joined.size != total or len(shapes) != 1:
         return Examples(ShuffledBatches(batches, SMALL), batches)
     everything = joined.with_targets(torch.cat([targets for _, targets in pairs]))
-    return Examples(_Drawn(everything), [(part.inputs, part.targets) for part in everything.chunks(LARGE)])
+    return Examples(_Drawn(everything, seed), [(part.inputs, part.targets) for part in everything.chunks(LARGE)])
 
 
 class _Drawn:
-    """Batches of ``SMALL`` examples, drawn without replacement in every pass, the same at every start."""
+    """Batches of ``SMALL`` examples, drawn without replacement in every pass, the same for a seed."""
 
-    def __init__(self, everything: Batch) -> None:
-        self._everything, self._generator = everything, torch.Generator().manual_seed(0)
+    def __init__(self, everything: Batch, seed: int) -> None:
+        self._everything, self._generator = everything, torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return -(-self._everything.size // SMALL)
@@ -96,7 +96,7 @@ class _Drawn:
             yield part.inputs, part.targets
 
 
-def _resized(loader: Any, size: int, is_shuffled: bool) -> DataLoader[Any]:
+def _resized(loader: Any, size: int, is_shuffled: bool, seed: int = 0) -> DataLoader[Any]:
     """A loader over the same data set in batches of ``size``."""
     return DataLoader(
         loader.dataset,
@@ -106,5 +106,5 @@ def _resized(loader: Any, size: int, is_shuffled: bool) -> DataLoader[Any]:
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(seed),
     )

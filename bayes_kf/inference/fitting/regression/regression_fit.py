@@ -61,14 +61,14 @@ def fit_regression(model: nn.Module | AdapterModel, loader: Iterable[Any], progr
         model: as for :func:`bayes_kf.fit`.
         loader: a list of batches, or a DataLoader over a data set.
         progress: whether to show progress bars.
-        seed: of the settings.
+        seed: of the settings, and of the orders of the batches.
 
     Raises:
         ValueError: if the loader is of another kind, or a batch does not fit.
         FitDivergenceError: if the filter or Adam diverges.
     """
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    examples = repeated_examples(loader)
+    examples = repeated_examples(loader, seed)
     posterior = fit_config(adapter, loader, regression_config(adapter, seed), "prior", progress)
     kf, state, first_variance = posterior.kf, posterior.state, posterior.state.prior.variance
     passes = number_of_passes(adapter, state.examples)
@@ -92,10 +92,13 @@ def fit_regression(model: nn.Module | AdapterModel, loader: Iterable[Any], progr
 
 def number_of_passes(adapter: AdapterModel, examples: int) -> int:
     """The number of passes of Adam over so many examples."""
-    trainable = set(adapter.names)
-    is_partly_frozen = any(name not in trainable for name, _ in adapter.model.named_parameters())
-    most = FINE_TUNING_PASSES if is_partly_frozen else PASSES
+    most = FINE_TUNING_PASSES if is_partly_frozen(adapter) else PASSES
     return max(FEWEST_PASSES, min(most, STEPS // math.ceil(examples / SMALL)))
+
+
+def is_partly_frozen(adapter: AdapterModel) -> bool:
+    """Whether the model has parameters that are not trainable, as in fine-tuning."""
+    return any(not parameter.requires_grad for parameter in adapter.model.parameters())
 
 
 def refit_passes(passes: int) -> list[int]:
