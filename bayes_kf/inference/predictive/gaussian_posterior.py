@@ -57,8 +57,8 @@ class GaussianPosterior:
             ``damping`` and ``seconds``. These are of the first pass. Later passes add ``objective``, −log p(y, θ) after
             each of them, and ``mean_passes`` add ``fitted_log_loss``. ``tune`` adds the ``evidence`` of its candidates;
             several settings add their ``held_out_log_loss``, a regression without settings its ``noise_variance`` after
-            each refit. After ``start="trained"`` no score is prequential, since the adapter was trained on the data; the
-            series are then ``training_log_loss``, ``training_correct``, ``training_innovation`` and ``training_dof``.
+            each refit. After ``start="trained"`` no score is prequential, since the adapter was trained on the data;
+            the series are then ``training_log_loss``, ``training_correct``, ``training_innovation``, ``training_dof``.
     """
 
     kf: KalmanFilter

@@ -85,6 +85,18 @@ def test_the_fixed_point_of_a_linear_model_is_that_of_bayesian_ridge(monkeypatch
     np.testing.assert_allclose(covariance.numpy(), ridge.sigma_, rtol=1e-5, atol=1e-9)
 
 
+def test_the_fit_of_a_linear_model_predicts_as_bayesian_ridge():
+    x, y = linear_data(200)
+    posterior = bkf.fit(nn.Linear(6, 1).double(), batches(x, y), progress=False)
+    ridge = BayesianRidge().fit(x.numpy(), y[:, 0].numpy())
+    new = torch.cat([torch.zeros(1, 6), 3.0 * torch.eye(6)]).double()  # also where no data are
+    mean, sd = ridge.predict(new.numpy(), return_std=True)
+    prediction = posterior.predict(new)
+    np.testing.assert_allclose(prediction.mean[:, 0].numpy(), mean, atol=0.1 * sd.min())
+    # other priors: one scale for all coefficients there, initial values that are not zero here
+    np.testing.assert_allclose(prediction.variance[:, 0].sqrt().numpy(), sd, rtol=0.02)
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_one_step_of_the_fixed_point_is_the_formula(outputs):
     torch.manual_seed(0)
