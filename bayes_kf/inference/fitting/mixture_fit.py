@@ -29,15 +29,17 @@ from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covar
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import ProgressBar, shows_progress
+from bayes_kf.inference.fitting.regression.examples import holds_real_targets
+from bayes_kf.inference.fitting.regression.regression_mixture import MEMBERS as REAL_MEMBERS
+from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
 from bayes_kf.inference.fitting.selection.heldout_config_selection import (
     HELDOUT_SHARE,
-    WIDE_LOGIT_SD,
     Split,
     check_candidates,
     shuffled,
     split_loader,
 )
-from bayes_kf.inference.heldout import calibration
+from bayes_kf.inference.heldout import calibration, noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_common_size, is_static, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
@@ -53,6 +55,7 @@ from bayes_kf.validation import check_whole
 
 BATCH = 16  # the most examples of a batch
 MEMBERS = 2
+LOGIT_SD = 5.0  # of their prior
 MEAN_PASSES = 5  # of each member
 FEW_OUTPUTS = 3  # with more, the curvature is sampled: exact curvature takes a backward pass for each
 LAST_STEP_SIZE = 0.5  # r of the first step of the pass in which a single member learns its held-out examples
@@ -75,7 +78,7 @@ def fit_mixture(
     loader: Iterable[Any],
     configs: Sequence[KalmanConfig] | None = None,
     *,
-    members: int = MEMBERS,
+    members: int | None = None,
     progress: bool | None = None,
 ) -> MixturePosterior:
     """A mixture of posteriors of one data set.
@@ -88,8 +91,9 @@ def fit_mixture(
         loader: a DataLoader over a data set, or a list of at least eight batches. The members are fitted to batches of
             at most 16 examples, in another order in every pass.
         configs: the settings of each member, with ``mean_passes`` passes of its mean; None: a wide prior for all, with
-            the likelihood of the targets, as :func:`bayes_kf.fit` without a config.
-        members: their number, without ``configs``. The time is proportional to it.
+            the likelihood of the targets, as :func:`bayes_kf.fit` without a config. For float targets: fits as
+            :func:`bayes_kf.fit` makes them, from other starts; nothing is held out.
+        members: their number, without ``configs``; None: 2, and 3 for float targets. The time is proportional to it.
         progress: as for :func:`bayes_kf.fit`.
 
     Raises:
@@ -105,14 +109,17 @@ def fit_mixture(
         >>> posterior.predict(torch.tensor([[-2.0], [2.0]])).probs.argmax(1)
         tensor([0, 1])
     """
+    if members is not None:
+        check_whole("members", members)
+    if configs is None and holds_real_targets(loader):
+        return fit_regression_mixture(model, loader, shows_progress(progress), members or REAL_MEMBERS)
     if split_loader(loader) is None:
         raise ValueError(
             "`loader` must be a DataLoader over a data set or a list of at least 8 batches, "
             f"got {type(loader).__name__}."
         )
-    check_whole("members", members)
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    settings = default_members(adapter, loader, members) if configs is None else check_candidates(configs)
+    settings = default_members(adapter, loader, members or MEMBERS) if configs is None else check_candidates(configs)
     shown = shows_progress(progress)
     return _combined(_fit_members(adapter, loader, settings, shown), shown)
 
@@ -128,7 +135,7 @@ def default_members(
     outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
     likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain([first], batches))
     curvature = "sampled" if outputs > FEW_OUTPUTS and not likelihood else "exact"
-    prior: dict[str, Any] = {"initial_spread": "bounded", "initial_logit_sd": WIDE_LOGIT_SD}
+    prior: dict[str, Any] = {"initial_spread": "bounded", "initial_logit_sd": LOGIT_SD}
     common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES, "curvature": curvature} | prior | likelihood
     return [KalmanConfig(**common, seed=seed + number) for number in range(members)]
 
@@ -197,6 +204,10 @@ def _with_sizes(members: Sequence[Member]) -> list[Member]:
     kinds = [dataclasses.replace(member.posterior.config, seed=0) for member in members]
     for kind in dict.fromkeys(map(repr, kinds)):
         alike = [number for number, other in enumerate(kinds) if repr(other) == kind]
+        if noise_and_size.chooses_noise(members[alike[0]].posterior):
+            for number in alike:
+                sized[number] = _with_noise_and_size(members[number])
+            continue
         limit = -(-calibration.SIZE_EXAMPLES // len(alike))
         size = choose_common_size([_of_limited_size(members[n], limit) for n in alike])
         static = is_static(members[alike[0]].posterior.config.dynamics_settings)
@@ -206,6 +217,16 @@ def _with_sizes(members: Sequence[Member]) -> list[Member]:
             history = posterior.history | {"size": size.as_tensor()}
             sized[number] = members[number]._replace(posterior=dataclasses.replace(posterior, history=history))
     return sized
+
+
+def _with_noise_and_size(member: Member) -> Member:
+    """A member at the size and the σ² of Gaussian noise that its held-out examples choose together."""
+    posterior, batches = _of_limited_size(member, calibration.SIZE_EXAMPLES)
+    chosen = noise_and_size.choose_noise_and_size(posterior, batches)
+    calibration.warn([calibration.edge_of_size(chosen.size)], stacklevel=6)
+    posterior = noise_and_size.with_noise_and_size(posterior, chosen)
+    history = posterior.history | {"size": chosen.size.as_tensor()}
+    return member._replace(posterior=dataclasses.replace(posterior, history=history))
 
 
 def _of_limited_size(member: Member, limit: int) -> tuple[Posterior, list[tuple[Any, Tensor]]]:

@@ -4,7 +4,8 @@ The size comes first, from the joint likelihood (:mod:`.covariance_size`); then 
 examples (:mod:`.sharpness`). Each asks its own question, so that neither makes up for the other: a covariance that is
 too wide is not hidden by sharp logits, nor a mean that is too sure by a wide covariance.
 
-An estimated σ² of a Gaussian likelihood is estimated again from the held-out residuals, before and after the size.
+An estimated σ² of a Gaussian likelihood is chosen together with the size (:mod:`.noise_and_size`); under dynamics it is
+estimated again from the held-out residuals, before and after the size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, is_static, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
@@ -125,12 +127,16 @@ def _with_chosen_size(posterior: P, batches: Sequence[Batch]) -> tuple[P, Choice
     estimated = posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian"
     present, given = posterior.state.noise.variance, pairs(batches)
     start = at_size_1(posterior)
-    if estimated:
-        start = with_heldout_noise(start, given, present)
-    size = choose_size(start, pairs(thinned(batches, SIZE_EXAMPLES)))
-    sized = with_size(start, size.value)
-    if estimated:
-        sized = with_heldout_noise(sized, given, present)
+    if noise_and_size.chooses_noise(start):
+        chosen = noise_and_size.choose_noise_and_size(start, pairs(thinned(batches, SIZE_EXAMPLES)))
+        sized, size = noise_and_size.with_noise_and_size(start, chosen), chosen.size
+    else:  # under dynamics, σ² does not say how large the data's share of the precision is
+        if estimated:
+            start = with_heldout_noise(start, given, present)
+        size = choose_size(start, pairs(thinned(batches, SIZE_EXAMPLES)))
+        sized = with_size(start, size.value)
+        if estimated:
+            sized = with_heldout_noise(sized, given, present)
     return replace(sized, history=posterior.history | {"size": size.as_tensor()}), size
 
 
