@@ -14,7 +14,7 @@ from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model.output_directions import random_signs
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch
-from bayes_kf.models.peft_adapters.layer_tensors import layer_tensors
+from bayes_kf.models.prior.layer_tensors import layer_tensors
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
 from bayes_kf.inference.fitting.loader import num_batches
+from bayes_kf.inference.fitting.mixture_fit import fit_default_mixture
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
@@ -25,6 +26,7 @@ from bayes_kf.inference.fitting.regression.examples import holds_real_targets
 from bayes_kf.inference.fitting.regression.regression_fit import fit_regression
 from bayes_kf.inference.fitting.selection import heldout_config_selection
 from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.validation import check_one_of
@@ -32,6 +34,30 @@ from bayes_kf.validation import check_one_of
 STARTS = ("prior", "trained")
 
 
+@overload
+def fit(
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    config: KalmanConfig | Sequence[KalmanConfig],
+    *,
+    start: str = "prior",
+    held_out: Iterable[Any] | str | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    progress: bool | None = None,
+) -> Posterior: ...
+@overload
+def fit(
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    config: None = None,
+    *,
+    start: str = "prior",
+    held_out: Iterable[Any] | str | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    progress: bool | None = None,
+) -> Posterior | MixturePosterior: ...
 def fit(
     model: nn.Module | AdapterModel,
     loader: Iterable[Any],
@@ -42,8 +68,10 @@ def fit(
     checkpoint: str | Path | None = None,
     every: int = 100,
     progress: bool | None = None,
-) -> Posterior:
-    """The posterior over a model's trainable tensors after one pass over a loader, or as many as the config asks for.
+) -> Posterior | MixturePosterior:
+    """The posterior over a model's trainable tensors given a loader's examples.
+
+    Under one config it is that of one pass over the loader, or as many as the config asks for.
 
     Args:
         model: a PEFT model, any module with trainable tensors, or an adapter of a language model (``models.language``);
@@ -51,19 +79,16 @@ def fit(
         loader: batches ``(inputs, targets)`` or mappings with ``labels``.
         config: the settings.
 
-            Several configs are candidates: each is fitted to seven eighths of the data, the rest chooses the best and
-            its temperature, and the best is then updated with the rest.
+            Several configs are candidates: each is fitted to seven eighths of the data, the rest chooses the best,
+            its size and its sharpness, and the best is then updated with the rest.
 
             None: if the loader can be split (a DataLoader over a data set, or a list of at least eight batches), the
-            candidates are ``KalmanConfig.dataset`` with a cautious and a wide prior, and with a narrow prior if the
-            cautious one is better. If it cannot be split, ``fit`` makes one pass with ``KalmanConfig.stream()``. With
-            ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The targets decide the likelihood:
-            integers are class labels, floats are real numbers with Gaussian noise of an estimated variance, bools are
-            answers ("bernoulli"). Float targets in a DataLoader over a data set or a list of batches have a fit of
-            their own (``fitting.regression.regression_fit``): up to 100 passes move the mean, and the prior's scales
-            and the noise variance maximize the evidence. A config is used as it is, with its own likelihood. Without a
-            config and a ``checkpoint``, a classifier with more than 32 outputs gets "sampled" curvature, and held-out
-            data, if any, choose its softmax temperature.
+            result is a mixture of two posteriors (:func:`fit_mixture`), and for float targets one posterior whose mean
+            is moved by up to 100 passes, while the prior's scales and the noise variance maximize the evidence
+            (``fitting.regression.regression_fit``). If the loader cannot be split, ``fit`` makes one pass with
+            ``KalmanConfig.stream()``. With ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The
+            targets decide the likelihood: integers are class labels, floats are real numbers with Gaussian noise of an
+            estimated variance, bools are answers ("bernoulli"). A config is used as it is, with its own likelihood.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
@@ -137,7 +162,7 @@ def _fit(
     checkpoint: str | Path | None,
     every: int,
     progress: bool,
-) -> Posterior:
+) -> Posterior | MixturePosterior:
     """The posterior by the kind of fit that the config and the loader allow."""
     if checkpoint is not None:
         if start != "prior":
@@ -167,27 +192,22 @@ def _fit(
 
 def fit_default(
     model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
-) -> Posterior:
+) -> Posterior | MixturePosterior:
     """The result of :func:`fit` without a ``config``; ``seed`` is that of the default settings."""
     if start == "prior" and holds_real_targets(loader):
         return fit_regression(model, loader, progress, seed)
-    split = None if start == "trained" else heldout_config_selection.split_loader(loader)
-    if split is None:
+    if start == "trained" or heldout_config_selection.split_loader(loader) is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
-    cautious, wide, narrow = heldout_config_selection.default_candidates(model, split.fitted, seed)
-    fits = _fit_candidates(model, split, [cautious, wide], progress)
-    if fits[0].loss <= fits[1].loss:
-        fits += _fit_candidates(model, split, [narrow], progress, len(fits))
-    return _update_with_heldout(fits, split, progress)
+    return fit_default_mixture(model, loader, progress, seed)
 
 
 class _CandidateFit(NamedTuple):
     """A candidate fitted to most of the data.
 
     Attributes:
-        loss: its log loss on the held-out part at its best temperature; infinite if it diverged.
-        posterior: at that temperature; None if it diverged.
+        loss: its log loss on the held-out part at its best size and sharpness; infinite if it diverged.
+        posterior: at these; None if it diverged.
     """
 
     loss: float

@@ -50,7 +50,7 @@ from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive.heldout_calibration import heldout_batches
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch, to_device
-from bayes_kf.models.peft_adapters.layer_tensors import redrawn_factors
+from bayes_kf.models.prior.layer_tensors import redrawn_factors
 from bayes_kf.validation import check_whole
 
 BATCH = 16  # the most examples of a batch
@@ -118,10 +118,19 @@ def fit_mixture(
             "`loader` must be a DataLoader over a data set or a list of at least 8 batches, "
             f"got {type(loader).__name__}."
         )
-    adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    settings = default_members(adapter, loader, members or MEMBERS) if configs is None else check_candidates(configs)
     shown = shows_progress(progress)
-    return _combined(_fit_members(adapter, loader, settings, shown), shown)
+    if configs is None:
+        return fit_default_mixture(model, loader, shown, members=members or MEMBERS)
+    adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
+    return _combined(_fit_members(adapter, loader, check_candidates(configs), shown), shown)
+
+
+def fit_default_mixture(
+    model: nn.Module | AdapterModel, loader: Iterable[Any], progress: bool, seed: int = 0, members: int = MEMBERS
+) -> MixturePosterior:
+    """:func:`fit_mixture` without settings, for a loader that can be split and targets that are not real numbers."""
+    adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
+    return _combined(_fit_members(adapter, loader, default_members(adapter, loader, members, seed), progress), progress)
 
 
 def default_members(

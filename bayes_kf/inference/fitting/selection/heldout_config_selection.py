@@ -2,34 +2,26 @@
 
 A stream's own predictions can choose settings too (``KalmanConfig.tune``), but they include the first examples, when
 the belief is still wide. For a data set that is passed over several times, another candidate is often best. So one
-example in ``HELDOUT_SHARE`` is held out, scores every candidate at its best temperature, and is used for the last
-updates.
-
-Without settings the candidates are a cautious prior and a wide one, both with mean passes, and, if the cautious one is
-better, a narrow one for networks that already know the task. With more than ``MAX_EXACT_OUTPUTS`` outputs the held-out
-data also choose the softmax temperature. Ours.
+example in ``HELDOUT_SHARE`` is held out, scores every candidate at its best size and sharpness, and is used for the
+last updates. Ours.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from bayes_kf.inference.config import KalmanConfig, check_config
-from bayes_kf.inference.fitting.default_likelihood import default_likelihood
+from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Batch, Inputs, check_inputs, split_batch, to_device
+from bayes_kf.models.batch import Batch, Inputs, split_batch, to_device
 
 HELDOUT_SHARE = 8  # one example in 8 is held out
-WIDE_LOGIT_SD, NARROW_LOGIT_SD = 10.0, 1.0  # of the wide prior and the narrow one
 MAX_EXACT_OUTPUTS = 32  # with more, the default curvature is "sampled"
 
 
@@ -62,25 +54,6 @@ def check_candidates(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
     if len(likelihoods) > 1:
         raise ValueError(f"`config` must have one `likelihood` in all candidates, got {', '.join(likelihoods)}.")
     return candidates
-
-
-def default_candidates(model: nn.Module | AdapterModel, loader: Iterable[Any], seed: int = 0) -> Sequence[KalmanConfig]:
-    """The candidates of a fit without settings: ``KalmanConfig.dataset``, a wider prior, and a narrower one.
-
-    Their likelihood is that of the targets (``default_likelihood``).
-    """
-    adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    batches = iter(loader)
-    first = next(batches)
-    inputs, _ = split_batch(first)
-    check_inputs(inputs)
-    common = default_likelihood(split_batch(batch)[1] for batch in itertools.chain([first], batches))
-    if not common:
-        curvature = default_curvature(adapter, inputs)
-        common = {"curvature": curvature, "softmax_temperature": "held_out" if curvature == "sampled" else 1.0}
-    wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE_LOGIT_SD}
-    settings: tuple[dict[str, Any], ...] = ({}, wide, {"initial_logit_sd": NARROW_LOGIT_SD, "mean_passes": 0})
-    return [KalmanConfig.dataset(seed=seed, **common, **setting) for setting in settings]
 
 
 def default_curvature(adapter: AdapterModel, inputs: Inputs) -> str:
@@ -152,17 +125,17 @@ def split_loader(loader: Iterable[Any], part: int = 0) -> Split | None:
 
 
 def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterior, float]:
-    """The posterior with its temperatures chosen on held-out data, and its log loss on them, per example, in nats.
+    """The posterior at the size and sharpness that held-out data choose, and its log loss on them, in nats an example.
 
     A temperature that the settings give as a number is not changed.
 
     Raises:
         ValueError: if a batch has no targets or does not fit.
     """
-    if posterior.config.softmax_temperature == "held_out":
-        posterior = heldout_calibration.calibrate_softmax(posterior, heldout)
     if posterior.config.temperature == "prequential":
-        posterior = heldout_calibration.calibrate_temperature(posterior, heldout)
+        posterior = calibration.calibrate([posterior], [1.0], heldout)[0]
+    elif posterior.config.softmax_temperature == "held_out":
+        posterior = posterior.calibrate_softmax(heldout)
     log_prob = posterior.predict_loader(heldout).log_prob
     if log_prob is None:
         raise ValueError("`loader` must yield targets with every batch, got none in a held-out batch.")

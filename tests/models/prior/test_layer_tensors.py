@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.peft_adapters.layer_tensors import layer_tensors, redrawn_factors
+from bayes_kf.models.prior.layer_tensors import layer_tensors, redrawn_factors
 
 
 def adapter(trained=False, **settings):
