@@ -43,7 +43,7 @@ def run_fit(args: argparse.Namespace) -> None:
     else:  # no settings: as `bkf.fit` without a config
         with naming_options(config="--likelihood"):
             posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
-        prequential_temperature.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_edge(posterior.temperature)
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:
         print(_summary(posterior, labels, base.new_modules, args))
@@ -80,7 +80,10 @@ def _open_training_data(
 
 def _scores(posterior: Posterior) -> list[str]:
     """Prequential scores, or training scores for `--start trained`, in lines of text."""
-    history, temperature = posterior.history, f"temperature {posterior.temperature:g}"
+    history = posterior.history
+    temperature = f"temperature {posterior.temperature:g}"
+    if "size" in history:
+        temperature += f", size {float(history['size'][0]):g}"
     if "log_loss" not in history:
         correct = history.get("training_correct")
         accuracy = "" if correct is None else f", accuracy {correct.mean():.3f}"

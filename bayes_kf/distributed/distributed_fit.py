@@ -83,7 +83,7 @@ def fit(
         state = run_loop(shards, state, kf.update, callbacks, bar, history.summary, split=lambda shard, _: shard)
     posterior = Posterior(kf.kf, kf.gather(state), {} if history.is_empty else history.series())
     if kf.group.rank == 0 and isinstance(config.temperature, str):
-        prequential_temperature.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_edge(posterior.temperature)
     if checkpoint is not None:
         kf.save_pretrained(state, checkpoint)
     return posterior

@@ -47,7 +47,7 @@ from bayes_kf.validation import (
 
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
-SPREADS = ("modules", "tensors", "constant")
+SPREADS = ("modules", "tensors", "constant", "bounded")
 BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
@@ -120,7 +120,8 @@ class KalmanConfig:
         "modules",
         'How initial_logit_sd is shared among the parameters. "modules": a module adds variance proportional to '
         'the square root of its gain, and no LoRA factor may make ΔW more than twice the size of W. "tensors": '
-        'each tensor adds the same variance to the outputs. "constant": every parameter has the same variance.',
+        'each tensor adds the same variance to the outputs. "constant": every parameter has the same variance. '
+        '"bounded": the same, but less for adapter layers that would change the outputs by more than their own size.',
     )
     initial_bias_sd: float | None = setting(
         None,
@@ -283,14 +284,14 @@ class KalmanConfig:
         'Factor on the posterior covariance in predictions: a number > 0, or "prequential": chosen from a grid by '
         "the prequential log loss, the one nearest to 1 that the scores do not clearly reject. With several passes"
         " the last one counts. With mean_passes it is that of the belief before them, unless fit holds data out; "
-        "Posterior.calibrate chooses one for the final belief.",
+        "Posterior.calibrate sets the size of the final belief instead.",
         check=word_or_positive("prequential"),
     )
     softmax_temperature: float | str = setting(
         1.0,
         "The number > 0 that divides the logits in predictions of classes (below 1: more confident; Guo et al. "
         '2017). Learning does not use it. "held_out": 1 until held-out data choose a lower one, in fit where it '
-        "holds data out, and in Posterior.calibrate_softmax.",
+        "holds data out. Posterior.calibrate sets it, up or down.",
         check=word_or_positive("held_out"),
     )
     seed: int = setting(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.prequential_temperature import warn_of_mean_alone
-from bayes_kf.inference.predictive import arviz_export, generation, heldout_calibration, output_variance, predict
+from bayes_kf.inference.heldout import calibration
+from bayes_kf.inference.predictive import arviz_export, generation, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
@@ -95,11 +95,12 @@ class Posterior(GaussianPosterior):
         return predict.predict_loader(self, loader, method, num_samples, generator, keep_samples)
 
     def calibrate(self, loader: Iterable[Any]) -> Self:
-        """The same posterior at the temperature that held-out data choose.
+        """The same posterior with the size of its covariance and the sharpness of its softmax set by held-out data.
 
-        The temperature is the one nearest to 1 whose log loss is within half a standard error of the smallest, paired
-        by example. An estimated σ² is estimated again at each temperature: the most probable one given the held-out
-        residuals, where the present σ² weighs as much as 20 observations. Warns if the temperature is 0.01 or less.
+        The size multiplies the precision of the prior (under settings with dynamics it divides P). It is chosen by
+        the joint likelihood of the examples, 50 or more if possible. The sharpness divides the logits; regressions
+        have none, and an estimated σ² is estimated again. ``history["size"]`` and ``history["sharpness"]`` hold the
+        value and the ends of its 90 % interval. Warns of a value at an end of what was tried.
 
         Args:
             loader: batches with targets that the posterior was not fitted on.
@@ -107,24 +108,15 @@ class Posterior(GaussianPosterior):
         Raises:
             ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
         """
-        calibrated = heldout_calibration.calibrate_temperature(self, loader)
-        warn_of_mean_alone(calibrated.temperature)
-        return calibrated
+        return calibration.calibrate([self], [1.0], loader)[0]
 
     def calibrate_softmax(self, loader: Iterable[Any]) -> Self:
-        """The same posterior with the softmax temperature, at most 1, that held-out data choose.
-
-        A covariance can only add uncertainty; dividing the logits removes it where the mean alone is less confident
-        than held-out data justify. A prior keeps the divisor near 1. Call it before :meth:`calibrate`.
-
-        Args:
-            loader: batches with targets that the posterior was not fitted on.
+        """The same posterior with its sharpness alone set by held-out data; arguments as for :meth:`calibrate`.
 
         Raises:
-            ValueError: if the likelihood has no softmax, the loader yields nothing, or a batch has no targets or does
-                not fit.
+            ValueError: if the likelihood has no softmax, and as for :meth:`calibrate`.
         """
-        return heldout_calibration.calibrate_softmax(self, loader)
+        return calibration.calibrate_sharpness(self, loader)
 
     def output_variance(self, batch: Any) -> dict[str, float]:
         """Contribution of each tensor to the variance of the outputs, tensor name -> squared units of the outputs.

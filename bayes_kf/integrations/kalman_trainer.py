@@ -25,9 +25,12 @@ from bayes_kf.integrations.trainer_callbacks import (
     check_model,
     check_passes,
 )
+from bayes_kf.integrations.trainer_filter import TrainerFilter
+from bayes_kf.integrations.trainer_held_out import HeldOut, check_fraction, hold_out, last_steps, learn_held_out
 from bayes_kf.models.batch import Inputs
 
 OPTIMIZER_LOGS = ("grad_norm", "learning_rate")  # names that Trainer logs about its optimizer
+CHOSEN = ("size", "sharpness")  # series of a calibrated posterior
 
 
 class KalmanTrainer(PosteriorTrainer):
@@ -42,6 +45,10 @@ class KalmanTrainer(PosteriorTrainer):
     - The filter runs in the first epoch. In later epochs only the mean moves, toward the mode, by natural-gradient
       steps under the covariance of the first epoch (as ``mean_passes`` of :func:`~bayes_kf.fit`), so that no example
       counts twice. An estimated σ² is refitted after every epoch.
+    - At the end of training, held-out examples set the size of the covariance and the sharpness of the predictions
+      (:meth:`~bayes_kf.Posterior.calibrate`), unless ``kalman`` gives a ``temperature``. They are those of
+      ``eval_dataset``, if it has labels and is no mapping of several. Otherwise one example in eight of the training
+      set is held out, and learned last. ``trainer.held_out`` says which; ``metrics`` of the result have the values.
     - Evaluation predicts with the posterior: "logits" are log predictive probabilities, the loss is their log loss, and
       the metrics are those of :func:`calibration_metrics` and of ``compute_metrics``.
     - Checkpoints hold the posterior and Trainer's own files. Training resumed from one equals uninterrupted training to
@@ -58,12 +65,15 @@ class KalmanTrainer(PosteriorTrainer):
             their predictions in the first epoch. The model has the mean of the best member.
         method: of predictions in evaluation, see :meth:`~bayes_kf.Posterior.predict`.
         num_samples: of predictions in evaluation.
+        held_out_fraction: the share of the training set to hold out without an ``eval_dataset``; 0: no last steps. Not
+            used with several settings.
         **kwargs: of Trainer.
 
     Raises:
-        ValueError: if ``method`` is unknown, ``kalman`` is not a KalmanConfig, or ``model`` is an adapter of a language
-            model (``models.language``), which :func:`~bayes_kf.fit` takes. Also for unsupported arguments: several
-            processes, DeepSpeed or FSDP, label smoothing, an ``optimizer`` or a custom loss.
+        ValueError: if ``method`` is unknown, ``kalman`` is not a KalmanConfig, ``held_out_fraction`` is not in [0, 1),
+            or ``model`` is an adapter of a language model (``models.language``), which :func:`~bayes_kf.fit` takes.
+            Also for unsupported arguments: several processes, DeepSpeed or FSDP, label smoothing, an ``optimizer`` or a
+            custom loss.
 
     Example:
         >>> import tempfile
@@ -77,11 +87,11 @@ class KalmanTrainer(PosteriorTrainer):
         >>> args = TrainingArguments(
         ...     folder.name, num_train_epochs=1, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
         ... )
-        >>> trainer = KalmanTrainer(model, args, train_dataset=data, eval_dataset=data)
+        >>> trainer = KalmanTrainer(model, args, train_dataset=data[:6], eval_dataset=data[6:])
         >>> _ = trainer.train()  # doctest: +ELLIPSIS
         {'train_runtime': ...}
-        >>> trainer.posterior.state.examples
-        8
+        >>> trainer.posterior.state.examples, trainer.held_out
+        (6, 'eval_dataset')
         >>> folder.cleanup()
     """
 
@@ -91,12 +101,17 @@ class KalmanTrainer(PosteriorTrainer):
         kalman: KalmanConfig | Sequence[KalmanConfig] | None = None,
         method: str = "linearized",
         num_samples: int = 64,
+        held_out_fraction: float = 0.125,
         **kwargs: Any,
     ) -> None:
+        check_fraction(held_out_fraction)
         check_model(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, kalman=kalman, method=method, num_samples=num_samples, **kwargs)
         check_arguments(self)
+        self.held_out_fraction = held_out_fraction
+        self.held_out: str | None = None  # of the last training: "eval_dataset", "train_dataset", or no last steps
         self._seen_dataset: object = None  # the data set of the current posterior
+        self._whole_dataset: object = None  # the data set of the present training, with what is held out
         self._window, self._counter = ScoreWindow(), EpochCounter()
         self.add_callback(self._counter)
         self.add_callback(EpochEnd(self._refit_noise))
@@ -113,6 +128,24 @@ class KalmanTrainer(PosteriorTrainer):
         resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if self._seen_dataset is not None and self._seen_dataset is self.train_dataset and not resumed:
             raise ValueError("`train_dataset` must be a new one to continue training, got the one already trained on.")
+        whole: Any = self.train_dataset
+        held_out = self._hold_out()
+        self._whole_dataset, self.held_out = whole, None if held_out is None else held_out.name
+        try:
+            if held_out is not None:
+                self.train_dataset = held_out.fitted
+            self._check_epochs(bool(resumed))
+            output = super().train(*args, **kwargs)
+            if held_out is not None and self._trained.state is not None:
+                output.metrics.update(self._last_steps(held_out, whole))
+        finally:
+            self.train_dataset = whole
+        if self._trained.kf is not None and isinstance(self._trained.kf.config.temperature, str):
+            prequential_temperature.warn_of_edge(self.posterior.temperature)
+        return output
+
+    def _check_epochs(self, resumed: bool) -> None:
+        """Raise ValueError for epochs that the settings, or an earlier data set, do not allow."""
         if self._num_epochs() > 1:
             for settings in self._trained.configs if isinstance(self._trained, TrainerBank) else [self._settings()]:
                 check_passes(settings)
@@ -121,10 +154,32 @@ class KalmanTrainer(PosteriorTrainer):
                 f"`num_train_epochs` must be 1 for a second data set, got {self._num_epochs():g}; later epochs move "
                 "the mean toward the mode of that data set alone."
             )
-        output = super().train(*args, **kwargs)
-        if self._trained.kf is not None and isinstance(self._trained.kf.config.temperature, str):
-            prequential_temperature.warn_of_mean_alone(self.posterior.temperature)
-        return output
+
+    def _hold_out(self) -> HeldOut | None:
+        """The held-out examples; None if the settings give a temperature, which is then used, and for a mixture."""
+        if isinstance(self._trained, TrainerBank):
+            return None
+        if self.kalman is not None and not isinstance(self.kalman.temperature, str):
+            return None
+        evaluation = self.eval_dataset
+        return hold_out(self.train_dataset, evaluation, self.held_out_fraction, self._label_name)
+
+    def _last_steps(self, held_out: HeldOut, whole: Any) -> dict[str, float]:
+        """Set size and sharpness, and learn what was held out of the training set; returns numbers for the metrics."""
+        assert isinstance(self._trained, TrainerFilter)
+        posterior = self._trained.posterior
+        was_fitted = held_out.name == "train_dataset" and posterior.state.examples == len(held_out.fitted)
+        batches = list(self._batches(held_out.examples))
+        posterior = last_steps(posterior, batches)
+        if held_out.name == "train_dataset":
+            moves_mean = was_fitted and self._num_epochs() > 1  # else the best checkpoint was of the first epoch
+            everything = self._batches(whole, shuffled=True) if moves_mean else None
+            posterior = learn_held_out(posterior, batches, everything)
+        self._trained.replace(posterior)
+        series = {name: posterior.history[name] for name in ("size", "sharpness") if name in posterior.history}
+        return {name: float(values[0]) for name, values in series.items()} | {
+            "held_out_examples": len(held_out.examples)
+        }
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -135,7 +190,7 @@ class KalmanTrainer(PosteriorTrainer):
             raise ValueError(f"`train_dataset` must have {self._label_name!r}, got batches of {', '.join(batch)}.")
         if self._trained.state is None:
             self._trained.start(self._module, self._settings(targets), self._scale_inputs(batch))
-        self._seen_dataset = self.train_dataset  # even if training is stopped
+        self._seen_dataset = self._whole_dataset  # even if training is stopped
         done = self._epochs_done()
         if done >= 1.0:
             check_passes(self.posterior.config)
@@ -155,9 +210,7 @@ class KalmanTrainer(PosteriorTrainer):
             return
         if data is None or not hasattr(data, "__len__"):
             return
-        with torch.random.fork_rng(devices=[]):  # or the loader would change the order of later epochs
-            loader = self.get_eval_dataloader(data)  # in order
-            self._trained.refit_noise(self._split(self._prepare_inputs(batch)) for batch in loader)
+        self._trained.refit_noise(self._batches(data))
 
     def _epochs_done(self) -> float:
         """The number of epochs so far; of a stream without a length, the whole ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class PosteriorTrainer(Trainer):
     @property
     def _label_name(self) -> str:
         return self.label_names[0] if self.label_names else "labels"
+
+    def _batches(self, data: Any, shuffled: bool = False) -> Iterator[tuple[Inputs, Tensor | None]]:
+        """The batches of a data set as the filter takes them, in order, or shuffled with Trainer's seed."""
+        with torch.random.fork_rng(devices=[]):  # or the loader would change the order of later epochs
+            if shuffled:
+                self.train_dataset = data
+                torch.manual_seed(self.args.seed)
+            loader = self.get_train_dataloader() if shuffled else self.get_eval_dataloader(data)
+            for batch in loader:
+                yield self._split(self._prepare_inputs(batch))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as Trainer does, with random numbers that do not depend on the batch size or earlier calls.

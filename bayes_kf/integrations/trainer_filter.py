@@ -17,6 +17,8 @@ from bayes_kf.inference.fitting.passes import mean_pass, scale_refit
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.batch import Inputs
 
+CALIBRATED = ("temperature", "softmax_temperature", "tune")  # settings that `Posterior.calibrate` sets
+
 
 class TrainerFilter:
     """A filter and its state, updated in place by training steps; the model always has the mean.
@@ -24,11 +26,13 @@ class TrainerFilter:
     Attributes:
         kf: the filter; None before training and before a checkpoint is loaded.
         state: its state; None before training and before a checkpoint is loaded.
+        history: series of the posterior, from its last steps.
     """
 
     def __init__(self) -> None:
         self.kf: KalmanFilter | None = None
         self.state: FilterState | None = None
+        self.history: dict[str, Tensor] = {}
 
     @property
     def posterior(self) -> Posterior:
@@ -38,7 +42,12 @@ class TrainerFilter:
             ValueError: before training and before a checkpoint is loaded.
         """
         kf, state = self._started()
-        return Posterior(kf, state)
+        return Posterior(kf, state, self.history)
+
+    def replace(self, posterior: Posterior) -> None:
+        """Go on from another posterior over the same model, and give the model its mean."""
+        self.kf, self.state, self.history = posterior.kf, posterior.state, posterior.history
+        posterior.adapter.assign(posterior.mean_vector)
 
     def start(self, model: nn.Module, config: KalmanConfig, scale_inputs: Inputs) -> None:
         """Start from the prior, with its scale measured on some inputs."""
@@ -84,11 +93,11 @@ class TrainerFilter:
                 "none."
             )
         expected = config or (saved.config if self.kf is None else self.kf.config)
-        changed = expected.differences(saved.config)
+        chosen = CALIBRATED if "size" in saved.history else ()  # by the last steps of a training
+        changed = [name for name in expected.differences(saved.config) if name not in chosen]
         if changed:
             raise ValueError(f"`kalman` must be as in {folder}, got another {', '.join(changed)}.")
-        self.kf, self.state = saved.kf, saved.state
-        saved.adapter.assign(saved.mean_vector)
+        self.replace(saved)
 
     def _started(self) -> tuple[KalmanFilter, FilterState]:
         if self.kf is None or self.state is None:

@@ -264,7 +264,7 @@ def likelihoods() -> Iterator[tuple[str, Hashes]]:
 
 
 def trained_adapter() -> Iterator[tuple[str, Hashes]]:
-    """A LoRA adapter trained by AdamW, its covariance around it, its calibrated temperature, and its exported draws."""
+    """A LoRA adapter trained by AdamW, its covariance around it, calibrated by held-out data, and exported draws."""
     model, batches = lora_bert(), sentences()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for inputs, labels in batches[:8] * 2:
@@ -275,7 +275,7 @@ def trained_adapter() -> Iterator[tuple[str, Hashes]]:
         hashes, config = Hashes(), bkf.KalmanConfig(covariance=structure)
         posterior = fitted(model, batches[:8], config, start="trained")
         hashes.add_posterior(posterior, batches[12:])
-        calibrated = posterior.calibrate(batches[8:12]).calibrate_softmax(batches[8:12])
+        calibrated = posterior.calibrate(batches[8:12])
         hashes.add("calibrated", repr((calibrated.temperature, calibrated.softmax_temperature)).encode())
         hashes.add_prediction("predict/calibrated", calibrated.predict_loader(batches[12:]))
         with TemporaryDirectory() as scratch:

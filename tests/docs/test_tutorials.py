@@ -23,4 +23,4 @@ def test_code_runs(path, capsys):
     assert report.scores["accuracy"] > 0.8
     assert report.scores["ece"] < 0.12
     if path.stem == "choosing":
-        assert scope["after"].temperature == 0.1
+        assert scope["after"].history["size"].tolist() == [10.0]

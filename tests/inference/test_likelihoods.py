@@ -120,10 +120,15 @@ def test_a_posterior_is_saved_and_opened(name, tmp_path):
     torch.testing.assert_close(opened.predict(x).quantile(0.9), posterior.predict(x).quantile(0.9))
 
 
-def test_calibration_chooses_a_temperature(name):
+def test_calibration_chooses_a_size_and_no_sharpness(name):
     model, x, y = problem(name)
     posterior = bkf.fit(model, loader(x, y), config(name, temperature="prequential"), progress=False)
-    assert posterior.calibrate([(x, y)]).temperature in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    calibrated = posterior.calibrate([(x, y)])
+    assert (calibrated.temperature, calibrated.softmax_temperature) == (1.0, 1.0)
+    low, value, high = calibrated.history["size"][[1, 0, 2]].tolist()
+    assert 1.0 <= low <= value <= high
+    assert "sharpness" not in calibrated.history
+    assert torch.equal(calibrated.mean_vector, posterior.mean_vector)
 
 
 def test_an_estimated_scale_is_kept_by_calibration():

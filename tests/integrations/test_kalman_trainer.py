@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from small_classifiers import arguments, by_hand, classifier, same, sentences
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     EarlyStoppingCallback,
     EvalPrediction,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
 
@@ -29,27 +28,6 @@ from bayes_kf.integrations.kalman_trainer import SCALE_EXAMPLES
 from bayes_kf.models.batch import split_batch
 from bayes_kf.models.language import NextToken
 from benchmarks.reliability.folder_snapshots import killed_at, snapshot
-
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
-
-
-def classifier(labels=3, lora=True, seed=0):
-    torch.manual_seed(seed)
-    model = BertForSequenceClassification(BertConfig(num_labels=labels, max_position_embeddings=16, **SMALL))
-    if not lora:
-        return model
-    settings = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS")
-    return get_peft_model(model, settings)
-
-
-def sentences(number, seed=0, labels=3):
-    """Whose label is the first token's rest."""
-    g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, 20, (number, 6), generator=g)
-    return [
-        {"input_ids": t, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(t[0]) % labels}
-        for t in tokens
-    ]
 
 
 class Recorder:
@@ -65,47 +43,7 @@ class Recorder:
         return batch
 
 
-def arguments(folder, **options):
-    plain = {
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 8,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "seed": 3,
-    }
-    return TrainingArguments(str(folder), **(plain | options))
-
-
-def bits(state):
-    return [t for part in state for t in (bits(part) if isinstance(part, tuple) else [part])]
-
-
-def same(first, second):
-    pairs = zip(bits(first), bits(second), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
-
-
-def by_hand(batches, config, epochs=1, model=None):
-    """The filter over the recorded batches, whose first was for the prior's scale; then steps of the mean."""
-    kf = bkf.KalmanFilter(model or classifier(), config)
-    first, rest = batches[0], batches[1:]
-    state = kf.init(split_batch(first)[0])
-    per_epoch = len(rest) // epochs
-    for index, batch in enumerate(rest):
-        inputs, targets = split_batch(batch)
-        if index < per_epoch:
-            state, _ = kf.update(state, inputs, targets)
-        else:
-            rate = 1.0 - (index / per_epoch - 1.0) / (epochs - 1.0)
-            state, _ = mean_pass.natural_gradient_step(config, kf.adapter, state, inputs, targets, rate)
-    return state
-
-
-def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, **options):
+def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, held_out_fraction=0.0, **options):
     recorder = Recorder()
     actual = trainer(
         classifier() if model is None else model,
@@ -114,6 +52,7 @@ def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, *
         train_dataset=sentences(40) if data is None else data,
         eval_dataset=sentences(30, seed=1),
         kalman=config,
+        held_out_fraction=held_out_fraction,
     )
     actual.train()
     return actual, recorder.batches
@@ -268,8 +207,9 @@ def test_regression(tmp_path):
     data = [one | {"labels": float(one["labels"])} for one in sentences(40)]
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.3)
     actual = KalmanTrainer(
-        classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data, kalman=config
-    )
+        classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data, kalman=config,
+        held_out_fraction=0.0,
+    )  # fmt: skip
     before = actual.evaluate()["eval_loss"]
     actual.train()
     metrics = actual.evaluate()
@@ -295,8 +235,9 @@ def test_an_estimated_noise_variance_is_that_of_the_last_mean(tmp_path):
     data = [one | {"labels": float(one["labels"])} for one in sentences(40)]
     config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", mean_passes=0)
     actual = KalmanTrainer(
-        classifier(labels=1), arguments(tmp_path, num_train_epochs=3), train_dataset=data, kalman=config
-    )
+        classifier(labels=1), arguments(tmp_path, num_train_epochs=3), train_dataset=data, kalman=config,
+        held_out_fraction=0.0,
+    )  # fmt: skip
     actual.train()
     posterior, batch = actual.posterior, default_data_collator(data)
     targets = batch.pop("labels").unsqueeze(1)
@@ -404,6 +345,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, covariance, st
         train_dataset=sentences(40),
         data_collator=default_data_collator,
         kalman=config,
+        held_out_fraction=0.0,
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert same(resumed.posterior.state, whole.posterior.state)
@@ -535,6 +477,7 @@ def test_early_stopping_and_the_best_belief(tmp_path):
         train_dataset=sentences(40),
         eval_dataset=sentences(30, seed=1),
         callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        held_out_fraction=0.0,
     )
     actual.train()
     losses = {e["step"]: e["eval_log_loss"] for e in actual.state.log_history if "eval_log_loss" in e}

@@ -22,6 +22,10 @@ MEAN_ALONE_NOTE = (
     "predictions are those of the mean alone, and epistemic uncertainty is close to zero. The scored data prefer the "
     "mean's predictions to those of the covariance at any larger temperature; `temperature` sets another one."
 )
+HOT_NOTE = (
+    "the covariance is too small for the errors that were scored. Fit with a wider prior (`initial_logit_sd`), or for "
+    "more passes."
+)
 
 
 class TemperatureState(NamedTuple):
@@ -86,10 +90,14 @@ def is_mean_alone(temperature: float) -> bool:
     return temperature <= MEAN_ALONE
 
 
-def warn_of_mean_alone(temperature: float) -> None:
-    """Warn if a chosen temperature makes predictions those of the mean."""
+def warn_of_edge(temperature: float) -> None:
+    """Warn if a chosen temperature makes predictions those of the mean, or is the largest that was tried."""
     if is_mean_alone(temperature):
         warnings.warn(f"the temperature chosen is {temperature:g}: {MEAN_ALONE_NOTE}", stacklevel=3)
+    elif temperature == GRID[-1]:
+        warnings.warn(
+            f"the temperature chosen is {temperature:g}, the largest that was tried: {HOT_NOTE}", stacklevel=3
+        )
 
 
 def temperature(setting: float | str, state: TemperatureState) -> float:

@@ -16,11 +16,13 @@ from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
-from bayes_kf.inference.fitting.fit_config import fit_config
+from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
 from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
+from bayes_kf.inference.fitting.regression.examples import holds_real_targets
+from bayes_kf.inference.fitting.regression.regression_fit import fit_regression
 from bayes_kf.inference.fitting.selection import heldout_config_selection
 from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
 from bayes_kf.inference.posterior import Posterior
@@ -36,6 +38,7 @@ def fit(
     config: KalmanConfig | Sequence[KalmanConfig] | None = None,
     *,
     start: str = "prior",
+    held_out: Iterable[Any] | str | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
     progress: bool | None = None,
@@ -56,15 +59,21 @@ def fit(
             cautious one is better. If it cannot be split, ``fit`` makes one pass with ``KalmanConfig.stream()``. With
             ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The targets decide the likelihood:
             integers are class labels, floats are real numbers with Gaussian noise of an estimated variance, bools are
-            answers ("bernoulli"). A config is used as it is, with its own likelihood. Without a config and a
-            ``checkpoint``, a classifier with more than 32 outputs gets "sampled" curvature, and held-out data, if any,
-            choose its softmax temperature.
+            answers ("bernoulli"). Float targets in a DataLoader over a data set or a list of batches have a fit of
+            their own (``fitting.regression.regression_fit``): up to 100 passes move the mean, and the prior's scales
+            and the noise variance maximize the evidence. A config is used as it is, with its own likelihood. Without a
+            config and a ``checkpoint``, a classifier with more than 32 outputs gets "sampled" curvature, and held-out
+            data, if any, choose its softmax temperature.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
-            approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given. The
-            temperature is 0.1 unless the config gives a number; :meth:`Posterior.calibrate` finds a better one on
-            held-out data. With ``mean_passes``, the mean then moves on toward the mode, for adapters whose training was
-            stopped early.
+            approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
+            that width is too large as a rule, its precision is multiplied by a size of 10. ``held_out`` chooses a
+            better size. A ``temperature`` that the config gives as a number is used instead. With ``mean_passes``, the
+            mean moves on toward the mode, for adapters whose training was stopped early.
+        held_out: with ``start`` "trained": batches on which the adapter was not trained, of 50 examples or more if
+            possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`. With
+            ``start`` "prior": "latest": one pass, whose latest 64 to 128 examples choose them, before they are learned
+            (``heldout.latest_examples``).
         checkpoint: a folder in which a single pass saves its posterior after every ``every`` updates, at the end, and
             when it is stopped (Ctrl-C, an error of the loader). A later call with the same loader, config and folder
             skips the batches of the earlier call; its result equals that of an uninterrupted pass to the bit. None: no
@@ -75,7 +84,8 @@ def fit(
 
     Raises:
         ValueError: if ``start`` is unknown, the loader is empty, cannot be iterated again for several passes, or cannot
-            be split for several configs, or a batch does not fit; the message gives the number of the batch.
+            be split for several configs, or a batch does not fit; the message gives the number of the batch. Also if
+            ``held_out`` is given with another ``start`` or a number as ``temperature``.
         FitDivergenceError: a :class:`DivergenceError`, if the filter refuses an update; its attribute ``posterior`` is
             the posterior before that update. With several configs: only if all of them diverge.
 
@@ -90,11 +100,32 @@ def fit(
         config = heldout_config_selection.check_candidates(config)
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
-    posterior = _fit(model, loader, config, start, checkpoint, every, shows_progress(progress))
+    _check_held_out(held_out, start, config)
+    posterior = _fit(model, loader, config, start, held_out, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
-        prequential_temperature.warn_of_mean_alone(posterior.temperature)
+        prequential_temperature.warn_of_edge(posterior.temperature)
     return posterior
+
+
+def _check_held_out(
+    held_out: Iterable[Any] | str | None, start: str, config: KalmanConfig | Sequence[KalmanConfig] | None
+) -> None:
+    """Raise ValueError for held-out data that do not suit the start."""
+    if held_out is None:
+        return
+    if isinstance(held_out, str):
+        check_one_of("held_out", held_out, [LATEST])
+    if not isinstance(held_out, Iterable):
+        raise ValueError(f"`held_out` must be iterable, got {type(held_out).__name__}.")
+    if start == "trained" and held_out == LATEST:
+        raise ValueError("`held_out` must be batches with `start` 'trained', which has learned its data, got 'latest'.")
+    if start == "prior" and held_out != LATEST:
+        raise ValueError(
+            "`held_out` must be None or 'latest' with `start` 'prior', got batches; `Posterior.calibrate` takes them."
+        )
+    if held_out == LATEST and not isinstance(config, KalmanConfig | None):
+        raise ValueError("`config` must be one KalmanConfig with `held_out` 'latest', got several.")
 
 
 def _fit(
@@ -102,6 +133,7 @@ def _fit(
     loader: Iterable[Any],
     config: KalmanConfig | Sequence[KalmanConfig] | None,
     start: str,
+    held_out: Iterable[Any] | str | None,
     checkpoint: str | Path | None,
     every: int,
     progress: bool,
@@ -112,11 +144,16 @@ def _fit(
             raise ValueError(f"`start` must be 'prior' with a `checkpoint`, got {start!r}.")
         if config is not None and not isinstance(config, KalmanConfig):
             raise ValueError("`config` must be one KalmanConfig with a `checkpoint`, got several.")
+        if held_out is not None:
+            raise ValueError("`held_out` must be None with a `checkpoint`, got 'latest'.")
         return fit_with_checkpoints(model, loader, config, checkpoint, every, progress)
-    if isinstance(config, KalmanConfig):
-        return fit_config(model, loader, config, start, progress)
-    if config is not None and start == "trained":
+    if start == "trained" and not isinstance(config, KalmanConfig | None):
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
+    if isinstance(config, KalmanConfig) or held_out is not None or start == "trained":
+        without = KalmanConfig() if start == "trained" else KalmanConfig.stream()
+        settings = config if isinstance(config, KalmanConfig) else without
+        is_default = config is None
+        return fit_config(model, loader, settings, start, progress, choose_defaults=is_default, held_out=held_out)
     if config is None:
         return fit_default(model, loader, start, progress)
     split = heldout_config_selection.split_loader(loader)
@@ -132,6 +169,8 @@ def fit_default(
     model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
 ) -> Posterior:
     """The result of :func:`fit` without a ``config``; ``seed`` is that of the default settings."""
+    if start == "prior" and holds_real_targets(loader):
+        return fit_regression(model, loader, progress, seed)
     split = None if start == "trained" else heldout_config_selection.split_loader(loader)
     if split is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
-from bayes_kf.inference.fitting.loop import inputs_and_targets
+from bayes_kf.inference.fitting.loop import LoopStep, inputs_and_targets
 from bayes_kf.inference.fitting.passes import prior_evidence
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.gauss_newton import gauss_newton_pass, refit_noise_and_mode
@@ -25,9 +27,12 @@ from bayes_kf.inference.fitting.passes.scale_refit import refit_scale
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
 from bayes_kf.inference.fitting.selection.heldout_config_selection import default_curvature
 from bayes_kf.inference.fitting.selection.stream_config_selection import select_on_stream
+from bayes_kf.inference.heldout import calibration, latest_examples
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch
+
+LATEST = "latest"  # the word for a stream's latest examples as held-out data
 
 
 class _Data(NamedTuple):
@@ -61,6 +66,8 @@ def fit_config(
     label: str = "",
     *,
     choose_defaults: bool = False,
+    prior_mean: Tensor | None = None,
+    held_out: Iterable[Any] | str | None = None,
 ) -> Posterior:
     """The posterior under one config; ``model``, ``loader``, ``start`` and errors as for :func:`bayes_kf.fit`.
 
@@ -73,10 +80,14 @@ def fit_config(
         label: the beginning of the text before them.
         choose_defaults: whether to replace the config's likelihood and curvature by the defaults for the targets and
             the number of outputs.
+        prior_mean: (n,); None: the model's tensors. Not with ``start`` "trained".
+        held_out: as for :func:`bayes_kf.fit`, which calls this function in its second step.
     """
     is_trained = start == "trained"
-    if is_trained and config.temperature == "prequential" and config.tune is None:
-        config = dataclasses.replace(config, temperature=prior_evidence.TRAINED_TEMPERATURE)
+    _check_held_out(config, held_out)
+    gets_size = is_trained and config.temperature == "prequential" and config.tune is None
+    if gets_size:
+        config = dataclasses.replace(config, temperature=1.0)
     kf = KalmanFilter(model, config)
     _check_passes(kf.config, loader, is_trained)
     batches = iter(loader)
@@ -85,9 +96,26 @@ def fit_config(
         raise ValueError("`loader` must yield at least one batch, got none.")
     if choose_defaults:
         kf = _with_defaults(kf, data.first)
-    posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data)
-    posterior = _gauss_newton_passes(posterior, data)
-    return _mean_passes(posterior, data)
+    if held_out == LATEST:
+        return _fit_from_prior(kf, data, prior_mean, keeps_latest=True)
+    posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data, prior_mean)
+    posterior = _mean_passes(_gauss_newton_passes(posterior, data), data)
+    if held_out is not None and not isinstance(held_out, str):
+        return calibration.calibrate([posterior], [1.0], held_out, stacklevel=5)[0]
+    if gets_size and config.initial_variance is None:
+        return calibration.with_given_size(posterior, prior_evidence.TRAINED_SIZE)
+    return posterior
+
+
+def _check_held_out(config: KalmanConfig, held_out: Iterable[Any] | str | None) -> None:
+    """Raise ValueError for settings under which held-out examples have nothing to choose, or no place."""
+    if held_out is not None and config.temperature != "prequential":
+        raise ValueError(f"`temperature` must be 'prequential' with `held_out`, got {config.temperature}.")
+    if held_out == LATEST and config.passes + config.mean_passes > 1:
+        raise ValueError(
+            "`held_out` 'latest' needs one pass, since later passes learn the latest examples too, got "
+            f"{config.passes + config.mean_passes}."
+        )
 
 
 def _check_passes(config: KalmanConfig, loader: Iterable[Any], is_trained: bool) -> None:
@@ -117,18 +145,47 @@ def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 
 
-def _fit_from_prior(kf: KalmanFilter, data: _Data) -> Posterior:
-    """The posterior after the first pass, which starts from the prior; with ``tune``, under the best settings."""
+def _fit_from_prior(kf: KalmanFilter, data: _Data, prior_mean: Tensor | None, keeps_latest: bool = False) -> Posterior:
+    """The posterior after the first pass, which starts from the prior; with ``tune``, under the best settings.
+
+    With ``keeps_latest`` the latest examples choose its size and its sharpness.
+    """
     history = FitHistory(kf.config.likelihood)
     batches, inputs = itertools.chain(data.first, data.rest), scale_inputs(kf, data.first)
     evidence: dict[str, Tensor] = {}
     with data.bar("fit") as bar:
         if kf.config.tune is None:
-            state = kf.init(inputs)
+            state = kf.init(inputs, prior_mean)
         else:
             kf, state, evidence["evidence"] = select_on_stream(kf, batches, inputs, history, bar)
-        state = filter_pass(kf, state, batches, history, bar)
-    return Posterior(kf, state, history.series() | evidence)
+        latest = _Latest(state, batches)
+        if keeps_latest:
+            state = filter_pass(kf, state, latest, history, bar, callbacks=[latest.add])
+        else:
+            state = filter_pass(kf, state, batches, history, bar)
+    posterior = Posterior(kf, state, history.series() | evidence)
+    return latest_examples.calibrate(posterior, latest.examples, stacklevel=6) if keeps_latest else posterior
+
+
+class _Latest:
+    """Batches of a stream, with the latest examples that were learned.
+
+    Attributes:
+        examples: those.
+    """
+
+    def __init__(self, state: FilterState, batches: Iterable[Any]) -> None:
+        self.examples, self._batches, self._present = latest_examples.init(state), batches, None
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            self._present = batch
+            yield batch
+
+    def add(self, step: LoopStep[FilterState, UpdateInfo]) -> None:
+        """Add the batch that was learned, as a callback of a loop."""
+        inputs, _ = split_batch(self._present)
+        self.examples = latest_examples.add(self.examples, inputs, step.targets, step.state)
 
 
 def _fit_trained(kf: KalmanFilter, data: _Data) -> Posterior:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
-from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
-from bayes_kf.inference.heldout.sharpness import choose_sharpness
+from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.mixture.mixture_prediction import member_generators, predict_mixture
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import arviz_export, generation, predict
@@ -194,11 +192,8 @@ class MixturePosterior:
 
         See :meth:`Posterior.calibrate`. The weights stay.
         """
-        batches = list(loader)
-        members = [with_size(member, choose_size(member, batches).value) for member in self.members]
-        chosen = choose_sharpness([heldout_outputs(member, batches) for member in members], weights=self.weights)
-        sharp = [member.with_settings(softmax_temperature=chosen.value) for member in members]
-        return replace(self, members=tuple(sharp))
+        members = tuple(calibration.calibrate(self.members, self.weights, loader))
+        return replace(self, members=members, history=self.history | members[0].history)
 
     def update(self, inputs: Inputs, targets: Tensor) -> Self:
         """The mixture after one more batch: every member updated, and its weight multiplied by its p(y | x).

@@ -5,7 +5,7 @@ distribution of the next token is the average p̄ of theirs. Its entropy is the 
 their disagreement, the mutual information: H(p̄) = E[H(p)] + I(token; adapter), in nats.
 
 Adapters are drawn, not linearized. At temperature 1, draws may lie where the linearization does not hold, and the text
-becomes nonsense. The temperature that a stream or :meth:`Posterior.calibrate` chooses is far below 1 for such models.
+becomes nonsense. The temperature that a stream chooses is far below 1 for such models.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ P = TypeVar("P", bound=GaussianPosterior)
 
 
 def calibrate_temperature(posterior: P, loader: Iterable[Any]) -> P:
-    """The posterior at the temperature that held-out data choose; see :meth:`Posterior.calibrate`."""
+    """The posterior at the temperature of ``GRID`` that the log loss of held-out examples chooses."""
     if posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian":
         return _calibrate_with_noise(posterior, loader)
     family, losses = posterior.likelihood, list[Tensor]()
@@ -58,7 +58,7 @@ def calibrate_temperature(posterior: P, loader: Iterable[Any]) -> P:
 
 
 def calibrate_softmax(posterior: P, loader: Iterable[Any]) -> P:
-    """The posterior with the softmax temperature that held-out data choose; see :meth:`Posterior.calibrate_softmax`."""
+    """The posterior with the softmax temperature of ``SOFTMAX_GRID``, at most 1, that held-out data choose."""
     family = posterior.likelihood
     if not isinstance(family, Categorical):
         raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {family.name!r}.")
@@ -134,9 +134,7 @@ def _log_losses_from_draws(posterior: GaussianPosterior, family: Likelihood, bat
 def _calibrate_with_noise(posterior: P, loader: Iterable[Any]) -> P:
     """:func:`calibrate_temperature` for a Gaussian likelihood whose σ² is estimated: both are chosen together."""
     residual, covariance = _heldout_residuals(posterior, loader)
-    present = posterior.state.noise.variance
-    if present is None:  # the filter made no update
-        present = torch.ones_like(residual[0])
+    present = _present_noise(posterior.state.noise.variance, residual)
     variances, losses = [], []
     for temperature in GRID:
         output_cov = temperature * covariance
@@ -144,10 +142,33 @@ def _calibrate_with_noise(posterior: P, loader: Iterable[Any]) -> P:
         variances.append(variance)
         losses.append(gaussian_log_losses(variance, residual, output_cov))
     chosen = choose_temperature(torch.stack(losses))
-    variance = variances[GRID.index(chosen)]
-    count = torch.full_like(variance, NOISE_COUNT + len(residual))
+    return _with_noise(posterior.with_settings(temperature=chosen), variances[GRID.index(chosen)], len(residual))
+
+
+def with_heldout_noise(posterior: P, loader: Iterable[Any], present: Tensor | None) -> P:
+    """The posterior with the most probable σ² given held-out residuals at its covariance.
+
+    Args:
+        posterior: with a Gaussian likelihood whose σ² is estimated.
+        loader: batches with targets that the posterior was not fitted on.
+        present: the σ² of the fit, (m,), which weighs ``NOISE_COUNT`` observations; None: 1.
+    """
+    residual, covariance = _heldout_residuals(posterior, loader)
+    output_var = posterior.temperature * covariance.diagonal(dim1=1, dim2=2)
+    variance = heldout_noise_variance(_present_noise(present, residual), residual, output_var)
+    return _with_noise(posterior, variance, len(residual))
+
+
+def _present_noise(variance: Tensor | None, residual: Tensor) -> Tensor:
+    """σ², (m,); 1 if the filter made no update."""
+    return torch.ones_like(residual[0]) if variance is None else variance
+
+
+def _with_noise(posterior: P, variance: Tensor, num_examples: int) -> P:
+    """The posterior with another σ², (m,)."""
+    count = torch.full_like(variance, NOISE_COUNT + num_examples)
     state = posterior.state._replace(noise=noise.with_variance(posterior.state.noise, variance, count))
-    return replace(posterior.with_settings(temperature=chosen), state=state)
+    return replace(posterior, state=state)
 
 
 def _heldout_residuals(posterior: GaussianPosterior, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:

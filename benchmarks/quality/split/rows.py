@@ -97,12 +97,13 @@ def stream_loader(stream: Stream, seed: int) -> DataLoader[Any]:
 
 
 def post_hoc(problem: QualityProblem, stream: Stream, seed: int) -> Learned:
-    """This package on the adapter of the strong row: a covariance from the same examples, calibrated on the eighth."""
+    """This package on the adapter of the strong row: its covariance, with size and sharpness by the held-out eighth."""
     fitted, heldout = validation(stream)
     best, *others = search(partial(_model, problem), fitted, heldout, seed, FINE_TUNING)
-    posterior = bkf.fit(best.model, fitted.batches(TOGETHER), start="trained", progress=False)
-    posterior = posterior.calibrate(heldout.batches(AHEAD))
-    return Learned(predictive(posterior), facts={"temperature": posterior.temperature, **facts([best], others)})
+    batches, spare = fitted.batches(TOGETHER), heldout.batches(AHEAD)
+    posterior = bkf.fit(best.model, batches, start="trained", held_out=spare, progress=False)
+    numbers = {"temperature": posterior.softmax_temperature, "size": posterior.history["size"].tolist()}
+    return Learned(predictive(posterior), facts=numbers | facts([best], others))
 
 
 def _model(problem: QualityProblem, seed: int) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from bayes_kf import evaluation
 from bayes_kf.inference.filtering import measurement_update, prequential_temperature
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
 from bayes_kf.inference.measurement_model import predictive_density
+from bayes_kf.inference.predictive.heldout_calibration import calibrate_temperature
 from bayes_kf.models.likelihood import Bernoulli, Categorical
 
 
@@ -193,8 +194,9 @@ def contradicted():
 
 def test_a_temperature_at_the_cold_end_is_said(contradicted, tmp_path):
     posterior, x, y = contradicted
+    actual = calibrate_temperature(posterior, [(x, y)])
     with pytest.warns(UserWarning, match=r"the temperature chosen is 0.001: predictions are those of the mean alone"):
-        actual = posterior.calibrate([(x, y)])
+        prequential_temperature.warn_of_edge(actual.temperature)
     assert actual.temperature == prequential_temperature.GRID[0]
     assert "those of the mean alone" in repr(actual)
     actual.save_pretrained(tmp_path / "saved")
@@ -209,6 +211,17 @@ def test_a_temperature_at_the_cold_end_is_said(contradicted, tmp_path):
         )
     assert hot.notes == ()
     assert "mean alone" not in repr(hot)
+
+
+def test_the_largest_temperature_is_said():
+    with pytest.warns(
+        UserWarning, match=r"^the temperature chosen is 3, the largest that was tried: the covariance is"
+    ):
+        prequential_temperature.warn_of_edge(prequential_temperature.GRID[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for temperature in (0.03, 1.0, 2.9, 30.0):  # the last was given, not chosen
+            prequential_temperature.warn_of_edge(temperature)
 
 
 def test_fit_warns_once_at_the_cold_end(contradicted):

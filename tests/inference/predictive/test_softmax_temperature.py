@@ -66,8 +66,8 @@ def test_so_are_predictions_from_parameter_draws_and_their_temperature(monkeypat
         assert_same(posterior.predict(x, targets=y), expected.predict(x, targets=y))
         losses = []
         monkeypatch.setattr(heldout_calibration, "choose_temperature", lambda actual: losses.append(actual) or 1.0)  # noqa: B023
-        posterior.calibrate(batches)
-        expected.calibrate(batches)
+        heldout_calibration.calibrate_temperature(posterior, batches)
+        heldout_calibration.calibrate_temperature(expected, batches)
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-9)
         monkeypatch.undo()
 
@@ -100,7 +100,7 @@ def test_the_softmax_temperature_is_the_most_probable_one_given_held_out_data(tr
     """Against SciPy's minimum; with many examples also against temperature scaling, which has no prior."""
     logits = torch.randn(count, 30, generator=torch.Generator().manual_seed(1)).double()
     y = labels(logits / true)
-    actual = held(logits).calibrate_softmax(zip(logits.split(50), y.split(50), strict=True))
+    actual = heldout_calibration.calibrate_softmax(held(logits), zip(logits.split(50), y.split(50), strict=True))
 
     def objective(log_divisor):
         chosen = (logits / math.exp(log_divisor)).log_softmax(1).gather(1, y[:, None]).sum()
@@ -119,7 +119,7 @@ def test_the_softmax_temperature_is_never_above_1():
     logits = 3.0 * torch.randn(2000, 10, generator=torch.Generator().manual_seed(1)).double()
     y = labels(logits / 2.0)
     assert TemperatureScaling.fit(logits.softmax(1), y).temperature > 1.5
-    assert held(logits).calibrate_softmax([(logits, y)]).softmax_temperature == 1.0
+    assert heldout_calibration.calibrate_softmax(held(logits), [(logits, y)]).softmax_temperature == 1.0
 
 
 def test_a_few_right_answers_do_not_make_predictions_certain():
@@ -127,7 +127,7 @@ def test_a_few_right_answers_do_not_make_predictions_certain():
     logits = math.log(9.0) * torch.nn.functional.one_hot(torch.arange(24) % 2).double()  # 0.9 for each of them
     y = torch.arange(24) % 2
     assert TemperatureScaling.fit(logits.softmax(1), y).temperature == 0.01
-    assert held(logits).calibrate_softmax([(logits, y)]).softmax_temperature >= 0.95
+    assert heldout_calibration.calibrate_softmax(held(logits), [(logits, y)]).softmax_temperature >= 0.95
 
 
 def test_an_impossible_target_leaves_the_softmax_temperature_at_1():

@@ -8,9 +8,9 @@ P₀ is the function-space prior, the Laplace evidence of the scale s is, up to 
 It needs no further pass: Λ_s = H + (sP₀)⁻¹ differs from the belief's precision by a diagonal. The evidence is from
 MacKay (1992); the grid and the choice of Δ are ours.
 
-A trained adapter has seen its data, so they cannot choose the temperature as a stream does. The prior scales of most
-evidence were three to ten times too large (USPS, KMNIST, ants and bees, noisy CIFAR-10; with rank 400 as with 20), so
-predictions take the temperature ``TRAINED_TEMPERATURE``. Held-out data choose a better one (``Posterior.calibrate``).
+A trained adapter has seen its data, so they cannot choose the size of its covariance. The prior scales of most evidence
+were three to ten times too large (USPS, KMNIST, ants and bees, noisy CIFAR-10; with rank 400 as with 20), so without
+held-out data the posterior takes the size ``TRAINED_SIZE`` (``heldout.covariance_size``).
 Leave-one-out with Laplace cavities did not work: at these scales, one example changes its own prediction by hundreds of
 nats.
 """
@@ -29,7 +29,7 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.prior.initial_values import known_initial_values
 
-TRAINED_TEMPERATURE = 0.1
+TRAINED_SIZE = 10.0  # factor on the precision of the prior of most evidence
 PRIOR_SCALES = tuple(10.0 ** (0.5 * k) for k in range(-12, 5))  # s
 MAX_ROUNDS = 20  # alternating fits of the prior scale and σ²
 

@@ -17,7 +17,6 @@ from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes import prior_evidence
 from bayes_kf.inference.measurement_model.noise import NoiseState
-from bayes_kf.inference.predictive import heldout_calibration
 from bayes_kf.models.adapter import AdapterModel
 
 EXACT = ("full", "low_rank", "block_diagonal")
@@ -46,7 +45,7 @@ def curvature(model, batches):
 
 def config_of(covariance):
     extra = {"rank": 40} if covariance == "low_rank" else {}
-    return bkf.KalmanConfig(covariance=covariance, noise_variance=1.0, **extra)
+    return bkf.KalmanConfig(covariance=covariance, noise_variance=1.0, temperature=1.0, **extra)
 
 
 @pytest.mark.parametrize("covariance", ["full", "low_rank"])
@@ -209,7 +208,7 @@ def test_mean_passes_move_a_trained_mean_to_the_mode_under_the_prior_at_the_init
     settings |= {"rank": 4} if covariance == "low_rank" else {}
     torch.manual_seed(0)
     model = nn.Linear(4, 1, bias=False).double()
-    configs = [bkf.KalmanConfig(**settings, mean_passes=passes) for passes in (0, 30, 120)]
+    configs = [bkf.KalmanConfig(**settings, temperature=1.0, mean_passes=passes) for passes in (0, 30, 120)]
     stays, moves, longer = (bkf.fit(model, batches, c, start="trained", progress=False) for c in configs)
     zero, before = torch.zeros(4).double(), model.weight.detach().clone()
     mode, cov = linear_posterior(x, y[:, 0], zero, 2.0 * torch.eye(4).double(), 0.5)
@@ -249,24 +248,48 @@ def test_mean_passes_of_a_trained_lora_adapter_keep_the_prior_width_of_its_evide
     assert objective(moves) < objective(stays)
 
 
-def test_temperature_is_configured_or_chosen_by_held_out_data():
+def test_the_size_of_a_trained_adapter_is_10_or_chosen_by_held_out_data():
+    model, batches, held_out = network(), data(count=8), data(count=30, seed=5)
+    of_evidence = bkf.fit(model, batches, config_of("full"), start="trained", progress=False)  # at a given temperature
+    assert (of_evidence.temperature, "size" in of_evidence.history) == (1.0, False)
+    free = dataclasses.replace(config_of("full"), temperature="prequential")
+    without = bkf.fit(model, batches, free, start="trained", progress=False)
+    precision = torch.linalg.inv(of_evidence.covariance_matrix()) + torch.diag(9.0 / of_evidence.state.prior.variance)
+    torch.testing.assert_close(torch.linalg.inv(without.covariance_matrix()), precision, rtol=1e-7, atol=1e-7)
+    assert (without.temperature, without.history["size"].tolist()) == (1.0, [10.0])
+    chosen = bkf.fit(model, batches, free, start="trained", held_out=held_out, progress=False)
+    expected = of_evidence.calibrate(held_out)
+    assert torch.equal(chosen.history["size"], expected.history["size"])
+    assert torch.equal(chosen.covariance_matrix(), expected.covariance_matrix())
+    assert chosen.softmax_temperature == expected.softmax_temperature != 1.0
+    assert torch.equal(chosen.mean_vector, AdapterModel(model).vector())
+    for earlier in (without, chosen):  # an earlier size is not added to
+        again = earlier.calibrate(held_out)
+        torch.testing.assert_close(again.history["size"], expected.history["size"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(again.covariance_matrix(), expected.covariance_matrix(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_prior_or_a_temperature_that_is_given_stays():
     model, batches = network(), data(count=8)
-    posterior = bkf.fit(model, batches, config_of("full"), start="trained", progress=False)
-    assert posterior.temperature == prior_evidence.TRAINED_TEMPERATURE
+    given = bkf.KalmanConfig(covariance="full", initial_variance=0.5, bound_prior=False)
+    posterior = bkf.fit(model, batches, given, start="trained", progress=False)
+    expected = curvature(model, batches) + 2.0 * torch.eye(posterior.adapter.num_parameters).double()
+    torch.testing.assert_close(torch.linalg.inv(posterior.covariance_matrix()), expected, rtol=1e-7, atol=1e-7)
+    assert posterior.temperature == 1.0
     fixed = dataclasses.replace(config_of("full"), temperature=0.7)
     assert bkf.fit(model, batches, fixed, start="trained", progress=False).temperature == 0.7
-    held_out = data(count=30, seed=5)
-    calibrated = posterior.calibrate(held_out)
-    losses = {}
-    for t in prequential_temperature.GRID:
-        scaled = bkf.Posterior(
-            bkf.KalmanFilter(model, dataclasses.replace(posterior.config, temperature=t)), posterior.state
-        )
-        losses[t] = -torch.cat([scaled.predict(x, num_samples=4000, targets=y).log_prob for x, y in held_out])
-    assert calibrated.temperature == heldout_calibration.choose_temperature(torch.stack(list(losses.values())))
-    assert calibrated.temperature > prequential_temperature.GRID[0]
-    assert torch.equal(calibrated.mean_vector, posterior.mean_vector)
-    assert posterior.temperature == prior_evidence.TRAINED_TEMPERATURE  # the first is as it was
+
+
+def test_held_out_data_that_do_not_fit_the_settings_are_refused():
+    model, batches = network(), data()
+    with pytest.raises(ValueError, match=r"^`temperature` must be 'prequential' with `held_out`, got 1\.0\.$"):
+        bkf.fit(model, batches, config_of("full"), start="trained", held_out=batches, progress=False)
+    with pytest.raises(ValueError, match=r"^`held_out` must be None or 'latest' with `start` 'prior', got batches"):
+        bkf.fit(model, batches, held_out=batches, progress=False)
+    with pytest.raises(ValueError, match=r"^`held_out` must be iterable, got int\.$"):
+        bkf.fit(model, batches, start="trained", held_out=3, progress=False)
+    with pytest.raises(ValueError, match=r"^`loader` must yield at least one batch, got none\.$"):
+        bkf.fit(model, batches, start="trained", held_out=[], progress=False)
 
 
 def test_bad_calibration_data():

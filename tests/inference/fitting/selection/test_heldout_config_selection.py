@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 import bayes_kf as bkf
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.selection import heldout_config_selection
+from bayes_kf.inference.predictive import heldout_calibration
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(90, 3, generator=G).double()
@@ -116,7 +117,8 @@ def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_bes
     parts = heldout_config_selection.split_loader(batches())
     losses, temperatures = [], []
     for config in (stuck, good):
-        alone = bkf.fit(network(), parts.fitted, config, progress=False).calibrate(parts.heldout)
+        alone = bkf.fit(network(), parts.fitted, config, progress=False)
+        alone = heldout_calibration.calibrate_temperature(alone, parts.heldout)
         losses.append(-float(alone.predict_loader(parts.heldout).log_prob.mean()))
         temperatures.append(alone.temperature)
     torch.testing.assert_close(posterior.history["held_out_log_loss"], torch.tensor(losses).double())

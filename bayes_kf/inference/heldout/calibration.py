@@ -1,0 +1,170 @@
+"""The last steps of a fit: the size of each covariance and the sharpness of predictions, set by held-out data.
+
+The size comes first, from the joint likelihood (:mod:`.covariance_size`); then the sharpness, at that size, from single
+examples (:mod:`.sharpness`). Each asks its own question, so that neither makes up for the other: a covariance that is
+too wide is not hidden by sharp logits, nor a mean that is too sure by a wide covariance.
+
+An estimated σ² of a Gaussian likelihood is chosen together with the size (:mod:`.noise_and_size`); under dynamics it is
+estimated again from the held-out residuals, before and after the size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bayes_kf.inference.heldout import noise_and_size
+from bayes_kf.inference.heldout.choice import Choice
+from bayes_kf.inference.heldout.covariance_size import choose_size, is_static, with_size
+from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
+from bayes_kf.inference.heldout.sharpness import choose_sharpness
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
+from bayes_kf.inference.predictive.heldout_calibration import heldout_batches, with_heldout_noise
+from bayes_kf.models.batch import Batch
+
+SIZE_EXAMPLES = 512  # the most that choose a size: the Jacobians of all of them are in memory
+
+P = TypeVar("P", bound=GaussianPosterior)
+
+
+def calibrate(members: Sequence[P], weights: Sequence[float], loader: Iterable[Any], *, stacklevel: int = 3) -> list[P]:
+    """The members with the sizes and the one sharpness that held-out data choose; see :meth:`Posterior.calibrate`.
+
+    Args:
+        members: posteriors of one model and one likelihood.
+        weights: of the members, which add up to 1.
+        loader: batches with targets that the members were not fitted on.
+        stacklevel: of warnings about values at an end of what was tried.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
+    """
+    checked = list(heldout_batches(members[0], loader))
+    sized, notes = list[P](), list[str | None]()
+    for member in members:
+        posterior, size = _with_chosen_size(member, checked)
+        sized.append(posterior)
+        notes.append(edge_of_size(size, is_static(member.config.dynamics_settings)))
+    if members[0].config.likelihood == "categorical":
+        sized, sharpness = _with_chosen_sharpness(sized, weights, checked)
+        notes.append(edge_of_sharpness(sharpness))
+    warn(notes, stacklevel + 1)
+    return sized
+
+
+def calibrate_sharpness(posterior: P, loader: Iterable[Any]) -> P:
+    """The posterior with the sharpness of held-out data at its present covariance.
+
+    Raises:
+        ValueError: if the likelihood has no softmax, the loader yields nothing, or a batch has no targets or does not
+            fit.
+    """
+    if posterior.config.likelihood != "categorical":
+        raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {posterior.config.likelihood!r}.")
+    (sharp,), sharpness = _with_chosen_sharpness([posterior], [1.0], list(heldout_batches(posterior, loader)))
+    warn([edge_of_sharpness(sharpness)], 4)
+    return sharp
+
+
+def edge_of_size(size: Choice, static: bool = True) -> str | None:
+    """The warning about a size at the end of what was tried; None for another.
+
+    Args:
+        size: the choice.
+        static: whether it is a factor on the precision of the prior, not the temperature 1/s.
+    """
+    if not size.at_edge:
+        return None
+    value = (
+        f"size chosen is {size.value:g}, the largest"
+        if static
+        else f"temperature chosen is {1 / size.value:g}, the smallest"
+    )
+    return (
+        f"the {value} that was tried: predictions are close to those of the mean alone. Fit with a narrower prior "
+        "(`initial_logit_sd`), or give more held-out examples."
+    )
+
+
+def edge_of_sharpness(sharpness: Choice) -> str | None:
+    """The warning about a sharpness at an end of what was tried; None for another."""
+    if not sharpness.at_edge:
+        return None
+    if sharpness.value < 1.0:
+        end, advice = "smallest", "The mean is far less sure than held-out examples justify: fit it for more passes."
+    else:
+        end, advice = "largest", "The mean hardly predicts the held-out examples: check their labels."
+    return f"the softmax temperature chosen is {sharpness.value:g}, the {end} that was tried. {advice}"
+
+
+def warn(notes: Iterable[str | None], stacklevel: int) -> None:
+    """Warn of each note that is not None."""
+    for note in notes:
+        if note is not None:
+            warnings.warn(note, stacklevel=stacklevel)
+
+
+def with_given_size(posterior: P, size: float) -> P:
+    """The posterior with a size that no data chose: ``history["size"]`` holds it without an interval."""
+    added = {"size": torch.tensor([size], dtype=torch.float64)}
+    return replace(with_size(posterior, size), history=posterior.history | added)
+
+
+def at_size_1(posterior: P) -> P:
+    """The posterior without the size that ``history["size"]`` says it has, so that a new choice does not add to it."""
+    static = is_static(posterior.config.dynamics_settings)
+    present = float(posterior.history["size"][0]) if static and "size" in posterior.history else 1.0
+    return with_size(posterior, 1.0 / present)
+
+
+def _with_chosen_size(posterior: P, batches: Sequence[Batch]) -> tuple[P, Choice]:
+    """The posterior with the size that held-out data choose, and the σ² at it where that is estimated; the choice."""
+    estimated = posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian"
+    present, given = posterior.state.noise.variance, pairs(batches)
+    start = at_size_1(posterior)
+    if noise_and_size.chooses_noise(start):
+        chosen = noise_and_size.choose_noise_and_size(start, pairs(thinned(batches, SIZE_EXAMPLES)))
+        sized, size = noise_and_size.with_noise_and_size(start, chosen), chosen.size
+    else:  # under dynamics, σ² does not say how large the data's share of the precision is
+        if estimated:
+            start = with_heldout_noise(start, given, present)
+        size = choose_size(start, pairs(thinned(batches, SIZE_EXAMPLES)))
+        sized = with_size(start, size.value)
+        if estimated:
+            sized = with_heldout_noise(sized, given, present)
+    return replace(sized, history=posterior.history | {"size": size.as_tensor()}), size
+
+
+def _with_chosen_sharpness(
+    members: Sequence[P], weights: Sequence[float], batches: Sequence[Batch]
+) -> tuple[list[P], Choice]:
+    """The members with the sharpness that held-out data choose for their mixture, and the choice."""
+    given = pairs(batches)
+    chosen = choose_sharpness([heldout_outputs(member, given) for member in members], weights=weights)
+    added = {"sharpness": chosen.as_tensor()}
+    sharp = [member.with_settings(softmax_temperature=chosen.value) for member in members]
+    return [replace(member, history=member.history | added) for member in sharp], chosen
+
+
+def thinned(batches: Sequence[Batch], limit: int) -> list[Batch]:
+    """Every k-th example of the batches, with the least k that leaves at most ``limit``."""
+    step = -(-sum(batch.size for batch in batches) // limit)
+    if step == 1:
+        return list(batches)
+    kept, before = list[Batch](), 0
+    for batch in batches:
+        which = torch.arange(-before % step, batch.size, step, device=batch.device)
+        before += batch.size
+        if len(which):
+            kept.append(batch[which])
+    return kept
+
+
+def pairs(batches: Sequence[Batch]) -> list[tuple[Any, Tensor]]:
+    """Batches with targets as pairs (inputs, targets)."""
+    return [(batch.inputs, batch.required_targets) for batch in batches]
