@@ -92,7 +92,7 @@ class KalmanModel:
             return pyro.sample("y", posterior.likelihood.distribution(outputs), obs=targets)  # type: ignore[arg-type]
 
     def outputs(self, sites: Mapping[str, Tensor], batch: Batch, posterior: GaussianPosterior) -> Tensor:
-        """Raw outputs, (*plates, B, m), of tensors whose leading dimensions are the plates around the call.
+        """Raw outputs, (..., B, m), of tensors whose leading dimensions are the plates around the call.
 
         Args:
             sites: as for :meth:`observe`.
