@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bayes_kf.inference.pyro.horseshoe import Horseshoe
     from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
     from bayes_kf.inference.pyro.kalman_svi import KalmanSVI
+    from bayes_kf.inference.pyro.mixture.mixture_guide import MixtureGuide
 
 __all__ = [
     "Bank",
@@ -32,6 +33,7 @@ __all__ = [
     "KalmanGuide",
     "KalmanSVI",
     "LoaderPrediction",
+    "MixtureGuide",
     "MixturePosterior",
     "Posterior",
     "Prediction",
@@ -42,7 +44,12 @@ __all__ = [
 ]
 
 # Imported on first use, because they load Pyro.
-_OF_PYRO = {"Horseshoe": "horseshoe", "KalmanGuide": "kalman_guide", "KalmanSVI": "kalman_svi"}
+_OF_PYRO = {
+    "Horseshoe": "horseshoe",
+    "KalmanGuide": "kalman_guide",
+    "KalmanSVI": "kalman_svi",
+    "MixtureGuide": "mixture.mixture_guide",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ from bayes_kf.validation import (
 
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
-SPREADS = ("modules", "tensors", "constant")
+SPREADS = ("modules", "tensors", "constant", "bounded")
 BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
@@ -120,7 +120,8 @@ class KalmanConfig:
         "modules",
         'How initial_logit_sd is shared among the parameters. "modules": a module adds variance proportional to '
         'the square root of its gain, and no LoRA factor may make ΔW more than twice the size of W. "tensors": '
-        'each tensor adds the same variance to the outputs. "constant": every parameter has the same variance.',
+        'each tensor adds the same variance to the outputs. "constant": every parameter has the same variance. '
+        '"bounded": the same, but less for adapter layers that would change the outputs by more than their own size.',
     )
     initial_bias_sd: float | None = setting(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES
 from bayes_kf.inference.fitting.passes.mean_pass import STEP_SIZE
 from bayes_kf.inference.fitting.passes.scale_refit import can_refit_scale
 from bayes_kf.integrations.posterior_trainer import PosteriorTrainer
+from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_callbacks import (
     EpochCounter,
     EpochEnd,
@@ -23,6 +25,7 @@ from bayes_kf.integrations.trainer_callbacks import (
     check_model,
     check_passes,
 )
+from bayes_kf.integrations.trainer_filter import TrainerFilter
 from bayes_kf.integrations.trainer_held_out import HeldOut, check_fraction, hold_out, last_steps, learn_held_out
 from bayes_kf.models.batch import Inputs
 
@@ -57,10 +60,13 @@ class KalmanTrainer(PosteriorTrainer):
     Args:
         *args: of Trainer.
         kalman: the settings; by default ``KalmanConfig()`` for one epoch, ``KalmanConfig.dataset()`` for more, with the
-            likelihood of the first labels, as :func:`~bayes_kf.fit` without a config.
+            likelihood of the first labels, as :func:`~bayes_kf.fit` without a config. Several settings, as for a
+            :class:`~bayes_kf.Bank`, train a mixture: all members on the same batches, with weights by the evidence of
+            their predictions in the first epoch. The model has the mean of the best member.
         method: of predictions in evaluation, see :meth:`~bayes_kf.Posterior.predict`.
         num_samples: of predictions in evaluation.
-        held_out_fraction: the share of the training set to hold out without an ``eval_dataset``; 0: no last steps.
+        held_out_fraction: the share of the training set to hold out without an ``eval_dataset``; 0: no last steps. Not
+            used with several settings.
         **kwargs: of Trainer.
 
     Raises:
@@ -92,7 +98,7 @@ class KalmanTrainer(PosteriorTrainer):
     def __init__(
         self,
         *args: Any,
-        kalman: KalmanConfig | None = None,
+        kalman: KalmanConfig | Sequence[KalmanConfig] | None = None,
         method: str = "linearized",
         num_samples: int = 64,
         held_out_fraction: float = 0.125,
@@ -141,7 +147,8 @@ class KalmanTrainer(PosteriorTrainer):
     def _check_epochs(self, resumed: bool) -> None:
         """Raise ValueError for epochs that the settings, or an earlier data set, do not allow."""
         if self._num_epochs() > 1:
-            check_passes(self._settings())
+            for settings in self._trained.configs if isinstance(self._trained, TrainerBank) else [self._settings()]:
+                check_passes(settings)
         if self._trained.state is not None and not resumed and self._num_epochs() > 1:
             raise ValueError(
                 f"`num_train_epochs` must be 1 for a second data set, got {self._num_epochs():g}; later epochs move "
@@ -149,7 +156,9 @@ class KalmanTrainer(PosteriorTrainer):
             )
 
     def _hold_out(self) -> HeldOut | None:
-        """The held-out examples; None if the settings give a temperature, which is then used."""
+        """The held-out examples; None if the settings give a temperature, which is then used, and for a mixture."""
+        if isinstance(self._trained, TrainerBank):
+            return None
         if self.kalman is not None and not isinstance(self.kalman.temperature, str):
             return None
         evaluation = self.eval_dataset
@@ -157,7 +166,8 @@ class KalmanTrainer(PosteriorTrainer):
 
     def _last_steps(self, held_out: HeldOut, whole: Any) -> dict[str, float]:
         """Set size and sharpness, and learn what was held out of the training set; returns numbers for the metrics."""
-        posterior = self.posterior
+        assert isinstance(self._trained, TrainerFilter)
+        posterior = self._trained.posterior
         was_fitted = held_out.name == "train_dataset" and posterior.state.examples == len(held_out.fitted)
         batches = list(self._batches(held_out.examples))
         posterior = last_steps(posterior, batches)

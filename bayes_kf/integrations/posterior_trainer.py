@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bayes_kf.inference.config import KalmanConfig, check_config
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
+from bayes_kf.inference.mixture.mixture_prediction import member_generators, predict_mixture
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive.predict import predict
-from bayes_kf.inference.predictive.prediction import METHODS
+from bayes_kf.inference.predictive.prediction import METHODS, Prediction
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.integrations.metrics import calibration_metrics
+from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_filter import TrainerFilter
 from bayes_kf.models.batch import Inputs, split_batch
 from bayes_kf.validation import check_one_of
@@ -24,23 +27,34 @@ from bayes_kf.validation import check_one_of
 class PosteriorTrainer(Trainer):
     """The evaluation and the checkpoints of a :class:`~bayes_kf.integrations.KalmanTrainer`; arguments as there."""
 
-    def __init__(self, *args: Any, kalman: KalmanConfig | None, method: str, num_samples: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        kalman: KalmanConfig | Sequence[KalmanConfig] | None,
+        method: str,
+        num_samples: int,
+        **kwargs: Any,
+    ) -> None:
         check_one_of("method", method, METHODS)
-        if kalman is not None:
+        trained: TrainerFilter | TrainerBank = TrainerFilter()
+        if isinstance(kalman, Sequence):
+            trained = TrainerBank(kalman)
+            kalman = trained.configs[0]  # what the trainer asks of it is the same for all
+        elif kalman is not None:
             check_config(kalman, "kalman")
         super().__init__(*args, **kwargs)
         self.kalman = kalman
         self.method, self.num_samples = method, num_samples
-        self._trained = TrainerFilter()
-        self._draws: torch.Generator | None = None
-        self._draws_begun: Tensor | None = None  # the generator's state before the first batch of an evaluation
+        self._trained = trained
+        self._draws: list[torch.Generator] | None = None  # one for each member
+        self._draws_begun: list[Tensor] | None = None  # their states before the first batch of an evaluation
         self._compare_draws = False  # whether to compare with the linearized model, in that first batch
         self._user_metrics = self.compute_metrics
         self.compute_metrics = self._metrics
 
     @property
-    def posterior(self) -> Posterior:
-        """The current posterior.
+    def posterior(self) -> Posterior | MixturePosterior:
+        """The current posterior; a mixture if there are several settings.
 
         Raises:
             ValueError: before training and before a checkpoint is loaded.
@@ -76,8 +90,12 @@ class PosteriorTrainer(Trainer):
         They are those of :func:`bayes_kf.evaluate` with the settings' ``seed``.
         """
         if self._trained.kf is not None:
-            self._draws = torch.Generator().manual_seed(self._trained.kf.config.seed)
-            self._draws_begun, self._compare_draws = self._draws.get_state(), True
+            seeded = torch.Generator().manual_seed(self._trained.kf.config.seed)
+            posterior = self.posterior
+            self._draws = [seeded]
+            if isinstance(posterior, MixturePosterior):
+                self._draws = member_generators(seeded, len(posterior.members))
+            self._draws_begun, self._compare_draws = [draws.get_state() for draws in self._draws], True
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
@@ -92,16 +110,28 @@ class PosteriorTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         batch, targets = self._split(self._prepare_inputs(inputs))
         compare, self._compare_draws = self._compare_draws, False
-        prediction = predict(
-            self.posterior, batch, self.method, self.num_samples, self._draws, targets,
-            compare=compare, adapter_generator_state=self._draws_begun,
-        )  # fmt: skip
+        prediction = self._predict(batch, targets, compare)
         loss = None if prediction.log_prob is None else -prediction.log_prob.mean()
         if prediction_loss_only:
             return loss, None, None
         if self.posterior.config.likelihood != "categorical":
             return loss, prediction.mean, targets
         return loss, prediction.mean.clamp_min(torch.finfo(prediction.mean.dtype).tiny).log(), targets
+
+    def _predict(self, inputs: Inputs, targets: Tensor | None, compare: bool) -> Prediction:
+        """The prediction of a batch, with the random numbers of this evaluation."""
+        posterior, draws, begun = self.posterior, self._draws, self._draws_begun
+        assert draws is not None  # `evaluation_loop` has begun
+        assert begun is not None
+        if isinstance(posterior, MixturePosterior):
+            return predict_mixture(
+                posterior.members, posterior.weights, inputs, self.method, self.num_samples, draws, targets,
+                compare=compare, adapter_generator_states=begun,
+            )  # fmt: skip
+        return predict(
+            posterior, inputs, self.method, self.num_samples, draws[0], targets,
+            compare=compare, adapter_generator_state=begun[0],
+        )  # fmt: skip
 
     def _metrics(self, prediction: Any, **options: Any) -> dict[str, float]:
         """The user's metrics and, for classifiers, the calibration metrics."""
@@ -122,7 +152,15 @@ class PosteriorTrainer(Trainer):
             super()._save(output_dir, state_dict)
             return
         folder, save = Path(output_dir or self.args.output_dir or "."), super()._save
-        pretrained.save_with(self.posterior, folder, lambda staged: save(str(staged), state_dict))
+        posterior = self.posterior
+
+        def write_others(staged: Path) -> None:
+            save(str(staged), state_dict)
+
+        if isinstance(posterior, MixturePosterior):
+            pretrained.save_mixture_with(posterior.members, posterior.weights, folder, write_others)
+        else:
+            pretrained.save_with(posterior, folder, write_others)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the posterior, and give the model its mean."""

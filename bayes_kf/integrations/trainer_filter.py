@@ -87,6 +87,11 @@ class TrainerFilter:
             ValueError: if the posterior has other settings, or its files are incomplete or damaged.
         """
         saved = Posterior.from_pretrained(folder, model)
+        if not isinstance(saved, Posterior):
+            raise ValueError(
+                f"`kalman` must be a list of the settings of the members in {folder}, which is a mixture, got one or "
+                "none."
+            )
         expected = config or (saved.config if self.kf is None else self.kf.config)
         chosen = CALIBRATED if "size" in saved.history else ()  # by the last steps of a training
         changed = [name for name in expected.differences(saved.config) if name not in chosen]

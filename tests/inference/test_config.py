@@ -19,7 +19,10 @@ BAD = [
     ({"noise": "white"}, r"`noise` must be one of exponential_family, .* got 'white'\."),
     ({"expansion": "median"}, r"`expansion` must be one of mode, mean, got 'median'\."),
     ({"initial_rule": "normal"}, r"`initial_rule` must be one of constant, uniform, got 'normal'\."),
-    ({"initial_spread": "equal"}, r"`initial_spread` must be one of modules, tensors, constant, got 'equal'\."),
+    (
+        {"initial_spread": "equal"},
+        r"`initial_spread` must be one of modules, tensors, constant, bounded, got 'equal'\.",
+    ),
     ({"noise_variance": 0.0}, r"`noise_variance` must be positive and finite, got 0\.0\."),
     ({"noise_variance": "estimated"}, r"`noise_variance` 'estimated' needs `likelihood` 'gaussian' or 'student_t' and"),
     ({"student_dof": 2.0}, r"`student_dof` must be above 2 and finite, got 2\.0\."),

@@ -57,14 +57,15 @@ class KalmanFilter:
         check_config(self.config)
         self.linearize = Linearizer(self.adapter, self.config.outputs_per_pass, self.config.bytes_budget)
 
-    def init(self, inputs: Inputs | None = None) -> FilterState:
-        """The prior: its mean is the model's present tensors, its variance follows the configured rule.
+    def init(self, inputs: Inputs | None = None, mean: Tensor | None = None) -> FilterState:
+        """The prior; its variance follows the configured rule.
 
         Args:
             inputs: a batch to measure the scale of the outputs on, for ``initial_logit_sd``; it needs no targets.
                 Without it the filter uses the inputs of the first update.
+            mean: of the prior, (n,); None: the model's present tensors.
         """
-        mean = self.adapter.vector()
+        mean = self.adapter.vector() if mean is None else mean
         start = DiagonalGaussian(mean, prior.configured_variance(self.config.prior_settings, mean))
         is_scaled = not prior.depends_on_inputs(self.config)
         scores = prequential_temperature.init(mean.device)

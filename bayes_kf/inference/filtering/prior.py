@@ -14,6 +14,7 @@ from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model.output_directions import random_signs
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch
+from bayes_kf.models.peft_adapters.layer_tensors import layer_tensors
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
 
@@ -53,7 +54,10 @@ def variance_for_inputs(config: KalmanConfig, linearize: Linearizer, mean: Tenso
     """The variance, (n,), if it depends on the first inputs."""
     mean_squares = _jacobian_mean_squares(config, linearize, mean, batch)
     if config.initial_variance is None:
-        return scaled_variance(config.prior_settings, linearize.adapter, mean, mean_squares)
+        variance = scaled_variance(config.prior_settings, linearize.adapter, mean, mean_squares)
+        if config.initial_spread == "bounded":
+            return bounded_features(linearize.adapter, mean, batch, mean_squares, variance)
+        return variance
     return bounded_variance(config.prior_settings, linearize.adapter, mean, batch, mean_squares)
 
 
@@ -120,6 +124,45 @@ def scaled_variance(settings: PriorSettings, adapter: AdapterModel, mean: Tensor
             for v, where in zip(variances, slices.values(), strict=True)
         ]
     return torch.cat([mean.new_full((size,), value) for value, size in zip(variances, adapter.sizes, strict=True)])
+
+
+def bounded_features(
+    adapter: AdapterModel, mean: Tensor, batch: Batch, mean_squares: Tensor, variance: Tensor
+) -> Tensor:
+    """The variance with less for the adapter layers, if they would change the outputs by more than their own size.
+
+    Under one variance for all parameters the output layer decides how large it is. Where its inputs are short vectors,
+    as in sentence encoders, that variance is large, and in the adapter layers it would change the features by many
+    times their size. So the variance of the adapter layers' tensors is at most the one whose change of the outputs for
+    ``batch``, to first order, has the outputs' own mean square (of classes: after subtraction of their mean). If that
+    change is unknown because a new output layer is zero, it is the mean square of their initial values. Ours.
+
+    Args:
+        adapter: the model.
+        mean: the prior mean, (n,).
+        batch: the first one.
+        mean_squares: of the columns of the Jacobian, over examples and outputs, (n,).
+        variance: of all parameters, (n,).
+    """
+    slices = adapter.slices()
+    ranges = [slices[name] for name in layer_tensors(adapter)]
+    if not ranges or len(ranges) == len(slices):
+        return variance
+    outputs = adapter.outputs(mean, batch.inputs).double()
+    if outputs.shape[1] > 1:
+        outputs = outputs - outputs.mean(1, keepdim=True)
+    change = sum(float((variance[where].double() * mean_squares[where].double()).sum()) for where in ranges)
+    size = float(outputs.square().mean())
+    bounded = variance.clone()
+    if change > 0.0 and size > 0.0:
+        for where in ranges:
+            bounded[where] *= min(1.0, size / change)
+        return bounded
+    initial = sum(float(mean[where].double().square().sum()) for where in ranges)
+    number = sum(int(mean[where].count_nonzero()) for where in ranges)
+    for where in ranges:
+        bounded[where] = bounded[where].clamp_max(initial / max(1, number))
+    return bounded
 
 
 def is_output_bias(mean_squares: Tensor) -> bool:

@@ -21,6 +21,8 @@ from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
+from bayes_kf.inference.fitting.regression.examples import holds_real_targets
+from bayes_kf.inference.fitting.regression.regression_fit import fit_regression
 from bayes_kf.inference.fitting.selection import heldout_config_selection
 from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
 from bayes_kf.inference.posterior import Posterior
@@ -57,9 +59,11 @@ def fit(
             cautious one is better. If it cannot be split, ``fit`` makes one pass with ``KalmanConfig.stream()``. With
             ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The targets decide the likelihood:
             integers are class labels, floats are real numbers with Gaussian noise of an estimated variance, bools are
-            answers ("bernoulli"). A config is used as it is, with its own likelihood. Without a config and a
-            ``checkpoint``, a classifier with more than 32 outputs gets "sampled" curvature, and held-out data, if any,
-            choose its softmax temperature.
+            answers ("bernoulli"). Float targets in a DataLoader over a data set or a list of batches have a fit of
+            their own (``fitting.regression.regression_fit``): up to 100 passes move the mean, and the prior's scales
+            and the noise variance maximize the evidence. A config is used as it is, with its own likelihood. Without a
+            config and a ``checkpoint``, a classifier with more than 32 outputs gets "sampled" curvature, and held-out
+            data, if any, choose its softmax temperature.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
@@ -165,6 +169,8 @@ def fit_default(
     model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
 ) -> Posterior:
     """The result of :func:`fit` without a ``config``; ``seed`` is that of the default settings."""
+    if start == "prior" and holds_real_targets(loader):
+        return fit_regression(model, loader, progress, seed)
     split = None if start == "trained" else heldout_config_selection.split_loader(loader)
     if split is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)

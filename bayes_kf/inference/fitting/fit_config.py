@@ -66,6 +66,7 @@ def fit_config(
     label: str = "",
     *,
     choose_defaults: bool = False,
+    prior_mean: Tensor | None = None,
     held_out: Iterable[Any] | str | None = None,
 ) -> Posterior:
     """The posterior under one config; ``model``, ``loader``, ``start`` and errors as for :func:`bayes_kf.fit`.
@@ -79,6 +80,7 @@ def fit_config(
         label: the beginning of the text before them.
         choose_defaults: whether to replace the config's likelihood and curvature by the defaults for the targets and
             the number of outputs.
+        prior_mean: (n,); None: the model's tensors. Not with ``start`` "trained".
         held_out: as for :func:`bayes_kf.fit`, which calls this function in its second step.
     """
     is_trained = start == "trained"
@@ -95,8 +97,8 @@ def fit_config(
     if choose_defaults:
         kf = _with_defaults(kf, data.first)
     if held_out == LATEST:
-        return _fit_from_prior(kf, data, keeps_latest=True)
-    posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data)
+        return _fit_from_prior(kf, data, prior_mean, keeps_latest=True)
+    posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data, prior_mean)
     posterior = _mean_passes(_gauss_newton_passes(posterior, data), data)
     if held_out is not None and not isinstance(held_out, str):
         return calibration.calibrate([posterior], [1.0], held_out, stacklevel=5)[0]
@@ -143,7 +145,7 @@ def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 
 
-def _fit_from_prior(kf: KalmanFilter, data: _Data, keeps_latest: bool = False) -> Posterior:
+def _fit_from_prior(kf: KalmanFilter, data: _Data, prior_mean: Tensor | None, keeps_latest: bool = False) -> Posterior:
     """The posterior after the first pass, which starts from the prior; with ``tune``, under the best settings.
 
     With ``keeps_latest`` the latest examples choose its size and its sharpness.
@@ -153,7 +155,7 @@ def _fit_from_prior(kf: KalmanFilter, data: _Data, keeps_latest: bool = False) -
     evidence: dict[str, Tensor] = {}
     with data.bar("fit") as bar:
         if kf.config.tune is None:
-            state = kf.init(inputs)
+            state = kf.init(inputs, prior_mean)
         else:
             kf, state, evidence["evidence"] = select_on_stream(kf, batches, inputs, history, bar)
         latest = _Latest(state, batches)

@@ -8,8 +8,10 @@ This is the Bayesian committee machine (Tresp 2000).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import torch
 
@@ -17,24 +19,34 @@ from bayes_kf.inference.config_combinations import BUDGETS, TUNING
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
 from bayes_kf.inference.measurement_model.noise import NoiseState
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.inference.predictive.gaussian_posterior import reweighted
 from bayes_kf.inference.saving.base_fingerprint import fingerprint
 
 MAY_DIFFER = ("seed", "temperature", *TUNING, *BUDGETS)  # settings
 
 
-def merge(posteriors: Sequence[Posterior]) -> Posterior:
+@overload
+def merge(posteriors: Sequence[Posterior]) -> Posterior: ...
+@overload
+def merge(posteriors: Sequence[MixturePosterior]) -> MixturePosterior: ...
+def merge(posteriors: Sequence[Posterior] | Sequence[MixturePosterior]) -> Posterior | MixturePosterior:
     """The posterior given the data of several posteriors, which were fitted to disjoint data from one prior.
 
     They must have the same model, settings and prior: begin each with the same ``state = kf.init(inputs)``, or give
     ``initial_variance``. The result belongs to the model of the first and has no history. Its temperature is that of
     the configs if they all have the same number, or else the one with the least log loss over all their streams.
 
+    Mixtures are merged member by member: each with those of the others that have its settings and prior. The weights
+    are multiplied, as if each mixture were a vote of its own data on the members.
+
     Args:
-        posteriors: at least one.
+        posteriors: at least one; all of them single ones, or all of them mixtures.
 
     Raises:
-        ValueError: if there are none, they have different models, settings or priors, or their temperatures differ and
+        ValueError: if there are none, mixtures and single ones are mixed, a member of a mixture has no counterpart in
+            another, or they have different models, settings or priors, or their temperatures differ and
             some have no stream. Also for settings with dynamics or a gradient penalty, under which the belief is not
             its prior times likelihoods, and for an estimated noise variance, which differs between posteriors.
 
@@ -49,6 +61,57 @@ def merge(posteriors: Sequence[Posterior]) -> Posterior:
     """
     if not posteriors:
         raise ValueError("`posteriors` must hold at least one posterior, got none.")
+    mixtures = [posterior for posterior in posteriors if isinstance(posterior, MixturePosterior)]
+    single = [posterior for posterior in posteriors if isinstance(posterior, Posterior)]
+    if mixtures and single:
+        raise ValueError(f"`posteriors` must all be mixtures or none, got {len(mixtures)} of {len(posteriors)}.")
+    return _merge_mixtures(mixtures) if mixtures else _merge_posteriors(single)
+
+
+def _merge_mixtures(mixtures: Sequence[MixturePosterior]) -> MixturePosterior:
+    """Members that belong together merged, with the product of their weights."""
+    first = mixtures[0]
+    parts = [[member] for member in first.members]
+    log_weights = [math.log(weight) for weight in first.weights]
+    for number, other in enumerate(mixtures[1:], 1):
+        if len(other.members) != len(parts):
+            raise ValueError(
+                f"`posteriors` must be mixtures of as many members, {len(parts)}, got {len(other.members)} in number "
+                f"{number}."
+            )
+        left = list(range(len(other.members)))
+        for k, part in enumerate(parts):
+            found = _counterpart(part[0], [other.members[j] for j in left], number, k)
+            j = left.pop(found)
+            part.append(other.members[j])
+            log_weights[k] += math.log(other.weights[j])
+    weights = reweighted([1.0] * len(parts), log_weights)
+    return MixturePosterior(tuple(_merge_posteriors(part) for part in parts), weights)
+
+
+def _counterpart(member: Posterior, others: Sequence[Posterior], number: int, k: int) -> int:
+    """The index of the member that can be merged with this one, if possible of the same seed.
+
+    Raises:
+        ValueError: if there is none; it says why the best candidate does not fit.
+    """
+    by_seed = sorted(range(len(others)), key=lambda j: others[j].config.seed != member.config.seed)  # stable
+    reasons = []
+    for j in by_seed:
+        try:
+            _check_compatible(member, others[j], number)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        return j
+    raise ValueError(
+        f"`posteriors` must be mixtures of the same members, got none like member {k} of the first in number {number}: "
+        f"{reasons[0]}"
+    )
+
+
+def _merge_posteriors(posteriors: Sequence[Posterior]) -> Posterior:
+    """The merged posterior of single ones; see :func:`merge`."""
     first = posteriors[0]
     _check_static(first)
     for number, other in enumerate(posteriors[1:], 1):

@@ -1,10 +1,11 @@
-"""``fit_mixture``: several posteriors of one data set, and the mixture of those that predict held-out data well.
+"""``fit_mixture``: several posteriors of one data set, and their mixture.
 
-1. One example in eight is held out. For each member, which differ in their priors:
-   a pass of the filter over the others; passes of the mean, up to the latest one that the held-out examples do not
-   reject; and the covariance at that mean.
-2. The held-out examples choose the size of each covariance, the weights of the members and one divisor of the logits.
-3. Each member with a weight learns the held-out examples: its covariance, and its mean in one more pass over all data.
+1. For each member another eighth of the examples is held out. The members start from other random LoRA factors, as far
+   as these have no effect yet. Over the other examples: a pass of the filter; passes of the mean, up to the latest one
+   that the held-out examples do not reject; and the covariance at that mean.
+2. The held-out examples of all members choose the size of the covariances, the weights and one divisor of the logits.
+3. The covariance of each member with a weight learns its held-out examples. Their mean was learned by the other
+   members; a single member learns it in one more pass over all data.
 
 Ours. ``docs/how-to/mixture.md`` explains it; ``benchmarks/quality/split`` measures it.
 """
@@ -28,45 +29,48 @@ from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covar
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import ProgressBar, shows_progress
+from bayes_kf.inference.fitting.regression.examples import holds_real_targets
+from bayes_kf.inference.fitting.regression.regression_mixture import MEMBERS as REAL_MEMBERS
+from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
 from bayes_kf.inference.fitting.selection.heldout_config_selection import (
-    WIDE_LOGIT_SD,
+    HELDOUT_SHARE,
     Split,
     check_candidates,
     shuffled,
     split_loader,
 )
-from bayes_kf.inference.heldout import calibration
+from bayes_kf.inference.heldout import calibration, noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
-from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
-from bayes_kf.inference.heldout.heldout_examples import HeldoutOutputs, heldout_outputs
+from bayes_kf.inference.heldout.covariance_size import choose_common_size, is_static, with_size
+from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
 from bayes_kf.inference.heldout.member_weights import choose_weights
-from bayes_kf.inference.heldout.sharpness import choose_sharpness
+from bayes_kf.inference.heldout.sharpness import choose_sharpness, cross_fitted_sharpness
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive.heldout_calibration import heldout_batches
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch, to_device
+from bayes_kf.models.peft_adapters.layer_tensors import redrawn_factors
+from bayes_kf.validation import check_whole
 
 BATCH = 16  # the most examples of a batch
-MEAN_PASSES = 6  # of each member
+MEMBERS = 2
+LOGIT_SD = 5.0  # of their prior
+MEAN_PASSES = 5  # of each member
 FEW_OUTPUTS = 3  # with more, the curvature is sampled: exact curvature takes a backward pass for each
-LAST_STEP_SIZE = 0.5  # r of the first step of the pass that learns the held-out examples
+LAST_STEP_SIZE = 0.5  # r of the first step of the pass in which a single member learns its held-out examples
 
 
 class Member(NamedTuple):
     """A member, fitted to most of the data.
 
     Attributes:
-        posterior: at the size that the held-out examples chose.
-        size: that size.
-        heldout: its predictions of the held-out examples.
-        log_loss: of each of them at the member's own best divisor, (N,).
+        posterior: at the size 1.
+        split: its data.
     """
 
     posterior: Posterior
-    size: Choice
-    heldout: HeldoutOutputs
-    log_loss: Tensor
+    split: Split
 
 
 def fit_mixture(
@@ -74,23 +78,27 @@ def fit_mixture(
     loader: Iterable[Any],
     configs: Sequence[KalmanConfig] | None = None,
     *,
+    members: int | None = None,
     progress: bool | None = None,
 ) -> MixturePosterior:
-    """A mixture of posteriors of one data set, whose members differ in their priors.
+    """A mixture of posteriors of one data set.
 
-    One example in eight is held out while the members are fitted. It chooses the size of each covariance, the weights
-    and the sharpness, and is learned at the end. Temperatures in the settings are not used.
+    One example in eight is held out from each member, for each another. These examples choose the sizes of the
+    covariances, the weights and the sharpness. Temperatures in the settings are not used.
 
     Args:
         model: as for :func:`bayes_kf.fit`; its weights are not changed.
         loader: a DataLoader over a data set, or a list of at least eight batches. The members are fitted to batches of
             at most 16 examples, in another order in every pass.
-        configs: the settings of each member, with ``mean_passes`` passes of its mean; None: a cautious prior and a
-            wide one, with the likelihood of the targets, as :func:`bayes_kf.fit` without a config.
+        configs: the settings of each member, with ``mean_passes`` passes of its mean; None: a wide prior for all, with
+            the likelihood of the targets, as :func:`bayes_kf.fit` without a config. For float targets: fits as
+            :func:`bayes_kf.fit` makes them, from other starts; nothing is held out.
+        members: their number, without ``configs``; None: 2, and 3 for float targets. The time is proportional to it.
         progress: as for :func:`bayes_kf.fit`.
 
     Raises:
-        ValueError: if the loader cannot be split, a batch does not fit, or the configs are not of one likelihood.
+        ValueError: if the loader cannot be split, a batch does not fit, the configs are not of one likelihood, or
+            ``members`` is not a whole number of at least 1.
         FitDivergenceError: if all members diverge.
 
     Example:
@@ -101,21 +109,25 @@ def fit_mixture(
         >>> posterior.predict(torch.tensor([[-2.0], [2.0]])).probs.argmax(1)
         tensor([0, 1])
     """
-    split = split_loader(loader) if isinstance(loader, Iterable) else None
-    if split is None:
+    if members is not None:
+        check_whole("members", members)
+    if configs is None and holds_real_targets(loader):
+        return fit_regression_mixture(model, loader, shows_progress(progress), members or REAL_MEMBERS)
+    if split_loader(loader) is None:
         raise ValueError(
             "`loader` must be a DataLoader over a data set or a list of at least 8 batches, "
             f"got {type(loader).__name__}."
         )
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    split = shuffled(split, BATCH)
-    members = default_members(adapter, split.fitted) if configs is None else check_candidates(configs)
+    settings = default_members(adapter, loader, members or MEMBERS) if configs is None else check_candidates(configs)
     shown = shows_progress(progress)
-    return _combined(_fit_members(adapter, split, members, shown), split, shown)
+    return _combined(_fit_members(adapter, loader, settings, shown), shown)
 
 
-def default_members(adapter: AdapterModel, loader: Iterable[Any], seed: int = 0) -> list[KalmanConfig]:
-    """The settings of the members without settings: a cautious prior of 3 logits, and a wide one of 10."""
+def default_members(
+    adapter: AdapterModel, loader: Iterable[Any], members: int = MEMBERS, seed: int = 0
+) -> list[KalmanConfig]:
+    """The settings of members without settings: a wide prior, each with its own seed."""
     batches = iter(loader)
     first = next(batches)
     inputs, _ = split_batch(first)
@@ -123,71 +135,117 @@ def default_members(adapter: AdapterModel, loader: Iterable[Any], seed: int = 0)
     outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
     likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain([first], batches))
     curvature = "sampled" if outputs > FEW_OUTPUTS and not likelihood else "exact"
-    common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES, "curvature": curvature, "seed": seed} | likelihood
-    wide: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": WIDE_LOGIT_SD}
-    return [KalmanConfig(**common), KalmanConfig(**common, **wide)]
+    prior: dict[str, Any] = {"initial_spread": "bounded", "initial_logit_sd": LOGIT_SD}
+    common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES, "curvature": curvature} | prior | likelihood
+    return [KalmanConfig(**common, seed=seed + number) for number in range(members)]
 
 
-def _fit_members(adapter: AdapterModel, split: Split, configs: Sequence[KalmanConfig], progress: bool) -> list[Member]:
+def _fit_members(
+    adapter: AdapterModel, loader: Iterable[Any], configs: Sequence[KalmanConfig], progress: bool
+) -> list[Member]:
     """The members that did not diverge.
 
     Raises:
         FitDivergenceError: if all of them diverge.
     """
     members, divergence = list[Member](), None
-    for number, config in enumerate(configs, 1):
+    for number, config in enumerate(configs):
+        split = split_loader(loader, number % HELDOUT_SHARE)
+        assert split is not None
+        split = shuffled(split, BATCH)
+        generator = torch.Generator().manual_seed(config.seed + number)
+        start = redrawn_factors(adapter, generator) if number else adapter.vector()
         try:
-            members.append(_fit_member(adapter, split, config, progress, f"member {number}: "))
+            posterior = _fit_member(adapter, split, config, start, progress, f"member {number + 1}: ")
         except DivergenceError as error:
             divergence = error
+        else:
+            members.append(Member(posterior, split))
     if divergence is not None and not members:
         raise divergence
     return members
 
 
-def _combined(members: Sequence[Member], split: Split, progress: bool) -> MixturePosterior:
-    """The mixture of the members that get a weight, with all data learned."""
-    weights = choose_weights([member.log_loss for member in members])
-    pairs = [(member, weight) for member, weight in zip(members, weights, strict=True) if weight > 0.0]
-    shares = [weight for _, weight in pairs]
-    is_class = members[0].posterior.config.likelihood == "categorical"
-    sharpness = choose_sharpness([member.heldout for member, _ in pairs], weights=shares) if is_class else None
-    edges = [calibration.edge_of_size(member.size) for member, _ in pairs]
-    edges += [calibration.edge_of_sharpness(sharpness)] if sharpness else []
-    calibration.warn(edges, stacklevel=4)
-    posteriors = tuple(_learn_heldout(member, split, sharpness, progress) for member, _ in pairs)
-    return MixturePosterior(posteriors, tuple(shares), posteriors[0].history)
-
-
-def _fit_member(adapter: AdapterModel, split: Split, config: KalmanConfig, progress: bool, label: str) -> Member:
+def _fit_member(
+    adapter: AdapterModel, split: Split, config: KalmanConfig, start: Tensor, progress: bool, label: str
+) -> Posterior:
+    """A member of size 1, fitted to the first part of its data from the prior mean ``start``, (n,)."""
     single = dataclasses.replace(config, mean_passes=0, temperature=1.0, softmax_temperature=1.0, tune=None)
-    first = fit_config(adapter, split.fitted, single, "prior", progress, label)
+    first = fit_config(adapter, split.fitted, single, "prior", progress, label, prior_mean=start)
     kf, bar = first.kf, _bars(split.fitted, progress, label)
     heldout = list(heldout_batches(first, split.heldout))
     stopped = early_stopped_passes(kf, first.state, split.fitted, heldout, config.mean_passes, bar)
     with bar("covariance at the mean") as at_mean:
         state = covariance_pass(kf, stopped.state, split.fitted, at_mean)
     losses = torch.tensor(stopped.losses, dtype=torch.float64)
-    posterior = Posterior(kf, state, first.history | {"held_out_log_loss": losses})
-    size = choose_size(posterior, split.heldout)
-    posterior = with_size(posterior, size.value)
-    outputs = heldout_outputs(posterior, split.heldout)
-    divisor = choose_sharpness([outputs]).value if config.likelihood == "categorical" else 1.0
-    return Member(posterior, size, outputs, outputs.log_loss(divisor))
+    return Posterior(kf, state, first.history | {"held_out_log_loss": losses})
 
 
-def _learn_heldout(member: Member, split: Split, sharpness: Choice | None, progress: bool) -> Posterior:
+def _combined(members: Sequence[Member], progress: bool) -> MixturePosterior:
+    """The mixture of the members that get a weight, at the chosen sizes and sharpness, with all data learned."""
+    is_class = members[0].posterior.config.likelihood == "categorical"
+    sized = _with_sizes(members)
+    outputs = [heldout_outputs(member.posterior, member.split.heldout) for member in sized]
+    divisors = [choose_sharpness([held]).value if is_class else 1.0 for held in outputs]
+    losses = [held.log_loss(divisor) for held, divisor in zip(outputs, divisors, strict=True)]
+    weights = choose_weights(losses)
+    kept = [number for number, weight in enumerate(weights) if weight > 0.0]
+    sharpness = cross_fitted_sharpness([outputs[number] for number in kept]) if is_class else None
+    if sharpness:
+        calibration.warn([calibration.edge_of_sharpness(sharpness)], stacklevel=4)
+    is_single = len(kept) == 1
+    posteriors = tuple(_learn_heldout(sized[number], sharpness, is_single, progress) for number in kept)
+    return MixturePosterior(posteriors, tuple(weights[number] for number in kept), posteriors[0].history)
+
+
+def _with_sizes(members: Sequence[Member]) -> list[Member]:
+    """The members at the chosen sizes; those with the same settings but for the seed have one size."""
+    sized = list(members)
+    kinds = [dataclasses.replace(member.posterior.config, seed=0) for member in members]
+    for kind in dict.fromkeys(map(repr, kinds)):
+        alike = [number for number, other in enumerate(kinds) if repr(other) == kind]
+        if noise_and_size.chooses_noise(members[alike[0]].posterior):
+            for number in alike:
+                sized[number] = _with_noise_and_size(members[number])
+            continue
+        limit = -(-calibration.SIZE_EXAMPLES // len(alike))
+        size = choose_common_size([_of_limited_size(members[n], limit) for n in alike])
+        static = is_static(members[alike[0]].posterior.config.dynamics_settings)
+        calibration.warn([calibration.edge_of_size(size, static)], stacklevel=5)
+        for number in alike:
+            posterior = with_size(members[number].posterior, size.value)
+            history = posterior.history | {"size": size.as_tensor()}
+            sized[number] = members[number]._replace(posterior=dataclasses.replace(posterior, history=history))
+    return sized
+
+
+def _with_noise_and_size(member: Member) -> Member:
+    """A member at the size and the σ² of Gaussian noise that its held-out examples choose together."""
+    posterior, batches = _of_limited_size(member, calibration.SIZE_EXAMPLES)
+    chosen = noise_and_size.choose_noise_and_size(posterior, batches)
+    calibration.warn([calibration.edge_of_size(chosen.size)], stacklevel=6)
+    posterior = noise_and_size.with_noise_and_size(posterior, chosen)
+    history = posterior.history | {"size": chosen.size.as_tensor()}
+    return member._replace(posterior=dataclasses.replace(posterior, history=history))
+
+
+def _of_limited_size(member: Member, limit: int) -> tuple[Posterior, list[tuple[Any, Tensor]]]:
+    """A member and its held-out examples, thinned out to at most ``limit``."""
+    return member.posterior, calibration.thinned(member.posterior, member.split.heldout, limit)
+
+
+def _learn_heldout(member: Member, sharpness: Choice | None, learns_mean: bool, progress: bool) -> Posterior:
     """A member with the held-out examples learned, and its predictions at the chosen sharpness."""
-    posterior, kf = member.posterior, member.posterior.kf
+    posterior, split = member
     with _bars(split.heldout, progress, "")("the held-out part") as held:
-        state = add_at_mean(kf, posterior.state, split.heldout, held)
-    everything = itertools.chain(split.fitted, split.heldout)
-    with ProgressBar(None, "last mean pass", progress) as last:
-        state, _ = mean_pass(kf, state, everything, 0, 1, last, step_size=LAST_STEP_SIZE)
-    history = posterior.history | {"size": member.size.as_tensor()}
+        state = add_at_mean(posterior.kf, posterior.state, split.heldout, held)
+    if learns_mean:
+        everything = itertools.chain(split.fitted, split.heldout)
+        with ProgressBar(None, "last mean pass", progress) as last:
+            state, _ = mean_pass(posterior.kf, state, everything, 0, 1, last, step_size=LAST_STEP_SIZE)
     if sharpness is None:
-        return dataclasses.replace(posterior, state=state, history=history)
-    history |= {"sharpness": sharpness.as_tensor()}
+        return dataclasses.replace(posterior, state=state)
+    history = posterior.history | {"sharpness": sharpness.as_tensor()}
     learned = dataclasses.replace(posterior, state=state, history=history)
     return learned.with_settings(softmax_temperature=sharpness.value)
 

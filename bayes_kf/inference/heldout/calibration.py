@@ -4,7 +4,8 @@ The size comes first, from the joint likelihood (:mod:`.covariance_size`); then 
 examples (:mod:`.sharpness`). Each asks its own question, so that neither makes up for the other: a covariance that is
 too wide is not hidden by sharp logits, nor a mean that is too sure by a wide covariance.
 
-An estimated σ² of a Gaussian likelihood is estimated again from the held-out residuals, before and after the size.
+An estimated σ² of a Gaussian likelihood is chosen together with the size (:mod:`.noise_and_size`); under dynamics it is
+estimated again from the held-out residuals, before and after the size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, is_static, with_size
 from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_outputs
@@ -44,7 +46,7 @@ def calibrate(members: Sequence[P], weights: Sequence[float], loader: Iterable[A
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
     batches = _reiterable(loader)
-    few = _thinned(members[0], batches, _most_examples(members[0]))
+    few = thinned(members[0], batches, _most_examples(members[0]))
     sized, notes = list[P](), list[str | None]()
     for member in members:
         posterior, size = _with_chosen_size(member, few, batches)
@@ -127,12 +129,16 @@ def _with_chosen_size(posterior: P, few: Sequence[tuple[Inputs, Tensor]], batche
     estimated = posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian"
     present = posterior.state.noise.variance
     start = at_size_1(posterior)
-    if estimated:
-        start = with_heldout_noise(start, batches, present)
-    size = choose_size(start, few)
-    sized = with_size(start, size.value)
-    if estimated:
-        sized = with_heldout_noise(sized, batches, present)
+    if noise_and_size.chooses_noise(start):
+        chosen = noise_and_size.choose_noise_and_size(start, few)
+        sized, size = noise_and_size.with_noise_and_size(start, chosen), chosen.size
+    else:  # under dynamics, σ² does not say how large the data's share of the precision is
+        if estimated:
+            start = with_heldout_noise(start, batches, present)
+        size = choose_size(start, few)
+        sized = with_size(start, size.value)
+        if estimated:
+            sized = with_heldout_noise(sized, batches, present)
     return replace(sized, history=posterior.history | {"size": size.as_tensor()}), size
 
 
@@ -157,18 +163,18 @@ def _most_examples(posterior: GaussianPosterior) -> int:
     return max(1, min(SIZE_EXAMPLES, SIZE_BYTES // each))
 
 
-def _thinned(posterior: GaussianPosterior, loader: Iterable[Any], most: int) -> list[tuple[Inputs, Tensor]]:
+def thinned(posterior: GaussianPosterior, loader: Iterable[Any], most: int) -> list[tuple[Inputs, Tensor]]:
     """Every k-th example of the batches, with the least k that leaves at most ``most``.
 
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
     step = -(-sum(batch.size for batch in heldout_batches(posterior, loader)) // most)
-    thinned, before = list[tuple[Inputs, Tensor]](), 0
+    kept, before = list[tuple[Inputs, Tensor]](), 0
     for batch in heldout_batches(posterior, loader):
         which = torch.arange(batch.size, device=batch.device)[-before % step :: step]
         before += batch.size
         if len(which):
             some = batch if step == 1 else batch[which]
-            thinned.append((some.inputs, some.required_targets))
-    return thinned
+            kept.append((some.inputs, some.required_targets))
+    return kept

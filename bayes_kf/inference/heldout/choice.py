@@ -34,7 +34,7 @@ class Choice(NamedTuple):
         return torch.tensor([self.value, self.low, self.high], dtype=torch.float64)
 
 
-def most_probable(log_density: Callable[[float], float], values: Sequence[float]) -> Choice:
+def most_probable(log_density: Callable[[float], float], values: Sequence[float], evaluations: int = 8) -> Choice:
     """The maximum of a density of log x between the first and the last of ``values``, ascending, and its interval.
 
     The density is evaluated at all ``values``, and then between the neighbours of the best one.
@@ -42,6 +42,7 @@ def most_probable(log_density: Callable[[float], float], values: Sequence[float]
     Args:
         log_density: of log x, up to a constant.
         values: a grid, equally spaced in log x.
+        evaluations: between the neighbours, at most; with 1 at the top of the parabola through the three.
     """
     grid = torch.tensor(values, dtype=torch.float64).log()
     heights = torch.tensor([log_density(value) for value in values], dtype=torch.float64)
@@ -53,18 +54,30 @@ def most_probable(log_density: Callable[[float], float], values: Sequence[float]
     low, high = (_crossing(grid, cumulated, share) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     if best in (0, len(values) - 1):
         return Choice(values[best], min(low, values[best]), max(high, values[best]), True, float(heights[best]))
-    from scipy.optimize import minimize_scalar  # loads slowly
-
-    optimum = minimize_scalar(
-        lambda x: -log_density(math.exp(x)),
-        bounds=(float(grid[best - 1]), float(grid[best + 1])),
-        method="bounded",
-        options={"xatol": 0.02, "maxiter": 8},
-    )
-    value, height = math.exp(optimum.x), -float(optimum.fun)
+    value = math.exp(_between(log_density, grid[best - 1 : best + 2], heights[best - 1 : best + 2], evaluations))
+    height = log_density(value)
     if height < float(heights[best]):
         value, height = values[best], float(heights[best])
     return Choice(value, min(low, value), max(high, value), False, height)
+
+
+def _between(log_density: Callable[[float], float], grid: Tensor, heights: Tensor, evaluations: int) -> float:
+    """log x of the maximum near the middle one of three points, (3,) each."""
+    if evaluations == 1:  # the top of the parabola
+        left, middle, right = heights.tolist()
+        if not math.isfinite(left + right):
+            return float(grid[1])
+        return float(grid[1]) + 0.5 * (left - right) / (left - 2.0 * middle + right) * float(grid[2] - grid[1])
+    from scipy.optimize import minimize_scalar  # loads slowly
+
+    return float(
+        minimize_scalar(
+            lambda x: -log_density(math.exp(x)),
+            bounds=(float(grid[0]), float(grid[2])),
+            method="bounded",
+            options={"xatol": 0.02, "maxiter": evaluations},
+        ).x
+    )
 
 
 def near_best(losses: Sequence[Tensor], standard_errors: float) -> Tensor:

@@ -9,7 +9,7 @@ s is at least 1: held-out examples may narrow the prior under which the mean was
 log p(y₁ … y_N) − ½ (log₁₀ s)², with the joint likelihood in blocks (:mod:`.joint_likelihood`). The likelihoods of the
 single examples hardly depend on s where P is small against the noise of the labels. Where they do, under wide priors of
 networks, the joint likelihood alone chose covariances whose predictions were much worse. So s grows from there until
-the loss of single examples is at most two standard errors above its minimum, paired by example. Ours.
+the loss of single examples is at most 1.5 standard errors above its minimum, paired by example. Ours.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 
 SIZES = tuple(10.0 ** (0.5 * k) for k in range(7))  # s, 1 to 1,000
 DECADES = 1.0  # standard deviation of log10 s under its prior
-STANDARD_ERRORS = 2.0  # by which the loss of single examples may exceed its minimum
+STANDARD_ERRORS = 1.5  # by which the loss of single examples may exceed its minimum
 
 P = TypeVar("P", bound=GaussianPosterior)
 
 
-def choose_size(posterior: P, loader: Iterable[Any]) -> Choice:
+def choose_size(posterior: GaussianPosterior, loader: Iterable[Any]) -> Choice:
     """The chosen s of a posterior, and the interval of the joint likelihood.
 
     Args:
@@ -51,18 +51,29 @@ def choose_size(posterior: P, loader: Iterable[Any]) -> Choice:
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
-    blocks = list(heldout_blocks(posterior, loader))
+    return choose_common_size([(posterior, loader)])
+
+
+def choose_common_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]]) -> Choice:
+    """One s for several posteriors under the same settings, each with held-out batches of its own.
+
+    Args:
+        pairs: a posterior at the size 1, and batches with targets that it was not fitted on.
+
+    Raises:
+        ValueError: as :func:`choose_size`.
+    """
+    blocks = [(posterior, block) for posterior, loader in pairs for block in heldout_blocks(posterior, loader)]
 
     @functools.cache
     def measured(size: float) -> tuple[float, Tensor]:
-        sized = with_size(posterior, size)
-        parts = [_likelihoods(sized, block) for block in blocks]
+        parts = [_likelihoods(with_size(posterior, size), block) for posterior, block in blocks]
         return sum(joint for joint, _ in parts), torch.cat([losses for _, losses in parts])
 
     def log_density(size: float) -> float:
         return measured(size)[0] - 0.5 * (math.log10(size) / DECADES) ** 2
 
-    joint = most_probable(log_density, SIZES)
+    joint = most_probable(log_density, SIZES, evaluations=1)
     candidates = [joint.value, *(size for size in SIZES if size > joint.value)]
     losses = [measured(size)[1] for size in candidates]
     value = candidates[first_not_worse(losses)]
@@ -70,7 +81,7 @@ def choose_size(posterior: P, loader: Iterable[Any]) -> Choice:
 
 
 def first_not_worse(losses: Sequence[Tensor]) -> int:
-    """The first index whose losses (N,) exceed those of the best one by at most two paired standard errors."""
+    """The first index whose losses (N,) exceed those of the best one by at most 1.5 paired standard errors."""
     return int(near_best(losses, STANDARD_ERRORS).nonzero().min())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -74,6 +74,19 @@ class HeldoutOutputs:
             covariance = self.covariance / divisor**2
             losses = predictive_density.log_loss(self.family, outputs, covariance, self.targets, [1.0])
         return losses[0].double().cpu()
+
+    @classmethod
+    def joined(cls, parts: Sequence[HeldoutOutputs]) -> HeldoutOutputs:
+        """The examples of several, whose outputs have one size and one kind of covariance."""
+        first = parts[0]
+        has_covariance, has_root = first.covariance is not None, first.root is not None
+        return cls(
+            first.family,
+            torch.cat([part.outputs for part in parts]),
+            torch.cat([part.covariance for part in parts if part.covariance is not None]) if has_covariance else None,
+            torch.cat([part.root for part in parts if part.root is not None]) if has_root else None,
+            torch.cat([part.targets for part in parts]),
+        )
 
 
 def heldout_outputs(posterior: GaussianPosterior, loader: Iterable[Any]) -> HeldoutOutputs:

@@ -46,6 +46,23 @@ def choose_sharpness(
     return most_probable(log_density, values)
 
 
+def cross_fitted_sharpness(members: Sequence[HeldoutOutputs]) -> Choice:
+    """The S of an equally weighted mixture whose members were held out from different examples.
+
+    Each example is predicted by the one member that has not learned it, so the most probable S is that of a single
+    member. The average of K members is less confident than each of them, and of a large part of the over-confidence
+    of a member nothing is left. The mixture's S is the K-th root, which was right for two and three members (measured:
+    ``docs/development/decisions.md``, "Several posteriors"). Ours.
+
+    Args:
+        members: the held-out outputs of each member, of its own examples.
+    """
+    number = len(members)
+    single = choose_sharpness([HeldoutOutputs.joined(members)])
+    value, low, high = (x ** (1.0 / number) for x in single[:3])
+    return single._replace(value=value, low=low, high=high)
+
+
 def point_log_losses(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
     """The log losses of outputs (N, m) without a covariance, (N,) in nats: for classes at their most probable S.
 

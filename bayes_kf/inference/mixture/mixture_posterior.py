@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,17 @@ from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.mixture.mixture_prediction import member_generators, predict_mixture
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import arviz_export, generation, predict
+from bayes_kf.inference.predictive.gaussian_posterior import reweighted
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.likelihood import Likelihood
+
+if TYPE_CHECKING:
+    from bayes_kf.inference.pyro.mixture.mixture_guide import MixtureGuide
 
 OF_ONE_MEMBER = ("kf", "state", "mean_vector", "variance_vector", "covariance_matrix", "filter", "prior_variance")
 
@@ -197,19 +202,68 @@ class MixturePosterior:
             ValueError: if inputs or targets are malformed.
             DivergenceError: if a member refuses the update.
         """
-        evidence = [member.predict(inputs, targets=targets).log_prob for member in self.members]
+        predictions = [member.predict(inputs, targets=targets).log_prob for member in self.members]
+        evidence = [float(log_prob.double().sum()) for log_prob in predictions if log_prob is not None]
         members = [replace(m, state=m.kf.update(m.state, inputs, targets)[0]) for m in self.members]
-        log_weights = torch.tensor(self.weights, dtype=torch.float64).log()
-        for number, log_prob in enumerate(evidence):
-            assert log_prob is not None  # targets were given
-            log_weights[number] += float(log_prob.double().sum())
-        weights = (log_weights - log_weights.logsumexp(0)).exp().clamp_min(torch.finfo(torch.float64).tiny)
-        return replace(self, members=tuple(members), weights=tuple((weights / weights.sum()).tolist()))
+        return replace(self, members=tuple(members), weights=reweighted(self.weights, evidence))
 
     def output_variance(self, batch: Any) -> dict[str, float]:
         """The weighted mean of the members' contributions of each tensor; see :meth:`Posterior.output_variance`."""
         parts = [(weight, member.output_variance(batch)) for weight, member in self._weighted()]
         return {name: sum(weight * part[name] for weight, part in parts) for name in parts[0][1]}
+
+    def log_density(self, draws: Tensor) -> Tensor:
+        """log Σ_k w_k N(θ; μ_k, temperature·P_k) of parameter vectors (S, n), in float64, (S,).
+
+        Raises:
+            ValueError: if the draws are not of shape (S, n).
+        """
+        parts = torch.stack([member.log_density(draws) for member in self.members], 1)
+        return (parts + torch.tensor(self.weights, dtype=torch.float64).log().to(parts)).logsumexp(1)
+
+    def guide(self) -> MixtureGuide:
+        """A Pyro guide that begins at this mixture: a site ``member``, and one for each tensor, under its name."""
+        from bayes_kf.inference.pyro.mixture.mixture_guide import MixtureGuide  # loads Pyro
+
+        return MixtureGuide(self.members, self.weights)
+
+    @property
+    def pyro_model(self) -> Callable[..., Tensor]:
+        """The Pyro model, called (inputs, targets=None): a member, its prior, and the likelihood of the targets.
+
+        All members are equally probable before data; the weights of the mixture are those of :meth:`guide`.
+        """
+        from bayes_kf.inference.pyro.mixture.mixture_model import MixtureModel  # loads Pyro
+
+        return MixtureModel.of(self.members)
+
+    @classmethod
+    def from_samples(
+        cls,
+        model: nn.Module | AdapterModel,
+        samples: Mapping[str, Tensor],
+        configs: Sequence[KalmanConfig],
+        inputs: Inputs | None = None,
+    ) -> Self:
+        """The mixture with the moments of draws, where the site ``member`` says which member each draw is of.
+
+        The weights are the shares of the draws.
+
+        Args:
+            model: the module, or an adapter of it.
+            samples: tensor name -> S draws, (S, ...), and ``member``, (S,), the numbers of the members.
+            configs: the settings of each member.
+            inputs: as for :meth:`Posterior.from_samples`.
+
+        Raises:
+            ValueError: if draws are missing or do not fit, a number is none of a member, or a member has no draws.
+        """
+        adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
+        parts = sample_moments.divided_by_member(samples, len(configs))
+        members = [
+            Posterior.from_samples(adapter, part, c, inputs) for (part, _), c in zip(parts, configs, strict=True)
+        ]
+        return cls(tuple(members), tuple(share for _, share in parts))
 
     def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
         """Text by the predictive distribution of a causal language model; see :meth:`Posterior.generate`."""
@@ -219,9 +273,20 @@ class MixturePosterior:
         """The same mixture over another view of its model; see :meth:`Posterior.with_adapter`."""
         return replace(self, members=tuple(member.with_adapter(adapter) for member in self.members))
 
-    def apply_to(self, model: nn.Module) -> None:
-        """Write the mean of the best member into ``model``, in place; ValueError if it has other trainable tensors."""
-        self.best.apply_to(model)
+    def apply_to(self, model: nn.Module, member: int = 0) -> Posterior:
+        """Write the mean of one member into ``model``, in place; returns that member.
+
+        Args:
+            model: with the mixture's trainable tensors.
+            member: number of the member; by default the best one.
+
+        Raises:
+            ValueError: if there is no such member, or the model has other trainable tensors.
+        """
+        if not 0 <= member < len(self.members):
+            raise ValueError(f"`member` must be from 0 to {len(self.members) - 1}, got {member}.")
+        self.members[member].apply_to(model)
+        return self.members[member]
 
     def to_arviz(
         self, num_samples: int = 500, generator: torch.Generator | None = None, loader: Iterable[Any] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -56,10 +58,11 @@ class GaussianPosterior:
             ``correct``, both before the example's update. Per update: ``innovation``, ``dof`` (its degrees of freedom),
             ``damping`` and ``seconds``. These are of the first pass. Later passes add ``objective``, −log p(y, θ) after
             each of them, and ``mean_passes`` add ``fitted_log_loss``. ``tune`` adds the ``evidence`` of its candidates;
-            several settings add their ``held_out_log_loss``. Held-out data add ``size`` and ``sharpness``: the chosen
-            value and the ends of its 90 % interval (a value alone if nothing chose it). After ``start="trained"`` no
-            score is prequential, since the adapter was trained on the data; the series are then ``training_log_loss``,
-            ``training_correct``, ``training_innovation`` and ``training_dof``.
+            several settings add their ``held_out_log_loss``, a regression without settings its ``noise_variance`` after
+            each refit. Held-out data add ``size`` and ``sharpness``: the chosen value and the ends of its 90 % interval
+            (a value alone if nothing chose it). After ``start="trained"`` no score is prequential, since the adapter
+            was trained on the data; the series are then ``training_log_loss``, ``training_correct``,
+            ``training_innovation`` and ``training_dof``.
     """
 
     kf: KalmanFilter
@@ -162,6 +165,21 @@ class GaussianPosterior:
         normal = torch.randn((num_samples, len(mean)), generator=generator, dtype=mean.dtype, device=generator.device)
         return temperature**0.5 * self.state.belief.root()(normal.to(mean.device))
 
+    def log_density(self, draws: Tensor) -> Tensor:
+        """log N(θ; μ, temperature·P) of parameter vectors (S, n), in float64, (S,).
+
+        Raises:
+            ValueError: if the draws are not of shape (S, n).
+        """
+        size = len(self.mean_vector)
+        if draws.dim() != 2 or draws.shape[1] != size:
+            raise ValueError(f"`draws` must have shape (S, {size}), got {tuple(draws.shape)}.")
+        belief, temperature = self.state.belief, self.temperature
+        deviations = draws.to(self.mean_vector) - self.mean_vector
+        quadratic = torch.stack([belief.quadratic(deviation).double() for deviation in deviations])
+        log_volume = belief.log_determinant() + size * math.log(2.0 * math.pi * temperature)
+        return -0.5 * (quadratic / temperature + log_volume)
+
     def generator(self, generator: torch.Generator | None = None) -> torch.Generator:
         """The given generator, or a new one seeded with ``config.seed``."""
         return generator or torch.Generator(device=self.adapter.device).manual_seed(self.config.seed)
@@ -214,3 +232,19 @@ def as_training_series(history: dict[str, Tensor]) -> dict[str, Tensor]:
     Reports, comparisons and the command line then find no prequential scores.
     """
     return {TRAINING + name if name in PREQUENTIAL else name: values for name, values in history.items()}
+
+
+def reweighted(weights: Sequence[float], log_evidence: Sequence[float]) -> tuple[float, ...]:
+    """The weights of a mixture's members after data: w_k p_k(data) / Σ_j w_j p_j(data), none of them zero.
+
+    Args:
+        weights: K positive numbers.
+        log_evidence: log p_k(data) of every member.
+
+    Example:
+        >>> reweighted([0.5, 0.5], [-1.0, -1.0])
+        (0.5, 0.5)
+    """
+    logs = torch.tensor(weights, dtype=torch.float64).log() + torch.tensor(log_evidence, dtype=torch.float64)
+    new = logs.softmax(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return tuple((new / new.sum()).tolist())

@@ -51,8 +51,26 @@ def predict(
             all batches of a loader. Draws of outputs differ between examples and do not start again.
         stacklevel: of that warning.
     """
-    _check_arguments(posterior, method, num_samples, targets)
-    batch, generator = Batch.checked(inputs, targets, posterior.adapter.device), posterior.generator(generator)
+    check_arguments(posterior, method, num_samples, targets)
+    batch = Batch.checked(inputs, targets, posterior.adapter.device)
+    return predict_batch(
+        posterior, batch, method, num_samples, posterior.generator(generator),
+        compare=compare, adapter_generator_state=adapter_generator_state, stacklevel=stacklevel + 1,
+    )  # fmt: skip
+
+
+def predict_batch(
+    posterior: GaussianPosterior,
+    batch: Batch,
+    method: str,
+    num_samples: int,
+    generator: torch.Generator,
+    *,
+    compare: bool,
+    adapter_generator_state: Tensor | None,
+    stacklevel: int,
+) -> Prediction:
+    """The same for checked arguments and a batch on the adapter's device."""
     with posterior.adapter.full_precision():
         draws_parameters = method == "linearized" and parameter_draws_are_cheaper(posterior, batch, num_samples)
         if (method == "sampled" or draws_parameters) and adapter_generator_state is not None:
@@ -121,7 +139,8 @@ def collect_predictions(
     return joined
 
 
-def _check_arguments(posterior: GaussianPosterior, method: str, num_samples: int, targets: Tensor | None) -> None:
+def check_arguments(posterior: GaussianPosterior, method: str, num_samples: int, targets: Tensor | None) -> None:
+    """Raise ValueError for arguments of :func:`predict` that do not fit."""
     check_one_of("method", method, METHODS)
     if method == "probit" and posterior.config.likelihood == "poisson":
         raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
@@ -141,10 +160,14 @@ def _predict_from_adapters(
     posterior: GaussianPosterior, batch: Batch, num_samples: int, generator: torch.Generator
 ) -> Prediction:
     """The prediction of S adapters drawn from the posterior."""
-    family = posterior.likelihood
     draws = posterior.sample(num_samples, generator)
     outputs = outputs_of_draws(posterior.adapter, draws, batch.inputs, posterior.adapters_at_once(batch))
-    outputs = posterior.scaled_logits(outputs)
+    return prediction_of_adapters(posterior, batch, outputs)
+
+
+def prediction_of_adapters(posterior: GaussianPosterior, batch: Batch, outputs: Tensor) -> Prediction:
+    """The prediction of S adapters drawn from the posterior, from their raw outputs (S, B, m)."""
+    family, outputs = posterior.likelihood, posterior.scaled_logits(outputs)
     return predictive_distributions.from_draws(family, outputs, check_targets(family, outputs[0], batch.targets))
 
 

@@ -80,8 +80,8 @@ class GuideStore:
         if not keep_params:
             # new tensors, so that a state of the store from before does not change
             mean = state.belief.mean.detach().clone()
-            self._put_param("loc", nn.Parameter(mean), constraints.real)
-            self._put_param("scale", nn.Parameter(torch.zeros_like(mean)), constraints.positive)  # log scale
+            put_param(self._guide, "loc", nn.Parameter(mean), constraints.real)
+            put_param(self._guide, "scale", nn.Parameter(torch.zeros_like(mean)), constraints.positive)  # log scale
 
     def read(self) -> StoredState:
         """The state in the store.
@@ -111,10 +111,14 @@ class GuideStore:
         for key, tensor in self._tensors.items():
             _put(f"{self._guide._pyro_name}.{key}", tensor, constraints.real)
 
-    def _put_param(self, key: str, unconstrained: nn.Parameter, constraint: Any) -> None:
-        """As PyroModule does: one Parameter in the store and in the module."""
-        _put(f"{self._guide._pyro_name}.{key}", unconstrained, constraint)
-        self._guide._parameters[f"{key}_unconstrained"] = unconstrained
+
+def put_param(guide: PyroModule, key: str, unconstrained: nn.Parameter, constraint: Any) -> None:
+    """Replace a PyroParam of a guide as PyroModule does: one Parameter in the store and in the module.
+
+    A state of the store that was taken before does not change.
+    """
+    _put(f"{guide._pyro_name}.{key}", unconstrained, constraint)
+    guide._parameters[f"{key}_unconstrained"] = unconstrained
 
 
 def _put(name: str, unconstrained: Tensor, constraint: Any) -> None:

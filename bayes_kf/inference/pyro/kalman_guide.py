@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -151,6 +151,20 @@ class KalmanGuide(AutoGuide):
         """
         return self._kf.posterior(self.state)
 
+    def prepare(self, inputs: Inputs | None) -> None:
+        """Give the prior its scale, if it has none yet.
+
+        Raises:
+            ValueError: if there are no inputs for it.
+        """
+        if self.store.read().state.prior_is_scaled:
+            return
+        if inputs is None:
+            raise ValueError(
+                "`inputs` must be given before the first update, since the prior takes its scale from them, got None."
+            )
+        self.init(inputs)
+
     def forward(self, inputs: Inputs | None = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """A draw of every site, name -> tensor.
 
@@ -159,39 +173,37 @@ class KalmanGuide(AutoGuide):
         Raises:
             ValueError: if the prior needs inputs for its scale and there are none.
         """
+        self.prepare(inputs)
         stored = self.store.read()
-        if not stored.state.prior_is_scaled:
-            if inputs is None:
-                raise ValueError(
-                    "`inputs` must be given before the first update, since the prior takes its scale from them, "
-                    "got None."
-                )
-            self.init(inputs)
-            stored = self.store.read()
         loc, scale = self.loc, self.scale * stored.temperature**0.5
         if isinstance(stored.state.belief, DiagonalGaussian):
             return self._sample_sites(loc, scale * stored.marginal_sd)
-        return self._sample_joint(loc, scale)
+        return self._sample_joint()
 
     def _sample_sites(self, loc: Tensor, sd: Tensor) -> dict[str, Tensor]:
         locs, sds = self.adapter.unflatten(loc), self.adapter.unflatten(sd)
         return {name: pyro.sample(name, dist.Normal(locs[name], sds[name]).to_event(locs[name].dim())) for name in locs}
 
-    def _sample_joint(self, loc: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    def noise_map(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The map z → θ of standard normal draws (..., n) to the guide's, and the log of its volume factor."""
+        stored, loc = self.store.read(), self.loc
+        scale = self.scale * stored.temperature**0.5
+        return lambda noise: loc + scale * stored.root(noise), stored.half_log_determinant + scale.double().log().sum()
+
+    def _sample_joint(self) -> dict[str, Tensor]:
         """Draw all tensors at once from an auxiliary site; the site of each tensor is a point mass at its part."""
-        stored, adapter = self.store.read(), self.adapter
-        standard = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        adapter, (to_parameters, log_volume) = self.adapter, self.noise_map()
+        standard = dist.Normal(torch.zeros_like(self.loc), torch.ones_like(self.loc)).to_event(1)
         noise = pyro.sample(f"{self._pyro_name}_joint", standard, infer={"is_auxiliary": True})
         plates = noise.shape[:-1]
-        split = (loc + scale * stored.root(noise)).split(adapter.sizes, -1)
+        split = to_parameters(noise).split(adapter.sizes, -1)
         zeros = torch.zeros(plates, dtype=noise.dtype, device=noise.device)
         parts = {
             name: part.reshape(*plates, *shape)
             for name, part, shape in zip(adapter.names, split, adapter.shapes, strict=True)
         }
         densities = dict.fromkeys(parts, zeros)
-        log_volume = stored.half_log_determinant + scale.double().log().sum()  # of the map z -> θ, counted once
-        densities[adapter.names[0]] = zeros - log_volume.to(noise)
+        densities[adapter.names[0]] = zeros - log_volume.to(noise)  # counted once
         return {
             name: pyro.sample(name, dist.Delta(part, densities[name], event_dim=part.dim() - len(plates)))
             for name, part in parts.items()

@@ -80,7 +80,7 @@ class KalmanModel:
         """
         batch = Batch.of(to_device(inputs, self.adapter.device))
         posterior = self.posterior(None)
-        outputs = self._outputs(sites, batch, posterior)
+        outputs = self.outputs(sites, batch, posterior)
         if targets is None:
             outputs = posterior.scaled_logits(outputs)
         else:
@@ -91,8 +91,17 @@ class KalmanModel:
             pyro.deterministic("outputs", outputs, event_dim=1)
             return pyro.sample("y", posterior.likelihood.distribution(outputs), obs=targets)  # type: ignore[arg-type]
 
-    def _outputs(self, sites: Mapping[str, Tensor], batch: Batch, posterior: GaussianPosterior) -> Tensor:
-        """Raw outputs, (*plates, B, m), of tensors whose leading dimensions are the plates around the call."""
+    def outputs(self, sites: Mapping[str, Tensor], batch: Batch, posterior: GaussianPosterior) -> Tensor:
+        """Raw outputs, (*plates, B, m), of tensors whose leading dimensions are the plates around the call.
+
+        Args:
+            sites: as for :meth:`observe`.
+            batch: of B examples.
+            posterior: it says how many adapters fit in memory together.
+
+        Raises:
+            ValueError: if a tensor is missing or does not fit.
+        """
         shapes, leading = dict(zip(self.adapter.names, self.adapter.shapes, strict=True)), {}
         for name, shape in shapes.items():
             if name not in sites:

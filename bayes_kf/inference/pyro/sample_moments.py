@@ -21,7 +21,7 @@ def fitted_to_samples(
     kf = KalmanFilter(model, config)
     if kf.config.noise_variance == "estimated":
         raise ValueError("`noise_variance` must be a number, since the samples do not hold it, got 'estimated'.")
-    draws = _flat_draws(kf.adapter, samples)
+    draws = flat_draws(kf.adapter, samples)
     prior = kf.init(inputs)
     if not prior.prior_is_scaled:
         raise ValueError(
@@ -31,8 +31,12 @@ def fitted_to_samples(
     return kf, prior._replace(belief=moment_matched(prior.belief, draws))
 
 
-def _flat_draws(adapter: AdapterModel, samples: Mapping[str, Tensor]) -> Tensor:
-    """The draws, (S, n)."""
+def flat_draws(adapter: AdapterModel, samples: Mapping[str, Tensor]) -> Tensor:
+    """The draws of all tensors, (S, n), of tensor name -> (S, ...).
+
+    Raises:
+        ValueError: if a tensor is missing, has another shape or is not finite.
+    """
     parts: list[Tensor] = []
     for name, shape, size in zip(adapter.names, adapter.shapes, adapter.sizes, strict=True):
         if name not in samples:
@@ -46,3 +50,25 @@ def _flat_draws(adapter: AdapterModel, samples: Mapping[str, Tensor]) -> Tensor:
             raise ValueError(f"`samples` must be finite, got NaN or infinity in {name!r}.")
         parts.append(draws.reshape(count, size).to(adapter.device, adapter.dtype))
     return torch.cat(parts, 1)
+
+
+def divided_by_member(samples: Mapping[str, Tensor], count: int) -> list[tuple[dict[str, Tensor], float]]:
+    """The draws of each of ``count`` members, by the site ``member``, and its share of all draws.
+
+    Raises:
+        ValueError: if there is no such site, a number is none of a member, or a member has no draws.
+    """
+    if "member" not in samples:
+        raise ValueError("`samples` must hold 'member', the number of each draw's member, got no such site.")
+    numbers = samples["member"].reshape(-1)
+    present = torch.bincount(numbers.clamp(0, count), minlength=count + 1).tolist()
+    if bool((numbers < 0).any()) or present[count]:
+        low, high = int(numbers.min()), int(numbers.max())
+        raise ValueError(f"`samples` must have numbers of {count} members in 'member', got {low} to {high}.")
+    missing = [k for k in range(count) if not present[k]]
+    if missing:
+        raise ValueError(f"`samples` must hold draws of every member, got none of number {missing[0]}.")
+    others = {name: draws for name, draws in samples.items() if name != "member" and len(draws) == len(numbers)}
+    return [
+        ({name: draws[numbers == k] for name, draws in others.items()}, present[k] / len(numbers)) for k in range(count)
+    ]

@@ -30,6 +30,12 @@ def member_folder(number: int) -> str:
     return f"member_{number}"
 
 
+def mixture_files(folder: Path, num_members: int) -> list[str]:
+    """The files of a mixture in ``folder`` that nobody edits, without those of its best member; none of one member."""
+    paths = [f"{member_folder(number)}/{name}" for number in range(1, num_members) for name in _OF_MEMBER]
+    return [name for name in (*paths, MIXTURE_FILE) if (folder / name).is_file()]
+
+
 def _editable_digests(folder: Path) -> dict[str, str]:
     """Name -> digest, when they were saved, of the files that people may edit; the state files record them."""
     digests = _recorded_digests(folder)

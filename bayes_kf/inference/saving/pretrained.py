@@ -43,6 +43,7 @@ from bayes_kf.inference.saving.file_names import (
     POSTERIOR,
     STATE_FILE,
     member_folder,
+    mixture_files,
 )
 from bayes_kf.inference.saving.state_file import make_state, read_state, with_prefix, write_state
 from bayes_kf.models.adapter import AdapterModel
@@ -79,7 +80,13 @@ def save(
     write_files(folder, write, POSTERIOR)
 
 
-def save_with(posterior: GaussianPosterior, folder: Path, write_others: Callable[[Path], None]) -> None:
+def save_with(
+    posterior: GaussianPosterior,
+    folder: Path,
+    write_others: Callable[[Path], None],
+    write_more: Callable[[Path], None] | None = None,
+    num_members: int = 1,
+) -> None:
     """Write settings, state and model card together with the files of another library.
 
     Those files replace any files of their names, as that library does; but an edited ``README.md`` stays.
@@ -88,16 +95,20 @@ def save_with(posterior: GaussianPosterior, folder: Path, write_others: Callable
         posterior: the posterior.
         folder: made if missing.
         write_others: writes the adapter, at the posterior mean, and other files into a folder.
+        write_more: as for :func:`save`.
+        num_members: as for :func:`save`.
     """
 
     def write(target: Path) -> None:
         write_others(target)
-        _write_posterior(posterior, target, folder.resolve().name)  # replaces PEFT's empty model card
+        _write_posterior(posterior, target, folder.resolve().name, num_members=num_members)  # over PEFT's empty card
+        if write_more is not None:
+            write_more(target)
         weights = [name for name in ADAPTER_FILES[1:] if (target / name).is_file()]
-        write_checksums(target, (CONFIG_FILE, *weights, STATE_FILE))
+        write_checksums(target, (CONFIG_FILE, *weights, *mixture_files(target, num_members), STATE_FILE))
 
-    own = (STATE_FILE, CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE)
-    write_files(folder, write, replace(POSTERIOR, overwrites=lambda name: name not in own))
+    own = (STATE_FILE, CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE, MIXTURE_FILE)
+    write_files(folder, write, replace(POSTERIOR, overwrites=lambda name: name not in own and "/" not in name))
 
 
 def save_mixture(
@@ -114,6 +125,21 @@ def save_mixture(
         folder: made if missing.
         scores: of an evaluation, for the model card.
     """
+    save(members[0], folder, scores, _members_writer(members, weights), len(members))
+
+
+def save_mixture_with(
+    members: Sequence[GaussianPosterior],
+    weights: Sequence[float],
+    folder: Path,
+    write_others: Callable[[Path], None],
+) -> None:
+    """As :func:`save_with`, for a mixture; the adapter that ``write_others`` writes is at the first member's mean."""
+    save_with(members[0], folder, write_others, _members_writer(members, weights), len(members))
+
+
+def _members_writer(members: Sequence[GaussianPosterior], weights: Sequence[float]) -> Callable[[Path], None]:
+    """A function that writes all members but the first, and the weights, into a folder."""
 
     def write_members(target: Path) -> None:
         for number, member in enumerate(members[1:], 1):
@@ -124,7 +150,7 @@ def save_mixture(
         content = {"format": MIXTURE_FORMAT, "weights": list(weights)}
         (target / MIXTURE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    save(members[0], folder, scores, write_members, len(members))
+    return write_members
 
 
 def export_draws(posterior: GaussianPosterior, folder: Path, draws: Tensor) -> list[Path]:

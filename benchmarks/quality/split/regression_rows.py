@@ -15,7 +15,6 @@ import bayes_kf as bkf
 from benchmarks.bench.registry.problems import RegressionProblem
 from benchmarks.common.learners import Stream
 from benchmarks.quality.rows import AHEAD, raw, validation
-from benchmarks.quality.split.rows import stream_loader
 from benchmarks.quality.split.scores import GaussianPredicted
 from benchmarks.quality.split.strong import BATCH, FROM_SCRATCH, facts, members, search
 
@@ -78,19 +77,16 @@ def gaussian_process(problem: RegressionProblem, stream: Stream, seed: int) -> L
 
 
 def default(problem: RegressionProblem, stream: Stream, seed: int) -> LearnedRegression:
-    """This package with the settings of ``docs/how-to/regression.md``."""
-    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", mean_passes=2, seed=seed)
-    return LearnedRegression(_moments(bkf.fit(problem.model(seed), stream.batches(BATCH), config, progress=False)))
+    """This package without settings."""
+    posterior = bkf.fit(problem.model(seed), stream.batches(BATCH), progress=False)
+    return LearnedRegression(_moments(posterior), {"noise_variance": float(posterior.likelihood.noise_variance)})
 
 
 def mixture(problem: RegressionProblem, stream: Stream, seed: int) -> LearnedRegression:
-    """This package: two posteriors with different priors, and their mixture, as a Gaussian of its moments."""
-    posterior = bkf.fit_mixture(problem.model(seed), stream_loader(stream, seed), progress=False)
-    members = [
-        {"prior": member.config.initial_spread, "weight": weight, "size": member.history["size"].tolist()}
-        for weight, member in zip(posterior.weights, posterior.members, strict=True)
-    ]
-    return LearnedRegression(_moments(posterior), {"members": members})
+    """This package: three fits from other starts, and their mixture, as a Gaussian of its moments."""
+    posterior = bkf.fit_mixture(problem.model(seed), stream.batches(BATCH), progress=False)
+    variances = [float(member.likelihood.noise_variance) for member in posterior.members]
+    return LearnedRegression(_moments(posterior), {"noise_variances": variances})
 
 
 def _moments(posterior: Any) -> Callable[[Stream], GaussianPredicted]:
@@ -126,5 +122,5 @@ ROWS: dict[str, tuple[str, Learn]] = {  # title, method
     "ridge": ("Bayesian ridge (scikit-learn)", ridge),
     "gp": ("Gaussian process (scikit-learn)", gaussian_process),
     "default": ("**ours, default**", default),
-    "mixture": ("**ours, mixture of two**", mixture),
+    "mixture": ("**ours, mixture of three**", mixture),
 }

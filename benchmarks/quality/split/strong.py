@@ -21,7 +21,7 @@ from benchmarks.common.learners import Stream, logits
 from benchmarks.quality.rows import raw
 
 BATCH, WEIGHT_DECAY = 16, 1e-2
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 MEMBERS = 3
 MAX_TEMPERATURE = 10.0  # and its inverse is the least
 PRIOR_SD = 0.5  # of ln S

@@ -239,3 +239,51 @@ def test_the_merged_temperature_does_not_depend_on_the_order():
     other = bkf.KalmanFilter(model, replace(config, temperature=3.0))
     with pytest.raises(ValueError, match=r"one temperature, or each a stream that chooses it, got 0.3, 3.0"):
         bkf.merge([untold, bkf.Posterior(other, other.update(other.init(), x[20:], y[20:])[0])])
+
+
+def mixture_of(x, y, weights, variances=(0.4, 2.0), **settings):
+    fits = []
+    for variance in variances:
+        plain = PLAIN | {"initial_variance": variance, "likelihood": "gaussian", "covariance": "full"} | settings
+        fits.append(fitted(linear(), x, y, bkf.KalmanConfig(noise_variance=0.5, **plain)))
+    return bkf.MixturePosterior(tuple(fits), weights)
+
+
+def test_mixtures_are_merged_member_by_member():
+    """Members are ordered by weight, so that the same one has another number in each mixture."""
+    x, y = linear_data()
+    first, second = mixture_of(x[:10], y[:10], (0.6, 0.4)), mixture_of(x[10:], y[10:], (0.1, 0.9))
+    merged = bkf.merge([first, second])
+    assert isinstance(merged, bkf.MixturePosterior)
+    assert merged.weights == pytest.approx((0.36 / 0.42, 0.06 / 0.42))
+    for member, variance in zip(merged.members, (2.0, 0.4), strict=True):
+        assert member.config.initial_variance == variance
+        whole = mixture_of(x, y, (1.0,), (variance,)).best
+        torch.testing.assert_close(member.mean_vector, whole.mean_vector, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(member.covariance_matrix(), whole.covariance_matrix(), rtol=1e-8, atol=1e-10)
+    assert bkf.merge([first]).weights == pytest.approx(first.weights)
+
+
+def test_members_of_one_prior_are_told_apart_by_their_seeds():
+    x, y = linear_data()
+    parts, shares = (slice(0, 10), slice(10, 40)), ((0.6, 0.4), (0.2, 0.8))
+    one, two = (
+        bkf.MixturePosterior(
+            tuple(mixture_of(x[part], y[part], (1.0,), (0.4,), seed=seed).best for seed in (0, 1)), weights
+        )
+        for part, weights in zip(parts, shares, strict=True)
+    )
+    merged = bkf.merge([one, two])
+    assert [member.config.seed for member in merged.members] == [1, 0]
+    assert merged.weights == pytest.approx((0.32 / 0.44, 0.12 / 0.44))
+
+
+def test_mixtures_that_do_not_fit_together_are_refused():
+    x, y = linear_data()
+    mixture = mixture_of(x[:10], y[:10], (0.6, 0.4))
+    with pytest.raises(ValueError, match="`posteriors` must all be mixtures or none, got 1 of 2"):
+        bkf.merge([mixture, mixture.best])
+    with pytest.raises(ValueError, match="mixtures of as many members, 2, got 1 in number 1"):
+        bkf.merge([mixture, mixture_of(x[10:], y[10:], (1.0,), (0.4,))])
+    with pytest.raises(ValueError, match=r"none like member 1 of the first in number 1: .*another initial_variance"):
+        bkf.merge([mixture, mixture_of(x[10:], y[10:], (0.5, 0.5), (0.4, 3.0))])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,14 +30,13 @@ def mixture():
 
 def test_every_member_learns_all_examples_once(mixture):
     assert {member.state.examples for member in mixture.members} == {240}
-    spreads = {member.config.initial_spread for member in mixture.members}
-    assert spreads <= {"modules", "constant"}
-    assert sum(mixture.weights) == pytest.approx(1.0)
+    assert {member.config.initial_spread for member in mixture.members} == {"bounded"}
+    assert mixture.weights == (0.5, 0.5)
     assert len({member.softmax_temperature for member in mixture.members}) == 1
     for member in mixture.members:
         value, low, high = member.history["size"].tolist()
         assert low <= value <= high
-        assert len(member.history["held_out_log_loss"]) == 7  # before the first of six passes, and after each
+        assert len(member.history["held_out_log_loss"]) == 6  # before the first of five passes, and after each
         assert member.temperature == 1.0
 
 
@@ -109,3 +109,36 @@ def test_passes_over_a_split_have_other_orders_and_the_same_examples(as_list):
     for batches in passes:
         assert {len(batch) for batch in batches} == {4}
         assert sorted(sum(batches, held)) == list(range(64))
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_eight_parts_hold_every_example_once(as_list):
+    x, y = torch.arange(67.0)[:, None], torch.arange(67) % 3
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    given = list(loader) if as_list else loader
+    parts = list[float]()
+    for part in range(8):
+        split = split_loader(given, part)
+        fitted, held = ([v for batch in side for v in batch[0].flatten().tolist()] for side in split)
+        assert sorted(fitted + held) == list(range(67))
+        parts += held
+    assert len(set(parts)) == len(parts)
+    assert len(parts) >= 64  # an eighth is rounded down
+
+
+def test_members_start_from_other_factors_and_have_other_held_out_examples():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
+    model = get_peft_model(layers, LoraConfig(r=4, target_modules=["0"], modules_to_save=["2"]))
+    loader = DataLoader(TensorDataset(*data()), batch_size=8, shuffle=True)
+    mixture = bkf.fit_mixture(model, loader, members=3, progress=False)
+    means = [member.state.prior.mean for member in mixture.members]
+    adapter = mixture.best.adapter
+    assert torch.equal(means[0], adapter.vector())
+    for name, where in adapter.slices().items():
+        same = [torch.equal(means[0][where], mean[where]) for mean in means[1:]]
+        assert same == [".lora_A." not in name] * 2
+    outputs = [adapter.outputs(mean, data()[0]) for mean in means]
+    assert torch.equal(outputs[0], outputs[1])
+    with pytest.raises(ValueError, match=r"`members` must be a whole number of at least 1, got 0\."):
+        bkf.fit_mixture(model, loader, members=0, progress=False)

@@ -127,7 +127,7 @@ def test_at_most_512_examples_choose_the_size_and_fewer_of_a_large_adapter():
         numbers = torch.arange(sum(sizes))
         batches = list(zip(numbers[:, None].double().split(sizes), numbers.split(sizes), strict=True))
         for most in (512, 64):
-            thinned = calibration._thinned(posterior, batches, most)
+            thinned = calibration.thinned(posterior, batches, most)
             actual = torch.cat([targets for _, targets in thinned])
             assert torch.equal(actual, torch.arange(0, sum(sizes), math.ceil(sum(sizes) / most)))
             assert torch.equal(torch.cat([inputs for inputs, _ in thinned])[:, 0], actual.double())

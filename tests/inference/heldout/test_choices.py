@@ -9,7 +9,12 @@ from scipy.optimize import minimize_scalar
 from bayes_kf.inference.heldout.choice import most_probable
 from bayes_kf.inference.heldout.heldout_examples import HeldoutOutputs
 from bayes_kf.inference.heldout.member_weights import choose_weights
-from bayes_kf.inference.heldout.sharpness import choose_sharpness, mixture_log_loss, point_log_losses
+from bayes_kf.inference.heldout.sharpness import (
+    choose_sharpness,
+    cross_fitted_sharpness,
+    mixture_log_loss,
+    point_log_losses,
+)
 from bayes_kf.models.likelihood import Categorical
 
 
@@ -63,6 +68,25 @@ def test_a_few_examples_that_are_all_right_do_not_make_predictions_certain():
     assert choose_sharpness([held]).value > 0.5
 
 
+def test_the_divisor_of_cross_fitted_members_is_a_root_of_that_of_all_their_examples():
+    logits, labels = logits_and_labels(300, 2.0)
+    generator = torch.Generator().manual_seed(1)
+    root = 0.3 * torch.randn(300, 3, 3, generator=generator, dtype=torch.float64)
+    held = [
+        HeldoutOutputs(Categorical(), logits[part], root[part].mT @ root[part], None, labels[part])
+        for part in (slice(0, 100), slice(100, 200), slice(200, 300))
+    ]
+    together = choose_sharpness([HeldoutOutputs(Categorical(), logits, root.mT @ root, None, labels)])
+    chosen = cross_fitted_sharpness(held)
+    assert together.value > 1.3
+    assert chosen.value == pytest.approx(together.value ** (1 / 3))
+    assert (chosen.low, chosen.high) == pytest.approx((together.low ** (1 / 3), together.high ** (1 / 3)))
+    assert cross_fitted_sharpness(held[:1]) == choose_sharpness(held[:1])
+    drawn = [HeldoutOutputs(h.family, h.outputs, None, root[:100], h.targets) for h in held]
+    losses = torch.cat([part.log_loss(1.2) for part in drawn])
+    torch.testing.assert_close(HeldoutOutputs.joined(drawn).log_loss(1.2), losses, rtol=0, atol=0.02)  # other draws
+
+
 def test_the_loss_of_a_mixture_is_that_of_the_mean_probability():
     (one, labels), (two, _) = logits_and_labels(20, 1.0), logits_and_labels(20, -1.0)
     zero = torch.zeros(20, 3, 3, dtype=torch.float64)
@@ -79,14 +103,15 @@ def test_point_losses_of_real_targets_use_the_best_noise_variance():
     torch.testing.assert_close(point_log_losses("gaussian", outputs, targets), expected)
 
 
-def test_members_have_equal_weights_unless_one_is_clearly_worse():
+def test_members_have_equal_weights_unless_one_has_failed():
     generator = torch.Generator().manual_seed(0)
-    first = torch.rand(50, generator=generator)
-    noise = 0.3 * torch.randn(50, generator=generator)
-    noise = noise - noise.mean()
-    error = float(noise.std(correction=0)) / 49**0.5
-    assert choose_weights([first, first + noise + 1.9 * error]) == [0.5, 0.5]
-    assert choose_weights([first, first + noise + 2.1 * error]) == [1.0, 0.0]
-    assert choose_weights([first + noise + 2.1 * error, first, first.clone()]) == [0.0, 0.5, 0.5]
+    first, second = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2))
+    first, second = (values - values.mean() for values in (first, second))
+    error = float((first.square().sum() + second.square().sum()) / 98 * 2 / 50) ** 0.5  # of two independent means
+    assert choose_weights([first, second + 3.9 * error]) == [0.5, 0.5]
+    assert choose_weights([first, second + 4.1 * error]) == [1.0, 0.0]
+    assert choose_weights([second + 4.5 * error, first, first.clone()]) == [0.0, 0.5, 0.5]
+    easy = torch.full((50,), 0.01)  # all right, so that their own variance would be zero
+    assert choose_weights([easy, first + 0.4]) == [0.5, 0.5]
     assert choose_weights([first, torch.full((50,), torch.inf)]) == [1.0, 0.0]
     assert choose_weights([first]) == [1.0]

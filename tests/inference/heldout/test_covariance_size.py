@@ -7,7 +7,13 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.heldout.covariance_size import SIZES, choose_size, first_not_worse, with_size
+from bayes_kf.inference.heldout.covariance_size import (
+    SIZES,
+    choose_common_size,
+    choose_size,
+    first_not_worse,
+    with_size,
+)
 from bayes_kf.inference.heldout.heldout_examples import heldout_blocks, heldout_outputs
 from bayes_kf.models.batch import Batch
 
@@ -121,10 +127,27 @@ def test_the_size_grows_only_until_single_examples_are_predicted_well():
     base = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = (noise - noise.mean()) / noise.std(correction=0)  # mean 0, and a standard error of 1/7
-    assert first_not_worse([base + noise + 1.9 / 7, base, base + 1.0]) == 0
-    assert first_not_worse([base + noise + 2.1 / 7, base, base + 1.0]) == 1
+    assert first_not_worse([base + noise + 1.4 / 7, base, base + 1.0]) == 0
+    assert first_not_worse([base + noise + 1.6 / 7, base, base + 1.0]) == 1
     assert first_not_worse([base + 1.0, base + noise + 0.5 / 7, base]) == 1
     assert first_not_worse([torch.full_like(base, torch.inf), base]) == 1
+
+
+def test_the_common_size_is_the_most_probable_one_of_all_posteriors_together():
+    x, y = data(200)
+    starts = (network(seed=0), network(seed=1))
+    config = bkf.KalmanConfig(covariance="full", temperature=1.0, initial_logit_sd=10.0)
+    parts = [batches(x[k : k + 50], y[k : k + 50]) for k in (100, 150)]
+    pairs = [
+        (bkf.fit(start, batches(x[:100], y[:100]), config, progress=False), part)
+        for start, part in zip(starts, parts, strict=True)
+    ]
+    one = choose_common_size(pairs[:1])
+    assert one == choose_size(*pairs[0])
+    both, other = choose_common_size(pairs), choose_size(*pairs[1])
+    assert min(one.low, other.low) <= both.value <= max(one.high, other.high)
+    twice = choose_common_size([pairs[0], pairs[0]])
+    assert twice.high / twice.low < one.high / one.low  # the same examples twice are more certain
 
 
 def test_held_out_outputs_are_those_of_the_posterior():

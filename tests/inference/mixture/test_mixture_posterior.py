@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from peft import PeftModel
 from small_problems import X, linear, loader
 
 import bayes_kf as bkf
-from bayes_kf.inference.mixture.mixture_prediction import divide_draws
+from bayes_kf.inference.mixture import mixture_prediction
+from bayes_kf.inference.mixture.mixture_prediction import divide_draws, member_generators
+from bayes_kf.inference.predictive.predict import predict
+from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.zoo import digits_vit, lora_digits_vit
 
 
@@ -201,10 +205,14 @@ def test_reports_arviz_and_exports(mixture, digits, tmp_path):
     folders = mixture.export_adapters(tmp_path / "draws", 3)
     assert [folder.name for folder in folders] == ["draw_0", "draw_1", "draw_2"]
     model = lora_digits_vit(rank=2)
-    mixture.apply_to(model)
+    assert mixture.apply_to(model) is mixture.best
     with torch.no_grad():
         actual = model.eval()(digits[1].images[:4]).logits.softmax(-1)
     torch.testing.assert_close(actual, mixture.best.predict(digits[1].images[:4], "mean").probs)
+    assert mixture.apply_to(model, member=1) is mixture.members[1]
+    assert torch.equal(bkf.AdapterModel(model).vector(), mixture.members[1].mean_vector)
+    with pytest.raises(ValueError, match="`member` must be from 0 to 1, got 2"):
+        mixture.apply_to(model, member=2)
     assert repr(mixture).startswith("MixturePosterior of 2 members:")
 
 
@@ -231,3 +239,42 @@ def test_a_mixture_of_one_stays_a_mixture(mixture, tmp_path):
 def test_weights_survive_json(mixture, tmp_path):
     mixture.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "mixture.json").read_text()) == {"format": 1, "weights": [0.75, 0.25]}
+
+
+@pytest.mark.parametrize("method", ["sampled", "linearized", "probit", "mean"])
+def test_members_that_predict_together_predict_as_each_alone(mixture, digits, method):
+    images, labels = digits[1].images[:20], digits[1].labels[:20]
+    generators = member_generators(mixture.generator(), 2)
+    counts = [48, 16] if method == "sampled" else [64, 64]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # drawn adapters differ from the linearized model here
+        actual = mixture.predict(images, method, targets=labels)
+        parts = [
+            predict(member, images, method, count, generator, labels)
+            for member, count, generator in zip(mixture.members, counts, generators, strict=True)
+        ]
+    torch.testing.assert_close(actual.probs, 0.75 * parts[0].probs + 0.25 * parts[1].probs, rtol=0, atol=1e-6)
+    density = 0.75 * parts[0].log_prob.exp() + 0.25 * parts[1].log_prob.exp()
+    torch.testing.assert_close(actual.log_prob.exp(), density, rtol=0, atol=1e-6)
+    if actual.aleatoric is not None:
+        aleatoric = 0.75 * parts[0].aleatoric + 0.25 * parts[1].aleatoric
+        torch.testing.assert_close(actual.aleatoric, aleatoric, rtol=0, atol=1e-6)
+
+
+def test_drawn_adapters_of_all_members_share_one_pass(mixture, digits, monkeypatch):
+    draws = []
+
+    def counted(adapter, given, *args, **kwargs):
+        draws.append(len(given))
+        return outputs_of_draws(adapter, given, *args, **kwargs)
+
+    monkeypatch.setattr(mixture_prediction, "outputs_of_draws", counted)
+    monkeypatch.setattr("bayes_kf.inference.predictive.predict.outputs_of_draws", counted)
+    loader = [(digits[1].images[:6], digits[1].labels[:6]), (digits[1].images[6:10], digits[1].labels[6:10])]
+    one = mixture.predict_loader(loader, "sampled", num_samples=4)
+    assert draws == [4, 4]  # one pass a batch
+    other = mixture.members[1]
+    apart = replace(other, kf=bkf.KalmanFilter(lora_digits_vit(rank=2), other.config))  # the same base, another module
+    two = bkf.MixturePosterior((mixture.best, apart), mixture.weights).predict_loader(loader, "sampled", num_samples=4)
+    assert draws == [4, 4, 3, 1, 3, 1]
+    torch.testing.assert_close(one.probs, two.probs, rtol=0, atol=1e-6)

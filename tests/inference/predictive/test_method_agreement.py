@@ -35,6 +35,21 @@ def test_sampled_predictions_that_differ_from_linearized_ones_warn_with_numbers(
     bkf.fit(nonlinear(), loader(x, y), narrow, progress=False).predict(x, "sampled")  # a warning would be an error
 
 
+def test_a_mixture_reports_it_too_in_the_callers_file():
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).double()
+    config = bkf.KalmanConfig(initial_variance=1.0, bound_prior=False, temperature=1.0)
+    model = nonlinear()
+    one, two, apart = (bkf.fit(m, loader(x, x.argmax(1)), config, progress=False) for m in (model, model, nonlinear()))
+    for mixture in (bkf.MixturePosterior((one, two), (0.9, 0.1)), bkf.MixturePosterior((one, apart), (0.9, 0.1))):
+        for call in (
+            lambda m: m.predict(x, "sampled", 200),
+            lambda m: m.predict_loader([x[:20], x[20:]], "sampled", 200),
+        ):
+            with pytest.warns(UserWarning, match=r"disagree: 0\.\d+ total variation apart on 16 exampl") as caught:
+                call(mixture)
+            assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "categorical", "poisson"])
 def test_linear_models_never_warn(likelihood):
     g = torch.Generator().manual_seed(3)

@@ -22,7 +22,7 @@ from bayes_kf.inference.fitting.passes.mean_pass import loss_gradient, pass_of_s
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.models.batch import Inputs, check_inputs
 
-LEARNING_RATE = 0.03  # of the first step, in prior standard deviations
+LEARNING_RATE = 0.02  # of the first step, in prior standard deviations
 
 
 class MapPasses:

@@ -25,6 +25,7 @@ from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, Filter
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.selection import shared_update
 from bayes_kf.inference.measurement_model import noise
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.prediction import Prediction
@@ -72,7 +73,7 @@ class Bank:
 
     def __init__(self, model: nn.Module | AdapterModel, configs: Sequence[KalmanConfig], margin: float = 0.0) -> None:
         check_not_negative("margin", margin)
-        _check_configs(configs)
+        check_bank_configs(configs)
         self.margin = float(margin)
         self.adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
         self.filters = tuple(KalmanFilter(self.adapter, config) for config in configs)
@@ -81,9 +82,12 @@ class Bank:
 
     def init(self, inputs: Inputs | None = None) -> BankState:
         """The priors; ``inputs`` as for :meth:`KalmanFilter.init`."""
+        return self.init_empty()._replace(states=tuple(kf.init(inputs) for kf in self.filters))
+
+    def init_empty(self) -> BankState:
+        """A state whose candidates are all missing, as if they had diverged; to be filled."""
         count = len(self.filters)
-        zeros = torch.zeros(count, count, dtype=torch.float64)
-        return BankState(tuple(kf.init(inputs) for kf in self.filters), (0,) * count, 0, zeros)
+        return BankState((None,) * count, (0,) * count, 0, torch.zeros(count, count, dtype=torch.float64))
 
     def update(self, state: BankState, inputs: Inputs, targets: Tensor) -> tuple[BankState, UpdateInfo]:
         """All candidates after one more batch, and the report of the best. ``state`` is not changed.
@@ -165,6 +169,18 @@ class Bank:
             raise ValueError(f"`number` must be that of a candidate that did not diverge, got {number}.")
         return Posterior(self.filters[number], chosen)
 
+    def mixture(self, state: BankState) -> MixturePosterior:
+        """All candidates that did not diverge as a mixture, with :meth:`weights`.
+
+        The weights are the candidates' posterior probabilities under equal prior ones. On a long stream one of them has
+        nearly all of the weight.
+        """
+        weights = self.weights(state)
+        numbers = [number for number, one in enumerate(state.states) if one is not None]
+        members = tuple(self.posterior(state, number) for number in numbers)
+        positive = weights[numbers].clamp_min(torch.finfo(torch.float64).tiny)
+        return MixturePosterior(members, tuple((positive / positive.sum()).tolist()))
+
     def predict(self, state: BankState, inputs: Inputs, targets: Tensor | None = None, **settings: Any) -> Prediction:
         """The candidates' predictions, averaged by :meth:`weights` (Bayesian model averaging).
 
@@ -228,19 +244,19 @@ def candidates(config: KalmanConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     return [dataclasses.replace(config, tune=None, **settings) for settings in combinations]
 
 
-def _check_configs(configs: Sequence[KalmanConfig]) -> None:
-    """Raise ValueError if the configs cannot be the candidates of one bank."""
+def check_bank_configs(configs: Sequence[KalmanConfig], name: str = "configs") -> None:
+    """Raise ValueError if the configs cannot be the candidates of one bank; it calls them ``name``."""
     if not configs:
-        raise ValueError("`configs` must hold at least one KalmanConfig, got none.")
+        raise ValueError(f"`{name}` must hold at least one KalmanConfig, got none.")
     for config in configs:
-        check_config(config, "configs")
-    for name in OBSERVED:
-        values = {getattr(config, name) for config in configs}
+        check_config(config, name)
+    for setting in OBSERVED:
+        values = {getattr(config, setting) for config in configs}
         if len(values) > 1:
-            raise ValueError(f"`configs` must have the same `{name}`, got {', '.join(sorted(map(repr, values)))}.")
+            raise ValueError(f"`{name}` must have the same `{setting}`, got {', '.join(sorted(map(repr, values)))}.")
     for config in configs:
         if config.temperature != "prequential":
-            raise ValueError(f"`configs` must have `temperature` 'prequential', got {config.temperature!r}.")
+            raise ValueError(f"`{name}` must have `temperature` 'prequential', got {config.temperature!r}.")
 
 
 def _prior_width(state: FilterState | None) -> float:

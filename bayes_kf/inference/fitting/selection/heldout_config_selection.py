@@ -122,18 +122,20 @@ def shuffled(split: Split, size: int) -> Split:
     return Split(ShuffledBatches(split.fitted, size), split.heldout)
 
 
-def split_loader(loader: Iterable[Any]) -> Split | None:
+def split_loader(loader: Iterable[Any], part: int = 0) -> Split | None:
     """A loader in two parts; None if it cannot be split, or is too small.
 
-    Of a list, every eighth batch is held out. Of a DataLoader over a data set, one example in eight is held out, drawn
+    There are eight held-out parts that have no example in common; ``part``, from 0 on, says which. Of a list, every
+    eighth batch is held out. Of a DataLoader over a data set, one example in eight is held out, drawn
     with a fixed seed because a data set may be sorted. Both parts have batches of the loader's own size and kind, and
     together they hold all examples.
     """
     if isinstance(loader, list | tuple):
         if len(loader) < HELDOUT_SHARE:
             return None
-        heldout = loader[HELDOUT_SHARE - 1 :: HELDOUT_SHARE]
-        return Split([batch for number, batch in enumerate(loader) if (number + 1) % HELDOUT_SHARE], heldout)
+        is_heldout = [(number + 1 + part) % HELDOUT_SHARE == 0 for number in range(len(loader))]
+        fitted = [batch for batch, is_out in zip(loader, is_heldout, strict=True) if not is_out]
+        return Split(fitted, [batch for batch, is_out in zip(loader, is_heldout, strict=True) if is_out])
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return None
     shuffled, data = isinstance(loader.sampler, RandomSampler), cast(Sized, loader.dataset)
@@ -144,8 +146,9 @@ def split_loader(loader: Iterable[Any]) -> Split | None:
     if size < HELDOUT_SHARE:
         return None
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
-    cut = size // HELDOUT_SHARE
-    return Split(_subset(loader, sorted(order[cut:]), shuffled), _subset(loader, sorted(order[:cut]), False))
+    first, last = ((part + step) * (size // HELDOUT_SHARE) for step in (0, 1))
+    others = sorted(order[:first] + order[last:])
+    return Split(_subset(loader, others, shuffled), _subset(loader, sorted(order[first:last]), False))
 
 
 def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterior, float]:

@@ -1,0 +1,65 @@
+"""A small text classifier, sentences and Trainer's arguments, for tests of trainers."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, default_data_collator
+
+from bayes_kf.integrations.kalman_trainer import SCALE_EXAMPLES
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
+
+
+def classifier(labels=3, lora=True, seed=0):
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(BertConfig(num_labels=labels, max_position_embeddings=16, **SMALL))
+    if not lora:
+        return model
+    settings = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    return get_peft_model(model, settings)
+
+
+def sentences(number, seed=0, labels=3):
+    """Whose label is the first token's rest."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 20, (number, 6), generator=g)
+    return [
+        {"input_ids": t, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(t[0]) % labels}
+        for t in tokens
+    ]
+
+
+class Recorder:
+    """A collator that remembers its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, features):
+        batch = default_data_collator(features)
+        scaling = len(features) == SCALE_EXAMPLES  # asked for when Trainer has fetched some batches ahead
+        self.batches.insert(0 if scaling else len(self.batches), batch)
+        return batch
+
+
+def arguments(folder, **options):
+    plain = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "seed": 3,
+    }
+    return TrainingArguments(str(folder), **(plain | options))
+
+
+def bits(state):
+    return [t for part in state for t in (bits(part) if isinstance(part, tuple) else [part])]
+
+
+def same(first, second):
+    pairs = zip(bits(first), bits(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
