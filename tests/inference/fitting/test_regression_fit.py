@@ -199,6 +199,20 @@ def test_intervals_cover_and_the_noise_is_found():
     assert len(posterior.history["log_loss"]) == 400  # of the filter's pass
 
 
+def test_intervals_cover_over_many_small_data_sets():
+    """Of 40 examples each, fewer than the network has parameters: the evidence does not take noise for signal."""
+    inside = {0.5: 0.0, 0.9: 0.0}
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+        prediction = bkf.fit(model, [curved_data(40, seed)], progress=False).predict(curved_data(1_000, 100 + seed)[0])
+        _, targets = curved_data(1_000, 100 + seed)
+        for level in inside:
+            lower, upper = prediction.interval(level)
+            inside[level] += float(((lower <= targets) & (targets <= upper)).double().mean()) / 10
+    assert inside == pytest.approx({0.5: 0.5, 0.9: 0.9}, abs=0.05)  # a standard error over data sets is about 0.02
+
+
 def test_the_same_call_gives_the_same_posterior_and_the_model_stays():
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
