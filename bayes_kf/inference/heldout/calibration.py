@@ -82,11 +82,14 @@ def edge_of_size(size: Choice, static: bool = True) -> str | None:
     """
     if not size.at_edge:
         return None
-    value = (
-        f"size chosen is {size.value:g}, the largest"
-        if static
-        else f"temperature chosen is {1 / size.value:g}, the smallest"
-    )
+    if size.value < 1.0:  # only where σ² is chosen with it
+        return (
+            f"the size chosen is {size.value:g}, the smallest that was tried: the covariance is too small for the errors "
+            "of the held-out examples. Fit with a wider prior (`initial_logit_sd`)."
+        )
+    value = f"size chosen is {size.value:g}, the largest"
+    if not static:
+        value = f"temperature chosen is {1.0 / size.value:g}, the smallest"
     return (
         f"the {value} that was tried: predictions are close to those of the mean alone. Fit with a narrower prior "
         "(`initial_logit_sd`), or give more held-out examples."

@@ -149,6 +149,7 @@ def test_a_loader_that_can_be_read_once_is_enough():
     [
         (1000.0, True, True, r"the size chosen is 1000, the largest that was tried: predictions are close to"),
         (1000.0, True, False, r"the temperature chosen is 0.001, the smallest that was tried: predictions are close"),
+        (0.2, True, True, r"the size chosen is 0.2, the smallest that was tried: the covariance is too small for"),
         (30.0, False, True, None),
     ],
 )
