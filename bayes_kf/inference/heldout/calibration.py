@@ -84,8 +84,8 @@ def edge_of_size(size: Choice, static: bool = True) -> str | None:
         return None
     if size.value < 1.0:  # only where σ² is chosen with it
         return (
-            f"the size chosen is {size.value:g}, the smallest that was tried: the covariance is too small for the errors "
-            "of the held-out examples. Fit with a wider prior (`initial_logit_sd`)."
+            f"the size chosen is {size.value:g}, the smallest that was tried: the covariance is too small for the "
+            "errors of the held-out examples. Fit with a wider prior (`initial_logit_sd`)."
         )
     value = f"size chosen is {size.value:g}, the largest"
     if not static:
