@@ -122,8 +122,10 @@ def test_a_posterior_is_saved_and_opened(name, tmp_path):
 
 def test_calibration_chooses_a_size_and_no_sharpness(name):
     model, x, y = problem(name)
-    posterior = bkf.fit(model, loader(x, y), config(name, temperature="prequential"), progress=False)
-    calibrated = posterior.calibrate([(x, y)])
+    half = SIZE // 2
+    fitted = loader(x[:half], y[:half], 4)
+    posterior = bkf.fit(model, fitted, config(name, temperature="prequential"), progress=False)
+    calibrated = posterior.calibrate([(x[half:], y[half:])])
     assert (calibrated.temperature, calibrated.softmax_temperature) == (1.0, 1.0)
     low, value, high = calibrated.history["size"][[1, 0, 2]].tolist()
     assert 1.0 <= low <= value <= high
@@ -133,8 +135,12 @@ def test_calibration_chooses_a_size_and_no_sharpness(name):
 
 def test_an_estimated_scale_is_kept_by_calibration():
     model, x, y = problem("student_t")
-    posterior = bkf.fit(model, loader(x, y), config("student_t", noise_variance="estimated"), progress=False)
-    assert torch.equal(posterior.calibrate([(x, y)]).likelihood.noise_variance, posterior.likelihood.noise_variance)
+    half = SIZE // 2
+    fitted = loader(x[:half], y[:half], 4)
+    posterior = bkf.fit(model, fitted, config("student_t", noise_variance="estimated"), progress=False)
+    assert torch.equal(
+        posterior.calibrate([(x[half:], y[half:])]).likelihood.noise_variance, posterior.likelihood.noise_variance
+    )
 
 
 def test_a_bank_averages_predictions(name):

@@ -223,7 +223,9 @@ def test_regression(tmp_path):
 
 def test_float_labels_are_regressed_on_by_default(tmp_path):
     data = [one | {"labels": float(one["labels"]) + 0.5} for one in sentences(24)]
-    trainer = KalmanTrainer(classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    trainer = KalmanTrainer(
+        classifier(labels=1), arguments(tmp_path), train_dataset=data, eval_dataset=data, held_out_fraction=0.0
+    )
     trainer.train()
     settings = trainer.posterior.config
     assert (settings.likelihood, settings.noise_variance) == ("gaussian", "estimated")

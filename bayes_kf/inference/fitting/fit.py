@@ -92,9 +92,10 @@ def fit(
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
-            that width is too large as a rule, its precision is multiplied by a size of 10. ``held_out`` chooses a
-            better size. A ``temperature`` that the config gives as a number is used instead. With ``mean_passes``, the
-            mean moves on toward the mode, for adapters whose training was stopped early.
+            that width is too large as a rule, its precision is multiplied by a size of 10, except under a Gaussian
+            likelihood. ``held_out`` chooses a better size. A ``temperature`` that the config gives as a number is used
+            instead. With ``mean_passes``, the mean moves on toward the mode, for adapters whose training was stopped
+            early.
         held_out: with ``start`` "trained": batches on which the adapter was not trained, of 50 examples or more if
             possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`. With
             ``start`` "prior": "latest": one pass, whose latest 64 to 128 examples choose them, before they are learned

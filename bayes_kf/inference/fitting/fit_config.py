@@ -102,7 +102,8 @@ def fit_config(
     posterior = _mean_passes(_gauss_newton_passes(posterior, data), data)
     if held_out is not None and not isinstance(held_out, str):
         return calibration.calibrate([posterior], [1.0], held_out, stacklevel=5)[0]
-    if gets_size and config.initial_variance is None:
+    is_real = posterior.config.likelihood == "gaussian"  # the evidence is exact if the model is linear
+    if gets_size and config.initial_variance is None and not is_real:
         return calibration.with_given_size(posterior, prior_evidence.TRAINED_SIZE)
     return posterior
 

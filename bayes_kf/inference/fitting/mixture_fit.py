@@ -240,8 +240,7 @@ def _with_noise_and_size(member: Member) -> Member:
 
 def _of_limited_size(member: Member, limit: int) -> tuple[Posterior, list[tuple[Any, Tensor]]]:
     """A member and its held-out examples, thinned out to at most ``limit``."""
-    batches = list(heldout_batches(member.posterior, member.split.heldout))
-    return member.posterior, calibration.pairs(calibration.thinned(batches, limit))
+    return member.posterior, calibration.thinned(member.posterior, member.split.heldout, limit)
 
 
 def _learn_heldout(member: Member, sharpness: Choice | None, learns_mean: bool, progress: bool) -> Posterior:

@@ -11,7 +11,7 @@ estimated again from the held-out residuals, before and after the size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,13 +21,14 @@ from torch import Tensor
 from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, is_static, with_size
-from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
+from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_outputs
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.heldout_calibration import heldout_batches, with_heldout_noise
-from bayes_kf.models.batch import Batch
+from bayes_kf.models.batch import Inputs
 
-SIZE_EXAMPLES = 512  # the most that choose a size: the Jacobians of all of them are in memory
+SIZE_EXAMPLES = 512  # the most that choose a size
+SIZE_BYTES = 2**31  # of their Jacobians, which are all in memory
 
 P = TypeVar("P", bound=GaussianPosterior)
 
@@ -44,14 +45,15 @@ def calibrate(members: Sequence[P], weights: Sequence[float], loader: Iterable[A
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
-    checked = list(heldout_batches(members[0], loader))
+    batches = _reiterable(loader)
+    few = thinned(members[0], batches, _most_examples(members[0]))
     sized, notes = list[P](), list[str | None]()
     for member in members:
-        posterior, size = _with_chosen_size(member, checked)
+        posterior, size = _with_chosen_size(member, few, batches)
         sized.append(posterior)
         notes.append(edge_of_size(size, is_static(member.config.dynamics_settings)))
     if members[0].config.likelihood == "categorical":
-        sized, sharpness = _with_chosen_sharpness(sized, weights, checked)
+        sized, sharpness = _with_chosen_sharpness(sized, weights, batches)
         notes.append(edge_of_sharpness(sharpness))
     warn(notes, stacklevel + 1)
     return sized
@@ -66,7 +68,7 @@ def calibrate_sharpness(posterior: P, loader: Iterable[Any]) -> P:
     """
     if posterior.config.likelihood != "categorical":
         raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {posterior.config.likelihood!r}.")
-    (sharp,), sharpness = _with_chosen_sharpness([posterior], [1.0], list(heldout_batches(posterior, loader)))
+    (sharp,), sharpness = _with_chosen_sharpness([posterior], [1.0], _reiterable(loader))
     warn([edge_of_sharpness(sharpness)], 4)
     return sharp
 
@@ -80,11 +82,14 @@ def edge_of_size(size: Choice, static: bool = True) -> str | None:
     """
     if not size.at_edge:
         return None
-    value = (
-        f"size chosen is {size.value:g}, the largest"
-        if static
-        else f"temperature chosen is {1 / size.value:g}, the smallest"
-    )
+    if size.value < 1.0:  # only where σ² is chosen with it
+        return (
+            f"the size chosen is {size.value:g}, the smallest that was tried: the covariance is too small for the "
+            "errors of the held-out examples. Fit with a wider prior (`initial_logit_sd`)."
+        )
+    value = f"size chosen is {size.value:g}, the largest"
+    if not static:
+        value = f"temperature chosen is {1.0 / size.value:g}, the smallest"
     return (
         f"the {value} that was tried: predictions are close to those of the mean alone. Fit with a narrower prior "
         "(`initial_logit_sd`), or give more held-out examples."
@@ -122,49 +127,57 @@ def at_size_1(posterior: P) -> P:
     return with_size(posterior, 1.0 / present)
 
 
-def _with_chosen_size(posterior: P, batches: Sequence[Batch]) -> tuple[P, Choice]:
-    """The posterior with the size that held-out data choose, and the σ² at it where that is estimated; the choice."""
+def _with_chosen_size(posterior: P, few: Sequence[tuple[Inputs, Tensor]], batches: Iterable[Any]) -> tuple[P, Choice]:
+    """The posterior with the size that a few held-out examples choose, and the σ² of all where it is estimated."""
     estimated = posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian"
-    present, given = posterior.state.noise.variance, pairs(batches)
+    present = posterior.state.noise.variance
     start = at_size_1(posterior)
     if noise_and_size.chooses_noise(start):
-        chosen = noise_and_size.choose_noise_and_size(start, pairs(thinned(batches, SIZE_EXAMPLES)))
+        chosen = noise_and_size.choose_noise_and_size(start, few)
         sized, size = noise_and_size.with_noise_and_size(start, chosen), chosen.size
     else:  # under dynamics, σ² does not say how large the data's share of the precision is
         if estimated:
-            start = with_heldout_noise(start, given, present)
-        size = choose_size(start, pairs(thinned(batches, SIZE_EXAMPLES)))
+            start = with_heldout_noise(start, batches, present)
+        size = choose_size(start, few)
         sized = with_size(start, size.value)
         if estimated:
-            sized = with_heldout_noise(sized, given, present)
+            sized = with_heldout_noise(sized, batches, present)
     return replace(sized, history=posterior.history | {"size": size.as_tensor()}), size
 
 
 def _with_chosen_sharpness(
-    members: Sequence[P], weights: Sequence[float], batches: Sequence[Batch]
+    members: Sequence[P], weights: Sequence[float], batches: Iterable[Any]
 ) -> tuple[list[P], Choice]:
     """The members with the sharpness that held-out data choose for their mixture, and the choice."""
-    given = pairs(batches)
-    chosen = choose_sharpness([heldout_outputs(member, given) for member in members], weights=weights)
+    chosen = choose_sharpness([heldout_outputs(member, batches) for member in members], weights=weights)
     added = {"sharpness": chosen.as_tensor()}
     sharp = [member.with_settings(softmax_temperature=chosen.value) for member in members]
     return [replace(member, history=member.history | added) for member in sharp], chosen
 
 
-def thinned(batches: Sequence[Batch], limit: int) -> list[Batch]:
-    """Every k-th example of the batches, with the least k that leaves at most ``limit``."""
-    step = -(-sum(batch.size for batch in batches) // limit)
-    if step == 1:
-        return list(batches)
-    kept, before = list[Batch](), 0
-    for batch in batches:
-        which = torch.arange(-before % step, batch.size, step, device=batch.device)
+def _reiterable(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader, or its batches in a list if it can be iterated only once."""
+    return list(loader) if isinstance(loader, Iterator) else loader
+
+
+def _most_examples(posterior: GaussianPosterior) -> int:
+    """The most examples that choose a size: ``SIZE_EXAMPLES``, or fewer of a large adapter."""
+    each = (JOINT_CLASSES + 2) * posterior.adapter.num_parameters * posterior.adapter.dtype.itemsize
+    return max(1, min(SIZE_EXAMPLES, SIZE_BYTES // each))
+
+
+def thinned(posterior: GaussianPosterior, loader: Iterable[Any], most: int) -> list[tuple[Inputs, Tensor]]:
+    """Every k-th example of the batches, with the least k that leaves at most ``most``.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
+    """
+    step = -(-sum(batch.size for batch in heldout_batches(posterior, loader)) // most)
+    kept, before = list[tuple[Inputs, Tensor]](), 0
+    for batch in heldout_batches(posterior, loader):
+        which = torch.arange(batch.size, device=batch.device)[-before % step :: step]
         before += batch.size
         if len(which):
-            kept.append(batch[which])
+            some = batch if step == 1 else batch[which]
+            kept.append((some.inputs, some.required_targets))
     return kept
-
-
-def pairs(batches: Sequence[Batch]) -> list[tuple[Any, Tensor]]:
-    """Batches with targets as pairs (inputs, targets)."""
-    return [(batch.inputs, batch.required_targets) for batch in batches]

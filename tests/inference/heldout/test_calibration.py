@@ -14,7 +14,6 @@ from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
-from bayes_kf.models.batch import Batch
 
 
 def linear(features, classes, variance, **settings):
@@ -122,23 +121,27 @@ def test_with_dynamics_the_size_is_a_temperature():
     assert calibrated.temperature < 1.0
 
 
-def test_at_most_512_examples_choose_the_size():
-    def numbered(sizes):
-        first, batches = 0, []
-        for size in sizes:
-            numbers = torch.arange(first, first + size)
-            batches.append(Batch.of(numbers[:, None].float(), numbers))
-            first += size
-        return batches
+def test_at_most_512_examples_choose_the_size_and_fewer_of_a_large_adapter():
+    posterior = linear(1, 3, 9.0)
+    for sizes in ([300, 212], [7] * 200, [600], [1, 2000, 5, 30]):
+        numbers = torch.arange(sum(sizes))
+        batches = list(zip(numbers[:, None].double().split(sizes), numbers.split(sizes), strict=True))
+        for most in (512, 64):
+            thinned = calibration.thinned(posterior, batches, most)
+            actual = torch.cat([targets for _, targets in thinned])
+            assert torch.equal(actual, torch.arange(0, sum(sizes), math.ceil(sum(sizes) / most)))
+            assert torch.equal(torch.cat([inputs for inputs, _ in thinned])[:, 0], actual.double())
+    assert calibration._most_examples(posterior) == 512
+    large = linear(50_000, 3, 9.0, covariance="diagonal")
+    assert calibration._most_examples(large) == 2**31 // (7 * 150_000 * 8) == 255
 
-    few = numbered([300, 212])
-    assert calibration._thinned(few) == few
-    for sizes in ([7] * 200, [600], [1, 2000, 5, 30]):
-        thinned = calibration._thinned(numbered(sizes))
-        actual = torch.cat([batch.targets for batch in thinned])
-        step = math.ceil(sum(sizes) / 512)
-        assert torch.equal(actual, torch.arange(0, sum(sizes), step))
-        assert all(batch.size == len(batch.targets) == len(batch.inputs) for batch in thinned)
+
+def test_a_loader_that_can_be_read_once_is_enough():
+    posterior, batches = linear(8, 3, 9.0), held_out(80)
+    once, often = posterior.calibrate(iter(batches)), posterior.calibrate(batches)
+    assert torch.equal(once.covariance_matrix(), often.covariance_matrix())
+    assert once.softmax_temperature == often.softmax_temperature
+    assert posterior.calibrate_softmax(iter(batches)).softmax_temperature != 1.0
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,7 @@ def test_at_most_512_examples_choose_the_size():
     [
         (1000.0, True, True, r"the size chosen is 1000, the largest that was tried: predictions are close to"),
         (1000.0, True, False, r"the temperature chosen is 0.001, the smallest that was tried: predictions are close"),
+        (0.2, True, True, r"the size chosen is 0.2, the smallest that was tried: the covariance is too small for"),
         (30.0, False, True, None),
     ],
 )

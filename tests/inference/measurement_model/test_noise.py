@@ -191,12 +191,11 @@ def test_mean_passes_end_with_the_noise_of_their_own_residuals(covariance):
 
 
 def test_calibrate_takes_noise_and_temperature_from_held_out_data():
-    """A belief too sure twice over: σ² a tenth, and held-out data that say so."""
+    """A belief whose σ² is a tenth of the true one, and held-out data that say so."""
     x, y, _ = linear_data(5, 400, 0, noise_sd=0.3)
     config = bkf.KalmanConfig(covariance="full", initial_variance=1.0, temperature=1.0, **GAUSSIAN)
     posterior = bkf.fit(zero_model(5), batches(x[:100], y[:100]), config, progress=False)
-    state = posterior.state
-    wrong = state._replace(noise=noise.with_variance(state.noise, 0.1 * state.noise.variance, state.noise.information))
+    wrong = noise_refit.with_noise_variance(posterior.state, 0.1 * posterior.state.noise.variance)
     actual = bkf.Posterior(posterior.kf, wrong).calibrate(batches(x[100:], y[100:], 50))
     assert float(actual.state.noise.variance) ** 0.5 == pytest.approx(0.3, rel=0.15)
     with_few = bkf.Posterior(posterior.kf, wrong).calibrate(batches(x[100:102], y[100:102]))
