@@ -80,7 +80,7 @@ def _between(log_density: Callable[[float], float], grid: Tensor, heights: Tenso
     )
 
 
-def near_best(losses: Sequence[Tensor], standard_errors: float) -> Tensor:
+def near_best(losses: Sequence[Tensor], standard_errors: float, least: float = 0.0) -> Tensor:
     """Which candidates are not clearly worse than the best one, (K,): the best one, and those near it.
 
     The mean loss of the others exceeds that of the best one by at most so many standard errors of the difference,
@@ -89,12 +89,13 @@ def near_best(losses: Sequence[Tensor], standard_errors: float) -> Tensor:
     Args:
         losses: of each candidate, (N,), of the same examples; a candidate whose mean is not finite is not near.
         standard_errors: how many.
+        least: a difference of the means up to which a candidate is near, whatever its standard error.
     """
     stacked = torch.stack(list(losses)).double()
     means = stacked.mean(1).nan_to_num(torch.inf)
     best = int(means.argmin())
     error = (stacked - stacked[best]).std(1, correction=0) / max(1, stacked.shape[1] - 1) ** 0.5
-    near = (means - means[best] <= standard_errors * error) & torch.isfinite(means)
+    near = (means - means[best] <= (standard_errors * error).clamp_min(least)) & torch.isfinite(means)
     near[best] = True
     return near
 

@@ -9,7 +9,8 @@ s is at least 1: held-out examples may narrow the prior under which the mean was
 log p(y₁ … y_N) − ½ (log₁₀ s)², with the joint likelihood in blocks (:mod:`.joint_likelihood`). The likelihoods of the
 single examples hardly depend on s where P is small against the noise of the labels. Where they do, under wide priors of
 networks, the joint likelihood alone chose covariances whose predictions were much worse. So s grows from there until
-the loss of single examples is at most 1.5 standard errors above its minimum, paired by example. Ours.
+the mean loss of single examples is at most 0.02 nats above its minimum, or at most two standard errors, paired by
+example. Without the first number, differences of a few thousandths that all examples share would decide. Ours.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 
 SIZES = tuple(10.0 ** (0.5 * k) for k in range(7))  # s, 1 to 1,000
 DECADES = 1.0  # standard deviation of log10 s under its prior
-STANDARD_ERRORS = 1.5  # by which the loss of single examples may exceed its minimum
+STANDARD_ERRORS, LEAST_EXCESS = 2.0, 0.02  # by which the mean loss of single examples may exceed its minimum, in nats
 
 P = TypeVar("P", bound=GaussianPosterior)
 
@@ -81,8 +82,8 @@ def choose_common_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]])
 
 
 def first_not_worse(losses: Sequence[Tensor]) -> int:
-    """The first index whose losses (N,) exceed those of the best one by at most 1.5 paired standard errors."""
-    return int(near_best(losses, STANDARD_ERRORS).nonzero().min())
+    """The first index whose mean loss (N,) exceeds the least by no more than the standard errors and nats allowed."""
+    return int(near_best(losses, STANDARD_ERRORS, LEAST_EXCESS).nonzero().min())
 
 
 def with_size(posterior: P, size: float) -> P:

@@ -127,10 +127,12 @@ def test_the_size_grows_only_until_single_examples_are_predicted_well():
     base = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = (noise - noise.mean()) / noise.std(correction=0)  # mean 0, and a standard error of 1/7
-    assert first_not_worse([base + noise + 1.4 / 7, base, base + 1.0]) == 0
-    assert first_not_worse([base + noise + 1.6 / 7, base, base + 1.0]) == 1
+    assert first_not_worse([base + noise + 1.9 / 7, base, base + 1.0]) == 0
+    assert first_not_worse([base + noise + 2.1 / 7, base, base + 1.0]) == 1
     assert first_not_worse([base + 1.0, base + noise + 0.5 / 7, base]) == 1
     assert first_not_worse([torch.full_like(base, torch.inf), base]) == 1
+    assert first_not_worse([base + 0.001 * noise + 0.019, base]) == 0  # significant, but small
+    assert first_not_worse([base + 0.001 * noise + 0.021, base]) == 1
 
 
 def test_the_common_size_is_the_most_probable_one_of_all_posteriors_together():
