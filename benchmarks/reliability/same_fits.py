@@ -99,12 +99,17 @@ class Hashes:
             values.pop("editable", None)  # hashes of the model card
         self.add(f"{label}/metadata", json.dumps(metadata, sort_keys=True).encode())
 
-    def add_posterior(self, posterior: bkf.Posterior, heldout: Batches, *, report: bool = False) -> None:
+    def add_posterior(
+        self, posterior: bkf.Posterior | bkf.MixturePosterior, heldout: Batches, *, report: bool = False
+    ) -> None:
         """The hashes of a posterior, its predictions of ``heldout`` and, where asked, a report's scores."""
-        self.add_tensor("mean", posterior.mean_vector)
-        self.add_tensor("variance", posterior.variance_vector)
-        if posterior.mean_vector.numel() <= 1000:
-            self.add_tensor("covariance", posterior.covariance_matrix())
+        members = posterior.members if isinstance(posterior, bkf.MixturePosterior) else [posterior]
+        for number, member in enumerate(members):
+            place = f" of member {number}" if number else ""
+            self.add_tensor(f"mean{place}", member.mean_vector)
+            self.add_tensor(f"variance{place}", member.variance_vector)
+            if member.mean_vector.numel() <= 1000:
+                self.add_tensor(f"covariance{place}", member.covariance_matrix())
         self.add_tensor("draws", posterior.sample(3))
         self.add("temperature", repr((posterior.temperature, posterior.softmax_temperature)).encode())
         for key, series in posterior.history.items():
@@ -298,7 +303,7 @@ def passes() -> Iterator[tuple[str, Hashes]]:
 
 
 def default_selection() -> Iterator[tuple[str, Hashes]]:
-    """``fit`` without settings on a data set: candidates chosen on held-out examples; DoRA in a BERT."""
+    """``fit`` without settings on a data set: a mixture of two; DoRA in a BERT."""
     hashes, batches = Hashes(), labelled(96, 8)
     hashes.add_posterior(fitted(network(), batches[:9], None), batches[9:], report=True)
     yield "network", hashes

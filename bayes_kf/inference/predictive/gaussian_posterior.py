@@ -58,8 +58,8 @@ class GaussianPosterior:
             ``correct``, both before the example's update. Per update: ``innovation``, ``dof`` (its degrees of freedom),
             ``damping`` and ``seconds``. These are of the first pass. Later passes add ``objective``, −log p(y, θ) after
             each of them, and ``mean_passes`` add ``fitted_log_loss``. ``tune`` adds the ``evidence`` of its candidates;
-            several settings add their ``held_out_log_loss``, a regression without settings its ``noise_variance`` after
-            each refit. Held-out data add ``size`` and ``sharpness``: the chosen value and the ends of its 90 % interval
+            several settings add their ``held_out_log_loss``, a member of a mixture that before its first pass of the mean
+            and after each, a regression without settings its ``noise_variance`` after each refit. Held-out data add ``size`` and ``sharpness``: the chosen value and the ends of its 90 % interval
             (a value alone if nothing chose it). After ``start="trained"`` no score is prequential, since the adapter
             was trained on the data; the series are then ``training_log_loss``, ``training_correct``,
             ``training_innovation`` and ``training_dof``.

@@ -57,7 +57,7 @@ def check_candidates(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
 
 
 def default_curvature(adapter: AdapterModel, inputs: Inputs) -> str:
-    """The curvature of a fit without settings: "sampled" for more than ``MAX_EXACT_OUTPUTS`` outputs, else "exact"."""
+    """The curvature of one pass without settings: "sampled" for more than ``MAX_EXACT_OUTPUTS`` outputs, else "exact"."""
     outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device))
     return "sampled" if outputs.shape[1] > MAX_EXACT_OUTPUTS else "exact"
 
