@@ -92,8 +92,7 @@ class GaussianPosterior:
     @property
     def softmax_temperature(self) -> float:
         """Divisor of the logits in predictions; 1 unless configured or chosen on held-out data."""
-        setting = self.config.predictive_settings.softmax_temperature
-        return 1.0 if isinstance(setting, str) else setting
+        return self.config.predictive_settings.softmax_temperature
 
     @property
     def notes(self) -> tuple[str, ...]:

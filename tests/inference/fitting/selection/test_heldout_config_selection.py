@@ -1,6 +1,5 @@
 """Choosing settings on held-out data: what is held out, what is chosen, and that it is learned in the end."""
 
-import dataclasses
 import math
 import sys
 
@@ -13,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 import bayes_kf as bkf
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.selection import heldout_config_selection
-from bayes_kf.inference.predictive import heldout_calibration
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(90, 3, generator=G).double()
@@ -110,20 +108,21 @@ def test_a_trained_adapter_makes_no_choice_on_a_stream():
     assert posterior.config.tune is None
 
 
-def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_best_temperature():
+def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_best_size_and_sharpness():
     good = bkf.KalmanConfig(initial_logit_sd=3.0)
     stuck = bkf.KalmanConfig(initial_variance=1e-9)
     posterior = bkf.fit(network(), batches(), [stuck, good], progress=False)
     parts = heldout_config_selection.split_loader(batches())
-    losses, temperatures = [], []
+    losses, settings = [], []
     for config in (stuck, good):
         alone = bkf.fit(network(), parts.fitted, config, progress=False)
-        alone = heldout_calibration.calibrate_temperature(alone, parts.heldout)
+        alone = alone.calibrate(parts.heldout)
         losses.append(-float(alone.predict_loader(parts.heldout).log_prob.mean()))
-        temperatures.append(alone.temperature)
+        settings.append(alone.config)
     torch.testing.assert_close(posterior.history["held_out_log_loss"], torch.tensor(losses).double())
     assert losses[1] < 0.8 * losses[0]
-    assert posterior.config == dataclasses.replace(good, temperature=temperatures[1])
+    assert posterior.config == settings[1]
+    assert posterior.softmax_temperature != 1.0
 
 
 def test_a_temperature_given_as_a_number_does_not_change():
