@@ -22,8 +22,8 @@ def by_covariance(monkeypatch):
 def test_parameter_draws_agree_with_the_covariance(monkeypatch):
     """More outputs than draws: log losses within 2.5 % of those by the covariance, and no backward pass."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 3, generator=g).double()
-    y = torch.randint(90, (200,), generator=g)
+    x = torch.randn(120, 3, generator=g).double()
+    y = torch.randint(90, (120,), generator=g)
     posterior = bkf.fit(many(), loader(x[:40], y[:40]), bkf.KalmanConfig(temperature=1.0), progress=False)
     with monkeypatch.context() as patched:
         by_covariance(patched)
