@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.fit import fit, fit_default
 from bayes_kf.inference.fitting.progress import shows_progress
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.likelihood import LIKELIHOODS
 
@@ -38,15 +40,18 @@ def run_fit(args: argparse.Namespace) -> None:
     model = move(add_adapter(base, args, settings.seed), device)
     check_takes(model, data.loader, args.data)
     progress = False if args.quiet else None
+    begun = time.perf_counter()
+    posterior: Posterior | MixturePosterior
     if gives_settings(args):
         posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
     else:  # no settings: as `bkf.fit` without a config
         with naming_options(config="--likelihood"):
             posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
         prequential_temperature.warn_of_edge(posterior.temperature)
+    seconds = time.perf_counter() - begun
     save_posterior(posterior, args.output, labels, base.new_head)
     if not args.quiet:
-        print(_summary(posterior, labels, base.new_modules, args))
+        print(_summary(posterior, seconds, labels, base.new_modules, args))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -81,29 +86,58 @@ def _open_training_data(
 def _scores(posterior: Posterior) -> list[str]:
     """Prequential scores, or training scores for `--start trained`, in lines of text."""
     history = posterior.history
-    temperature = f"temperature {posterior.temperature:g}"
-    if "size" in history:
-        temperature += f", size {float(history['size'][0]):g}"
     if "log_loss" not in history:
         correct = history.get("training_correct")
         accuracy = "" if correct is None else f", accuracy {correct.mean():.3f}"
         loss = f"training log loss {history['training_log_loss'].mean():.3f} nats an example"
-        return [f"{loss}{accuracy} (training examples of the adapter)", temperature]
+        return [f"{loss}{accuracy} (training examples of the adapter)", _spread(posterior)]
     return [
         f"log loss {history['log_loss'].mean():.3f} nats an example before its update"
         + (f", accuracy {history['correct'].mean():.3f}" if "correct" in history else ""),
         f"innovation² / degrees of freedom {history['innovation'].sum() / history['dof'].sum():.2f}"
-        f" (1: consistent), {temperature}",
+        f" (1: consistent), {_spread(posterior)}",
     ]
 
 
-def _summary(posterior: Posterior, labels: Labels, new_modules: list[str], args: argparse.Namespace) -> str:
-    """The summary of a fit, in lines of text."""
-    history = posterior.history
+def _spread(posterior: Posterior) -> str:
+    """The temperature, and the size if one was chosen."""
+    size = posterior.history.get("size")
+    return f"temperature {posterior.temperature:g}" + ("" if size is None else f", size {float(size[0]):g}")
+
+
+def _mixture_scores(posterior: MixturePosterior) -> list[str]:
+    """Sharpness, weights and sizes of a mixture, in lines of text."""
+    count = len(posterior.members)
+    lines = [f"mixture of {count} member{'s' if count > 1 else ''}{_chosen(posterior.best, 'sharpness')}"]
+    for number, (weight, member) in enumerate(zip(posterior.weights, posterior.members, strict=True), 1):
+        lines.append(f"member {number}: weight {weight:.2f}{_chosen(member, 'size')}")
+    return lines
+
+
+def _chosen(member: Posterior, name: str) -> str:
+    """A value that held-out examples chose, with its 90 % interval; empty if they did not choose one."""
+    if name not in member.history:
+        return ""
+    value, low, high = member.history[name].tolist()
+    return f", {name} {value:.3g} (90 % interval {low:.3g} to {high:.3g})"
+
+
+def _summary(
+    posterior: Posterior | MixturePosterior,
+    seconds: float,
+    labels: Labels,
+    new_modules: list[str],
+    args: argparse.Namespace,
+) -> str:
+    """The summary of a fit that took ``seconds``, in lines of text."""
+    if isinstance(posterior, MixturePosterior):
+        examples, scores = posterior.best.state.examples, _mixture_scores(posterior)
+    else:
+        examples, scores = posterior.state.examples, _scores(posterior)
     lines = [
-        f"{posterior.state.examples:,} examples, {posterior.adapter.num_parameters:,} trainable parameters"
-        f" -> {args.output}, in {history['seconds'].sum():.1f} s",
-        *_scores(posterior),
+        f"{examples:,} examples, {posterior.adapter.num_parameters:,} trainable parameters"
+        f" -> {args.output}, in {seconds:.1f} s",
+        *scores,
     ]
     if labels.class_names:
         shown = ", ".join(labels.class_names[:8]) + (", ..." if len(labels.class_names) > 8 else "")

@@ -98,7 +98,11 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, text: str)
 def _fit(parser: Parser) -> None:
     _add_data(parser, batch_size=1)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the posterior")
-    parser.add_argument("--in-order", action="store_true", help="keep the order of the data (default: shuffle)")
+    parser.add_argument(
+        "--in-order",
+        action="store_true",
+        help="keep the order of the data (default: shuffle; a mixture, the fit without settings, always shuffles)",
+    )
     parser.add_argument(
         "--start",
         choices=STARTS,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bayes_kf.files.atomic_folder import read_consistently, recover
 from bayes_kf.files.checksums import is_listed, verify_checksums
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.inference.saving.file_names import HEAD_FILE, HISTORY_FILE, STREAM_FILE
@@ -58,7 +59,7 @@ def _naming_output() -> Iterator[None]:
 
 
 def save_posterior(
-    posterior: Posterior,
+    posterior: Posterior | MixturePosterior,
     folder: Path,
     labels: Labels,
     new_head: Mapping[str, Tensor],
@@ -75,7 +76,10 @@ def save_posterior(
         if new_head:
             save_file({name: t.detach().cpu().contiguous() for name, t in new_head.items()}, target / HEAD_FILE)
 
-    pretrained.save(posterior, folder, write_more=write)
+    if isinstance(posterior, MixturePosterior):
+        pretrained.save_mixture(posterior.members, posterior.weights, folder, write_more=write)
+    else:
+        pretrained.save(posterior, folder, write_more=write)
 
 
 def read_labels(folder: Path) -> Labels | None:

@@ -345,8 +345,8 @@ class KalmanConfig:
     def dataset(cls, **overrides: Any) -> KalmanConfig:
         """Settings for data that ``fit`` can read several times: rank 60, and three passes of the mean.
 
-        Without a ``config``, ``fit`` tries these settings and ``dataset(initial_spread="constant",
-        initial_logit_sd=10.0)``. If these do better, it also tries a prior of one logit without passes of the mean.
+        They are for a config of your own, or for several from which ``fit`` chooses: ``[dataset(), dataset(
+        initial_logit_sd=10.0)]``. Without a ``config``, ``fit`` uses other settings (:func:`fit_mixture`).
         """
         settings: dict[str, Any] = {"rank": 60, "mean_passes": 3}
         return cls(**(settings | overrides))

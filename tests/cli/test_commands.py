@@ -1,6 +1,7 @@
 """The command line on real files: arrays, image folders and text, with the bundled model and one made here."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_fit_and_evaluate_arrays(folder, tmp_path, capsys):
     assert "24/24" not in printed.err  # no bar where standard error is no terminal
     assert {p.name for p in posterior.iterdir()} >= {"labels.json", "history.npz", "adapter_model.safetensors"}
     assert not (posterior / "new_head.safetensors").exists()
-    assert len(np.load(posterior / "history.npz")["log_loss"]) == 24
+    assert len(np.load(posterior / "history.npz")["log_loss"]) == 21  # of the first member, which holds 3 out
 
     evaluate = ["evaluate", posterior, "--model", "digits-vit", "--data", folder / "heldout.npz", "--output", page]
     assert main([*map(str, evaluate), "--ood", f"strange={folder / 'strange.npz'}", "--method", "probit"]) == 0
@@ -62,14 +63,42 @@ def test_without_settings_it_is_the_librarys_fit(folder, tmp_path, start):
     args = build_parser().parse_args(words)
     model_folder = commands.model_folder("digits-vit")
     model = add_adapter(load_base(model_folder, "image", 10, 3), args, 3)
-    loader = open_data(args, args.data, model_folder, KalmanConfig(), None).loader
+    loader = open_data(args, args.data, model_folder, KalmanConfig(), None, seed=3).loader
+    commands.check_takes(model, loader, args.data)  # the loader shuffles with a generator of its own, and this draws
     expected = fit_default(model, loader, start, False, seed=3)
     loaded = Posterior.from_pretrained(tmp_path / "p", add_adapter(load_base(model_folder, "image", 10, 3), args, 3))
+    assert type(loaded) is type(expected)
     assert loaded.config == expected.config
-    assert torch.equal(loaded.mean_vector, expected.mean_vector)
+    assert all(torch.equal(loaded.mean[name], mean) for name, mean in expected.mean.items())
+    assert all(torch.equal(loaded.variance[name], variance) for name, variance in expected.variance.items())
     plain = fit(model, loader, start=start, progress=False)  # the library's, whose seed is 0
-    assert not plain.config.differences(loaded.config) or plain.config.differences(loaded.config) == ["seed"]
+    assert set(plain.config.differences(loaded.config)) <= {"seed", "softmax_temperature"}
     assert loaded.config.mean_passes == (0 if start == "trained" else plain.config.mean_passes)
+
+
+def test_without_settings_a_folder_holds_a_mixture(folder, tmp_path, capsys):
+    common = ("--model", "digits-vit", "--data", folder / "heldout.npz")
+    fit = [*map(str, ("fit", *common, "--rank", 1, "--output", tmp_path / "p"))]
+    assert main(fit) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"mixture of 2 members, sharpness [\d.]+ \(90 % interval [\d.]+ to [\d.]+\)", told)
+    assert re.search(r"member 2: weight 0\.50, size [\d.]+ \(90 % interval [\d.]+ to [\d.]+\)", told)
+    assert "50 examples" in told
+    listed = {line.split("  ")[1] for line in (tmp_path / "p" / "SHA256SUMS").read_text().splitlines()}
+    assert listed >= {"mixture.json", "labels.json", "history.npz", "member_1/kalman_state.safetensors"}
+    model = load_base(commands.model_folder("digits-vit"), "image", 10, 0).model
+    posterior = Posterior.from_pretrained(tmp_path / "p", model)
+    with np.load(folder / "heldout.npz") as data:
+        probs = posterior.predict_loader([(torch.tensor(data["x"]), torch.tensor(data["y"]))], method="probit").probs
+    options = (*common, "--method", "probit", "--output", tmp_path / "r.html")
+    assert run("evaluate", tmp_path / "p", *options) == 0
+    scores = json.loads((tmp_path / "r.json").read_text())["scores"]
+    assert scores["confidence"] == pytest.approx(probs.max(1).values.mean().item(), abs=1e-6)  # float32
+    assert run("compare", f"a={tmp_path / 'p'}", f"b={tmp_path / 'p'}", *options) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["scores"]["a/nll"] == pytest.approx(scores["nll"], abs=1e-6)
+    assert main([*fit, "--covariance", "diagonal"]) == 0  # a single posterior in its place
+    assert not (tmp_path / "p" / "mixture.json").exists()
+    assert not (tmp_path / "p" / "member_1").exists()
 
 
 def test_evaluate_says_what_the_library_says(folder, tmp_path):
@@ -95,9 +124,12 @@ def test_same_seed_same_posterior(folder, tmp_path):
     assert not torch.equal(a, c)
 
 
-def test_image_folder_keeps_the_models_classes(folder, tmp_path):
+def test_image_folder_keeps_the_models_classes(folder, tmp_path, capsys):
     fit = ("fit", "--model", "digits-vit", "--data", folder / "images", "--batch-size", 4, "--output", tmp_path / "p")
-    assert run(*fit, "--covariance", "diagonal_information", "--no-damping") == 0
+    assert main([*map(str, fit), "--covariance", "diagonal_information", "--no-damping"]) == 0
+    told = capsys.readouterr().out
+    assert "an example before its update" in told
+    assert "mixture" not in told
     labels = read_labels(tmp_path / "p")
     assert labels is not None
     assert labels.class_names == tuple("0123456789")
@@ -124,7 +156,7 @@ def test_text_gets_a_head_of_its_own_size(folder, tmp_path, data, capsys):
     assert not torch.equal(base.model.state_dict()["classifier.weight"], head["classifier.weight"])
     restore_head(base, head, tmp_path / "p")
     posterior = Posterior.from_pretrained(tmp_path / "p", base.model)
-    assert posterior.state.examples == len(REVIEWS)
+    assert posterior.best.state.examples == len(REVIEWS)
 
 
 def test_labels_of_a_few_classes_keep_their_place(folder, tmp_path):
@@ -146,7 +178,7 @@ def test_labels_of_a_few_classes_keep_their_place(folder, tmp_path):
 def test_trained_adapter_keeps_its_mean(folder, tmp_path, capsys):
     common = ["fit", "--model", "digits-vit", "--data", str(folder / "digits.npz"), "--batch-size", "8"]
     assert main([*common, "--rank", "1", "--output", str(tmp_path / "first")]) == 0
-    assert "an example before its update" in capsys.readouterr().out
+    assert "member 1: weight" in capsys.readouterr().out
     further = ["--start", "trained", "--adapter", str(tmp_path / "first"), "--output", str(tmp_path / "second")]
     assert main([*common, *further]) == 0
     told = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``fit``: from a model and a data loader to a posterior, under one config or the best of several."""
+"""``fit``: from a model and a data loader to a posterior, under one config, the best of several, or without one."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def fit(
             its size and its sharpness, and the best is then updated with the rest.
 
             None: if the loader can be split (a DataLoader over a data set, or a list of at least eight batches), the
-            result is a mixture of two posteriors (:func:`fit_mixture`), and for float targets one posterior whose mean
-            is moved by up to 100 passes, while the prior's scales and the noise variance maximize the evidence
+            result for class labels is a mixture of two posteriors (:func:`fit_mixture`), a ``MixturePosterior`` whose
+            ``best`` is one of them. For float targets it is one posterior whose mean is moved by up to 100 passes,
+            while the prior's scales and the noise variance maximize the evidence
             (``fitting.regression.regression_fit``). If the loader cannot be split, ``fit`` makes one pass with
             ``KalmanConfig.stream()``. With ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The
             targets decide the likelihood: integers are class labels, floats are real numbers with Gaussian noise of an

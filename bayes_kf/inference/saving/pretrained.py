@@ -116,6 +116,7 @@ def save_mixture(
     weights: Sequence[float],
     folder: Path,
     scores: Mapping[str, float] | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the members of a mixture: the first as :func:`save` does, the others in folders of their own.
 
@@ -124,8 +125,16 @@ def save_mixture(
         weights: K numbers.
         folder: made if missing.
         scores: of an evaluation, for the model card.
+        write_more: writes further files of the mixture into a folder.
     """
-    save(members[0], folder, scores, _members_writer(members, weights), len(members))
+    write_members = _members_writer(members, weights)
+
+    def write_others(target: Path) -> None:
+        write_members(target)
+        if write_more is not None:
+            write_more(target)
+
+    save(members[0], folder, scores, write_others, len(members))
 
 
 def save_mixture_with(
