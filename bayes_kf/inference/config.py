@@ -287,12 +287,11 @@ class KalmanConfig:
         "Posterior.calibrate sets the size of the final belief instead.",
         check=word_or_positive("prequential"),
     )
-    softmax_temperature: float | str = setting(
+    softmax_temperature: float = setting(
         1.0,
         "The number > 0 that divides the logits in predictions of classes (below 1: more confident; Guo et al. "
-        '2017). Learning does not use it. "held_out": 1 until held-out data choose a lower one, in fit where it '
-        "holds data out. Posterior.calibrate sets it, up or down.",
-        check=word_or_positive("held_out"),
+        "2017). Learning does not use it. Posterior.calibrate sets it, up or down.",
+        check=check_positive,
     )
     seed: int = setting(
         0,
@@ -448,6 +447,8 @@ class KalmanConfig:
             raise ValueError(f"`folder` must hold a {CONFIG_FILE} with a JSON object, got {type(fields).__name__}.")
         for name in fields:
             check_setting(name, f"`folder` must hold a {CONFIG_FILE} of this version's settings", f" in {path}")
+        if fields.get("softmax_temperature") == "held_out":  # an earlier version's word: 1, since no data chose it yet
+            fields["softmax_temperature"] = 1.0
         return cls(**fields)
 
 

@@ -88,7 +88,7 @@ class PredictiveSettings(SettingsGroup):
 
     likelihood: str
     temperature: float | str
-    softmax_temperature: float | str
+    softmax_temperature: float
     seed: int
 
 

@@ -16,7 +16,7 @@ from bayes_kf.inference.covariance.structure import STRUCTURES
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 KINDS = {"str": "string", "float": "number", "int": "integer", "bool": "boolean", "None": "null"}
 # settings that are numbers or this word
-WORDS = {"noise_variance": "estimated", "temperature": "prequential", "softmax_temperature": "held_out"}
+WORDS = {"noise_variance": "estimated", "temperature": "prequential"}
 
 
 def config_schema() -> dict[str, Any]:

@@ -30,7 +30,6 @@ from bayes_kf.integrations.trainer_held_out import HeldOut, check_fraction, hold
 from bayes_kf.models.batch import Inputs
 
 OPTIMIZER_LOGS = ("grad_norm", "learning_rate")  # names that Trainer logs about its optimizer
-CHOSEN = ("size", "sharpness")  # series of a calibrated posterior
 
 
 class KalmanTrainer(PosteriorTrainer):

@@ -46,6 +46,7 @@ BAD = [
     ({"temperature": 0}, r"`temperature` must be positive and finite, got 0\."),
     ({"temperature": "auto"}, r"`temperature` must be positive and finite, got 'auto'\."),
     ({"softmax_temperature": 0}, r"`softmax_temperature` must be positive and finite, got 0\."),
+    ({"softmax_temperature": "held_out"}, r"`softmax_temperature` must be positive and finite, got 'held_out'\."),
     (
         {"softmax_temperature": 0.5, "likelihood": "gaussian"},
         r"`softmax_temperature` must be 1 for `likelihood` .gaussian., which has no softmax, got 0\.5\.",
@@ -66,6 +67,11 @@ def test_bad_fields(fields, message):
 def test_round_trip(config, tmp_path):
     config.save_pretrained(tmp_path / "new")
     assert KalmanConfig.from_pretrained(tmp_path / "new") == config
+
+
+def test_an_earlier_versions_word_is_read_as_the_number_that_it_stood_for(tmp_path):
+    (tmp_path / "kalman_config.json").write_text(json.dumps({"softmax_temperature": "held_out", "rank": 3}))
+    assert KalmanConfig.from_pretrained(tmp_path) == KalmanConfig(rank=3, softmax_temperature=1.0)
 
 
 def test_unknown_fields_are_named(tmp_path):

@@ -217,7 +217,7 @@ class _CandidateFit(NamedTuple):
 
 
 def _fit_candidates(
-    model: nn.Module | AdapterModel, split: Split, configs: Sequence[KalmanConfig], progress: bool, num_before: int = 0
+    model: nn.Module | AdapterModel, split: Split, configs: Sequence[KalmanConfig], progress: bool
 ) -> list[_CandidateFit]:
     """Every candidate fitted to most of the data and scored on the rest.
 
@@ -226,7 +226,7 @@ def _fit_candidates(
     """
     fits: list[_CandidateFit] = []
     divergence = None
-    for number, config in enumerate(configs, num_before + 1):
+    for number, config in enumerate(configs, 1):
         try:
             posterior = fit_config(model, split.fitted, config, "prior", progress, f"candidate {number}: ")
         except DivergenceError as error:

@@ -14,6 +14,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
+from bayes_kf.inference.fitting.default_curvature import EXACT_IN_ONE_PASS, default_curvature
 from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
@@ -25,7 +26,6 @@ from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.passes.noise_refit import ResidualSums
 from bayes_kf.inference.fitting.passes.scale_refit import refit_scale
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar
-from bayes_kf.inference.fitting.selection.heldout_config_selection import default_curvature
 from bayes_kf.inference.fitting.selection.stream_config_selection import select_on_stream
 from bayes_kf.inference.heldout import calibration, latest_examples
 from bayes_kf.inference.posterior import Posterior
@@ -141,7 +141,7 @@ def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
     inputs, _ = inputs_and_targets(batches[0], 0)
     check_inputs(inputs)
     settings = default_likelihood(split_batch(batch)[1] for batch in batches) or {
-        "curvature": default_curvature(kf.adapter, inputs)
+        "curvature": default_curvature(kf.adapter, inputs, EXACT_IN_ONE_PASS)
     }
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import DivergenceError
+from bayes_kf.inference.fitting.default_curvature import EXACT_IN_MIXTURE, default_curvature
 from bayes_kf.inference.fitting.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.fit_config import fit_config
 from bayes_kf.inference.fitting.loader import num_batches
@@ -42,14 +43,13 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import (
 from bayes_kf.inference.heldout import calibration, noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_common_size, is_static, with_size
-from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
+from bayes_kf.inference.heldout.heldout_examples import heldout_batches, heldout_outputs
 from bayes_kf.inference.heldout.member_weights import choose_weights
 from bayes_kf.inference.heldout.sharpness import choose_sharpness, cross_fitted_sharpness
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.predictive.heldout_calibration import heldout_batches
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import check_inputs, split_batch, to_device
+from bayes_kf.models.batch import split_batch
 from bayes_kf.models.prior.layer_tensors import redrawn_factors
 from bayes_kf.validation import check_whole
 
@@ -57,7 +57,6 @@ BATCH = 16  # the most examples of a batch
 MEMBERS = 2
 LOGIT_SD = 5.0  # of their prior
 MEAN_PASSES = 5  # of each member
-FEW_OUTPUTS = 3  # with more, the curvature is sampled: exact curvature takes a backward pass for each
 LAST_STEP_SIZE = 0.5  # r of the first step of the pass in which a single member learns its held-out examples
 
 
@@ -140,10 +139,9 @@ def default_members(
     batches = iter(loader)
     first = next(batches)
     inputs, _ = split_batch(first)
-    check_inputs(inputs)
-    outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device)).shape[1]
+    by_outputs = default_curvature(adapter, inputs, EXACT_IN_MIXTURE)
     likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain([first], batches))
-    curvature = "sampled" if outputs > FEW_OUTPUTS and not likelihood else "exact"
+    curvature = "exact" if likelihood else by_outputs
     prior: dict[str, Any] = {"initial_spread": "bounded", "initial_logit_sd": LOGIT_SD}
     common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES, "curvature": curvature} | prior | likelihood
     return [KalmanConfig(**common, seed=seed + number) for number in range(members)]

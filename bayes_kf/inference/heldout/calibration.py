@@ -21,10 +21,10 @@ from torch import Tensor
 from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, is_static, with_size
-from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_outputs
+from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_batches, heldout_outputs
+from bayes_kf.inference.heldout.residual_noise import with_heldout_noise
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.inference.predictive.heldout_calibration import heldout_batches, with_heldout_noise
 from bayes_kf.models.batch import Inputs
 
 SIZE_EXAMPLES = 512  # the most that choose a size

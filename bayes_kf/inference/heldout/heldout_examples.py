@@ -15,16 +15,16 @@ from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.inference.measurement_model.output_directions import MASKED_LOGIT, project_outputs
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.inference.predictive.heldout_calibration import NUM_DRAWS, heldout_batches
 from bayes_kf.inference.predictive.linearized_prediction import (
     output_covariance,
     output_deviations,
     parameter_draws_are_cheaper,
     required_targets,
 )
-from bayes_kf.models.batch import Batch
+from bayes_kf.models.batch import Batch, split_batch
 from bayes_kf.models.likelihood import Likelihood
 
+NUM_DRAWS = 64  # parameter draws that stand for the covariance of more outputs than that
 BLOCK_EXAMPLES = 64  # of a block; below about 50 a joint likelihood says little about the size of a covariance
 BLOCK_BYTES = 2**29  # of a block's Jacobian; blocks of large adapters have fewer examples
 JOINT_CLASSES = 5  # the most probable classes that a block keeps apart; the others are one class
@@ -87,6 +87,24 @@ class HeldoutOutputs:
             torch.cat([part.root for part in parts if part.root is not None]) if has_root else None,
             torch.cat([part.targets for part in parts]),
         )
+
+
+def heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[Batch]:
+    """Every batch, with targets, on the model's device.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
+    """
+    index = -1
+    for index, batch in enumerate(loader):
+        inputs, targets = split_batch(batch)
+        if targets is None:
+            raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"`loader` must yield targets as tensors, got {type(targets).__name__}.")
+        yield Batch.checked(inputs, targets, posterior.adapter.device)
+    if index < 0:
+        raise ValueError("`loader` must yield at least one batch, got none.")
 
 
 def heldout_outputs(posterior: GaussianPosterior, loader: Iterable[Any]) -> HeldoutOutputs:

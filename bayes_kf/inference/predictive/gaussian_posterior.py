@@ -58,9 +58,10 @@ class GaussianPosterior:
             ``correct``, both before the example's update. Per update: ``innovation``, ``dof`` (its degrees of freedom),
             ``damping`` and ``seconds``. These are of the first pass. Later passes add ``objective``, −log p(y, θ) after
             each of them, and ``mean_passes`` add ``fitted_log_loss``. ``tune`` adds the ``evidence`` of its candidates;
-            several settings add their ``held_out_log_loss``, a member of a mixture that before its first pass of the mean
-            and after each, a regression without settings its ``noise_variance`` after each refit. Held-out data add ``size`` and ``sharpness``: the chosen value and the ends of its 90 % interval
-            (a value alone if nothing chose it). After ``start="trained"`` no score is prequential, since the adapter
+            several settings add their ``held_out_log_loss``, members of a mixture theirs before the first pass of the
+            mean and after each, a regression without settings its ``noise_variance`` after each refit. Held-out data
+            add ``size`` and ``sharpness``: the chosen value and the ends of its 90 % interval (a value alone if nothing
+            chose it). After ``start="trained"`` no score is prequential, since the adapter
             was trained on the data; the series are then ``training_log_loss``, ``training_correct``,
             ``training_innovation`` and ``training_dof``.
     """
@@ -92,8 +93,7 @@ class GaussianPosterior:
     @property
     def softmax_temperature(self) -> float:
         """Divisor of the logits in predictions; 1 unless configured or chosen on held-out data."""
-        setting = self.config.predictive_settings.softmax_temperature
-        return 1.0 if isinstance(setting, str) else setting
+        return self.config.predictive_settings.softmax_temperature
 
     @property
     def notes(self) -> tuple[str, ...]:

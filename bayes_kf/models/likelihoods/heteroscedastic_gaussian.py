@@ -53,13 +53,8 @@ class HeteroscedasticGaussian:
         standard, square, noise_sd = self._standard(outputs, targets)
         return torch.cat([standard / noise_sd, 0.5 * (square - 1.0)], -1)
 
-    def fisher(self, outputs: Tensor) -> Tensor:
-        """The Fisher information diag(1/σ², 1/2), (B, 2m, 2m)."""
-        mean, log_var = outputs.chunk(2, -1)
-        return torch.diag_embed(torch.cat([(-log_var).exp(), torch.full_like(mean, 0.5)], -1))
-
     def whiten(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """W = diag(1/σ, 1/√2) (B, 2m, 2m) and u = (r/σ, (r²/σ² − 1)/√2) (B, 2m)."""
+        """W = diag(1/σ, 1/√2) (B, 2m, 2m), WᵀW the Fisher information, and u = (r/σ, (r²/σ² − 1)/√2) (B, 2m)."""
         standard, square, noise_sd = self._standard(outputs, targets)
         factor = torch.cat([1.0 / noise_sd, torch.full_like(noise_sd, math.sqrt(0.5))], -1)
         return torch.diag_embed(factor), torch.cat([standard, math.sqrt(0.5) * (square - 1.0)], -1)

@@ -52,12 +52,8 @@ class StudentT:
         error = targets - outputs
         return (self.dof + 1.0) * error / (self.dof * self.noise_variance.to(outputs) + error.square())
 
-    def fisher(self, outputs: Tensor) -> Tensor:
-        """The Fisher information (ν+1)/((ν+3)σ²) I, (B, m, m)."""
-        return torch.diag_embed(self._information(outputs).expand_as(outputs))
-
     def whiten(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """W = √F (B, m, m) and u = score/√F (B, m)."""
+        """W = √F (B, m, m) and u = score/√F (B, m), with the Fisher information F = (ν+1)/((ν+3)σ²) I."""
         root = self._information(outputs).sqrt().expand_as(outputs)
         return torch.diag_embed(root), self.residual(outputs, targets) / root
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from small_problems import EXACT, X, Y, linear, loader
 from torch import nn
 
 import bayes_kf as bkf
@@ -13,7 +14,7 @@ from bayes_kf import evaluation
 from bayes_kf.inference.filtering import measurement_update, prequential_temperature
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, candidates
 from bayes_kf.inference.measurement_model import predictive_density
-from bayes_kf.inference.predictive.heldout_calibration import calibrate_temperature
+from bayes_kf.models.batch import Batch
 from bayes_kf.models.likelihood import Bernoulli, Categorical
 
 
@@ -181,6 +182,21 @@ def test_the_stream_chooses_what_it_does_not_clearly_speak_against():
     )
 
 
+def test_scores_are_the_log_losses_of_linearized_predictions():
+    config = bkf.KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=1.0)
+    kf = bkf.KalmanFilter(linear(), config)
+    state, _ = kf.update(kf.init(), X[:5], Y[:5])
+    after, _ = kf.update(state, X[5:10], Y[5:10])
+    for k, value in enumerate(prequential_temperature.GRID):
+        fixed = bkf.KalmanFilter(kf.adapter, dataclasses.replace(config, temperature=value))
+        expected = -bkf.Posterior(fixed, state).predict(X[5:10], targets=Y[5:10]).log_prob.sum()
+        torch.testing.assert_close(
+            after.temperature_scores.total[k] - state.temperature_scores.total[k], expected, rtol=1e-10, atol=1e-10
+        )
+    fixed = bkf.fit(linear(), loader(), bkf.KalmanConfig(**EXACT), progress=False)
+    assert (fixed.temperature, fixed.state.temperature_scores.updates) == (1.0, 0)
+
+
 @pytest.fixture
 def contradicted():
     """A belief of many logits, and data that its mean alone predicts: only the coldest temperature will do."""
@@ -192,9 +208,19 @@ def contradicted():
     return bkf.Posterior(kf, kf.init(x)), x, (x[:, 0] < 0).long()
 
 
+def chosen_by_scores(posterior, x, y):
+    """The temperature that the posterior's predictions of a data set choose, as those of a stream do."""
+    linearized = posterior.kf.linearize(posterior.mean_vector, Batch.of(x))
+    covariance = posterior.state.belief.output_covariance(linearized.jacobian())
+    losses = predictive_density.log_loss(Categorical(), linearized.outputs, covariance, y, prequential_temperature.GRID)
+    return prequential_temperature.choose(
+        prequential_temperature.add(prequential_temperature.init(torch.device("cpu")), losses)
+    )
+
+
 def test_a_temperature_at_the_cold_end_is_said(contradicted, tmp_path):
     posterior, x, y = contradicted
-    actual = calibrate_temperature(posterior, [(x, y)])
+    actual = posterior.with_settings(temperature=chosen_by_scores(posterior, x, y))
     with pytest.warns(UserWarning, match=r"the temperature chosen is 0.001: predictions are those of the mean alone"):
         prequential_temperature.warn_of_edge(actual.temperature)
     assert actual.temperature == prequential_temperature.GRID[0]

@@ -7,7 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kf as bkf
+from bayes_kf.inference.fitting.mixture_fit import default_members
 from bayes_kf.inference.fitting.selection.heldout_config_selection import shuffled, split_loader
+from bayes_kf.models.adapter import AdapterModel
 
 
 def data(number=240, seed=0):
@@ -141,5 +143,15 @@ def test_members_start_from_other_factors_and_have_other_held_out_examples():
         assert same == [".lora_A." not in name] * 2
     outputs = [adapter.outputs(mean, data()[0]) for mean in means]
     assert torch.equal(outputs[0], outputs[1])
-    with pytest.raises(ValueError, match=r"`members` must be a whole number of at least 1, got 0\."):
+    with pytest.raises(ValueError, match=r"`members` must be a whole number >= 1, got 0\."):
         bkf.fit_mixture(model, loader, members=0, progress=False)
+
+
+@pytest.mark.parametrize(("outputs", "expected"), [(3, "exact"), (4, "sampled")])
+def test_more_than_three_outputs_get_sampled_curvature(outputs, expected):
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    members = default_members(
+        AdapterModel(nn.Linear(3, outputs)), [(x[k : k + 4], torch.arange(4) % 3) for k in range(8)]
+    )
+    assert [member.curvature for member in members] == [expected] * 2
+    assert [member.seed for member in members] == [0, 1]

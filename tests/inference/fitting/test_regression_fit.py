@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 import bayes_kf as bkf
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
+from bayes_kf.inference.fitting.passes.mode_steps import ModeSteps
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.inference.fitting.regression import evidence
 from bayes_kf.inference.fitting.regression.evidence import (
@@ -20,7 +21,6 @@ from bayes_kf.inference.fitting.regression.evidence import (
     with_scales,
 )
 from bayes_kf.inference.fitting.regression.examples import holds_real_targets, repeated_examples
-from bayes_kf.inference.fitting.regression.mode_steps import ModeSteps
 from bayes_kf.inference.fitting.regression.regression_fit import (
     PASSES,
     number_of_passes,
@@ -145,7 +145,7 @@ def test_steps_are_those_of_adam_in_units_of_the_prior():
     state = kf.init(x)
     for batch in data:
         state = kf.update(state, *batch)[0]
-    steps = ModeSteps(kf, state, 2, 0)
+    steps = ModeSteps(kf, state, 2, 0.06)
     steps.run(data, ProgressBar())
     after = steps.run(data, ProgressBar())
     sd, start = state.prior.variance.sqrt(), state.prior.mean

@@ -121,6 +121,16 @@ def test_with_dynamics_the_size_is_a_temperature():
     assert calibrated.temperature < 1.0
 
 
+def test_the_posterior_of_a_stream_that_chooses_its_settings_can_be_calibrated():
+    kf = bkf.KalmanFilter(nn.Linear(3, 2), bkf.KalmanConfig.stream())
+    assert kf.config.tune is not None
+    x, y = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    calibrated = bkf.Posterior(kf, kf.init(x)).calibrate([(x, y)])
+    assert calibrated.temperature == 1.0
+    assert calibrated.config.tune is None
+    assert {"size", "sharpness"} <= set(calibrated.history)
+
+
 def test_at_most_512_examples_choose_the_size_and_fewer_of_a_large_adapter():
     posterior = linear(1, 3, 9.0)
     for sizes in ([300, 212], [7] * 200, [600], [1, 2000, 5, 30]):

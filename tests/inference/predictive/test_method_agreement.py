@@ -69,7 +69,7 @@ def test_linear_models_never_warn(likelihood):
 def test_fewer_draws_than_outputs_are_not_compared(monkeypatch):
     """Fewer draws than outputs; and of a loader only the first batch is."""
     x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).double()
-    posterior = bkf.fit(linear(12), loader(x, torch.arange(30) % 12), progress=False)
+    posterior = bkf.fit(linear(12), loader(x, torch.arange(30) % 12), bkf.KalmanConfig(), progress=False)
     calls = []
     monkeypatch.setattr(method_agreement, "prediction_distance", lambda *_: calls.append(1) or (0.0, 1.0))
     posterior.predict(x, "sampled", num_samples=11)

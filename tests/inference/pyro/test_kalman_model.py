@@ -48,7 +48,7 @@ def digits():
 def fitted(digits):
     images, labels = digits
     batches = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 40, 4)]
-    return bkf.fit(lora_digits_vit(rank=2), batches, progress=False)
+    return bkf.fit(lora_digits_vit(rank=2), batches, bkf.KalmanConfig(), progress=False)
 
 
 def tempered_log_evidence(prior_mean, temperature):

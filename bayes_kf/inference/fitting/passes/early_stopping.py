@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.fitting.passes.map_passes import MapPasses
+from bayes_kf.inference.fitting.passes.mode_steps import ModeSteps
 from bayes_kf.inference.fitting.passes.noise_refit import refit_noise
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.inference.heldout.choice import near_best
@@ -24,6 +24,7 @@ from bayes_kf.inference.heldout.sharpness import point_log_losses
 from bayes_kf.models.batch import Batch
 
 STANDARD_ERRORS = 1.0
+LEARNING_RATE = 0.02  # of the first step, in prior standard deviations
 
 
 class StoppedPasses(NamedTuple):
@@ -59,13 +60,14 @@ def early_stopped_passes(
         bar: from a text to a progress bar.
 
     Raises:
-        DivergenceError: as :class:`MapPasses`.
+        DivergenceError: as :meth:`ModeSteps.run`.
     """
-    run = MapPasses(kf, state, passes)
+    steps = ModeSteps(kf, state, passes, LEARNING_RATE)
     states, losses = [state], [heldout_point_losses(kf, state, heldout)]
     for number in range(passes):
         with bar(f"mean pass {number + 1} of {passes}") as progress:
-            state, _ = run.run(refit_noise(kf, states[-1], loader), loader, progress)
+            steps.use_noise_of(refit_noise(kf, states[-1], loader))
+            state = steps.run(loader, progress)
         states.append(state)
         losses.append(heldout_point_losses(kf, state, heldout))
     chosen = latest_not_worse(losses)

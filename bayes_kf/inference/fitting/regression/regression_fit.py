@@ -1,8 +1,8 @@
 """The fit of real targets without a config.
 
 1. One pass of the filter, from the default prior.
-2. Passes of Adam toward the mode (:mod:`.mode_steps`). In between, at passes whose numbers grow geometrically, the
-   covariance at the present mean gives the prior's scale for each tensor and σ² (:mod:`.evidence`).
+2. Passes of Adam toward the mode (``fitting/passes/mode_steps.py``). In between, at passes whose numbers grow
+   geometrically, the covariance at the present mean gives the prior's scale for each tensor and σ² (:mod:`.evidence`).
 3. The covariance at the last mean, under the scales and the σ² there.
 
 A network trained from scratch needs many passes: up to ``PASSES``, or as many as make ``STEPS`` steps. Where only some
@@ -24,6 +24,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.fit_config import fit_config
 from bayes_kf.inference.fitting.loader import num_batches
+from bayes_kf.inference.fitting.passes.mode_steps import ModeSteps
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.inference.fitting.regression.evidence import (
     approximate_at_mean,
@@ -32,13 +33,13 @@ from bayes_kf.inference.fitting.regression.evidence import (
     with_scales,
 )
 from bayes_kf.inference.fitting.regression.examples import SMALL, repeated_examples
-from bayes_kf.inference.fitting.regression.mode_steps import ModeSteps
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 
 PASSES, FINE_TUNING_PASSES, STEPS = 100, 10, 3_200  # the most passes, the most with frozen tensors, the most steps
 FEWEST_PASSES = 6
 REFITS = 10  # in 100 passes
+LEARNING_RATE = 0.06  # of Adam's first step, in prior standard deviations
 LAST_REFITS = 3  # steps of the fixed point at the last mean
 FULL_PARAMETERS = 1_000  # up to which the covariance is a full matrix
 RANK = 60  # beyond that
@@ -75,7 +76,7 @@ def fit_regression(model: nn.Module | AdapterModel, loader: Iterable[Any], progr
     noise_vars, done = list[torch.Tensor](), 0
     with posterior_on_divergence(lambda before: Posterior(kf, before, posterior.history)):
         for end in refit_passes(passes):
-            steps = ModeSteps(kf, state, passes, done)
+            steps = ModeSteps(kf, state, passes, LEARNING_RATE, done)
             for number in range(done, end):
                 with _bar(examples.small, progress)(f"mean pass {number + 1} of {passes}") as bar:
                     state = steps.run(examples.small, bar)

@@ -18,11 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Batch, Inputs, split_batch, to_device
+from bayes_kf.models.batch import Batch, split_batch
 
 HELDOUT_SHARE = 8  # one example in 8 is held out
-MAX_EXACT_OUTPUTS = 32  # with more, the default curvature is "sampled"
 
 
 class Split(NamedTuple):
@@ -54,12 +52,6 @@ def check_candidates(configs: Iterable[KalmanConfig]) -> Sequence[KalmanConfig]:
     if len(likelihoods) > 1:
         raise ValueError(f"`config` must have one `likelihood` in all candidates, got {', '.join(likelihoods)}.")
     return candidates
-
-
-def default_curvature(adapter: AdapterModel, inputs: Inputs) -> str:
-    """The curvature of one pass without settings: "sampled" for more than ``MAX_EXACT_OUTPUTS`` outputs, else "exact"."""
-    outputs = adapter.outputs(adapter.vector(), to_device(inputs, adapter.device))
-    return "sampled" if outputs.shape[1] > MAX_EXACT_OUTPUTS else "exact"
 
 
 class ShuffledBatches:
@@ -127,15 +119,13 @@ def split_loader(loader: Iterable[Any], part: int = 0) -> Split | None:
 def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterior, float]:
     """The posterior at the size and sharpness that held-out data choose, and its log loss on them, in nats an example.
 
-    A temperature that the settings give as a number is not changed.
+    If the settings give the temperature as a number, neither is changed.
 
     Raises:
         ValueError: if a batch has no targets or does not fit.
     """
     if posterior.config.temperature == "prequential":
         posterior = calibration.calibrate([posterior], [1.0], heldout)[0]
-    elif posterior.config.softmax_temperature == "held_out":
-        posterior = posterior.calibrate_softmax(heldout)
     log_prob = posterior.predict_loader(heldout).log_prob
     if log_prob is None:
         raise ValueError("`loader` must yield targets with every batch, got none in a held-out batch.")

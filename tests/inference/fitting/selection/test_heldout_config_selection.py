@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 import bayes_kf as bkf
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.selection import heldout_config_selection
-from bayes_kf.inference.predictive import heldout_calibration
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(90, 3, generator=G).double()
@@ -110,20 +109,20 @@ def test_a_trained_adapter_makes_no_choice_on_a_stream():
     assert posterior.config.tune is None
 
 
-def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_best_temperature():
+def test_the_candidate_that_predicts_the_held_out_part_best_is_chosen_at_its_size_and_sharpness():
     good = bkf.KalmanConfig(initial_logit_sd=3.0)
     stuck = bkf.KalmanConfig(initial_variance=1e-9)
     posterior = bkf.fit(network(), batches(), [stuck, good], progress=False)
     parts = heldout_config_selection.split_loader(batches())
-    losses, temperatures = [], []
-    for config in (stuck, good):
-        alone = bkf.fit(network(), parts.fitted, config, progress=False)
-        alone = heldout_calibration.calibrate_temperature(alone, parts.heldout)
-        losses.append(-float(alone.predict_loader(parts.heldout).log_prob.mean()))
-        temperatures.append(alone.temperature)
+    fits = [
+        bkf.fit(network(), parts.fitted, config, progress=False).calibrate(parts.heldout) for config in (stuck, good)
+    ]
+    losses = [-float(alone.predict_loader(parts.heldout).log_prob.mean()) for alone in fits]
     torch.testing.assert_close(posterior.history["held_out_log_loss"], torch.tensor(losses).double())
     assert losses[1] < 0.8 * losses[0]
-    assert posterior.config == dataclasses.replace(good, temperature=temperatures[1])
+    chosen = {"temperature": 1.0, "softmax_temperature": fits[1].softmax_temperature}
+    assert posterior.config == dataclasses.replace(good, **chosen)
+    assert torch.equal(posterior.history["size"], fits[1].history["size"])
 
 
 def test_a_temperature_given_as_a_number_does_not_change():
@@ -145,53 +144,33 @@ def test_the_best_candidate_is_updated_with_the_held_out_part():
     assert len(posterior.history["log_loss"]) == posterior.state.examples == 90
 
 
-def test_the_default_makes_mean_passes_and_does_not_change_the_model():
+def test_the_default_is_a_mixture_of_two_and_does_not_change_the_model():
     model = network()
     before = [p.clone() for p in model.parameters()]
     posterior = bkf.fit(model, batches(), progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert (posterior.config.rank, posterior.config.mean_passes) == (60, 3)
-    losses = posterior.history["held_out_log_loss"]
-    assert len(losses) == 3  # the narrow prior is tried as the careful one beats the wide one
-    assert losses.argmin() == 0
-    assert len(posterior.history["fitted_log_loss"]) == 3
-    assert len(posterior.history["log_loss"]) == posterior.state.examples == 90
-    fitted = posterior.history["fitted_log_loss"]
-    assert float(fitted[-1]) < float(fitted[0]) < float(posterior.history["log_loss"].mean())
+    assert isinstance(posterior, bkf.MixturePosterior)
+    assert [member.state.examples for member in posterior.members] == [90, 90]
     assert float(-posterior.predict(X, targets=Y).log_prob.mean()) < 0.5 * math.log(4)  # half of what chance has
 
 
-def test_the_default_tries_a_narrow_prior_only_if_the_cautious_one_beats_the_wide_one():
-    """A head already right of labels that are half coins, and a head at zero for labels that the inputs decide."""
+def test_the_default_leaves_a_head_that_is_right_as_it_is():
+    """Labels that are half coins cannot be predicted better than by the head before the fit, at its best sharpness."""
     g = torch.Generator().manual_seed(0)
-    inputs = torch.randn(120, 6, generator=g).double()
+    inputs = torch.randn(1120, 6, generator=g).double()
     decided = (inputs[:, :2].argmax(1) == 0).long()
-    coins = torch.where(torch.rand(120, generator=g) < 0.5, torch.randint(2, (120,), generator=g), decided)
+    coins = torch.where(torch.rand(1120, generator=g) < 0.5, torch.randint(2, (1120,), generator=g), decided)
     model = nn.Linear(6, 2).double()
     with torch.no_grad():
         model.weight.zero_()
         model.bias.zero_()
         model.weight[0, 1] = model.weight[1, 0] = 1.0
-    noisy = bkf.fit(model, list(zip(inputs.split(4), coins.split(4), strict=True)), progress=False)
-    assert len(noisy.history["held_out_log_loss"]) == 3
-    assert noisy.history["held_out_log_loss"].argmin() == 2
-    assert (noisy.config.initial_logit_sd, noisy.config.mean_passes) == (heldout_config_selection.NARROW_LOGIT_SD, 0)
-    with torch.no_grad():
-        model.weight.zero_()
-    clear = bkf.fit(model, list(zip(inputs.split(4), decided.split(4), strict=True)), progress=False)
-    assert len(clear.history["held_out_log_loss"]) == 2
-    assert (clear.config.initial_logit_sd, clear.config.mean_passes) == (heldout_config_selection.WIDE_LOGIT_SD, 3)
-
-
-def test_many_outputs_get_sampled_curvature():
-    torch.manual_seed(0)
-    data = list(zip(X.split(5), (torch.arange(90) % 40).split(5), strict=True))
-    assert [c.curvature for c in heldout_config_selection.default_candidates(nn.Linear(3, 40).double(), data)] == [
-        "sampled"
-    ] * 3
-    assert [c.curvature for c in heldout_config_selection.default_candidates(nn.Linear(3, 4).double(), batches())] == [
-        "exact"
-    ] * 3
+    train, test = (inputs[:120], coins[:120]), (inputs[120:], coins[120:])
+    posterior = bkf.fit(model, list(zip(train[0].split(4), train[1].split(4), strict=True)), progress=False)
+    loss = -float(posterior.predict(test[0], targets=test[1]).log_prob.mean())
+    outputs = model(test[0]).detach()
+    best = min(float(nn.functional.cross_entropy(outputs / s, test[1])) for s in torch.linspace(0.3, 5, 48))
+    assert loss < best + 0.05
 
 
 @pytest.mark.parametrize(("outputs", "expected"), [(40, "sampled"), (4, "exact")])

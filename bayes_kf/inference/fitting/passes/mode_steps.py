@@ -1,9 +1,12 @@
-"""Steps of Adam toward the mode of a Gaussian likelihood and the prior, in units of the prior's standard deviations.
+"""Passes over the data that move the mean to the mode by Adam, in units of the prior's standard deviations.
 
-With z = (θ − μ₀)/σ₀ the objective is |y − f(θ)|²/2σ²B over a batch of B plus |z|²/2N, and Adam (Kingma and Ba 2015)
+With z = (θ − μ₀)/σ₀ the objective is −Σ log p(y_b | θ)/B over a batch of B plus |z|²/2N, and Adam (Kingma and Ba 2015)
 descends it. Adam's steps do not depend on the scale of a gradient, so these are steps of θ with a learning rate for
-each parameter that is proportional to its σ₀. The model is prepared once for a pass, so that a step costs as much as
-one of ``torch.optim.Adam``.
+each parameter that is proportional to its σ₀; the rate falls linearly to zero over all passes. The model is prepared
+once for a pass, so that a step costs about as much as one of ``torch.optim.Adam``.
+
+The natural-gradient steps of :mod:`.mean_pass` are bounded by the Kalman gain and stop short of the mode
+(``docs/development/decisions.md``, "Several posteriors"). Ours in this use.
 """
 
 from __future__ import annotations
@@ -17,33 +20,40 @@ from torch import Tensor
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.fitting.loop import run_loop
+from bayes_kf.inference.fitting.passes.filter_pass import check_same_examples
 from bayes_kf.inference.fitting.progress import ProgressBar
-from bayes_kf.models.batch import Inputs, to_device
+from bayes_kf.inference.measurement_model import noise
+from bayes_kf.models.batch import Inputs, check_inputs, to_device
 
-LEARNING_RATE = 0.06  # of the first step, in prior standard deviations
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
 
 class ModeSteps:
-    """Passes of Adam under one prior and one σ²; the learning rate falls linearly to zero over all passes of a fit.
+    """Passes of Adam under one prior.
 
     Args:
         kf: the filter.
-        state: gives the mean that is moved, the prior and σ².
+        state: gives the mean that is moved, the prior and the noise; its ``examples`` are N.
         passes: the number of passes of the whole fit.
-        done: those that were made before.
+        learning_rate: of the first step of the fit, in prior standard deviations.
+        done: the passes that were made before.
     """
 
-    def __init__(self, kf: KalmanFilter, state: FilterState, passes: int, done: int) -> None:
-        assert state.noise.variance is not None
-        self._adapter, self._state, self._passes, self._done = kf.adapter, state, passes, done
-        self._weight = 1.0 / state.noise.variance.to(state.belief.mean)  # 1/σ², (m,)
+    def __init__(self, kf: KalmanFilter, state: FilterState, passes: int, learning_rate: float, done: int = 0) -> None:
+        self._kf, self._adapter, self._state = kf, kf.adapter, state
+        self._passes, self._rate, self._done = passes, learning_rate, done
+        self._family = noise.likelihood(kf.config.noise_settings, state.noise)
         self._sd = state.prior.variance.sqrt()
         self._z = (state.belief.mean - state.prior.mean) / self._sd
         self._first, self._second, self._steps = torch.zeros_like(self._z), torch.zeros_like(self._z), 0  # moments
         self._theta = state.belief.mean.clone()
         self._leaves = self._adapter.leaves(self._theta)  # views of θ, or copies of another dtype
         self._are_views = all(leaf.dtype == self._theta.dtype for leaf in self._leaves.values())
+
+    def use_noise_of(self, state: FilterState) -> None:
+        """Go on with the noise variance of another state, and return states that have it."""
+        self._state = self._state._replace(noise=state.noise)
+        self._family = noise.likelihood(self._kf.config.noise_settings, state.noise)
 
     def run(self, loader: Iterable[Any], progress: ProgressBar) -> FilterState:
         """The state with its mean after one more pass.
@@ -53,6 +63,7 @@ class ModeSteps:
             progress: advanced after every batch.
 
         Raises:
+            ValueError: if the loader yields another number of examples.
             DivergenceError: if the mean is not finite.
         """
         adapter = self._adapter
@@ -63,7 +74,8 @@ class ModeSteps:
             torch.enable_grad(),
             adapter.substituted(self._leaves),
         ):
-            run_loop(loader, 0, self._step, progress=progress)
+            examples = run_loop(loader, 0, self._step, progress=progress)
+        check_same_examples(self._state.examples, examples)
         self._done += 1
         mean = self._theta.clone()
         if not bool(torch.isfinite(mean).all()):
@@ -72,17 +84,18 @@ class ModeSteps:
 
     def _step(self, examples: int, inputs: Inputs, targets: Tensor) -> tuple[int, None]:
         """The number of examples of this pass after a step on a batch."""
+        check_inputs(inputs)
         done = (self._done + examples / self._state.examples) / self._passes
-        self._descend(self._gradient(inputs, targets), LEARNING_RATE * max(0.0, 1.0 - done))
+        self._descend(self._gradient(inputs, targets), self._rate * max(0.0, 1.0 - done))
         return examples + len(targets), None
 
     def _gradient(self, inputs: Inputs, targets: Tensor) -> Tensor:
-        """The gradient of Σ (y − f)²/2σ² over a batch, divided by its size, (n,)."""
+        """The gradient of −Σ log p(y | θ) over a batch, divided by its size, (n,)."""
         for leaf in self._leaves.values():
             leaf.grad = None
         outputs = self._adapter.run(to_device(inputs, self._adapter.device)).to(self._theta)
-        residual = targets.to(outputs).reshape(outputs.shape) - outputs
-        (0.5 / len(outputs) * (self._weight * residual.square()).sum()).backward()
+        checked = self._family.check(outputs.detach(), targets.to(outputs.device))
+        (-self._family.log_prob(outputs, checked).sum() / len(outputs)).backward()
         leaves = self._leaves.items()
         return self._adapter.flatten(
             {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves}
