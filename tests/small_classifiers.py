@@ -2,10 +2,11 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, default_data_collator
 
 import bayes_kf as bkf
 from bayes_kf.inference.fitting.passes import mean_pass
+from bayes_kf.integrations.kalman_trainer import SCALE_EXAMPLES
 from bayes_kf.models.batch import split_batch
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
@@ -28,6 +29,19 @@ def sentences(number, seed=0, labels=3):
         {"input_ids": t, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(t[0]) % labels}
         for t in tokens
     ]
+
+
+class Recorder:
+    """A collator that remembers its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, features):
+        batch = default_data_collator(features)
+        scaling = len(features) == SCALE_EXAMPLES  # asked for when Trainer has fetched some batches ahead
+        self.batches.insert(0 if scaling else len(self.batches), batch)
+        return batch
 
 
 def arguments(folder, **options):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from small_classifiers import arguments, by_hand, classifier, same, sentences
+from small_classifiers import Recorder, arguments, by_hand, classifier, same, sentences
 from transformers import (
     BertForSequenceClassification,
     EarlyStoppingCallback,
@@ -28,19 +28,6 @@ from bayes_kf.integrations.kalman_trainer import SCALE_EXAMPLES
 from bayes_kf.models.batch import split_batch
 from bayes_kf.models.language import NextToken
 from benchmarks.reliability.folder_snapshots import killed_at, snapshot
-
-
-class Recorder:
-    """A collator that remembers its batches."""
-
-    def __init__(self):
-        self.batches = []
-
-    def __call__(self, features):
-        batch = default_data_collator(features)
-        scaling = len(features) == SCALE_EXAMPLES  # asked for when Trainer has fetched some batches ahead
-        self.batches.insert(0 if scaling else len(self.batches), batch)
-        return batch
 
 
 def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, held_out_fraction=0.0, **options):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from trainer_problems import Recorder, arguments, classifier, same, sentences
+from small_classifiers import Recorder, arguments, classifier, same, sentences
 from transformers import default_data_collator
 
 import bayes_kf as bkf

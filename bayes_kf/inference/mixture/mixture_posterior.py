@@ -15,7 +15,7 @@ from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.mixture.mixture_prediction import member_generators, predict_mixture
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive import arviz_export, generation, predict
-from bayes_kf.inference.predictive.gaussian_posterior import reweighted
+from bayes_kf.inference.predictive.gaussian_posterior import check_members, reweighted
 from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
 from bayes_kf.inference.pyro import sample_moments
@@ -49,14 +49,8 @@ class MixturePosterior:
 
     def __post_init__(self) -> None:
         members, weights = tuple(self.members), tuple(float(w) for w in self.weights)
-        if not members or len(members) != len(weights):
-            raise ValueError(f"`weights` must be as many as `members`, got {len(weights)} for {len(members)}.")
-        if not all(w > 0.0 for w in weights) or abs(sum(weights) - 1.0) > 1e-6:
-            raise ValueError(f"`weights` must be positive and add up to 1, got {', '.join(f'{w:g}' for w in weights)}.")
-        first = members[0].adapter
+        check_members(members, weights)
         for number, member in enumerate(members[1:], 1):
-            if (member.adapter.names, member.adapter.shapes) != (first.names, first.shapes):
-                raise ValueError(f"`members` must be over the same tensors, got others in number {number}.")
             if member.config.likelihood != members[0].config.likelihood:
                 raise ValueError(f"`members` must have one likelihood, got another in number {number}.")
         order = sorted(range(len(weights)), key=lambda k: -weights[k])  # stable

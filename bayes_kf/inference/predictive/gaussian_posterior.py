@@ -234,6 +234,18 @@ def as_training_series(history: dict[str, Tensor]) -> dict[str, Tensor]:
     return {TRAINING + name if name in PREQUENTIAL else name: values for name, values in history.items()}
 
 
+def check_members(members: Sequence[GaussianPosterior], weights: Sequence[float]) -> None:
+    """Raise ValueError if members and weights are not those of a mixture of posteriors over the same tensors."""
+    if not members or len(members) != len(weights):
+        raise ValueError(f"`weights` must be as many as `members`, got {len(weights)} for {len(members)}.")
+    if not all(w > 0.0 for w in weights) or abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(f"`weights` must be positive and add up to 1, got {', '.join(f'{w:g}' for w in weights)}.")
+    first = members[0].adapter
+    for number, member in enumerate(members[1:], 1):
+        if (member.adapter.names, member.adapter.shapes) != (first.names, first.shapes):
+            raise ValueError(f"`members` must be over the same tensors, got others in number {number}.")
+
+
 def reweighted(weights: Sequence[float], log_evidence: Sequence[float]) -> tuple[float, ...]:
     """The weights of a mixture's members after data: w_k p_k(data) / Σ_j w_j p_j(data), none of them zero.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.update_info import UpdateInfo
-from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior, reweighted
+from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior, check_members, reweighted
 from bayes_kf.inference.predictive.targets.quantile_search import root
 from bayes_kf.inference.pyro.guide_store import put_param
 from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
@@ -239,13 +239,6 @@ class MixtureGuide(AutoGuide):
 
 def _check(members: Sequence[GaussianPosterior], weights: Sequence[float]) -> None:
     """Raise ValueError if members and weights are not those of a mixture."""
-    if not members or len(members) != len(weights):
-        raise ValueError(f"`weights` must be as many as `members`, got {len(weights)} for {len(members)}.")
-    if not all(w > 0.0 for w in weights) or abs(sum(weights) - 1.0) > 1e-6:
-        raise ValueError(f"`weights` must be positive and add up to 1, got {', '.join(f'{w:g}' for w in weights)}.")
-    first = members[0].adapter
-    for number, member in enumerate(members[1:], 1):
-        if (member.adapter.names, member.adapter.shapes) != (first.names, first.shapes):
-            raise ValueError(f"`members` must be over the same tensors, got others in number {number}.")
-    if MEMBER in first.names:
+    check_members(members, weights)
+    if MEMBER in members[0].adapter.names:
         raise ValueError(f"`members` must have no tensor named {MEMBER!r}, the name of the member's site, got one.")
