@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 
 from bayes_kf.inference.fitting.default_likelihood import REAL, default_likelihood
 from bayes_kf.inference.fitting.loader import concatenate_inputs
 from bayes_kf.inference.fitting.loop import inputs_and_targets
-from bayes_kf.inference.fitting.selection.heldout_config_selection import ShuffledBatches
+from bayes_kf.inference.fitting.selection.heldout_config_selection import ShuffledBatches, reads_all_examples, reloaded
 from bayes_kf.models.batch import Batch, split_batch
 
 SMALL, LARGE = 16, 512  # examples of a batch: of the steps of Adam, and of passes that do not move the mean
@@ -60,13 +60,7 @@ def repeated_examples(loader: Iterable[Any], seed: int = 0) -> Examples:
 
 
 def _repeats(loader: Iterable[Any]) -> bool:
-    if isinstance(loader, list | tuple):
-        return len(loader) > 0
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        return False
-    sampler: Any = loader.sampler  # another one chooses the examples of a pass
-    is_known = isinstance(sampler, RandomSampler | SequentialSampler) and len(sampler) == len(sampler.data_source)
-    return is_known and not getattr(sampler, "replacement", False)
+    return len(loader) > 0 if isinstance(loader, list | tuple) else reads_all_examples(loader)
 
 
 def _of_batches(batches: list[Any] | tuple[Any, ...], seed: int) -> Examples:
@@ -98,13 +92,4 @@ class _Drawn:
 
 def _resized(loader: Any, size: int, is_shuffled: bool, seed: int = 0) -> DataLoader[Any]:
     """A loader over the same data set in batches of ``size``."""
-    return DataLoader(
-        loader.dataset,
-        batch_size=size,
-        shuffle=is_shuffled,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    return reloaded(loader, None, is_shuffled, size, torch.Generator().manual_seed(seed))

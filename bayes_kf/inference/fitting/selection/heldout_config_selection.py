@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
@@ -83,7 +83,7 @@ def shuffled(split: Split, size: int) -> Split:
     A DataLoader's examples are divided into other batches in every pass; those of a list stay together.
     """
     if isinstance(split.fitted, DataLoader):
-        return Split(_subset(split.fitted, None, True, size), split.heldout)
+        return Split(reloaded(split.fitted, None, True, size), split.heldout)
     return Split(ShuffledBatches(split.fitted, size), split.heldout)
 
 
@@ -101,19 +101,15 @@ def split_loader(loader: Iterable[Any], part: int = 0) -> Split | None:
         is_heldout = [(number + 1 + part) % HELDOUT_SHARE == 0 for number in range(len(loader))]
         fitted = [batch for batch, is_out in zip(loader, is_heldout, strict=True) if not is_out]
         return Split(fitted, [batch for batch, is_out in zip(loader, is_heldout, strict=True) if is_out])
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        return None
-    shuffled, data = isinstance(loader.sampler, RandomSampler), cast(Sized, loader.dataset)
-    known = shuffled or isinstance(loader.sampler, SequentialSampler)
-    if not known or getattr(loader.sampler, "replacement", False) or len(cast(Sized, loader.sampler)) != len(data):
+    if not reads_all_examples(loader):
         return None  # the split could not keep the order or the choice of another sampler
-    size = len(data)
+    size, shuffled = len(cast(Sized, loader.dataset)), isinstance(loader.sampler, RandomSampler)
     if size < HELDOUT_SHARE:
         return None
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
     first, last = ((part + step) * (size // HELDOUT_SHARE) for step in (0, 1))
     others = sorted(order[:first] + order[last:])
-    return Split(_subset(loader, others, shuffled), _subset(loader, sorted(order[first:last]), False))
+    return Split(reloaded(loader, others, shuffled), reloaded(loader, sorted(order[first:last]), False))
 
 
 def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterior, float]:
@@ -133,8 +129,21 @@ def heldout_loss(posterior: Posterior, heldout: Iterable[Any]) -> tuple[Posterio
     return posterior, loss if math.isfinite(loss) else math.inf
 
 
-def _subset(
-    loader: DataLoader[Any], indices: list[int] | None, shuffled: bool, size: int | None = None
+def reads_all_examples(loader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
+    """Whether a loader is a DataLoader that reads every example of a data set once in a pass."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return False
+    sampler: Any = loader.sampler
+    known = isinstance(sampler, RandomSampler | SequentialSampler) and not getattr(sampler, "replacement", False)
+    return known and len(sampler) == len(cast(Sized, loader.dataset))
+
+
+def reloaded(
+    loader: DataLoader[Any],
+    indices: list[int] | None,
+    shuffled: bool,
+    size: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> DataLoader[Any]:
     """A loader with the same options over some of the examples, or over all.
 
@@ -143,8 +152,9 @@ def _subset(
         indices: of the examples; None: all.
         shuffled: whether every pass has another order.
         size: of the batches; None: the loader's. With a size, the order depends on nothing outside the loader.
+        generator: of the order; None: the loader's.
     """
-    generator = loader.generator
+    generator = loader.generator if generator is None else generator
     if size is not None and generator is None:
         generator = torch.Generator().manual_seed(0)
     return DataLoader(
