@@ -87,9 +87,10 @@ def fit(
             ``best`` is one of them. For float targets it is one posterior whose mean is moved by up to 100 passes,
             while the prior's scales and the noise variance maximize the evidence
             (``fitting.regression.regression_fit``). If the loader cannot be split, ``fit`` makes one pass with
-            ``KalmanConfig.stream()``. With ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The
-            targets decide the likelihood: integers are class labels, floats are real numbers with Gaussian noise of an
-            estimated variance, bools are answers ("bernoulli"). A config is used as it is, with its own likelihood.
+            ``KalmanConfig.stream()``. With ``start`` "trained" it uses ``KalmanConfig.trained()``, with a
+            ``checkpoint`` ``KalmanConfig()``. The targets decide the likelihood: integers are class labels, floats are
+            real numbers with Gaussian noise of an estimated variance, bools are answers ("bernoulli"). A config is used
+            as it is, with its own likelihood.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
@@ -98,9 +99,10 @@ def fit(
             instead. With ``mean_passes``, the mean moves on toward the mode, for adapters whose training was stopped
             early.
         held_out: with ``start`` "trained": batches on which the adapter was not trained, of 50 examples or more if
-            possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`. With
-            ``start`` "prior": "latest": one pass, whose latest 64 to 128 examples choose them, before they are learned
-            (``heldout.latest_examples``).
+            possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`; of
+            classes the size is the widest that they allow. Then they are learned: one update with each batch, which
+            moves the mean. With ``start`` "prior": "latest": one pass, whose latest 64 to 128 examples choose them,
+            before they are learned (``heldout.latest_examples``).
         checkpoint: a folder in which a single pass saves its posterior after every ``every`` updates, at the end, and
             when it is stopped (Ctrl-C, an error of the loader). A later call with the same loader, config and folder
             skips the batches of the earlier call; its result equals that of an uninterrupted pass to the bit. None: no
@@ -177,7 +179,7 @@ def _fit(
     if start == "trained" and not isinstance(config, KalmanConfig | None):
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
     if isinstance(config, KalmanConfig) or held_out is not None or start == "trained":
-        without = KalmanConfig() if start == "trained" else KalmanConfig.stream()
+        without = KalmanConfig.trained() if start == "trained" else KalmanConfig.stream()
         settings = config if isinstance(config, KalmanConfig) else without
         is_default = config is None
         return fit_config(model, loader, settings, start, progress, choose_defaults=is_default, held_out=held_out)
@@ -199,7 +201,7 @@ def fit_default(
     if start == "prior" and holds_real_targets(loader):
         return fit_regression(model, loader, progress, seed)
     if start == "trained" or heldout_config_selection.split_loader(loader) is None:
-        single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
+        single = KalmanConfig.trained(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
     return fit_default_mixture(model, loader, progress, seed)
 

@@ -33,6 +33,7 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch
 
 LATEST = "latest"  # the word for a stream's latest examples as held-out data
+RANK_BYTES, LEAST_RANK = 2**31, 20  # of the low-rank part of a trained adapter's precision
 
 
 class _Data(NamedTuple):
@@ -95,17 +96,30 @@ def fit_config(
     if not data.first:
         raise ValueError("`loader` must yield at least one batch, got none.")
     if choose_defaults:
-        kf = _with_defaults(kf, data.first)
+        kf = _with_defaults(kf, data.first, is_trained)
     if held_out == LATEST:
         return _fit_from_prior(kf, data, prior_mean, keeps_latest=True)
     posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data, prior_mean)
     posterior = _mean_passes(_gauss_newton_passes(posterior, data), data)
     if held_out is not None and not isinstance(held_out, str):
-        return calibration.calibrate([posterior], [1.0], held_out, stacklevel=5)[0]
+        return _learn_held_out(posterior, calibration.reiterable(held_out), data)
     is_real = posterior.config.likelihood == "gaussian"  # the evidence is exact if the model is linear
     if gets_size and config.initial_variance is None and not is_real:
         return calibration.with_given_size(posterior, prior_evidence.TRAINED_SIZE)
     return posterior
+
+
+def _learn_held_out(posterior: Posterior, batches: Iterable[Any], data: _Data) -> Posterior:
+    """The posterior at the size and sharpness that held-out batches choose, after an update with each of them.
+
+    σ² stays as they chose it.
+    """
+    is_class = posterior.config.likelihood in ("categorical", "bernoulli")
+    (chosen,) = calibration.calibrate([posterior], [1.0], batches, widest=is_class, stacklevel=6)
+    history = FitHistory(posterior.config.likelihood)  # not kept: the series are those of the training examples
+    with ProgressBar(num_batches(batches), f"{data.label}the held-out part", data.progress) as bar:
+        state = filter_pass(chosen.kf, chosen.state, batches, history, bar)
+    return dataclasses.replace(chosen, state=state._replace(noise=chosen.state.noise))
 
 
 def _check_held_out(config: KalmanConfig, held_out: Iterable[Any] | str | None) -> None:
@@ -136,13 +150,19 @@ def _check_passes(config: KalmanConfig, loader: Iterable[Any], is_trained: bool)
         prior_evidence.check_static_prior(config.dynamics_settings)
 
 
-def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
-    """The filter with the default likelihood for the targets, and the curvature for the number of outputs."""
+def _with_defaults(kf: KalmanFilter, batches: list[Any], is_trained: bool) -> KalmanFilter:
+    """The filter with the default likelihood for the targets, and the curvature for the number of outputs.
+
+    A trained adapter that is large gets a lower rank: ``RANK_BYTES`` for W, but ``LEAST_RANK`` columns.
+    """
     inputs, _ = inputs_and_targets(batches[0], 0)
     check_inputs(inputs)
     settings = default_likelihood(split_batch(batch)[1] for batch in batches) or {
         "curvature": default_curvature(kf.adapter, inputs, EXACT_IN_ONE_PASS)
     }
+    if is_trained:
+        most = RANK_BYTES // (kf.adapter.num_parameters * kf.adapter.dtype.itemsize)
+        settings = settings | {"rank": min(kf.config.rank, max(LEAST_RANK, most))}
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 
 

@@ -15,7 +15,11 @@ import bayes_kf as bkf
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.fitting import fit_config
 from bayes_kf.inference.fitting.passes import prior_evidence
+from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
+from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
+from bayes_kf.inference.heldout.sharpness import choose_sharpness
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.models.adapter import AdapterModel
 
@@ -258,15 +262,62 @@ def test_the_size_of_a_trained_adapter_is_10_or_chosen_by_held_out_data():
     torch.testing.assert_close(torch.linalg.inv(without.covariance_matrix()), precision, rtol=1e-7, atol=1e-7)
     assert (without.temperature, without.history["size"].tolist()) == (1.0, [10.0])
     chosen = bkf.fit(model, batches, free, start="trained", held_out=held_out, progress=False)
+    size = choose_size(of_evidence, held_out, widest=True)
+    assert chosen.history["size"].tolist() == list(size[:3])
+    sized = with_size(of_evidence, size.value)
+    sharpness = choose_sharpness([heldout_outputs(sized, held_out)]).value
+    assert chosen.softmax_temperature == sharpness != 1.0
+    assert torch.equal(without.mean_vector, AdapterModel(model).vector())
+    before, after = (log_loss(p, held_out) for p in (sized, chosen))
+    assert after < before  # they were learned, in their own curvature too
+    widths = [torch.linalg.eigvalsh(p.covariance_matrix()) for p in (chosen, sized)]
+    assert (widths[0] < widths[1]).all()
     expected = of_evidence.calibrate(held_out)
-    assert torch.equal(chosen.history["size"], expected.history["size"])
-    assert torch.equal(chosen.covariance_matrix(), expected.covariance_matrix())
-    assert chosen.softmax_temperature == expected.softmax_temperature != 1.0
-    assert torch.equal(chosen.mean_vector, AdapterModel(model).vector())
-    for earlier in (without, chosen):  # an earlier size is not added to
-        again = earlier.calibrate(held_out)
-        torch.testing.assert_close(again.history["size"], expected.history["size"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(again.covariance_matrix(), expected.covariance_matrix(), rtol=1e-6, atol=1e-9)
+    again = without.calibrate(held_out)  # an earlier size is not added to
+    torch.testing.assert_close(again.history["size"], expected.history["size"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(again.covariance_matrix(), expected.covariance_matrix(), rtol=1e-6, atol=1e-9)
+
+
+def log_loss(posterior, batches):
+    """Of the mean, summed over the examples."""
+    adapter, mean = posterior.adapter, posterior.mean_vector
+    return sum(float(nn.functional.cross_entropy(adapter.outputs(mean, x), t, reduction="sum")) for x, t in batches)
+
+
+@pytest.mark.parametrize("one_time", [False, True])
+def test_held_out_targets_with_gaussian_noise_are_learned_as_the_closed_form_says(one_time):
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    targets = inputs @ torch.randn(4, 1, generator=generator, dtype=torch.float64)
+    targets += 0.5 * torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(inputs[:40], targets[:40]).solution.T)
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.25, covariance="full")
+    batches = [(inputs[k : k + 10], targets[k : k + 10]) for k in range(0, 60, 10)]
+    held_out = iter(batches[4:]) if one_time else batches[4:]
+    posterior = bkf.fit(model, batches[:4], config, start="trained", held_out=held_out, progress=False)
+    size = float(posterior.history["size"][0])
+    prior_precision = size / posterior.state.prior.variance
+    precision = inputs.T @ inputs / 0.25 + torch.diag(prior_precision)
+    new, old = inputs[40:], model.weight.detach().T
+    expected = old + torch.linalg.solve(precision, new.T @ (targets[40:] - new @ old) / 0.25)
+    torch.testing.assert_close(torch.linalg.inv(posterior.covariance_matrix()), precision, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(posterior.mean_vector, expected.squeeze(1), rtol=1e-9, atol=1e-9)
+    assert int(posterior.state.examples) == 60
+
+
+def test_without_a_config_a_trained_classifier_has_the_wide_prior_and_a_rank_that_fits_in_memory(monkeypatch):
+    model, batches = network(), data(count=3)
+    settings = bkf.fit(model, batches, start="trained", progress=False).config
+    expected = bkf.KalmanConfig.trained()
+    assert (settings.initial_spread, settings.rank) == (expected.initial_spread, expected.rank) == ("wide_head", 100)
+    number = AdapterModel(model).num_parameters
+    for columns, rank in ((30, 30), (7, 20)):  # no fewer than 20
+        monkeypatch.setattr(fit_config, "RANK_BYTES", 8 * number * columns)
+        assert bkf.fit(model, batches, start="trained", progress=False).config.rank == rank
+        given = bkf.KalmanConfig(rank=50)
+        assert bkf.fit(model, batches, given, start="trained", progress=False).config.rank == 50
 
 
 def test_a_prior_or_a_temperature_that_is_given_stays():
