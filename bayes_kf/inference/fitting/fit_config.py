@@ -114,8 +114,7 @@ def _learn_held_out(posterior: Posterior, batches: Iterable[Any], data: _Data) -
 
     σ² stays as they chose it.
     """
-    is_class = posterior.config.likelihood in ("categorical", "bernoulli")
-    (chosen,) = calibration.calibrate([posterior], [1.0], batches, widest=is_class, stacklevel=6)
+    (chosen,) = calibration.calibrate([posterior], [1.0], batches, stacklevel=6)
     history = FitHistory(posterior.config.likelihood)  # not kept: the series are those of the training examples
     with ProgressBar(num_batches(batches), f"{data.label}the held-out part", data.progress) as bar:
         state = filter_pass(chosen.kf, chosen.state, batches, history, bar)

@@ -33,21 +33,13 @@ SIZE_BYTES = 2**31  # of their Jacobians, which are all in memory
 P = TypeVar("P", bound=GaussianPosterior)
 
 
-def calibrate(
-    members: Sequence[P],
-    weights: Sequence[float],
-    loader: Iterable[Any],
-    *,
-    widest: bool = False,
-    stacklevel: int = 3,
-) -> list[P]:
+def calibrate(members: Sequence[P], weights: Sequence[float], loader: Iterable[Any], *, stacklevel: int = 3) -> list[P]:
     """The members with the sizes and the one sharpness that held-out data choose; see :meth:`Posterior.calibrate`.
 
     Args:
         members: posteriors of one model and one likelihood.
         weights: of the members, which add up to 1.
         loader: batches with targets that the members were not fitted on.
-        widest: as for :func:`.covariance_size.choose_size`; not where σ² is chosen too.
         stacklevel: of warnings about values at an end of what was tried.
 
     Raises:
@@ -57,7 +49,7 @@ def calibrate(
     few = thinned(members[0], batches, _most_examples(members[0]))
     sized, notes = list[P](), list[str | None]()
     for member in members:
-        posterior, size = _with_chosen_size(member, few, batches, widest)
+        posterior, size = _with_chosen_size(member, few, batches)
         sized.append(posterior)
         notes.append(edge_of_size(size, is_static(member.config.dynamics_settings)))
     if members[0].config.likelihood == "categorical":
@@ -135,9 +127,7 @@ def at_size_1(posterior: P) -> P:
     return with_size(posterior, 1.0 / present)
 
 
-def _with_chosen_size(
-    posterior: P, few: Sequence[tuple[Inputs, Tensor]], batches: Iterable[Any], widest: bool
-) -> tuple[P, Choice]:
+def _with_chosen_size(posterior: P, few: Sequence[tuple[Inputs, Tensor]], batches: Iterable[Any]) -> tuple[P, Choice]:
     """The posterior with the size that a few held-out examples choose, and the σ² of all where it is estimated."""
     estimated = posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian"
     present = posterior.state.noise.variance
@@ -148,7 +138,7 @@ def _with_chosen_size(
     else:  # under dynamics, σ² does not say how large the data's share of the precision is
         if estimated:
             start = with_heldout_noise(start, batches, present)
-        size = choose_size(start, few, widest=widest)
+        size = choose_size(start, few)
         sized = with_size(start, size.value)
         if estimated:
             sized = with_heldout_noise(sized, batches, present)

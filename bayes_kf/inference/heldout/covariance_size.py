@@ -11,9 +11,6 @@ single examples hardly depend on s where P is small against the noise of the lab
 networks, the joint likelihood alone chose covariances whose predictions were much worse. So s grows from there until
 the mean loss of single examples is at most 0.02 nats above its minimum, or at most two standard errors, paired by
 example. Without the first number, differences of a few thousandths that all examples share would decide. Ours.
-
-The joint likelihood of 50 examples leaves about a decade open. For classes, an adapter that was trained elsewhere takes
-the widest covariance of that interval instead of the most probable one (``widest``), and s grows from there.
 """
 
 from __future__ import annotations
@@ -45,26 +42,24 @@ STANDARD_ERRORS, LEAST_EXCESS = 2.0, 0.02  # by which the mean loss of single ex
 P = TypeVar("P", bound=GaussianPosterior)
 
 
-def choose_size(posterior: GaussianPosterior, loader: Iterable[Any], *, widest: bool = False) -> Choice:
+def choose_size(posterior: GaussianPosterior, loader: Iterable[Any]) -> Choice:
     """The chosen s of a posterior, and the interval of the joint likelihood.
 
     Args:
         posterior: at the size 1.
         loader: batches with targets that the posterior was not fitted on.
-        widest: whether s grows from the lower end of the interval, not from the most probable value.
 
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
-    return choose_common_size([(posterior, loader)], widest=widest)
+    return choose_common_size([(posterior, loader)])
 
 
-def choose_common_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]], *, widest: bool = False) -> Choice:
+def choose_common_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]]) -> Choice:
     """One s for several posteriors under the same settings, each with held-out batches of its own.
 
     Args:
         pairs: a posterior at the size 1, and batches with targets that it was not fitted on.
-        widest: as for :func:`choose_size`.
 
     Raises:
         ValueError: as :func:`choose_size`.
@@ -80,8 +75,7 @@ def choose_common_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]],
         return measured(size)[0] - 0.5 * (math.log10(size) / DECADES) ** 2
 
     joint = most_probable(log_density, SIZES, evaluations=1)
-    start = joint.low if widest else joint.value
-    candidates = [start, *(size for size in SIZES if size > start)]
+    candidates = [joint.value, *(size for size in SIZES if size > joint.value)]
     losses = [measured(size)[1] for size in candidates]
     value = candidates[first_not_worse(losses)]
     return Choice(value, min(joint.low, value), max(joint.high, value), value == SIZES[-1], joint.log_density)

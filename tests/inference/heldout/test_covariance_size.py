@@ -121,11 +121,6 @@ def test_the_chosen_size_of_a_linear_regression_is_the_most_probable_one():
     choice = choose_size(posterior, batches(held, targets, 25))
     assert choice.value == pytest.approx(expected, rel=0.05)
     assert choice.low <= choice.value <= choice.high
-    wide = choose_size(posterior, batches(held, targets, 25), widest=True)
-    larger = [choice.low, *(size for size in SIZES if size > choice.low)]
-    expected = larger[first_not_worse([losses(size) for size in larger])]
-    assert wide.value == pytest.approx(expected, rel=1e-9)
-    assert (wide.low, wide.high) == (choice.low, choice.high)
 
 
 def test_the_size_grows_only_until_single_examples_are_predicted_well():

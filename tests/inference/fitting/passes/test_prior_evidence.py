@@ -262,7 +262,7 @@ def test_the_size_of_a_trained_adapter_is_10_or_chosen_by_held_out_data():
     torch.testing.assert_close(torch.linalg.inv(without.covariance_matrix()), precision, rtol=1e-7, atol=1e-7)
     assert (without.temperature, without.history["size"].tolist()) == (1.0, [10.0])
     chosen = bkf.fit(model, batches, free, start="trained", held_out=held_out, progress=False)
-    size = choose_size(of_evidence, held_out, widest=True)
+    size = choose_size(of_evidence, held_out)
     assert chosen.history["size"].tolist() == list(size[:3])
     sized = with_size(of_evidence, size.value)
     sharpness = choose_sharpness([heldout_outputs(sized, held_out)]).value
