@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FLAGS = {"rank": "covariance-rank"}  # --rank is the rank of the adapter
 ELSEWHERE = ("seed",)  # all commands have this flag
 PREFIX = "setting_"
-NAMED = ("loko", "dataset", "stream", "trained")  # class methods of KalmanConfig
+NAMED = ("loko", "dataset", "stream")  # class methods of KalmanConfig
 YAML = (".yaml", ".yml")
 
 
@@ -32,8 +32,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config",
         metavar="PATH",
-        help="settings: a YAML or JSON file, a folder with kalman_config.json, or the word loko, dataset, stream or "
-        "trained",
+        help="settings: a YAML or JSON file, a folder with kalman_config.json, or the word loko, dataset or stream",
     )
     for name, setting in _described_settings().items():
         if name in ELSEWHERE:

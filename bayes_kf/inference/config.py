@@ -47,7 +47,7 @@ from bayes_kf.validation import (
 
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
-SPREADS = ("modules", "tensors", "constant", "bounded", "wide_head")
+SPREADS = ("modules", "tensors", "constant", "bounded")
 BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
@@ -121,9 +121,7 @@ class KalmanConfig:
         'How initial_logit_sd is shared among the parameters. "modules": a module adds variance proportional to '
         'the square root of its gain, and no LoRA factor may make ΔW more than twice the size of W. "tensors": '
         'each tensor adds the same variance to the outputs. "constant": every parameter has the same variance. '
-        '"bounded": the same, but less for adapter layers that would change the outputs by more than their own size. '
-        '"wide_head": as "bounded", with ten times the variance for tensors outside adapter layers, such as those of a '
-        "new classifier.",
+        '"bounded": the same, but less for adapter layers that would change the outputs by more than their own size.',
     )
     initial_bias_sd: float | None = setting(
         None,
@@ -369,16 +367,6 @@ class KalmanConfig:
             "tune_margin": 1.0,
             "initial_bias_sd": 1.0,
         }
-        return cls(**(settings | overrides))
-
-    @classmethod
-    def trained(cls, **overrides: Any) -> KalmanConfig:
-        """Settings for adapters that were trained elsewhere: a wide prior for a new classifier, and rank 100.
-
-        Without a ``config``, ``fit`` uses these settings with ``start`` "trained". The mean stays where training
-        stopped, so the covariance alone has to find inputs unlike the training data. The classifier does that best.
-        """
-        settings: dict[str, Any] = {"initial_spread": "wide_head", "rank": 100}
         return cls(**(settings | overrides))
 
     @cached_property

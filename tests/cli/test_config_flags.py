@@ -47,7 +47,6 @@ def test_a_yaml_file_says_what_the_settings_are(tmp_path):
 
 def test_words_name_settings():
     assert settings("stream") == KalmanConfig.stream()
-    assert settings("trained") == KalmanConfig.trained()
     assert settings("dataset", "--covariance-rank", "9") == KalmanConfig.dataset(rank=9)
 
 

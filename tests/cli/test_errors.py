@@ -42,8 +42,7 @@ BAD = {
     ),
     "misspelt preset": (
         "--model digits-vit --data digits.npz --config steam",
-        "`--config` must be a file, a folder, or one of loko, dataset, stream, trained, got 'steam'; did you mean "
-        "'stream'?",
+        "`--config` must be a file, a folder, or one of loko, dataset, stream, got 'steam'; did you mean 'stream'?",
     ),
     "other columns": ("--model bert --data reviews.csv --text-column sentence", "`--text-column` must"),
     "no adapter there": ("--model digits-vit --data digits.npz --adapter images", "with adapter_config.json, got none"),

@@ -22,7 +22,6 @@ MAX_LOGIT_SD = 10.0  # prior sd of the logits
 LINEARITY_TOL = 0.01  # relative deviation from linearity below which outputs count as linear in the parameters
 MAX_RELATIVE_SD = 3.0  # of a tensor: prior sd over root mean square
 IDENTITY_RTOL = 1e-4  # within which the Jacobian of a tensor counts as the identity
-HEAD_FACTOR = 10.0  # prior variance outside adapter layers over that in them; 0.1, 1, 10 and 100 were tried
 MAX_PROBES = 16  # per example, unless the curvature is exact
 
 
@@ -56,9 +55,7 @@ def variance_for_inputs(config: KalmanConfig, linearize: Linearizer, mean: Tenso
     mean_squares = _jacobian_mean_squares(config, linearize, mean, batch)
     if config.initial_variance is None:
         variance = scaled_variance(config.prior_settings, linearize.adapter, mean, mean_squares)
-        if config.initial_spread == "wide_head":
-            variance = wide_head(linearize.adapter, mean_squares, variance)
-        if config.initial_spread in ("bounded", "wide_head"):
+        if config.initial_spread == "bounded":
             return bounded_features(linearize.adapter, mean, batch, mean_squares, variance)
         return variance
     return bounded_variance(config.prior_settings, linearize.adapter, mean, batch, mean_squares)
@@ -166,28 +163,6 @@ def bounded_features(
     for where in ranges:
         bounded[where] = bounded[where].clamp_max(initial / max(1, number))
     return bounded
-
-
-def wide_head(adapter: AdapterModel, mean_squares: Tensor, variance: Tensor) -> Tensor:
-    """The variance with ``HEAD_FACTOR`` times as much outside the adapter layers, at the same variance of the outputs.
-
-    A model without adapter layers keeps it, and so does one that has nothing else. Ours.
-
-    Args:
-        adapter: the model.
-        mean_squares: of the columns of the Jacobian, over examples and outputs, (n,).
-        variance: of all parameters, (n,).
-    """
-    slices = adapter.slices()
-    of_layers = layer_tensors(adapter)
-    if not of_layers:
-        return variance
-    wide = variance.clone()
-    for name, where in slices.items():
-        if name not in of_layers:
-            wide[where] *= HEAD_FACTOR
-    before, after = (float((v.double() * mean_squares.double()).sum()) for v in (variance, wide))
-    return wide * (before / after)
 
 
 def is_output_bias(mean_squares: Tensor) -> bool:

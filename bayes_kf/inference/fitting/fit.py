@@ -88,10 +88,9 @@ def fit(
             ``best`` is one of them. For float targets it is one posterior whose mean is moved by up to 100 passes,
             while the prior's scales and the noise variance maximize the evidence
             (``fitting.regression.regression_fit``). If the loader cannot be split, ``fit`` makes one pass with
-            ``KalmanConfig.stream()``. With ``start`` "trained" it uses ``KalmanConfig.trained()``, with a
-            ``checkpoint`` ``KalmanConfig()``. The targets decide the likelihood: integers are class labels, floats are
-            real numbers with Gaussian noise of an estimated variance, bools are answers ("bernoulli"). A config is used
-            as it is, with its own likelihood.
+            ``KalmanConfig.stream()``. With ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The
+            targets decide the likelihood: integers are class labels, floats are real numbers with Gaussian noise of an
+            estimated variance, bools are answers ("bernoulli"). A config is used as it is, with its own likelihood.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
@@ -179,7 +178,7 @@ def _fit(
     if start == "trained" and not isinstance(config, KalmanConfig | None):
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
     if isinstance(config, KalmanConfig) or held_out is not None or start == "trained":
-        without = KalmanConfig.trained() if start == "trained" else KalmanConfig.stream()
+        without = KalmanConfig() if start == "trained" else KalmanConfig.stream()
         settings = config if isinstance(config, KalmanConfig) else without
         is_default = config is None
         return fit_config(model, loader, settings, start, progress, choose_defaults=is_default, held_out=held_out)
@@ -222,7 +221,7 @@ def fit_default(
             return fit_regression_mixture(model, loader, progress, members, seed)
         return fit_regression(model, loader, progress, seed)
     if start == "trained" or heldout_config_selection.split_loader(loader) is None:
-        single = KalmanConfig.trained(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
+        single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
     return fit_default_mixture(model, loader, progress, seed, members or MEMBERS)
 

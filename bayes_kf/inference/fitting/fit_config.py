@@ -33,7 +33,6 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch
 
 LATEST = "latest"  # the word for a stream's latest examples as held-out data
-RANK_BYTES, LEAST_RANK = 2**31, 20  # of the low-rank part of a trained adapter's precision
 
 
 class _Data(NamedTuple):
@@ -96,7 +95,7 @@ def fit_config(
     if not data.first:
         raise ValueError("`loader` must yield at least one batch, got none.")
     if choose_defaults:
-        kf = _with_defaults(kf, data.first, is_trained)
+        kf = _with_defaults(kf, data.first)
     if held_out == LATEST:
         return _fit_from_prior(kf, data, prior_mean, keeps_latest=True)
     posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data, prior_mean)
@@ -149,19 +148,13 @@ def _check_passes(config: KalmanConfig, loader: Iterable[Any], is_trained: bool)
         prior_evidence.check_static_prior(config.dynamics_settings)
 
 
-def _with_defaults(kf: KalmanFilter, batches: list[Any], is_trained: bool) -> KalmanFilter:
-    """The filter with the default likelihood for the targets, and the curvature for the number of outputs.
-
-    A trained adapter that is large gets a lower rank: ``RANK_BYTES`` for W, but ``LEAST_RANK`` columns.
-    """
+def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
+    """The filter with the default likelihood for the targets, and the curvature for the number of outputs."""
     inputs, _ = inputs_and_targets(batches[0], 0)
     check_inputs(inputs)
     settings = default_likelihood(split_batch(batch)[1] for batch in batches) or {
         "curvature": default_curvature(kf.adapter, inputs, EXACT_IN_ONE_PASS)
     }
-    if is_trained:
-        most = RANK_BYTES // (kf.adapter.num_parameters * kf.adapter.dtype.itemsize)
-        settings = settings | {"rank": min(kf.config.rank, max(LEAST_RANK, most))}
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 
 

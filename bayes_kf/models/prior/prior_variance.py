@@ -28,8 +28,7 @@ def logit_variance(
 
     A tensor with gain g (mean of ‖J_bj‖² over examples and outputs, in the tensor's columns) and variance c adds c·g to
     the prior variance of the outputs. With ``spread`` "constant" all tensors have one c, and the tensors with most gain
-    hold nearly all of that variance; "bounded" and "wide_head" too, before ``filtering/prior.py`` narrows the adapter
-    layers or widens the other tensors.
+    hold nearly all of that variance; "bounded" too, before ``filtering/prior.py`` narrows the adapter layers.
     With "tensors" each tensor adds the same share, c = share/g. Then a tensor with little effect, such as LoRA's B
     behind a new head, gets a variance that is far too large once the head has learned. "modules" is between the two:
     the tensors of a module have one c ∝ 1/√g, g the module's gain, and add a share ∝ √g.
@@ -43,7 +42,7 @@ def logit_variance(
         squares: mean square of every tensor's elements at the prior mean.
         modules: per tensor, the name of its module; only "modules" uses it.
         logit_sd: standard deviation of the outputs, in their own unit (logits for classifiers).
-        spread: "modules", "tensors", "constant", "bounded" or "wide_head".
+        spread: "modules", "tensors", "constant" or "bounded".
 
     Raises:
         ValueError: if no output depends on any parameter.
@@ -61,7 +60,7 @@ def logit_variance(
         raise ValueError(
             f"`initial_logit_sd` needs outputs that depend on the trainable tensors, got a gain of {total:g}."
         )
-    if spread in ("constant", "bounded", "wide_head"):
+    if spread in ("constant", "bounded"):
         return [logit_sd**2 / total] * len(gains)
     groups = list(modules) if spread == "modules" else [str(index) for index in range(len(gains))]
     has_effect = [gain > MIN_GAIN_SHARE * total for gain in gains]

@@ -1,8 +1,7 @@
-"""``initial_spread`` "bounded" and "wide_head": adapter layers change the outputs by at most their own size."""
+"""``initial_spread`` "bounded": adapter layers change the outputs by at most their own size."""
 
 import pytest
 import torch
-from oracles import dense_jacobian
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -62,38 +61,6 @@ def test_behind_a_head_of_zeros_the_adapter_keeps_the_scale_of_its_initial_value
     values = torch.cat([kf.adapter.vector()[kf.adapter.slices()[name]] for name in layers if "lora_A" in name])
     for name in layers:
         torch.testing.assert_close(sd[name], values.square().mean().sqrt().expand_as(sd[name]))
-
-
-def test_a_wide_head_has_ten_times_the_variance_of_the_adapter_at_the_same_variance_of_the_outputs():
-    kf, x, sd, layers = prior(length=300.0, spread="wide_head")
-    inside = torch.cat([sd[name] for name in layers])
-    outside = torch.cat([sd[name] for name in sd if name not in layers])
-    torch.testing.assert_close(inside, inside[:1].expand_as(inside), rtol=1e-6, atol=0)
-    torch.testing.assert_close(outside.square(), 10 * inside[:1].square().expand_as(outside), rtol=1e-5, atol=0)
-    steps = torch.cat([sd[name] for name in kf.adapter.names])
-    _, rows = dense_jacobian(kf.adapter.model, lambda model: model(x))
-    variance = (rows * steps).square().sum(-1).mean()
-    assert float(variance.sqrt()) == pytest.approx(10.0, rel=1e-3)
-
-
-def test_a_wide_head_leaves_the_adapter_the_bound():
-    _, _, bounded, layers = prior(length=1.0)
-    _, _, wide, _ = prior(length=1.0, spread="wide_head")
-    for name in layers:
-        torch.testing.assert_close(wide[name], bounded[name], rtol=1e-4, atol=0)
-    for name in bounded:
-        if name not in layers:
-            assert (wide[name] > bounded[name]).all()
-
-
-def test_without_adapter_layers_there_is_one_variance():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(16, 4)
-    variances = [
-        KalmanFilter(model, KalmanConfig(initial_spread=spread)).init(x).prior.variance
-        for spread in ("constant", "wide_head")
-    ]
-    assert torch.equal(*variances)
 
 
 def test_a_given_mean_is_the_mean_of_the_prior():

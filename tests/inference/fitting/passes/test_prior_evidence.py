@@ -15,7 +15,6 @@ import bayes_kf as bkf
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.fitting import fit_config
 from bayes_kf.inference.fitting.passes import prior_evidence
 from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
@@ -307,17 +306,20 @@ def test_held_out_targets_with_gaussian_noise_are_learned_as_the_closed_form_say
     assert int(posterior.state.examples) == 60
 
 
-def test_without_a_config_a_trained_classifier_has_the_wide_prior_and_a_rank_that_fits_in_memory(monkeypatch):
-    model, batches = network(), data(count=3)
-    settings = bkf.fit(model, batches, start="trained", progress=False).config
-    expected = bkf.KalmanConfig.trained()
-    assert (settings.initial_spread, settings.rank) == (expected.initial_spread, expected.rank) == ("wide_head", 100)
-    number = AdapterModel(model).num_parameters
-    for columns, rank in ((30, 30), (7, 20)):  # no fewer than 20
-        monkeypatch.setattr(fit_config, "RANK_BYTES", 8 * number * columns)
-        assert bkf.fit(model, batches, start="trained", progress=False).config.rank == rank
-        given = bkf.KalmanConfig(rank=50)
-        assert bkf.fit(model, batches, given, start="trained", progress=False).config.rank == 50
+def test_an_estimated_noise_variance_stays_as_the_held_out_targets_chose_it():
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    targets = inputs.sum(1, keepdim=True) + 0.5 * torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", covariance="full")
+    batches = [(inputs[k : k + 10], targets[k : k + 10]) for k in range(0, 60, 10)]
+    posterior = bkf.fit(model, batches[:4], config, start="trained", held_out=batches[4:], progress=False)
+    same_mean = bkf.fit(model, batches[:4], config, start="trained", progress=False).calibrate(batches[4:])
+    assert torch.equal(posterior.state.noise.variance, same_mean.state.noise.variance)
+    assert torch.equal(posterior.history["size"], same_mean.history["size"])
+    assert not torch.equal(posterior.mean_vector, same_mean.mean_vector)
 
 
 def test_a_prior_or_a_temperature_that_is_given_stays():
