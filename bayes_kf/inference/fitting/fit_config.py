@@ -113,7 +113,7 @@ def _learn_held_out(posterior: Posterior, batches: Iterable[Any], data: _Data) -
 
     σ² stays as they chose it.
     """
-    (chosen,) = calibration.calibrate([posterior], [1.0], batches, stacklevel=6)
+    (chosen,) = calibration.calibrate([posterior], [1.0], batches, standard_errors=0.0, stacklevel=6)
     history = FitHistory(posterior.config.likelihood)  # not kept: the series are those of the training examples
     with ProgressBar(num_batches(batches), f"{data.label}the held-out part", data.progress) as bar:
         state = filter_pass(chosen.kf, chosen.state, batches, history, bar)
