@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.config_groups import PredictiveSettings
+
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MAX_STANDARD_ERRORS = 0.5  # by which the loss of the chosen temperature may be above the smallest loss
 MEAN_ALONE = 0.01  # at and below it, the sd of outputs is at most a tenth of P's, which hardly changes predictions
@@ -56,11 +58,11 @@ def add(state: TemperatureState, losses: Tensor) -> TemperatureState:
     return TemperatureState(state.updates + 1, state.total + losses.sum(1), state.differences + squares)
 
 
-def choose(state: TemperatureState) -> float:
+def choose(state: TemperatureState, margin: float = 0.0) -> float:
     """The temperature nearest to 1 whose log loss is not clearly above the smallest; 1 before the first score.
 
     The loss is above the smallest by at most ``MAX_STANDARD_ERRORS`` standard errors of the difference, paired by
-    example.
+    example, or by at most ``margin``, in nats of all examples together.
     """
     if state.updates == 0:
         return 1.0
@@ -69,7 +71,8 @@ def choose(state: TemperatureState) -> float:
         return GRID[0]
     best = int((state.total == least).nonzero().max())  # the largest among equals
     excess = state.total - least
-    return nearest_to_one(excess <= MAX_STANDARD_ERRORS * state.differences[best].sqrt(), excess, best)
+    allowed = (MAX_STANDARD_ERRORS * state.differences[best].sqrt()).clamp_min(margin)
+    return nearest_to_one(excess <= allowed, excess, best)
 
 
 def nearest_to_one(near: Tensor, excess: Tensor, best: int) -> float:
@@ -100,6 +103,7 @@ def warn_of_edge(temperature: float) -> None:
         )
 
 
-def temperature(setting: float | str, state: TemperatureState) -> float:
-    """The configured temperature, or the one that the scores choose."""
-    return choose(state) if isinstance(setting, str) else setting
+def temperature(settings: PredictiveSettings, state: TemperatureState, examples: int) -> float:
+    """The configured temperature, or the one that the scores of so many examples choose."""
+    chosen = settings.temperature
+    return choose(state, settings.temperature_margin * examples) if isinstance(chosen, str) else chosen
