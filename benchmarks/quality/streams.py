@@ -13,10 +13,8 @@ earlier version of the package, whose folder comes first in PYTHONPATH.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,9 +27,10 @@ from bayes_kf.models.zoo import lora_digits_vit
 from benchmarks.bench.registry.problems import found_problems
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.learners import Stream
-from benchmarks.common.result_files import ResultFile, markdown_table, mean_sd
+from benchmarks.common.result_files import ResultFile
 from benchmarks.papers import online
 from benchmarks.quality import drift
+from benchmarks.quality.streams_table import render
 
 ROWS = {
     "before": "before size and sharpness",
@@ -149,94 +148,6 @@ def _given(values: Tensor | None) -> Tensor:
     return values
 
 
-def render(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The differences of online log loss, then a table for each stream."""
-    lines = [
-        "One pass, one example at a time. Online scores come before each update; the others are of held-out examples"
-        " after the pass. Epistemic: mutual information of label and parameters, mean in nats. ECE [upper end of the"
-        " null band]. T: temperature. Mean ± sd over seeds where there are several.",
-        "",
-        "## Differences of online log loss",
-        "",
-        "In nats an example, with the standard error over blocks of 25 examples; negative: the first is better.",
-        "",
-        *differences(cells),
-    ]
-    for name, problem in PROBLEMS.items():
-        rows = [row for row in ROWS if _of(cells, name, row)]
-        if rows:
-            examples, seeds = _of(cells, name, rows[0])[0]["examples"], len(_of(cells, name, rows[0]))
-            lines += [
-                "",
-                f"## {problem.title}",
-                "",
-                f"{examples:,} examples, seeds: {seeds}.",
-                "",
-            ]
-            lines += markdown_table(HEADER, [_line(ROWS[row], _of(cells, name, row)) for row in rows])
-    return lines
-
-
-ONLINE, HELD_OUT = ["online log loss", "online accuracy"], ["NLL", "accuracy", "ECE", "epistemic"]
-HEADER = ["", *ONLINE, *HELD_OUT, "T", "size", "sharpness", "ms"]
-PAIRS = {
-    "today − before": ("stream", "before"),
-    "whitened − default": ("stream-whitened", "stream"),
-    "whitened − `KalmanConfig()`": ("single-whitened", "single"),
-}
-
-
-def differences(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each stream, a column for each pair of rows; the held-out differences beside them."""
-    header = ["", *PAIRS, *(f"NLL, {pair}" for pair in PAIRS), "NLL, latest − default"]
-    table = []
-    for name, problem in PROBLEMS.items():
-        online_ = [difference(cells, name, *pair) for pair in PAIRS.values()]
-        final = [_heldout_difference(cells, name, *pair) for pair in [*PAIRS.values(), ("stream-latest", "stream")]]
-        table.append([problem.title, *online_, *final])
-    return markdown_table(header, table)
-
-
-def difference(cells: Mapping[str, Mapping[str, Any]], name: str, first: str, second: str) -> str:
-    """The text "mean ± standard error" of the differences of two rows' losses, paired by block; a dash for none."""
-    pairs = _paired(cells, name, first, second)
-    values = [a - b for one, other in pairs for a, b in zip(one["blocks"], other["blocks"], strict=True)]
-    if len(values) < 2:
-        return "–"
-    values_ = torch.tensor(values, dtype=torch.float64)
-    return f"{values_.mean():+.3f} ± {values_.std() / math.sqrt(len(values)):.3f}"
-
-
-def _heldout_difference(cells: Mapping[str, Mapping[str, Any]], name: str, first: str, second: str) -> str:
-    values = [one["nll"] - other["nll"] for one, other in _paired(cells, name, first, second) if "nll" in one]
-    return f"{sum(values) / len(values):+.3f}" if values else "–"
-
-
-def _paired(
-    cells: Mapping[str, Mapping[str, Any]], name: str, first: str, second: str
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    keys = [(f"{name}/{first}/{seed}", f"{name}/{second}/{seed}") for seed in PROBLEMS[name].seeds]
-    return [(cells[one], cells[other]) for one, other in keys if one in cells and other in cells]
-
-
-def _of(cells: Mapping[str, Mapping[str, Any]], name: str, row: str) -> list[Mapping[str, Any]]:
-    keys = [f"{name}/{row}/{seed}" for seed in PROBLEMS[name].seeds]
-    return [cells[key] for key in keys if key in cells]
-
-
-def _line(title: str, cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    def text(name: str, digits: int = 3) -> str:
-        return mean_sd([cell[name] for cell in cells if cell.get(name) is not None], digits)
-
-    def listed(name: str) -> str:
-        return ", ".join(f"{cell[name]:.3g}" for cell in cells if cell[name] is not None) or "–"
-
-    band = "" if "ece" not in cells[0] else f" [{max(cell['ece_null_high'] for cell in cells):.3f}]"
-    scores = [text("nll"), text("accuracy"), text("ece") + band, text("epistemic")]
-    chosen = [listed("temperature"), listed("size"), listed("sharpness")]
-    return [title, text("online_log_loss"), text("online_accuracy"), *scores, *chosen, text("milliseconds", 0)]
-
-
 def main() -> None:
     """The command line."""
     today = [row for row in ROWS if row != "before"]
@@ -251,7 +162,8 @@ def main() -> None:
             for seed in PROBLEMS[name].seeds
         }
         run_cells(file, work, args.redo, show)
-    print(file.write_markdown("Streams: settings on all online tables", render(file.cells)))
+    titles = {name: problem.title for name, problem in PROBLEMS.items()}
+    print(file.write_markdown("Streams: settings on all online tables", render(file.cells, titles, ROWS)))
 
 
 def show(cell: dict[str, Any]) -> str:

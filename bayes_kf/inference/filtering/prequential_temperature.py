@@ -3,7 +3,8 @@
 Before each update the filter's linearized predictions are scored at every temperature of a grid. This needs no
 validation set and no further pass through the network. Log losses separate temperatures only if they differ much: if P
 is small compared with the noise of the labels, the losses are almost equal at all temperatures, and P itself is more
-informative. So the chosen temperature is the one nearest to 1 whose loss is not clearly above the smallest. Ours.
+informative. So the chosen temperature is the one nearest to 1 whose loss is not clearly above the smallest. On a long
+stream a few thousandths of a nat an example are clear, so a margin may allow a loss that is no more than that. Ours.
 """
 
 from __future__ import annotations
