@@ -63,7 +63,8 @@ def choose(state: TemperatureState, margin: float = 0.0) -> float:
     """The temperature nearest to 1 whose log loss is not clearly above the smallest; 1 before the first score.
 
     The loss is above the smallest by at most ``MAX_STANDARD_ERRORS`` standard errors of the difference, paired by
-    example, or by at most ``margin``, in nats of all examples together.
+    example. At hotter temperatures than the one with the smallest loss, it may be ``margin`` above it, in nats of all
+    examples together.
     """
     if state.updates == 0:
         return 1.0
@@ -72,7 +73,8 @@ def choose(state: TemperatureState, margin: float = 0.0) -> float:
         return GRID[0]
     best = int((state.total == least).nonzero().max())  # the largest among equals
     excess = state.total - least
-    allowed = (MAX_STANDARD_ERRORS * state.differences[best].sqrt()).clamp_min(margin)
+    allowed = MAX_STANDARD_ERRORS * state.differences[best].sqrt()
+    allowed[best:] = allowed[best:].clamp_min(margin)
     return nearest_to_one(excess <= allowed, excess, best)
 
 
