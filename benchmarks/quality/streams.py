@@ -4,7 +4,7 @@ One pass, one example at a time: USPS, UCI digits, KMNIST and SST-2 as in ``benc
 ``benchmarks.bench.run_online``, and MNIST that changes as in ``benchmarks.quality.drift``; the longer ones are cut.
 Rows: the settings of ``fit`` for streams, with whitened LoRA inputs, and with the size and the sharpness that the
 latest examples choose; ``KalmanConfig()`` without and with whitened inputs. Row "before" is the first one under an
-earlier version of the package, whose folder comes first in PYTHONPATH.
+earlier version of the package (commit 8273a08), whose folder comes first in PYTHONPATH.
 
     python -m benchmarks.quality.streams              # all rows but "before"; a stopped run continues
     PYTHONPATH=EARLIER:. python -P -m benchmarks.quality.streams --rows before
