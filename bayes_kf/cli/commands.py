@@ -22,10 +22,17 @@ from bayes_kf.inference.fitting.progress import shows_progress
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.likelihood import LIKELIHOODS
+from bayes_kf.validation import check_whole
 
 
 def run_fit(args: argparse.Namespace) -> None:
     """``bayes-kf fit``."""
+    if args.members is not None:
+        check_whole("--members", args.members)
+        if args.online or gives_settings(args) or args.start != "prior":
+            raise ValueError(
+                "`--members` needs a fit without settings and `--online`, and `--start` prior, got another."
+            )
     if args.online:
         run_online(args)
         return
@@ -46,7 +53,9 @@ def run_fit(args: argparse.Namespace) -> None:
         posterior = fit(model, data.loader, settings, start=args.start, progress=progress)
     else:  # no settings: as `bkf.fit` without a config
         with naming_options(config="--likelihood"):
-            posterior = fit_default(model, data.loader, args.start, shows_progress(progress), settings.seed)
+            posterior = fit_default(
+                model, data.loader, args.start, shows_progress(progress), settings.seed, args.members
+            )
         prequential_temperature.warn_of_edge(posterior.temperature)
     seconds = time.perf_counter() - begun
     save_posterior(posterior, args.output, labels, base.new_head)

@@ -109,6 +109,12 @@ def _fit(parser: Parser) -> None:
         default=STARTS[0],
         help="prior: start from the current weights; trained: keep them as the mean (default: %(default)s)",
     )
+    parser.add_argument(
+        "--members",
+        type=int,
+        metavar="N",
+        help="posteriors in the mixture of a fit without settings (default: 2; one for numbers)",
+    )
     adapter = parser.add_argument_group("adapter")
     which = adapter.add_mutually_exclusive_group()
     which.add_argument("--lora", type=Path, metavar="PATH", help="PEFT config of a new adapter: JSON or its folder")

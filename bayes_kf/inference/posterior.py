@@ -116,7 +116,7 @@ class Posterior(GaussianPosterior):
         Raises:
             ValueError: if the likelihood has no softmax, and as for :meth:`calibrate`.
         """
-        return calibration.calibrate_sharpness(self, loader)
+        return calibration.calibrate_sharpness([self], [1.0], loader)[0]
 
     def output_variance(self, batch: Any) -> dict[str, float]:
         """Contribution of each tensor to the variance of the outputs, tensor name -> squared units of the outputs.

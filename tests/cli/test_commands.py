@@ -101,6 +101,23 @@ def test_without_settings_a_folder_holds_a_mixture(folder, tmp_path, capsys):
     assert not (tmp_path / "p" / "member_1").exists()
 
 
+def test_members_asks_for_a_larger_mixture(folder, tmp_path, capsys):
+    fit = [
+        *map(
+            str,
+            ("fit", "--model", "digits-vit", "--data", folder / "heldout.npz", "--rank", 1, "--output", tmp_path / "p"),
+        )
+    ]
+    assert main([*fit, "--members", "3"]) == 0
+    assert "mixture of 3 members" in capsys.readouterr().out
+    assert (tmp_path / "p" / "member_2" / "kalman_state.safetensors").exists()
+    for other in (["--covariance", "diagonal"], ["--start", "trained"], ["--online"]):
+        assert main([*fit, "--members", "3", *other]) == 2
+        assert "`--members` needs a fit without settings and `--online`, and `--start` prior" in capsys.readouterr().err
+    assert main([*fit, "--members", "0"]) == 2
+    assert "`--members` must be a whole number >= 1, got 0" in capsys.readouterr().err
+
+
 def test_evaluate_says_what_the_library_says(folder, tmp_path):
     run("fit", "--model", "digits-vit", "--data", folder / "digits.npz", "--batch-size", 8, "--output", tmp_path / "p")
     base = load_base(commands.model_folder("digits-vit"), "image", 10, 0)

@@ -18,12 +18,13 @@ from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
 from bayes_kf.inference.fitting.loader import num_batches
-from bayes_kf.inference.fitting.mixture_fit import fit_default_mixture
+from bayes_kf.inference.fitting.mixture_fit import MEMBERS, fit_default_mixture
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
 from bayes_kf.inference.fitting.regression.examples import holds_real_targets
 from bayes_kf.inference.fitting.regression.regression_fit import fit_regression
+from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
 from bayes_kf.inference.fitting.selection import heldout_config_selection
 from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
@@ -193,15 +194,36 @@ def _fit(
 
 
 def fit_default(
-    model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int = 0
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    start: str,
+    progress: bool,
+    seed: int = 0,
+    members: int | None = None,
 ) -> Posterior | MixturePosterior:
-    """The result of :func:`fit` without a ``config``; ``seed`` is that of the default settings."""
+    """The result of :func:`fit` without a ``config``, or of :func:`fit_mixture` if ``members`` is a number.
+
+    Args:
+        model: as for :func:`fit`; so are the others.
+        loader: the data.
+        start: of the mean.
+        progress: whether to show it.
+        seed: of the default settings.
+        members: of a mixture.
+
+    Raises:
+        ValueError: if members are asked for where there is no mixture.
+    """
+    if members is not None and (start == "trained" or heldout_config_selection.split_loader(loader) is None):
+        raise ValueError(f"`members` needs `start` 'prior' and data that can be split, got {members} of {start!r}.")
     if start == "prior" and holds_real_targets(loader):
+        if members is not None:
+            return fit_regression_mixture(model, loader, progress, members, seed)
         return fit_regression(model, loader, progress, seed)
     if start == "trained" or heldout_config_selection.split_loader(loader) is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
-    return fit_default_mixture(model, loader, progress, seed)
+    return fit_default_mixture(model, loader, progress, seed, members or MEMBERS)
 
 
 class _CandidateFit(NamedTuple):

@@ -59,16 +59,16 @@ def calibrate(members: Sequence[P], weights: Sequence[float], loader: Iterable[A
     return sized
 
 
-def calibrate_sharpness(posterior: P, loader: Iterable[Any]) -> P:
-    """The posterior with the sharpness of held-out data at its present covariance.
+def calibrate_sharpness(members: Sequence[P], weights: Sequence[float], loader: Iterable[Any]) -> list[P]:
+    """The members with the one sharpness of held-out data at their present covariances; arguments as for ``calibrate``.
 
     Raises:
         ValueError: if the likelihood has no softmax, the loader yields nothing, or a batch has no targets or does not
             fit.
     """
-    if posterior.config.likelihood != "categorical":
-        raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {posterior.config.likelihood!r}.")
-    (sharp,), sharpness = _with_chosen_sharpness([posterior], [1.0], _reiterable(loader))
+    if members[0].config.likelihood != "categorical":
+        raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {members[0].config.likelihood!r}.")
+    sharp, sharpness = _with_chosen_sharpness(members, weights, _reiterable(loader))
     warn([edge_of_sharpness(sharpness)], 4)
     return sharp
 

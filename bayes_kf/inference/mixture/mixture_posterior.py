@@ -189,6 +189,11 @@ class MixturePosterior:
         members = tuple(calibration.calibrate(self.members, self.weights, loader))
         return replace(self, members=members, history=self.history | members[0].history)
 
+    def calibrate_softmax(self, loader: Iterable[Any]) -> Self:
+        """The mixture with its sharpness alone set by held-out data; see :meth:`Posterior.calibrate_softmax`."""
+        members = tuple(calibration.calibrate_sharpness(self.members, self.weights, loader))
+        return replace(self, members=members, history=self.history | members[0].history)
+
     def update(self, inputs: Inputs, targets: Tensor) -> Self:
         """The mixture after one more batch: every member updated, and its weight multiplied by its p(y | x).
 

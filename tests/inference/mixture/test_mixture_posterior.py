@@ -1,12 +1,14 @@
 """Mixtures of posteriors: predictions, draws, files and everything that a posterior can do."""
 
 import json
+import math
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from scipy.optimize import minimize_scalar
 from small_problems import X, linear, loader
 
 import bayes_kf as bkf
@@ -195,6 +197,26 @@ def test_calibrate_sets_the_sizes_and_one_sharpness(mixture, digits):
         assert bool((after.variance_vector <= before.variance_vector).all())  # held-out data may narrow the prior
         assert torch.equal(before.mean_vector, after.mean_vector)
         assert before.softmax_temperature == 1.0
+
+
+def test_calibrate_softmax_sets_the_sharpness_of_the_average_alone(mixture, digits):
+    """The divisor has the least log loss of the averaged probabilities, by SciPy, with the prior on its logarithm."""
+    images, labels = digits[1].images[:60], digits[1].labels[:60]
+    sharp = mixture.calibrate_softmax([(images, labels)])
+    assert {m.softmax_temperature for m in sharp.members} == {sharp.softmax_temperature}
+    assert not any("size" in member.history for member in sharp.members)
+    for before, after in zip(mixture.members, sharp.members, strict=True):
+        assert torch.equal(before.variance_vector, after.variance_vector)
+
+    def objective(log_divisor):
+        members = [m.with_settings(softmax_temperature=math.exp(log_divisor)) for m in mixture.members]
+        at = bkf.MixturePosterior(tuple(members), mixture.weights)
+        probs = at.predict(images, num_samples=4096).probs[torch.arange(60), labels]
+        return -float(probs.double().log().sum()) + 0.5 * (log_divisor / 0.5) ** 2
+
+    best = math.exp(minimize_scalar(objective, bounds=(-2.3, 2.3), method="bounded", options={"xatol": 0.01}).x)
+    assert sharp.softmax_temperature == pytest.approx(best, rel=0.03)
+    assert sharp.history["sharpness"][0] == sharp.softmax_temperature
 
 
 def test_reports_arviz_and_exports(mixture, digits, tmp_path):

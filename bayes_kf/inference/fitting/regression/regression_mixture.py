@@ -24,13 +24,13 @@ MEMBERS = 3
 
 
 def fit_regression_mixture(
-    model: nn.Module | AdapterModel, loader: Iterable[Any], progress: bool, members: int = MEMBERS
+    model: nn.Module | AdapterModel, loader: Iterable[Any], progress: bool, members: int = MEMBERS, seed: int = 0
 ) -> MixturePosterior:
     """The mixture of ``members`` fits; other arguments and errors as for :func:`.regression_fit.fit_regression`."""
     adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    fits = [fit_regression(adapter, loader, progress)]
-    for seed in range(1, members):
-        fits.append(fit_regression(other_start(adapter, seed), loader, progress, seed).with_adapter(adapter))
+    fits = [fit_regression(adapter, loader, progress, seed)]
+    for other in range(seed + 1, seed + members):
+        fits.append(fit_regression(other_start(adapter, other), loader, progress, other).with_adapter(adapter))
     return MixturePosterior(tuple(fits), (1.0 / members,) * members, fits[0].history)
 
 
