@@ -297,7 +297,7 @@ class KalmanConfig:
     temperature_margin: float = setting(
         0.0,
         'Nats an example by which the log loss at the "prequential" temperature may exceed that of a colder one. '
-        "Without it, long streams reject every covariance for a few thousandths, and with it the epistemic uncertainty.",
+        "Without it, long streams reject all covariances for a few thousandths, and with them epistemic uncertainty.",
         check=check_not_negative,
     )
     softmax_temperature: float = setting(
