@@ -31,7 +31,7 @@ inference/config_groups inference/config_field inference/config_combinations
 inference/covariance/
 inference/linearization/
 models
-models/clip/ models/zoo models/language
+models/clip/ models/zoo models/language/
 models/prior/
 models/batched_forward
 models/adapter

@@ -89,7 +89,8 @@ class KalmanConfig:
     likelihood: str = setting(
         "categorical",
         'The observation model: "categorical", "bernoulli", "gaussian", "poisson", "student_t" (real targets with '
-        'outliers) or "heteroscedastic_gaussian" (two outputs a target: the means, then the log variances).',
+        'outliers), "heteroscedastic_gaussian" (two outputs a target: the means, then the log variances) or "tokens" '
+        "(the learned tokens of text, as SupervisedTokens reads them).",
     )
     covariance: str = setting(
         "low_rank",

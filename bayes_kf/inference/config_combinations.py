@@ -64,11 +64,24 @@ def _check_observation(config: Any) -> None:
             "`noise_variance` 'estimated' needs `likelihood` 'gaussian' or 'student_t' and `noise` "
             f"'exponential_family', got {config.likelihood!r} and {config.noise!r}."
         )
+    if config.likelihood == "tokens":
+        _check_text(config)
+        return
     if config.curvature != "exact" and observation != ("categorical", "exponential_family"):
         raise ValueError(
             f"`curvature` {config.curvature!r} needs `likelihood` 'categorical' and `noise` 'exponential_family', "
             f"got {config.likelihood!r} and {config.noise!r}."
         )
+
+
+def _check_text(config: Any) -> None:
+    """Raise ValueError for settings that do not suit the tokens of text."""
+    needed = {"noise": "exponential_family", "curvature": "sampled", "gate_quantile": None, "tune": None}
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"`{name}` must be {value!r} for `likelihood` 'tokens', got {getattr(config, name)!r}.")
+    if config.initial_spread == "bounded":
+        raise ValueError("`initial_spread` must not be 'bounded' for `likelihood` 'tokens', got 'bounded'.")
 
 
 def _check_grid(config: Any, grid: object) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.batch import Inputs
+from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.eval_mode import EvalMode
 from bayes_kf.models.forward import as_matrix, to_model
 from bayes_kf.models.model_lock import model_lock
@@ -206,6 +206,15 @@ class AdapterModel:
         with nullcontext() if self._autocast is None else self.autocast():
             outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
         return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
+
+    def with_targets(self, batch: Batch, seed: int = 0) -> Batch:
+        """The batch with all inputs that a forward pass with targets needs: the same, unless a subclass adds some.
+
+        Args:
+            batch: with targets.
+            seed: of random numbers in the forward pass.
+        """
+        return batch
 
     def autocast(self) -> AbstractContextManager[object]:
         """The caller's autocast, inside :meth:`full_precision`. Casts are not cached, else they would outlive it."""

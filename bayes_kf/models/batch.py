@@ -107,6 +107,8 @@ class Batch:
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
     """The inputs and targets of a loader's batch; the targets are None if the batch has none.
 
+    Labels that are tokens of the ``input_ids``, as language models learn them, stay among the inputs too.
+
     Args:
         batch: ``(inputs, targets)``, a mapping with or without ``labels``, or a tensor of inputs alone.
 
@@ -119,7 +121,10 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
         (['input_ids'], [0, 1])
     """
     if isinstance(batch, Mapping):
-        return {k: v for k, v in batch.items() if k != "labels"}, batch.get("labels")
+        labels = batch.get("labels")
+        if _are_tokens(labels, batch.get("input_ids")):
+            return dict(batch), labels
+        return {k: v for k, v in batch.items() if k != "labels"}, labels
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor | Mapping):
@@ -129,6 +134,17 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
     raise ValueError(
         f"`batch` must be (inputs, targets) or a mapping with `labels`, got {type(batch).__name__}"
         f"{f' of {len(batch)} parts' if isinstance(batch, tuple | list) else ''}."
+    )
+
+
+def _are_tokens(labels: Any, ids: Any) -> bool:
+    """Whether labels are tokens, (B, T), beside ``input_ids``."""
+    return (
+        isinstance(labels, Tensor)
+        and isinstance(ids, Tensor)
+        and labels.ndim == 2
+        and labels.shape == ids.shape
+        and not labels.is_floating_point()
     )
 
 

@@ -18,6 +18,7 @@ from bayes_kf.models.likelihoods.heteroscedastic_gaussian import Heteroscedastic
 from bayes_kf.models.likelihoods.poisson import Poisson
 from bayes_kf.models.likelihoods.student_t import StudentT
 from bayes_kf.models.likelihoods.target_checks import LOG_FLOOR
+from bayes_kf.models.likelihoods.tokens import Tokens
 
 __all__ = [
     "LIKELIHOODS",
@@ -32,13 +33,14 @@ __all__ = [
     "RealLikelihood",
     "RegressionLikelihood",
     "StudentT",
+    "Tokens",
 ]
 
 RealLikelihood = Gaussian | StudentT | HeteroscedasticGaussian
 """Likelihoods of real targets, which have ``normal_mixture``."""
 RegressionLikelihood = RealLikelihood | Poisson
 """Likelihoods of real targets and of counts, which have ``target_variance`` and ``cdf``."""
-Likelihood = Categorical | Bernoulli | RegressionLikelihood
+Likelihood = Categorical | Bernoulli | RegressionLikelihood | Tokens
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
@@ -47,6 +49,7 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "poisson": Poisson,
     "student_t": StudentT,
     "heteroscedastic_gaussian": HeteroscedasticGaussian,
+    "tokens": Tokens,
 }
-NUMERIC = tuple(name for name, family in LIKELIHOODS.items() if family.target_kind != "class")
-"""The likelihoods whose targets are numbers, not classes."""
+NUMERIC = tuple(name for name, family in LIKELIHOODS.items() if family.target_kind not in ("class", "tokens"))
+"""The likelihoods whose targets are numbers, not classes or text."""

@@ -31,6 +31,26 @@ from bayes_kf.inference.measurement_model.output_directions import (
 )
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
+from bayes_kf.models.language import SupervisedTokens
+
+
+def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterModel:
+    """The model as a function of its tensors, with the outputs that the likelihood takes.
+
+    Raises:
+        ValueError: if an adapter has other outputs.
+    """
+    is_text, draws = config.likelihood == "tokens", config.curvature_draws
+    if not isinstance(model, AdapterModel):
+        return SupervisedTokens(model, draws) if is_text else AdapterModel(model)
+    if is_text != isinstance(model, SupervisedTokens):
+        needed = "a module or SupervisedTokens" if is_text else "another reading or module"
+        raise ValueError(
+            f"`model` must be {needed} for `likelihood` {config.likelihood!r}, got {type(model).__name__}."
+        )
+    if isinstance(model, SupervisedTokens) and model.num_probes != draws:
+        raise ValueError(f"`num_probes` must be the {draws} `curvature_draws` of the config, got {model.num_probes}.")
+    return model
 
 
 class KalmanFilter:
@@ -52,9 +72,9 @@ class KalmanFilter:
     posterior_type: ClassVar[type[Any]]  # `Posterior`, set by its module, which imports this one
 
     def __init__(self, model: nn.Module | AdapterModel, config: KalmanConfig | None = None) -> None:
-        self.adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
         self.config = KalmanConfig() if config is None else config
         check_config(self.config)
+        self.adapter = _adapter(model, self.config)
         self.linearize = Linearizer(self.adapter, self.config.outputs_per_pass, self.config.bytes_budget)
 
     def init(self, inputs: Inputs | None = None, mean: Tensor | None = None) -> FilterState:
@@ -124,6 +144,7 @@ class KalmanFilter:
         """
         start = time.perf_counter()
         batch = Batch.labelled(inputs, targets, self.adapter.device)
+        batch = self.adapter.with_targets(batch, self.config.seed + state.examples)
         if self.config.gradient_penalty and (hold_mean or at is not None):
             raise ValueError(
                 "`gradient_penalty` must be 0 if the mean is held or the batch is linearized elsewhere (a trained "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from bayes_kf.inference.measurement_model.mode_expansion import expand_at_mode
 from bayes_kf.inference.measurement_model.moment_matching import match_moments
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.measurement_model.output_directions import log_odds_direction_square
-from bayes_kf.models.likelihood import Gaussian, StudentT
+from bayes_kf.models.likelihood import Gaussian, StudentT, Tokens
 
 
 class UpdatedStates(NamedTuple):
@@ -176,7 +177,7 @@ def _observe(
         u = u + (W @ (point - outputs).to(W).unsqueeze(-1)).squeeze(-1)
     innovation = float(solve_innovation(congruence(W, joint_cov), u.flatten()).squared)
     at_mode = settings.expansion == "mode" and settings.noise == "exponential_family"
-    if at_mode and not fitted_point and not isinstance(family, Gaussian):
+    if at_mode and not fitted_point and not isinstance(family, Gaussian | Tokens):
         if isinstance(family, StudentT):
             W, u, point = match_moments(family, outputs.double(), block.targets, joint_cov)
         else:
@@ -184,9 +185,30 @@ def _observe(
     observation = whiten_observation(W, u, block.jacobian, block.degrees_of_freedom, innovation)
     if block.probes is None:
         return ObservationPair(observation, None), after, jitter
-    probed = block.directions.left_multiply(block.probes.factor(point.to(outputs)))
+    factor = block.probes.factor(point.to(outputs))
+    probed = block.directions.left_multiply(factor)
     zeros = outputs.new_zeros(probed.size * probed.num_rows)
+    if isinstance(family, Tokens):
+        observation = _with_probes(observation, W, u, block, factor)
     return ObservationPair(observation, Observation(probed, zeros)), after, jitter
+
+
+def _with_probes(
+    observation: Observation, factor: Tensor, residual: Tensor, block: MeasurementBlock, probes: Tensor
+) -> Observation:
+    """The observation of text with the probes, which observe 0, so that their precision bounds the step of the mean.
+
+    Args:
+        observation: along the gradients of the log-likelihoods.
+        factor: its W, (B, 1, 1).
+        residual: its u, (B, 1).
+        block: the block.
+        probes: the factor of the probes, (B, K, 1 + K).
+    """
+    along = torch.nn.functional.pad(factor.to(probes), (0, probes.shape[2] - 1))
+    u = torch.nn.functional.pad(residual.to(probes), (0, probes.shape[1])).flatten()
+    jacobian = block.directions.left_multiply(torch.cat([along, probes], 1))
+    return replace(observation, jacobian=jacobian, residual=u)
 
 
 def _condition(
@@ -218,11 +240,11 @@ def score_temperatures(
     block: MeasurementBlock,
     output_cov: Tensor,
 ) -> TemperatureState:
-    """The temperature scores with those of a block; unchanged if the temperature is configured.
+    """The temperature scores with those of a block; unchanged if the temperature is configured, and for text.
 
     If the block has only the label's log odds, the outputs are taken to vary independently, with one variance.
     """
-    if not isinstance(config.temperature, str):
+    if not isinstance(config.temperature, str) or config.likelihood == "tokens":
         return state.temperature_scores
     first = state.examples + where.start  # `where` counts from the first example of the chunk
     if config.curvature == "sampled":

@@ -11,9 +11,11 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.config_groups import PriorSettings
 from bayes_kf.inference.linearization.linearizer import Linearizer
+from bayes_kf.inference.linearization.row_buffer import Directions
 from bayes_kf.inference.measurement_model.output_directions import random_signs
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch
+from bayes_kf.models.likelihoods.tokens import SPREAD, STATISTICS
 from bayes_kf.models.prior.layer_tensors import layer_tensors
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
@@ -204,6 +206,8 @@ def _is_linear(seed: int, adapter: AdapterModel, mean: Tensor, batch: Batch, var
 def _jacobian_mean_squares(config: KalmanConfig, linearize: Linearizer, mean: Tensor, batch: Batch) -> Tensor:
     """Mean squares of the Jacobian's columns over examples and outputs, (n,); by probes unless curvature is exact."""
     num_outputs, total = linearize.prepare(mean, batch), torch.zeros_like(mean)
+    if config.likelihood == "tokens":
+        return _token_mean_squares(linearize, mean, batch)
     count = num_outputs if config.curvature == "exact" else min(num_outputs, MAX_PROBES)
     generator = torch.Generator(device=mean.device).manual_seed(config.seed)
     for _, chunk in linearize.chunks(mean, batch, count):
@@ -211,3 +215,19 @@ def _jacobian_mean_squares(config: KalmanConfig, linearize: Linearizer, mean: Te
         directions = None if count == num_outputs else random_signs(linearized.outputs, count, generator)
         total += linearized.jacobian(directions).column_squares()
     return total / (batch.size * num_outputs)
+
+
+def _token_mean_squares(linearize: Linearizer, mean: Tensor, batch: Batch) -> Tensor:
+    """The same of the logits of learned tokens, weighted by their Fisher information F, (n,).
+
+    The probes of a sequence have E rrᵀ = Σ_t J_tᵀ F_t J_t, and logits of variance s² that are independent have
+    tr F_t C = s² tr F_t: so the mean square is Σ r² / Σ tr F_t.
+    """
+    total, spread = torch.zeros_like(mean), 0.0
+    for _, chunk in linearize.chunks(mean, batch, linearize.num_outputs - STATISTICS):
+        linearized = linearize(mean, chunk, rows_per_example=linearize.num_outputs - STATISTICS)
+        probes = torch.eye(linearize.num_outputs).to(linearized.outputs)[STATISTICS:]
+        directions = Directions(len(probes), lambda _, which, probes=probes: probes[which])  # type: ignore[misc]
+        total += linearized.jacobian(directions).column_squares() / len(probes)
+        spread += float(linearized.outputs[:, SPREAD].double().sum())
+    return total / max(spread, torch.finfo(torch.float32).tiny)

@@ -1,6 +1,7 @@
 """The likelihood of a fit without a config, from its targets. A config, also one with defaults only, is used as it is.
 
-Only unambiguous targets decide: floats are real numbers, bools are answers, integers are class labels. Floats that are
+Only unambiguous targets decide: floats are real numbers, bools are answers, integers (B,) are class labels and integers
+(B, T) are tokens of text. Floats that are
 all 0 or 1 could be either, and an integer could be a count: a config says so.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 LARGEST, SMALLEST = 10.0, 0.1  # root mean square of targets that fit the prior's unit
 MIN_TARGETS = 8  # fewer say little about their size
+TEXT: dict[str, Any] = {"likelihood": "tokens", "curvature": "sampled"}
 REAL: dict[str, Any] = {"likelihood": "gaussian", "noise_variance": "estimated"}
 
 
@@ -30,11 +32,13 @@ def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
     Example:
         >>> default_likelihood([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0])])
         {'likelihood': 'gaussian', 'noise_variance': 'estimated'}
-        >>> default_likelihood([torch.tensor([0, 1])])
-        {}
+        >>> default_likelihood([torch.tensor([0, 1])]), default_likelihood([torch.tensor([[-100, 7, 8]])])
+        ({}, {'likelihood': 'tokens', 'curvature': 'sampled'})
     """
     is_binary = False
     for some in targets:
+        if isinstance(some, Tensor) and some.ndim == 2 and not (some.is_floating_point() or some.dtype == torch.bool):
+            return TEXT
         if not isinstance(some, Tensor) or not (some.is_floating_point() or some.dtype == torch.bool):
             return {}
         if some.dtype == torch.bool:

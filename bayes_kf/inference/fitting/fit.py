@@ -99,9 +99,9 @@ def fit(
             instead. With ``mean_passes``, the mean moves on toward the mode, for adapters whose training was stopped
             early.
         held_out: with ``start`` "trained": batches on which the adapter was not trained, of 50 examples or more if
-            possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`. With
-            ``start`` "prior": "latest": one pass, whose latest 64 to 128 examples choose them, before they are learned
-            (``heldout.latest_examples``).
+            possible. They choose the size of the covariance and the sharpness, as in :meth:`Posterior.calibrate`. Then
+            they are learned: one update with each batch, which moves the mean. With ``start`` "prior": "latest": one
+            pass, whose latest 64 to 128 examples choose them, before they are learned (``heldout.latest_examples``).
         checkpoint: a folder in which a single pass saves its posterior after every ``every`` updates, at the end, and
             when it is stopped (Ctrl-C, an error of the loader). A later call with the same loader, config and folder
             skips the batches of the earlier call; its result equals that of an uninterrupted pass to the bit. None: no

@@ -101,11 +101,23 @@ def fit_config(
     posterior = _fit_trained(kf, data) if is_trained else _fit_from_prior(kf, data, prior_mean)
     posterior = _mean_passes(_gauss_newton_passes(posterior, data), data)
     if held_out is not None and not isinstance(held_out, str):
-        return calibration.calibrate([posterior], [1.0], held_out, stacklevel=5)[0]
+        return _learn_held_out(posterior, calibration.reiterable(held_out), data)
     is_real = posterior.config.likelihood == "gaussian"  # the evidence is exact if the model is linear
     if gets_size and config.initial_variance is None and not is_real:
         return calibration.with_given_size(posterior, prior_evidence.TRAINED_SIZE)
     return posterior
+
+
+def _learn_held_out(posterior: Posterior, batches: Iterable[Any], data: _Data) -> Posterior:
+    """The posterior at the size and sharpness that held-out batches choose, after an update with each of them.
+
+    σ² stays as they chose it.
+    """
+    (chosen,) = calibration.calibrate([posterior], [1.0], batches, standard_errors=0.0, stacklevel=6)
+    history = FitHistory(posterior.config.likelihood)  # not kept: the series are those of the training examples
+    with ProgressBar(num_batches(batches), f"{data.label}the held-out part", data.progress) as bar:
+        state = filter_pass(chosen.kf, chosen.state, batches, history, bar)
+    return dataclasses.replace(chosen, state=state._replace(noise=chosen.state.noise))
 
 
 def _check_held_out(config: KalmanConfig, held_out: Iterable[Any] | str | None) -> None:

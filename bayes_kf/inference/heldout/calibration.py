@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
-from bayes_kf.inference.heldout.covariance_size import choose_size, is_static, with_size
+from bayes_kf.inference.heldout.covariance_size import STANDARD_ERRORS, choose_size, is_static, with_size
 from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_batches, heldout_outputs
 from bayes_kf.inference.heldout.residual_noise import with_heldout_noise
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
@@ -33,23 +33,31 @@ SIZE_BYTES = 2**31  # of their Jacobians, which are all in memory
 P = TypeVar("P", bound=GaussianPosterior)
 
 
-def calibrate(members: Sequence[P], weights: Sequence[float], loader: Iterable[Any], *, stacklevel: int = 3) -> list[P]:
+def calibrate(
+    members: Sequence[P],
+    weights: Sequence[float],
+    loader: Iterable[Any],
+    *,
+    standard_errors: float = STANDARD_ERRORS,
+    stacklevel: int = 3,
+) -> list[P]:
     """The members with the sizes and the one sharpness that held-out data choose; see :meth:`Posterior.calibrate`.
 
     Args:
         members: posteriors of one model and one likelihood.
         weights: of the members, which add up to 1.
         loader: batches with targets that the members were not fitted on.
+        standard_errors: as for :func:`.covariance_size.choose_size`; not used where σ² is chosen with the size.
         stacklevel: of warnings about values at an end of what was tried.
 
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
-    batches = _reiterable(loader)
+    batches = reiterable(loader)
     few = thinned(members[0], batches, _most_examples(members[0]))
     sized, notes = list[P](), list[str | None]()
     for member in members:
-        posterior, size = _with_chosen_size(member, few, batches)
+        posterior, size = _with_chosen_size(member, few, batches, standard_errors)
         sized.append(posterior)
         notes.append(edge_of_size(size, is_static(member.config.dynamics_settings)))
     if members[0].config.likelihood == "categorical":
@@ -68,7 +76,7 @@ def calibrate_sharpness(members: Sequence[P], weights: Sequence[float], loader: 
     """
     if members[0].config.likelihood != "categorical":
         raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {members[0].config.likelihood!r}.")
-    sharp, sharpness = _with_chosen_sharpness(members, weights, _reiterable(loader))
+    sharp, sharpness = _with_chosen_sharpness(members, weights, reiterable(loader))
     warn([edge_of_sharpness(sharpness)], 4)
     return sharp
 
@@ -127,7 +135,9 @@ def at_size_1(posterior: P) -> P:
     return with_size(posterior, 1.0 / present)
 
 
-def _with_chosen_size(posterior: P, few: Sequence[tuple[Inputs, Tensor]], batches: Iterable[Any]) -> tuple[P, Choice]:
+def _with_chosen_size(
+    posterior: P, few: Sequence[tuple[Inputs, Tensor]], batches: Iterable[Any], standard_errors: float
+) -> tuple[P, Choice]:
     """The posterior with the size that a few held-out examples choose, and the σ² of all where it is estimated."""
     estimated = posterior.config.noise_variance == "estimated" and posterior.config.likelihood == "gaussian"
     present = posterior.state.noise.variance
@@ -138,7 +148,7 @@ def _with_chosen_size(posterior: P, few: Sequence[tuple[Inputs, Tensor]], batche
     else:  # under dynamics, σ² does not say how large the data's share of the precision is
         if estimated:
             start = with_heldout_noise(start, batches, present)
-        size = choose_size(start, few)
+        size = choose_size(start, few, standard_errors)
         sized = with_size(start, size.value)
         if estimated:
             sized = with_heldout_noise(sized, batches, present)
@@ -155,7 +165,7 @@ def _with_chosen_sharpness(
     return [replace(member, history=member.history | added) for member in sharp], chosen
 
 
-def _reiterable(loader: Iterable[Any]) -> Iterable[Any]:
+def reiterable(loader: Iterable[Any]) -> Iterable[Any]:
     """The loader, or its batches in a list if it can be iterated only once."""
     return list(loader) if isinstance(loader, Iterator) else loader
 

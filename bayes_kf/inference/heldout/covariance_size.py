@@ -10,7 +10,9 @@ log p(y₁ … y_N) − ½ (log₁₀ s)², with the joint likelihood in blocks 
 single examples hardly depend on s where P is small against the noise of the labels. Where they do, under wide priors of
 networks, the joint likelihood alone chose covariances whose predictions were much worse. So s grows from there until
 the mean loss of single examples is at most 0.02 nats above its minimum, or at most two standard errors, paired by
-example. Without the first number, differences of a few thousandths that all examples share would decide. Ours.
+example. Without the first number, differences of a few thousandths that all examples share would decide. Where the
+held-out examples are learned by an update at the chosen size (``start`` "trained"), the standard errors do not count:
+an update at too wide a covariance leaves a mean that is worse. Ours.
 """
 
 from __future__ import annotations
@@ -42,24 +44,30 @@ STANDARD_ERRORS, LEAST_EXCESS = 2.0, 0.02  # by which the mean loss of single ex
 P = TypeVar("P", bound=GaussianPosterior)
 
 
-def choose_size(posterior: GaussianPosterior, loader: Iterable[Any]) -> Choice:
+def choose_size(
+    posterior: GaussianPosterior, loader: Iterable[Any], standard_errors: float = STANDARD_ERRORS
+) -> Choice:
     """The chosen s of a posterior, and the interval of the joint likelihood.
 
     Args:
         posterior: at the size 1.
         loader: batches with targets that the posterior was not fitted on.
+        standard_errors: by which the mean loss of single examples may exceed its minimum.
 
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
-    return choose_common_size([(posterior, loader)])
+    return choose_common_size([(posterior, loader)], standard_errors)
 
 
-def choose_common_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]]) -> Choice:
+def choose_common_size(
+    pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]], standard_errors: float = STANDARD_ERRORS
+) -> Choice:
     """One s for several posteriors under the same settings, each with held-out batches of its own.
 
     Args:
         pairs: a posterior at the size 1, and batches with targets that it was not fitted on.
+        standard_errors: as for :func:`choose_size`.
 
     Raises:
         ValueError: as :func:`choose_size`.
@@ -77,13 +85,13 @@ def choose_common_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]])
     joint = most_probable(log_density, SIZES, evaluations=1)
     candidates = [joint.value, *(size for size in SIZES if size > joint.value)]
     losses = [measured(size)[1] for size in candidates]
-    value = candidates[first_not_worse(losses)]
+    value = candidates[first_not_worse(losses, standard_errors)]
     return Choice(value, min(joint.low, value), max(joint.high, value), value == SIZES[-1], joint.log_density)
 
 
-def first_not_worse(losses: Sequence[Tensor]) -> int:
+def first_not_worse(losses: Sequence[Tensor], standard_errors: float = STANDARD_ERRORS) -> int:
     """The first index whose mean loss (N,) exceeds the least by no more than the standard errors and nats allowed."""
-    return int(near_best(losses, STANDARD_ERRORS, LEAST_EXCESS).nonzero().min())
+    return int(near_best(losses, standard_errors, LEAST_EXCESS).nonzero().min())
 
 
 def with_size(posterior: P, size: float) -> P:

@@ -51,7 +51,8 @@ def may_move_rows(outputs: Tensor) -> bool:
 def _moves(node: Any) -> bool:
     """Whether a node of the graph could change the order of rows."""
     if isinstance(node, BackwardCFunction):  # a custom function, about which nothing is known
-        return not type(node).__name__.startswith(LINEAR)
+        own = getattr(node, "_forward_cls", None)
+        return not getattr(own, "keeps_rows", False) and not type(node).__name__.startswith(LINEAR)
     kind = node.name().rpartition("::")[2]
     if kind.startswith(HARMLESS):
         return False
@@ -66,8 +67,12 @@ def _moves(node: Any) -> bool:
 
 
 def _keeps_rows(node: Any, kind: str) -> bool:
-    """Whether an indexing selects something from every row, in order: ``x[arange(len(x)), places]``."""
+    """Whether an indexing takes something from every row, in order: ``x[:, places]``, ``x[arange(len(x)), places]``."""
+    if kind.startswith("IndexSelect"):
+        return bool(getattr(node, "_saved_dim", 0) != 0)
     indices = getattr(node, "_saved_indices", ()) if kind.startswith("IndexBackward") else ()
+    if [index is None for index in indices] == [True, False]:
+        return True
     first, sizes = indices[0] if indices else None, getattr(node, "_saved_self_sym_sizes", ())
     if first is None or first.dtype == torch.bool or first.ndim != 1 or not sizes or len(first) != int(sizes[0]):
         return False

@@ -17,7 +17,9 @@ so its log-likelihood and its gradient are exact, whatever classes are lumped to
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,7 +28,8 @@ from torch.nn import functional as F
 
 from bayes_kf.inference.config_groups import CurvatureSettings
 from bayes_kf.inference.linearization.row_buffer import Directions
-from bayes_kf.models.likelihood import Bernoulli, Likelihood
+from bayes_kf.models.likelihood import Bernoulli, Likelihood, Tokens
+from bayes_kf.models.likelihoods.tokens import LOG_PROB, STATISTICS, UNCERTAINTY
 
 MAX_EXACT_OUTPUTS = 500  # outputs above which m directions or m² covariances of an example cost too much
 MASKED_LOGIT = -1e4  # logit of a class that an example does not use
@@ -57,7 +60,20 @@ class ProjectedOutputs(NamedTuple):
     probes: Probes | None = None
 
 
-class Probes(NamedTuple):
+class Probes(ABC):
+    """K random directions of the curvature per example, as combinations of the directions that are pulled back."""
+
+    @abstractmethod
+    def examples(self, which: slice) -> Probes:
+        """The probes of some examples."""
+
+    @abstractmethod
+    def factor(self, outputs: Tensor) -> Tensor:
+        """The left factor of the 1 + K directions, (B, K, 1 + K), at projected outputs (B, 1)."""
+
+
+@dataclass(frozen=True)
+class LabelProbes(Probes):
     """K random probes Wᵀz/√K per example, as combinations of the directions e_y − s and √s∘z − (√s·z) s.
 
     Attributes:
@@ -68,23 +84,45 @@ class Probes(NamedTuple):
     label: Tensor
     others: Tensor
 
-    def examples(self, which: slice) -> Probes:
+    def examples(self, which: slice) -> LabelProbes:
         """The probes of some examples."""
-        return Probes(self.label[which], self.others[which])
+        return LabelProbes(self.label[which], self.others[which])
 
-    def factor(self, log_odds: Tensor) -> Tensor:
+    def factor(self, outputs: Tensor) -> Tensor:
         """The left factor of the 1 + K directions, (B, K, 1 + K), for V at log odds (B, 1) of the label."""
-        label, others = log_odds.sigmoid(), (-log_odds).sigmoid()
+        label, others = outputs.sigmoid(), (-outputs).sigmoid()
         total = label.sqrt() * self.label + others.sqrt() * self.others  # √π·z
         along = label.sqrt() * self.label - label * total
         number = self.label.shape[1]
         return torch.cat([along.unsqueeze(-1), torch.diag_embed(others.sqrt().expand(-1, number))], -1) / number**0.5
 
 
+@dataclass(frozen=True)
+class TokenProbes(Probes):
+    """The probes of :mod:`bayes_kf.models.language.token_scores`, which are outputs of the model.
+
+    Attributes:
+        number: K.
+    """
+
+    number: int
+
+    def examples(self, which: slice) -> TokenProbes:
+        """The same: all examples have the same combinations."""
+        return self
+
+    def factor(self, outputs: Tensor) -> Tensor:
+        """The left factor of the 1 + K directions, (B, K, 1 + K), of which the first is the log-likelihood's."""
+        rows = torch.eye(1 + self.number, dtype=outputs.dtype, device=outputs.device)[1:] / self.number**0.5
+        return rows.expand(len(outputs), -1, -1)
+
+
 def project_outputs(
     settings: CurvatureSettings, family: Likelihood, outputs: Tensor, targets: Tensor, seed: int = 0
 ) -> ProjectedOutputs:
     """Outputs η (B, m) in the directions of the configured curvature; ``seed`` is that of the probes."""
+    if isinstance(family, Tokens):
+        return _token_statistics(family, outputs)
     if settings.curvature == "truncated" and outputs.shape[1] > 2:
         return _likely_classes(family, outputs, targets, settings.curvature_epsilon, settings.curvature_classes)
     if settings.curvature == "sampled":
@@ -194,8 +232,28 @@ def _label_log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int)
 
     directions = Directions(1 + num_draws, seeds)
     degrees = torch.full_like(targets, outputs.shape[1] - 1)
-    ones, probes = torch.ones_like(log_odds), Probes(at_label, others)
+    ones, probes = torch.ones_like(log_odds), LabelProbes(at_label, others)
     return ProjectedOutputs(Bernoulli(), log_odds, ones, degrees, directions, 0.0, project, probes)
+
+
+def _token_statistics(family: Tokens, outputs: Tensor) -> ProjectedOutputs:
+    """The log-likelihood of each sequence, and the probes, which are outputs; the target is the uncertainty."""
+    number = outputs.shape[1] - STATISTICS
+    kept = [LOG_PROB, *range(STATISTICS, outputs.shape[1])]
+    rows = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)[kept]
+    directions = Directions(1 + number, lambda _, which: rows[which])
+    degrees = torch.zeros(len(outputs), dtype=torch.int64, device=outputs.device)  # the innovation of text says little
+    uncertainty = outputs[:, UNCERTAINTY].double()
+    return ProjectedOutputs(
+        family,
+        outputs[:, LOG_PROB, None],
+        uncertainty,
+        degrees,
+        directions,
+        0.0,
+        lambda others, which: others[:, LOG_PROB, None],
+        TokenProbes(number),
+    )
 
 
 def log_odds_direction_square(outputs: Tensor, targets: Tensor) -> Tensor:

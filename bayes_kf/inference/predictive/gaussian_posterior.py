@@ -16,6 +16,7 @@ from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch
+from bayes_kf.models.language import SupervisedTokens
 from bayes_kf.models.likelihood import Likelihood
 
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
@@ -200,6 +201,9 @@ class GaussianPosterior:
     def with_adapter(self, adapter: AdapterModel) -> Self:
         """The same posterior over another view of its model, which computes other outputs (``models.language``).
 
+        Text is learned by ``SupervisedTokens`` under the likelihood "tokens"; other readings choose among tokens or
+        texts under "categorical".
+
         Args:
             adapter: over the same trainable tensors.
 
@@ -208,7 +212,13 @@ class GaussianPosterior:
         """
         if (adapter.names, adapter.shapes) != (self.adapter.names, self.adapter.shapes):
             raise ValueError("`adapter` must have the trainable tensors that the posterior was fitted on, got others.")
-        return replace(self, kf=KalmanFilter(adapter, self.config))
+        config = self.config
+        if isinstance(adapter, SupervisedTokens):
+            draws = adapter.num_probes
+            config = replace(config, likelihood="tokens", curvature="sampled", curvature_draws=draws)
+        elif config.likelihood == "tokens":
+            config = replace(config, likelihood="categorical")
+        return replace(self, kf=KalmanFilter(adapter, config))
 
     def reading(self, adapter: AdapterModel) -> Self:
         """The same as :meth:`with_adapter`."""

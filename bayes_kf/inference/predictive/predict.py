@@ -142,6 +142,11 @@ def collect_predictions(
 def check_arguments(posterior: GaussianPosterior, method: str, num_samples: int, targets: Tensor | None) -> None:
     """Raise ValueError for arguments of :func:`predict` that do not fit."""
     check_one_of("method", method, METHODS)
+    if posterior.config.likelihood == "tokens":
+        raise ValueError(
+            "`predict` needs a reading of the next token or of options for a posterior over text: "
+            "`posterior.with_adapter(OptionTokens(model, options))`, for example."
+        )
     if method == "probit" and posterior.config.likelihood == "poisson":
         raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
     check_whole("num_samples", num_samples)

@@ -34,7 +34,8 @@ class Categorical(CanonicalLikelihood):
                 "'gaussian'."
             )
         if targets.shape != (batch,):
-            raise ValueError(f"`targets` must have shape ({batch},), got {tuple(targets.shape)}.")
+            hint = "; the tokens of a language model need `likelihood` 'tokens'" if targets.ndim == 2 else ""
+            raise ValueError(f"`targets` must have shape ({batch},), got {tuple(targets.shape)}{hint}.")
         if batch and (int(targets.min()) < 0 or int(targets.max()) >= num_classes):
             low, high = int(targets.min()), int(targets.max())
             raise ValueError(

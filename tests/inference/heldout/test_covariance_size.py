@@ -133,6 +133,8 @@ def test_the_size_grows_only_until_single_examples_are_predicted_well():
     assert first_not_worse([torch.full_like(base, torch.inf), base]) == 1
     assert first_not_worse([base + 0.001 * noise + 0.019, base]) == 0  # significant, but small
     assert first_not_worse([base + 0.001 * noise + 0.021, base]) == 1
+    for excess, first in ((0.019, 0), (0.021, 1)):  # without standard errors 0.02 nats decide, whatever the noise
+        assert first_not_worse([base + noise + excess, base], standard_errors=0.0) == first
 
 
 def test_the_common_size_is_the_most_probable_one_of_all_posteriors_together():

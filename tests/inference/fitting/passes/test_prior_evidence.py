@@ -16,6 +16,9 @@ from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.fitting.passes import prior_evidence
+from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
+from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
+from bayes_kf.inference.heldout.sharpness import choose_sharpness
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.models.adapter import AdapterModel
 
@@ -258,15 +261,64 @@ def test_the_size_of_a_trained_adapter_is_10_or_chosen_by_held_out_data():
     torch.testing.assert_close(torch.linalg.inv(without.covariance_matrix()), precision, rtol=1e-7, atol=1e-7)
     assert (without.temperature, without.history["size"].tolist()) == (1.0, [10.0])
     chosen = bkf.fit(model, batches, free, start="trained", held_out=held_out, progress=False)
+    size = choose_size(of_evidence, held_out, standard_errors=0.0)
+    assert chosen.history["size"].tolist() == list(size[:3])
+    sized = with_size(of_evidence, size.value)
+    sharpness = choose_sharpness([heldout_outputs(sized, held_out)]).value
+    assert chosen.softmax_temperature == sharpness != 1.0
+    assert torch.equal(without.mean_vector, AdapterModel(model).vector())
+    before, after = (log_loss(p, held_out) for p in (sized, chosen))
+    assert after < before  # they were learned, in their own curvature too
+    widths = [torch.linalg.eigvalsh(p.covariance_matrix()) for p in (chosen, sized)]
+    assert (widths[0] < widths[1]).all()
     expected = of_evidence.calibrate(held_out)
-    assert torch.equal(chosen.history["size"], expected.history["size"])
-    assert torch.equal(chosen.covariance_matrix(), expected.covariance_matrix())
-    assert chosen.softmax_temperature == expected.softmax_temperature != 1.0
-    assert torch.equal(chosen.mean_vector, AdapterModel(model).vector())
-    for earlier in (without, chosen):  # an earlier size is not added to
-        again = earlier.calibrate(held_out)
-        torch.testing.assert_close(again.history["size"], expected.history["size"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(again.covariance_matrix(), expected.covariance_matrix(), rtol=1e-6, atol=1e-9)
+    again = without.calibrate(held_out)  # an earlier size is not added to
+    torch.testing.assert_close(again.history["size"], expected.history["size"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(again.covariance_matrix(), expected.covariance_matrix(), rtol=1e-6, atol=1e-9)
+
+
+def log_loss(posterior, batches):
+    """Of the mean, summed over the examples."""
+    adapter, mean = posterior.adapter, posterior.mean_vector
+    return sum(float(nn.functional.cross_entropy(adapter.outputs(mean, x), t, reduction="sum")) for x, t in batches)
+
+
+@pytest.mark.parametrize("one_time", [False, True])
+def test_held_out_targets_with_gaussian_noise_are_learned_as_the_closed_form_says(one_time):
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    targets = inputs @ torch.randn(4, 1, generator=generator, dtype=torch.float64)
+    targets += 0.5 * torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(inputs[:40], targets[:40]).solution.T)
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance=0.25, covariance="full")
+    batches = [(inputs[k : k + 10], targets[k : k + 10]) for k in range(0, 60, 10)]
+    held_out = iter(batches[4:]) if one_time else batches[4:]
+    posterior = bkf.fit(model, batches[:4], config, start="trained", held_out=held_out, progress=False)
+    prior_precision = 1.0 / posterior.state.prior.variance  # that of the chosen size
+    precision = inputs.T @ inputs / 0.25 + torch.diag(prior_precision)
+    new, old = inputs[40:], model.weight.detach().T
+    expected = old + torch.linalg.solve(precision, new.T @ (targets[40:] - new @ old) / 0.25)
+    torch.testing.assert_close(torch.linalg.inv(posterior.covariance_matrix()), precision, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(posterior.mean_vector, expected.squeeze(1), rtol=1e-9, atol=1e-9)
+    assert int(posterior.state.examples) == 60
+
+
+def test_an_estimated_noise_variance_stays_as_the_held_out_targets_chose_it():
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    targets = inputs.sum(1, keepdim=True) + 0.5 * torch.randn(60, 1, generator=generator, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", covariance="full")
+    batches = [(inputs[k : k + 10], targets[k : k + 10]) for k in range(0, 60, 10)]
+    posterior = bkf.fit(model, batches[:4], config, start="trained", held_out=batches[4:], progress=False)
+    same_mean = bkf.fit(model, batches[:4], config, start="trained", progress=False).calibrate(batches[4:])
+    assert torch.equal(posterior.state.noise.variance, same_mean.state.noise.variance)
+    assert torch.equal(posterior.history["size"], same_mean.history["size"])
+    assert not torch.equal(posterior.mean_vector, same_mean.mean_vector)
 
 
 def test_a_prior_or_a_temperature_that_is_given_stays():

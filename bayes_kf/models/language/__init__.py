@@ -1,0 +1,24 @@
+"""Causal language models: over the next token, option tokens, option texts, or the learned tokens of sequences.
+
+Each class is an :class:`AdapterModel` of the language model itself. So ``bkf.fit``, ``KalmanFilter`` and
+``Posterior.predict`` accept it like any model, and the saved adapter is an ordinary PEFT adapter of the language model.
+After loading, ``posterior.with_adapter(OptionTokens(model, options))`` uses it as a classifier again. These classes
+are our own.
+"""
+
+from bayes_kf.models.language.logits import IGNORED, learns_prompt
+from bayes_kf.models.language.next_token import Examples, NextToken, next_token_examples
+from bayes_kf.models.language.options import OptionTexts, OptionTokens, option_examples
+from bayes_kf.models.language.supervised_tokens import SupervisedTokens
+
+__all__ = [
+    "IGNORED",
+    "Examples",
+    "NextToken",
+    "OptionTexts",
+    "OptionTokens",
+    "SupervisedTokens",
+    "learns_prompt",
+    "next_token_examples",
+    "option_examples",
+]
