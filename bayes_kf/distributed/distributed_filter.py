@@ -55,7 +55,7 @@ class DistributedFilter(ABC):
             OtherProcessError: on the other processes, in the same case.
         """
         failure, state = None, self.kf.init()
-        variance = torch.zeros_like(state.prior.variance)
+        mean, variance = torch.zeros_like(state.prior.mean), torch.zeros_like(state.prior.variance)
         try:
             if inputs is not None:
                 self.batch_shards.remember(to_device(inputs, self.adapter.device))
@@ -63,11 +63,11 @@ class DistributedFilter(ABC):
                 measured = self.kf.init(inputs)
                 if not measured.prior_is_scaled:
                     raise ValueError("`inputs` must be given on the first process to scale the prior, got None.")
-                variance = measured.prior.variance
+                mean, variance = measured.prior
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
         self.batch_shards.raise_together(failure)
-        prior = DiagonalGaussian(state.prior.mean, self.group.all_reduce(variance))
+        prior = DiagonalGaussian(self.group.all_reduce(mean), self.group.all_reduce(variance))
         return self.shard(state._replace(belief=self.kf._prior_belief(prior), prior=prior, prior_is_scaled=True))
 
     def update(

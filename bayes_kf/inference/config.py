@@ -48,6 +48,7 @@ from bayes_kf.validation import (
 NOISES = ("exponential_family", "ema_taylor", "ema_residual", "identity", "decaying")
 RULES = ("constant", "uniform")
 SPREADS = ("modules", "tensors", "constant", "bounded")
+LORA_INPUTS = ("peft", "whitened")
 BLOCKS = ("tensors", "modules")
 EXPANSIONS = ("mode", "mean")
 CURVATURES = ("exact", "truncated", "sampled")
@@ -57,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "noise": NOISES,
     "initial_rule": RULES,
     "initial_spread": SPREADS,
+    "lora_inputs": LORA_INPUTS,
     "blocks": BLOCKS,
     "gradient_penalty_form": PENALTIES,
     "expansion": EXPANSIONS,
@@ -146,6 +148,11 @@ class KalmanConfig:
         "Whether an initial_variance that is too wide for the linearization of a classifier is narrowed, with a "
         "warning.",
         check=check_bool,
+    )
+    lora_inputs: str = setting(
+        "peft",
+        'Factors A of LoRA layers at the start. "peft": those of the model. "whitened": such that for the first inputs '
+        "the r inputs of B are uncorrelated and of one size, in all layers whose B is zero. Outputs stay the same.",
     )
     expansion: str = setting(
         "mode",
@@ -288,6 +295,12 @@ class KalmanConfig:
         "Posterior.calibrate sets the size of the final belief instead.",
         check=word_or_positive("prequential"),
     )
+    temperature_margin: float = setting(
+        0.0,
+        'Nats an example by which the log loss at the "prequential" temperature may exceed that of a colder one. '
+        "Without it, long streams reject all covariances for a few thousandths, and with them epistemic uncertainty.",
+        check=check_not_negative,
+    )
     softmax_temperature: float = setting(
         1.0,
         "The number > 0 that divides the logits in predictions of classes (below 1: more confident; Guo et al. "
@@ -359,7 +372,8 @@ class KalmanConfig:
         Without a ``config``, ``fit`` uses these settings if it cannot split its loader. The best width depends on the
         task: on some tasks a prior of 3 logits learns fastest, on others it fits noise
         (``benchmarks/bench/run_online.py``). Among widths within one standard error, the narrowest wins. All tasks can
-        learn the class frequencies, so the log odds of the classes have a prior of one logit under each width.
+        learn the class frequencies, so the log odds of the classes have a prior of one logit under each width. The
+        temperature may cost 0.01 nats an example, so that predictions keep their epistemic uncertainty.
         """
         settings: dict[str, Any] = {
             "tune": {"initial_logit_sd": (3.0, 1.0, 0.3)},
@@ -367,6 +381,7 @@ class KalmanConfig:
             "tune_burn_in": 0.0,
             "tune_margin": 1.0,
             "initial_bias_sd": 1.0,
+            "temperature_margin": 0.01,
         }
         return cls(**(settings | overrides))
 
@@ -377,7 +392,7 @@ class KalmanConfig:
 
     @cached_property
     def prior_settings(self) -> PriorSettings:
-        """The prior variance."""
+        """The prior: its variance, and the start of LoRA factors."""
         return PriorSettings.of(self)
 
     @cached_property

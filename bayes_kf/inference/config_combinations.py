@@ -12,7 +12,7 @@ OBSERVED = ("likelihood", "noise", "curvature", "curvature_epsilon", "curvature_
 """The settings that all filters of a bank share, because they share the linearization."""
 BUDGETS = ("bytes_budget", "outputs_per_pass")
 TUNING = ("tune", "tune_examples", "tune_burn_in", "tune_margin")
-TEMPERATURES = ("temperature", "softmax_temperature")
+TEMPERATURES = ("temperature", "temperature_margin", "softmax_temperature")
 NOT_TUNABLE = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", *TEMPERATURES)
 OWN_NOISE = ("student_t", "heteroscedastic_gaussian")
 """The likelihoods whose noise is no covariance R of residuals, and whose log density is not concave."""

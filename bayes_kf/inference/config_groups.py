@@ -33,7 +33,7 @@ class CovarianceSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class PriorSettings(SettingsGroup):
-    """The prior variance."""
+    """The prior: its variance, and the start of LoRA factors."""
 
     initial_logit_sd: float
     initial_spread: str
@@ -41,6 +41,7 @@ class PriorSettings(SettingsGroup):
     initial_variance: float | None
     initial_rule: str
     bound_prior: bool
+    lora_inputs: str
     seed: int
 
 
@@ -88,6 +89,7 @@ class PredictiveSettings(SettingsGroup):
 
     likelihood: str
     temperature: float | str
+    temperature_margin: float
     softmax_temperature: float
     seed: int
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # besides a folder's own files
     "common": set(),
     "bench": {"common"},
     "few_shot": {"common"},
-    "quality": {"common", "bench"},
+    "quality": {"common", "bench", "papers"},
     "reliability": {"common"},
     "speed": {"common"},
     "papers": {"common", "bench"},

@@ -42,15 +42,20 @@ def tied():
     return Tied().double()
 
 
-def lora():
-    """A small BERT with LoRA and a head, float64."""
+def new_lora():
+    """A small BERT with LoRA that has no effect yet and a head, float64."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3
     )
     model = BertForSequenceClassification(config).double()
     asked = LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"])
-    actual = get_peft_model(model, asked).eval()
+    return get_peft_model(model, asked).eval()
+
+
+def lora():
+    """The same with other factors."""
+    actual = new_lora()
     with torch.no_grad():
         for name, parameter in actual.named_parameters():
             if "lora_B" in name:
@@ -72,7 +77,7 @@ def texts(size, generator):
 
 
 MODELS = {"network": (network, numbers, 4), "wide": (wide, numbers, 40), "tied": (tied, tokens, 3)}
-MODELS["lora"] = (lora, texts, 3)
+MODELS |= {"lora": (lora, texts, 3), "new lora": (new_lora, texts, 3)}
 
 PLAIN = KalmanConfig(initial_logit_sd=2.0)
 CASES = {
@@ -93,6 +98,7 @@ CASES = {
     "truncated": ("wide", dataclasses.replace(PLAIN, curvature="truncated", curvature_epsilon=0.2)),
     "tied": ("tied", PLAIN),
     "lora": ("lora", PLAIN),
+    "whitened": ("new lora", dataclasses.replace(PLAIN, lora_inputs="whitened")),
     "many rows": ("network", dataclasses.replace(PLAIN, covariance="diagonal", initial_logit_sd=8.0)),
 }
 SIZES = {"many rows": (70, 41, 3), "truncated": (4, 3, 1, 4)}  # of few rows, see ShardedFilter

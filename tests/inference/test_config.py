@@ -36,6 +36,8 @@ BAD = [
         r"`noise_variance` must be left at 1 for `likelihood` 'heteroscedastic_gaussian', .* got 'estimated'\.",
     ),
     ({"initial_logit_sd": -1}, r"`initial_logit_sd` must be positive and finite, got -1\."),
+    ({"lora_inputs": "white"}, r"`lora_inputs` must be one of peft, whitened, got 'white'\."),
+    ({"temperature_margin": -0.1}, r"`temperature_margin` must be >= 0 and finite, got -0\.1\."),
     ({"initial_bias_sd": 0.0}, r"`initial_bias_sd` must be positive and finite, got 0\.0\."),
     ({"initial_variance": float("inf")}, r"`initial_variance` must be positive and finite, got inf\."),
     ({"initial_variance": 0}, r"`initial_variance` must be positive and finite, got 0\."),

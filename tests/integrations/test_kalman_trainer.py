@@ -29,6 +29,8 @@ from bayes_kf.models.batch import split_batch
 from bayes_kf.models.language import NextToken
 from benchmarks.reliability.folder_snapshots import killed_at, snapshot
 
+WHITENED = {"lora_inputs": "whitened"}
+
 
 def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, held_out_fraction=0.0, **options):
     recorder = Recorder()
@@ -45,9 +47,9 @@ def trained(folder, config=None, model=None, data=None, trainer=KalmanTrainer, h
     return actual, recorder.batches
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
-def test_an_epoch_equals_the_filter_over_its_batches(tmp_path, covariance):
-    config = bkf.KalmanConfig(covariance=covariance)
+@pytest.mark.parametrize("settings", [{"covariance": "diagonal"}, {"covariance": "low_rank"}, WHITENED])
+def test_an_epoch_equals_the_filter_over_its_batches(tmp_path, settings):
+    config = bkf.KalmanConfig(**settings)
     actual, batches = trained(tmp_path, config)
     assert len(split_batch(batches[0])[1]) == SCALE_EXAMPLES
     assert [len(batch["labels"]) for batch in batches[1:]] == [4] * 10

@@ -169,9 +169,8 @@ class KalmanFilter:
 
     def temperature(self, state: FilterState) -> float:
         """Factor on the covariance in predictions: as configured, or chosen by the prequential scores."""
-        return prequential_temperature.temperature(
-            self.config.predictive_settings.temperature, state.temperature_scores
-        )
+        settings = self.config.predictive_settings
+        return prequential_temperature.temperature(settings, state.temperature_scores, state.examples)
 
     def _update(
         self, state: FilterState, batch: Batch, hold_mean: bool, at: Tensor | None
@@ -325,9 +324,10 @@ class KalmanFilter:
         return self.config.structure.from_variance(*start, rank=settings.rank, block_sizes=sizes)
 
     def _scale_prior(self, state: FilterState, batch: Batch) -> FilterState:
-        """The state with its prior variance set, or bounded, by the change of the outputs of a batch."""
-        mean = state.prior.mean
+        """The state with its prior set: the LoRA factors by the inputs, the variance by the change of the outputs."""
+        mean = prior.mean_for_inputs(self.config.prior_settings, self.adapter, state.prior.mean, batch)
         num_outputs = self.linearize.prepare(mean, batch)
         warn_of_many_outputs(self.config.curvature_settings, self.config.likelihood, num_outputs)
-        start = DiagonalGaussian(mean, prior.variance_for_inputs(self.config, self.linearize, mean, batch))
+        variance = prior.variance_for_inputs(self.config, self.linearize, mean, batch, state.prior.mean)
+        start = DiagonalGaussian(mean, variance)
         return state._replace(belief=self._prior_belief(start), prior=start, prior_is_scaled=True)

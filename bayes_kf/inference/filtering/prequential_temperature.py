@@ -3,7 +3,8 @@
 Before each update the filter's linearized predictions are scored at every temperature of a grid. This needs no
 validation set and no further pass through the network. Log losses separate temperatures only if they differ much: if P
 is small compared with the noise of the labels, the losses are almost equal at all temperatures, and P itself is more
-informative. So the chosen temperature is the one nearest to 1 whose loss is not clearly above the smallest. Ours.
+informative. So the chosen temperature is the one nearest to 1 whose loss is not clearly above the smallest. On a long
+stream a few thousandths of a nat an example are clear, so a margin may allow a loss that is no more than that. Ours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bayes_kf.inference.config_groups import PredictiveSettings
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MAX_STANDARD_ERRORS = 0.5  # by which the loss of the chosen temperature may be above the smallest loss
@@ -56,11 +59,12 @@ def add(state: TemperatureState, losses: Tensor) -> TemperatureState:
     return TemperatureState(state.updates + 1, state.total + losses.sum(1), state.differences + squares)
 
 
-def choose(state: TemperatureState) -> float:
+def choose(state: TemperatureState, margin: float = 0.0) -> float:
     """The temperature nearest to 1 whose log loss is not clearly above the smallest; 1 before the first score.
 
     The loss is above the smallest by at most ``MAX_STANDARD_ERRORS`` standard errors of the difference, paired by
-    example.
+    example. At hotter temperatures than the one with the smallest loss, it may be ``margin`` above it, in nats of all
+    examples together.
     """
     if state.updates == 0:
         return 1.0
@@ -69,7 +73,9 @@ def choose(state: TemperatureState) -> float:
         return GRID[0]
     best = int((state.total == least).nonzero().max())  # the largest among equals
     excess = state.total - least
-    return nearest_to_one(excess <= MAX_STANDARD_ERRORS * state.differences[best].sqrt(), excess, best)
+    allowed = MAX_STANDARD_ERRORS * state.differences[best].sqrt()
+    allowed[best:] = allowed[best:].clamp_min(margin)
+    return nearest_to_one(excess <= allowed, excess, best)
 
 
 def nearest_to_one(near: Tensor, excess: Tensor, best: int) -> float:
@@ -100,6 +106,7 @@ def warn_of_edge(temperature: float) -> None:
         )
 
 
-def temperature(setting: float | str, state: TemperatureState) -> float:
-    """The configured temperature, or the one that the scores choose."""
-    return choose(state) if isinstance(setting, str) else setting
+def temperature(settings: PredictiveSettings, state: TemperatureState, examples: int) -> float:
+    """The configured temperature, or the one that the scores of so many examples choose."""
+    chosen = settings.temperature
+    return choose(state, settings.temperature_margin * examples) if isinstance(chosen, str) else chosen

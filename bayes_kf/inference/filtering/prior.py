@@ -19,7 +19,9 @@ from bayes_kf.models.likelihoods.tokens import SPREAD, STATISTICS
 from bayes_kf.models.prior.layer_tensors import layer_tensors
 from bayes_kf.models.prior.prior_variance import constant_variance, logit_variance, uniform_variance
 from bayes_kf.models.prior.variance_bounds import largest_variances
+from bayes_kf.models.prior.whitened_inputs import whitened_factors
 
+BOUNDED = ("categorical", "bernoulli")  # likelihoods under which `bound_prior` narrows a given variance
 MAX_LOGIT_SD = 10.0  # prior sd of the logits
 LINEARITY_TOL = 0.01  # relative deviation from linearity below which outputs count as linear in the parameters
 MAX_RELATIVE_SD = 3.0  # of a tensor: prior sd over root mean square
@@ -47,16 +49,34 @@ def configured_variance(settings: PriorSettings, mean: Tensor) -> Tensor:
 
 
 def depends_on_inputs(config: KalmanConfig) -> bool:
-    """Whether the variance is unknown before the first inputs."""
-    has_bound = config.bound_prior and config.likelihood in ("categorical", "bernoulli")
-    return config.initial_variance is None or has_bound
+    """Whether the prior is unknown before the first inputs."""
+    has_bound = config.bound_prior and config.likelihood in BOUNDED
+    return config.initial_variance is None or has_bound or config.lora_inputs == "whitened"
 
 
-def variance_for_inputs(config: KalmanConfig, linearize: Linearizer, mean: Tensor, batch: Batch) -> Tensor:
-    """The variance, (n,), if it depends on the first inputs."""
+def mean_for_inputs(settings: PriorSettings, adapter: AdapterModel, mean: Tensor, batch: Batch) -> Tensor:
+    """The prior mean, (n,), whose LoRA factors may depend on the first inputs."""
+    return whitened_factors(adapter, mean, batch.inputs) if settings.lora_inputs == "whitened" else mean
+
+
+def variance_for_inputs(
+    config: KalmanConfig, linearize: Linearizer, mean: Tensor, batch: Batch, configured_mean: Tensor
+) -> Tensor:
+    """The variance, (n,), if it depends on the first inputs.
+
+    Args:
+        config: the settings.
+        linearize: of the model.
+        mean: the prior mean, (n,), at which the outputs are linearized.
+        batch: the first one.
+        configured_mean: before :func:`mean_for_inputs`, (n,). Its tensors have the sizes that variances refer to. For a
+            whitened factor these are sizes of the factor's outputs, not of its elements.
+    """
+    if config.initial_variance is not None and not (config.bound_prior and config.likelihood in BOUNDED):
+        return configured_variance(config.prior_settings, mean)
     mean_squares = _jacobian_mean_squares(config, linearize, mean, batch)
     if config.initial_variance is None:
-        variance = scaled_variance(config.prior_settings, linearize.adapter, mean, mean_squares)
+        variance = scaled_variance(config.prior_settings, linearize.adapter, configured_mean, mean_squares)
         if config.initial_spread == "bounded":
             return bounded_features(linearize.adapter, mean, batch, mean_squares, variance)
         return variance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,25 +59,36 @@ def redrawn_factors(adapter: AdapterModel, generator: torch.Generator) -> Tensor
     vector = adapter.vector()
     if not is_peft(adapter.model):
         return vector
-    from peft.tuners.lora import LoraLayer
-
     config = adapter.model.peft_config[adapter.model.active_adapters[0]]
     if str(getattr(config, "init_lora_weights", "")).lower() not in RANDOM_INITS:
         return vector
-    names = {place: name for name, places in adapter.owners.items() for place in places}
     slices = adapter.slices()
+    for name, _, _ in factors_without_effect(adapter, vector):
+        where = slices[name]
+        scale = vector[where].double().square().mean().sqrt().to(vector)
+        noise = torch.randn(where.stop - where.start, generator=generator, dtype=torch.float64)
+        vector[where] = scale * noise.to(vector)
+    return vector
+
+
+def factors_without_effect(adapter: AdapterModel, vector: Tensor) -> Iterator[tuple[str, Any, nn.Module]]:
+    """Every trainable LoRA factor whose other factor is zero in ``vector`` (n,): its name, its layer and its module.
+
+    The factor is A, but B for an embedding.
+    """
+    if not peft_in_use():
+        return
+    from peft.tuners.lora import LoraLayer
+
+    names = {place: name for name, places in adapter.owners.items() for place in places}
+    tensors = adapter.unflatten(vector)
     for layer in adapter.model.modules():
         if not isinstance(layer, LoraLayer) or type(layer.lora_A) is not nn.ModuleDict:
             continue
         for drawn, other in _factors(layer):
-            name = names.get(drawn)
-            if name is None or _values(other).any():
-                continue
-            where = slices[name]
-            scale = vector[where].double().square().mean().sqrt().to(vector)
-            noise = torch.randn(where.stop - where.start, generator=generator, dtype=torch.float64)
-            vector[where] = scale * noise.to(vector)
-    return vector
+            values = tensors[names[other]] if other in names else _values(other)
+            if drawn in names and not values.any():
+                yield names[drawn], layer, drawn[0]
 
 
 def _factors(layer: Any) -> list[tuple[Any, Any]]:

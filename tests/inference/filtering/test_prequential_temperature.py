@@ -182,6 +182,21 @@ def test_the_stream_chooses_what_it_does_not_clearly_speak_against():
     )
 
 
+def test_a_margin_keeps_the_covariance_where_it_costs_little():
+    """Losses that all examples share reject hotter temperatures at a thousandth of a nat; a margin allows more."""
+    grid = prequential_temperature.GRID
+    losses = 0.002 * torch.arange(float(len(grid))).double()[:, None].expand(-1, 100)  # in nats, hotter is worse
+    scores = prequential_temperature.add(prequential_temperature.init(torch.device("cpu")), losses)
+    chosen = [prequential_temperature.choose(scores, 100 * margin) for margin in (0.0, 0.005, 0.011, 1.0)]
+    assert chosen == [0.001, 0.01, 0.3, 1.0]
+    hot = scores._replace(total=scores.total.flip(0), differences=scores.differences.flip(0, 1))
+    assert prequential_temperature.choose(hot, 100.0) == 3.0  # a covariance that is too small is not made smaller
+    kf = bkf.KalmanFilter(linear(), bkf.KalmanConfig(temperature_margin=0.005))
+    state = kf.init()._replace(temperature_scores=scores, examples=100)
+    assert kf.temperature(state) == 0.01
+    assert kf.temperature(state._replace(examples=220)) == 0.3  # the margin is one of each example
+
+
 def test_scores_are_the_log_losses_of_linearized_predictions():
     config = bkf.KalmanConfig(likelihood="gaussian", covariance="full", initial_variance=1.0)
     kf = bkf.KalmanFilter(linear(), config)

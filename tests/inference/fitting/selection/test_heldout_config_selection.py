@@ -85,7 +85,7 @@ def test_without_settings_a_stream_gets_one_pass():
     assert chosen <= likeliest  # the narrowest within the margin
     stream = bkf.KalmanConfig.stream(tune=None, initial_logit_sd=chosen)
     assert posterior.config == stream
-    assert (stream.initial_bias_sd, stream.tune_margin) == (1.0, 1.0)
+    assert (stream.initial_bias_sd, stream.tune_margin, stream.temperature_margin) == (1.0, 1.0, 0.01)
     assert posterior.state.examples == len(posterior.history["log_loss"]) == 90
 
 
