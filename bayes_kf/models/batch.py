@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Inputs = Tensor | Mapping[str, Any]
+
+IGNORED = -100  # label of a token that is not a target, as in transformers
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +137,14 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
         f"`batch` must be (inputs, targets) or a mapping with `labels`, got {type(batch).__name__}"
         f"{f' of {len(batch)} parts' if isinstance(batch, tuple | list) else ''}."
     )
+
+
+def join_targets(parts: Sequence[Tensor]) -> Tensor:
+    """Targets of several batches as one; labels of tokens (B, T) are filled with −100 to the widest T."""
+    if parts[0].ndim == 2 and len({part.shape[1] for part in parts}) > 1 and not parts[0].is_floating_point():
+        widest = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, widest - part.shape[1]), value=IGNORED) for part in parts]
+    return torch.cat(list(parts))
 
 
 def _are_tokens(labels: Any, ids: Any) -> bool:

@@ -41,6 +41,8 @@ def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterMo
         ValueError: if an adapter has other outputs.
     """
     is_text, draws = config.likelihood == "tokens", config.curvature_draws
+    if is_text and type(model) is AdapterModel:  # no reading yet
+        model = model.model
     if not isinstance(model, AdapterModel):
         return SupervisedTokens(model, draws) if is_text else AdapterModel(model)
     if is_text != isinstance(model, SupervisedTokens):

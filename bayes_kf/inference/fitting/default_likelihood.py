@@ -7,6 +7,7 @@ all 0 or 1 could be either, and an integer could be a count: a config says so.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.config import KalmanConfig
+
 LARGEST, SMALLEST = 10.0, 0.1  # root mean square of targets that fit the prior's unit
 MIN_TARGETS = 8  # fewer say little about their size
 TEXT: dict[str, Any] = {"likelihood": "tokens", "curvature": "sampled"}
+TEXT_PRIOR: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": 1.0}
 REAL: dict[str, Any] = {"likelihood": "gaussian", "noise_variance": "estimated"}
+
+
+def as_text(config: KalmanConfig, num_probes: int = 1) -> KalmanConfig:
+    """A default configuration for text: its settings of the filter, with the likelihood and the prior of text."""
+    return dataclasses.replace(config, **TEXT, **TEXT_PRIOR, curvature_draws=num_probes, tune=None)
 
 
 def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:

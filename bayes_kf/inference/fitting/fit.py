@@ -15,6 +15,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
+from bayes_kf.inference.fitting.default_likelihood import as_text
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
 from bayes_kf.inference.fitting.loader import num_batches
@@ -22,7 +23,7 @@ from bayes_kf.inference.fitting.mixture_fit import MEMBERS, fit_default_mixture
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
-from bayes_kf.inference.fitting.regression.examples import holds_real_targets
+from bayes_kf.inference.fitting.regression.examples import holds_real_targets, holds_text
 from bayes_kf.inference.fitting.regression.regression_fit import fit_regression
 from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
 from bayes_kf.inference.fitting.selection import heldout_config_selection
@@ -30,6 +31,7 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.language import SupervisedTokens
 from bayes_kf.validation import check_one_of
 
 STARTS = ("prior", "trained")
@@ -179,6 +181,8 @@ def _fit(
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
     if isinstance(config, KalmanConfig) or held_out is not None or start == "trained":
         without = KalmanConfig() if start == "trained" else KalmanConfig.stream()
+        if isinstance(model, SupervisedTokens):
+            without = as_text(without, model.num_probes)
         settings = config if isinstance(config, KalmanConfig) else without
         is_default = config is None
         return fit_config(model, loader, settings, start, progress, choose_defaults=is_default, held_out=held_out)
@@ -222,7 +226,11 @@ def fit_default(
         return fit_regression(model, loader, progress, seed)
     if start == "trained" or heldout_config_selection.split_loader(loader) is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
+        if isinstance(model, SupervisedTokens):
+            single = as_text(single, model.num_probes)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
+    if members is None and (isinstance(model, SupervisedTokens) or holds_text(loader)):
+        return fit_default_mixture(model, loader, progress, seed, 1).best
     return fit_default_mixture(model, loader, progress, seed, members or MEMBERS)
 
 

@@ -15,7 +15,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.default_curvature import EXACT_IN_ONE_PASS, default_curvature
-from bayes_kf.inference.fitting.default_likelihood import default_likelihood
+from bayes_kf.inference.fitting.default_likelihood import TEXT, as_text, default_likelihood
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
 from bayes_kf.inference.fitting.loop import LoopStep, inputs_and_targets
@@ -31,6 +31,7 @@ from bayes_kf.inference.heldout import calibration, latest_examples
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch
+from bayes_kf.models.language import SupervisedTokens
 
 LATEST = "latest"  # the word for a stream's latest examples as held-out data
 
@@ -152,9 +153,11 @@ def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
     """The filter with the default likelihood for the targets, and the curvature for the number of outputs."""
     inputs, _ = inputs_and_targets(batches[0], 0)
     check_inputs(inputs)
-    settings = default_likelihood(split_batch(batch)[1] for batch in batches) or {
-        "curvature": default_curvature(kf.adapter, inputs, EXACT_IN_ONE_PASS)
-    }
+    settings = default_likelihood(split_batch(batch)[1] for batch in batches)
+    if settings == TEXT:
+        draws = kf.adapter.num_probes if isinstance(kf.adapter, SupervisedTokens) else kf.config.curvature_draws
+        return KalmanFilter(kf.adapter, as_text(kf.config, draws))
+    settings = settings or {"curvature": default_curvature(kf.adapter, inputs, EXACT_IN_ONE_PASS)}
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))
 
 

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.default_curvature import EXACT_IN_MIXTURE, default_curvature
-from bayes_kf.inference.fitting.default_likelihood import default_likelihood
+from bayes_kf.inference.fitting.default_likelihood import as_text, default_likelihood
 from bayes_kf.inference.fitting.fit_config import fit_config
 from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covariance_pass
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import ProgressBar, shows_progress
-from bayes_kf.inference.fitting.regression.examples import holds_real_targets
+from bayes_kf.inference.fitting.regression.examples import holds_real_targets, holds_text
 from bayes_kf.inference.fitting.regression.regression_mixture import MEMBERS as REAL_MEMBERS
 from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
 from bayes_kf.inference.fitting.selection.heldout_config_selection import (
@@ -46,16 +46,19 @@ from bayes_kf.inference.heldout.covariance_size import choose_common_size, is_st
 from bayes_kf.inference.heldout.heldout_examples import heldout_batches, heldout_outputs
 from bayes_kf.inference.heldout.member_weights import choose_weights
 from bayes_kf.inference.heldout.sharpness import choose_sharpness, cross_fitted_sharpness
+from bayes_kf.inference.heldout.text_size import choose_text_size, sampled_text_losses
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import split_batch
+from bayes_kf.models.language import SupervisedTokens
 from bayes_kf.models.prior.layer_tensors import redrawn_factors
 from bayes_kf.validation import check_whole
 
 BATCH = 16  # the most examples of a batch
 MEMBERS = 2
 LOGIT_SD = 5.0  # of their prior
+TEXT_RANK = 20  # of their covariances if they are over text, whose adapters are large
 MEAN_PASSES = 5  # of each member
 LAST_STEP_SIZE = 0.5  # r of the first step of the pass in which a single member learns its held-out examples
 
@@ -128,14 +131,18 @@ def fit_default_mixture(
     model: nn.Module | AdapterModel, loader: Iterable[Any], progress: bool, seed: int = 0, members: int = MEMBERS
 ) -> MixturePosterior:
     """:func:`fit_mixture` without settings, for a loader that can be split and targets that are not real numbers."""
-    adapter = model if isinstance(model, AdapterModel) else AdapterModel(model)
-    return _combined(_fit_members(adapter, loader, default_members(adapter, loader, members, seed), progress), progress)
+    if not isinstance(model, AdapterModel):
+        model = SupervisedTokens(model) if holds_text(loader) else AdapterModel(model)
+    return _combined(_fit_members(model, loader, default_members(model, loader, members, seed), progress), progress)
 
 
 def default_members(
     adapter: AdapterModel, loader: Iterable[Any], members: int = MEMBERS, seed: int = 0
 ) -> list[KalmanConfig]:
     """The settings of members without settings: a wide prior, each with its own seed."""
+    if isinstance(adapter, SupervisedTokens):
+        text = as_text(KalmanConfig(rank=TEXT_RANK, mean_passes=MEAN_PASSES), adapter.num_probes)
+        return [dataclasses.replace(text, seed=seed + number) for number in range(members)]
     batches = iter(loader)
     first = next(batches)
     inputs, _ = split_batch(first)
@@ -190,11 +197,16 @@ def _fit_member(
 
 def _combined(members: Sequence[Member], progress: bool) -> MixturePosterior:
     """The mixture of the members that get a weight, at the chosen sizes and sharpness, with all data learned."""
-    is_class = members[0].posterior.config.likelihood == "categorical"
+    likelihood = members[0].posterior.config.likelihood
+    is_class = likelihood == "categorical"
     sized = _with_sizes(members)
-    outputs = [heldout_outputs(member.posterior, member.split.heldout) for member in sized]
-    divisors = [choose_sharpness([held]).value if is_class else 1.0 for held in outputs]
-    losses = [held.log_loss(divisor) for held, divisor in zip(outputs, divisors, strict=True)]
+    if likelihood == "tokens":
+        outputs = []
+        losses = [sampled_text_losses(m.posterior, heldout_batches(m.posterior, m.split.heldout)) for m in sized]
+    else:
+        outputs = [heldout_outputs(member.posterior, member.split.heldout) for member in sized]
+        divisors = [choose_sharpness([held]).value if is_class else 1.0 for held in outputs]
+        losses = [held.log_loss(divisor) for held, divisor in zip(outputs, divisors, strict=True)]
     weights = choose_weights(losses)
     kept = [number for number, weight in enumerate(weights) if weight > 0.0]
     sharpness = cross_fitted_sharpness([outputs[number] for number in kept]) if is_class else None
@@ -216,7 +228,8 @@ def _with_sizes(members: Sequence[Member]) -> list[Member]:
                 sized[number] = _with_noise_and_size(members[number])
             continue
         limit = -(-calibration.SIZE_EXAMPLES // len(alike))
-        size = choose_common_size([_of_limited_size(members[n], limit) for n in alike])
+        choose = choose_text_size if kinds[alike[0]].likelihood == "tokens" else choose_common_size
+        size = choose([_of_limited_size(members[n], limit) for n in alike])
         static = is_static(members[alike[0]].posterior.config.dynamics_settings)
         calibration.warn([calibration.edge_of_size(size, static)], stacklevel=5)
         for number in alike:

@@ -24,6 +24,7 @@ from bayes_kf.inference.heldout.covariance_size import STANDARD_ERRORS, choose_s
 from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_batches, heldout_outputs
 from bayes_kf.inference.heldout.residual_noise import with_heldout_noise
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
+from bayes_kf.inference.heldout.text_size import choose_text_size
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Inputs
 
@@ -148,11 +149,18 @@ def _with_chosen_size(
     else:  # under dynamics, σ² does not say how large the data's share of the precision is
         if estimated:
             start = with_heldout_noise(start, batches, present)
-        size = choose_size(start, few, standard_errors)
+        size = _chosen_size(start, few, standard_errors)
         sized = with_size(start, size.value)
         if estimated:
             sized = with_heldout_noise(sized, batches, present)
     return replace(sized, history=posterior.history | {"size": size.as_tensor()}), size
+
+
+def _chosen_size(posterior: GaussianPosterior, few: Sequence[tuple[Inputs, Tensor]], standard_errors: float) -> Choice:
+    """The size by the joint likelihood of held-out examples, or of text."""
+    if posterior.config.likelihood == "tokens":
+        return choose_text_size([(posterior, few)])
+    return choose_size(posterior, few, standard_errors)
 
 
 def _with_chosen_sharpness(

@@ -6,7 +6,8 @@ After loading, ``posterior.with_adapter(OptionTokens(model, options))`` uses it 
 are our own.
 """
 
-from bayes_kf.models.language.logits import IGNORED, learns_prompt
+from bayes_kf.models.batch import IGNORED
+from bayes_kf.models.language.logits import learns_prompt
 from bayes_kf.models.language.next_token import Examples, NextToken, next_token_examples
 from bayes_kf.models.language.options import OptionTexts, OptionTokens, option_examples
 from bayes_kf.models.language.supervised_tokens import SupervisedTokens

@@ -13,8 +13,6 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
-IGNORED = -100  # label of a token that is not a target, as in transformers
-
 
 def mapping(inputs: Inputs, *names: str) -> dict[str, Tensor]:
     """The inputs as a dictionary that has these names.

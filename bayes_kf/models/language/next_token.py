@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs
-from bayes_kf.models.language.logits import IGNORED, logits_at, mapping
+from bayes_kf.models.batch import IGNORED, Inputs
+from bayes_kf.models.language.logits import logits_at, mapping
 
 
 class NextToken(AdapterModel):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Batch, Inputs
-from bayes_kf.models.language.logits import IGNORED, mapping, token_logits
+from bayes_kf.models.batch import IGNORED, Batch, Inputs
+from bayes_kf.models.language.logits import mapping, token_logits
 from bayes_kf.models.language.token_scores import token_scores
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
@@ -72,7 +72,7 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def following_labels(given: dict[str, Tensor]) -> Tensor:
+def following_labels(inputs: Inputs) -> Tensor:
     """For each column the token that follows and is learned, (B, T − 1); −100 if none is.
 
     A token that no token precedes, since it follows padding, is not learned.
@@ -80,6 +80,7 @@ def following_labels(given: dict[str, Tensor]) -> Tensor:
     Raises:
         ValueError: if ``labels`` and ``input_ids`` are not of one shape (sequences, tokens).
     """
+    given = mapping(inputs, "input_ids")
     ids, labels = given["input_ids"], given.get("labels", given["input_ids"])
     if ids.ndim != 2 or labels.shape != ids.shape:
         raise ValueError(

@@ -21,7 +21,7 @@ from bayes_kf.inference.fitting.passes.noise_refit import refit_noise
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.inference.heldout.choice import near_best
 from bayes_kf.inference.heldout.sharpness import point_log_losses
-from bayes_kf.models.batch import Batch
+from bayes_kf.models.batch import Batch, join_targets
 
 STANDARD_ERRORS = 1.0
 LEARNING_RATE = 0.02  # of the first step, in prior standard deviations
@@ -86,4 +86,4 @@ def heldout_point_losses(kf: KalmanFilter, state: FilterState, heldout: Iterable
         for batch in heldout:
             outputs.append(kf.linearize.outputs(state.belief.mean, batch))
             targets.append(batch.required_targets)
-    return point_log_losses(kf.config.likelihood, torch.cat(outputs), torch.cat(targets))
+    return point_log_losses(kf.config.likelihood, torch.cat(outputs), join_targets(targets))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from bayes_kf.inference.fitting.default_likelihood import REAL, default_likelihood
+from bayes_kf.inference.fitting.default_likelihood import REAL, TEXT, default_likelihood
 from bayes_kf.inference.fitting.loader import concatenate_inputs
 from bayes_kf.inference.fitting.loop import inputs_and_targets
 from bayes_kf.inference.fitting.selection.heldout_config_selection import ShuffledBatches, reads_all_examples, reloaded
@@ -31,17 +31,28 @@ class Examples(NamedTuple):
 
 
 def holds_real_targets(loader: Iterable[Any]) -> bool:
-    """Whether a loader has float targets that are real numbers, and its examples can be asked for again.
+    """Whether a loader has float targets that are real numbers, and its examples can be asked for again."""
+    return inferred_likelihood(loader) == REAL
 
-    False for batches that are malformed or whose targets are ambiguous; a fit refuses them when it reads them.
+
+def holds_text(loader: Iterable[Any]) -> bool:
+    """Whether a loader has tokens as targets, and its examples can be asked for again."""
+    return inferred_likelihood(loader) == TEXT
+
+
+def inferred_likelihood(loader: Iterable[Any]) -> dict[str, Any]:
+    """The settings of the likelihood for the targets of a loader whose examples can be asked for again.
+
+    Empty for class labels, for other loaders, and for batches that are malformed or whose targets are ambiguous; a fit
+    refuses these when it reads them.
     """
     if not _repeats(loader):
-        return False
+        return {}
     batches = loader if isinstance(loader, list | tuple) else _resized(loader, SMALL, True)
     try:
-        return default_likelihood(split_batch(batch)[1] for batch in batches) == REAL
+        return default_likelihood(split_batch(batch)[1] for batch in batches)
     except ValueError:
-        return False
+        return {}
 
 
 def repeated_examples(loader: Iterable[Any], seed: int = 0) -> Examples:
