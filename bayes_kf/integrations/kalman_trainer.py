@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
-from bayes_kf.inference.fitting.default_likelihood import default_likelihood
+from bayes_kf.inference.fitting.defaults.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.loader import SCALE_EXAMPLES
 from bayes_kf.inference.fitting.passes.mean_pass import STEP_SIZE
 from bayes_kf.inference.fitting.passes.scale_refit import can_refit_scale

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import bayes_kf as bkf
 from bayes_kf.evaluation import entropy_parts
-from bayes_kf.inference.fitting.default_curvature import EXACT_IN_ONE_PASS
+from bayes_kf.inference.fitting.defaults.default_curvature import EXACT_IN_ONE_PASS
 from benchmarks.bench.registry.problems import QualityProblem
 from benchmarks.common.learners import Inputs, Stream, logits
 

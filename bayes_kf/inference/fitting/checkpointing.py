@@ -14,7 +14,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
-from bayes_kf.inference.fitting.default_likelihood import default_likelihood
+from bayes_kf.inference.fitting.defaults.default_likelihood import default_likelihood
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.loader import first_batches, num_batches, scale_inputs
 from bayes_kf.inference.fitting.loop import LoopStep, run_loop

@@ -15,7 +15,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
-from bayes_kf.inference.fitting.default_likelihood import as_text
+from bayes_kf.inference.fitting.defaults.default_likelihood import as_text
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
 from bayes_kf.inference.fitting.loader import num_batches

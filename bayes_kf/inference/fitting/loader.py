@@ -23,13 +23,13 @@ def num_batches(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def first_batches(batches: Iterator[Any]) -> list[Any]:
-    """The first batches, which together hold ``SCALE_EXAMPLES`` examples or all there are."""
+def first_batches(batches: Iterator[Any], least: int = SCALE_EXAMPLES) -> list[Any]:
+    """The first batches, which together hold at least ``least`` examples or all there are."""
     first, examples = list[Any](), 0
     for batch in batches:
         first.append(batch)
         examples += batch_size(split_batch(batch)[0])
-        if examples >= SCALE_EXAMPLES:
+        if examples >= least:
             break
     return first
 

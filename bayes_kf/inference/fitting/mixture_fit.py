@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import DivergenceError
-from bayes_kf.inference.fitting.default_curvature import EXACT_IN_MIXTURE, default_curvature
-from bayes_kf.inference.fitting.default_likelihood import as_text, default_likelihood
+from bayes_kf.inference.fitting.defaults.default_curvature import EXACT_IN_MIXTURE, default_curvature
+from bayes_kf.inference.fitting.defaults.default_likelihood import as_text, default_likelihood
+from bayes_kf.inference.fitting.defaults.default_prior import NEW, default_prior
 from bayes_kf.inference.fitting.fit_config import fit_config
-from bayes_kf.inference.fitting.loader import num_batches
+from bayes_kf.inference.fitting.loader import first_batches, num_batches
+from bayes_kf.inference.fitting.loop import inputs_and_targets
 from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covariance_pass
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
@@ -57,7 +59,7 @@ from bayes_kf.validation import check_whole
 
 BATCH = 16  # the most examples of a batch
 MEMBERS = 2
-LOGIT_SD = 5.0  # of their prior
+PRIOR_EXAMPLES = 128  # on which the default prior is chosen, at least
 TEXT_RANK = 20  # of their covariances if they are over text, whose adapters are large
 MEAN_PASSES = 5  # of each member
 LAST_STEP_SIZE = 0.5  # r of the first step of the pass in which a single member learns its held-out examples
@@ -144,13 +146,17 @@ def default_members(
         text = as_text(KalmanConfig(rank=TEXT_RANK, mean_passes=MEAN_PASSES), adapter.num_probes)
         return [dataclasses.replace(text, seed=seed + number) for number in range(members)]
     batches = iter(loader)
-    first = next(batches)
-    inputs, _ = split_batch(first)
-    by_outputs = default_curvature(adapter, inputs, EXACT_IN_MIXTURE)
-    likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain([first], batches))
-    curvature = "exact" if likelihood else by_outputs
-    prior: dict[str, Any] = {"initial_spread": "bounded", "initial_logit_sd": LOGIT_SD}
-    common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES, "curvature": curvature} | prior | likelihood
+    first = first_batches(batches, PRIOR_EXAMPLES)
+    inputs, _ = inputs_and_targets(first[0], 0)
+    curvature = default_curvature(adapter, inputs, EXACT_IN_MIXTURE)
+    likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain(first, batches))
+    if likelihood:
+        chosen = likelihood | NEW | {"curvature": "exact"}
+    else:
+        chosen = {"curvature": curvature} | default_prior(
+            adapter, [inputs_and_targets(b, n) for n, b in enumerate(first)]
+        )
+    common: dict[str, Any] = {"rank": 60, "mean_passes": MEAN_PASSES} | chosen
     return [KalmanConfig(**common, seed=seed + number) for number in range(members)]
 
 

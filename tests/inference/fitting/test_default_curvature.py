@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kf.inference.fitting.default_curvature import EXACT_IN_MIXTURE, EXACT_IN_ONE_PASS, default_curvature
+from bayes_kf.inference.fitting.defaults.default_curvature import EXACT_IN_MIXTURE, EXACT_IN_ONE_PASS, default_curvature
 from bayes_kf.inference.fitting.mixture_fit import default_members
 from bayes_kf.models.adapter import AdapterModel
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kf as bkf
-from bayes_kf.inference.fitting.default_likelihood import REAL, default_likelihood
+from bayes_kf.inference.fitting.defaults.default_likelihood import REAL, default_likelihood
 
 torch.manual_seed(0)
 X = torch.randn(80, 3)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from bayes_kf.inference.fitting.default_likelihood import REAL, TEXT, default_likelihood
+from bayes_kf.inference.fitting.defaults.default_likelihood import REAL, TEXT, default_likelihood
 from bayes_kf.inference.fitting.loader import concatenate_inputs
 from bayes_kf.inference.fitting.loop import inputs_and_targets
 from bayes_kf.inference.fitting.selection.heldout_config_selection import ShuffledBatches, reads_all_examples, reloaded

@@ -1,0 +1,1 @@
+"""What a fit without a config chooses from the data and the model."""
