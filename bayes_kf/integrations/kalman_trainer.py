@@ -49,7 +49,8 @@ class KalmanTrainer(PosteriorTrainer):
       ``eval_dataset``, if it has labels and is no mapping of several. Otherwise one example in eight of the training
       set is held out, and learned last. ``trainer.held_out`` says which; ``metrics`` of the result have the values.
     - Evaluation predicts with the posterior: "logits" are log predictive probabilities, the loss is their log loss, and
-      the metrics are those of :func:`calibration_metrics` and of ``compute_metrics``.
+      the metrics are those of :func:`calibration_metrics` and of ``compute_metrics``. The text of a language model is
+      scored by the posterior mean, as Trainer does.
     - Checkpoints hold the posterior and Trainer's own files. Training resumed from one equals uninterrupted training to
       the bit. Optimizer files are neither saved nor loaded.
 

@@ -105,9 +105,15 @@ class PosteriorTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Log loss, log predictive probabilities (the predictive mean for other likelihoods) and labels of a batch."""
-        if self._trained.state is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """Log loss, log predictive probabilities (the predictive mean for other likelihoods) and labels of a batch.
+
+        Text is scored as Trainer scores it, by the model, which has the posterior mean; logits of all tokens are kept
+        only for metrics of the user.
+        """
+        is_text = self._trained.kf is not None and self._trained.kf.config.likelihood == "tokens"
+        if self._trained.state is None or is_text:
+            loss_only = prediction_loss_only or (is_text and self._user_metrics is None)
+            return super().prediction_step(model, inputs, loss_only, ignore_keys)
         batch, targets = self._split(self._prepare_inputs(inputs))
         compare, self._compare_draws = self._compare_draws, False
         prediction = self._predict(batch, targets, compare)
@@ -137,7 +143,9 @@ class PosteriorTrainer(Trainer):
         """The user's metrics and, for classifiers, the calibration metrics."""
         own = {} if self._user_metrics is None else self._user_metrics(prediction, **options)
         config = self.kalman if self._trained.kf is None else self._trained.kf.config
-        if config is not None and config.likelihood != "categorical":
+        outputs = prediction.predictions
+        is_text = getattr(outputs[0] if isinstance(outputs, tuple) else outputs, "ndim", 0) == 3  # before training
+        if is_text or (config is not None and config.likelihood != "categorical"):
             return own
         return calibration_metrics(prediction) | own
 

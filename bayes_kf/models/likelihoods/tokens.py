@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from torch import Tensor
 
 LOG_PROB, UNCERTAINTY, SPREAD, HITS, COUNT = range(5)
@@ -15,6 +14,7 @@ STATISTICS = 5
 log π(y); the odds (1 − π(y))/π(y) against y; the trace 1 − |π|² of the Fisher information of the logits; whether y is
 the most probable token; and 1.
 """
+LEAST_ODDS = 1e-12  # against the labels of a sequence, which are 0 where none is learned
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Tokens:
         gradient. The sum of all whitened tokens, weighted so that the gradient is exact, is one observation along g
         with precision 1/Σ_t 1/c_t: at most the information that the tokens have in that direction.
         """
-        odds = targets.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(-1)
+        odds = targets.clamp_min(LEAST_ODDS).unsqueeze(-1)
         return odds.rsqrt().unsqueeze(-1), odds.sqrt()
 
     def divergence(self, outputs: Tensor, others: Tensor) -> Tensor:

@@ -181,3 +181,15 @@ def test_the_sign_of_a_probe_depends_on_the_sequence():
     assert not torch.equal(kf.marginal_variance(first), kf.marginal_variance(later))
     assert math.isfinite(nats_a_token(kf.posterior(first), [given]))
     assert reading.num_probes == 1
+
+
+def test_a_sequence_without_learned_tokens_changes_nothing():
+    (given,) = batches(1, size=3)
+    given["labels"][2] = -100
+    kf = bkf.KalmanFilter(lm.lora(), bkf.KalmanConfig(likelihood="tokens", curvature="sampled", temperature=1.0))
+    start = kf.init({name: values[:2] for name, values in given.items()})
+    with_it, info = kf.update(start, *split_batch(given))
+    without, _ = kf.update(start, *split_batch({name: values[:2] for name, values in given.items()}))
+    torch.testing.assert_close(with_it.belief.mean, without.belief.mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kf.marginal_variance(with_it), kf.marginal_variance(without), rtol=1e-4, atol=1e-8)
+    assert info.log_loss[2] == 0.0
