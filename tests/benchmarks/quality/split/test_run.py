@@ -101,16 +101,18 @@ def test_each_part_has_a_page_of_its_own(digits):
     assert "Development sets: digits." in text
 
 
-def test_means_are_over_the_sets_of_the_base_rows():
+def test_means_are_over_the_sets_of_the_base_rows_and_the_default():
     problems = {name: run.PROBLEMS[name] for name in ("boston", "energy", "power")}
     scores = dict.fromkeys(("rmse", "crps", "coverage_50", "coverage_90", "predict_seconds", "mib"), 0.5)
     scores |= {"seconds": 2.0, "epoch_seconds": 1.0, "single_seconds": 4.0}
     nll = {"boston": 1.0, "energy": 2.0}
     measured = {f"{name}/{row}/0": scores | {"nll": nll[name]} for row in ("strong", "strong-ensemble") for name in nll}
+    measured |= {f"power/{row}/0": scores | {"nll": 9.0} for row in ("strong", "strong-ensemble")}  # no default yet
+    measured |= {f"{name}/default/0": scores | {"nll": 3.0} for name in nll}
     measured |= {f"{name}/ridge/0": scores | {"nll": 4.0} for name in problems}
     measured |= {"boston/gp/0": scores | {"nll": 0.0}}
     lines = "\n".join(render(measured, problems, False)).splitlines()
-    assert "Over the 2 sets that the strong row and the ensemble have: boston, energy." in lines
+    assert "Over the 2 sets that the strong row, the ensemble and the default have: boston, energy." in lines
     table = lines[lines.index("## Means, regression") : lines.index("## Against the strong row, regression")]
     first = {
         line.split("|")[1].strip(): [part.strip() for part in line.split("|")[2:-1]] for line in table if "|" in line
