@@ -13,6 +13,13 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
+PREPENDING = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "CPT",
+)  # PEFT types with columns of virtual tokens
+
 
 def mapping(inputs: Inputs, *names: str) -> dict[str, Tensor]:
     """The inputs as a dictionary that has these names.
@@ -52,8 +59,9 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
     moved = {name: value.to(adapter.device) for name, value in own.items()}
     kept = None if columns is None or source is not None else columns.to(adapter.device)
     keep = {}
-    if kept is not None and "logits_to_keep" in _parameters(adapter.model):
-        keep["logits_to_keep"] = kept + _virtual_columns(adapter.model)
+    before = _virtual_columns(adapter.model)
+    if kept is not None and before is not None and "logits_to_keep" in _parameters(adapter.model):
+        keep["logits_to_keep"] = kept + before
     with adapter.autocast():
         outputs = adapter.model(**moved, **keep)
     logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
@@ -108,12 +116,12 @@ def _parameters(model: nn.Module) -> Collection[str]:
     return inspect.signature(base.forward).parameters
 
 
-def _virtual_columns(model: nn.Module) -> int:
-    """How many learned columns the model puts before those of ``input_ids``."""
+def _virtual_columns(model: nn.Module) -> int | None:
+    """How many learned columns the model puts before those of ``input_ids``; None if that is not known."""
     if not learns_prompt(model):
         return 0
     config: Any = model.active_peft_config
-    return 0 if config.peft_type == "PREFIX_TUNING" else int(config.num_virtual_tokens)
+    return int(config.num_virtual_tokens) if config.peft_type in PREPENDING else None
 
 
 def last_place(given: Mapping[str, Tensor]) -> Tensor:

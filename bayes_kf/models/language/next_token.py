@@ -54,6 +54,7 @@ def next_token_examples(input_ids: Tensor, labels: Tensor, attention_mask: Tenso
         ValueError: if the shapes differ.
 
     Example:
+        >>> import torch
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> [batch] = next_token_examples(ids, torch.tensor([[-100, -100, 7, 8]]))
         >>> batch.inputs["place"].tolist(), batch.targets.tolist(), batch.inputs["input_ids"].tolist()

@@ -15,32 +15,31 @@ from bayes_kf.models.batch import Inputs, to_device
 
 NEW: dict[str, Any] = {"initial_spread": "bounded", "initial_logit_sd": 5.0}
 TRAINED: dict[str, Any] = {"initial_spread": "modules", "initial_logit_sd": 3.0}
-STANDARD_ERRORS = 2.0
+KNOWN = 0.5  # loss of a classifier that knows the labels, relative to that of their frequencies
 
 
 def default_prior(adapter: AdapterModel, batches: Sequence[tuple[Inputs, Tensor]]) -> dict[str, Any]:
     """The settings of the prior for class labels.
 
-    The model as it is given knows the labels if its log loss, at the sharpness that suits these examples, is below that
-    of the labels' frequencies by more than two standard errors of the difference. Under a prior for a new classifier it
-    would forget what it knows where labels are few or wrong. Ours.
+    The model as it is given knows the labels if its log loss, at the sharpness that suits these examples, is below half
+    that of the labels' frequencies. Under a prior for a new classifier it would forget what it knows where labels are
+    few or wrong; under a narrower one it would not learn enough where it knows them by halves. Ours.
 
     Args:
         adapter: the model.
         batches: some of the examples, inputs and labels (B,). If they do not fit, the fit says so when it reads them.
     """
     try:
-        gain = _gain_over_frequencies(adapter, batches)
+        return TRAINED if _relative_loss(adapter, batches) < KNOWN else NEW
     except (TypeError, ValueError):
         return NEW
-    error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-    return TRAINED if float(gain.mean()) > STANDARD_ERRORS * error else NEW
 
 
-def _gain_over_frequencies(adapter: AdapterModel, batches: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
-    """By how much the log loss of the labels' frequencies exceeds that of the model, (N,) in nats."""
+def _relative_loss(adapter: AdapterModel, batches: Sequence[tuple[Inputs, Tensor]]) -> float:
+    """The log loss of the model over that of the labels' frequencies; infinite if all labels are the same."""
     outputs = torch.cat([adapter.outputs(adapter.vector(), to_device(x, adapter.device)) for x, _ in batches])
     labels = torch.cat([y for _, y in batches]).to(outputs.device)
     losses = point_log_losses("categorical", outputs, labels)
     counts = torch.bincount(labels, minlength=outputs.shape[1]).double()
-    return -(counts / counts.sum()).log()[labels] - losses
+    of_frequencies = -(counts / counts.sum()).log()[labels].mean()
+    return float(losses.mean() / of_frequencies) if float(of_frequencies) > 0.0 else math.inf
