@@ -11,7 +11,7 @@ from torch import Tensor
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.config_groups import PriorSettings
 from bayes_kf.inference.linearization.linearizer import Linearizer
-from bayes_kf.inference.linearization.row_buffer import Directions
+from bayes_kf.inference.linearization.row_buffer import selected_outputs
 from bayes_kf.inference.measurement_model.output_directions import random_signs
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch
@@ -226,8 +226,7 @@ def _token_mean_squares(linearize: Linearizer, mean: Tensor, batch: Batch) -> Te
     total, spread = torch.zeros_like(mean), 0.0
     for _, chunk in linearize.chunks(mean, batch, linearize.num_outputs - STATISTICS):
         linearized = linearize(mean, chunk, rows_per_example=linearize.num_outputs - STATISTICS)
-        probes = torch.eye(linearize.num_outputs).to(linearized.outputs)[STATISTICS:]
-        directions = Directions(len(probes), lambda _, which, probes=probes: probes[which])  # type: ignore[misc]
-        total += linearized.jacobian(directions).column_squares() / len(probes)
+        probes = selected_outputs(linearized.outputs, range(STATISTICS, linearize.num_outputs))
+        total += linearized.jacobian(probes).column_squares() / probes.num_rows
         spread += float(linearized.outputs[:, SPREAD].double().sum())
     return total / max(spread, torch.finfo(torch.float32).tiny)

@@ -87,12 +87,14 @@ def fit(
 
             None: if the loader can be split (a DataLoader over a data set, or a list of at least eight batches), the
             result for class labels is a mixture of two posteriors (:func:`fit_mixture`), a ``MixturePosterior`` whose
-            ``best`` is one of them. For float targets it is one posterior whose mean is moved by up to 100 passes,
-            while the prior's scales and the noise variance maximize the evidence
-            (``fitting.regression.regression_fit``). If the loader cannot be split, ``fit`` makes one pass with
-            ``KalmanConfig.stream()``. With ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``. The
-            targets decide the likelihood: integers are class labels, floats are real numbers with Gaussian noise of an
-            estimated variance, bools are answers ("bernoulli"). A config is used as it is, with its own likelihood.
+            ``best`` is one of them. For tokens (``labels`` of the shape of ``input_ids``) it is one posterior, fitted
+            as a member of such a mixture is (``models.language.SupervisedTokens``). For float targets it is one
+            posterior whose mean is moved by up to 100 passes, while the prior's scales and the noise variance maximize
+            the evidence (``fitting.regression.regression_fit``). If the loader cannot be split, ``fit`` makes one pass
+            with ``KalmanConfig.stream()``. With ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``.
+            The targets decide the likelihood: integers (B,) are class labels and (B, T) tokens, floats are real numbers
+            with Gaussian noise of an estimated variance, bools are answers ("bernoulli"). A config is used as it is,
+            with its own likelihood.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since

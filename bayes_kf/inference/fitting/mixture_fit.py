@@ -44,11 +44,11 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import (
 )
 from bayes_kf.inference.heldout import calibration, noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
-from bayes_kf.inference.heldout.covariance_size import choose_common_size, is_static, with_size
+from bayes_kf.inference.heldout.covariance_size import is_static, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_batches, heldout_outputs
 from bayes_kf.inference.heldout.member_weights import choose_weights
 from bayes_kf.inference.heldout.sharpness import choose_sharpness, cross_fitted_sharpness
-from bayes_kf.inference.heldout.text_size import choose_text_size, sampled_text_losses
+from bayes_kf.inference.heldout.text_size import sampled_text_losses
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
@@ -234,8 +234,7 @@ def _with_sizes(members: Sequence[Member]) -> list[Member]:
                 sized[number] = _with_noise_and_size(members[number])
             continue
         limit = -(-calibration.SIZE_EXAMPLES // len(alike))
-        choose = choose_text_size if kinds[alike[0]].likelihood == "tokens" else choose_common_size
-        size = choose([_of_limited_size(members[n], limit) for n in alike])
+        size = calibration.common_size([_of_limited_size(members[n], limit) for n in alike])
         static = is_static(members[alike[0]].posterior.config.dynamics_settings)
         calibration.warn([calibration.edge_of_size(size, static)], stacklevel=5)
         for number in alike:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
-from bayes_kf.inference.heldout.covariance_size import STANDARD_ERRORS, choose_size, is_static, with_size
+from bayes_kf.inference.heldout.covariance_size import STANDARD_ERRORS, choose_common_size, is_static, with_size
 from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_batches, heldout_outputs
 from bayes_kf.inference.heldout.residual_noise import with_heldout_noise
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
@@ -149,18 +149,25 @@ def _with_chosen_size(
     else:  # under dynamics, σ² does not say how large the data's share of the precision is
         if estimated:
             start = with_heldout_noise(start, batches, present)
-        size = _chosen_size(start, few, standard_errors)
+        size = common_size([(start, few)], standard_errors)
         sized = with_size(start, size.value)
         if estimated:
             sized = with_heldout_noise(sized, batches, present)
     return replace(sized, history=posterior.history | {"size": size.as_tensor()}), size
 
 
-def _chosen_size(posterior: GaussianPosterior, few: Sequence[tuple[Inputs, Tensor]], standard_errors: float) -> Choice:
-    """The size by the joint likelihood of held-out examples, or of text."""
-    if posterior.config.likelihood == "tokens":
-        return choose_text_size([(posterior, few)])
-    return choose_size(posterior, few, standard_errors)
+def common_size(
+    pairs: Sequence[tuple[GaussianPosterior, Sequence[tuple[Inputs, Tensor]]]], standard_errors: float = STANDARD_ERRORS
+) -> Choice:
+    """One size for posteriors under the same settings, by the joint likelihood of held-out examples or of text.
+
+    Args:
+        pairs: a posterior at the size 1, and batches that it was not fitted on.
+        standard_errors: as for :func:`.covariance_size.choose_size`; not used for text.
+    """
+    if pairs[0][0].config.likelihood == "tokens":
+        return choose_text_size(pairs)
+    return choose_common_size(pairs, standard_errors)
 
 
 def _with_chosen_sharpness(

@@ -25,7 +25,7 @@ from bayes_kf.inference.heldout.choice import Choice, most_probable
 from bayes_kf.inference.heldout.covariance_size import DECADES, LEAST_EXCESS, SIZES, STANDARD_ERRORS, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_batches
 from bayes_kf.inference.linearization.jacobian import Jacobian
-from bayes_kf.inference.linearization.row_buffer import Directions
+from bayes_kf.inference.linearization.row_buffer import selected_outputs
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Batch
 from bayes_kf.models.language import SupervisedTokens
@@ -105,22 +105,19 @@ def _linearized(posterior: GaussianPosterior, batch: Batch, number: int) -> tupl
     seeded = posterior.adapter.with_targets(batch, posterior.config.seed + number * batch.size)
     with posterior.adapter.full_precision():
         linearized = posterior.kf.linearize(posterior.mean_vector, seeded, rows_per_example=1 + PROBES)
-        rows = torch.eye(STATISTICS + PROBES).to(linearized.outputs)[
-            [LOG_PROB, *range(STATISTICS, STATISTICS + PROBES)]
-        ]
-        rows[1:] /= PROBES**0.5
-        jacobian = linearized.jacobian(Directions(1 + PROBES, lambda _, which: rows[which]))
+        rows = selected_outputs(linearized.outputs, [LOG_PROB, *range(STATISTICS, STATISTICS + PROBES)])
+        jacobian = linearized.jacobian(rows)
     return float(linearized.outputs[:, LOG_PROB].double().sum()), jacobian
 
 
 def _gain(covariance: Tensor, size: int) -> float:
     """½ gᵀ(P⁻¹ + RᵀR)⁻¹g − ½ log det(I + RPRᵀ), from the covariance of all rows, (B(1+K), B(1+K)).
 
-    With S = I + RPRᵀ the first term is ½ (gᵀPg − gᵀPRᵀ S⁻¹ RPg).
+    R are the probes over √K. With S = I + RPRᵀ the first term is ½ (gᵀPg − gᵀPRᵀ S⁻¹ RPg).
     """
     by_example = covariance.view(size, 1 + PROBES, size, 1 + PROBES)
     of_gradient = by_example[:, 0, :, 0].sum()
-    cross = by_example[:, 0, :, 1:].sum(0).flatten()
-    of_probes = by_example[:, 1:, :, 1:].reshape(size * PROBES, size * PROBES)
+    cross = by_example[:, 0, :, 1:].sum(0).flatten() / PROBES**0.5
+    of_probes = by_example[:, 1:, :, 1:].reshape(size * PROBES, size * PROBES) / PROBES
     solved = solve_innovation(of_probes, cross)
     return 0.5 * float(of_gradient - solved.squared) - float(solved.chol.diagonal().log().sum())

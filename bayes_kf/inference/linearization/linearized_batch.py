@@ -19,7 +19,13 @@ from torch import Tensor
 from bayes_kf.inference.linearization.jacobian import FactoredBlocks, Jacobian
 from bayes_kf.inference.linearization.jacobian_blocks import Block, DenseBlock, OuterProductBlock
 from bayes_kf.inference.linearization.per_example_gradients import ModuleCall
-from bayes_kf.inference.linearization.row_buffer import Directions, RecordedForward, RowBuffer, RowsError
+from bayes_kf.inference.linearization.row_buffer import (
+    Directions,
+    RecordedForward,
+    RowBuffer,
+    RowsError,
+    selected_outputs,
+)
 from bayes_kf.inference.linearization.row_order_check import may_move_rows, wrong_tensors
 from bayes_kf.models.adapter import AdapterModel
 
@@ -186,5 +192,4 @@ class LinearizedBatch:
 
 def identity(like: Tensor) -> Directions:
     """Every output as a direction, for outputs (B, m)."""
-    eye = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
-    return Directions(len(eye), lambda _, which: eye[which])
+    return selected_outputs(like, range(like.shape[1]))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.linearization.batch_repetition import BackwardPass, BatchRepetition
@@ -27,6 +28,12 @@ class Directions(NamedTuple):
     num_rows: int
     seeds: Callable[[Tensor, Tensor], Tensor]
     rows_per_example: Tensor | None = None
+
+
+def selected_outputs(outputs: Tensor, columns: Sequence[int]) -> Directions:
+    """Some of the outputs (B, m) as directions, in the order of ``columns``."""
+    rows = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)[list(columns)]
+    return Directions(len(columns), lambda _, which: rows[which])
 
 
 class RecordedForward(NamedTuple):

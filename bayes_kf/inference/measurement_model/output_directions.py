@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_kf.inference.config_groups import CurvatureSettings
-from bayes_kf.inference.linearization.row_buffer import Directions
+from bayes_kf.inference.linearization.row_buffer import Directions, selected_outputs
 from bayes_kf.models.likelihood import Bernoulli, Likelihood, Tokens
 from bayes_kf.models.likelihoods.tokens import LOG_PROB, STATISTICS, UNCERTAINTY
 
@@ -239,9 +239,7 @@ def _label_log_odds(outputs: Tensor, targets: Tensor, num_draws: int, seed: int)
 def _token_statistics(family: Tokens, outputs: Tensor) -> ProjectedOutputs:
     """The log-likelihood of each sequence, and the probes, which are outputs; the target is the uncertainty."""
     number = outputs.shape[1] - STATISTICS
-    kept = [LOG_PROB, *range(STATISTICS, outputs.shape[1])]
-    rows = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)[kept]
-    directions = Directions(1 + number, lambda _, which: rows[which])
+    directions = selected_outputs(outputs, [LOG_PROB, *range(STATISTICS, outputs.shape[1])])
     degrees = torch.zeros(len(outputs), dtype=torch.int64, device=outputs.device)  # the innovation of text says little
     uncertainty = outputs[:, UNCERTAINTY].double()
     return ProjectedOutputs(
