@@ -57,9 +57,10 @@ def base():
 
 def lora(model=None, seed=0, targets=("c_attn", "c_fc", "c_proj")):
     """With LoRA of rank 2."""
-    torch.manual_seed(seed)
+    below = base() if model is None else model
+    torch.manual_seed(seed)  # after the base, whose training draws numbers the first time
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=list(targets), fan_in_fan_out=model is None)
-    return get_peft_model(base() if model is None else model, config).eval()
+    return get_peft_model(below, config).eval()
 
 
 def llama():
