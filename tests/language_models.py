@@ -1,18 +1,20 @@
-"""A small causal language model that read real English until it is not random, and its tokens: characters."""
+"""A small causal language model that read real English until it was not random, and its tokens: characters."""
 
 from __future__ import annotations
 
-import functools
+from pathlib import Path
 from pydoc_data import topics
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
 END = 0  # a line's end
 SEEN, STEPS = 64, 350
+WEIGHTS = Path(__file__).with_name("characters.safetensors")
 
 
 def ids(text):
@@ -24,13 +26,16 @@ def english():
     return ids("".join(topics.topics[name] for name in sorted(topics.topics))[:400_000])
 
 
-@functools.cache
-def _trained():
-    torch.manual_seed(0)
-    config = GPT2Config(
+def _config():
+    return GPT2Config(
         vocab_size=len(LETTERS), n_positions=160, n_embd=64, n_layer=2, n_head=4, eos_token_id=END, bos_token_id=END
     )
-    model, text = GPT2LMHeadModel(config), english()
+
+
+def train():
+    """Write ``WEIGHTS`` anew, in float16: ``python tests/language_models.py``."""
+    torch.manual_seed(0)
+    model, text = GPT2LMHeadModel(_config()), english()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
@@ -40,25 +45,23 @@ def _trained():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, config, float(loss.detach())
-
-
-def loss_of_training():
-    return _trained()[2]
+    tensors = {name: tensor.half().contiguous() for name, tensor in model.named_parameters()}
+    save_file(tensors, WEIGHTS)
+    print(f"loss {float(loss.detach()):.3f} nats a letter, {WEIGHTS.stat().st_size} bytes")
 
 
 def base():
     """The trained model, anew."""
-    tensors, config, _ = _trained()
-    model = GPT2LMHeadModel(config)
-    model.load_state_dict(tensors)
+    model = GPT2LMHeadModel(_config())
+    missing = model.load_state_dict(load_file(WEIGHTS), strict=False).missing_keys
+    assert missing == ["lm_head.weight"], missing  # tied to the embedding
     return model.eval()
 
 
 def lora(model=None, seed=0, targets=("c_attn", "c_fc", "c_proj")):
     """With LoRA of rank 2."""
     below = base() if model is None else model
-    torch.manual_seed(seed)  # after the base, whose training draws numbers the first time
+    torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=list(targets), fan_in_fan_out=model is None)
     return get_peft_model(below, config).eval()
 
@@ -99,3 +102,7 @@ def with_prompt(config):
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, eos_token_id=0, initializer_range=0.5))
     return get_peft_model(base, config).eval()
+
+
+if __name__ == "__main__":
+    train()
