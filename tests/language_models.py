@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import bayes_kf as bkf
+from bayes_kf.models.language import NextToken
 
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
 END = 0  # a line's end
@@ -94,6 +101,27 @@ class Letters:
 
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": ids(text).tolist()}
+
+
+def tokenizer():
+    """The same as one of transformers."""
+    one = Tokenizer(WordLevel({letter: number for number, letter in enumerate(LETTERS)}, unk_token="?"))
+    one.pre_tokenizer = Split(Regex("."), "isolated")
+    one.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=one, pad_token="\n", eos_token="\n")
+
+
+def posterior_around(model, scale):
+    """A posterior around the model's present tensors."""
+    config = bkf.KalmanConfig(covariance="diagonal", initial_variance=scale, bound_prior=False, temperature=1.0)
+    kf = bkf.KalmanFilter(NextToken(model), config)
+    return bkf.Posterior(kf, kf.init())
+
+
+def prompt(model, count=3, length=9):
+    """Random tokens."""
+    torch.manual_seed(4)
+    return torch.randint(1, model.config.vocab_size, (count, length))
 
 
 def with_prompt(config):

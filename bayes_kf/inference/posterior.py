@@ -29,8 +29,8 @@ class Posterior(GaussianPosterior, TextPredictions):
     """A Gaussian posterior over the trainable tensors of a model, with everything needed to use it.
 
     It has the attributes and the moments of ``GaussianPosterior``: ``kf``, ``state``, ``history``, ``mean``,
-    ``variance``, ``covariance_matrix()``, ``sample(num_samples)``; and for language models those of ``TextPredictions``:
-    ``generate``, ``score``, ``answer``.
+    ``variance``, ``covariance_matrix()``, ``sample(num_samples)``; and for language models ``generate``, ``score`` and
+    ``answer``.
 
     Example:
         >>> import bayes_kf as bkf

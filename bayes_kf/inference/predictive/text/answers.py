@@ -32,15 +32,15 @@ class Answers(NamedTuple):
         texts: the most probable option of each question.
         probs: of all m options of each question, (B, m).
         entropy: total uncertainty, (B,).
-        aleatoric: its part that more data would not take away, (B,).
-        epistemic: its part that is uncertainty of the adapter, (B,).
+        aleatoric: its part that more data would not take away, (B,); None with the method "mean".
+        epistemic: its part that is uncertainty of the adapter, (B,); None with the method "mean".
     """
 
     texts: list[str]
     probs: Tensor
     entropy: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
+    aleatoric: Tensor | None
+    epistemic: Tensor | None
 
     @property
     def confidence(self) -> Tensor:
@@ -95,5 +95,7 @@ def answer(
     ]
     reading = posterior.with_adapter(OptionTexts(posterior.adapter.model, per_token))
     predicted = reading.predict_loader(batches, method, num_samples)
-    chosen = [some[int(number)] for some, number in zip(each, predicted.probs.argmax(-1), strict=True)]
-    return Answers(chosen, predicted.probs, predicted.entropy, predicted.aleatoric, predicted.epistemic)
+    probs, entropy = predicted.probs, predicted.entropy
+    assert probs is not None and entropy is not None  # of a classification  # noqa: PT018
+    chosen = [some[int(number)] for some, number in zip(each, probs.argmax(-1), strict=True)]
+    return Answers(chosen, probs, entropy, predicted.aleatoric, predicted.epistemic)

@@ -1,4 +1,4 @@
-"""A language model whose next token is predicted by several drawn adapters together, for ``generate`` of transformers."""
+"""A language model whose next token several drawn adapters predict together, for ``generate`` of transformers."""
 
 from __future__ import annotations
 

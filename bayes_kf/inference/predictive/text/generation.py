@@ -127,9 +127,7 @@ class _RecordedEnds(StoppingCriteria):
         return places < lengths.where(lengths > 0, tokens.shape[1]).unsqueeze(1)
 
 
-def _stopping(
-    arguments: dict[str, Any], config: Any, ends: list[int], device: torch.device
-) -> StoppingCriteriaList:
+def _stopping(arguments: dict[str, Any], config: Any, ends: list[int], device: torch.device) -> StoppingCriteriaList:
     """The criteria that end a text, apart from its length."""
     criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
     if ends:
@@ -169,7 +167,7 @@ def _prompts(inputs: Inputs) -> dict[str, Tensor]:
 def _end_tokens(arguments: Mapping[str, Any], *configs: Any) -> list[int]:
     """The tokens that end a text: those asked for, or those of the model's configurations."""
     named = [getattr(config, "eos_token_id", None) for config in configs]
-    given = next((ends for ends in [arguments.get("eos_token_id"), *named] if ends is not None), [])
+    given: Any = next((ends for ends in [arguments.get("eos_token_id"), *named] if ends is not None), [])
     ids: Sequence[Any] = [given] if isinstance(given, int) else list(given)
     if not all(isinstance(number, int) for number in ids):
         raise ValueError(f"`eos_token_id` must be a token's number or several, got {given!r}.")

@@ -92,7 +92,9 @@ def _scores(
 def _inputs(
     posterior: PosteriorDraws, texts: Sequence[str] | Inputs, prompts: Sequence[str] | None, tokenizer: Any
 ) -> dict[str, Tensor]:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
+    if isinstance(texts, str):
+        raise ValueError("`texts` must be a list of texts, got one text.")
+    if not isinstance(texts, Sequence):
         if prompts is not None:
             raise ValueError("`prompts` must be None with tokens; labels of −100 mark a prompt.")
         return mapping(texts, "input_ids")
@@ -100,7 +102,9 @@ def _inputs(
     if prompts is None:
         rows = [own(text)["input_ids"] for text in texts]
         if short := [text for text, row in zip(texts, rows, strict=True) if len(row) < 2]:
-            raise ValueError(f"`texts` must have at least two tokens, of which the first does not count, got {short[0]!r}.")
+            raise ValueError(
+                f"`texts` must have at least two tokens, of which the first does not count, got {short[0]!r}."
+            )
         return _padded(rows)
     if len(prompts) != len(texts):
         raise ValueError(f"`prompts` must be as many as `texts`, {len(texts)}, got {len(prompts)}.")
