@@ -66,7 +66,7 @@ _NAMES = {
     ),
     "models": ("AdapterModel",),
 }
-_SUBPACKAGES = ("data", "distributed", "integrations")  # their names are not repeated here
+_SUBPACKAGES = ("data", "distributed", "integrations", "serving")  # their names are not repeated here
 
 
 def __getattr__(name: str) -> Any:
