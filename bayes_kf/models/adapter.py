@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,12 +201,20 @@ class AdapterModel:
 
     def run(self, inputs: Inputs) -> Tensor:
         """Raw outputs η of the model as it stands, (B, m); see :meth:`call`."""
+        outputs = self.returned(inputs)
+        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
+
+    def returned(self, inputs: Inputs) -> Any:
+        """What the model returns for inputs, which are moved to its device and cast to its dtype."""
         device = self.device
         autocast = self._autocast is not None or torch.is_autocast_enabled(device.type)
         inputs = to_model(inputs, self.model, device, self.dtypes, autocast)
         with nullcontext() if self._autocast is None else self.autocast():
-            outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
-        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
+            return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+
+    def read(self, batch: Any) -> Any:
+        """A loader's batch, or its inputs, with one row for each example: the same, unless a subclass changes it."""
+        return batch
 
     def with_targets(self, batch: Batch, seed: int = 0) -> Batch:
         """The batch with all inputs that a forward pass with targets needs: the same, unless a subclass adds some.

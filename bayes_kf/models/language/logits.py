@@ -51,7 +51,7 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
     width, source = own["input_ids"].shape[1], None
     if learns_prompt(adapter.model):  # PEFT ignores `position_ids` then, with a warning
         own.pop("position_ids", None)
-        source = _source_columns(own.get("attention_mask"))
+        source = padding_last(own.get("attention_mask"))
         if source is not None:
             own = {name: value.gather(1, source.to(value.device)) for name, value in own.items()}
     elif "position_ids" not in own and _counts_padding(adapter.model, own.get("attention_mask")):
@@ -91,7 +91,7 @@ def learns_prompt(model: nn.Module) -> bool:
     return is_peft(model) and bool(getattr(model.active_peft_config, "is_prompt_learning", False))
 
 
-def _source_columns(mask: Tensor | None) -> Tensor | None:
+def padding_last(mask: Tensor | None) -> Tensor | None:
     """The order of columns, (B, T), that moves padding on the left behind the tokens; None if there is none.
 
     Virtual tokens then directly precede a text, however it is padded.

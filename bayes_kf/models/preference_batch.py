@@ -1,0 +1,96 @@
+"""Batches of preference pairs: of each pair a chosen and a rejected text.
+
+The two texts have names of their own, ``input_ids_chosen`` (B, T), ``input_ids_rejected`` (B, T'), and so on. TRL's
+``RewardTrainer`` stacks them instead: the first half of ``input_ids`` (2B, T) is chosen, the second half rejected.
+``margin`` (B,), if given, is by how much the chosen reward should be larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from bayes_kf.models.batch import CHOSEN, REJECTED, batch_size
+
+MARGIN, LABELS = "margin", "labels"
+OF_PAIRS = (MARGIN, LABELS)  # names of what a pair has once
+
+
+def is_named(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch names chosen or rejected texts."""
+    return any(name.endswith((CHOSEN, REJECTED)) for name in batch)
+
+
+def is_stacked(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is certainly of TRL's form: it has margins, for half of its texts."""
+    ids, margin = batch.get("input_ids"), batch.get(MARGIN)
+    if not isinstance(ids, Tensor) or not isinstance(margin, Tensor):
+        return False
+    return ids.ndim == 2 and margin.ndim == 1 and 2 * len(margin) == len(ids)
+
+
+def named_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with names for both texts of every pair; one that has them is checked.
+
+    Raises:
+        ValueError: if a text has no counterpart, or margins or labels are not one for each pair.
+
+    Example:
+        >>> import torch
+        >>> pairs = named_pairs({"input_ids": torch.tensor([[1, 2], [1, 3]])})
+        >>> {name: ids.tolist() for name, ids in pairs.items()}
+        {'input_ids_chosen': [[1, 2]], 'input_ids_rejected': [[1, 3]]}
+    """
+    pairs = _checked(batch) if is_named(batch) else _unstacked(batch)
+    size = batch_size({name: value for name, value in pairs.items() if name.endswith(CHOSEN)})
+    for name in OF_PAIRS:
+        value = pairs.get(name)
+        if isinstance(value, Tensor) and tuple(value.shape) not in ((size,), (size, 1)):
+            raise ValueError(f"`{name}` must be one for each of {size} pairs, got shape {tuple(value.shape)}.")
+    return pairs
+
+
+def read_pairs(batch: Any) -> Any:
+    """A loader's batch, ``(inputs, labels)`` or a mapping, with names for the texts of each pair."""
+    if isinstance(batch, Mapping):
+        return named_pairs(batch)
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Mapping):
+        return named_pairs(batch[0]), batch[1]
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return read_pairs(batch[0])
+    return batch
+
+
+def one_text(pairs: Mapping[str, Any], end: str) -> dict[str, Any]:
+    """The model's inputs of the chosen or of the rejected texts, without the ends of their names."""
+    return {name.removesuffix(end): value for name, value in pairs.items() if name.endswith(end)}
+
+
+def _checked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = {name: value for name, value in batch.items() if name in OF_PAIRS or name.endswith((CHOSEN, REJECTED))}
+    for end, other in ((CHOSEN, REJECTED), (REJECTED, CHOSEN)):
+        for name in one_text(pairs, end):
+            if name + other not in pairs:
+                raise ValueError(f"`batch` must have `{name}{other}` beside `{name}{end}`, got {', '.join(batch)}.")
+    sizes = {name: len(value) for name, value in pairs.items() if isinstance(value, Tensor) and value.ndim == 2}
+    if len(set(sizes.values())) > 1:
+        text = ", ".join(f"{size} in `{name}`" for name, size in sizes.items())
+        raise ValueError(f"`batch` must hold as many rejected texts as chosen ones, got {text}.")
+    return pairs
+
+
+def _unstacked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {name: value for name, value in batch.items() if name not in OF_PAIRS and isinstance(value, Tensor)}
+    rows = batch_size(texts)
+    if rows % 2:
+        raise ValueError(
+            f"`batch` must hold the chosen texts and then as many rejected ones, got an odd number of texts, {rows}."
+        )
+    pairs = {name: batch[name] for name in OF_PAIRS if name in batch}
+    for name, value in texts.items():
+        halves = value.ndim > 0 and len(value) == rows
+        pairs[name + CHOSEN] = value[: rows // 2] if halves else value
+        pairs[name + REJECTED] = value[rows // 2 :] if halves else value
+    return pairs
