@@ -51,6 +51,8 @@ class AdapterModel:
         (('weight', 'bias'), 8)
     """
 
+    as_matrix = staticmethod(as_matrix)  # from what the model returned to (B, m)
+
     def __init__(self, model: nn.Module) -> None:
         trainable = trainable_tensors(model)
         adapter_tensors.check_supported(model)
@@ -201,16 +203,12 @@ class AdapterModel:
 
     def run(self, inputs: Inputs) -> Tensor:
         """Raw outputs η of the model as it stands, (B, m); see :meth:`call`."""
-        outputs = self.returned(inputs)
-        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
-
-    def returned(self, inputs: Inputs) -> Any:
-        """What the model returns for inputs, which are moved to its device and cast to its dtype."""
         device = self.device
         autocast = self._autocast is not None or torch.is_autocast_enabled(device.type)
         inputs = to_model(inputs, self.model, device, self.dtypes, autocast)
         with nullcontext() if self._autocast is None else self.autocast():
-            return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+            outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else self.as_matrix(outputs)
 
     def read(self, batch: Any) -> Any:
         """A loader's batch, or its inputs, with one row for each example: the same, unless a subclass changes it."""

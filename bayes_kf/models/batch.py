@@ -12,7 +12,6 @@ from torch import Tensor
 Inputs = Tensor | Mapping[str, Any]
 
 IGNORED = -100  # label of a token that is not a target, as in transformers
-CHOSEN, REJECTED = "_chosen", "_rejected"  # ends of the names of a preference pair's two texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +109,7 @@ class Batch:
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
     """The inputs and targets of a loader's batch; the targets are None if the batch has none.
 
-    Labels that are tokens of the ``input_ids``, as language models learn them, stay among the inputs too. Preference
-    pairs (``models.preference_batch``) without labels have the target True: the first text is the chosen one.
+    Labels that are tokens of the ``input_ids``, as language models learn them, stay among the inputs too.
 
     Args:
         batch: ``(inputs, targets)``, a mapping with or without ``labels``, or a tensor of inputs alone.
@@ -128,8 +126,6 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
         labels = batch.get("labels")
         if _are_tokens(labels, batch.get("input_ids")):
             return dict(batch), labels
-        if labels is None and (pairs := _number_of_pairs(batch)):
-            labels = torch.ones(pairs, dtype=torch.bool)
         return {k: v for k, v in batch.items() if k != "labels"}, labels
     if isinstance(batch, Tensor):
         return batch, None
@@ -160,15 +156,6 @@ def _are_tokens(labels: Any, ids: Any) -> bool:
         and labels.shape == ids.shape
         and not labels.is_floating_point()
     )
-
-
-def _number_of_pairs(batch: Mapping[str, Any]) -> int:
-    """The number of preference pairs, by a name with both ends; 0 if there is none."""
-    for name, value in batch.items():
-        both = isinstance(name, str) and name.endswith(CHOSEN) and name.removesuffix(CHOSEN) + REJECTED in batch
-        if both and isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    return 0
 
 
 def batch_size(inputs: Inputs) -> int:

@@ -67,3 +67,9 @@ def as_matrix(outputs: Any) -> Tensor:
     if outputs.ndim != 2:
         raise ValueError(f"`model` must return outputs of shape (batch, outputs), got {tuple(outputs.shape)}.")
     return outputs
+
+
+def as_column(outputs: Any) -> Tensor:
+    """As :func:`as_tensor`, with one number for each example, (B,), as a column, (B, 1)."""
+    tensor = as_tensor(outputs)
+    return tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor

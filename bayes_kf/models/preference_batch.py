@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bayes_kf.models.batch import CHOSEN, REJECTED, batch_size
+from bayes_kf.models.batch import batch_size
 
+CHOSEN, REJECTED = "_chosen", "_rejected"  # ends of the names of a pair's two texts
 MARGIN, LABELS = "margin", "labels"
 OF_PAIRS = (MARGIN, LABELS)  # names of what a pair has once
 
@@ -23,8 +25,10 @@ def is_named(batch: Mapping[str, Any]) -> bool:
     return any(name.endswith((CHOSEN, REJECTED)) for name in batch)
 
 
-def is_stacked(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch is certainly of TRL's form: it has margins, for half of its texts."""
+def is_certain(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is of TRL's forms for sure: it names both texts, or has margins for half of its texts."""
+    if any("input_ids" + end in batch for end in (CHOSEN, REJECTED)):
+        return True
     ids, margin = batch.get("input_ids"), batch.get(MARGIN)
     if not isinstance(ids, Tensor) or not isinstance(margin, Tensor):
         return False
@@ -44,7 +48,7 @@ def named_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:
         {'input_ids_chosen': [[1, 2]], 'input_ids_rejected': [[1, 3]]}
     """
     pairs = _checked(batch) if is_named(batch) else _unstacked(batch)
-    size = batch_size({name: value for name, value in pairs.items() if name.endswith(CHOSEN)})
+    size = _size(pairs)
     for name in OF_PAIRS:
         value = pairs.get(name)
         if isinstance(value, Tensor) and tuple(value.shape) not in ((size,), (size, 1)):
@@ -53,9 +57,15 @@ def named_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_pairs(batch: Any) -> Any:
-    """A loader's batch, ``(inputs, labels)`` or a mapping, with names for the texts of each pair."""
+    """A loader's batch, ``(inputs, labels)`` or a mapping, with names for the texts of each pair.
+
+    A mapping without ``labels`` gets the label True for every pair, (B,): the first text is the chosen one.
+    """
     if isinstance(batch, Mapping):
-        return named_pairs(batch)
+        pairs = named_pairs(batch)
+        if pairs.get(LABELS) is None:
+            pairs[LABELS] = torch.ones(_size(pairs), dtype=torch.bool)
+        return pairs
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Mapping):
         return named_pairs(batch[0]), batch[1]
     if isinstance(batch, tuple | list) and len(batch) == 1:
@@ -66,6 +76,11 @@ def read_pairs(batch: Any) -> Any:
 def one_text(pairs: Mapping[str, Any], end: str) -> dict[str, Any]:
     """The model's inputs of the chosen or of the rejected texts, without the ends of their names."""
     return {name.removesuffix(end): value for name, value in pairs.items() if name.endswith(end)}
+
+
+def _size(pairs: Mapping[str, Any]) -> int:
+    """The number of pairs."""
+    return batch_size(one_text(pairs, CHOSEN))
 
 
 def _checked(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,7 +105,9 @@ def test_a_loader_over_trls_examples_needs_no_reading():
     assert torch.equal(one.mean_vector, stream.mean_vector)
     margin = [batch | {"margin": torch.zeros(8)} for batch in batches(40)]
     assert torch.equal(bkf.fit(llama(), margin, config, progress=False).mean_vector, one.mean_vector)
-    with pytest.raises(ValueError, match=r"^`loader` must yield targets with every batch, got none in batch 0"):
+    with pytest.raises(
+        ValueError, match=r"^`loader` must yield targets with every batch, got none in batch 0; `PreferencePairs\("
+    ):
         bkf.fit(llama(), batches(16), config, progress=False)  # could be texts without labels
 
 

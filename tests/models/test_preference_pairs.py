@@ -153,7 +153,7 @@ def test_pairs_without_labels_have_the_target_true():
     assert targets.tolist() == [True, True]
     assert "input_ids_chosen" in inputs
     given = named(stacked()) | {"labels": torch.tensor([0.0, 0.7])}
-    assert split_batch(given)[1].tolist() == pytest.approx([0.0, 0.7])
+    assert split_batch(PreferencePairs(Linear()).read(given))[1].tolist() == pytest.approx([0.0, 0.7])
 
 
 def test_the_filter_is_that_of_a_logistic_regression_on_differences_of_features():

@@ -12,7 +12,8 @@ from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.selection.heldout_config_selection import reads_all_examples
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.language import PreferencePairs
-from bayes_kf.models.preference_batch import is_named, is_stacked, read_pairs
+from bayes_kf.models.language.logits import forward_parameters
+from bayes_kf.models.preference_batch import is_certain, read_pairs
 
 TRL_COLUMNS = ("chosen_ids", "rejected_ids")  # of the examples that TRL's collator of preference pairs takes
 
@@ -20,9 +21,10 @@ TRL_COLUMNS = ("chosen_ids", "rejected_ids")  # of the examples that TRL's colla
 def read_data(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> tuple[nn.Module | AdapterModel, Iterable[Any]]:
     """The model, read as a reward model if its loader holds preference pairs, and the loader as that reading reads it.
 
-    A reading that is given stays.
+    A reading that is given stays, and so does a model that takes both texts itself.
     """
-    if not isinstance(model, AdapterModel) and holds_pairs(loader):
+    takes_pairs = not isinstance(model, AdapterModel) and "input_ids_chosen" in forward_parameters(model)
+    if not isinstance(model, AdapterModel) and not takes_pairs and holds_pairs(loader):
         model = PreferencePairs(model)
     return model, read_loader(model, loader)
 
@@ -34,7 +36,7 @@ def holds_pairs(loader: Iterable[Any]) -> bool:
     without margins could be inputs without labels.
     """
     if isinstance(loader, list | tuple):
-        return len(loader) > 0 and isinstance(loader[0], Mapping) and (is_named(loader[0]) or is_stacked(loader[0]))
+        return len(loader) > 0 and isinstance(loader[0], Mapping) and is_certain(loader[0])
     return isinstance(loader, DataLoader) and has_pair_columns(loader.dataset)
 
 
@@ -45,7 +47,7 @@ def has_pair_columns(data: Any) -> bool:
         columns = list(data[0])
     if not isinstance(columns, list):
         return has_pair_columns(data.dataset) if hasattr(data, "dataset") and hasattr(data, "indices") else False
-    return set(TRL_COLUMNS) <= set(columns) or is_named(dict.fromkeys(columns))
+    return set(TRL_COLUMNS) <= set(columns) or is_certain(dict.fromkeys(columns))
 
 
 def read_loader(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Iterable[Any]:

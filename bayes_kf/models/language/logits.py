@@ -60,7 +60,7 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
     kept = None if columns is None or source is not None else columns.to(adapter.device)
     keep = {}
     before = _virtual_columns(adapter.model)
-    if kept is not None and before is not None and "logits_to_keep" in _parameters(adapter.model):
+    if kept is not None and before is not None and "logits_to_keep" in forward_parameters(adapter.model):
         keep["logits_to_keep"] = kept + before
     with adapter.autocast():
         outputs = adapter.model(**moved, **keep)
@@ -107,10 +107,10 @@ def _counts_padding(model: nn.Module, mask: Tensor | None) -> bool:
     """Whether a text begins with padding, which a model without ``position_ids`` counts as positions."""
     if mask is None or bool(mask[:, 0].all()):
         return False
-    return "position_ids" in _parameters(model)
+    return "position_ids" in forward_parameters(model)
 
 
-def _parameters(model: nn.Module) -> Collection[str]:
+def forward_parameters(model: nn.Module) -> Collection[str]:
     """The names of the arguments of the language model's forward pass."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return inspect.signature(base.forward).parameters

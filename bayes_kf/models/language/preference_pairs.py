@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import CHOSEN, REJECTED, Inputs
-from bayes_kf.models.forward import as_tensor
+from bayes_kf.models.batch import Inputs
+from bayes_kf.models.forward import as_column
 from bayes_kf.models.language.logits import PREPENDING, learns_prompt, padding_last
 from bayes_kf.models.peft_adapters.in_use import is_peft
-from bayes_kf.models.preference_batch import MARGIN, named_pairs, one_text, read_pairs
+from bayes_kf.models.preference_batch import CHOSEN, MARGIN, REJECTED, named_pairs, one_text, read_pairs
 
 
 class PreferencePairs(AdapterModel):
@@ -50,12 +50,14 @@ class PreferencePairs(AdapterModel):
         [[1.0]]
     """
 
+    as_matrix = staticmethod(as_column)
+
     def __init__(self, model: nn.Module) -> None:
         check_one_output(model)
         super().__init__(model)
 
     def read(self, batch: Any) -> Any:
-        """The batch, or its inputs, with names for the texts of each pair (``models.preference_batch``)."""
+        """The batch with names for the texts of each pair, and labels True if it has none (``preference_batch``)."""
         return read_pairs(batch)
 
     def run(self, inputs: Inputs) -> Tensor:
@@ -80,6 +82,8 @@ class Reward(AdapterModel):
     Raises:
         ValueError: as for :class:`PreferencePairs`.
     """
+
+    as_matrix = staticmethod(as_column)
 
     def __init__(self, model: nn.Module) -> None:
         check_one_output(model)
@@ -109,9 +113,8 @@ def text_rewards(adapter: AdapterModel, inputs: Inputs) -> Tensor:
     """
     if isinstance(inputs, Mapping):
         inputs = padded_behind(inputs, _padding_token(adapter.model))
-    rewards = as_tensor(adapter.returned(inputs))
-    rewards = rewards.unsqueeze(-1) if rewards.ndim == 1 else rewards
-    if rewards.ndim != 2 or rewards.shape[1] != 1:
+    rewards = AdapterModel.run(adapter, inputs)
+    if rewards.shape[1:] != (1,):
         raise ValueError(
             f"`model` must return one reward for each text, of shape (B,) or (B, 1), got {tuple(rewards.shape)}."
         )
