@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.heldout import calibration
-from bayes_kf.inference.predictive import arviz_export, generation, output_variance, predict
+from bayes_kf.inference.predictive import arviz_export, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.predictive.text.text_predictions import TextPredictions
 from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
 from bayes_kf.models.adapter import AdapterModel
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
 
 
-class Posterior(GaussianPosterior):
+class Posterior(GaussianPosterior, TextPredictions):
     """A Gaussian posterior over the trainable tensors of a model, with everything needed to use it.
 
     It has the attributes and the moments of ``GaussianPosterior``: ``kf``, ``state``, ``history``, ``mean``,
-    ``variance``, ``covariance_matrix()``, ``sample(num_samples)``.
+    ``variance``, ``covariance_matrix()``, ``sample(num_samples)``; and for language models ``generate``, ``score`` and
+    ``answer``.
 
     Example:
         >>> import bayes_kf as bkf
@@ -132,10 +133,6 @@ class Posterior(GaussianPosterior):
             ValueError: if the inputs do not fit.
         """
         return output_variance.output_variance(self, batch)
-
-    def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
-        """Text by the posterior predictive of a causal language model, with its uncertainty; see ``generation``."""
-        return generation.generate(self, inputs, max_new_tokens, **settings)
 
     def guide(self) -> KalmanGuide:
         """A Pyro guide that begins at this posterior, with one sample site per tensor, under its name."""
