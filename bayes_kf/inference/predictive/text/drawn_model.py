@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior, PosteriorDraws
+from bayes_kf.models.language.prefix_cache import CACHES
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
-CACHES = ("cache", "past_key_values")  # the argument of the cache, as transformers names it from 5.24 on, and before
 PER_TOKEN = ("input_ids", "position_ids", "cache_position")
 
 
