@@ -73,6 +73,42 @@ def read_pairs(batch: Any) -> Any:
     return batch
 
 
+def randomly_ordered(batch: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
+    """The pairs with half of them, drawn at random, in the other order, which their labels and margins say.
+
+    A fit is the same. Scores that look at each label by itself, such as the classwise calibration error, need pairs
+    whose order does not give the label away.
+
+    Args:
+        batch: of pairs, in either form.
+        generator: of the order; by default a new one seeded with 0.
+
+    Raises:
+        ValueError: if texts of several widths have no ``attention_mask``.
+    """
+    pairs = read_pairs(batch)
+    size = _size(pairs)
+    swapped = torch.rand(size, generator=generator or torch.Generator().manual_seed(0)) < 0.5
+    chosen, rejected = one_text(pairs, CHOSEN), one_text(pairs, REJECTED)
+    if "attention_mask" not in chosen and any(v.shape != rejected[n].shape for n, v in chosen.items()):
+        raise ValueError(f"`batch` must have `attention_mask{CHOSEN}` for texts of several widths, got none.")
+    width = {name: max(value.shape[-1], rejected[name].shape[-1]) for name, value in chosen.items()}
+    for name, value in chosen.items():
+        one, other = (_widened(text, width[name]) for text in (value, rejected[name]))
+        first = swapped.view(-1, *[1] * (one.ndim - 1)).to(one.device)
+        pairs[name + CHOSEN], pairs[name + REJECTED] = one.where(~first, other), other.where(~first, one)
+    labels = pairs[LABELS].float()
+    pairs[LABELS] = labels.where(~swapped.view_as(labels).to(labels.device), 1.0 - labels)
+    if isinstance(margin := pairs.get(MARGIN), Tensor):
+        pairs[MARGIN] = margin.where(~swapped.view_as(margin).to(margin.device), -margin)
+    return pairs
+
+
+def _widened(texts: Tensor, width: int) -> Tensor:
+    """Tokens, or their mask, (B, T), with zeros behind them up to a width."""
+    return torch.nn.functional.pad(texts, (0, width - texts.shape[-1]))
+
+
 def one_text(pairs: Mapping[str, Any], end: str) -> dict[str, Any]:
     """The model's inputs of the chosen or of the rejected texts, without the ends of their names."""
     return {name.removesuffix(end): value for name, value in pairs.items() if name.endswith(end)}

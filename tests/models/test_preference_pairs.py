@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import bayes_kf as bkf
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.models.batch import split_batch
-from bayes_kf.models.language import PreferencePairs, Reward, preference_examples
+from bayes_kf.models.language import PreferencePairs, Reward, preference_examples, randomly_ordered
 
 PAD = 0
 
@@ -251,7 +251,11 @@ def test_a_common_constant_is_not_learned_and_moves_no_comparison():
     torch.testing.assert_close(one.covariance - other.covariance, torch.full((5, 5), 2.0).double())
     torch.testing.assert_close(one.centered().covariance, other.centered().covariance)
     torch.testing.assert_close(one.preference_probs(), other.preference_probs())
-    assert one.best_of_n(2.0) == other.best_of_n(2.0)
+    assert one.centered().best_of_n(2.0) == other.centered().best_of_n(2.0)
+    apart, same = one.relative_to(2), other.relative_to(2)
+    torch.testing.assert_close(apart.covariance, same.covariance)
+    torch.testing.assert_close(apart.mean, one.mean - one.mean[2])
+    assert apart.sd[2].item() == pytest.approx(0.0, abs=1e-7)
     assert with_bias.variance["linear.bias"].item() == pytest.approx(2.0)
 
 
@@ -268,6 +272,49 @@ def test_lower_bounds_prefer_what_is_known():
     assert rewards.sd[2] > rewards.sd[0]
     torch.testing.assert_close(rewards.lower_bound(1.5), rewards.mean - 1.5 * rewards.sd)
     assert rewards.probs_best()[2] > 0.05
+
+
+def test_rewards_of_a_mixture_are_the_mixture_of_its_members_rewards():
+    """Total mean and covariance, and probabilities that are weighted means of the members'."""
+    first, second, labels = preferences(6)
+    given, texts = [pairs_of(first, second, labels)], {"features": preferences(4)[0]}
+    members = [
+        bkf.fit(PreferencePairs(Linear()), given, bkf.KalmanConfig(**FULL | {"initial_variance": v}), progress=False)
+        for v in (0.5, 4.0)
+    ]
+    mixture = bkf.MixturePosterior(tuple(members), (0.75, 0.25))
+    whole, (one, other) = bkf.rewards(mixture, texts), [bkf.rewards(member, texts) for member in members]
+    mean = 0.75 * one.mean + 0.25 * other.mean
+    spread = [torch.outer(part.mean - mean, part.mean - mean) for part in (one, other)]
+    covariance = 0.75 * (one.covariance + spread[0]) + 0.25 * (other.covariance + spread[1])
+    torch.testing.assert_close(whole.mean, mean)
+    torch.testing.assert_close(whole.covariance, covariance)
+    for name in ("preference_probs", "probs_better"):
+        parts = [getattr(part, name)() for part in (one, other)]
+        torch.testing.assert_close(getattr(whole, name)(), 0.75 * parts[0] + 0.25 * parts[1])
+    best = whole.probs_best(40_000)
+    parts = [part.probs_best(40_000, torch.Generator().manual_seed(1)) for part in (one, other)]
+    torch.testing.assert_close(best, 0.75 * parts[0] + 0.25 * parts[1], rtol=0, atol=5 * math.sqrt(0.5 / 40_000))
+
+
+@pytest.mark.parametrize("margin", [False, True])
+def test_a_random_order_changes_no_fit_and_hides_the_label(margin):
+    first, second, labels = preferences(40)
+    batch = pairs_of(first, second, labels)
+    if margin:
+        batch |= {"margin": torch.linspace(0, 1, 40).double()}
+    mixed = randomly_ordered(batch)
+    assert 10 < int(mixed["labels"].sum()) < 30
+    config = bkf.KalmanConfig(**FULL)
+    one, other = (bkf.fit(PreferencePairs(Linear()), [b], config, progress=False) for b in (batch, mixed))
+    torch.testing.assert_close(one.mean_vector, other.mean_vector, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(one.covariance_matrix(), other.covariance_matrix(), rtol=1e-9, atol=1e-12)
+    texts, read = stacked(((3, 5), (6, 2), (4, 4), (5, 3))), PreferencePairs(llama())
+    narrow = read.read(texts) | {name + "_rejected": texts[name][4:, :5] for name in texts}
+    order = randomly_ordered(narrow)
+    assert 0 < order["labels"].sum() < 4
+    sign = (2.0 * order["labels"] - 1.0).double().unsqueeze(-1)
+    torch.testing.assert_close(read.run(order), sign * read.run(read.read(texts)), rtol=1e-9, atol=1e-9)
 
 
 def test_examples_from_texts_are_trls_batch():
@@ -319,6 +366,7 @@ def test_bad_input_is_refused_in_one_sentence():
     features = {"features_chosen": torch.ones(2, 3), "features_rejected": torch.ones(2, 3)}
     with pytest.raises(ValueError, match=r"^`model` must return one reward for each text, .* got \(2, 2\)\.$"):
         PreferencePairs(Two()).run(features)
+    narrow = named(stacked()) | {name + "_rejected": stacked()[name][2:, :5] for name in stacked()}
     empty = stacked()
     empty["attention_mask"][1] = 0
     with pytest.raises(ValueError, match=r"^`attention_mask` must leave a token in every text, got one"):
@@ -332,6 +380,13 @@ def test_bad_input_is_refused_in_one_sentence():
         bkf.fit(read, [given], progress=False)
     with pytest.raises(ValueError, match=r"^`z` must be a number of standard deviations, got 'one'\.$"):
         bkf.rewards(fitted(llama()), stacked()).lower_bound("one")
+    del narrow["attention_mask_chosen"], narrow["attention_mask_rejected"]
+    with pytest.raises(
+        ValueError, match=r"^`batch` must have `attention_mask_chosen` for texts of several widths, got"
+    ):
+        randomly_ordered(narrow)
+    with pytest.raises(ValueError, match=r"^`text` must be the index of one of 4 texts, got 4\.$"):
+        bkf.rewards(fitted(llama()), stacked()).relative_to(4)
 
 
 def test_prompts_of_virtual_tokens_are_refused():

@@ -23,8 +23,8 @@ class Rewards:
     """Rewards of N texts: Σ_k w_k N(f_k, C_k), with the covariances of different texts; one part unless a mixture.
 
     Preferences inform differences of rewards alone. A constant that is common to all texts keeps its prior, in ``mean``
-    and in ``sd``; :meth:`centered` has none, and no comparison of two texts depends on it. All tensors are float64, in
-    the unit of the logits.
+    and in ``sd``. No probability of a comparison depends on it, nor do :meth:`centered` and :meth:`relative_to`. All
+    tensors are float64, in the unit of the logits.
 
     Attributes:
         means: f, (K, N).
@@ -60,10 +60,25 @@ class Rewards:
         return self.covariance.diagonal().clamp_min(0.0).sqrt()
 
     def centered(self) -> Rewards:
-        """The rewards less their mean over the N texts, which for candidates of one prompt says nothing."""
+        """The rewards less their mean over the N texts."""
         size = self.means.shape[1]
-        centering = torch.eye(size, dtype=torch.float64, device=self.means.device) - 1.0 / size
-        return Rewards(self.means @ centering, centering @ self.covariances @ centering, self.weights)
+        return self._combined(torch.eye(size).to(self.means) - 1.0 / size)
+
+    def relative_to(self, text: int) -> Rewards:
+        """The rewards less that of one text, the present answer for example; its own is 0.
+
+        Args:
+            text: the index.
+
+        Raises:
+            ValueError: if there is no such text.
+        """
+        size = self.means.shape[1]
+        if not isinstance(text, int) or not -size <= text < size:
+            raise ValueError(f"`text` must be the index of one of {size} texts, got {text!r}.")
+        contrasts = torch.eye(size).to(self.means)
+        contrasts[:, text] -= 1.0
+        return self._combined(contrasts)
 
     def preference_probs(self) -> Tensor:
         """E σ(rᵢ − rⱼ), (N, N): the probability that text i is preferred to text j when someone is asked.
@@ -106,12 +121,16 @@ class Rewards:
         return self.mean - z * self.sd
 
     def best_of_n(self, z: float = 1.0) -> int:
-        """The index of the text with the largest lower bound, after centering; 0 takes the largest mean.
+        """The index of the text with the largest lower bound; 0 takes the largest mean.
 
         Args:
             z: standard deviations, as for :meth:`lower_bound`.
         """
-        return int(self.centered().lower_bound(z).argmax())
+        return int(self.lower_bound(z).argmax())
+
+    def _combined(self, contrasts: Tensor) -> Rewards:
+        """The linear combinations of the rewards in the rows of ``contrasts``, (N, N)."""
+        return Rewards(self.means @ contrasts.mT, contrasts @ self.covariances @ contrasts.mT, self.weights)
 
     def _of_pairs(self, probability: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """A probability of each difference rᵢ − rⱼ, (N, N), computed once for both orders."""

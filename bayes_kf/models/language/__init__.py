@@ -12,6 +12,7 @@ from bayes_kf.models.language.next_token import Examples, NextToken, next_token_
 from bayes_kf.models.language.options import OptionTexts, OptionTokens, option_examples
 from bayes_kf.models.language.preference_pairs import PreferencePairs, Reward, preference_examples
 from bayes_kf.models.language.supervised_tokens import SupervisedTokens
+from bayes_kf.models.preference_batch import randomly_ordered
 
 __all__ = [
     "IGNORED",
@@ -26,4 +27,5 @@ __all__ = [
     "next_token_examples",
     "option_examples",
     "preference_examples",
+    "randomly_ordered",
 ]
