@@ -111,6 +111,23 @@ def test_a_loader_over_trls_examples_needs_no_reading():
         bkf.fit(llama(), batches(16), config, progress=False)  # could be texts without labels
 
 
+class Both(torch.nn.Module):
+    """A model of one's own that takes both texts, and chooses between two classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(len(lm.LETTERS), 2)
+
+    def forward(self, input_ids_chosen, input_ids_rejected, **_):
+        return self.table(input_ids_chosen).mean(1) - self.table(input_ids_rejected).mean(1)
+
+
+def test_a_model_that_takes_both_texts_stays_as_it_is():
+    pairs = [PreferencePairs(llama()).read(batch) | {"labels": torch.arange(8) % 2} for batch in batches(16)]
+    posterior = bkf.fit(Both(), pairs, bkf.KalmanConfig(), progress=False)
+    assert type(posterior.adapter) is bkf.AdapterModel
+
+
 def test_folders_and_checkpoints(tmp_path):
     """What is loaded predicts as before; a pass that was stopped goes on to the bit."""
     config, data = bkf.KalmanConfig(likelihood="bernoulli"), batches(40)

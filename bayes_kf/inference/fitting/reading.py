@@ -23,8 +23,7 @@ def read_data(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> tuple[n
 
     A reading that is given stays, and so does a model that takes both texts itself.
     """
-    takes_pairs = not isinstance(model, AdapterModel) and "input_ids_chosen" in forward_parameters(model)
-    if not isinstance(model, AdapterModel) and not takes_pairs and holds_pairs(loader):
+    if not isinstance(model, AdapterModel) and holds_pairs(loader) and not _takes_pairs(model):
         model = PreferencePairs(model)
     return model, read_loader(model, loader)
 
@@ -48,6 +47,11 @@ def has_pair_columns(data: Any) -> bool:
     if not isinstance(columns, list):
         return has_pair_columns(data.dataset) if hasattr(data, "dataset") and hasattr(data, "indices") else False
     return set(TRL_COLUMNS) <= set(columns) or is_certain(dict.fromkeys(columns))
+
+
+def _takes_pairs(model: nn.Module) -> bool:
+    """Whether the forward pass of a model of one's own takes both texts."""
+    return "input_ids_chosen" in forward_parameters(model)
 
 
 def read_loader(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Iterable[Any]:
