@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from bayes_kf.files.hub import local_folder
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.heldout import calibration
@@ -18,6 +19,7 @@ from bayes_kf.inference.predictive.prediction import LoaderPrediction, Predictio
 from bayes_kf.inference.predictive.text.text_predictions import TextPredictions
 from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.hub_upload import HubUpload
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
 
 
-class Posterior(GaussianPosterior, TextPredictions):
+class Posterior(GaussianPosterior, TextPredictions, HubUpload):
     """A Gaussian posterior over the trainable tensors of a model, with everything needed to use it.
 
     It has the attributes and the moments of ``GaussianPosterior``: ``kf``, ``state``, ``history``, ``mean``,
@@ -184,17 +186,18 @@ class Posterior(GaussianPosterior, TextPredictions):
         pretrained.save(self, Path(folder), scores)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Any:
+    def from_pretrained(cls, folder: str | Path, base_model: nn.Module, **of_hub: Any) -> Any:
         """Read a posterior that :meth:`save_pretrained` wrote; a mixture if the folder holds one.
 
         Args:
-            folder: the folder.
+            folder: the folder, or the name of a repository of the Hub.
+            of_hub: its ``revision`` and ``token``; see ``files.hub``.
             base_model: the model itself, not its name. PEFT adds the adapter to it, unless it has the adapter already.
 
         Raises:
             ValueError: if files are missing or damaged, or belong to another model; nothing is changed then.
         """
-        loaded = pretrained.load(Path(folder), base_model)
+        loaded = pretrained.load(local_folder(folder, argument="folder", **of_hub), base_model)
         members = tuple(cls(*parts) for parts in loaded.members)
         return members[0] if loaded.weights is None else cls.mixture_type(members, tuple(loaded.weights))
 

@@ -20,6 +20,7 @@ from bayes_kf.inference.predictive.prediction import LoaderPrediction, Predictio
 from bayes_kf.inference.predictive.text.text_predictions import TextPredictions
 from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.hub_upload import HubUpload
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.likelihood import Likelihood
@@ -31,7 +32,7 @@ OF_ONE_MEMBER = ("kf", "state", "mean_vector", "variance_vector", "covariance_ma
 
 
 @dataclass(frozen=True, repr=False)
-class MixturePosterior(TextPredictions):
+class MixturePosterior(TextPredictions, HubUpload):
     """Σ_k w_k N(μ_k, P_k) over the trainable tensors of a model: several :class:`Posterior` s with weights.
 
     Predictions, draws and text come from all members. What belongs to one Gaussian (``state``, ``kf``,

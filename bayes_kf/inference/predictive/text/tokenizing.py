@@ -23,7 +23,7 @@ def tokenizer_of(model: nn.Module, given: Any = None) -> Any:
     base: Any = model.get_base_model() if is_peft(model) else model
     place = getattr(base, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # of any class, after what lies there
         raise ValueError(f"`tokenizer` must be given: none was found at {place!r}, where the model is from.") from error
 
