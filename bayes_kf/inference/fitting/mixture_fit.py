@@ -32,6 +32,7 @@ from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covar
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import ProgressBar, shows_progress
+from bayes_kf.inference.fitting.reading import read_data
 from bayes_kf.inference.fitting.regression.examples import holds_real_targets, holds_text
 from bayes_kf.inference.fitting.regression.regression_mixture import MEMBERS as REAL_MEMBERS
 from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
@@ -53,7 +54,7 @@ from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import split_batch
-from bayes_kf.models.language import SupervisedTokens
+from bayes_kf.models.language import PreferencePairs, SupervisedTokens
 from bayes_kf.models.prior.layer_tensors import redrawn_factors
 from bayes_kf.validation import check_whole
 
@@ -115,7 +116,8 @@ def fit_mixture(
     """
     if members is not None:
         check_whole("members", members)
-    if configs is None and holds_real_targets(loader):
+    model, loader = read_data(model, loader)
+    if configs is None and not isinstance(model, PreferencePairs) and holds_real_targets(loader):
         return fit_regression_mixture(model, loader, shows_progress(progress), members or REAL_MEMBERS)
     if split_loader(loader) is None:
         raise ValueError(
@@ -149,7 +151,7 @@ def default_members(
     first = first_batches(batches, PRIOR_EXAMPLES)
     inputs, _ = inputs_and_targets(first[0], 0)
     curvature = default_curvature(adapter, inputs, EXACT_IN_MIXTURE)
-    likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain(first, batches))
+    likelihood = default_likelihood((split_batch(batch)[1] for batch in itertools.chain(first, batches)), adapter)
     if likelihood:
         chosen = likelihood | NEW | {"curvature": "exact"}
     else:

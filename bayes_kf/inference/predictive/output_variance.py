@@ -18,7 +18,7 @@ MAX_OUTPUTS = 16  # of more outputs, as many evenly spaced ones
 
 def output_variance(posterior: GaussianPosterior, batch: Any) -> dict[str, float]:
     """Tensor name -> its contribution to the variance of the outputs; see :meth:`Posterior.output_variance`."""
-    inputs, _ = split_batch(batch)
+    inputs, _ = split_batch(posterior.adapter.read(batch))
     some = Batch.checked(inputs)[:MAX_EXAMPLES].to(posterior.adapter.device)
     with posterior.adapter.full_precision():
         linearized = posterior.kf.linearize(posterior.mean_vector, some)

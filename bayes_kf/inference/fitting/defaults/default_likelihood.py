@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.models.language import PreferencePairs, SupervisedTokens
 
 LARGEST, SMALLEST = 10.0, 0.1  # root mean square of targets that fit the prior's unit
 MIN_TARGETS = 8  # fewer say little about their size
 TEXT: dict[str, Any] = {"likelihood": "tokens", "curvature": "sampled"}
 TEXT_PRIOR: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": 1.0}
+PAIRS: dict[str, Any] = {"likelihood": "bernoulli"}
 REAL: dict[str, Any] = {"likelihood": "gaussian", "noise_variance": "estimated"}
 
 
@@ -29,8 +31,17 @@ def as_text(config: KalmanConfig, num_probes: int = 1) -> KalmanConfig:
     return dataclasses.replace(config, **TEXT, **TEXT_PRIOR, curvature_draws=num_probes, tune=None)
 
 
-def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
+def for_reading(config: KalmanConfig, model: object) -> KalmanConfig:
+    """A default configuration with the likelihood of a model's reading, where that reading has but one."""
+    if isinstance(model, SupervisedTokens):
+        return as_text(config, model.num_probes)
+    return dataclasses.replace(config, **PAIRS) if isinstance(model, PreferencePairs) else config
+
+
+def default_likelihood(targets: Iterable[Any], model: object = None) -> dict[str, Any]:
     """The settings of the likelihood for the targets of batches; empty for class labels, and if they are no tensors.
+
+    A reading of preference pairs has one likelihood, whose targets may also be numbers between 0 and 1.
 
     The first batch decides, unless it holds only the floats 0 and 1; then further batches are read. Warns if real
     targets are not of size one, as the default prior expects.
@@ -44,6 +55,8 @@ def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
         >>> default_likelihood([torch.tensor([0, 1])]), default_likelihood([torch.tensor([[-100, 7, 8]])])
         ({}, {'likelihood': 'tokens', 'curvature': 'sampled'})
     """
+    if isinstance(model, PreferencePairs):
+        return PAIRS
     is_binary = False
     for some in targets:
         if isinstance(some, Tensor) and some.ndim == 2 and not (some.is_floating_point() or some.dtype == torch.bool):
@@ -51,7 +64,7 @@ def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
         if not isinstance(some, Tensor) or not (some.is_floating_point() or some.dtype == torch.bool):
             return {}
         if some.dtype == torch.bool:
-            return {"likelihood": "bernoulli"}
+            return PAIRS
         if not bool(((some == 0) | (some == 1)).all()):
             _warn_of_scale(some)
             return REAL
