@@ -82,7 +82,7 @@ def _tokens(cells: Cells) -> list[str]:
         return []
     header = ["", *(text for size in sizes for text in (f"B={size} cost", f"B={size} MiB (AdamW = 1)"))]
     note = (
-        f"A model of SmolLM2-135M's sizes (`benchmarks/speed/tokens.py`), sequences of {tokens.TOKENS} tokens, all"
+        f"SmolLM2-135M-Instruct (`benchmarks/speed/tokens.py`), sequences of {tokens.TOKENS} tokens of English, all"
         " learned, a vocabulary of 49,152, LoRA rank 8 on queries and values, one thread. Cost: AdamW step = 1, median"
         " over interleaved rounds. Memory: as above."
     )

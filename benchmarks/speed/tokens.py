@@ -1,9 +1,10 @@
 """Cost and memory of a step on the tokens of a language model, in AdamW steps on the same batch.
 
-The model has SmolLM2-135M's sizes (30 layers, hidden 576, a vocabulary of 49,152) and random weights, with LoRA of rank
-8 on queries and values; every token of the batch is learned. Rounds run every method once; the table has the medians of
-the rounds' ratios. Memory is the peak of a warm step above the memory before it, in a process of its own (Linux). The
-cells go into ``results/speed.json``, the table is a section of ``results/speed.md``.
+The model is SmolLM2-135M-Instruct (30 layers, hidden 576, a vocabulary of 49,152; its packages as for
+``language.run``), with LoRA of rank 8 on queries and values. It learns Python's own documentation, every token. Rounds
+run every method once; the table has the medians of the rounds' ratios. Memory is the peak of a warm step above the
+memory before it, in a process of its own (Linux). The cells go into ``results/speed.json``, the table is a section of
+``results/speed.md``.
 
     python -m benchmarks.speed.tokens --batches 1 4
     python -m benchmarks.speed.run --table
@@ -11,56 +12,62 @@ cells go into ``results/speed.json``, the table is a section of ``results/speed.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from pydoc_data import topics
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import bayes_kf as bkf
+from bayes_kf.inference.fitting.defaults.default_likelihood import as_text
 from bayes_kf.models.batch import split_batch
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile
 from benchmarks.common.subprocesses import MIB, held, peak, run_in_process
+from benchmarks.language.language_model import smollm2
 
 TOKENS, ROUNDS = 128, 5
 CPU = torch.device("cpu")
 Batch = dict[str, Tensor]
+Step = Callable[[Batch], None]
 
 
 def language_model() -> nn.Module:
-    """A causal language model of SmolLM2-135M's sizes, with LoRA."""
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
+    """SmolLM2 with LoRA."""
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    return get_peft_model(LlamaForCausalLM(config), lora).eval()
+    return get_peft_model(smollm2()[1], lora).eval()
+
+
+@functools.cache
+def text() -> Tensor:
+    """Tokens of Python's documentation."""
+    tokenizer, _ = smollm2()
+    return torch.tensor(
+        tokenizer("".join(topics.topics[name] for name in sorted(topics.topics))[:200_000])["input_ids"]
+    )
 
 
 def batch(size: int, seed: int) -> Batch:
-    """Random tokens, all learned."""
-    ids = torch.randint(49_152, (size, TOKENS), generator=torch.Generator().manual_seed(seed))
+    """Sequences of text, all learned."""
+    starts = torch.randint(len(text()) - TOKENS, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids = torch.stack([text()[start : start + TOKENS] for start in starts])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def adamw(model: nn.Module, given: Batch) -> Callable[[], None]:
+def adamw(model: nn.Module) -> Step:
     """A step of AdamW with the model's own loss."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step() -> None:
+    def step(given: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)
         model(**given).loss.backward()
         optimizer.step()
@@ -68,15 +75,15 @@ def adamw(model: nn.Module, given: Batch) -> Callable[[], None]:
     return step
 
 
-def kalman(covariance: str) -> Callable[[nn.Module, Batch], Callable[[], None]]:
-    """An update of the filter."""
+def kalman(covariance: str) -> Callable[[nn.Module], Step]:
+    """An update of the filter, with the prior of the default fit of text."""
 
-    def make(model: nn.Module, given: Batch) -> Callable[[], None]:
-        config = bkf.KalmanConfig(likelihood="tokens", curvature="sampled", covariance=covariance)
+    def make(model: nn.Module) -> Step:
+        config = replace(as_text(bkf.KalmanConfig()), covariance=covariance)
         kf = bkf.KalmanFilter(model, config)
         state = kf.init(split_batch(batch(1, 7))[0])
 
-        def step() -> None:
+        def step(given: Batch) -> None:
             nonlocal state
             state = kf.update(state, *split_batch(given))[0]
 
@@ -85,7 +92,7 @@ def kalman(covariance: str) -> Callable[[nn.Module, Batch], Callable[[], None]]:
     return make
 
 
-METHODS: Mapping[str, tuple[str, Callable[[nn.Module, Batch], Callable[[], None]]]] = {
+METHODS: Mapping[str, tuple[str, Callable[[nn.Module], Step]]] = {
     "adamw": ("AdamW", adamw),
     "diagonal": ("**ours**, diagonal", kalman("diagonal")),
     "low_rank": ("**ours**, low rank (default)", kalman("low_rank")),
@@ -95,15 +102,16 @@ METHODS: Mapping[str, tuple[str, Callable[[nn.Module, Batch], Callable[[], None]
 def times(size: int) -> dict[str, Any]:
     """Medians of the rounds' ratios to AdamW."""
     warnings.simplefilter("ignore")
-    model, given = language_model(), batch(size, 1)
-    steps = {name: make(model, given) for name, (_, make) in METHODS.items()}
+    model = language_model()
+    steps = {name: make(model) for name, (_, make) in METHODS.items()}
     for step in steps.values():
-        step()
+        step(batch(size, 0))
     spans: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
+        given = batch(size, number)
         for name, step in steps.items():
             begun = time.perf_counter()
-            step()
+            step(given)
             spans[name].append(time.perf_counter() - begun)
     ratios = {name: [a / b for a, b in zip(taken, spans["adamw"], strict=True)] for name, taken in spans.items()}
     return {
@@ -117,10 +125,10 @@ def times(size: int) -> dict[str, Any]:
 def memory(size: int, method: str) -> dict[str, Any]:
     """Peak of a warm step above the memory before it, in MiB."""
     warnings.simplefilter("ignore")
-    step = METHODS[method][1](language_model(), batch(size, 1))
-    step()
+    step, given = METHODS[method][1](language_model()), batch(size, 1)
+    step(batch(size, 0))
     before = held(CPU, reset=True)
-    step()
+    step(given)
     return {"mib": (peak(CPU) - before) / MIB}
 
 

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import language_models as lm
 import pytest
 import torch
 from real_data import real_file
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 import bayes_kf as bkf
 
@@ -99,3 +100,29 @@ def test_on_real_sentences(tmp_path):
     assert metrics["eval_accuracy"] > 0.6
     assert metrics["eval_log_loss"] < 0.69
     assert metrics["eval_ece"] < metrics["eval_ece_null_high"]
+
+
+def test_a_language_models_script_changes_in_as_few_lines():
+    plain, bayesian = (code(TUTORIALS / f"finetune_language_model{end}.py") for end in ("", "_bayesian"))
+    bayesian = bayesian[: bayesian.index("# What follows is new: ask the posterior.")]
+    lines = list(difflib.unified_diff(plain, bayesian, n=0, lineterm=""))[2:]
+    changed = [line for line in lines if line[0] in "+-" and line[1:].strip()]
+    assert "+trainer = KalmanTrainer(" in changed
+    assert len([line for line in changed if "import" not in line and "Trainer," not in line]) == 2
+
+
+def test_a_language_model_is_fine_tuned_and_asked(tmp_path):
+    """The script as it stands, with a model of letters in the place of a real one."""
+    lm.base().save_pretrained(tmp_path / "model")
+    lm.tokenizer().save_pretrained(tmp_path / "model")
+    script = TUTORIALS / "finetune_language_model_bayesian.py"
+    words = [sys.executable, str(script), "model", str(TUTORIALS / "capitals.csv"), "out"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "What is the capital of" in done.stdout
+    assert "of which epistemic" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 0.0 <= report["scores"]["ood_countries that do not exist_auroc"] <= 1.0
+    opened = bkf.Posterior.from_pretrained(tmp_path / "out", AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    assert opened.config.likelihood == "tokens"

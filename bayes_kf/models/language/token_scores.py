@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from bayes_kf.models.likelihoods.tokens import COUNT, HITS, LOG_PROB, SPREAD, STATISTICS, UNCERTAINTY
 
-CHUNK = 2**22  # numbers of the logits that are in work at once
+CHUNK = 2**20  # numbers of the logits that are in work at once
 MAX_ODDS = 1e30  # against a label
 GOLDEN = 0x9E3779B97F4A7C15  # by which seeds of neighbouring sequences and probes lie far apart
 
