@@ -31,7 +31,7 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.language import SupervisedTokens
+from bayes_kf.models.language import LearnedTokens
 from bayes_kf.validation import check_one_of
 
 STARTS = ("prior", "trained")
@@ -183,7 +183,7 @@ def _fit(
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
     if isinstance(config, KalmanConfig) or held_out is not None or start == "trained":
         without = KalmanConfig() if start == "trained" else KalmanConfig.stream()
-        if isinstance(model, SupervisedTokens):
+        if isinstance(model, LearnedTokens):
             without = as_text(without, model.num_probes)
         settings = config if isinstance(config, KalmanConfig) else without
         is_default = config is None
@@ -228,10 +228,10 @@ def fit_default(
         return fit_regression(model, loader, progress, seed)
     if start == "trained" or heldout_config_selection.split_loader(loader) is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
-        if isinstance(model, SupervisedTokens):
+        if isinstance(model, LearnedTokens):
             single = as_text(single, model.num_probes)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
-    if members is None and (isinstance(model, SupervisedTokens) or holds_text(loader)):
+    if members is None and (isinstance(model, LearnedTokens) or holds_text(loader)):
         return fit_default_mixture(model, loader, progress, seed, 1).best
     return fit_default_mixture(model, loader, progress, seed, members or MEMBERS)
 

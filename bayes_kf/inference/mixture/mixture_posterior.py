@@ -150,7 +150,7 @@ class MixturePosterior:
                 compare=is_first, adapter_generator_states=states, stacklevel=6,
             )  # fmt: skip
 
-        return predict.collect_predictions(predict_batch, loader, keep_samples)
+        return predict.collect_predictions(predict_batch, loader, keep_samples, self.adapter)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws from the mixture, (S, n): for each a member, then parameters from its Gaussian.
