@@ -56,7 +56,7 @@ def evaluate(
         human: Shares of people's answers, (N, C).
         recalibration: A recalibration fitted on other examples.
         conformal: Conformal sets fitted on other examples.
-        ordered: Whether the classes have an order.
+        ordered: Whether the classes have an order; always true under the likelihood "ordinal".
         top_k: Numbers of most probable classes that count together.
         method: Prediction method, as the posterior names it.
         num_samples: Number of draws for each prediction. With few draws the log loss is too high; see
@@ -107,6 +107,8 @@ def _report(posterior: PosteriorLike, loader: Any, options: EvaluationOptions, *
         options.check_no_classes()
         return _regression(prediction, options)
     is_bernoulli = _is_bernoulli(posterior)
+    if getattr(posterior.config, "likelihood", None) == "ordinal":
+        options = replace(options, ordered=True)
     ood = {
         name: posterior.predict_loader(inputs, **method, generator=generator) for name, inputs in options.ood.items()
     }

@@ -23,6 +23,7 @@ from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_filter import TrainerFilter
 from bayes_kf.models.batch import Inputs, split_batch
 from bayes_kf.models.language import SupervisedTokens, labels_tokens
+from bayes_kf.models.likelihood import ONE_OF_CLASSES
 from bayes_kf.validation import check_one_of
 
 
@@ -123,7 +124,7 @@ class PosteriorTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         likelihood = self.posterior.config.likelihood
-        if likelihood not in ("categorical", "tokens"):
+        if likelihood not in (*ONE_OF_CLASSES, "tokens"):
             return loss, prediction.mean, targets
         log_probs = prediction.mean.clamp_min(torch.finfo(prediction.mean.dtype).tiny).log()
         if likelihood == "tokens":
@@ -153,7 +154,7 @@ class PosteriorTrainer(Trainer):
         is_text = getattr(outputs[0] if isinstance(outputs, tuple) else outputs, "ndim", 0) == 3  # before training
         if is_text and labels_tokens(self._module):
             return calibration_metrics(of_labelled_tokens(prediction)) | own
-        if is_text or (config is not None and config.likelihood != "categorical"):
+        if is_text or (config is not None and config.likelihood not in ONE_OF_CLASSES):
             return own
         return calibration_metrics(prediction) | own
 

@@ -27,6 +27,8 @@ from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.language import LabelledTokens, SupervisedTokens
 from bayes_kf.validation import check_one_of, check_whole
 
+NO_PROBIT = {"poisson": "counts", "ordinal": "ordered classes"}
+
 
 def predict(
     posterior: GaussianPosterior,
@@ -157,8 +159,9 @@ def check_arguments(posterior: GaussianPosterior, method: str, num_samples: int,
             "`predict` needs a reading of the next token or of options for a posterior over text: "
             "`posterior.with_adapter(OptionTokens(model, options))`, for example."
         )
-    if method == "probit" and posterior.config.likelihood == "poisson":
-        raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
+    if method == "probit" and posterior.config.likelihood in NO_PROBIT:
+        kind = NO_PROBIT[posterior.config.likelihood]
+        raise ValueError(f"`method` 'probit' has no closed form for {kind}, use 'linearized' or 'sampled'.")
     check_whole("num_samples", num_samples)
     if targets is not None and not isinstance(targets, Tensor):
         raise ValueError(f"`targets` must be a tensor or None, got {type(targets).__name__}.")
