@@ -238,7 +238,7 @@ class KalmanTrainer(PosteriorTrainer):
         """The settings; by default with the likelihood of the first targets, if they are known."""
         if self.kalman is not None:
             return self.kalman
-        settings = {} if targets is None else default_likelihood([targets])
+        settings = {} if targets is None else default_likelihood([targets], self._module)
         return KalmanConfig.dataset(mean_passes=0, **settings) if self._num_epochs() > 1 else KalmanConfig(**settings)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -154,7 +154,8 @@ class PosteriorTrainer(Trainer):
         is_text = getattr(outputs[0] if isinstance(outputs, tuple) else outputs, "ndim", 0) == 3  # before training
         if is_text and labels_tokens(self._module):
             return calibration_metrics(of_labelled_tokens(prediction)) | own
-        if is_text or (config is not None and config.likelihood not in ONE_OF_CLASSES):
+        several = getattr(prediction.label_ids, "ndim", 1) != 1  # also before training, when no likelihood is known
+        if is_text or several or (config is not None and config.likelihood not in ONE_OF_CLASSES):
             return own
         return calibration_metrics(prediction) | own
 

@@ -62,7 +62,7 @@ def fit_with_checkpoints(
         batches = iter(loader)
         first = first_batches(batches)
         config, batches = (
-            KalmanConfig(**default_likelihood(split_batch(b)[1] for b in first)),
+            KalmanConfig(**default_likelihood((split_batch(b)[1] for b in first), model)),
             itertools.chain(first, batches),
         )
     _check_single_pass(config, loader)

@@ -153,7 +153,7 @@ def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
     """The filter with the default likelihood for the targets, and the curvature for the number of outputs."""
     inputs, _ = inputs_and_targets(batches[0], 0)
     check_inputs(inputs)
-    settings = default_likelihood(split_batch(batch)[1] for batch in batches)
+    settings = default_likelihood((split_batch(batch)[1] for batch in batches), kf.adapter)
     if settings == TEXT:
         draws = kf.adapter.num_probes if isinstance(kf.adapter, LearnedTokens) else kf.config.curvature_draws
         return KalmanFilter(kf.adapter, as_text(kf.config, draws))

@@ -115,7 +115,7 @@ def fit_mixture(
     """
     if members is not None:
         check_whole("members", members)
-    if configs is None and holds_real_targets(loader):
+    if configs is None and holds_real_targets(loader, model):
         return fit_regression_mixture(model, loader, shows_progress(progress), members or REAL_MEMBERS)
     if split_loader(loader) is None:
         raise ValueError(
@@ -134,7 +134,7 @@ def fit_default_mixture(
 ) -> MixturePosterior:
     """:func:`fit_mixture` without settings, for a loader that can be split and targets that are not real numbers."""
     if not isinstance(model, AdapterModel):
-        model = token_reading(model) if holds_text(loader) else AdapterModel(model)
+        model = token_reading(model) if holds_text(loader, model) else AdapterModel(model)
     return _combined(_fit_members(model, loader, default_members(model, loader, members, seed), progress), progress)
 
 
@@ -149,7 +149,7 @@ def default_members(
     first = first_batches(batches, PRIOR_EXAMPLES)
     inputs, _ = inputs_and_targets(first[0], 0)
     curvature = default_curvature(adapter, inputs, EXACT_IN_MIXTURE)
-    likelihood = default_likelihood(split_batch(batch)[1] for batch in itertools.chain(first, batches))
+    likelihood = default_likelihood((split_batch(batch)[1] for batch in itertools.chain(first, batches)), adapter)
     if likelihood:
         chosen = likelihood | NEW | {"curvature": "exact"}
     else:

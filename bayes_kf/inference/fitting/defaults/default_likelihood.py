@@ -1,8 +1,9 @@
 """The likelihood of a fit without a config, from its targets. A config, also one with defaults only, is used as it is.
 
 Only unambiguous targets decide: floats are real numbers, bools are answers, integers (B,) are class labels and integers
-(B, T) are tokens of text. Floats that are
-all 0 or 1 could be either, and an integer could be a count: a config says so.
+(B, T) are labels of tokens. Floats that are all 0 or 1 could be either: they are answers if the model of transformers
+has the ``problem_type`` "multi_label_classification". Otherwise a config says so, as for integers that are counts or
+classes in an order.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.language.supervised_tokens import transformers_model
 
 LARGEST, SMALLEST = 10.0, 0.1  # root mean square of targets that fit the prior's unit
+MULTI_LABEL = "multi_label_classification"  # transformers' word for it
 MIN_TARGETS = 8  # fewer say little about their size
 TEXT: dict[str, Any] = {"likelihood": "tokens", "curvature": "sampled"}
 TEXT_PRIOR: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": 1.0}
@@ -29,11 +33,21 @@ def as_text(config: KalmanConfig, num_probes: int = 1) -> KalmanConfig:
     return dataclasses.replace(config, **TEXT, **TEXT_PRIOR, curvature_draws=num_probes, tune=None)
 
 
-def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
+def is_multi_label(model: nn.Module | AdapterModel | None) -> bool:
+    """Whether the config of a model of transformers says that each output answers a question of its own."""
+    base = None if model is None else transformers_model(model.model if isinstance(model, AdapterModel) else model)
+    return base is not None and getattr(base.config, "problem_type", None) == MULTI_LABEL
+
+
+def default_likelihood(targets: Iterable[Any], model: nn.Module | AdapterModel | None = None) -> dict[str, Any]:
     """The settings of the likelihood for the targets of batches; empty for class labels, and if they are no tensors.
 
     The first batch decides, unless it holds only the floats 0 and 1; then further batches are read. Warns if real
     targets are not of size one, as the default prior expects.
+
+    Args:
+        targets: of the batches.
+        model: whose config may say that there are several labels.
 
     Raises:
         ValueError: if all targets are the floats 0 and 1.
@@ -45,6 +59,8 @@ def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
         ({}, {'likelihood': 'tokens', 'curvature': 'sampled'})
     """
     is_binary = False
+    if is_multi_label(model):
+        return {"likelihood": "bernoulli"}
     for some in targets:
         if isinstance(some, Tensor) and some.ndim == 2 and not (some.is_floating_point() or some.dtype == torch.bool):
             return TEXT
@@ -58,8 +74,8 @@ def default_likelihood(targets: Iterable[Any]) -> dict[str, Any]:
         is_binary = True
     if is_binary:
         raise ValueError(
-            "`config` must say what float targets that are all 0 or 1 mean, by `likelihood` 'bernoulli' or 'gaussian', "
-            "got None."
+            "`config` must say what float targets that are all 0 or 1 mean, by `likelihood` 'bernoulli' or 'gaussian' "
+            "(or the model's own config by `problem_type` 'multi_label_classification'), got None."
         )
     return {}
 
