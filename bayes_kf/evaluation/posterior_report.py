@@ -43,10 +43,10 @@ def evaluate(
     """Report on a posterior's predictions for a loader.
 
     Bernoulli outputs count as N·m problems of two classes. Intervals and null bands assume that these are independent;
-    they are up to √m too narrow if the errors of the m outputs of an example are correlated. A posterior without class
-    probabilities (real targets, counts) gets a regression report. Unless each target is predicted by a normal
-    distribution, its scores are those of draws of the targets. If the posterior has a method `output_variance`, the
-    report shows its result for the first batch.
+    they are up to √m too narrow if the errors of the m outputs of an example are correlated. Labels of tokens count as
+    problems of their own too, with the same limit. A posterior without class probabilities (real targets, counts) gets
+    a regression report. Unless each target is predicted by a normal distribution, its scores are those of draws of the
+    targets. If the posterior has a method `output_variance`, the report shows its result for the first batch.
 
     Args:
         posterior: Any object with `predict_loader`, `config` and `history`; see `PosteriorLike`.

@@ -50,7 +50,8 @@ def default_likelihood(targets: Iterable[Any], model: nn.Module | AdapterModel |
         model: whose config may say that there are several labels.
 
     Raises:
-        ValueError: if all targets are the floats 0 and 1.
+        ValueError: if all targets are the floats 0 and 1; or if they are others, and the model is one of several
+            labels.
 
     Example:
         >>> default_likelihood([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0])])
@@ -60,7 +61,7 @@ def default_likelihood(targets: Iterable[Any], model: nn.Module | AdapterModel |
     """
     is_binary = False
     if is_multi_label(model):
-        return {"likelihood": "bernoulli"}
+        return _several_labels(targets)
     for some in targets:
         if isinstance(some, Tensor) and some.ndim == 2 and not (some.is_floating_point() or some.dtype == torch.bool):
             return TEXT
@@ -78,6 +79,17 @@ def default_likelihood(targets: Iterable[Any], model: nn.Module | AdapterModel |
             "(or the model's own config by `problem_type` 'multi_label_classification'), got None."
         )
     return {}
+
+
+def _several_labels(targets: Iterable[Any]) -> dict[str, Any]:
+    """The likelihood of several labels, for targets that are 0 or 1."""
+    first = next(iter(targets), None)
+    if isinstance(first, Tensor) and not bool(((first == 0) | (first == 1)).all()):
+        raise ValueError(  # a loss of transformers takes any floats of several outputs for labels
+            "`config` must say by `likelihood` 'gaussian' that targets are numbers if the model's own has "
+            f"`problem_type` {MULTI_LABEL!r}, got None with targets that are not all 0 or 1."
+        )
+    return {"likelihood": "bernoulli"}
 
 
 def _warn_of_scale(targets: Tensor) -> None:

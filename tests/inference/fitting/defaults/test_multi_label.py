@@ -54,7 +54,7 @@ def test_fits_without_a_config_have_bernoulli_outputs(tmp_path):
         assert posterior.config.likelihood == "bernoulli"
         assert posterior.predict_loader(test).probs.shape == (48, LABELS)
     soft = [batch | {"labels": 0.9 * batch["labels"]} for batch in data]
-    with pytest.raises(ValueError, match=r"`targets` must be 0 or 1 for a Bernoulli likelihood, got 0\.9"):
+    with pytest.raises(ValueError, match="`config` must say by `likelihood` 'gaussian' that targets are numbers if"):
         bkf.fit(classifier(), soft, progress=False)
 
 
