@@ -1,4 +1,4 @@
-"""Base models from Hugging Face folders: local files, safetensors, no remote code."""
+"""Base models from Hugging Face folders, or the Hub: safetensors, no remote code."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from transformers import (
 
 from bayes_kf.data import encode_labels
 from bayes_kf.data.text import TEXT_SUFFIXES
+from bayes_kf.files.hub import local_folder
 from bayes_kf.models.zoo import DIGITS_VIT
 
 BUNDLED = {"digits-vit": DIGITS_VIT}
@@ -56,10 +57,12 @@ def model_folder(model: str) -> Path:
     Raises:
         ValueError: if the folder holds no model.
     """
-    folder = BUNDLED.get(model, Path(model))
+    folder = BUNDLED.get(model) or local_folder(model, argument="--model")
     if not (folder / "config.json").is_file():
         names = " or ".join(BUNDLED)
-        raise ValueError(f"`--model` must be {names} or a folder with config.json and safetensors, got {model}.")
+        raise ValueError(
+            f"`--model` must be {names}, or a folder or repository with config.json and safetensors, got {model}."
+        )
     return folder
 
 

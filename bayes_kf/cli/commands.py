@@ -11,10 +11,12 @@ from bayes_kf.cli.base_model import choose_names, kind_of, load_base, model_fold
 from bayes_kf.cli.config_flags import gives_settings, read_settings
 from bayes_kf.cli.evaluate import run_compare, run_evaluate
 from bayes_kf.cli.fit_online import run_online
+from bayes_kf.cli.fit_text import learns_text, run_fit_text
 from bayes_kf.cli.inputs import check_takes, first_batch, move, naming_options, open_data, read_device
 from bayes_kf.cli.lora_adapters import add_adapter
 from bayes_kf.cli.posterior_folder import Labels, check_output, save_posterior
 from bayes_kf.data import LabelledData
+from bayes_kf.data.supervised_text import holds_supervised_text
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.fitting.fit import fit, fit_default
@@ -27,6 +29,9 @@ from bayes_kf.validation import check_whole
 
 def run_fit(args: argparse.Namespace) -> None:
     """``bayes-kf fit``."""
+    if learns_text(args, holds_supervised_text(args.data, args.label_column)):
+        run_fit_text(args)
+        return
     if args.members is not None:
         check_whole("--members", args.members)
         if args.online or gives_settings(args) or args.start != "prior":

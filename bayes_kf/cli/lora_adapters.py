@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from bayes_kf.cli.base_model import BaseModel
 from bayes_kf.validation import did_you_mean
@@ -52,8 +53,9 @@ def _lora(base: BaseModel, rank: int, targets: list[str] | None) -> LoraConfig:
         if not any(name == target or name.endswith(f".{target}") for name, _ in base.model.named_modules()):
             nearest = did_you_mean(target, names) or f"; {_linear_layers(base.model)}."
             raise ValueError(f"`--target-modules` must name modules of the model, got {target!r}{nearest}")
-    heads = base.head_modules or None
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets or default_targets, modules_to_save=heads)
+    chosen, heads = targets or default_targets or [], base.head_modules or None
+    transposed = any(name.endswith(tuple(chosen)) and isinstance(m, Conv1D) for name, m in base.model.named_modules())
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen, modules_to_save=heads, fan_in_fan_out=transposed)
 
 
 def _linear_layers(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ from bayes_kf.data.images import ImageFormat, image_folder_data
 from bayes_kf.data.labels import LabelledData, encode_labels
 from bayes_kf.data.open_dataset import open_dataset
 from bayes_kf.data.predictions import SavedPredictions, read_predictions
+from bayes_kf.data.supervised_text import supervised_text
 from bayes_kf.data.text import text_data
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "open_dataset",
     "photo_patches",
     "read_predictions",
+    "supervised_text",
     "text_data",
     "uci_digits",
     "uci_digits_split",

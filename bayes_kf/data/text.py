@@ -112,7 +112,7 @@ def _numbers(labels: Sequence[int | float | str]) -> torch.Tensor:
 
 def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list[str], list[Any]]:
     """The texts and labels of a file."""
-    rows = _read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)
+    rows = read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)
     texts: list[str] = []
     labels: list[Any] = []
     try:
@@ -139,7 +139,7 @@ def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list
     return texts, labels
 
 
-def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and objects; blank lines are skipped."""
     with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from bayes_kf.files.hub import local_folder
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.heldout import calibration
-from bayes_kf.inference.predictive import arviz_export, generation, output_variance, predict
+from bayes_kf.inference.predictive import arviz_export, output_variance, predict
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
-from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.predictive.text.text_predictions import TextPredictions
 from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.hub_upload import HubUpload
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
     from bayes_kf.inference.pyro.kalman_guide import KalmanGuide
 
 
-class Posterior(GaussianPosterior):
+class Posterior(GaussianPosterior, TextPredictions, HubUpload):
     """A Gaussian posterior over the trainable tensors of a model, with everything needed to use it.
 
     It has the attributes and the moments of ``GaussianPosterior``: ``kf``, ``state``, ``history``, ``mean``,
-    ``variance``, ``covariance_matrix()``, ``sample(num_samples)``.
+    ``variance``, ``covariance_matrix()``, ``sample(num_samples)``; and for language models ``generate``, ``score`` and
+    ``answer``.
 
     Example:
         >>> import bayes_kf as bkf
@@ -133,10 +136,6 @@ class Posterior(GaussianPosterior):
         """
         return output_variance.output_variance(self, batch)
 
-    def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
-        """Text by the posterior predictive of a causal language model, with its uncertainty; see ``generation``."""
-        return generation.generate(self, inputs, max_new_tokens, **settings)
-
     def guide(self) -> KalmanGuide:
         """A Pyro guide that begins at this posterior, with one sample site per tensor, under its name."""
         from bayes_kf.inference.pyro.kalman_guide import KalmanGuide  # loads Pyro
@@ -187,17 +186,18 @@ class Posterior(GaussianPosterior):
         pretrained.save(self, Path(folder), scores)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base_model: nn.Module) -> Any:
+    def from_pretrained(cls, folder: str | Path, base_model: nn.Module, **of_hub: Any) -> Any:
         """Read a posterior that :meth:`save_pretrained` wrote; a mixture if the folder holds one.
 
         Args:
-            folder: the folder.
+            folder: the folder, or the name of a repository of the Hub.
+            of_hub: its ``revision`` and ``token``; see ``files.hub``.
             base_model: the model itself, not its name. PEFT adds the adapter to it, unless it has the adapter already.
 
         Raises:
             ValueError: if files are missing or damaged, or belong to another model; nothing is changed then.
         """
-        loaded = pretrained.load(Path(folder), base_model)
+        loaded = pretrained.load(local_folder(folder, argument="folder", **of_hub), base_model)
         members = tuple(cls(*parts) for parts in loaded.members)
         return members[0] if loaded.weights is None else cls.mixture_type(members, tuple(loaded.weights))
 

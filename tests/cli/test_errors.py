@@ -19,7 +19,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 BAD = {
-    "no model there": ("--model nowhere --data digits.npz", "`--model` must be digits-vit or a folder"),
+    "no model there": (
+        "--model nowhere --data digits.npz",
+        "`--model` must be digits-vit, or a folder or repository with config.json",
+    ),
     "no data there": (
         "--model digits-vit --data nowhere.npz",
         "`--data` must be an existing file or folder, got nowhere.npz.",

@@ -1,5 +1,6 @@
 """Causal language models as classifiers."""
 
+import functools
 import math
 
 import language_models as lm
@@ -10,6 +11,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.linearization.linearizer import Linearizer
+from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.language import NextToken, OptionTexts, OptionTokens, next_token_examples, option_examples
 
 YES, NO = (lm.LETTERS.index(letter) for letter in "yn")
@@ -22,7 +24,8 @@ def prompts(count=12, seed=0, length=20):
 
 
 def test_the_model_is_not_random():
-    assert lm.loss_of_training() < 0.6 * math.log(len(lm.LETTERS))
+    ids = prompts(64, length=60)
+    assert float(lm.base()(ids, labels=ids).loss.detach()) < 0.6 * math.log(len(lm.LETTERS))
 
 
 def test_options_are_the_logits_of_the_last_token_given_on_either_side_of_padding():
@@ -245,3 +248,37 @@ def test_the_callers_autocast_applies():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert read.run(ids).dtype == torch.bfloat16
     assert read.run(ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [lm.lora, lm.llama])
+def test_options_of_a_prompt_share_what_they_begin_with(make, monkeypatch):
+    """Against the same texts read whole, which gradients ask for; prompts of several lengths, options too."""
+    read = OptionTexts(make())
+    torch.manual_seed(0)
+    ids = torch.randint(1, 50, (3, 1, 14)).repeat(1, 4, 1)
+    scored, mask = torch.zeros(3, 4, 14, dtype=torch.bool), torch.ones(3, 4, 14, dtype=torch.long)
+    for row in range(3):
+        for option in range(4):
+            start = 8 + row
+            ids[row, option, start:] = torch.randint(1, 50, (14 - start,))
+            end = start + 1 + option % 3
+            scored[row, option, start:end], mask[row, option, end:] = True, 0
+    inputs = {"input_ids": ids, "scored": scored, "attention_mask": mask}
+    vector, widths = read.vector(), []
+    base = type(read.model.get_base_model())
+    forward = base.forward
+
+    @functools.wraps(forward)
+    def counted(self, *args, **kwargs):
+        widths.append(tuple(kwargs["input_ids"].shape))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(base, "forward", counted)
+    shared = read.outputs(vector, inputs)
+    assert widths == [(3, 7), (12, 7)]
+    whole = read.call(read.tensors(vector), inputs)
+    assert widths[2:] == [(12, 14)]
+    torch.testing.assert_close(shared, whole.detach(), rtol=1e-4, atol=1e-4)
+    draws = vector + 0.05 * torch.randn(3, len(vector))
+    apart = torch.stack([read.call(read.tensors(draw), inputs).detach() for draw in draws])
+    torch.testing.assert_close(outputs_of_draws(read, draws, inputs), apart, rtol=1e-4, atol=1e-4)

@@ -14,12 +14,13 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.mixture.mixture_prediction import member_generators, predict_mixture
 from bayes_kf.inference.posterior import Posterior
-from bayes_kf.inference.predictive import arviz_export, generation, predict
+from bayes_kf.inference.predictive import arviz_export, predict
 from bayes_kf.inference.predictive.gaussian_posterior import check_members, reweighted
-from bayes_kf.inference.predictive.generation import Generated
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.predictive.text.text_predictions import TextPredictions
 from bayes_kf.inference.pyro import sample_moments
 from bayes_kf.inference.saving import pretrained
+from bayes_kf.inference.saving.hub_upload import HubUpload
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.likelihood import Likelihood
@@ -31,7 +32,7 @@ OF_ONE_MEMBER = ("kf", "state", "mean_vector", "variance_vector", "covariance_ma
 
 
 @dataclass(frozen=True, repr=False)
-class MixturePosterior:
+class MixturePosterior(TextPredictions, HubUpload):
     """Σ_k w_k N(μ_k, P_k) over the trainable tensors of a model: several :class:`Posterior` s with weights.
 
     Predictions, draws and text come from all members. What belongs to one Gaussian (``state``, ``kf``,
@@ -263,10 +264,6 @@ class MixturePosterior:
             Posterior.from_samples(adapter, part, c, inputs) for (part, _), c in zip(parts, configs, strict=True)
         ]
         return cls(tuple(members), tuple(share for _, share in parts))
-
-    def generate(self, inputs: Inputs, max_new_tokens: int = 32, **settings: Any) -> Generated:
-        """Text by the predictive distribution of a causal language model; see :meth:`Posterior.generate`."""
-        return generation.generate(self, inputs, max_new_tokens, **settings)
 
     def with_adapter(self, adapter: AdapterModel) -> Self:
         """The same mixture over another view of its model; see :meth:`Posterior.with_adapter`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import IGNORED, Inputs
 from bayes_kf.models.language.learned_tokens import PROBE_SEEDS, LearnedTokens, check_below
-from bayes_kf.models.language.logits import logits_in, mapping
+from bayes_kf.models.language.logits import check_context, logits_in, mapping
 from bayes_kf.models.language.supervised_tokens import SupervisedTokens, transformers_model
 
 NOT_OF_THE_MODEL = ("labels", PROBE_SEEDS)  # names among the inputs that a forward pass does not get
@@ -79,10 +79,11 @@ def all_logits(adapter: AdapterModel, given: Mapping[str, Tensor]) -> Tensor:
     """Logits of all tokens, (B, T, C); virtual tokens of a learned prompt have none.
 
     Raises:
-        ValueError: if the model returns none.
+        ValueError: if the model returns none, or the texts are longer than its context.
     """
     own = {name: _moved(value, adapter) for name, value in given.items() if name not in NOT_OF_THE_MODEL}
     size, width = given["input_ids"].shape
+    check_context(adapter.model, width)
     with adapter.autocast():
         outputs = adapter.model(**own)
     logits = logits_in(outputs)

@@ -49,6 +49,7 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
     """
     own = {name: given[name] for name in ("input_ids", "attention_mask", "position_ids") if name in given}
     width, source = own["input_ids"].shape[1], None
+    check_context(adapter.model, width)
     if learns_prompt(adapter.model):  # PEFT ignores `position_ids` then, with a warning
         own.pop("position_ids", None)
         source = _source_columns(own.get("attention_mask"))
@@ -82,6 +83,16 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
 def logits_in(outputs: Any) -> Any:
     """The ``logits`` of what a model returned, or that itself."""
     return outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+
+
+def check_context(model: nn.Module, width: int) -> None:
+    """Raise ValueError if texts of ``width`` columns, with virtual tokens before them, are longer than the context."""
+    base: Any = model.get_base_model() if is_peft(model) else model
+    longest = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    before = _virtual_columns(model) or 0
+    if isinstance(longest, int) and width + before > longest:
+        virtual = f" and {before} virtual ones" if before else ""
+        raise ValueError(f"`input_ids` must fit the context of {longest} tokens, got {width}{virtual}.")
 
 
 def logits_at(adapter: AdapterModel, given: Mapping[str, Tensor], place: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
-from bayes_kf.models.language.logits import last_place, logits_at, mapping, token_logits
+from bayes_kf.models.language.logits import check_context, last_place, logits_at, mapping, token_logits
+from bayes_kf.models.language.prefix_cache import LEAST_SHARED, can_share, logits_after_prefix, shared_columns
 
 
 class OptionTokens(AdapterModel):
@@ -58,7 +59,8 @@ class OptionTexts(AdapterModel):
 
     Inputs are a mapping with ``input_ids`` (B, m, T): the prompt with each option; ``scored`` (B, m, T), true for the
     option's own tokens; and ``attention_mask`` (B, m, T). :func:`option_examples` makes such inputs. Targets are
-    indices of options (B,). Its Jacobian takes a backward pass for each example and option.
+    indices of options (B,). Its Jacobian takes a backward pass for each example and option. Without gradients, the
+    beginning that all options of a prompt share is read once.
 
     Args:
         model: as for :class:`NextToken`.
@@ -91,9 +93,19 @@ class OptionTexts(AdapterModel):
         own = scored[:, 1:]
         columns = own.any(0).nonzero().squeeze(-1)
         own, following = own[:, columns], flat["input_ids"][:, columns + 1].unsqueeze(-1)
-        log_prob = token_logits(self, flat, columns).log_softmax(-1).gather(-1, following).squeeze(-1)
+        log_prob = self._logits(given, flat, columns).log_softmax(-1).gather(-1, following).squeeze(-1)
         total = (log_prob * own).sum(-1)
         return (total / own.sum(-1).clamp_min(1) if self.per_token else total).view(shape[:2])
+
+    def _logits(self, given: Mapping[str, Tensor], flat: Mapping[str, Tensor], columns: Tensor) -> Tensor:
+        """Logits at some columns of all texts, (B · m, K, V)."""
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        shared = shared_columns(ids, mask.bool(), given["scored"].bool())
+        if shared < LEAST_SHARED or "position_ids" in given or not can_share(self.model):
+            return token_logits(self, flat, columns)
+        check_context(self.model, ids.shape[2])
+        return logits_after_prefix(self, ids, mask, columns, shared)
 
 
 def option_examples(tokenizer: Any, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> dict[str, Tensor]:

@@ -68,6 +68,30 @@ def test_a_stream_of_text_is_learned_in_one_pass():
     assert nats_a_token(posterior, test) < float(losses[:40].mean()) / 20
 
 
+class Stopped(Exception):
+    """A stream that ends as a machine does."""
+
+
+def test_a_resumed_text_fit_equals_an_uninterrupted_one(tmp_path):
+    train = batches(12)
+    whole = bkf.fit(lm.lora(), train, checkpoint=tmp_path / "whole", every=4, progress=False)
+
+    def stopping(seen=0):
+        for batch in train:
+            if seen == 9:
+                raise Stopped
+            seen += 1
+            yield batch
+
+    with pytest.raises(Stopped):
+        bkf.fit(lm.lora(), stopping(), checkpoint=tmp_path / "stopped", every=4, progress=False)
+    resumed = bkf.fit(lm.lora(), train, checkpoint=tmp_path / "stopped", every=4, progress=False)
+    assert resumed.state.examples == 48
+    assert torch.equal(resumed.mean_vector, whole.mean_vector)
+    assert torch.equal(resumed.state.belief.factor, whole.state.belief.factor)
+    assert torch.equal(resumed.history["log_loss"], whole.history["log_loss"])
+
+
 def test_readings_of_a_posterior_over_text():
     posterior = bkf.fit(lm.lora(), iter(batches(4)), progress=False)
     ids = batches(1, seed=2)[0]["input_ids"]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import types
 
 import language_models as lm
 import pytest
@@ -12,43 +11,30 @@ from peft import PromptTuningConfig
 from transformers import GPT2LMHeadModel
 
 import bayes_kf as bkf
-from bayes_kf.inference.predictive import generation
 from bayes_kf.models.language import NextToken, next_token_examples
 
 CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
 
 
-def posterior_of(model, scale):
-    """A posterior around the model's present tensors."""
-    config = bkf.KalmanConfig(covariance="diagonal", initial_variance=scale, bound_prior=False, temperature=1.0)
-    kf = bkf.KalmanFilter(NextToken(model), config)
-    return bkf.Posterior(kf, kf.init())
-
-
-def prompt(model, count=3, length=9):
-    torch.manual_seed(4)
-    return torch.randint(1, model.config.vocab_size, (count, length))
-
-
 @pytest.mark.parametrize("make", [lm.lora, lm.llama])
 def test_without_uncertainty_the_text_is_the_greedy_text_of_the_model(make):
     model = make()
-    ids = prompt(model)
+    ids = lm.prompt(model)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0  # padded on the left
-    actual = posterior_of(model, 1e-12).generate({"input_ids": ids, "attention_mask": mask}, 12, num_samples=2)
+    actual = lm.posterior_around(model, 1e-12).generate({"input_ids": ids, "attention_mask": mask}, 12, num_samples=2)
     expected = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=0
     )[:, ids.shape[1] :]
     assert torch.equal(actual.tokens[:, : expected.shape[1]], expected)
-    assert float(actual.mutual_information.max()) < 1e-4
-    assert actual.written.shape == actual.tokens.shape
+    assert float(actual.epistemic.max()) < 1e-4
+    assert actual.counted.shape == actual.tokens.shape
 
 
 def test_uncertainty_is_that_of_the_drawn_adapters_run_one_by_one():
     """Against whole forward passes without a cache."""
     model = lm.llama()
-    posterior, ids = posterior_of(model, 0.02), prompt(model)
+    posterior, ids = lm.posterior_around(model, 0.02), lm.prompt(model)
     actual = posterior.generate({"input_ids": ids}, 6, num_samples=4, eos_token_id=-1)
     draws = posterior.sample(4, torch.Generator().manual_seed(posterior.config.seed))
     for step in range(6):
@@ -61,17 +47,17 @@ def test_uncertainty_is_that_of_the_drawn_adapters_run_one_by_one():
         agreed = torch.stack([-(p * p.log()).sum(-1) for p in spoken]).mean(0)
         assert torch.equal(actual.tokens[:, step], mean.argmax(-1))
         torch.testing.assert_close(actual.entropy[:, step], entropy, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(actual.mutual_information[:, step], entropy - agreed, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(actual.epistemic[:, step], entropy - agreed, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(actual.log_prob[:, step], mean.max(-1).values.log(), rtol=1e-4, atol=1e-5)
-    assert float(actual.mutual_information.min()) > 1e-3
+    assert float(actual.epistemic.min()) > 1e-3
     torch.testing.assert_close(actual.sequence_log_prob, actual.log_prob.sum(1))
     torch.testing.assert_close(actual.sequence_entropy, actual.entropy.mean(1))
-    torch.testing.assert_close(actual.sequence_mutual_information, actual.mutual_information.mean(1))
+    torch.testing.assert_close(actual.sequence_epistemic, actual.epistemic.mean(1))
 
 
 def test_a_softmax_temperature_divides_the_tokens_logits():
     model = lm.llama()
-    posterior, ids = posterior_of(model, 0.02), prompt(model)
+    posterior, ids = lm.posterior_around(model, 0.02), lm.prompt(model)
     kf = bkf.KalmanFilter(posterior.adapter, dataclasses.replace(posterior.config, softmax_temperature=0.5))
     actual = bkf.Posterior(kf, posterior.state).generate({"input_ids": ids}, 5, num_samples=3)
     handle = model.register_forward_hook(lambda _module, _args, out: setattr(out, "logits", out.logits / 0.5))
@@ -85,10 +71,10 @@ def test_a_softmax_temperature_divides_the_tokens_logits():
 def test_scores_after_the_end_of_a_text_are_zero():
     model = lm.lora()
     start = torch.stack([lm.ids("Changed in version 3.1"), lm.ids("The following are spec")])
-    actual = posterior_of(model, 1e-4).generate({"input_ids": start}, 60, num_samples=3, pad_token_id=7)
+    actual = lm.posterior_around(model, 1e-4).generate({"input_ids": start}, 60, num_samples=3, pad_token_id=7)
     ends = [row.tolist().index(lm.END) for row in actual.tokens if lm.END in row.tolist()]
     assert ends  # some text ended
-    for row, written, entropy in zip(actual.tokens, actual.written, actual.entropy, strict=True):
+    for row, written, entropy in zip(actual.tokens, actual.counted, actual.entropy, strict=True):
         length = int(written.sum())
         assert bool(written[:length].all())
         assert not bool(written[length:].any())
@@ -98,9 +84,9 @@ def test_scores_after_the_end_of_a_text_are_zero():
 
 
 def test_draws_of_text_follow_the_seed():
-    posterior, ids = posterior_of(lm.lora(), 1e-3), lm.ids("The ").unsqueeze(0)
+    posterior, ids = lm.posterior_around(lm.lora(), 1e-3), lm.ids("The ").unsqueeze(0)
     texts = [
-        posterior.generate({"input_ids": ids}, 20, sample=True, generator=torch.Generator().manual_seed(seed)).tokens
+        posterior.generate({"input_ids": ids}, 20, do_sample=True, generator=torch.Generator().manual_seed(seed)).tokens
         for seed in (0, 0, 1)
     ]
     assert torch.equal(texts[0], texts[1])
@@ -122,7 +108,7 @@ def test_a_fitted_phrase_is_generated():
 
 
 def test_bad_arguments_are_named():
-    posterior = posterior_of(lm.llama(), 1e-3)
+    posterior = lm.posterior_around(lm.llama(), 1e-3)
     ids = torch.ones(2, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"`inputs` must be a mapping with `input_ids` of shape"):
         posterior.generate(ids)
@@ -139,7 +125,7 @@ def test_bad_arguments_are_named():
 def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
     """Against the mean's cache, taken by hand, and each draw going on from it."""
     model = make()
-    posterior, ids = posterior_of(model, 0.01), prompt(model)
+    posterior, ids = lm.posterior_around(model, 0.01), lm.prompt(model)
     mask = torch.ones_like(ids)
     mask[2, :4] = 0
     given = {"input_ids": ids, "attention_mask": mask}
@@ -177,20 +163,8 @@ def test_a_shared_prompt_is_read_once_by_the_mean_adapter(make, monkeypatch):
     assert float((apart.entropy - actual.entropy).abs().max()) > 1e-4  # what sharing leaves out
 
 
-@pytest.mark.parametrize(("name", "other"), [("cache", "past_key_values"), ("past_key_values", "cache")])
-def test_the_cache_argument_has_the_name_that_the_model_uses(name, other):
-    """transformers renamed it in 5.24; models of both kinds are read."""
-    named = torch.nn.Identity()
-    named.forward = {"cache": lambda input_ids, cache: None, "past_key_values": lambda past_key_values: None}[name]
-    assert generation._cache_argument(named) == name
-    out = types.SimpleNamespace(**{name: "kept", other: None})
-    assert generation._cache_of(out) == "kept"
-    assert generation._cache_of(types.SimpleNamespace(**{name: "kept"})) == "kept"
-    assert generation._cache_of(types.SimpleNamespace()) is None
-
-
 def test_a_shared_prompt_of_one_token_is_read_by_each_draw():
-    posterior, ids = posterior_of(lm.lora(), 1e-3), torch.tensor([[5], [9]])
+    posterior, ids = lm.posterior_around(lm.lora(), 1e-3), torch.tensor([[5], [9]])
     shared, apart = (posterior.generate({"input_ids": ids}, 4, num_samples=2, shared_prompt=s) for s in (True, False))
     assert torch.equal(shared.tokens, apart.tokens)
     torch.testing.assert_close(shared.entropy, apart.entropy)
@@ -198,7 +172,7 @@ def test_a_shared_prompt_of_one_token_is_read_by_each_draw():
 
 def test_any_of_several_tokens_ends_a_text():
     model = lm.llama()
-    posterior, ids = posterior_of(model, 1e-12), prompt(model)
+    posterior, ids = lm.posterior_around(model, 1e-12), lm.prompt(model)
     free = posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id=-1)
     ends = [int(free.tokens[0, 2]), int(free.tokens[1, 4])]
     model.generation_config.eos_token_id = ends
@@ -206,7 +180,7 @@ def test_any_of_several_tokens_ends_a_text():
         posterior.generate({"input_ids": ids}, 8, num_samples=2),
         posterior.generate({"input_ids": ids}, 8, num_samples=2, eos_token_id=ends),
     ):
-        for text, written in zip(free.tokens, actual.written, strict=True):
+        for text, written in zip(free.tokens, actual.counted, strict=True):
             places = torch.isin(text, torch.tensor(ends)).nonzero()
             length = int(places[0]) + 1 if len(places) else 8
             assert int(written.sum()) == min(length, written.numel())
@@ -216,7 +190,9 @@ def test_any_of_several_tokens_ends_a_text():
 
 def test_virtual_tokens_are_refused():
     """With a cache, PEFT would put them in front of every new token, or drop the cache: other text, silently."""
-    posterior = posterior_of(lm.with_prompt(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)), 1e-12)
+    posterior = lm.posterior_around(
+        lm.with_prompt(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)), 1e-12
+    )
     with pytest.raises(
         ValueError, match="`posterior` must be over weights to generate text, got an adapter of virtual"
     ):
