@@ -120,6 +120,12 @@ def test_labels_of_a_masked_language_model_are_at_their_own_places():
     torch.testing.assert_close(first.probs, (probs.log() + bias).softmax(-1))
 
 
+def test_sequences_longer_than_the_context_are_refused():
+    longer = {"input_ids": torch.full((2, 33), 3), "labels": torch.zeros(2, 33, dtype=torch.long)}
+    with pytest.raises(ValueError, match="`input_ids` must fit the context of 32 tokens, got 33"):
+        bkf.fit(tagger(), iter([longer]), progress=False)
+
+
 def test_virtual_tokens_of_a_learned_prompt_have_no_labels():
     prompt = PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=3, token_dim=24, num_attention_heads=2,
                                 num_layers=1, num_transformer_submodules=1)  # fmt: skip
