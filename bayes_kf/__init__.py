@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         fit,
         fit_mixture,
         merge,
+        rewards,
     )
     from bayes_kf.models import AdapterModel
 
@@ -45,6 +46,7 @@ __all__ = [
     "fit",
     "fit_mixture",
     "merge",
+    "rewards",
 ]
 
 # Imported on first use, so that `bayes-kf --help` does not wait for PyTorch.
@@ -63,10 +65,11 @@ _NAMES = {
         "fit",
         "fit_mixture",
         "merge",
+        "rewards",
     ),
     "models": ("AdapterModel",),
 }
-_SUBPACKAGES = ("data", "distributed", "integrations")  # their names are not repeated here
+_SUBPACKAGES = ("data", "distributed", "integrations", "serving")  # their names are not repeated here
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ MOST_FILES = 12
 ORDER = """
 __main__
 cli/
-integrations/ distributed/
+integrations/ distributed/ serving/
 .
 inference
 inference/baselines/

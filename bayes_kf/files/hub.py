@@ -6,9 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 SAFE_FILES = ("*.json", "*.safetensors", "*.npz", "*.txt", "*.md", "*.model", "*.jinja", "SHA256SUMS*")
 
@@ -41,6 +38,9 @@ def local_folder(
     folder = Path(name)
     if folder.exists() or not REPOSITORY.fullmatch(str(name)):
         return folder
+    import huggingface_hub  # takes a while
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(
             huggingface_hub.snapshot_download(str(name), revision=revision, token=token, allow_patterns=list(patterns))

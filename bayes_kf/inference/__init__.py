@@ -13,8 +13,10 @@ from bayes_kf.inference.fitting.merging import merge
 from bayes_kf.inference.fitting.mixture_fit import fit_mixture
 from bayes_kf.inference.fitting.selection.filter_bank import Bank
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
+from bayes_kf.inference.mixture.mixture_rewards import rewards
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive.prediction import LoaderPrediction, Prediction
+from bayes_kf.inference.predictive.rewards import Rewards
 
 if TYPE_CHECKING:
     from bayes_kf.inference.pyro.horseshoe import Horseshoe
@@ -37,10 +39,12 @@ __all__ = [
     "MixturePosterior",
     "Posterior",
     "Prediction",
+    "Rewards",
     "UpdateInfo",
     "fit",
     "fit_mixture",
     "merge",
+    "rewards",
 ]
 
 # Imported on first use, because they load Pyro.

@@ -202,21 +202,22 @@ class Posterior(GaussianPosterior, TextPredictions, HubUpload):
         return members[0] if loaded.weights is None else cls.mixture_type(members, tuple(loaded.weights))
 
     def export_adapters(
-        self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None
+        self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None, width: float = 1.0
     ) -> list[Path]:
         """Write draws from the posterior as PEFT adapters ``draw_0``, ``draw_1``, ... and return their folders.
 
         Args:
             folder: made if missing. Draws of an earlier call are replaced, all or none; other files, a posterior
-                among them, stay as they are. ``SHA256SUMS.draws`` lists the written files.
+                among them, stay as they are. ``SHA256SUMS.draws`` lists the written files, ``draws.json`` the draws.
             num_samples: number of draws.
             generator: source of the draws; by default a new one seeded with ``config.seed``.
+            width: factor on their standard deviations; ``serving.draw_width`` chooses one.
 
         Raises:
             ValueError: if the model is no PEFT model, and as for :meth:`save_pretrained`.
             OSError: if it cannot be written; the old files stay.
         """
-        return pretrained.export_draws(self, Path(folder), self.sample(num_samples, generator))
+        return pretrained.export_draws(self, Path(folder), self.sample(num_samples, generator, width), width)
 
     def to_arviz(
         self, num_samples: int = 500, generator: torch.Generator | None = None, loader: Iterable[Any] | None = None

@@ -51,6 +51,8 @@ class KalmanTrainer(PosteriorTrainer):
     - Evaluation predicts with the posterior: "logits" are log predictive probabilities, the loss is their log loss, and
       the metrics are those of :func:`calibration_metrics` and of ``compute_metrics``. The text of a language model is
       scored by the posterior mean, as Trainer does.
+    - Preference pairs train a reward model (:class:`~bayes_kf.models.language.PreferencePairs`). They are known by the
+      columns ``chosen_ids`` and ``rejected_ids`` of the data set, and need the collator of TRL's ``RewardTrainer``.
     - Checkpoints hold the posterior and Trainer's own files. Training resumed from one equals uninterrupted training to
       the bit. Optimizer files are neither saved nor loaded.
 
@@ -189,7 +191,7 @@ class KalmanTrainer(PosteriorTrainer):
         if targets is None:
             raise ValueError(f"`train_dataset` must have {self._label_name!r}, got batches of {', '.join(batch)}.")
         if self._trained.state is None:
-            self._trained.start(self._module, self._settings(targets), self._scale_inputs(batch))
+            self._trained.start(self._reading, self._settings(targets), self._scale_inputs(batch))
         self._seen_dataset = self._whole_dataset  # even if training is stopped
         done = self._epochs_done()
         if done >= 1.0:
@@ -238,7 +240,7 @@ class KalmanTrainer(PosteriorTrainer):
         """The settings; by default with the likelihood of the first targets, if they are known."""
         if self.kalman is not None:
             return self.kalman
-        settings = {} if targets is None else default_likelihood([targets], self._module)
+        settings = {} if targets is None else default_likelihood([targets], self._reading)
         return KalmanConfig.dataset(mean_passes=0, **settings) if self._num_epochs() > 1 else KalmanConfig(**settings)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

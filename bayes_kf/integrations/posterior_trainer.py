@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bayes_kf.inference.config import KalmanConfig, check_config
+from bayes_kf.inference.fitting.reading import TRL_COLUMNS, has_pair_columns
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.mixture.mixture_prediction import member_generators, predict_mixture
 from bayes_kf.inference.posterior import Posterior
@@ -21,9 +22,11 @@ from bayes_kf.inference.saving import pretrained
 from bayes_kf.integrations.metrics import calibration_metrics, of_labelled_tokens
 from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_filter import TrainerFilter
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, split_batch
-from bayes_kf.models.language import SupervisedTokens, labels_tokens
+from bayes_kf.models.language import PreferencePairs, SupervisedTokens, labels_tokens
 from bayes_kf.models.likelihood import ONE_OF_CLASSES
+from bayes_kf.models.preference_batch import OF_PAIRS, read_pairs
 from bayes_kf.validation import check_one_of
 
 
@@ -71,7 +74,23 @@ class PosteriorTrainer(Trainer):
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[Inputs, Tensor | None]:
         renamed = {"labels" if name == self._label_name else name: value for name, value in inputs.items()}
-        return split_batch(renamed)
+        return split_batch(read_pairs(renamed) if self._holds_pairs else renamed)
+
+    @property
+    def _holds_pairs(self) -> bool:
+        """Whether the data are preference pairs, as TRL's RewardTrainer takes them."""
+        return has_pair_columns(self.train_dataset) or has_pair_columns(self.eval_dataset)
+
+    @property
+    def _reading(self) -> nn.Module | AdapterModel:
+        """The model, read as a reward model if the data are preference pairs."""
+        return PreferencePairs(self._module) if self._holds_pairs else self._module
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns that are not removed: those of the model, or of preference pairs."""
+        if self._signature_columns is None and self._holds_pairs:
+            self._signature_columns = [*TRL_COLUMNS, *OF_PAIRS]  # type: ignore[assignment]
+        super()._set_signature_columns_if_needed()
 
     @property
     def _label_name(self) -> str:
@@ -185,12 +204,12 @@ class PosteriorTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         if not (folder / "trainer_state.json").is_file():
             raise ValueError(f"`resume_from_checkpoint` must be complete, got {folder} without trainer_state.json.")
-        self._trained.restore(folder, self._module, self.kalman)
+        self._trained.restore(folder, self._reading, self.kalman)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None  # Trainer calls this only if there is one
-        self._trained.restore(Path(best), self._module, self.kalman)
+        self._trained.restore(Path(best), self._reading, self.kalman)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Saves nothing: the posterior is the whole state."""

@@ -16,7 +16,8 @@ from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.passes import mean_pass, scale_refit
 from bayes_kf.inference.fitting.selection.filter_bank import Bank, BankState, check_bank_configs
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
-from bayes_kf.inference.posterior import Posterior
+from bayes_kf.integrations.trainer_filter import load
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 
 
@@ -60,7 +61,7 @@ class TrainerBank:
         bank, state = self._started()
         return bank.mixture(state)
 
-    def start(self, model: nn.Module, config: KalmanConfig, scale_inputs: Inputs) -> None:
+    def start(self, model: nn.Module | AdapterModel, config: KalmanConfig, scale_inputs: Inputs) -> None:
         """Start from the priors, with their scales measured on some inputs; ``config`` is not used."""
         self.bank = Bank(model, self.configs)
         self.bank_state = self.bank.init(scale_inputs)
@@ -99,13 +100,13 @@ class TrainerBank:
             refitted[number] = scale_refit.refit_scale(kf, member, kept)
         self.bank_state = state._replace(states=tuple(refitted))
 
-    def restore(self, folder: Path, model: nn.Module, config: KalmanConfig | None) -> None:
+    def restore(self, folder: Path, model: nn.Module | AdapterModel, config: KalmanConfig | None) -> None:
         """Load a mixture whose members were saved with these settings, and give the model the best one's mean.
 
         Raises:
             ValueError: if the members have other settings, or their files are incomplete or damaged.
         """
-        saved = Posterior.from_pretrained(folder, model)
+        saved = load(folder, model)
         members = list(saved.members) if isinstance(saved, MixturePosterior) else []
         states: list[FilterState | None] = []
         for wanted in self.configs:

@@ -14,7 +14,9 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.fitting.passes import mean_pass, scale_refit
+from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 
 CALIBRATED = ("temperature", "softmax_temperature", "tune")  # settings that `Posterior.calibrate` sets
@@ -49,7 +51,7 @@ class TrainerFilter:
         self.kf, self.state, self.history = posterior.kf, posterior.state, posterior.history
         posterior.adapter.assign(posterior.mean_vector)
 
-    def start(self, model: nn.Module, config: KalmanConfig, scale_inputs: Inputs) -> None:
+    def start(self, model: nn.Module | AdapterModel, config: KalmanConfig, scale_inputs: Inputs) -> None:
         """Start from the prior, with its scale measured on some inputs."""
         self.kf = KalmanFilter(model, config)
         self.state = self.kf.init(scale_inputs)
@@ -80,13 +82,13 @@ class TrainerFilter:
         kf, state = self._started()
         self.state = scale_refit.refit_scale(kf, state, batches)
 
-    def restore(self, folder: Path, model: nn.Module, config: KalmanConfig | None) -> None:
+    def restore(self, folder: Path, model: nn.Module | AdapterModel, config: KalmanConfig | None) -> None:
         """Load a posterior that was saved with this config, and give the model its mean.
 
         Raises:
             ValueError: if the posterior has other settings, or its files are incomplete or damaged.
         """
-        saved = Posterior.from_pretrained(folder, model)
+        saved = load(folder, model)
         if not isinstance(saved, Posterior):
             raise ValueError(
                 f"`kalman` must be a list of the settings of the members in {folder}, which is a mixture, got one or "
@@ -103,3 +105,10 @@ class TrainerFilter:
         if self.kf is None or self.state is None:
             raise ValueError("`posterior` needs a trainer that has trained or loaded a checkpoint, got a new one.")
         return self.kf, self.state
+
+
+def load(folder: Path, model: nn.Module | AdapterModel) -> Posterior | MixturePosterior:
+    """The posterior in a folder, over a model or a reading of it."""
+    if not isinstance(model, AdapterModel):
+        return Posterior.from_pretrained(folder, model)
+    return Posterior.from_pretrained(folder, model.model).with_adapter(model)

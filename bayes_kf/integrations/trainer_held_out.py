@@ -12,6 +12,7 @@ from bayes_kf.inference.fitting.mixture_fit import LAST_STEP_SIZE
 from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import ProgressBar
+from bayes_kf.inference.fitting.reading import has_pair_columns
 from bayes_kf.inference.heldout import calibration
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.validation import is_number
@@ -100,9 +101,11 @@ def _has_length(data: Any) -> bool:
 
 
 def _has_labels(data: Any, label_name: str) -> bool:
-    """Whether a data set has examples, the first of which has a label."""
+    """Whether a data set has examples, the first of which has a label, or is a preference pair."""
     if not _has_length(data) or len(data) == 0:
         return False
+    if has_pair_columns(data):
+        return True
     first = data[0]
     return not isinstance(first, Mapping) or label_name in first
 

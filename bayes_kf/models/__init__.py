@@ -10,7 +10,7 @@ from bayes_kf.models.likelihood import (
     Poisson,
     StudentT,
 )
-from bayes_kf.models.ordinal_head import OrdinalHead
+from bayes_kf.models.likelihoods.ordinal import OrdinalHead
 
 __all__ = [
     "AdapterModel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ class AdapterModel:
         >>> adapter.names, adapter.num_parameters
         (('weight', 'bias'), 8)
     """
+
+    as_matrix = staticmethod(as_matrix)  # from what the model returned to (B, m)
 
     def __init__(self, model: nn.Module) -> None:
         trainable = trainable_tensors(model)
@@ -205,7 +208,11 @@ class AdapterModel:
         inputs = to_model(inputs, self.model, device, self.dtypes, autocast)
         with nullcontext() if self._autocast is None else self.autocast():
             outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
-        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else as_matrix(outputs)
+        return outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else self.as_matrix(outputs)
+
+    def read(self, batch: Any) -> Any:
+        """A loader's batch, or its inputs, with one row for each example: the same, unless a subclass changes it."""
+        return batch
 
     def with_targets(self, batch: Batch, seed: int = 0) -> Batch:
         """The batch with all inputs that a forward pass with targets needs: the same, unless a subclass adds some.

@@ -44,8 +44,8 @@ def to_model(
     return {name: cast(value) for name, value in inputs.items()} if isinstance(inputs, Mapping) else cast(inputs)
 
 
-def as_matrix(outputs: Any) -> Tensor:
-    """The (B, m) tensor in what a model returned.
+def as_tensor(outputs: Any) -> Tensor:
+    """The tensor in what a model returned: itself, or its ``logits``.
 
     Raises:
         ValueError: if there is none.
@@ -54,6 +54,22 @@ def as_matrix(outputs: Any) -> Tensor:
         outputs = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if not isinstance(outputs, Tensor):
         raise ValueError("`model` must return a tensor or an object with `logits`, got neither.")
+    return outputs
+
+
+def as_matrix(outputs: Any) -> Tensor:
+    """The (B, m) tensor in what a model returned.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    outputs = as_tensor(outputs)
     if outputs.ndim != 2:
         raise ValueError(f"`model` must return outputs of shape (batch, outputs), got {tuple(outputs.shape)}.")
     return outputs
+
+
+def as_column(outputs: Any) -> Tensor:
+    """As :func:`as_tensor`, with one number for each example, (B,), as a column, (B, 1)."""
+    tensor = as_tensor(outputs)
+    return tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor

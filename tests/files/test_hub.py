@@ -12,7 +12,6 @@ from huggingface_hub import constants
 
 import bayes_kf as bkf
 from bayes_kf.files.hub import local_folder
-from bayes_kf.inference.saving import hub_upload
 
 
 class Cache:
@@ -76,7 +75,7 @@ def test_what_is_pushed_is_read_again(cache, fitted, tmp_path, monkeypatch):
             calls.append(("upload", revision, commit_message, tuple(delete_patterns)))
             return SimpleNamespace(commit_url="address")
 
-    monkeypatch.setattr(hub_upload, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     mixture = bkf.MixturePosterior((fitted, fitted), (0.5, 0.5))
     assert mixture.push_to_hub("someone/mixture", private=True, token="secret") == "address"
     assert calls[:2] == [("token", "secret"), ("create", "someone/mixture", True, True)]

@@ -31,7 +31,7 @@ from bayes_kf.inference.measurement_model.output_directions import (
 )
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
-from bayes_kf.models.language import LearnedTokens, token_reading
+from bayes_kf.models.language import LearnedTokens, PreferencePairs, token_reading
 
 
 def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterModel:
@@ -50,6 +50,8 @@ def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterMo
         raise ValueError(
             f"`model` must be {needed} for `likelihood` {config.likelihood!r}, got {type(model).__name__}."
         )
+    if isinstance(model, PreferencePairs) and config.likelihood != "bernoulli":
+        raise ValueError(f"`likelihood` must be 'bernoulli' for PreferencePairs, got {config.likelihood!r}.")
     if isinstance(model, LearnedTokens) and model.num_probes != draws:
         raise ValueError(f"`num_probes` must be the {draws} `curvature_draws` of the config, got {model.num_probes}.")
     return model
@@ -107,7 +109,7 @@ class KalmanFilter:
         """The state with the scale of its prior, measured on ``inputs``; unchanged if it has a scale already."""
         if state.prior_is_scaled:
             return state
-        batch = Batch.checked(inputs, device=self.adapter.device)
+        batch = Batch.checked(self.adapter.read(inputs), device=self.adapter.device)
         with self.adapter.full_precision():
             return self.linearize.retry_in_smaller_chunks(lambda: self._scale_prior(state, batch), batch.size)
 
@@ -145,7 +147,7 @@ class KalmanFilter:
             DivergenceError: if a mean would not be finite, or a variance not finite and positive.
         """
         start = time.perf_counter()
-        batch = Batch.labelled(inputs, targets, self.adapter.device)
+        batch = Batch.labelled(self.adapter.read(inputs), targets, self.adapter.device)
         batch = self.adapter.with_targets(batch, self.config.seed + state.examples)
         if self.config.gradient_penalty and (hold_mean or at is not None):
             raise ValueError(

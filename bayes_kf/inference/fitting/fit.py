@@ -15,7 +15,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
-from bayes_kf.inference.fitting.defaults.default_likelihood import as_text
+from bayes_kf.inference.fitting.defaults.default_likelihood import for_reading
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
 from bayes_kf.inference.fitting.loader import num_batches
@@ -23,6 +23,7 @@ from bayes_kf.inference.fitting.mixture_fit import MEMBERS, fit_default_mixture
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
+from bayes_kf.inference.fitting.reading import read_data, read_loader
 from bayes_kf.inference.fitting.regression.examples import holds_real_targets, holds_text
 from bayes_kf.inference.fitting.regression.regression_fit import fit_regression
 from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
@@ -79,7 +80,8 @@ def fit(
     Args:
         model: a PEFT model, any module with trainable tensors, or an adapter of a language model (``models.language``);
             its weights are not changed.
-        loader: batches ``(inputs, targets)`` or mappings with ``labels``.
+        loader: batches ``(inputs, targets)`` or mappings with ``labels``. Preference pairs
+            (``models.language.PreferencePairs``) need no labels.
         config: the settings.
 
             Several configs are candidates: each is fitted to seven eighths of the data, the rest chooses the best,
@@ -134,6 +136,9 @@ def fit(
     if not isinstance(loader, Iterable):
         raise ValueError(f"`loader` must be iterable, got {type(loader).__name__}.")
     _check_held_out(held_out, start, config)
+    model, loader = read_data(model, loader)
+    if held_out is not None and not isinstance(held_out, str):
+        held_out = read_loader(model, held_out)
     posterior = _fit(model, loader, config, start, held_out, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
@@ -183,9 +188,7 @@ def _fit(
     if start == "trained" and not isinstance(config, KalmanConfig | None):
         raise ValueError("`config` must be one KalmanConfig with `start` 'trained', got several.")
     if isinstance(config, KalmanConfig) or held_out is not None or start == "trained":
-        without = KalmanConfig() if start == "trained" else KalmanConfig.stream()
-        if isinstance(model, LearnedTokens):
-            without = as_text(without, model.num_probes)
+        without = for_reading(KalmanConfig() if start == "trained" else KalmanConfig.stream(), model)
         settings = config if isinstance(config, KalmanConfig) else without
         is_default = config is None
         return fit_config(model, loader, settings, start, progress, choose_defaults=is_default, held_out=held_out)
@@ -229,8 +232,7 @@ def fit_default(
         return fit_regression(model, loader, progress, seed)
     if start == "trained" or heldout_config_selection.split_loader(loader) is None:
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
-        if isinstance(model, LearnedTokens):
-            single = as_text(single, model.num_probes)
+        single = for_reading(single, model)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
     if members is None and (isinstance(model, LearnedTokens) or holds_text(loader, model)):
         return fit_default_mixture(model, loader, progress, seed, 1).best

@@ -6,7 +6,7 @@ names the batch in which it occurs. The callbacks do the rest: they record score
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -94,7 +94,9 @@ def inputs_and_targets(batch: Any, number: int) -> tuple[Inputs, Tensor]:
     """
     inputs, targets = split_batch(batch)
     if targets is None:
-        raise ValueError(f"`loader` must yield targets with every batch, got none in batch {number}.")
+        is_text = isinstance(inputs, Mapping) and "input_ids" in inputs
+        hint = "; `PreferencePairs(model)` takes pairs without labels" if is_text else ""
+        raise ValueError(f"`loader` must yield targets with every batch, got none in batch {number}{hint}.")
     return inputs, targets
 
 

@@ -32,6 +32,7 @@ from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covar
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes
 from bayes_kf.inference.fitting.passes.mean_pass import mean_pass
 from bayes_kf.inference.fitting.progress import ProgressBar, shows_progress
+from bayes_kf.inference.fitting.reading import read_data
 from bayes_kf.inference.fitting.regression.examples import holds_real_targets, holds_text
 from bayes_kf.inference.fitting.regression.regression_mixture import MEMBERS as REAL_MEMBERS
 from bayes_kf.inference.fitting.regression.regression_mixture import fit_regression_mixture
@@ -115,6 +116,7 @@ def fit_mixture(
     """
     if members is not None:
         check_whole("members", members)
+    model, loader = read_data(model, loader)
     if configs is None and holds_real_targets(loader, model):
         return fit_regression_mixture(model, loader, shows_progress(progress), members or REAL_MEMBERS)
     if split_loader(loader) is None:

@@ -97,7 +97,7 @@ def heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iter
     """
     index = -1
     for index, batch in enumerate(loader):
-        inputs, targets = split_batch(batch)
+        inputs, targets = split_batch(posterior.adapter.read(batch))
         if targets is None:
             raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")
         if not isinstance(targets, Tensor):

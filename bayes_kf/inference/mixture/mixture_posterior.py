@@ -151,14 +151,15 @@ class MixturePosterior(TextPredictions, HubUpload):
                 compare=is_first, adapter_generator_states=states, stacklevel=6,
             )  # fmt: skip
 
-        return predict.collect_predictions(predict_batch, loader, keep_samples, self.adapter)
+        return predict.collect_predictions(predict_batch, map(self.adapter.read, loader), keep_samples, self.adapter)
 
-    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor:
         """Draws from the mixture, (S, n): for each a member, then parameters from its Gaussian.
 
         Args:
             num_samples: S.
             generator: source of the draws; by default a new one seeded with ``config.seed``.
+            width: factor on the standard deviations of the members.
         """
         generator = self.generator(generator)
         weights = torch.tensor(self.weights, dtype=torch.float64, device=generator.device)
@@ -167,7 +168,7 @@ class MixturePosterior(TextPredictions, HubUpload):
         for number, member in enumerate(self.members):
             where = (chosen == number).nonzero().squeeze(1).to(draws.device)
             if len(where):
-                draws[where] = member.sample(len(where), generator)
+                draws[where] = member.sample(len(where), generator, width)
         return draws
 
     def generator(self, generator: torch.Generator | None = None) -> torch.Generator:
@@ -299,10 +300,10 @@ class MixturePosterior(TextPredictions, HubUpload):
         pretrained.save_mixture(self.members, self.weights, Path(folder), scores)
 
     def export_adapters(
-        self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None
+        self, folder: str | Path, num_samples: int = 8, generator: torch.Generator | None = None, width: float = 1.0
     ) -> list[Path]:
         """Write draws from the mixture as PEFT adapters; see :meth:`Posterior.export_adapters`."""
-        return pretrained.export_draws(self.best, Path(folder), self.sample(num_samples, generator))
+        return pretrained.export_draws(self.best, Path(folder), self.sample(num_samples, generator, width), width)
 
     def _weighted(self) -> list[tuple[float, Posterior]]:
         return list(zip(self.weights, self.members, strict=True))

@@ -48,7 +48,7 @@ def predict_mixture(
     check_whole("num_samples", num_samples)
     first, shares = members[0], divide_draws(weights, num_samples)
     predict.check_arguments(first, method, num_samples, targets)
-    batch = Batch.checked(inputs, targets, first.adapter.device)
+    batch = Batch.checked(first.adapter.read(inputs), targets, first.adapter.device)
     states = adapter_generator_states or [None] * len(members)
     if method == "sampled" and _share_a_model(members):
         parts = _predict_together(members, batch, [max(1, share) for share in shares], generators, states)

@@ -87,7 +87,7 @@ def predictive_groups(
     adapter, family = posterior.adapter, posterior.likelihood
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, given in enumerate(loader):
-        inputs, targets = split_batch(given)
+        inputs, targets = split_batch(adapter.read(given))
         if not isinstance(targets, Tensor):
             kind = "none" if targets is None else type(targets).__name__
             raise ValueError(f"`loader` must yield tensors of targets with every batch, got {kind} in batch {index}.")

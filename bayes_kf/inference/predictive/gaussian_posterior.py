@@ -35,8 +35,8 @@ class PosteriorDraws(Protocol):
     def likelihood(self) -> Likelihood:
         """The likelihood of the targets."""
 
-    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws of the parameters, (S, n)."""
+    def sample(self, num_samples: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor:
+        """Draws of the parameters, (S, n); ``width`` is a factor on their standard deviations."""
 
     def generator(self, generator: torch.Generator | None = None) -> torch.Generator:
         """The given generator, or a new one seeded with ``config.seed``."""
@@ -151,14 +151,16 @@ class GaussianPosterior:
             )
         return self.state.belief.covariance_matrix()
 
-    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor:
         """Draws from N(μ, temperature·P), (S, n).
 
         Args:
             num_samples: the number of draws, S.
             generator: source of the draws; by default a new one seeded with ``config.seed``.
+            width: factor on the standard deviations.
         """
-        return self.mean_vector + self.sample_deviations(num_samples, self.generator(generator), self.temperature)
+        temperature = self.temperature * width**2
+        return self.mean_vector + self.sample_deviations(num_samples, self.generator(generator), temperature)
 
     def sample_deviations(self, num_samples: int, generator: torch.Generator, temperature: float) -> Tensor:
         """Draws from N(0, temperature·P), (S, n)."""

@@ -21,7 +21,7 @@ PROBES = 4  # of each sequence
 
 def output_variance(posterior: GaussianPosterior, batch: Any) -> dict[str, float]:
     """Tensor name -> its contribution to the variance of the outputs; see :meth:`Posterior.output_variance`."""
-    inputs, targets = split_batch(batch)
+    inputs, targets = split_batch(posterior.adapter.read(batch))
     some = Batch.checked(inputs, targets)[:MAX_EXAMPLES].to(posterior.adapter.device)
     with posterior.adapter.full_precision():
         if isinstance(posterior.adapter, LearnedTokens):

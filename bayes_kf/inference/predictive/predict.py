@@ -57,7 +57,7 @@ def predict(
         stacklevel: of that warning.
     """
     check_arguments(posterior, method, num_samples, targets)
-    batch = Batch.checked(inputs, targets, posterior.adapter.device)
+    batch = Batch.checked(posterior.adapter.read(inputs), targets, posterior.adapter.device)
     return predict_batch(
         posterior, batch, method, num_samples, posterior.generator(generator),
         compare=compare, adapter_generator_state=adapter_generator_state, stacklevel=stacklevel + 1,
@@ -112,7 +112,7 @@ def predict_loader(
             compare=is_first, adapter_generator_state=first_state, stacklevel=7,
         )  # fmt: skip
 
-    return collect_predictions(predict_batch, loader, keep_samples, posterior.adapter)
+    return collect_predictions(predict_batch, map(posterior.adapter.read, loader), keep_samples, posterior.adapter)
 
 
 def collect_predictions(

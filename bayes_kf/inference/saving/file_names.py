@@ -18,7 +18,7 @@ CARD_FILE, MODEL_FILE = "README.md", "model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LABELS_FILE, HEAD_FILE, HISTORY_FILE = "labels.json", "new_head.safetensors", "history.npz"
 STREAM_FILE = "stream.json"
-MIXTURE_FILE = "mixture.json"
+MIXTURE_FILE, DRAWS_FILE = "mixture.json", "draws.json"
 IGNORED_SETTINGS = (  # settings of an adapter that change no output, or that PEFT reads from the base
     *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
     *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
@@ -83,5 +83,5 @@ POSTERIOR = SaveKind(
 )
 DRAWS = SaveKind(
     checksums=f"{CHECKSUMS_FILE}.draws",
-    names=re.compile(rf"draw_\d+/({'|'.join(re.escape(name) for name in ADAPTER_FILES)})"),
+    names=re.compile(rf"{re.escape(DRAWS_FILE)}|draw_\d+/({'|'.join(re.escape(name) for name in ADAPTER_FILES)})"),
 )

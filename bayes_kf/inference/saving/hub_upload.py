@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from huggingface_hub import HfApi
-
 from bayes_kf.inference.saving.file_names import CARD_FILE, MIXTURE_FILE
 
 
@@ -50,6 +48,8 @@ class HubUpload:
         Raises:
             huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
         """
+        from huggingface_hub import HfApi  # takes a while
+
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]

@@ -38,6 +38,7 @@ from bayes_kf.inference.saving.file_names import (
     ADAPTER_FILES,
     CARD_FILE,
     DRAWS,
+    DRAWS_FILE,
     MIXTURE_FILE,
     MODEL_FILE,
     POSTERIOR,
@@ -50,6 +51,7 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
 MIXTURE_FORMAT = 1
+DRAWS_FORMAT = 1
 Loaded = tuple[KalmanFilter, FilterState, dict[str, Tensor]]  # the fields of a GaussianPosterior
 
 
@@ -162,13 +164,24 @@ def _members_writer(members: Sequence[GaussianPosterior], weights: Sequence[floa
     return write_members
 
 
-def export_draws(posterior: GaussianPosterior, folder: Path, draws: Tensor) -> list[Path]:
-    """Write each draw (S, n) as a PEFT adapter ``draw_0``, ``draw_1``, ... and return their folders."""
+def export_draws(posterior: GaussianPosterior, folder: Path, draws: Tensor, width: float = 1.0) -> list[Path]:
+    """Write each draw (S, n) as a PEFT adapter ``draw_0``, ``draw_1``, ... and return their folders.
+
+    ``draws.json`` lists them, with the width that they were drawn with and the softmax temperature.
+    """
     if not is_peft(posterior.adapter.model):
         raise ValueError("`export_adapters` needs a posterior over a PEFT model, got another module.")
 
     def write(target: Path) -> None:
-        names = []
+        names, folders = [DRAWS_FILE], [f"draw_{index}" for index in range(len(draws))]
+        manifest = {
+            "format": DRAWS_FORMAT,
+            "adapters": folders,
+            "width": width,
+            "softmax_temperature": posterior.softmax_temperature,
+            "base_model": str(getattr(posterior.adapter.model.get_base_model(), "name_or_path", "")),  # type: ignore[operator]
+        }
+        (target / DRAWS_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for index, draw in enumerate(draws):
             write_adapter(posterior.adapter, draw, target / f"draw_{index}")
             names += [f"draw_{index}/{name}" for name in ADAPTER_FILES]

@@ -52,7 +52,7 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
     check_context(adapter.model, width)
     if learns_prompt(adapter.model):  # PEFT ignores `position_ids` then, with a warning
         own.pop("position_ids", None)
-        source = _source_columns(own.get("attention_mask"))
+        source = padding_last(own.get("attention_mask"))
         if source is not None:
             own = {name: value.gather(1, source.to(value.device)) for name, value in own.items()}
     elif "position_ids" not in own and _counts_padding(adapter.model, own.get("attention_mask")):
@@ -61,7 +61,7 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
     kept = None if columns is None or source is not None else columns.to(adapter.device)
     keep = {}
     before = _virtual_columns(adapter.model)
-    if kept is not None and before is not None and "logits_to_keep" in _parameters(adapter.model):
+    if kept is not None and before is not None and "logits_to_keep" in forward_parameters(adapter.model):
         keep["logits_to_keep"] = kept + before
     with adapter.autocast():
         outputs = adapter.model(**moved, **keep)
@@ -107,7 +107,7 @@ def learns_prompt(model: nn.Module) -> bool:
     return is_peft(model) and bool(getattr(model.active_peft_config, "is_prompt_learning", False))
 
 
-def _source_columns(mask: Tensor | None) -> Tensor | None:
+def padding_last(mask: Tensor | None) -> Tensor | None:
     """The order of columns, (B, T), that moves padding on the left behind the tokens; None if there is none.
 
     Virtual tokens then directly precede a text, however it is padded.
@@ -123,10 +123,10 @@ def _counts_padding(model: nn.Module, mask: Tensor | None) -> bool:
     """Whether a text begins with padding, which a model without ``position_ids`` counts as positions."""
     if mask is None or bool(mask[:, 0].all()):
         return False
-    return "position_ids" in _parameters(model)
+    return "position_ids" in forward_parameters(model)
 
 
-def _parameters(model: nn.Module) -> Collection[str]:
+def forward_parameters(model: nn.Module) -> Collection[str]:
     """The names of the arguments of the language model's forward pass."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return inspect.signature(base.forward).parameters

@@ -17,17 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bernoulli(CanonicalLikelihood):
-    """m independent yes/no answers per example; π = sigmoid(η)."""
+    """m independent yes/no answers per example; π = sigmoid(η).
+
+    A target between 0 and 1 is a soft label: the expectation of log p(y | η) under that probability of a yes.
+    """
 
     name: str = "bernoulli"
     target_kind: ClassVar[str] = "class"
     outputs_per_target: ClassVar[int] = 1
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Targets as floats (B, m) of 0 and 1, or ValueError."""
+        """Targets as floats (B, m) from 0 to 1, or ValueError."""
         targets = check_shape(outputs, targets)
-        if not bool(((targets == 0) | (targets == 1)).all()):
-            raise ValueError(f"`targets` must be 0 or 1 for a Bernoulli likelihood, got {_other(targets)}.")
+        if not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise ValueError(f"`targets` must be 0 or 1 for a Bernoulli likelihood, or between, got {_other(targets)}.")
         return targets
 
     def mean(self, outputs: Tensor) -> Tensor:
@@ -73,5 +76,5 @@ class Bernoulli(CanonicalLikelihood):
 
 
 def _other(values: Tensor) -> str:
-    """A value that is neither 0 nor 1, for an error message."""
-    return f"{values[(values != 0) & (values != 1)].flatten()[0].item():g}"
+    """A value outside [0, 1], for an error message."""
+    return f"{values[(values < 0) | (values > 1)].flatten()[0].item():g}"

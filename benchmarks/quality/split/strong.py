@@ -28,11 +28,12 @@ PRIOR_SD = 0.5  # of ln S
 
 
 class Plan(NamedTuple):
-    """The most epochs, the epochs without a better held-out loss after which training stops, and the loss."""
+    """The most epochs, those without a better held-out loss after which training stops, the loss, and the rates."""
 
     epochs: int
     patience: int
     loss: Callable[[Tensor, Tensor], Tensor]
+    rates: Sequence[float] = RATES
 
 
 FINE_TUNING = Plan(10, 3, F.cross_entropy)
@@ -90,7 +91,9 @@ def search(make: Callable[[int], nn.Module], fitted: Stream, heldout: Stream, se
     Raises:
         FloatingPointError: if no run has a finite loss.
     """
-    runs = sorted((train(make(seed), fitted, heldout, seed, rate, plan) for rate in RATES), key=lambda run: run.loss)
+    runs = sorted(
+        (train(make(seed), fitted, heldout, seed, rate, plan) for rate in plan.rates), key=lambda run: run.loss
+    )
     if math.isinf(runs[0].loss):
         raise FloatingPointError("no learning rate has a finite held-out loss")
     return runs

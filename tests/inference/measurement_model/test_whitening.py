@@ -122,7 +122,7 @@ BAD = [
     ),
     (Categorical(), ETA, torch.zeros(4, 1).long(), r"`targets` must have shape \(4,\), got \(4, 1\)"),
     (Categorical(), ETA[:, :1], torch.zeros(4).long(), r"`likelihood` categorical needs at least 2 outputs, got 1"),
-    (Bernoulli(), ETA, torch.full((4, 3), 0.5), r"`targets` must be 0 or 1 for a Bernoulli likelihood, got 0\.5"),
+    (Bernoulli(), ETA, torch.full((4, 3), 1.5), r"`targets` must be 0 or 1 .*, or between, got 1\.5"),
     (Gaussian(), ETA, torch.zeros(4), r"`targets` must have shape \(4, 3\), got \(4,\)"),
     (Gaussian(), ETA, torch.full((4, 3), math.nan), r"`targets` must be finite, got 12 NaN or infinite"),
     (Poisson(), ETA, torch.full((4, 3), -1.0), r"`targets` must be whole numbers >= 0"),

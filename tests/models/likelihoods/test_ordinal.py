@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.functional import jacobian
 
 from bayes_kf.models.likelihood import Ordinal
-from bayes_kf.models.ordinal_head import OrdinalHead
+from bayes_kf.models.likelihoods.ordinal import OrdinalHead
 
 G = torch.Generator().manual_seed(0)
 OUTPUTS = torch.randn(7, 4, generator=G).double()  # five classes

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.language import LearnedTokens, PreferencePairs
 from bayes_kf.models.language.supervised_tokens import transformers_model
 
 LARGEST, SMALLEST = 10.0, 0.1  # root mean square of targets that fit the prior's unit
@@ -25,6 +26,7 @@ MULTI_LABEL = "multi_label_classification"  # transformers' word for it
 MIN_TARGETS = 8  # fewer say little about their size
 TEXT: dict[str, Any] = {"likelihood": "tokens", "curvature": "sampled"}
 TEXT_PRIOR: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": 1.0}
+PAIRS: dict[str, Any] = {"likelihood": "bernoulli"}
 REAL: dict[str, Any] = {"likelihood": "gaussian", "noise_variance": "estimated"}
 
 
@@ -33,14 +35,24 @@ def as_text(config: KalmanConfig, num_probes: int = 1) -> KalmanConfig:
     return dataclasses.replace(config, **TEXT, **TEXT_PRIOR, curvature_draws=num_probes, tune=None)
 
 
-def is_multi_label(model: nn.Module | AdapterModel | None) -> bool:
+def for_reading(config: KalmanConfig, model: object) -> KalmanConfig:
+    """A default configuration with the likelihood of a model's reading, where that reading has but one."""
+    if isinstance(model, LearnedTokens):
+        return as_text(config, model.num_probes)
+    return dataclasses.replace(config, **PAIRS) if isinstance(model, PreferencePairs) else config
+
+
+def is_multi_label(model: object) -> bool:
     """Whether the config of a model of transformers says that each output answers a question of its own."""
-    base = None if model is None else transformers_model(model.model if isinstance(model, AdapterModel) else model)
+    module = model.model if isinstance(model, AdapterModel) else model
+    base = transformers_model(module) if isinstance(module, nn.Module) else None
     return base is not None and getattr(base.config, "problem_type", None) == MULTI_LABEL
 
 
-def default_likelihood(targets: Iterable[Any], model: nn.Module | AdapterModel | None = None) -> dict[str, Any]:
+def default_likelihood(targets: Iterable[Any], model: object = None) -> dict[str, Any]:
     """The settings of the likelihood for the targets of batches; empty for class labels, and if they are no tensors.
+
+    A reading of preference pairs has one likelihood, whose targets may also be numbers between 0 and 1.
 
     The first batch decides, unless it holds only the floats 0 and 1; then further batches are read. Warns if real
     targets are not of size one, as the default prior expects.
@@ -59,6 +71,8 @@ def default_likelihood(targets: Iterable[Any], model: nn.Module | AdapterModel |
         >>> default_likelihood([torch.tensor([0, 1])]), default_likelihood([torch.tensor([[-100, 7, 8]])])
         ({}, {'likelihood': 'tokens', 'curvature': 'sampled'})
     """
+    if isinstance(model, PreferencePairs):
+        return PAIRS
     is_binary = False
     if is_multi_label(model):
         return _several_labels(targets)
@@ -68,7 +82,7 @@ def default_likelihood(targets: Iterable[Any], model: nn.Module | AdapterModel |
         if not isinstance(some, Tensor) or not (some.is_floating_point() or some.dtype == torch.bool):
             return {}
         if some.dtype == torch.bool:
-            return {"likelihood": "bernoulli"}
+            return PAIRS
         if not bool(((some == 0) | (some == 1)).all()):
             _warn_of_scale(some)
             return REAL

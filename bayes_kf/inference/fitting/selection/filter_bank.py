@@ -99,7 +99,7 @@ class Bank:
             ValueError: if the inputs or targets do not fit.
             DivergenceError: if the updates of all remaining candidates diverge.
         """
-        batch, begun = Batch.labelled(inputs, targets, self.adapter.device), time.perf_counter()
+        batch, begun = Batch.labelled(self.adapter.read(inputs), targets, self.adapter.device), time.perf_counter()
         with self.adapter.full_precision():
             after, info = self.filters[0].linearize.retry_in_smaller_chunks(
                 lambda: self._update(state, batch), batch.size

