@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks.common.result_files import markdown_table
+from benchmarks.speed import tokens
 from benchmarks.speed.measure import Cell
 from benchmarks.speed.models import MODELS
 from benchmarks.speed.peers import METHODS
@@ -55,12 +56,37 @@ def render(cells: Cells, picture: str) -> list[str]:
         sizes = _sizes(cells, model)
         if sizes:
             lines += [f"## {model}: {DESCRIPTIONS[model]}", "", *_model(cells, model, sizes), ""]
+    lines += _tokens(cells)
     lines += _targets(cells)
     lines += _scaling(cells, picture)
     versions = {METHODS[_last(k)].package: c["version"] for k, c in cells.items() if c.get("version")}
     if versions:
         lines += ["Peers: " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())) + "."]
     return lines
+
+
+def _tokens(cells: Cells) -> list[str]:
+    """The section on the tokens of a language model; empty without its cells."""
+    sizes = sorted({int(key.split("/")[1][1:]) for key in cells if key.startswith("text/")})
+    rows = []
+    for method, (title, _) in tokens.METHODS.items():
+        row = [title]
+        for size in sizes:
+            time, memory = (cells.get(tokens.key(size, what), {}) for what in ("time", f"memory/{method}"))
+            base = cells.get(tokens.key(size, "memory/adamw"), {}).get("mib")
+            own = memory.get("mib")
+            row.append("–" if "ratio" not in time else number(time["ratio"][method]))
+            row.append("–" if own is None else number(own) + (f" ({own / base:.2f})" if base else ""))
+        rows.append(row)
+    if not sizes:
+        return []
+    header = ["", *(text for size in sizes for text in (f"B={size} cost", f"B={size} MiB (AdamW = 1)"))]
+    note = (
+        f"A model of SmolLM2-135M's sizes (`benchmarks/speed/tokens.py`), sequences of {tokens.TOKENS} tokens, all"
+        " learned, a vocabulary of 49,152, LoRA rank 8 on queries and values, one thread. Cost: AdamW step = 1, median"
+        " over interleaved rounds. Memory: as above."
+    )
+    return ["## Tokens of a language model", "", note, "", *markdown_table(header, rows), ""]
 
 
 def _model(cells: Cells, model: str, sizes: Sequence[Cell]) -> list[str]:

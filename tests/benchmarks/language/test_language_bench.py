@@ -1,0 +1,194 @@
+"""The bench of a language model on questions, on a small model with random weights in SmolLM2's place."""
+
+import json
+import lzma
+
+import language_models as lm
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import distributions
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.language import bayesian_lora, language_model, questions, rows, run
+from benchmarks.language.bayesian_lora import Blob, drawn, lora_factors, tfb
+from benchmarks.language.language_model import Halves
+from benchmarks.language.questions import LanguageProblem, Question, gibberish, letter_prompt, text_parts
+from benchmarks.language.table import render
+
+ASKED = [
+    ["What do bees make?", ["honey", "milk", "ink", "silk"], 0],
+    ["How many legs has a spider?", ["two", "six", "eight", "none"], 2],
+    ["Which one is a metal?", ["oak", "iron", "glass", "wool"], 1],
+    ["What is frozen water?", ["steam", "sand", "fire", "ice"], 3],
+]
+GAPS = [["The trophy did not fit into the case since the _ was large.", ["trophy", "case"], 0]] * 4
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    """Six layers of an untrained model, letters as tokens, and a few questions."""
+    monkeypatch.setattr(language_model, "TOP", 2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(lm.LETTERS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model, halves = LlamaForCausalLM(config).eval(), None
+
+    class Words(lm.Letters):
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": lm.ids(text.lstrip(" ") if text.strip() in "ABCD" else text).tolist()}
+
+    def given():
+        nonlocal halves
+        halves = halves or Halves(model)
+        return Words(), halves
+
+    monkeypatch.setattr(questions, "_halves", given)
+    monkeypatch.setattr(questions.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in questions.SETS:
+        rows_of = GAPS if name == "winogrande" else ASKED
+        content = {"train": rows_of * 4, "test": rows_of * 3} if name != "winogrande" else {"test": rows_of * 6}
+        with lzma.open(folder / f"{name}.json.xz", "wt") as file:
+            json.dump(content, file)
+    monkeypatch.setattr(questions, "data_folder", lambda: tmp_path)
+    questions.splits.cache_clear()
+    yield model
+    questions.splits.cache_clear()
+
+
+def test_letters_are_scored_as_by_the_whole_model(small):
+    problem = LanguageProblem("arc_easy", "letters")
+    stream = problem.load(0).stream
+    outputs = problem.model(0, 0.0)(**stream.at(slice(3)).batches(3)[0][0])
+    train, _ = questions.splits("arc_easy")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:3].tolist()
+    for row, number in enumerate(order):
+        ids = lm.ids(letter_prompt(train[number])).unsqueeze(0)
+        with torch.no_grad():
+            whole = small(input_ids=ids).logits[0, -1]
+        torch.testing.assert_close(outputs[row].detach(), whole[lm.ids("ABCD")], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "winogrande"])
+def test_texts_are_scored_as_by_the_whole_model(name, small):
+    problem = LanguageProblem(name, "texts")
+    stream = problem.load(0).stream
+    outputs = problem.model(0, 0.0)(**stream.at(slice(2)).batches(2)[0][0])
+    train, _ = questions.splits(name)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:2].tolist()
+    for row, number in enumerate(order):
+        for column, (before, after) in enumerate(text_parts(train[number])):
+            ids, start = lm.ids(before + after), len(lm.ids(before))
+            with torch.no_grad():
+                log_probs = small(input_ids=ids.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
+            expected = log_probs.gather(-1, ids[1:, None])[start - 1 :].mean()
+            torch.testing.assert_close(outputs[row, column].detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sets_say_what_is_outside_of_them():
+    data = LanguageProblem("arc_easy", "letters").load(1)
+    assert set(data.outside) == {"arc_challenge", "openbookqa", "gibberish"}
+    assert set(LanguageProblem("winogrande", "texts").load(0).outside) == {"gibberish"}
+    assert len(data.stream.labels) == 16
+    assert len(data.heldout.labels) == 12
+    asked = Question("one two three", ["four five", "six"], 1)
+    strange = gibberish(asked)
+    assert sorted(word[::-1] for word in strange.text.split()) == ["one", "three", "two"]
+    assert strange.answer == 1
+    assert "_" in gibberish(Question("the _ was large", ["a", "b"], 0)).text
+
+
+def test_blobs_divergence_is_that_of_its_gaussians():
+    learner = Blob(LanguageProblem("arc_easy", "letters").model(0, 0.0), 0)
+    expected = sum(
+        distributions.kl_divergence(
+            distributions.Normal(mean, root.square()), distributions.Normal(0.0, bayesian_lora.PRIOR_SD)
+        ).sum()
+        for mean, root in zip(learner.means, learner.roots, strict=True)
+    )
+    torch.testing.assert_close(learner._divergence(), expected, rtol=1e-4, atol=1e-3)
+    sds = torch.cat([root.detach().square().flatten() for root in learner.roots])
+    assert float(sds.min()) > 0.02
+    assert float(sds.max()) < bayesian_lora.START_SD + 1e-6
+
+
+def test_tfbs_factors_are_the_trained_adapter_and_its_draws_are_isotropic():
+    problem = LanguageProblem("arc_easy", "letters")
+    model, stream = problem.model(0, 0.0), problem.load(0).stream
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _, b in lora_factors(model):
+            b.normal_(std=0.3)
+    before = [(b @ a).detach().clone() for a, b in lora_factors(model)]
+    means, deviations, sigma = tfb(model, stream, 0)
+    for (a, b), product in zip(lora_factors(model), before, strict=True):
+        torch.testing.assert_close((b @ a).detach(), product, rtol=1e-4, atol=1e-5)
+    assert 1e-4 <= sigma <= 1.0
+    _, b = lora_factors(model)[0]
+    a, _ = lora_factors(model)[0]
+    noise = [(b @ (a - means[0])).detach() for _ in drawn(model, means, deviations, 1)]
+    spread = torch.stack(noise).square().mean() * b.shape[0]  # of U E: r orthonormal columns times σ
+    assert float(spread) == pytest.approx(sigma**2 * len(means[0]), rel=0.2)
+    assert torch.equal(a, means[0])
+
+
+@pytest.mark.parametrize("row", ["zero-shot-ts", "adamw", "blob", "tfb", "one-pass", "default", "post-hoc"])
+def test_rows_learn_and_are_scored(row, monkeypatch):
+    monkeypatch.setattr(rows, "PLAN", rows.PLAN._replace(epochs=1, rates=(3e-3,)))
+    monkeypatch.setattr(rows, "BLOB_RATES", (3e-3,))
+    problem = LanguageProblem("arc_easy", "letters")
+    data = problem.load(0)
+    learned = rows.ROWS[row][1](problem, data.stream, 0)
+    cell = run.scores(learned.predict, data)
+    assert 0.0 <= cell["accuracy"] <= 1.0
+    assert cell["nll"] > 0.0
+    assert cell["answered_80"] == pytest.approx(round(cell["answered_80"] * 10) / 10)
+    assert {"ood_gibberish", "ood_openbookqa"} <= set(cell)
+    assert ("ood_gibberish_epistemic" in cell) == (cell["epistemic"] is not None)
+
+
+def test_the_table_shows_every_cell():
+    cell = {
+        "accuracy": 0.5, "nll": 1.2, "ece": 0.1, "ece_null_low": 0.02, "ece_null_high": 0.06, "error_auroc": 0.6,
+        "answered_80": 0.55, "ood_gibberish": 0.7, "ood_gibberish_epistemic": 0.8, "seconds": 30.0,
+        "epoch_seconds": 10.0, "search_seconds": 10.0, "predict_seconds": 4.0, "mib": 100.0,
+    }  # fmt: skip
+    text = "\n".join(
+        render({
+            "arc_easy/letters/adamw/0": cell,
+            "arc_easy/letters/adamw/1": cell | {"accuracy": 0.6},
+            "arc_easy/letters/ivon/0": {"skipped": "more than 7200 s"},
+        })
+    )  # fmt: skip
+    assert "## arc_easy, by letters" in text
+    assert "0.550 ± 0.071" in text
+    assert "0.100 ± 0.000 [0.020, 0.060]" in text
+    assert "0.700 / 0.800" in text
+    assert "3.0 (2.0)" in text
+    assert "Without a result: ivon 0: more than 7200 s." in text
+
+
+def test_a_letter_of_several_tokens_is_refused():
+    with pytest.raises(ValueError, match="`tokenizer` must have a token for each letter"):
+        questions.letter_ids(lambda text, add_special_tokens: {"input_ids": [1, 2]}, 4)
+
+
+def test_losses_are_of_the_right_option():
+    """A guard of the rows' common convention: labels are numbers of options."""
+    problem = LanguageProblem("arc_easy", "letters")
+    stream, model = problem.load(0).stream, problem.model(0, 0.0)
+    (inputs, labels), *_ = stream.batches(4)
+    loss = F.cross_entropy(model(**inputs), labels)
+    assert float(loss.detach()) > 0.0
+    train, _ = questions.splits("arc_easy")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:4].tolist()
+    assert labels.tolist() == [train[number].answer for number in order]
