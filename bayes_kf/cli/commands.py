@@ -91,6 +91,8 @@ def _open_training_data(
         return data, Labels(names, len(names))
     if settings.likelihood == "bernoulli" and len(data.class_names) > 2:
         raise ValueError(f"`--likelihood` bernoulli needs two classes, got {len(data.class_names)} in {args.data}.")
+    if settings.likelihood == "ordinal":
+        raise ValueError("`--likelihood` must not be ordinal, which needs an OrdinalHead in Python, got ordinal.")
     targets = first_batch(data.loader, args.data)[1]
     names = data.class_names if settings.likelihood == "bernoulli" else ()
     num_targets = targets.shape[1] if targets is not None and targets.ndim == 2 else 1

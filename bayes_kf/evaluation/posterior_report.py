@@ -43,10 +43,10 @@ def evaluate(
     """Report on a posterior's predictions for a loader.
 
     Bernoulli outputs count as N·m problems of two classes. Intervals and null bands assume that these are independent;
-    they are up to √m too narrow if the errors of the m outputs of an example are correlated. A posterior without class
-    probabilities (real targets, counts) gets a regression report. Unless each target is predicted by a normal
-    distribution, its scores are those of draws of the targets. If the posterior has a method `output_variance`, the
-    report shows its result for the first batch.
+    they are up to √m too narrow if the errors of the m outputs of an example are correlated. Labels of tokens count as
+    problems of their own too, with the same limit. A posterior without class probabilities (real targets, counts) gets
+    a regression report. Unless each target is predicted by a normal distribution, its scores are those of draws of the
+    targets. If the posterior has a method `output_variance`, the report shows its result for the first batch.
 
     Args:
         posterior: Any object with `predict_loader`, `config` and `history`; see `PosteriorLike`.
@@ -56,7 +56,7 @@ def evaluate(
         human: Shares of people's answers, (N, C).
         recalibration: A recalibration fitted on other examples.
         conformal: Conformal sets fitted on other examples.
-        ordered: Whether the classes have an order.
+        ordered: Whether the classes have an order; always true under the likelihood "ordinal".
         top_k: Numbers of most probable classes that count together.
         method: Prediction method, as the posterior names it.
         num_samples: Number of draws for each prediction. With few draws the log loss is too high; see
@@ -107,6 +107,8 @@ def _report(posterior: PosteriorLike, loader: Any, options: EvaluationOptions, *
         options.check_no_classes()
         return _regression(prediction, options)
     is_bernoulli = _is_bernoulli(posterior)
+    if getattr(posterior.config, "likelihood", None) == "ordinal":
+        options = replace(options, ordered=True)
     ood = {
         name: posterior.predict_loader(inputs, **method, generator=generator) for name, inputs in options.ood.items()
     }

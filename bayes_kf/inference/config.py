@@ -88,9 +88,11 @@ class KalmanConfig:
 
     likelihood: str = setting(
         "categorical",
-        'The observation model: "categorical", "bernoulli", "gaussian", "poisson", "student_t" (real targets with '
-        'outliers), "heteroscedastic_gaussian" (two outputs a target: the means, then the log variances) or "tokens" '
-        "(the learned tokens of text, as SupervisedTokens reads them).",
+        'The observation model: "categorical", "bernoulli" (an answer of yes or no for each output), "ordinal" '
+        '(classes in an order, with an output fewer than classes; see OrdinalHead), "gaussian", "poisson", "student_t" '
+        '(real targets with outliers), "heteroscedastic_gaussian" (two outputs a target: the means, then the log '
+        'variances) or "tokens" (the learned tokens of text or labels of tokens, as SupervisedTokens and '
+        "LabelledTokens read them).",
     )
     covariance: str = setting(
         "low_rank",

@@ -14,7 +14,7 @@ BUDGETS = ("bytes_budget", "outputs_per_pass")
 TUNING = ("tune", "tune_examples", "tune_burn_in", "tune_margin")
 TEMPERATURES = ("temperature", "temperature_margin", "softmax_temperature")
 NOT_TUNABLE = (*OBSERVED, *TUNING, *BUDGETS, "passes", "mean_passes", *TEMPERATURES)
-OWN_NOISE = ("student_t", "heteroscedastic_gaussian")
+OWN_NOISE = ("student_t", "heteroscedastic_gaussian", "ordinal")
 """The likelihoods whose noise is no covariance R of residuals, and whose log density is not concave."""
 SCALED = ("gaussian", "student_t")
 """The likelihoods with a noise variance σ² that can be estimated."""

@@ -6,8 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import EvalPrediction
 
 from bayes_kf.evaluation import accuracy, brier_score, calibration_test, entropy
+
+
+def of_labelled_tokens(prediction: Any) -> EvalPrediction:
+    """The predictions (N, C) and labels (N,) of all labelled tokens, from those of sequences, (B, T, C) and (B, T)."""
+    outputs = prediction.predictions
+    outputs, labels = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs), prediction.label_ids
+    labelled = np.asarray(labels) >= 0
+    return EvalPrediction(outputs[labelled], np.asarray(labels)[labelled])
 
 
 def calibration_metrics(prediction: Any) -> dict[str, float]:

@@ -17,13 +17,15 @@ from bayes_kf.inference.mixture.mixture_prediction import member_generators, pre
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.predictive.predict import predict
 from bayes_kf.inference.predictive.prediction import METHODS, Prediction
+from bayes_kf.inference.predictive.token_predictions import at_places
 from bayes_kf.inference.saving import pretrained
-from bayes_kf.integrations.metrics import calibration_metrics
+from bayes_kf.integrations.metrics import calibration_metrics, of_labelled_tokens
 from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_filter import TrainerFilter
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, split_batch
-from bayes_kf.models.language import PreferencePairs
+from bayes_kf.models.language import PreferencePairs, SupervisedTokens, labels_tokens
+from bayes_kf.models.likelihood import ONE_OF_CLASSES
 from bayes_kf.models.preference_batch import OF_PAIRS, read_pairs
 from bayes_kf.validation import check_one_of
 
@@ -128,9 +130,9 @@ class PosteriorTrainer(Trainer):
         """Log loss, log predictive probabilities (the predictive mean for other likelihoods) and labels of a batch.
 
         Text is scored as Trainer scores it, by the model, which has the posterior mean; logits of all tokens are kept
-        only for metrics of the user.
+        only for metrics of the user. Labels of tokens have log probabilities (B, T, C), 0 at tokens without a label.
         """
-        is_text = self._trained.kf is not None and self._trained.kf.config.likelihood == "tokens"
+        is_text = self._trained.kf is not None and isinstance(self._trained.kf.adapter, SupervisedTokens)
         if self._trained.state is None or is_text:
             loss_only = prediction_loss_only or (is_text and self._user_metrics is None)
             return super().prediction_step(model, inputs, loss_only, ignore_keys)
@@ -140,9 +142,13 @@ class PosteriorTrainer(Trainer):
         loss = None if prediction.log_prob is None else -prediction.log_prob.mean()
         if prediction_loss_only:
             return loss, None, None
-        if self.posterior.config.likelihood != "categorical":
+        likelihood = self.posterior.config.likelihood
+        if likelihood not in (*ONE_OF_CLASSES, "tokens"):
             return loss, prediction.mean, targets
-        return loss, prediction.mean.clamp_min(torch.finfo(prediction.mean.dtype).tiny).log(), targets
+        log_probs = prediction.mean.clamp_min(torch.finfo(prediction.mean.dtype).tiny).log()
+        if likelihood == "tokens":
+            log_probs = at_places(log_probs, batch, targets)
+        return loss, log_probs, targets
 
     def _predict(self, inputs: Inputs, targets: Tensor | None, compare: bool) -> Prediction:
         """The prediction of a batch, with the random numbers of this evaluation."""
@@ -165,7 +171,10 @@ class PosteriorTrainer(Trainer):
         config = self.kalman if self._trained.kf is None else self._trained.kf.config
         outputs = prediction.predictions
         is_text = getattr(outputs[0] if isinstance(outputs, tuple) else outputs, "ndim", 0) == 3  # before training
-        if is_text or (config is not None and config.likelihood != "categorical"):
+        if is_text and labels_tokens(self._module):
+            return calibration_metrics(of_labelled_tokens(prediction)) | own
+        several = getattr(prediction.label_ids, "ndim", 1) != 1  # also before training, when no likelihood is known
+        if is_text or several or (config is not None and config.likelihood not in ONE_OF_CLASSES):
             return own
         return calibration_metrics(prediction) | own
 

@@ -1,7 +1,16 @@
 """Latent states: adapters as vectors θ, their priors and their likelihoods."""
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.likelihood import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, Poisson, StudentT
+from bayes_kf.models.likelihood import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Ordinal,
+    Poisson,
+    StudentT,
+)
+from bayes_kf.models.likelihoods.ordinal import OrdinalHead
 
 __all__ = [
     "AdapterModel",
@@ -9,6 +18,8 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "HeteroscedasticGaussian",
+    "Ordinal",
+    "OrdinalHead",
     "Poisson",
     "StudentT",
 ]

@@ -223,6 +223,10 @@ class AdapterModel:
         """
         return batch
 
+    def predicted_targets(self, inputs: Inputs, targets: Tensor | None) -> Tensor | None:
+        """The targets in the order of predictions: as given, unless a subclass predicts parts of an example."""
+        return targets
+
     def autocast(self) -> AbstractContextManager[object]:
         """The caller's autocast, inside :meth:`full_precision`. Casts are not cached, else they would outlive it."""
         if self._autocast is None:

@@ -65,6 +65,10 @@ BAD = {
     "wrong input size": ("--model digits-vit --data small.npz", "`--model` must take the inputs of"),
     "NaN in inputs": ("--model digits-vit --data nan.npz", "must hold finite inputs"),
     "three yes or no": ("--model bert --data reviews.csv --likelihood bernoulli", "bernoulli needs two classes, got 3"),
+    "ordered": (
+        "--model bert --data reviews.csv --likelihood ordinal",
+        "ordinal, which needs an OrdinalHead in Python",
+    ),
     "batch of none": ("--model digits-vit --data digits.npz --batch-size 0", "`--batch-size` must be at least 1"),
     "two adapters": ("--model bert --data reviews.csv --lora lora.json --target-modules query", "must be left out"),
 }

@@ -13,7 +13,7 @@ from bayes_kf.inference.covariance import structure
 BAD = [
     (
         {"likelihood": "normal"},
-        r"`likelihood` must be one of categorical, bernoulli, gaussian, poisson, student_t, .*, tokens, got 'normal'\.",
+        r"`likelihood` must be one of categorical, bernoulli, ordinal, gaussian, .*, tokens, got 'normal'\.",
     ),
     ({"covariance": "dense"}, r"`covariance` must be one of diagonal, .*, full, got 'dense'\."),
     ({"noise": "white"}, r"`noise` must be one of exponential_family, .* got 'white'\."),

@@ -30,7 +30,8 @@ def stream_sections(
     """Scores and figures of the series and variances that are given."""
     recorded = {name: values for name, values in (history or {}).items() if len(values)}
     sections = _learning_section(recorded)
-    if "innovation" in recorded and "dof" in recorded:
+    has_dof = bool(torch.as_tensor(recorded.get("dof", torch.zeros(1))).any())  # sequences of tokens have none
+    if "innovation" in recorded and has_dof:
         sections += _innovation_section(recorded["innovation"], recorded["dof"])
     if parameter_variance:
         sections += Sections(drawings={"variance": _variance_figure(parameter_variance)})

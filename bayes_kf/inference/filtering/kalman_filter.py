@@ -31,7 +31,7 @@ from bayes_kf.inference.measurement_model.output_directions import (
 )
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
-from bayes_kf.models.language import PreferencePairs, SupervisedTokens
+from bayes_kf.models.language import LearnedTokens, PreferencePairs, token_reading
 
 
 def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterModel:
@@ -44,15 +44,15 @@ def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterMo
     if is_text and type(model) is AdapterModel:  # no reading yet
         model = model.model
     if not isinstance(model, AdapterModel):
-        return SupervisedTokens(model, draws) if is_text else AdapterModel(model)
-    if is_text != isinstance(model, SupervisedTokens):
-        needed = "a module or SupervisedTokens" if is_text else "another reading or module"
+        return token_reading(model, draws) if is_text else AdapterModel(model)
+    if is_text != isinstance(model, LearnedTokens):
+        needed = "a module, SupervisedTokens or LabelledTokens" if is_text else "another reading or module"
         raise ValueError(
             f"`model` must be {needed} for `likelihood` {config.likelihood!r}, got {type(model).__name__}."
         )
     if isinstance(model, PreferencePairs) and config.likelihood != "bernoulli":
         raise ValueError(f"`likelihood` must be 'bernoulli' for PreferencePairs, got {config.likelihood!r}.")
-    if isinstance(model, SupervisedTokens) and model.num_probes != draws:
+    if isinstance(model, LearnedTokens) and model.num_probes != draws:
         raise ValueError(f"`num_probes` must be the {draws} `curvature_draws` of the config, got {model.num_probes}.")
     return model
 

@@ -21,7 +21,7 @@ from bayes_kf.models.prior.prior_variance import constant_variance, logit_varian
 from bayes_kf.models.prior.variance_bounds import largest_variances
 from bayes_kf.models.prior.whitened_inputs import whitened_factors
 
-BOUNDED = ("categorical", "bernoulli")  # likelihoods under which `bound_prior` narrows a given variance
+BOUNDED = ("categorical", "bernoulli", "ordinal")  # likelihoods under which `bound_prior` narrows a given variance
 MAX_LOGIT_SD = 10.0  # prior sd of the logits
 LINEARITY_TOL = 0.01  # relative deviation from linearity below which outputs count as linear in the parameters
 MAX_RELATIVE_SD = 3.0  # of a tensor: prior sd over root mean square

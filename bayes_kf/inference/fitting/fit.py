@@ -32,7 +32,7 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import Split
 from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.language import PreferencePairs, SupervisedTokens
+from bayes_kf.models.language import LearnedTokens
 from bayes_kf.validation import check_one_of
 
 STARTS = ("prior", "trained")
@@ -95,8 +95,9 @@ def fit(
             the evidence (``fitting.regression.regression_fit``). If the loader cannot be split, ``fit`` makes one pass
             with ``KalmanConfig.stream()``. With ``start`` "trained" or a ``checkpoint``, it uses ``KalmanConfig()``.
             The targets decide the likelihood: integers (B,) are class labels and (B, T) tokens, floats are real numbers
-            with Gaussian noise of an estimated variance, bools are answers ("bernoulli"). A config is used as it is,
-            with its own likelihood.
+            with Gaussian noise of an estimated variance, bools are answers ("bernoulli"), as are all targets of a model
+            whose own config has the ``problem_type`` "multi_label_classification". A config is used as it is, with its
+            own likelihood.
         start: "prior": the model's tensors are the prior mean. "trained": the model's tensors, trained by any method,
             are the posterior mean. The pass then estimates the covariance of the model linearized there (a Laplace
             approximation). The prior width maximizes the Laplace evidence unless ``initial_variance`` is given; since
@@ -225,7 +226,7 @@ def fit_default(
     """
     if members is not None and (start == "trained" or heldout_config_selection.split_loader(loader) is None):
         raise ValueError(f"`members` needs `start` 'prior' and data that can be split, got {members} of {start!r}.")
-    if start == "prior" and not isinstance(model, PreferencePairs) and holds_real_targets(loader):
+    if start == "prior" and holds_real_targets(loader, model):
         if members is not None:
             return fit_regression_mixture(model, loader, progress, members, seed)
         return fit_regression(model, loader, progress, seed)
@@ -233,7 +234,7 @@ def fit_default(
         single = KalmanConfig(seed=seed) if start == "trained" else KalmanConfig.stream(seed=seed)
         single = for_reading(single, model)
         return fit_config(model, loader, single, start, progress, choose_defaults=True)
-    if members is None and (isinstance(model, SupervisedTokens) or holds_text(loader)):
+    if members is None and (isinstance(model, LearnedTokens) or holds_text(loader, model)):
         return fit_default_mixture(model, loader, progress, seed, 1).best
     return fit_default_mixture(model, loader, progress, seed, members or MEMBERS)
 

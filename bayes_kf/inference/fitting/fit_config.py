@@ -31,7 +31,7 @@ from bayes_kf.inference.heldout import calibration, latest_examples
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import check_inputs, split_batch
-from bayes_kf.models.language import SupervisedTokens
+from bayes_kf.models.language import LearnedTokens
 
 LATEST = "latest"  # the word for a stream's latest examples as held-out data
 
@@ -155,7 +155,7 @@ def _with_defaults(kf: KalmanFilter, batches: list[Any]) -> KalmanFilter:
     check_inputs(inputs)
     settings = default_likelihood((split_batch(batch)[1] for batch in batches), kf.adapter)
     if settings == TEXT:
-        draws = kf.adapter.num_probes if isinstance(kf.adapter, SupervisedTokens) else kf.config.curvature_draws
+        draws = kf.adapter.num_probes if isinstance(kf.adapter, LearnedTokens) else kf.config.curvature_draws
         return KalmanFilter(kf.adapter, as_text(kf.config, draws))
     settings = settings or {"curvature": default_curvature(kf.adapter, inputs, EXACT_IN_ONE_PASS)}
     return KalmanFilter(kf.adapter, dataclasses.replace(kf.config, **settings))

@@ -54,7 +54,7 @@ from bayes_kf.inference.mixture.mixture_posterior import MixturePosterior
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import split_batch
-from bayes_kf.models.language import PreferencePairs, SupervisedTokens
+from bayes_kf.models.language import LearnedTokens, token_reading
 from bayes_kf.models.prior.layer_tensors import redrawn_factors
 from bayes_kf.validation import check_whole
 
@@ -117,7 +117,7 @@ def fit_mixture(
     if members is not None:
         check_whole("members", members)
     model, loader = read_data(model, loader)
-    if configs is None and not isinstance(model, PreferencePairs) and holds_real_targets(loader):
+    if configs is None and holds_real_targets(loader, model):
         return fit_regression_mixture(model, loader, shows_progress(progress), members or REAL_MEMBERS)
     if split_loader(loader) is None:
         raise ValueError(
@@ -136,7 +136,7 @@ def fit_default_mixture(
 ) -> MixturePosterior:
     """:func:`fit_mixture` without settings, for a loader that can be split and targets that are not real numbers."""
     if not isinstance(model, AdapterModel):
-        model = SupervisedTokens(model) if holds_text(loader) else AdapterModel(model)
+        model = token_reading(model) if holds_text(loader, model) else AdapterModel(model)
     return _combined(_fit_members(model, loader, default_members(model, loader, members, seed), progress), progress)
 
 
@@ -144,7 +144,7 @@ def default_members(
     adapter: AdapterModel, loader: Iterable[Any], members: int = MEMBERS, seed: int = 0
 ) -> list[KalmanConfig]:
     """The settings of members without settings: a wide prior, each with its own seed."""
-    if isinstance(adapter, SupervisedTokens):
+    if isinstance(adapter, LearnedTokens):
         text = as_text(KalmanConfig(rank=TEXT_RANK, mean_passes=MEAN_PASSES), adapter.num_probes)
         return [dataclasses.replace(text, seed=seed + number) for number in range(members)]
     batches = iter(loader)

@@ -28,8 +28,7 @@ from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.linearization.row_buffer import selected_outputs
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Batch
-from bayes_kf.models.language import SupervisedTokens
-from bayes_kf.models.language.supervised_tokens import following_labels
+from bayes_kf.models.language import LearnedTokens
 from bayes_kf.models.likelihoods.tokens import LOG_PROB, STATISTICS
 
 PROBES = 4  # of each held-out sequence
@@ -56,7 +55,7 @@ def choose_text_size(pairs: Iterable[tuple[GaussianPosterior, Iterable[Any]]]) -
 
     chosen = most_probable(log_density, SIZES, evaluations=1)
     at_mean = torch.cat([_losses(posterior, [posterior.mean_vector], batches) for posterior, batches in given])
-    tokens = sum(int((following_labels(batch.inputs) >= 0).sum()) for _, batches in given for batch in batches)
+    tokens = sum(_num_tokens(posterior, batch) for posterior, batches in given for batch in batches)
     allowed = LEAST_EXCESS * tokens / len(at_mean)
     for size in SIZES[SIZES.index(chosen.value) :]:
         sized = [(with_size(posterior, size), batches) for posterior, batches in given]
@@ -75,7 +74,7 @@ def joint_log_likelihoods(posteriors: Sequence[GaussianPosterior], batches: Iter
         batches: of sequences, with labels.
     """
     first, total = posteriors[0], torch.zeros(len(posteriors), dtype=torch.float64)
-    probing = first.with_adapter(SupervisedTokens(first.adapter.model, PROBES))
+    probing = first.with_adapter(_tokens(first).with_probes(PROBES))
     for number, batch in enumerate(batches):
         log_prob, jacobian = _linearized(probing, batch, number)
         for which, posterior in enumerate(posteriors):
@@ -87,6 +86,18 @@ def joint_log_likelihoods(posteriors: Sequence[GaussianPosterior], batches: Iter
 def sampled_text_losses(posterior: GaussianPosterior, batches: Iterable[Batch]) -> Tensor:
     """−log p of each sequence under drawn adapters together, (N,) in nats, float64."""
     return _losses(posterior, list(posterior.sample(DRAWS)), batches)
+
+
+def _tokens(posterior: GaussianPosterior) -> LearnedTokens:
+    """The adapter of a posterior over text."""
+    assert isinstance(posterior.adapter, LearnedTokens)  # that of the likelihood "tokens"
+    return posterior.adapter
+
+
+def _num_tokens(posterior: GaussianPosterior, batch: Batch) -> int:
+    """How many tokens of a batch are learned."""
+    adapter = _tokens(posterior)
+    return int((adapter.learned_labels(adapter.with_targets(batch).inputs) >= 0).sum())
 
 
 def _losses(posterior: GaussianPosterior, draws: Sequence[Tensor], batches: Iterable[Batch]) -> Tensor:

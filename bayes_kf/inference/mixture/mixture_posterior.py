@@ -151,7 +151,7 @@ class MixturePosterior(TextPredictions, HubUpload):
                 compare=is_first, adapter_generator_states=states, stacklevel=6,
             )  # fmt: skip
 
-        return predict.collect_predictions(predict_batch, map(self.adapter.read, loader), keep_samples)
+        return predict.collect_predictions(predict_batch, map(self.adapter.read, loader), keep_samples, self.adapter)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor:
         """Draws from the mixture, (S, n): for each a member, then parameters from its Gaussian.

@@ -20,6 +20,7 @@ from bayes_kf.inference.predictive.predictive_distributions import average
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.batched_forward import outputs_of_draws
+from bayes_kf.models.language import LearnedTokens
 from bayes_kf.validation import check_whole
 
 
@@ -92,8 +93,10 @@ def _predict_together(
 
 
 def _share_a_model(members: Sequence[GaussianPosterior]) -> bool:
-    """Whether all members are over the tensors of one module, called in one way."""
+    """Whether all members are over the tensors of one module, called in one way, with outputs that are predicted."""
     first = members[0].adapter
+    if isinstance(first, LearnedTokens):
+        return False
     return all(m.adapter is first or (m.adapter.model is first.model and _is_plain(m, members[0])) for m in members)
 
 

@@ -16,7 +16,7 @@ from bayes_kf.inference.filtering.kalman_filter import FilterState, KalmanFilter
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch
-from bayes_kf.models.language import SupervisedTokens
+from bayes_kf.models.language import LearnedTokens
 from bayes_kf.models.likelihood import Likelihood
 
 MAX_MATRIX = 20_000  # parameters above which a dense covariance is refused
@@ -203,8 +203,8 @@ class GaussianPosterior:
     def with_adapter(self, adapter: AdapterModel) -> Self:
         """The same posterior over another view of its model, which computes other outputs (``models.language``).
 
-        Text is learned by ``SupervisedTokens`` under the likelihood "tokens"; other readings choose among tokens or
-        texts under "categorical".
+        Tokens are learned by ``SupervisedTokens`` or ``LabelledTokens`` under the likelihood "tokens"; other readings
+        choose among tokens or texts under "categorical".
 
         Args:
             adapter: over the same trainable tensors.
@@ -215,7 +215,7 @@ class GaussianPosterior:
         if (adapter.names, adapter.shapes) != (self.adapter.names, self.adapter.shapes):
             raise ValueError("`adapter` must have the trainable tensors that the posterior was fitted on, got others.")
         config = self.config
-        if isinstance(adapter, SupervisedTokens):
+        if isinstance(adapter, LearnedTokens):
             draws = adapter.num_probes
             config = replace(config, likelihood="tokens", curvature="sampled", curvature_draws=draws)
         elif config.likelihood == "tokens":

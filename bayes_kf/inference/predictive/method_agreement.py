@@ -12,7 +12,7 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.linearized_prediction import predict_from_covariance
 from bayes_kf.inference.predictive.prediction import Prediction
 from bayes_kf.models.batch import Batch
-from bayes_kf.models.likelihood import Likelihood, RealLikelihood
+from bayes_kf.models.likelihood import ONE_OF_CLASSES, Likelihood, RealLikelihood
 
 MAX_EXAMPLES = 16  # the first examples of a batch are compared
 MIN_DRAWS = 8  # with fewer draws nothing is compared
@@ -67,7 +67,7 @@ def prediction_distance(family: Likelihood, first: Prediction, second: Predictio
     draws = [p.samples.double() for p in (first, second) if p.samples is not None]  # both have samples
     means, variances = [d.mean(0) for d in draws], [d.var(0) / len(d) for d in draws]  # of the mean of S draws
     distance, error = (means[0] - means[1]).abs(), math.sqrt(2.0 / math.pi) * (variances[0] + variances[1]).sqrt()
-    if family.name == "categorical":
+    if family.name in ONE_OF_CLASSES:
         return 0.5 * float(distance.sum(1).mean()), 0.5 * float(error.sum(1).mean())
     if first.variance is None:  # Bernoulli
         return float(distance.mean()), float(error.mean())

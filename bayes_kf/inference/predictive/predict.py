@@ -20,9 +20,14 @@ from bayes_kf.inference.predictive.method_agreement import warn_if_methods_disag
 from bayes_kf.inference.predictive.prediction import METHODS, LoaderPrediction, Prediction, concatenate
 from bayes_kf.inference.predictive.targets.target_distribution import TargetDistribution
 from bayes_kf.inference.predictive.targets.target_mixture import TargetMixture
+from bayes_kf.inference.predictive.token_predictions import predict_tokens
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
+from bayes_kf.models.language import LabelledTokens, SupervisedTokens
 from bayes_kf.validation import check_one_of, check_whole
+
+NO_PROBIT = {"poisson": "counts", "ordinal": "ordered classes"}
 
 
 def predict(
@@ -72,6 +77,8 @@ def predict_batch(
 ) -> Prediction:
     """The same for checked arguments and a batch on the adapter's device."""
     with posterior.adapter.full_precision():
+        if isinstance(posterior.adapter, LabelledTokens):
+            return predict_tokens(posterior, posterior.adapter, batch, method, num_samples, generator)
         draws_parameters = method == "linearized" and parameter_draws_are_cheaper(posterior, batch, num_samples)
         if (method == "sampled" or draws_parameters) and adapter_generator_state is not None:
             generator.set_state(adapter_generator_state)
@@ -105,11 +112,14 @@ def predict_loader(
             compare=is_first, adapter_generator_state=first_state, stacklevel=7,
         )  # fmt: skip
 
-    return collect_predictions(predict_batch, map(posterior.adapter.read, loader), keep_samples)
+    return collect_predictions(predict_batch, map(posterior.adapter.read, loader), keep_samples, posterior.adapter)
 
 
 def collect_predictions(
-    predict_batch: Callable[[Inputs, Tensor | None, bool], Prediction], loader: Iterable[Any], keep_samples: bool
+    predict_batch: Callable[[Inputs, Tensor | None, bool], Prediction],
+    loader: Iterable[Any],
+    keep_samples: bool,
+    adapter: AdapterModel,
 ) -> LoaderPrediction:
     """The predictions for all batches of a loader, joined, on the CPU.
 
@@ -117,6 +127,7 @@ def collect_predictions(
         predict_batch: from inputs, targets and whether it is the first batch to its prediction.
         loader: batches as ``fit`` takes them; targets may be missing.
         keep_samples: whether the result holds all draws.
+        adapter: of the posterior that predicts.
 
     Raises:
         ValueError: if the loader yields nothing, or a batch does not fit.
@@ -131,7 +142,8 @@ def collect_predictions(
             if name != "distribution" and (name != "samples" or keep_samples)
         }
         distribution = _stored_distribution(part.distribution, keep_samples)
-        parts.append(LoaderPrediction(**fields, distribution=distribution, targets=_to_cpu(targets)))
+        targets = _to_cpu(adapter.predicted_targets(inputs, targets))
+        parts.append(LoaderPrediction(**fields, distribution=distribution, targets=targets))
     if not parts:
         raise ValueError("`loader` must yield at least one batch, got none.")
     joined = concatenate(parts)
@@ -142,13 +154,14 @@ def collect_predictions(
 def check_arguments(posterior: GaussianPosterior, method: str, num_samples: int, targets: Tensor | None) -> None:
     """Raise ValueError for arguments of :func:`predict` that do not fit."""
     check_one_of("method", method, METHODS)
-    if posterior.config.likelihood == "tokens":
+    if isinstance(posterior.adapter, SupervisedTokens):
         raise ValueError(
             "`predict` needs a reading of the next token or of options for a posterior over text: "
             "`posterior.with_adapter(OptionTokens(model, options))`, for example."
         )
-    if method == "probit" and posterior.config.likelihood == "poisson":
-        raise ValueError("`method` 'probit' has no closed form for counts, use 'linearized' or 'sampled'.")
+    if method == "probit" and posterior.config.likelihood in NO_PROBIT:
+        kind = NO_PROBIT[posterior.config.likelihood]
+        raise ValueError(f"`method` 'probit' has no closed form for {kind}, use 'linearized' or 'sampled'.")
     check_whole("num_samples", num_samples)
     if targets is not None and not isinstance(targets, Tensor):
         raise ValueError(f"`targets` must be a tensor or None, got {type(targets).__name__}.")

@@ -145,7 +145,7 @@ def average(family: Likelihood, parts: Sequence[Prediction], weights: Sequence[f
     if parts[0].log_prob is not None:
         log_probs = torch.stack([p.log_prob.double() for p in parts])  # type: ignore[union-attr]  # all or none
         log_prob = (log_probs + shares.log().to(log_probs)[:, None]).logsumexp(0).to(mean)
-    if family.target_kind == "class":
+    if parts[0].probs is not None:
         total, aleatoric = _entropy(family, mean), None
         if all(p.aleatoric is not None for p in parts):
             aleatoric = _weighted_sum([p.aleatoric for p in parts], weights)

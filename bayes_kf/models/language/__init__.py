@@ -7,6 +7,8 @@ are our own.
 """
 
 from bayes_kf.models.batch import IGNORED
+from bayes_kf.models.language.labelled_tokens import LabelledTokens, labels_tokens, token_reading
+from bayes_kf.models.language.learned_tokens import LearnedTokens
 from bayes_kf.models.language.logits import learns_prompt
 from bayes_kf.models.language.next_token import Examples, NextToken, next_token_examples
 from bayes_kf.models.language.options import OptionTexts, OptionTokens, option_examples
@@ -17,15 +19,19 @@ from bayes_kf.models.preference_batch import randomly_ordered
 __all__ = [
     "IGNORED",
     "Examples",
+    "LabelledTokens",
+    "LearnedTokens",
     "NextToken",
     "OptionTexts",
     "OptionTokens",
     "PreferencePairs",
     "Reward",
     "SupervisedTokens",
+    "labels_tokens",
     "learns_prompt",
     "next_token_examples",
     "option_examples",
     "preference_examples",
     "randomly_ordered",
+    "token_reading",
 ]

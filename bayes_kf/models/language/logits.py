@@ -65,7 +65,7 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
         keep["logits_to_keep"] = kept + before
     with adapter.autocast():
         outputs = adapter.model(**moved, **keep)
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    logits = logits_in(outputs)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
         raise ValueError("`model` must return logits of shape (sequences, tokens, vocabulary).")
     if keep and logits.shape[1] == len(keep["logits_to_keep"]):
@@ -78,6 +78,11 @@ def token_logits(adapter: AdapterModel, given: Mapping[str, Tensor], columns: Te
         back = source.argsort(1).to(logits.device).unsqueeze(-1)
         logits = logits.gather(1, back.expand_as(logits))
     return logits if columns is None else logits[:, columns.to(logits.device)]
+
+
+def logits_in(outputs: Any) -> Any:
+    """The ``logits`` of what a model returned, or that itself."""
+    return outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
 
 
 def check_context(model: nn.Module, width: int) -> None:

@@ -1,26 +1,25 @@
-"""The learned tokens of sequences, as one observation for each sequence."""
+"""The learned tokens of text, each predicted from those before it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import IGNORED, Batch, Inputs
+from bayes_kf.models.batch import IGNORED, Inputs
+from bayes_kf.models.language.learned_tokens import LearnedTokens
 from bayes_kf.models.language.logits import mapping, token_logits
-from bayes_kf.models.language.token_scores import token_scores
 from bayes_kf.models.peft_adapters.in_use import is_peft
 
 
-class SupervisedTokens(AdapterModel):
-    """The log-likelihood of each sequence's learned tokens, and K probes of its curvature (:mod:`.token_scores`).
+class SupervisedTokens(LearnedTokens):
+    """The learned tokens of text, each predicted from those before it; see :class:`.LearnedTokens`.
 
-    For the likelihood "tokens". Inputs are those of ordinary fine-tuning, as data collators of transformers make them:
-    ``input_ids`` (B, T), ``labels`` (B, T) with −100 for tokens that are not learned (prompts, padding), and
-    ``attention_mask`` (B, T) if there is padding. Targets are the labels again. Without labels every token that is not
-    masked is learned but the first.
+    Inputs are those of ordinary fine-tuning, as data collators of transformers make them: ``input_ids`` (B, T),
+    ``labels`` (B, T) with −100 for tokens that are not learned (prompts, padding), and ``attention_mask`` (B, T) if
+    there is padding. Without labels every token that is not masked is learned but the first.
 
     Args:
         model: a causal language model that returns ``logits`` (B, T, V).
@@ -32,44 +31,32 @@ class SupervisedTokens(AdapterModel):
     """
 
     def __init__(self, model: nn.Module, num_probes: int = 1) -> None:
-        if num_probes < 1:
-            raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")
         check_causal(model)
-        super().__init__(model)
-        self.num_probes = num_probes
+        super().__init__(model, num_probes)
 
-    def with_targets(self, batch: Batch, seed: int = 0) -> Batch:
-        """The batch with its targets among the inputs, and with seeds of its probes, ``seed`` and following."""
-        inputs = mapping(batch.inputs, "input_ids")
-        if batch.targets is not None and batch.targets.ndim == 2:
-            inputs["labels"] = batch.targets
-        inputs["probe_seeds"] = seed + torch.arange(batch.size, device=batch.device)
-        return Batch(inputs, batch.targets, batch.size)
+    def learned_labels(self, inputs: Inputs) -> Tensor:
+        """For each column the token that follows and is learned, (B, T − 1); −100 if none is."""
+        return following_labels(inputs)
 
-    def run(self, inputs: Inputs) -> Tensor:
-        """The statistics of the likelihood "tokens" and zeros for the probes, (B, 5 + K)."""
-        given = mapping(inputs, "input_ids")
-        labels = following_labels(given)
-        columns = (labels >= 0).any(0).nonzero().squeeze(-1)
-        if not len(columns):
-            raise ValueError("`labels` must have a token to learn, got −100 everywhere.")
-        logits = token_logits(self, given, columns)
-        if int(labels.max()) >= logits.shape[-1]:
-            raise ValueError(f"`labels` must be below the vocabulary's {logits.shape[-1]}, got {int(labels.max())}.")
-        seeds = given.get("probe_seeds", torch.arange(len(labels)))
-        return token_scores(logits, labels[:, columns].to(logits.device), seeds, self.num_probes)
+    def logits_of_columns(self, given: Mapping[str, Tensor], columns: Tensor) -> Tensor:
+        """Logits of the token after each of some columns, (B, K, V)."""
+        return token_logits(self, given, columns)
 
 
 def check_causal(model: nn.Module) -> None:
     """Raise ValueError for a model of transformers that does not predict the next token."""
-    base: Any = model.get_base_model() if is_peft(model) else model
-    config = getattr(base, "config", None)
-    if not hasattr(base, "can_generate") or config is None:  # not of transformers
-        return
-    if not base.can_generate() or getattr(config, "is_encoder_decoder", False):
+    base = transformers_model(model)
+    if base is not None and (not base.can_generate() or getattr(base.config, "is_encoder_decoder", False)):
         raise ValueError(
-            f"`model` must be a causal language model for labels that are tokens, got {type(base).__name__}."
+            "`model` must be a causal language model, or one that labels every token, for labels that are tokens, got "
+            f"{type(base).__name__}."
         )
+
+
+def transformers_model(model: nn.Module) -> Any:
+    """The model of transformers itself, without PEFT; None for other modules."""
+    base: Any = model.get_base_model() if is_peft(model) else model
+    return base if hasattr(base, "can_generate") and getattr(base, "config", None) is not None else None
 
 
 def following_labels(inputs: Inputs) -> Tensor:

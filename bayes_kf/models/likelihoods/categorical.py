@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.models.likelihoods.canonical import CanonicalLikelihood
-from bayes_kf.models.likelihoods.target_checks import LOG_FLOOR
+from bayes_kf.models.likelihoods.target_checks import LOG_FLOOR, check_classes
 
 if TYPE_CHECKING:
     import pyro.distributions as dist
@@ -25,23 +25,10 @@ class Categorical(CanonicalLikelihood):
 
     def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Targets as int64 (B,) in 0..m−1, or ValueError."""
-        batch, num_classes = outputs.shape
+        num_classes = outputs.shape[1]
         if num_classes < 2:
             raise ValueError(f"`likelihood` categorical needs at least 2 outputs, got {num_classes}; use 'bernoulli'?")
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise ValueError(
-                f"`targets` must be integer class labels, got dtype {targets.dtype}; for numbers, set `likelihood` "
-                "'gaussian'."
-            )
-        if targets.shape != (batch,):
-            hint = "; the tokens of a language model need `likelihood` 'tokens'" if targets.ndim == 2 else ""
-            raise ValueError(f"`targets` must have shape ({batch},), got {tuple(targets.shape)}{hint}.")
-        if batch and (int(targets.min()) < 0 or int(targets.max()) >= num_classes):
-            low, high = int(targets.min()), int(targets.max())
-            raise ValueError(
-                f"`targets` must lie in 0..{num_classes - 1} for {num_classes} outputs, got {low}..{high}."
-            )
-        return targets.long()
+        return check_classes(outputs, targets, num_classes)
 
     def mean(self, outputs: Tensor) -> Tensor:
         """Class probabilities π, (..., m)."""

@@ -196,7 +196,7 @@ def test_the_divergence_is_that_of_the_predictions(name):
     family = Gaussian(torch.tensor([0.5, 2.0, 1.0])) if name == "gaussian" else LIKELIHOODS[name]()
     one, two = torch.randn(2, 7, 4 if name == "heteroscedastic_gaussian" else 3).double()
     p, q = (family.distribution(outputs) for outputs in (one, two))
-    if name == "categorical":
+    if name in ("categorical", "ordinal"):
         expected = torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)
     else:
         p, q = p.base_dist, q.base_dist

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 from torch import nn
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import bayes_kf as bkf
 from bayes_kf.inference.heldout import text_size
@@ -157,21 +157,30 @@ def test_bad_batches_of_text():
     with pytest.raises(ValueError, match=r"`labels` must have a token to learn, got −100 everywhere"):
         bkf.fit(model, iter(hidden), progress=False)
     beyond = [batch | {"labels": batch["labels"] + len(lm.LETTERS)} for batch in train]
-    with pytest.raises(ValueError, match=f"`labels` must be below the vocabulary's {len(lm.LETTERS)}, got"):
+    with pytest.raises(ValueError, match=f"`labels` must be below the model's {len(lm.LETTERS)} logits, got"):
         bkf.fit(model, iter(beyond), progress=False)
     with pytest.raises(ValueError, match="the tokens of a language model need `likelihood` 'tokens'"):
         bkf.fit(NextToken(model), [({"input_ids": b["input_ids"], "place": torch.zeros(4).long()}, b["labels"])
                                    for b in train], bkf.KalmanConfig(curvature="sampled"), progress=False)  # fmt: skip
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tagger = BertForTokenClassification(BertConfig(vocab_size=len(lm.LETTERS), **small))
-    with pytest.raises(ValueError, match=r"`model` must be a causal language model .*, got BertForTokenClassification"):
-        bkf.fit(tagger, train, progress=False)
+    classifier = BertForSequenceClassification(BertConfig(vocab_size=len(lm.LETTERS), **small))
+    with pytest.raises(
+        ValueError, match=r"`model` must return logits of shape \(sequences, tokens, classes\) .*, got \(\d+, 2\)"
+    ):
+        bkf.fit(classifier, train, progress=False)
+    translator = T5ForConditionalGeneration(
+        T5Config(vocab_size=len(lm.LETTERS), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ValueError, match=r"`model` must be a causal language model, or one .*, got T5ForConditional"):
+        bkf.fit(translator, train, progress=False)
     with pytest.raises(ValueError, match="`curvature` must be 'sampled' for `likelihood` 'tokens', got 'exact'"):
         bkf.KalmanConfig(likelihood="tokens")
     config = bkf.KalmanConfig(likelihood="tokens", curvature="sampled", curvature_draws=2)
     with pytest.raises(ValueError, match="`num_probes` must be the 2 `curvature_draws` of the config, got 1"):
         bkf.KalmanFilter(SupervisedTokens(model), config)
-    with pytest.raises(ValueError, match="`model` must be a module or SupervisedTokens for `likelihood` 'tokens'"):
+    with pytest.raises(
+        ValueError, match="`model` must be a module, SupervisedTokens or LabelledTokens for `likelihood` 'tokens'"
+    ):
         bkf.KalmanFilter(NextToken(model), config)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

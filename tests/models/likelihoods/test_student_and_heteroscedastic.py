@@ -198,4 +198,4 @@ def test_targets_that_do_not_fit():
 
 def test_the_likelihoods_of_numbers():
     assert NUMERIC == ("gaussian", "poisson", "student_t", "heteroscedastic_gaussian")
-    assert set(LIKELIHOODS) - set(NUMERIC) == {"categorical", "bernoulli", "tokens"}
+    assert set(LIKELIHOODS) - set(NUMERIC) == {"categorical", "bernoulli", "ordinal", "tokens"}

@@ -1,8 +1,9 @@
 """The likelihood of a fit without a config, from its targets. A config, also one with defaults only, is used as it is.
 
 Only unambiguous targets decide: floats are real numbers, bools are answers, integers (B,) are class labels and integers
-(B, T) are tokens of text. Floats that are
-all 0 or 1 could be either, and an integer could be a count: a config says so.
+(B, T) are labels of tokens. Floats that are all 0 or 1 could be either: they are answers if the model of transformers
+has the ``problem_type`` "multi_label_classification". Otherwise a config says so, as for integers that are counts or
+classes in an order.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_kf.inference.config import KalmanConfig
-from bayes_kf.models.language import PreferencePairs, SupervisedTokens
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.language import LearnedTokens, PreferencePairs
+from bayes_kf.models.language.supervised_tokens import transformers_model
 
 LARGEST, SMALLEST = 10.0, 0.1  # root mean square of targets that fit the prior's unit
+MULTI_LABEL = "multi_label_classification"  # transformers' word for it
 MIN_TARGETS = 8  # fewer say little about their size
 TEXT: dict[str, Any] = {"likelihood": "tokens", "curvature": "sampled"}
 TEXT_PRIOR: dict[str, Any] = {"initial_spread": "constant", "initial_logit_sd": 1.0}
@@ -33,9 +37,16 @@ def as_text(config: KalmanConfig, num_probes: int = 1) -> KalmanConfig:
 
 def for_reading(config: KalmanConfig, model: object) -> KalmanConfig:
     """A default configuration with the likelihood of a model's reading, where that reading has but one."""
-    if isinstance(model, SupervisedTokens):
+    if isinstance(model, LearnedTokens):
         return as_text(config, model.num_probes)
     return dataclasses.replace(config, **PAIRS) if isinstance(model, PreferencePairs) else config
+
+
+def is_multi_label(model: object) -> bool:
+    """Whether the config of a model of transformers says that each output answers a question of its own."""
+    module = model.model if isinstance(model, AdapterModel) else model
+    base = transformers_model(module) if isinstance(module, nn.Module) else None
+    return base is not None and getattr(base.config, "problem_type", None) == MULTI_LABEL
 
 
 def default_likelihood(targets: Iterable[Any], model: object = None) -> dict[str, Any]:
@@ -46,8 +57,13 @@ def default_likelihood(targets: Iterable[Any], model: object = None) -> dict[str
     The first batch decides, unless it holds only the floats 0 and 1; then further batches are read. Warns if real
     targets are not of size one, as the default prior expects.
 
+    Args:
+        targets: of the batches.
+        model: whose config may say that there are several labels.
+
     Raises:
-        ValueError: if all targets are the floats 0 and 1.
+        ValueError: if all targets are the floats 0 and 1; or if they are others, and the model is one of several
+            labels.
 
     Example:
         >>> default_likelihood([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0])])
@@ -58,6 +74,8 @@ def default_likelihood(targets: Iterable[Any], model: object = None) -> dict[str
     if isinstance(model, PreferencePairs):
         return PAIRS
     is_binary = False
+    if is_multi_label(model):
+        return _several_labels(targets)
     for some in targets:
         if isinstance(some, Tensor) and some.ndim == 2 and not (some.is_floating_point() or some.dtype == torch.bool):
             return TEXT
@@ -71,10 +89,21 @@ def default_likelihood(targets: Iterable[Any], model: object = None) -> dict[str
         is_binary = True
     if is_binary:
         raise ValueError(
-            "`config` must say what float targets that are all 0 or 1 mean, by `likelihood` 'bernoulli' or 'gaussian', "
-            "got None."
+            "`config` must say what float targets that are all 0 or 1 mean, by `likelihood` 'bernoulli' or 'gaussian' "
+            "(or the model's own config by `problem_type` 'multi_label_classification'), got None."
         )
     return {}
+
+
+def _several_labels(targets: Iterable[Any]) -> dict[str, Any]:
+    """The likelihood of several labels, for targets that are 0 or 1."""
+    first = next(iter(targets), None)
+    if isinstance(first, Tensor) and not bool(((first == 0) | (first == 1)).all()):
+        raise ValueError(  # a loss of transformers takes any floats of several outputs for labels
+            "`config` must say by `likelihood` 'gaussian' that targets are numbers if the model's own has "
+            f"`problem_type` {MULTI_LABEL!r}, got None with targets that are not all 0 or 1."
+        )
+    return {"likelihood": "bernoulli"}
 
 
 def _warn_of_scale(targets: Tensor) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from bayes_kf.inference.fitting.defaults.default_likelihood import REAL, TEXT, default_likelihood
 from bayes_kf.inference.fitting.loader import concatenate_inputs
 from bayes_kf.inference.fitting.loop import inputs_and_targets
 from bayes_kf.inference.fitting.selection.heldout_config_selection import ShuffledBatches, reads_all_examples, reloaded
+from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, split_batch
 
 SMALL, LARGE = 16, 512  # examples of a batch: of the steps of Adam, and of passes that do not move the mean
@@ -30,17 +32,17 @@ class Examples(NamedTuple):
     large: Iterable[Any]
 
 
-def holds_real_targets(loader: Iterable[Any]) -> bool:
+def holds_real_targets(loader: Iterable[Any], model: nn.Module | AdapterModel | None = None) -> bool:
     """Whether a loader has float targets that are real numbers, and its examples can be asked for again."""
-    return inferred_likelihood(loader) == REAL
+    return inferred_likelihood(loader, model) == REAL
 
 
-def holds_text(loader: Iterable[Any]) -> bool:
+def holds_text(loader: Iterable[Any], model: nn.Module | AdapterModel | None = None) -> bool:
     """Whether a loader has tokens as targets, and its examples can be asked for again."""
-    return inferred_likelihood(loader) == TEXT
+    return inferred_likelihood(loader, model) == TEXT
 
 
-def inferred_likelihood(loader: Iterable[Any]) -> dict[str, Any]:
+def inferred_likelihood(loader: Iterable[Any], model: nn.Module | AdapterModel | None = None) -> dict[str, Any]:
     """The settings of the likelihood for the targets of a loader whose examples can be asked for again.
 
     Empty for class labels, for other loaders, and for batches that are malformed or whose targets are ambiguous; a fit
@@ -50,7 +52,7 @@ def inferred_likelihood(loader: Iterable[Any]) -> dict[str, Any]:
         return {}
     batches = loader if isinstance(loader, list | tuple) else _resized(loader, SMALL, True)
     try:
-        return default_likelihood(split_batch(batch)[1] for batch in batches)
+        return default_likelihood((split_batch(batch)[1] for batch in batches), model)
     except ValueError:
         return {}
 
