@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from bayes_kf.data.csv_rows import read_csv
 from bayes_kf.data.labels import LabelledData, make_loader
-from bayes_kf.data.text import read_json_lines
+from bayes_kf.data.text import naming_unreadable, read_rows
 
 IGNORED = -100  # the label of a token that is not learned
 COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
@@ -59,18 +58,13 @@ def supervised_text(
             message gives the line.
     """
     file, own = Path(path), causal_tokenizer(tokenizer)
-    rows = read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)
     examples = []
-    try:
-        for line, row in rows:
+    with naming_unreadable(file):
+        for line, row in read_rows(file):
             try:
                 examples.append(encode(own, row, max_length))
             except ValueError as error:
                 raise ValueError(f"{str(error).removesuffix('.')}, in line {line} of {file}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`path` must be UTF-8 text, got byte {error.object[error.start]:#04x} in {file}.") from error
-    except (OSError, csv.Error) as error:
-        raise ValueError(f"`path` must be a readable file, got {file}: {error}.") from error
     if not examples:
         raise ValueError(f"`path` must hold at least one row, got none in {file}.")
     return LabelledData(make_loader(examples, batch_size, shuffle, seed, collate(own)), ())  # type: ignore[arg-type]
@@ -80,7 +74,7 @@ def holds_supervised_text(path: str | os.PathLike[str], label_column: str = "lab
     """Whether the first row of a file is text to be learned, and no text with a label."""
     file = Path(path)
     try:
-        _, row = next(iter(read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)))
+        _, row = next(read_rows(file))
     except (StopIteration, OSError, ValueError, csv.Error):
         return False  # its reader will say why
     return label_column not in row and any(row.keys() >= set(names) for names in COLUMNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -112,11 +113,10 @@ def _numbers(labels: Sequence[int | float | str]) -> torch.Tensor:
 
 def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list[str], list[Any]]:
     """The texts and labels of a file."""
-    rows = read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)
     texts: list[str] = []
     labels: list[Any] = []
-    try:
-        for line, row in rows:
+    with naming_unreadable(file):
+        for line, row in read_rows(file):
             for option, column in (("text_column", text_column), ("label_column", label_column)):
                 if column not in row:
                     columns = ", ".join(map(str, row))
@@ -130,13 +130,25 @@ def _read_columns(file: Path, text_column: str, label_column: str) -> tuple[list
                 raise ValueError(f"`path` must hold a label in column {label_column!r}, got {label!r} in line {line}.")
             texts.append(text)
             labels.append(label)
+    if not texts:
+        raise ValueError(f"`path` must hold at least one row, got none in {file}.")
+    return texts, labels
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows of a `.jsonl`, `.csv` or `.tsv` file."""
+    yield from read_json_lines(file) if file.suffix == ".jsonl" else read_csv(file)
+
+
+@contextlib.contextmanager
+def naming_unreadable(file: Path) -> Iterator[None]:
+    """Errors of a file that cannot be read name ``path``."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"`path` must be UTF-8 text, got byte {error.object[error.start]:#04x} in {file}.") from error
     except (OSError, csv.Error) as error:
         raise ValueError(f"`path` must be a readable file, got {file}: {error}.") from error
-    if not texts:
-        raise ValueError(f"`path` must hold at least one row, got none in {file}.")
-    return texts, labels
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

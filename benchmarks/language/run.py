@@ -12,10 +12,6 @@ hold the model; the questions lie in the folder of data (``common/data.py``). A 
 
 from __future__ import annotations
 
-import signal
-import time
-import traceback
-import warnings
 from functools import partial
 from typing import Any
 
@@ -31,42 +27,24 @@ from bayes_kf.evaluation import (
 )
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile
-from benchmarks.common.subprocesses import MIB, alarmed, held, peak, run_in_process
+from benchmarks.common.subprocesses import alarmed, run_in_process
 from benchmarks.language import rows
 from benchmarks.language.questions import READINGS, SETS, Data, LanguageProblem
 from benchmarks.language.table import render
 from benchmarks.quality.rows import Predict
-from benchmarks.quality.split.cells import epoch_seconds
+from benchmarks.quality.split.cells import measured
 from benchmarks.quality.split.run import commit
 
 ANSWERED = 0.8  # share of the questions that are answered
-CPU = torch.device("cpu")
 TARGETS = {"qv": "", "all": "-all"}  # adapted layers -> end of a data set's name
 
 
 def measure(data: str, reading: str, targets: str, row: str, seed: int, cap: float) -> dict[str, Any]:
     """One cell: learn, predict, score. SIGALRM ends this process after ``cap`` seconds."""
-    warnings.simplefilter("ignore")
-    problem: Any = LanguageProblem(data, reading, targets)
+    problem = LanguageProblem(data, reading, targets)
     given = problem.load(seed)
-    units = epoch_seconds(problem, given.stream, seed)
-    before = held(CPU, reset=True)
-    signal.setitimer(signal.ITIMER_REAL, cap)
-    try:
-        begun = time.process_time()
-        learned = rows.ROWS[row][1](problem, given.stream, seed)
-        fitted, most = time.process_time() - begun, peak(CPU) - before
-        begun = time.process_time()
-        learned.predict(given.heldout)
-        predicted = time.process_time() - begun
-        cell = scores(learned.predict, given)
-    except Exception as error:  # an error of a row is its result
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    again = epoch_seconds(problem, given.stream, seed)
-    times = {"seconds": fitted, "predict_seconds": predicted, "mib": most / MIB}
-    return cell | times | {unit: (units[unit] + again[unit]) / 2 for unit in units} | dict(learned.facts)
+    learn = partial(rows.ROWS[row][1], problem, given.stream, seed)
+    return measured(problem, given, seed, cap, learn, lambda learned: scores(learned.predict, given))
 
 
 def scores(predict: Predict, data: Data) -> dict[str, Any]:

@@ -86,7 +86,16 @@ def _tokens(cells: Cells) -> list[str]:
         " learned, a vocabulary of 49,152, LoRA rank 8 on queries and values, one thread. Cost: AdamW step = 1, median"
         " over interleaved rounds. Memory: as above."
     )
-    return ["## Tokens of a language model", "", note, "", *markdown_table(header, rows), ""]
+    large = markdown_table(
+        ["", "n", "base, GiB", "moments, GiB", "belief, GiB", "AdamW, s", "ours, s"], tokens.predicted()
+    )
+    arithmetic = (
+        "Large models, by arithmetic and not measured: LoRA rank 8 on queries and values, a low-rank belief of rank"
+        f" {tokens.BELIEF_RANK}, steps on {tokens.SEEN:,} tokens at {tokens.FLOPS / 1e12:g} TFLOP/s in bf16, one more"
+        " forward pass for the check of the step. The memory of the base comes on top of that of moments or belief."
+    )
+    measured = ["## Tokens of a language model", "", note, "", *markdown_table(header, rows), ""]
+    return [*measured, "## Tokens of large language models", "", arithmetic, "", *large, ""]
 
 
 def _model(cells: Cells, model: str, sizes: Sequence[Cell]) -> list[str]:

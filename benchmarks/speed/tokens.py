@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pydoc_data import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -130,6 +130,46 @@ def memory(size: int, method: str) -> dict[str, Any]:
     before = held(CPU, reset=True)
     step(given)
     return {"mib": (peak(CPU) - before) / MIB}
+
+
+class Large(NamedTuple):
+    """The sizes of a language model: parameters, layers, hidden, and width of its keys and values."""
+
+    parameters: float
+    layers: int
+    hidden: int
+    values: int
+
+
+LARGE = {
+    "1 B (Llama 3.2)": Large(1.24e9, 16, 2048, 512),
+    "8 B (Llama 3.1)": Large(8.03e9, 32, 4096, 1024),
+    "70 B (Llama 3.1)": Large(70.6e9, 80, 8192, 1024),
+}
+LORA_RANK, BELIEF_RANK, SEEN, FLOPS = (
+    8,
+    20,
+    8 * 1024,
+    4e14,
+)  # of the model below; tokens of a batch, bf16 operations a second
+
+
+def predicted() -> list[list[str]]:
+    """What large models take, by arithmetic: a row for each of ``LARGE``. Not measured.
+
+    An AdamW step is a forward pass and a backward pass to the activations, 4 N operations a token; an update of the
+    filter has a second backward pass and one forward pass to check the step, 8 N. The base is in bf16, 2 N bytes; a
+    low-rank belief has 4 n (rank + 2) bytes, AdamW's moments 8 n; logits are read where a token is learned, and the
+    activations that backward passes need are those of AdamW.
+    """
+    rows = []
+    for name, sizes in LARGE.items():
+        n = sizes.layers * LORA_RANK * (3 * sizes.hidden + sizes.values)  # queries and values
+        belief, moments = 4 * n * (BELIEF_RANK + 2), 8 * n
+        step = 8 * sizes.parameters * SEEN / FLOPS
+        shown = [f"{2 * sizes.parameters / 2**30:.0f}", f"{moments / 2**30:.2f}", f"{belief / 2**30:.2f}"]
+        rows.append([name, f"{n / 1e6:.1f} M", *shown, f"{step / 2:.2f}", f"{step:.2f}"])
+    return rows
 
 
 def key(size: int, what: str) -> str:

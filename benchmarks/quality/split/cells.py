@@ -10,7 +10,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,24 +30,48 @@ PROBE = 20  # AdamW steps timed before and after each cell, the units of its cos
 
 def measure(data: str, row: str, seed: int, cap: float) -> dict[str, Any]:
     """One cell: learn, predict, score. SIGALRM ends this process after ``cap`` seconds."""
-    warnings.simplefilter("ignore")
     problem = PROBLEMS[data]
     given = problem.load(seed)
+
+    def scores(learned: Any) -> dict[str, Any]:
+        if isinstance(problem, RegressionProblem):
+            return dict(regression_scores(learned.predict(given.heldout), given.heldout.labels))
+        cell = classification_scores(learned.predict, given, problem.model(seed, 0.0), seed)
+        return cell | variant_scores(learned.variants, given.heldout)
+
+    return measured(problem, given, seed, cap, lambda: learn(problem, row, given.stream, seed), scores)
+
+
+def measured(
+    problem: Any,
+    given: Any,
+    seed: int,
+    cap: float,
+    learn: Callable[[], Any],
+    scores: Callable[[Any], dict[str, Any]],
+) -> dict[str, Any]:
+    """The scores of a row with its times and memory; SIGALRM ends this process after ``cap`` seconds.
+
+    Args:
+        problem: whose AdamW steps are the units of the costs.
+        given: its streams.
+        seed: of the cell.
+        cap: in seconds.
+        learn: returns what the row has learned.
+        scores: of that.
+    """
+    warnings.simplefilter("ignore")
     units = epoch_seconds(problem, given.stream, seed)
     before = held(CPU, reset=True)
     signal.setitimer(signal.ITIMER_REAL, cap)
     try:
         begun = time.process_time()
-        learned: Any = learn(problem, row, given.stream, seed)
+        learned = learn()
         fitted, most = time.process_time() - begun, peak(CPU) - before
         begun = time.process_time()
-        predictions = learned.predict(given.heldout)
+        learned.predict(given.heldout)
         predicted = time.process_time() - begun
-        if isinstance(problem, RegressionProblem):
-            cell = regression_scores(predictions, given.heldout.labels)
-        else:
-            cell = classification_scores(learned.predict, given, problem.model(seed, 0.0), seed)
-            cell |= variant_scores(learned.variants, given.heldout)
+        cell = scores(learned)
     except Exception as error:  # an error of a row is its result
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:160], "at": f"{place.name}"}
