@@ -200,6 +200,7 @@ def test_draws_are_saved_beside_a_posterior(tmp_path):
         "SHA256SUMS.draws",
         *(f"draw_{k}/{name}" for k in (0, 1) for name in ("adapter_config.json", "adapter_model.safetensors")),
         "draw_2/mine",
+        "draws.json",
     ]
     kept.save_pretrained(tmp_path)
     assert after.keys() == snapshot(tmp_path).keys()

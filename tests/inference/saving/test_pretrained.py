@@ -178,7 +178,8 @@ def test_other_adapters_are_not_overwritten(tmp_path):
     )
     posterior.export_adapters(tmp_path / "draws", 3)
     assert len(posterior.export_adapters(tmp_path / "draws", 2)) == 2  # draws make way for draws
-    assert sorted(path.name for path in (tmp_path / "draws").iterdir()) == ["SHA256SUMS.draws", "draw_0", "draw_1"]
+    written = sorted(path.name for path in (tmp_path / "draws").iterdir())
+    assert written == ["SHA256SUMS.draws", "draw_0", "draw_1", "draws.json"]
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path):
