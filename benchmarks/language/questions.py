@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks.common.data import data_folder
 from benchmarks.common.learners import Stream
-from benchmarks.language.language_model import TOP, Halves, Letters, Texts, smollm2
+from benchmarks.common.smollm2 import smollm2
+from benchmarks.language.language_model import TOP, Halves, Letters, Texts
 
 TRAIN, TEST, OUTSIDE = 200, 400, 200  # questions
 SETS = ("arc_easy", "arc_challenge", "openbookqa", "winogrande")

@@ -31,8 +31,8 @@ from bayes_kf.inference.fitting.defaults.default_likelihood import as_text
 from bayes_kf.models.batch import split_batch
 from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile
+from benchmarks.common.smollm2 import smollm2
 from benchmarks.common.subprocesses import MIB, held, peak, run_in_process
-from benchmarks.language.language_model import smollm2
 
 TOKENS, ROUNDS = 128, 5
 CPU = torch.device("cpu")

@@ -22,6 +22,7 @@ MAY_IMPORT = {  # besides a folder's own files
     "reliability": {"common"},
     "speed": {"common"},
     "papers": {"common", "bench"},
+    "language": {"common", "quality"},
 }
 PLUGINS = {"bench/optimizers", "bench/problems"}
 
