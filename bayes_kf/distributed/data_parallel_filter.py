@@ -72,7 +72,7 @@ class DataParallelFilter(DistributedFilter):
     def _check_config(self) -> None:
         if self.config.likelihood in OWN_NOISE:
             raise ValueError(
-                f"`likelihood` must not be {' or '.join(map(repr, OWN_NOISE))} for a DataParallelFilter, which expands "
+                f"`likelihood` must not be one of {', '.join(OWN_NOISE)} for a DataParallelFilter, which expands "
                 f"at the mean, got {self.config.likelihood!r}."
             )
         for name, value in NEEDED.items():

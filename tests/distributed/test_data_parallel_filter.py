@@ -130,7 +130,7 @@ def test_the_number_of_processes_does_not_matter_for_a_large_batch(tmp_path):
         ({"expansion": "mode"}, r"`expansion` must be 'mean' for a DataParallelFilter, got 'mode'"),
         (
             {"likelihood": "student_t", "expansion": "mode"},
-            "`likelihood` must not be 'student_t' or 'heteroscedastic_gaussian' or 'ordinal' for a DataParallelFilter, ",
+            "`likelihood` must not be one of student_t, heteroscedastic_gaussian, ordinal for a DataParallelFilter, ",
         ),
         ({"noise": "identity"}, r"`noise` must be 'exponential_family' for a DataParallelFilter"),
         ({"gate_quantile": 0.9}, r"`gate_quantile` must be None for a DataParallelFilter, got 0\.9"),
