@@ -81,6 +81,7 @@ from bayes_kf.evaluation.plots.selective import risk_coverage_plot, shift_plot
 from bayes_kf.evaluation.plots.tensor_variance import output_variance_plot, variance_by_tensor
 from bayes_kf.evaluation.posterior_report import evaluate
 from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
+from bayes_kf.evaluation.recalibration.abstention import AbstentionRule
 from bayes_kf.evaluation.recalibration.conformal_intervals import Bounds, ConformalIntervals
 from bayes_kf.evaluation.recalibration.conformal_sets import (
     ConformalSets,
@@ -122,6 +123,7 @@ from bayes_kf.evaluation.score import Interval, Score
 Calibrated = NullComparison  # the name of earlier releases
 
 __all__ = [
+    "AbstentionRule",
     "Bounds",
     "BrierParts",
     "Calibrated",
