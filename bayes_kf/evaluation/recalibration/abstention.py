@@ -58,6 +58,7 @@ class AbstentionRule:
             ValueError: If an argument is out of range, the lengths differ, or there are no examples.
 
         Example:
+            >>> import torch
             >>> confidence = torch.linspace(0, 1, 1000)
             >>> rule = AbstentionRule.fit(confidence, confidence > 0.5, risk=0.1)
             >>> round(rule.threshold, 3), round(rule.answered, 2)
