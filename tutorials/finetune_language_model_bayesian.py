@@ -62,7 +62,10 @@ for (prompt, answer), total, own in zip(rest, spoken.sequence_entropy, spoken.se
 # sharpness. Countries that don't exist have no right answer.
 reading = posterior.with_adapter(OptionTexts(model, per_token=True))
 capitals = [answer for _, answer in rows]
-strange = [(prompt.replace("of ", "of Old "), answer) for prompt, answer in rest]
+strange = [
+    (f"Question: What is the capital of {country[::-1].title()}?\nAnswer:", f" {capital}")
+    for country, capital in table[3::4]
+]
 
 
 def questions(chosen, size=4):
