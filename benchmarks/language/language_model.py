@@ -44,7 +44,10 @@ class Halves:
         """A new copy of the upper layers with LoRA of rank 8 from this seed."""
         torch.manual_seed(seed)
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS[targets], lora_dropout=dropout)
-        return get_peft_model(copy.deepcopy(self._upper.model), config).eval()
+        own = copy.deepcopy(self._upper.model)
+        for layer in own.layers:
+            layer.self_attn.config = own.config  # one configuration, so that the kind of attention can be changed
+        return get_peft_model(own, config).eval()
 
 
 def _with_layers(model: Any, layers: nn.ModuleList) -> Any:

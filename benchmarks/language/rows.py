@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import bayes_kf as bkf
 from benchmarks.common.learners import Stream, logits
@@ -23,11 +22,15 @@ from benchmarks.language.questions import LanguageProblem
 from benchmarks.quality.rows import (
     AHEAD,
     DROPOUT,
+    LaplaceLoader,
     Learned,
+    Outputs,
     Predict,
     Predicted,
     averaged,
+    eager,
     predictive,
+    sampled_by,
     softmax,
     validation,
 )
@@ -93,9 +96,11 @@ def laplace(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
         from laplace import Laplace
     (best, *others), _ = _best(problem, stream, seed)
     fitted, _ = validation(stream)
-    wrapped = _Outputs(best.model)
+    model: Any = best.model
+    eager(model.upper)  # its Jacobians vectorize backward passes, which SDPA with a mask does not support
+    wrapped = Outputs(model)
     posterior = Laplace(wrapped, "classification", "all", "kron", dict_key_x="inputs_embeds")
-    posterior.fit(_Loader(fitted))
+    posterior.fit(LaplaceLoader(fitted))
     posterior.optimize_prior_precision(method="marglik", pred_type="glm", link_approx="probit")
 
     def predict(given: Stream) -> Predicted:
@@ -128,14 +133,7 @@ def ivon(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
                 optimizer.step()
                 schedule.step()
 
-        def predict(given: Stream) -> Predicted:
-            draws = []
-            for _ in range(DRAWS):
-                with optimizer.sampled_params():
-                    draws.append(softmax(model, given))
-            return averaged(draws)
-
-        return predict
+        return sampled_by(optimizer, model, DRAWS)
 
     return _best_rate(run, IVON_RATES, heldout)
 
@@ -244,29 +242,3 @@ def _of_posterior(posterior: Any) -> Learned:
         "covariance_temperature": posterior.temperature,
     }
     return Learned(predictive(posterior), facts=chosen)
-
-
-class _Outputs(torch.nn.Module):
-    """A model that takes its inputs as one mapping, as laplace-torch gives them."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Any) -> Tensor:
-        outputs: Tensor = self.model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return outputs
-
-
-class _Loader:
-    """A stream as a loader for laplace-torch, one question at a time."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream, self.dataset = stream, range(len(stream.labels))
-
-    def __iter__(self) -> Any:
-        for inputs, labels in self.stream.batches(1):
-            yield {**inputs, "labels": labels}  # type: ignore[dict-item]
-
-    def __len__(self) -> int:
-        return len(self.dataset)

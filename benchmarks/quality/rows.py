@@ -177,14 +177,20 @@ def ivon(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> 
         optimizer.step()
         schedule.step()
 
+    return Learned(sampled_by(optimizer, model, DRAWS))
+
+
+def sampled_by(optimizer: Any, model: nn.Module, count: int) -> Predict:
+    """Predictions that are averages over ``count`` draws of IVON's weights."""
+
     def predict(given: Stream) -> Predicted:
         draws = []
-        for _ in range(DRAWS):
+        for _ in range(count):
             with optimizer.sampled_params():
                 draws.append(softmax(model, given))
         return averaged(draws)
 
-    return Learned(predict)
+    return predict
 
 
 def svi(problem: QualityProblem, stream: Stream, seed: int, choice: Choice) -> Learned:
@@ -391,7 +397,7 @@ class Outputs(nn.Module):
     def forward(self, inputs: Any) -> Tensor:
         if isinstance(inputs, Tensor):
             return logits(self.model, inputs)
-        return logits(self.model, {key: inputs[key] for key in ("input_ids", "attention_mask")})
+        return logits(self.model, {name: values for name, values in inputs.items() if name != "labels"})
 
 
 class LaplaceLoader:
