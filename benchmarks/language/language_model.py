@@ -35,9 +35,11 @@ class Halves:
         self._upper = _with_layers(model, layers[-TOP:])
 
     @torch.no_grad()
-    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """What enters the upper layers, (B, T, D)."""
-        hidden: Tensor = self._lower.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    def features(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What enters the upper layers, (B, T, D), under a mask (B, T), or one of :func:`tree_mask` with positions."""
+        hidden: Tensor = self._lower.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
         return hidden
 
     def upper(self, seed: int, dropout: float, targets: str = "qv") -> Any:
@@ -88,23 +90,55 @@ class Letters(nn.Module):
 class Texts(nn.Module):
     """The log-likelihood of each option's tokens, divided by their number, (B, m).
 
+    The options of a question follow each other in one sequence, after what they share, which is so read once; none
+    sees another (:func:`tree_mask`).
+
     Args:
         upper: the layers with the adapter.
         head: the output matrix, (V, D).
+        options: m.
     """
 
-    def __init__(self, upper: nn.Module, head: Tensor) -> None:
+    def __init__(self, upper: nn.Module, head: Tensor, options: int) -> None:
         super().__init__()
-        self.upper = upper
+        self.upper, self.options = upper, options
         self.register_buffer("head", head.detach(), persistent=False)
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, following: Tensor) -> Tensor:
-        """Logits from features (B, T, m, D), their mask and the scored tokens that follow, (B, T, m); −1: none."""
-        count, _, options, width = inputs_embeds.shape
-        flat = inputs_embeds.transpose(1, 2).reshape(count * options, -1, width)
-        mask, after = (values.transpose(1, 2).reshape(count * options, -1) for values in (attention_mask, following))
-        columns = (after >= 0).any(0).nonzero().squeeze(-1)
-        hidden = self.upper(inputs_embeds=flat, attention_mask=mask, use_cache=False).last_hidden_state[:, columns]
-        own, after = after[:, columns] >= 0, after[:, columns].clamp_min(0)
-        log_probs = (hidden @ self.head.T).log_softmax(-1).gather(-1, after.unsqueeze(-1)).squeeze(-1)
-        return ((log_probs * own).sum(-1) / own.sum(-1)).view(count, options)
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        branch: Tensor,
+        position: Tensor,
+        token: Tensor,
+        token_branch: Tensor,
+        source: Tensor,
+    ) -> Tensor:
+        """Logits.
+
+        Args:
+            inputs_embeds: features (B, T, D).
+            attention_mask: 0 at padding, (B, T).
+            branch: 0 for what the options share, else the number of the option from 1, (B, T).
+            position: in the text of the own option, (B, T).
+            token: the scored tokens, (B, S).
+            token_branch: the option of each, from 1; 0 at padding, (B, S).
+            source: the place in the sequence that predicts each, (B, S).
+        """
+        mask = tree_mask(attention_mask, branch, inputs_embeds.dtype)
+        hidden = self.upper(
+            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position, use_cache=False
+        ).last_hidden_state
+        chosen = hidden.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        log_probs = (chosen @ self.head.T).log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        own = torch.nn.functional.one_hot(token_branch, self.options + 1)[..., 1:].to(log_probs.dtype)  # (B, S, m)
+        return (log_probs.unsqueeze(-1) * own).sum(1) / own.sum(1)
+
+
+def tree_mask(attention_mask: Tensor, branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores, (B, 1, T, T): a token sees those before it on its branch and on branch 0."""
+    place = torch.arange(branch.shape[1], device=branch.device)
+    earlier = place.unsqueeze(0) < place.unsqueeze(1)
+    related = (branch.unsqueeze(1) == 0) | (branch.unsqueeze(1) == branch.unsqueeze(2))
+    seen = (earlier & related & attention_mask.bool().unsqueeze(1)) | torch.eye(len(place), dtype=torch.bool)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)

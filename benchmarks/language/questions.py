@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import tempfile
@@ -23,9 +24,9 @@ from torch import Tensor
 from benchmarks.common.data import data_folder
 from benchmarks.common.learners import Stream
 from benchmarks.common.smollm2 import smollm2
-from benchmarks.language.language_model import TOP, Halves, Letters, Texts
+from benchmarks.language.language_model import TOP, Halves, Letters, Texts, tree_mask
 
-TRAIN, TEST, OUTSIDE = 200, 400, 200  # questions
+TRAIN, TEST, OUTSIDE = 200, 300, 100  # questions
 SETS = ("arc_easy", "arc_challenge", "openbookqa", "winogrande")
 READINGS = ("letters", "texts")
 LETTERS = "ABCD"
@@ -65,7 +66,7 @@ class LanguageProblem(NamedTuple):
         tokenizer, halves = _halves()
         upper = halves.upper(seed, dropout, self.targets)
         if self.reading == "texts":
-            return Texts(upper, halves.head).eval()
+            return Texts(upper, halves.head, self.options).eval()
         return Letters(upper, halves.head[letter_ids(tokenizer, self.options)]).eval()
 
     def load(self, seed: int) -> Data:
@@ -73,16 +74,23 @@ class LanguageProblem(NamedTuple):
         train, test = splits(self.data)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:TRAIN].tolist()
         others = [name for name in SETS if name != self.data and _options(name) == self.options]
-        outside = {name: self._stream(splits(name)[1][:OUTSIDE]) for name in others[:2]}
+        asked = {name: splits(name)[1][:OUTSIDE] for name in others[:2]}
+        asked["gibberish"] = [gibberish(question) for question in test[:OUTSIDE]]
         return Data(
             self._stream([train[number] for number in order]),
-            self._stream(test[:TEST]),
-            outside | {"gibberish": self._stream([gibberish(question) for question in test[:OUTSIDE]])},
+            by_length(self._stream(test[:TEST])),
+            {name: by_length(self._stream(questions)) for name, questions in asked.items()},
         )
 
     def _stream(self, questions: Sequence[Question]) -> Stream:
         make = _letters if self.reading == "letters" else _texts
         return Stream(make(questions), torch.tensor([question.answer for question in questions]))
+
+
+def by_length(stream: Stream) -> Stream:
+    """The stream with the shortest questions first, so that batches have little padding."""
+    assert isinstance(stream.inputs, dict)
+    return stream.at(stream.inputs["attention_mask"].sum(1).argsort(stable=True))
 
 
 @functools.cache
@@ -152,42 +160,70 @@ def _letters(questions: Sequence[Question]) -> dict[str, Tensor]:
 
 def _texts(questions: Sequence[Question]) -> dict[str, Tensor]:
     tokenizer, _ = _halves()
-    rows, starts = [], []
-    for question in questions:
-        for before, after in text_parts(question):
-            given = tokenizer(before)["input_ids"]
-            rows.append(given + tokenizer(after, add_special_tokens=False)["input_ids"])
-            starts.append(len(given))
-    ids, mask = _padded(rows)
-    place = torch.arange(ids.shape[1] - 1)
-    scored = (place + 1 >= torch.tensor(starts).unsqueeze(1)) & mask[:, 1:].bool()
-    following = torch.nn.functional.pad(ids[:, 1:].where(scored, -1), (0, 1), value=-1)
-    features = _features("texts", ids, mask)
+    trees = [_tree(tokenizer, question) for question in questions]
+    padded = {name: _padded([tree[name] for tree in trees]) for name in trees[0]}
+    inputs = {name: values for name, (values, _) in padded.items()}
+    ids, mask = inputs.pop("ids"), padded["ids"][1]
+    features = _features("texts", ids, mask, inputs["branch"], inputs["position"])
+    return {"inputs_embeds": features, "attention_mask": mask, **inputs}
 
-    def by_question(values: Tensor) -> Tensor:
-        """(N, T, m, ...): tokens before options, as ``Stream.batches`` cuts them."""
-        return values.unflatten(0, (len(questions), -1)).transpose(1, 2).contiguous()
 
-    return {
-        "inputs_embeds": by_question(features),
-        "attention_mask": by_question(mask),
-        "following": by_question(following),
+def _tree(tokenizer: Any, question: Question) -> dict[str, list[int]]:
+    """The tokens of a question's options after those that they share, as ``Texts`` takes them."""
+    parts = [
+        (tokenizer(before)["input_ids"], tokenizer(after, add_special_tokens=False)["input_ids"])
+        for before, after in text_parts(question)
+    ]
+    columns = zip(*(given for given, _ in parts), strict=False)
+    shared = len(list(itertools.takewhile(lambda same: len(set(same)) == 1, columns)))
+    tree: dict[str, list[int]] = {
+        "ids": parts[0][0][:shared],
+        "branch": [0] * shared,
+        "position": list(range(shared)),
+        "token": [],
+        "token_branch": [],
+        "source": [],
     }
+    for number, (given, scored) in enumerate(parts, start=1):
+        own, begin = [*given[shared:], *scored], len(tree["ids"])
+        tree["ids"] = tree["ids"] + own
+        tree["branch"] = tree["branch"] + [number] * len(own)
+        tree["position"] = tree["position"] + list(range(shared, shared + len(own)))
+        first = len(given) - shared  # of the scored tokens, in the branch
+        tree["token"] += scored
+        tree["token_branch"] += [number] * len(scored)
+        tree["source"] += [begin + place - 1 if place else shared - 1 for place in range(first, len(own))]
+    return tree
 
 
-def _features(kind: str, ids: Tensor, mask: Tensor) -> Tensor:
+def _features(kind: str, ids: Tensor, mask: Tensor, branch: Tensor | None = None, position: Any = None) -> Tensor:
     """What enters the upper layers, (N, T, D), kept in the folder of temporary files."""
-    name = hashlib.sha256(ids.numpy().tobytes() + mask.numpy().tobytes()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / "bayes_kf_language" / f"{kind}-{TOP}-{name}.safetensors"
+    path = cache_folder() / f"{kind}-{TOP}-{name_of(ids, mask)}.safetensors"
     if not path.is_file():
         parts = []
-        for some, which in zip(ids.split(AT_ONCE), mask.split(AT_ONCE), strict=True):
-            longest = int(which.sum(1).max())
-            hidden = _halves()[1].features(some[:, :longest], which[:, :longest])
+        for start in range(0, len(ids), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            longest = int(mask[rows].sum(1).max())
+            some, seen, places = ids[rows, :longest], mask[rows, :longest], None
+            if branch is not None:
+                seen, places = tree_mask(seen, branch[rows, :longest], torch.float32), position[rows, :longest]
+            hidden = _halves()[1].features(some, seen, places)
             parts.append(torch.nn.functional.pad(hidden, (0, 0, 0, ids.shape[1] - longest)))
-        path.parent.mkdir(exist_ok=True)
         save_file({"features": torch.cat(parts)}, path)
     return load_file(path)["features"]
+
+
+def cache_folder() -> Path:
+    """Where features and AdamW's runs are kept."""
+    path = Path(tempfile.gettempdir()) / "bayes_kf_language"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def name_of(*contents: Tensor | str) -> str:
+    """A name for the contents of tensors and texts."""
+    parts = [part.encode() if isinstance(part, str) else part.numpy().tobytes() for part in contents]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

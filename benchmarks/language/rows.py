@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import bayes_kf as bkf
 from benchmarks.common.learners import Stream, logits
 from benchmarks.language.bayesian_lora import Blob, drawn, tfb
+from benchmarks.language.kept_search import Search, adamw_search
 from benchmarks.language.questions import LanguageProblem
 from benchmarks.quality.rows import (
     AHEAD,
@@ -35,7 +36,7 @@ from benchmarks.quality.rows import (
     validation,
 )
 from benchmarks.quality.split.rows import stream_loader
-from benchmarks.quality.split.strong import Plan, Run, facts, fitted_temperature, members, scaled, search, train
+from benchmarks.quality.split.strong import Plan, facts, fitted_temperature, more_members, scaled, train
 
 PLAN = Plan(4, 2, F.cross_entropy, (3e-4, 1e-3, 3e-3))
 DRAWS = 10
@@ -59,34 +60,36 @@ def zero_shot_scaled(problem: LanguageProblem, stream: Stream, seed: int) -> Lea
 
 def adamw(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
     """AdamW with early stopping and temperature scaling."""
-    (best, *others), heldout = _best(problem, stream, seed)
-    return _with_temperature(lambda given: Predicted(softmax(best.model, given)), heldout, facts([best], others))
+    adamw, _, heldout = _searched(problem, stream, seed)
+    return _with_temperature(lambda given: Predicted(softmax(adamw.best.model, given)), heldout, adamw.facts)
 
 
 def dropout(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
     """AdamW with LoRA's dropout, also in predictions, at the rate that AdamW's search chooses."""
-    fitted, heldout = validation(stream)
-    (best, *_), _ = _best(problem, stream, seed)
+    adamw, fitted, heldout = _searched(problem, stream, seed)
     model = problem.model(seed, DROPOUT)
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
     torch.manual_seed(seed)
-    run = train(model, fitted, heldout, seed, best.rate, PLAN)
+    run = train(model, fitted, heldout, seed, adamw.best.rate, PLAN)
 
     def bare(given: Stream) -> Predicted:
         torch.manual_seed(seed)
         return averaged([softmax(run.model, given) for _ in range(DRAWS)])
 
-    return _with_temperature(bare, heldout, facts([run], []))
+    return _with_temperature(bare, heldout, adamw.facts | facts([run], adamw.runs))
 
 
 def ensemble(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
     """Three runs of AdamW, averaged."""
-    fitted, heldout = validation(stream)
-    runs, unused = members(partial(_model, problem), fitted, heldout, seed, PLAN)
+    adamw, fitted, heldout = _searched(problem, stream, seed)
+    make = partial(_model, problem)
+    runs = [adamw.best, *more_members(make, fitted, heldout, seed, PLAN, adamw.best.rate)]
     return _with_temperature(
-        lambda given: averaged([softmax(run.model, given) for run in runs]), heldout, facts(runs, unused)
+        lambda given: averaged([softmax(run.model, given) for run in runs]),
+        heldout,
+        adamw.facts | facts(runs, adamw.runs[1:]),
     )
 
 
@@ -94,9 +97,8 @@ def laplace(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
     """Laplace-LoRA: laplace-torch, Kronecker factors, on AdamW's adapter; prior precision by its evidence, probit."""
     with warnings.catch_warnings(action="ignore"):
         from laplace import Laplace
-    (best, *others), _ = _best(problem, stream, seed)
-    fitted, _ = validation(stream)
-    model: Any = best.model
+    adamw, fitted, _ = _searched(problem, stream, seed)
+    model: Any = adamw.best.model
     eager(model.upper)  # its Jacobians vectorize backward passes, which SDPA with a mask does not support
     wrapped = Outputs(model)
     posterior = Laplace(wrapped, "classification", "all", "kron", dict_key_x="inputs_embeds")
@@ -107,7 +109,7 @@ def laplace(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
         probs = [posterior(x, pred_type="glm", link_approx="probit") for x, _ in given.batches(AHEAD // 8)]
         return Predicted(torch.cat(probs).double())
 
-    return Learned(predict, facts=facts([best], others))
+    return Learned(predict, facts=adamw.facts)
 
 
 def ivon(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
@@ -152,13 +154,14 @@ def blob(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
 
 def training_free(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
     """TFB's recipe (``bayesian_lora.py``) on AdamW's adapter; ten draws."""
-    (best, *others), heldout = _best(problem, stream, seed)
-    means, deviations, sigma = tfb(best.model, heldout, seed)
+    adamw, _, heldout = _searched(problem, stream, seed)
+    model = adamw.best.model
+    means, deviations, sigma = tfb(model, heldout, seed)
 
     def predict(given: Stream) -> Predicted:
-        return averaged([softmax(model, given) for model in drawn(best.model, means, deviations, seed)])
+        return averaged([softmax(draw, given) for draw in drawn(model, means, deviations, seed)])
 
-    return Learned(predict, facts={"sigma": sigma, **facts([best], others)})
+    return Learned(predict, facts={"sigma": sigma, **adamw.facts})
 
 
 def one_pass(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
@@ -174,11 +177,12 @@ def default(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
 
 def post_hoc(problem: LanguageProblem, stream: Stream, seed: int) -> Learned:
     """This package on AdamW's adapter, with size and sharpness by the held-out eighth, which is then learned."""
-    (best, *others), heldout = _best(problem, stream, seed)
-    fitted, _ = validation(stream)
-    posterior = bkf.fit(best.model, fitted.batches(8), start="trained", held_out=heldout.batches(8), progress=False)
+    adamw, fitted, heldout = _searched(problem, stream, seed)
+    posterior = bkf.fit(
+        adamw.best.model, fitted.batches(8), start="trained", held_out=heldout.batches(8), progress=False
+    )
     learned = _of_posterior(posterior)
-    return learned._replace(facts={**learned.facts, **facts([best], others)})
+    return learned._replace(facts={**learned.facts, **adamw.facts})
 
 
 ROWS: dict[str, tuple[str, Learn]] = {  # title, method
@@ -201,10 +205,10 @@ def _model(problem: LanguageProblem, seed: int) -> torch.nn.Module:
     return problem.model(seed, 0.0)
 
 
-def _best(problem: LanguageProblem, stream: Stream, seed: int) -> tuple[list[Run], Stream]:
-    """AdamW's runs, the best first, and the held-out eighth."""
+def _searched(problem: LanguageProblem, stream: Stream, seed: int) -> tuple[Search, Stream, Stream]:
+    """AdamW's runs, the questions that they learned and the held-out eighth."""
     fitted, heldout = validation(stream)
-    return search(partial(_model, problem), fitted, heldout, seed, PLAN), heldout
+    return adamw_search(problem, fitted, heldout, seed, PLAN), fitted, heldout
 
 
 def _with_temperature(bare: Predict, heldout: Stream, numbers: dict[str, Any]) -> Learned:

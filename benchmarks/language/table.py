@@ -13,7 +13,7 @@ from benchmarks.quality.split.measured import average, cost, mean_of
 Cell = Mapping[str, Any]
 LEGEND = (
     "SmolLM2-135M-Instruct with LoRA of rank 8 on queries and values of the last ten of its thirty layers (sets that"
-    " end in -all: on all linear layers there). 200 questions to learn, 400 to test. Mean ± sd over seeds. NLL and ECE"
+    " end in -all: on all linear layers there). 200 questions to learn, 300 to test. Mean ± sd over seeds. NLL and ECE"
     " (15 bins; in [ ] its null band, what a calibrated model would show in 95 % of samples of this size) of the right"
     " option. Errors: area under the ROC curve of total entropy for wrong answers. At 80 %: accuracy on the 80 % of"
     " the questions with the highest confidence. OOD: the same area for questions of other sets, and for gibberish"

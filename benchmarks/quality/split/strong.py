@@ -108,9 +108,15 @@ def members(
     and order. So the members cost as much as three runs, and the search three runs more.
     """
     runs = search(make, fitted, heldout, seed, plan)
+    return [runs[0], *more_members(make, fitted, heldout, seed, plan, runs[0].rate)], runs[1:]
+
+
+def more_members(
+    make: Callable[[int], nn.Module], fitted: Stream, heldout: Stream, seed: int, plan: Plan, rate: float
+) -> list[Run]:
+    """The members of an ensemble after the first."""
     seeds = [1000 + MEMBERS * seed + number for number in range(1, MEMBERS)]
-    others = [train(make(s), fitted, heldout, s, runs[0].rate, plan) for s in seeds]
-    return [runs[0], *others], runs[1:]
+    return [train(make(s), fitted, heldout, s, rate, plan) for s in seeds]
 
 
 def fitted_temperature(probs: Tensor, labels: Tensor, prior_sd: float = PRIOR_SD) -> float:

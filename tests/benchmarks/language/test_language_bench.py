@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import distributions
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.language import bayesian_lora, language_model, questions, rows, run
+from benchmarks.language import bayesian_lora, kept_search, language_model, questions, rows, run
 from benchmarks.language.bayesian_lora import Blob, drawn, lora_factors, tfb
 from benchmarks.language.language_model import Halves
 from benchmarks.language.questions import LanguageProblem, Question, gibberish, letter_prompt, text_parts
@@ -155,9 +155,36 @@ def test_rows_learn_and_are_scored(row, monkeypatch):
     cell = run.scores(learned.predict, data)
     assert 0.0 <= cell["accuracy"] <= 1.0
     assert cell["nll"] > 0.0
-    assert cell["answered_80"] == pytest.approx(round(cell["answered_80"] * 10) / 10)
+    assert cell["answered_80"] == cell["answered"][run.SHARES.index(0.8)]
+    assert cell["answered"][-1] == pytest.approx(cell["accuracy"], abs=1e-4)
+    assert sum(cell["losses"]) / len(cell["losses"]) == pytest.approx(cell["nll"], abs=1e-3)
     assert {"ood_gibberish", "ood_openbookqa"} <= set(cell)
     assert ("ood_gibberish_epistemic" in cell) == (cell["epistemic"] is not None)
+
+
+def test_rows_that_begin_with_the_same_search_run_it_once(monkeypatch):
+    monkeypatch.setattr(rows, "PLAN", rows.PLAN._replace(epochs=1, rates=(1e-3, 3e-3)))
+    problem = LanguageProblem("arc_easy", "letters")
+    data = problem.load(0)
+    first = rows.adamw(problem, data.stream, 0)
+    monkeypatch.setattr(kept_search, "search", None)
+    again = rows.adamw(problem, data.stream, 0)
+    assert torch.equal(again.predict(data.heldout).probs, first.predict(data.heldout).probs)
+    assert again.facts["search_seconds"] == first.facts["search_seconds"]
+    assert again.facts["kept_seconds"] > first.facts["search_seconds"] > 0.0
+    assert "kept_seconds" not in first.facts
+
+
+def test_the_search_of_other_questions_is_another():
+    problem = LanguageProblem("arc_easy", "letters")
+    data = problem.load(0)
+    fitted, heldout = data.stream.first(8), data.stream.at(slice(8, None))
+    plan = rows.PLAN._replace(epochs=1, rates=(1e-3,))
+    kept_search.adamw_search(problem, fitted, heldout, 0, plan)
+    for other in (plan._replace(rates=(3e-3,)), plan._replace(epochs=2)):
+        assert "kept_seconds" not in kept_search.adamw_search(problem, fitted, heldout, 0, other).facts
+    assert "kept_seconds" not in kept_search.adamw_search(problem, fitted.first(7), heldout, 0, plan).facts
+    assert "kept_seconds" in kept_search.adamw_search(problem, fitted, heldout, 0, plan).facts
 
 
 def test_the_table_shows_every_cell():
