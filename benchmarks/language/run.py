@@ -30,6 +30,7 @@ from benchmarks.common.command import Command, run_cells
 from benchmarks.common.result_files import ResultFile
 from benchmarks.common.subprocesses import alarmed, run_in_process
 from benchmarks.language import rows
+from benchmarks.language.figure import draw_answered, draw_log_loss
 from benchmarks.language.questions import READINGS, SETS, Data, LanguageProblem
 from benchmarks.language.table import render
 from benchmarks.quality.rows import Predict
@@ -134,6 +135,8 @@ def main() -> None:
             for data, reading, targets, row, seed in places
         }
         run_cells(file, work, args.redo, show)
+    draw_answered(file.cells, SHARES, file.path.with_name("language_answered.png"))
+    draw_log_loss(file.cells, file.path.with_name("language_log_loss.png"))
     print(file.write_markdown("Questions to a language model", render(file.cells)))
 
 

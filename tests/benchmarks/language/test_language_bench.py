@@ -4,13 +4,14 @@ import json
 import lzma
 
 import language_models as lm
+import matplotlib.image
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributions
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.language import bayesian_lora, kept_search, language_model, questions, rows, run
+from benchmarks.language import bayesian_lora, figure, kept_search, language_model, measured, questions, rows, run
 from benchmarks.language.bayesian_lora import Blob, drawn, lora_factors, tfb
 from benchmarks.language.language_model import Halves
 from benchmarks.language.questions import LanguageProblem, Question, gibberish, letter_prompt, text_parts
@@ -187,25 +188,51 @@ def test_the_search_of_other_questions_is_another():
     assert "kept_seconds" in kept_search.adamw_search(problem, fitted, heldout, 0, plan).facts
 
 
+CELL = {
+    "accuracy": 0.5, "nll": 1.2, "ece": 0.1, "ece_null_low": 0.02, "ece_null_high": 0.06, "error_auroc": 0.6,
+    "answered_80": 0.55, "answered": [0.5] * 19, "losses": [1.0, 1.5, 1.1], "ood_gibberish": 0.7,
+    "ood_gibberish_epistemic": 0.8, "seconds": 30.0, "epoch_seconds": 10.0, "search_seconds": 10.0,
+    "predict_seconds": 4.0, "mib": 100.0,
+}  # fmt: skip
+CELLS = {
+    "arc_easy/letters/adamw/0": CELL,
+    "arc_easy/letters/adamw/1": CELL | {"accuracy": 0.6},
+    "arc_easy/letters/default/0": CELL | {"nll": 1.0, "losses": [0.9, 1.2, 1.0]},
+    "openbookqa/texts/adamw/0": CELL,
+    "openbookqa/texts/default/0": CELL | {"nll": 1.1, "ece": 0.08, "ood_gibberish": 0.8},
+    "arc_easy/letters/ivon/0": {"skipped": "more than 7200 s"},
+}
+
+
 def test_the_table_shows_every_cell():
-    cell = {
-        "accuracy": 0.5, "nll": 1.2, "ece": 0.1, "ece_null_low": 0.02, "ece_null_high": 0.06, "error_auroc": 0.6,
-        "answered_80": 0.55, "ood_gibberish": 0.7, "ood_gibberish_epistemic": 0.8, "seconds": 30.0,
-        "epoch_seconds": 10.0, "search_seconds": 10.0, "predict_seconds": 4.0, "mib": 100.0,
-    }  # fmt: skip
-    text = "\n".join(
-        render({
-            "arc_easy/letters/adamw/0": cell,
-            "arc_easy/letters/adamw/1": cell | {"accuracy": 0.6},
-            "arc_easy/letters/ivon/0": {"skipped": "more than 7200 s"},
-        })
-    )  # fmt: skip
+    text = "\n".join(render(CELLS))
     assert "## arc_easy, by letters" in text
     assert "0.550 ± 0.071" in text
     assert "0.100 ± 0.000 [0.020, 0.060]" in text
     assert "0.700 / 0.800" in text
     assert "3.0 (2.0)" in text
     assert "Without a result: ivon 0: more than 7200 s." in text
+
+
+def test_differences_are_paired_by_question_and_over_sets():
+    first, _ = measured.panels(CELLS)
+    gap = measured.paired(first, "default", "adamw")  # of -0.1, -0.3, -0.1
+    assert gap.mean == pytest.approx(-1 / 6)
+    assert gap.error == pytest.approx(1 / 15)
+    assert str(gap) == "−0.167 ± 0.067"
+    assert measured.paired(first, "tfb", "adamw") is None
+    (line,) = [line for line in render(CELLS) if line.startswith("| **ours, default**") and "| 2 " in line]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[1:4] == ["−0.025 ± 0.025", "−0.150 ± 0.050", "−0.010 ± 0.010"]
+    assert cells[6] == "+0.050 ± 0.050"
+
+
+def test_figures_have_an_axes_for_each_set(tmp_path):
+    figure.draw_answered(CELLS, run.SHARES, tmp_path / "answered.png")
+    figure.draw_log_loss(CELLS, tmp_path / "log_loss.png")
+    for name in ("answered.png", "log_loss.png"):
+        height, width, _ = matplotlib.image.imread(tmp_path / name).shape
+        assert width > 2 * height
 
 
 def test_a_letter_of_several_tokens_is_refused():
