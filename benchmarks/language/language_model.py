@@ -51,6 +51,13 @@ class Halves:
             layer.self_attn.config = own.config  # one configuration, so that the kind of attention can be changed
         return get_peft_model(own, config).eval()
 
+    def upper_model(self) -> Any:
+        """A copy of the upper layers as a causal language model, which needs other embeddings."""
+        own = copy.deepcopy(self._upper)
+        for number, layer in enumerate(own.model.layers):
+            layer.self_attn.layer_idx = number  # its place in a cache
+        return own
+
 
 def _with_layers(model: Any, layers: nn.ModuleList) -> Any:
     """The model with some of its layers."""
