@@ -72,11 +72,11 @@ from bayes_kf.evaluation.online.prequential import (
     prequential_regret,
     running_accuracy,
 )
-from bayes_kf.evaluation.plots.comparison import forest_plot, online_comparison
+from bayes_kf.evaluation.plots.comparison import comparison_plot, forest_plot, online_comparison
 from bayes_kf.evaluation.plots.human_agreement import human_entropy_plot
 from bayes_kf.evaluation.plots.online import innovation_plot, online_curves
-from bayes_kf.evaluation.plots.regression import coverage_plot, pit_histogram, quantile_coverage_plot
-from bayes_kf.evaluation.plots.reliability import entropy_histogram, reliability_diagram
+from bayes_kf.evaluation.plots.regression import coverage_plot, pit_histogram, prediction_plot, quantile_coverage_plot
+from bayes_kf.evaluation.plots.reliability import entropy_curves, reliability_diagram
 from bayes_kf.evaluation.plots.selective import risk_coverage_plot, shift_plot
 from bayes_kf.evaluation.plots.tensor_variance import output_variance_plot, variance_by_tensor
 from bayes_kf.evaluation.posterior_report import evaluate
@@ -174,6 +174,7 @@ __all__ = [
     "calibration_test",
     "compare",
     "compare_predictions",
+    "comparison_plot",
     "confidence_gap",
     "conformal_coverage_null",
     "coverage_and_size",
@@ -187,7 +188,7 @@ __all__ = [
     "ence_test",
     "energy",
     "entropy",
-    "entropy_histogram",
+    "entropy_curves",
     "entropy_parts",
     "epistemic_entropy",
     "error_detection",
@@ -223,6 +224,7 @@ __all__ = [
     "pit_histogram",
     "pit_samples",
     "pit_test",
+    "prediction_plot",
     "predictive_entropy",
     "prequential_log_loss",
     "prequential_regret",

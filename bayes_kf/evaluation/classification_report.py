@@ -15,11 +15,17 @@ from bayes_kf.evaluation.report.contents import Sections
 from bayes_kf.evaluation.report.provenance import fingerprint
 from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.score import Score
+from bayes_kf.evaluation.sections.advice import advice_section
 from bayes_kf.evaluation.sections.classification import class_section, entropy_section, score_section
+from bayes_kf.evaluation.sections.distrust import distrust_section, worst_section
 from bayes_kf.evaluation.sections.examples import example_section
 from bayes_kf.evaluation.sections.human_agreement import human_section
 from bayes_kf.evaluation.sections.online import stream_sections
 from bayes_kf.evaluation.sections.selective import recalibration_section, usefulness_section
+from bayes_kf.evaluation.sections.verdicts.calibration import calibration_card
+from bayes_kf.evaluation.sections.verdicts.phrases import percent
+from bayes_kf.evaluation.sections.verdicts.selective import detection_card, error_card
 
 
 def evaluate_predictions(
@@ -136,6 +142,7 @@ def _sections(
     sections = score_section(probs, labels, log_prob, null, ordered=options.ordered, top_k=top_k)
     sections += entropy_section(probs, uncertainty, options.ood)
     sections += usefulness_section(probs, labels)
+    sections = _assessment(sections.scores, probs, labels, names, options) + sections
     sections += recalibration_section(probs, labels, options.recalibration, options.conformal, null)
     if options.human is not None:
         sections += human_section(probs, options.human)
@@ -143,4 +150,21 @@ def _sections(
     sections += class_section(probs, labels, names)
     if options.examples is not None:
         sections += example_section(probs, labels, options.examples, names)
+    else:
+        sections += worst_section(probs, labels, names)
     return sections
+
+
+def _assessment(
+    scores: dict[str, Score], probs: Tensor, labels: Tensor, names: Sequence[str], options: EvaluationOptions
+) -> Sections:
+    """Cards, findings and advice."""
+    num_correct = int((probs.argmax(dim=1) == labels).sum())
+    cards = [
+        calibration_card(scores, len(labels)),
+        error_card(scores, len(labels) - num_correct, num_correct),
+        detection_card({name: scores[f"ood_{name}_auroc"] for name in options.ood}),
+    ]
+    lead = f"{percent(num_correct / len(labels))} of {len(labels):,} predictions are right."
+    sections = Sections(lead=lead, cards=cards) + distrust_section(probs, labels, names)
+    return sections + advice_section(probs, labels, names, scores, cards, options.calls)

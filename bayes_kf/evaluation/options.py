@@ -9,6 +9,7 @@ from bayes_kf.evaluation.inputs import Array, check_positive_int
 from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation
+from bayes_kf.evaluation.sections.advice import Calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class EvaluationOptions:
         ordered: Whether the classes have an order.
         top_k: Numbers of most probable classes that count together.
         class_names: Names of the classes.
+        calls: Code that the advice names.
 
     Raises:
         ValueError: If the null settings give no 95 % band.
@@ -50,6 +52,7 @@ class EvaluationOptions:
     ordered: bool = False
     top_k: Sequence[int] | None = None
     class_names: Sequence[str] | None = None
+    calls: Calls = field(default_factory=Calls)
 
     def __post_init__(self) -> None:
         """Check the null settings."""

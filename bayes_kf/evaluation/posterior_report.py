@@ -17,6 +17,7 @@ from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.regression_report import make_forecast, regression_report
 from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.sections.advice import POSTERIOR
 
 NUM_TARGET_DRAWS = 512  # of a prediction that is no normal distribution
 
@@ -83,6 +84,7 @@ def evaluate(
         ordered=ordered,
         top_k=top_k,
         class_names=class_names,
+        calls=POSTERIOR,
     )
     report = _report(posterior, loader, options, method=method, num_samples=num_samples)
     notes = list(getattr(posterior, "notes", ()))  # the posterior's own remarks, sentences

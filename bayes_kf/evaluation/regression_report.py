@@ -16,8 +16,10 @@ from bayes_kf.evaluation.sections.regression import (
     coverage_section,
     error_section,
     pit_section,
+    prediction_section,
     spread_section,
 )
+from bayes_kf.evaluation.sections.regression_assessment import assessment_section
 
 
 def evaluate_regression(
@@ -80,8 +82,9 @@ def evaluate_regression(
 def regression_report(forecast: Forecast, options: EvaluationOptions, *, log_prob: Array | None = None) -> Report:
     """The report on checked predictions of real values; see `evaluate_regression`."""
     null = options.null
-    sections = error_section(forecast, log_prob) + spread_section(forecast, null) + coverage_section(forecast)
-    sections += pit_section(forecast, null)
+    sections = error_section(forecast, log_prob) + spread_section(forecast, null)
+    sections += prediction_section(forecast) + coverage_section(forecast) + pit_section(forecast, null)
+    sections += assessment_section(forecast, sections.scores, null.seed, options.calls)
     sections += stream_sections(options.history, options.parameter_variance, options.output_variance)
     return Report(
         title=options.title or "Evaluation of a regression",

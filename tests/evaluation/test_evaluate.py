@@ -163,7 +163,7 @@ def test_regression_report():
     assert scores["rmse"] == pytest.approx(ev.rmse(mean[:, 0], targets))
     assert scores["coverage_95"] < scores["coverage_95_null_low"] < 0.95
     assert any(sentence.endswith("too narrow.") for sentence in report.sections.verdict)
-    assert set(report.figures) == {"coverage", "pit", "quantiles", "online", "variance"}
+    assert set(report.figures) == {"predictions", "coverage", "pit", "quantiles", "online", "variance"}
     assert "Coverage of 95 % intervals" in report.to_html()
     assert all(spec.table is not None for spec in report.sections.drawings.values())
     samples = mean + torch.randn(200, 500, 1, generator=generator)

@@ -58,6 +58,16 @@ class ScoreComparison(NamedTuple):
         """The models that no other model clearly beats."""
         return tuple(rank.name for rank in self.ranking if rank.place == 1)
 
+    @property
+    def leader(self) -> str:
+        """The first in place, and among those the one with the best value."""
+        return next(rank.name for rank in self.ranking if rank.place == 1)  # the best value may be of a lower place
+
+    def behind(self, name: str) -> Difference:
+        """The score of a model minus that of the leader."""
+        pair = next(d for d in self.differences if {d.first, d.second} == {name, self.leader})
+        return pair if pair.first == name else Difference(name, pair.first, -pair.value, -pair.high, -pair.low)
+
 
 def compare_predictions(
     probs: Mapping[str, Array], targets: Array, *, scores: Sequence[str] = COMPARED, level: float = 0.95

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_kf.evaluation.classification.comparison import Difference
+from bayes_kf.evaluation.classification.comparison import HIGHER_IS_BETTER, Difference, ScoreComparison
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.online.prequential import moving_average, running_accuracy
-from bayes_kf.evaluation.plots.style import COLOURS, LINES, VERMILLION, axes_or_new
+from bayes_kf.evaluation.plots.style import COLOURS, GREY, LINES, VERMILLION, add_tips, axes_or_new
 from bayes_kf.validation import check_one_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,47 @@ def forest_plot(differences: Sequence[Difference], *, label: str = "difference",
     ax.set_yticks(range(len(differences)), names)
     ax.set_ylim(len(differences) - 0.5, -0.5)
     ax.set_xlabel(label)
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+
+def comparison_plot(comparison: ScoreComparison, *, ax: Axes | None = None) -> Axes:
+    """Models in the order of a score: differences to the best one with their intervals, and where it is better.
+
+    A filled point differs clearly from the best model.
+
+    Args:
+        comparison: Of one score, as `compare_predictions` returns it.
+        ax: Where to draw.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from bayes_kf.evaluation import compare_predictions
+        >>> probs = {"sure": np.array([[0.9, 0.1]] * 80), "even": np.full((80, 2), 0.5)}
+        >>> ax = comparison_plot(compare_predictions(probs, np.zeros(80, dtype=int))["nll"], ax=Figure().subplots())
+        >>> [text.get_text() for text in ax.get_yticklabels()]
+        ['sure: 0.105', 'even: 0.693']
+    """
+    ax = axes_or_new(ax)
+    leader = comparison.leader
+    names = [leader, *(rank.name for rank in comparison.ranking if rank.name != leader)]
+    ax.plot(0.0, 0, "s", color=COLOURS[2], markeredgecolor="black", markersize=8, zorder=3)
+    for place, name in enumerate(names[1:], start=1):
+        gap = comparison.behind(name)
+        if not np.isfinite([gap.value, gap.low, gap.high]).all():
+            ax.text(0.5, place, f"{gap.value:+}", transform=ax.get_yaxis_transform(), ha="center", va="center")
+            continue
+        ax.plot([gap.low, gap.high], [place, place], color="black", linewidth=1.4, zorder=2)
+        face = COLOURS[0] if gap.is_clear else "white"
+        (point,) = ax.plot(gap.value, place, "o", color=face, markeredgecolor="black", markersize=7, zorder=3)
+        add_tips(point, [f"{name} − {leader}: {gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"])
+    ax.axvline(0, color=GREY, linestyle="--", linewidth=1)
+    labels = [f"{name}: {comparison.values[name]:.3f}".replace("$", r"\$") for name in names]
+    ax.set_yticks(range(len(names)), labels)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    is_higher = comparison.score in HIGHER_IS_BETTER
+    arrow = "better →" if is_higher else "← better"
+    ax.set_xlabel(f"difference to {leader}".replace("$", r"\$") + f"    {arrow}")
     ax.grid(axis="x", alpha=0.3)
     return ax
 

@@ -1,19 +1,72 @@
-"""Interval coverage, PIT values and quantile coverage of regressions. Each draws on `ax` (or new axes), returned."""
+"""Figures of regressions: predictions, coverage, PIT values. Each draws on `ax` (or new axes) and returns it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_kf.evaluation.inputs import Array
-from bayes_kf.evaluation.plots.style import BLUE, SKY, VERMILLION, axes_or_new
+from bayes_kf.evaluation.inputs import Array, as_float
+from bayes_kf.evaluation.plots.style import BLUE, GREY, SKY, VERMILLION, axes_or_new
 from bayes_kf.evaluation.regression.pit import NUM_BINS, as_pit, pit_band, pit_counts
 from bayes_kf.evaluation.regression.quantile_calibration import QuantileCoverage
 from bayes_kf.evaluation.regression.scores import Coverage, coverage_null
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+MAX_POINTS = 400
+
+
+def prediction_plot(
+    mean: Array, targets: Array, low: Array, high: Array, *, level: float = 0.8, ax: Axes | None = None
+) -> Axes:
+    """Targets against predictions with intervals, at most `MAX_POINTS` of them, evenly over the predictions.
+
+    Args:
+        mean: Predictions, any shape.
+        targets: Observed values, of that shape.
+        low: Lower ends of the intervals, of that shape.
+        high: Upper ends.
+        level: Of the intervals, for the legend.
+        ax: Where to draw.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax, zero = Figure().subplots(), torch.zeros(3)
+        >>> _ = prediction_plot(zero, torch.tensor([0.0, 0.5, 2.0]), zero - 1, zero + 1, ax=ax)
+        >>> ax.get_legend_handles_labels()[1]
+        ['target = prediction', '80 % interval', 'inside (2 of 3)', 'outside (1 of 3)']
+    """
+    columns = [as_float(values, name).flatten() for values, name in ((mean, "mean"), (targets, "targets"))]
+    columns += [as_float(values, name).flatten() for values, name in ((low, "low"), (high, "high"))]
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(
+            f"`targets`, `low` and `high` must be of the shape of `mean`, {len(columns[0])} numbers, got others."
+        )
+    inside = (columns[2] <= columns[1]) & (columns[1] <= columns[3])
+    number, total = int(inside.sum()), len(inside)
+    places = columns[0].argsort(stable=True)
+    places = places[np.unique(np.linspace(0, total - 1, min(total, MAX_POINTS)).round().astype(int))]
+    given, actual, least, most = (column[places].numpy() for column in columns)
+    is_inside = inside[places].numpy()
+    ax = axes_or_new(ax)
+    ends = [min(given.min(), actual.min()), max(given.max(), actual.max())]
+    ax.plot(ends, ends, color=GREY, linestyle="--", linewidth=1, label="target = prediction")
+    ax.vlines(given, least, most, color=SKY, linewidth=1, alpha=0.6, label=f"{100 * level:.0f} % interval")
+    for chosen, colour, marker, count, word in (
+        (is_inside, BLUE, "o", number, "inside"),
+        (~is_inside, VERMILLION, "D", total - number, "outside"),
+    ):
+        style: dict[str, Any] = {"color": colour, "marker": marker, "edgecolors": "none", "alpha": 0.8}
+        ax.scatter(given[chosen], actual[chosen], 14, label=f"{word} ({count:,} of {total:,})", zorder=3, **style)
+    ax.set(xlabel="prediction", ylabel="target")
+    ax.legend(loc="upper left", fontsize=8)
+    return ax
 
 
 def coverage_plot(coverage: Coverage, num_targets: int, *, ax: Axes | None = None) -> Axes:

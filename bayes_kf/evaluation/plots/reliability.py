@@ -1,4 +1,4 @@
-"""Reliability diagram and histogram of entropies. Each draws on `ax` (or a new one) and returns it."""
+"""Reliability diagram and cumulative curves of entropies. Each draws on `ax` (or a new one) and returns it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from bayes_kf.evaluation.calibration.calibration_errors import ReliabilityBins, reliability_bins
+from bayes_kf.evaluation.calibration.calibration_errors import reliability_bins
 from bayes_kf.evaluation.calibration.null_distribution import calibration_test, reliability_band
-from bayes_kf.evaluation.inputs import Array, as_vector, check_positive_int
-from bayes_kf.evaluation.plots.style import COLOURS, GREY, HATCHES, LINES, SKY, VERMILLION, axes_or_new
+from bayes_kf.evaluation.inputs import Array, as_vector
+from bayes_kf.evaluation.plots.style import BLUE, COLOURS, GREY, LINES, SKY, VERMILLION, add_tips, axes_or_new
 from bayes_kf.evaluation.resampling.binning import Binning
-from bayes_kf.evaluation.score import Score
+from bayes_kf.evaluation.score import ROUNDING, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIN_BAR_WIDTH = 0.008  # an equal-mass bin of equal values has no width of its own
+BAND_WIDTH = 0.035
+POINT_AREA = 90.0  # square points, of the bin with the most examples
+MAX_STEPS = 200  # of a cumulative curve
 
 
 def reliability_diagram(
@@ -32,7 +34,10 @@ def reliability_diagram(
     seed: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Accuracy against confidence in bins, with the 95 % null band of each bin, the counts, and the ECE.
+    """Accuracy against confidence in bins: points on their 95 % null bands, with the counts and the ECE.
+
+    A point lies at the mean confidence of its bin, and is larger the more examples the bin has. One of twenty bins of a
+    calibrated model lies outside its band.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -47,11 +52,12 @@ def reliability_diagram(
         ValueError: If an argument is malformed.
 
     Example:
+        >>> import torch
         >>> from matplotlib.figure import Figure
         >>> ax = Figure().subplots()
         >>> _ = reliability_diagram(torch.tensor([[0.8, 0.2], [0.3, 0.7]]), torch.tensor([0, 0]), num_bins=5, ax=ax)
-        >>> [float(bar.get_height()) for bar in ax.containers[0]]
-        [0.0, 1.0]
+        >>> [points.get_offsets()[:, 1].tolist() for points in ax.collections]
+        [[0.0, 1.0]]
     """
     bins = reliability_bins(probs, targets, num_bins, binning)
     settings: dict[str, Any] = {"num_bins": num_bins, "binning": binning}
@@ -60,20 +66,44 @@ def reliability_diagram(
     ece = calibration_test(probs, targets, **settings)
     ax = axes_or_new(ax)
     used = bins.counts > 0
-    left, width = _bar_places(bins.edges[:-1][used], bins.edges[1:][used])
-    ax.bar(left, bins.accuracy[used].numpy(), width, align="edge", color=SKY, edgecolor="black", label="accuracy")
-    band: dict[str, Any] = {
-        "facecolor": "none",
-        "edgecolor": VERMILLION,
-        "hatch": "////",
-        "label": "95 % null band (perfect calibration)",
-    }
-    ax.bar(left, (high - low)[used].numpy(), width, low[used].numpy(), align="edge", linewidth=0.8, **band)
-    ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="confidence = accuracy")
+    columns = (bins.edges[:-1], bins.edges[1:], bins.counts, bins.confidence, bins.accuracy, low, high)
+    left, right, counts, confidence, accuracy, least, most = (column[used].numpy() for column in columns)
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="confidence = accuracy")
+    band: dict[str, Any] = {"color": SKY, "alpha": 0.45, "label": "95 % null band (perfect calibration)"}
+    ax.bar(confidence, most - least, BAND_WIDTH, least, **band)
+    is_outside = (accuracy < least - ROUNDING) | (accuracy > most + ROUNDING)
+    tips = [
+        f"confidence {said:.3f}, accuracy {right:.3f} (null band {start:.3f} to {end:.3f}), {count:,} examples"
+        for said, right, start, end, count in zip(confidence, accuracy, least, most, counts, strict=True)
+    ]
+    sizes = POINT_AREA * (0.25 + 0.75 * np.sqrt(counts / counts.max()))
+    for chosen, colour, marker, label in (
+        (~is_outside, BLUE, "o", "accuracy, inside its band"),
+        (is_outside, VERMILLION, "D", "accuracy, outside its band"),
+    ):
+        if chosen.any():
+            style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "zorder": 3}
+            places = (confidence[chosen], accuracy[chosen], sizes[chosen])
+            points = ax.scatter(*places, edgecolors="black", linewidths=0.6, **style)
+            add_tips(points, [text for text, is_chosen in zip(tips, chosen, strict=True) if is_chosen])
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    ax.legend(loc="upper left", fontsize=8, title=ece_text(ece.score()), title_fontsize=9, alignment="left")
-    _count_strip(ax, bins, left, width)
+    is_upper = _upper_is_fuller(confidence, accuracy)
+    ax.legend(
+        loc="lower right" if is_upper else "upper left",
+        fontsize=8,
+        title=ece_text(ece.score()),
+        title_fontsize=9,
+        alignment="left",
+        markerscale=0.7,
+    )
+    _count_strip(ax, counts, *_bar_places(left, right))
     return ax
+
+
+def _upper_is_fuller(confidence: np.ndarray, accuracy: np.ndarray) -> bool:
+    """Whether more points lie in the upper left corner than in the lower right one."""
+    upper = (confidence < 0.6) & (accuracy > 0.6)
+    return bool(upper.sum() > ((confidence > 0.4) & (accuracy < 0.4)).sum())
 
 
 def ece_text(ece: Score) -> str:
@@ -82,61 +112,64 @@ def ece_text(ece: Score) -> str:
     return f"ECE {ece.value:.3f}, null band {low:.3f}–{high:.3f}"
 
 
-def entropy_histogram(
-    entropy_id: Array, entropy_ood: Mapping[str, Array] | None = None, *, num_bins: int = 30, ax: Axes | None = None
+def entropy_curves(
+    entropy_id: Array, entropy_ood: Mapping[str, Array] | None = None, *, ax: Axes | None = None
 ) -> Axes:
-    """Densities of predictive entropy of in-distribution inputs and of each out-of-distribution set, on common bins.
+    """Shares of inputs with at most each predictive entropy, in distribution and of each out-of-distribution set.
+
+    The further a curve lies to the right of another, the less certain is the model of its inputs.
 
     Args:
         entropy_id: Entropy of each in-distribution input in nats, (N,).
         entropy_ood: Name to entropy of each out-of-distribution input, (M,).
-        num_bins: Number of bins.
         ax: Where to draw.
 
     Raises:
         ValueError: If an entropy is not a finite, non-empty vector.
 
     Example:
+        >>> import torch
         >>> from matplotlib.figure import Figure
         >>> ax = Figure().subplots()
-        >>> _ = entropy_histogram(torch.rand(50), {"noise": 1 + torch.rand(50)}, num_bins=4, ax=ax)
+        >>> _ = entropy_curves(torch.rand(50), {"noise": 1 + torch.rand(50)}, ax=ax)
         >>> ax.get_legend_handles_labels()[1]
         ['in distribution (50)', '“noise” (50)']
     """
-    check_positive_int(num_bins, "num_bins")
     groups = {"in distribution": as_vector(entropy_id, "entropy_id").numpy()}
     groups |= {
         f"“{name}”".replace("$", r"\$"): as_vector(values, "entropy_ood").numpy()
         for name, values in (entropy_ood or {}).items()
     }
-    top = max(float(values.max()) for values in groups.values())
-    edges = np.linspace(0, max(top, 1e-6), num_bins + 1)
     ax = axes_or_new(ax)
+    largest = max(values.max() for values in groups.values())
     for i, (name, values) in enumerate(groups.items()):
-        colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-        density, _ = np.histogram(values, edges, density=True)
-        label, hatch = f"{name} ({len(values):,})", HATCHES[i % len(HATCHES)]
-        face = "none" if hatch else (colour, 0.2)  # in SVG a translucent face also makes its hatch translucent
-        fill: dict[str, Any] = {"fill": True, "facecolor": face, "edgecolor": colour, "hatch": hatch}
-        ax.stairs(density, edges, linestyle=line, linewidth=1.6, label=label, **fill)
-    ax.set(xlim=(0, edges[-1]), xlabel="predictive entropy (nats)", ylabel="density")
-    ax.set_ylim(bottom=0)
+        places, shares = _steps(values)
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+        ax.step([0.0, *places, largest], [0.0, *shares, 1.0], where="post", label=f"{name} ({len(values):,})", **style)
+    ax.set(xlim=(0, largest or 1.0), ylim=(0, 1), xlabel="predictive entropy (nats)", ylabel="share of inputs up to it")
+    ax.grid(alpha=0.25)
     ax.legend(fontsize=8)
     return ax
 
 
-def _bar_places(low: torch.Tensor, high: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _steps(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places and heights of a cumulative curve, at most `MAX_STEPS` of them."""
+    ordered = np.sort(values)
+    at = np.unique(np.linspace(0, len(ordered) - 1, MAX_STEPS).round().astype(int))
+    return ordered[at], (at + 1) / len(ordered)
+
+
+def _bar_places(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Left edge and width of each bar: wide enough to be visible, and inside the axes."""
-    width = (high - low).clamp(min=MIN_BAR_WIDTH)
-    return torch.minimum(low, 1 - width).numpy(), width.numpy()
+    width = (high - low).clip(min=MIN_BAR_WIDTH)
+    return np.minimum(low, 1 - width), width
 
 
-def _count_strip(ax: Axes, bins: ReliabilityBins, left: np.ndarray, width: np.ndarray) -> None:
+def _count_strip(ax: Axes, counts: np.ndarray, left: np.ndarray, width: np.ndarray) -> None:
     """A small histogram of the counts above the diagram; bars that are wide enough show their count."""
     from matplotlib.ticker import MaxNLocator
 
     strip = ax.inset_axes((0, 1.03, 1, 0.16), sharex=ax)
-    counts = bins.counts[bins.counts > 0].numpy()
     strip.bar(left, counts, width, align="edge", color=GREY, edgecolor="black", linewidth=0.5)
     for start, breadth, count in zip(left, width, counts, strict=True):
         if breadth > 0.045:

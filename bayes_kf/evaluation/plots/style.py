@@ -5,9 +5,14 @@ The colours are those of Okabe and Ito. If a colour has a meaning, a hatch, a li
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bayes_kf.evaluation.report.contents import TIPS
+
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -24,3 +29,8 @@ def axes_or_new(ax: Axes | None) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(layout="constrained")[1]
+
+
+def add_tips(artist: Artist, tips: Sequence[str]) -> None:
+    """Say what each mark of an artist is; pages of reports show it under the pointer."""
+    artist.set_gid(TIPS + json.dumps(list(tips), ensure_ascii=False))

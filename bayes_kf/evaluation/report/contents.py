@@ -1,10 +1,10 @@
-"""Parts of a report: scores, verdicts, figures, tables and example galleries."""
+"""Parts of a report: cards, findings, advice, scores, sentences, figures, tables and example galleries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bayes_kf.evaluation.report.sortable_tables import Table
 from bayes_kf.evaluation.score import Score
@@ -13,6 +13,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Drawing = Callable[["Axes"], "Axes"]
+TIPS = "tips:"  # begins the identifier of a drawn artist whose marks have tips, a JSON list
+Answer = Literal["yes", "no", "too few", "not tested"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of the questions at the top of the page, answered by one test."""
+
+    question: str
+    answer: Answer
+    reason: str  # the numbers, in one or two sentences
+    headline: str  # the answer as a short sentence; empty if nothing was tested
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A part of the data for which the predictions should not be trusted, beyond chance."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What would help."""
+
+    what: str
+    gain: str  # what it would bring, measured on these examples
+    call: str = ""  # Python code
 
 
 @dataclass(frozen=True)
@@ -64,6 +93,12 @@ class Gallery:
 class Sections:
     """Contents of a report, or of a part of one; `+` concatenates two parts."""
 
+    lead: str = ""  # the accuracy and the number of examples, in a sentence
+    headline: list[str] = field(default_factory=list)  # sentences; those of the cards come after them
+    cards: list[Card] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    advice: list[Advice] = field(default_factory=list)
+    thresholds: list[tuple[float, float, float]] = field(default_factory=list)  # confidence, answered, wrong of these
     scores: dict[str, Score] = field(default_factory=dict)
     tested: list[str] = field(default_factory=list)  # names of the scores that a verdict tests
     verdict: list[str] = field(default_factory=list)  # sentences
@@ -75,6 +110,12 @@ class Sections:
     def __add__(self, other: Sections) -> Sections:
         """Both parts, in this order."""
         return Sections(
+            " ".join(part for part in (self.lead, other.lead) if part),
+            self.headline + other.headline,
+            self.cards + other.cards,
+            self.findings + other.findings,
+            self.advice + other.advice,
+            self.thresholds + other.thresholds,
             self.scores | other.scores,
             self.tested + other.tested,
             self.verdict + other.verdict,

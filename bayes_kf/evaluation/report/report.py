@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from bayes_kf.evaluation.report.contents import Sections
 from bayes_kf.evaluation.report.figures import draw_figure, draw_sheet
 from bayes_kf.evaluation.report.files import PAGE_MARK, SHEET_MARK, check_page, write_page
-from bayes_kf.evaluation.report.html_page import figure_uri, render_page
+from bayes_kf.evaluation.report.html_page import render_page
+from bayes_kf.evaluation.report.inline_figures import figure_markup
 from bayes_kf.evaluation.report.provenance import versions
 from bayes_kf.evaluation.report.score_labels import size_label
+from bayes_kf.evaluation.report.score_strips import score_strips
 from bayes_kf.evaluation.report.score_table import score_table
 from bayes_kf.evaluation.score import Score, flatten_scores
 from bayes_kf.validation import did_you_mean
@@ -115,20 +117,35 @@ class Report:
         write_page(page, writers)
         return page
 
+    @property
+    def headline(self) -> list[str]:
+        """The result in a few short sentences."""
+        return self.sections.headline + [card.headline for card in self.sections.cards if card.headline]
+
     def to_html(self) -> str:
         """The page as one self-contained HTML document."""
         sections = self.sections
         under_figures = [spec.table for spec in sections.drawings.values()]
         tables = [table for table in sections.tables if table not in under_figures]
+        figures = [
+            {"title": spec.title, "table": spec.table, "markup": figure_markup(self.figures[name], spec.alt, name)}
+            for name, spec in sections.drawings.items()
+        ]
         return render_page(
             title=self.title,
+            lead=sections.lead,
+            headline=self.headline,
+            cards=sections.cards,
+            findings=sections.findings,
+            advice=sections.advice,
+            thresholds=json.dumps([list(step) for step in sections.thresholds]) if sections.thresholds else "",
+            main_figure=figures[0] if figures else None,
+            strips=score_strips(sections.scores, sections.tested),
             verdict=sections.verdict,
             open_tables=[table for table in tables if table.is_open],
             scores=score_table(sections.scores, sections.tested),
-            figures=[
-                {"title": spec.title, "alt": spec.alt, "uri": figure_uri(self.figures[name]), "table": spec.table}
-                for name, spec in sections.drawings.items()
-            ],
+            num_scores=len(sections.scores),
+            figures=figures[1:],
             galleries=sections.galleries,
             tables=[table for table in tables if not table.is_open],
             config=self.config | {size_label(name): f"{size:,}" for name, size in sections.sizes.items()},
@@ -140,6 +157,10 @@ class Report:
         scores = self.scores
         content: dict[str, Any] = {
             "title": self.title,
+            "headline": self.headline,
+            "cards": [{"question": card.question, "answer": card.answer} for card in self.sections.cards],
+            "findings": [f"{finding.where}: {finding.what}" for finding in self.sections.findings],
+            "advice": [f"{advice.what}: {advice.gain}" for advice in self.sections.advice],
             "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
             "not_finite": {name: str(value) for name, value in scores.items() if not math.isfinite(value)},
             "verdict": list(self.sections.verdict),

@@ -72,6 +72,7 @@ LABELS = {
     "crps": ScoreLabel("CRPS", "in the target's unit; lower is better"),
     "sharpness": ScoreLabel("Sharpness", "root mean predictive variance, in the target's unit"),
     "ence": ScoreLabel("ENCE", "predicted against observed standard deviation, relative error, mean over bins"),
+    "spread_spearman": ScoreLabel("Predicted sd and error, Spearman", "rank correlation; 0 is random"),
     "pit_ks": ScoreLabel("PIT, Kolmogorov-Smirnov", "distance of the PIT values from a uniform distribution"),
     "quantile_error": ScoreLabel(
         "Quantile calibration error", "share of targets below a quantile minus its level, mean absolute value"

@@ -15,7 +15,7 @@ GROUPS = {  # title to names of its scores, and to prefixes of such names
         ("confidence", "confidence_gap", "ks", "mce", "spiegelhalter", "ence", "pit_ks", "quantile_error"),
         ("ece", "coverage_"),
     ),
-    "Uncertainty": (("entropy", "margin", "aleatoric", "epistemic", "sharpness"), ()),
+    "Uncertainty": (("entropy", "margin", "aleatoric", "epistemic", "sharpness", "spread_spearman"), ()),
     "Selective prediction and error detection": ((), ("aurc", "accuracy_at_", "error_")),
     "Out-of-distribution detection": ((), ("ood_",)),
     "Recalibration": ((), ("recalibrated_",)),

@@ -22,7 +22,7 @@ from bayes_kf.evaluation.classification.scores import (
     ranked_probability_scores,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_vector
-from bayes_kf.evaluation.plots.reliability import ece_text, entropy_histogram, reliability_diagram
+from bayes_kf.evaluation.plots.reliability import ece_text, entropy_curves, reliability_diagram
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_table, range_cell
 from bayes_kf.evaluation.resampling.null_test import NullSettings
@@ -81,17 +81,17 @@ def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str,
         scores |= detection_scores(f"ood_{name}", ood_scores(id_entropy, values), intervals)
     groups = {"in-distribution": id_entropy, **ood_entropies}
     means = ", ".join(f"{values.mean():.3f} for {quoted(name)}" for name, values in groups.items())
-    histogram = FigureSpec(
+    curves = FigureSpec(
         title="Predictive entropy",
-        alt=f"Histograms of predictive entropy. The mean entropies in nats are {means} inputs.",
-        draw=lambda ax: entropy_histogram(id_entropy, ood_entropies, ax=ax),
+        alt=f"Cumulative curves of predictive entropy. The mean entropies in nats are {means} inputs.",
+        draw=lambda ax: entropy_curves(id_entropy, ood_entropies, ax=ax),
         table=_entropy_table(groups),
     )
     return Sections(
         scores=scores,
         verdict=[detection_verdict(name, scores[f"ood_{name}_auroc"]) for name in ood],
         sizes={f"foreign examples, {name}": len(values) for name, values in ood_entropies.items()},
-        drawings={"entropy": histogram},
+        drawings={"entropy": curves},
     )
 
 

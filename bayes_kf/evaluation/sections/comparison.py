@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from bayes_kf.evaluation.classification.comparison import COMPARED, ScoreComparison
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.online.prequential import prequential_log_loss, running_accuracy
-from bayes_kf.evaluation.plots.comparison import forest_plot, online_comparison
+from bayes_kf.evaluation.plots.comparison import comparison_plot, online_comparison
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.score_labels import label_of
 from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_table, range_cell
 from bayes_kf.evaluation.sections.online import even_steps, window_of
-from bayes_kf.evaluation.sections.verdicts.comparison import comparison_verdict
+from bayes_kf.evaluation.sections.verdicts.comparison import comparison_headline, comparison_verdict
 from bayes_kf.evaluation.sections.verdicts.phrases import quoted
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def comparison_section(comparisons: Mapping[str, ScoreComparison], models: Mappi
     sections = Sections(sizes=next(iter(models.values())).sizes)
     for name, model in models.items():
         sections.scores |= {f"{name}/{score}": value for score, value in model.scores.items() if score in SCORES}
+    sections.headline = [comparison_headline(comparison) for comparison in comparisons.values()]
     sections.verdict = [comparison_verdict(comparison) for comparison in comparisons.values()]
     sections.tables.append(_model_table(comparisons, models))
     sections.drawings |= {f"differences_{score}": _forest(comparison) for score, comparison in comparisons.items()}
@@ -66,13 +67,11 @@ def _forest(comparison: ScoreComparison) -> FigureSpec:
     label = label_of(comparison.score).name
 
     def draw(ax: Axes) -> Axes:
-        return forest_plot(
-            comparison.differences, label="difference\n(joint 95 % intervals of all differences on this page)", ax=ax
-        )
+        return comparison_plot(comparison, ax=ax)
 
-    height = 1.6 + 0.32 * len(comparison.differences)
-    table = _difference_table(label, comparison)
-    return FigureSpec(f"{label}: differences", comparison_verdict(comparison), draw, height, table)
+    height = 1.5 + 0.34 * len(comparison.values)
+    title = f"{label}: differences to the best model, with joint 95 % intervals of all on this page"
+    return FigureSpec(title, comparison_verdict(comparison), draw, height, _difference_table(label, comparison))
 
 
 def _model_table(comparisons: Mapping[str, ScoreComparison], models: Mapping[str, Sections]) -> Table:

@@ -29,7 +29,7 @@ NUMERIC_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def example_section(
     probs: Array, targets: Array, examples: Any, class_names: Sequence[str] | None = None, *, num_examples: int = 12
 ) -> Sections:
-    """The examples with the highest predictive entropy, and the wrong predictions with the highest confidence.
+    """The wrong predictions with the highest confidence, and the examples with the highest predictive entropy.
 
     Ties are resolved in favour of earlier examples. `examples` may be any object with a length that returns its i-th
     element as `examples[i]`; only the examples shown are read. Texts are cut at 300 characters. Images are reduced to
@@ -53,7 +53,7 @@ def example_section(
         >>> probs = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]])
         >>> section = example_section(probs, torch.tensor([1, 0, 1]), ["sure", "unsure", "right"], num_examples=2)
         >>> [[example.text for example in gallery.examples] for gallery in section.galleries]
-        [['unsure', 'right'], ['sure']]
+        [['sure'], ['unsure', 'right']]
     """
     checked = as_probs(probs)
     labels = as_targets(targets, checked)
@@ -82,12 +82,12 @@ def example_section(
     wrong_note = f"The {len(mistaken):,} of {len(wrong):,} wrong predictions with the highest confidence."
     return Sections(
         galleries=[
-            Gallery("Most uncertain", uncertain_note, tuple(described[index] for index in uncertain)),
             Gallery(
                 "Most wrong",
                 wrong_note if mistaken else "No prediction is wrong.",
                 tuple(described[index] for index in mistaken),
             ),
+            Gallery("Most uncertain", uncertain_note, tuple(described[index] for index in uncertain)),
         ]
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_vector
-from bayes_kf.evaluation.plots.regression import coverage_plot, pit_histogram, quantile_coverage_plot
+from bayes_kf.evaluation.plots.regression import coverage_plot, pit_histogram, prediction_plot, quantile_coverage_plot
 from bayes_kf.evaluation.regression.crps import gaussian_crps, sample_crps
 from bayes_kf.evaluation.regression.ence import ence_test, expected_normalized_calibration_error, sharpness, spread_bins
 from bayes_kf.evaluation.regression.pit import (
@@ -35,8 +35,11 @@ from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, Table, make_table, range_cell
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.score import Interval, Score
+from bayes_kf.evaluation.sections.verdicts.phrases import percent
 from bayes_kf.evaluation.sections.verdicts.regression import coverage_verdict, ence_verdict, pit_verdict
 
+NORMAL_80 = 1.2815515655446004  # 90 % quantile of the standard normal distribution
+NUM_PARTS = 10  # of the table of predictions
 MIN_TARGETS_PER_BIN = 10  # of the PIT histogram; few targets get few bins
 
 
@@ -110,6 +113,38 @@ def spread_section(forecast: Forecast, settings: NullSettings) -> Sections:
     return section
 
 
+def prediction_section(forecast: Forecast) -> Sections:
+    """Targets against predictions, with 80 % intervals."""
+    if forecast.samples is not None:
+        low, high = (forecast.samples.quantile(level, dim=0) for level in (0.1, 0.9))
+    else:
+        half = NORMAL_80 * forecast.spread_var.sqrt()
+        low, high = forecast.mean - half, forecast.mean + half
+    is_inside = (low <= forecast.targets) & (forecast.targets <= high)
+    figure = FigureSpec(
+        title="Predicted and actual",
+        alt=f"Targets against predictions; {percent(is_inside.double().mean().item())} lie in their 80 % intervals.",
+        draw=lambda ax: prediction_plot(forecast.mean, forecast.targets, low, high, ax=ax),
+        height=4.8,
+        table=_prediction_table(forecast, is_inside),
+    )
+    return Sections(drawings={"predictions": figure})
+
+
+def _prediction_table(forecast: Forecast, is_inside: Tensor) -> Table:
+    """Predictions in order, cut into parts of equal size: mean target, error, and share of targets inside."""
+    order = forecast.mean.flatten().argsort(stable=True)
+    mean, targets, inside = (values.flatten()[order] for values in (forecast.mean, forecast.targets, is_inside))
+    rows = []
+    for part in torch.arange(len(order)).tensor_split(min(NUM_PARTS, len(order))):
+        own, actual = mean[part], targets[part]
+        error = (actual - own).square().mean().sqrt().item()
+        shares = (own.mean().item(), actual.mean().item(), error, inside[part].double().mean().item())
+        rows.append((range_cell(own[0].item(), own[-1].item()), len(part), *shares))
+    header = ("Predictions from", "Targets", "Mean prediction", "Mean target", "Root mean squared error", "Inside 80 %")
+    return make_table("Predicted and actual", header, rows)
+
+
 def coverage_section(forecast: Forecast) -> Sections:
     """Coverage of each interval beside its null band, and its figure."""
     section, num_targets = Sections(), forecast.num_targets
@@ -132,10 +167,10 @@ def coverage_section(forecast: Forecast) -> Sections:
 
 def pit_section(forecast: Forecast, settings: NullSettings) -> Sections:
     """PIT values: test, histogram and quantiles."""
-    pit = _pit(forecast, settings.seed).flatten()
+    pit = pit_values(forecast, settings.seed).flatten()
     test = pit_test(pit)
     score = Score(test.statistic, null_band=Interval(*ks_null(len(pit))), p_value=test.p_value)
-    sentence = pit_verdict(score, *_shape(pit))
+    sentence = pit_verdict(score, *pit_shape(pit))
     num_bins = max(1, min(NUM_BINS, len(pit) // MIN_TARGETS_PER_BIN))
     table, num_outside = _pit_table(pit, num_bins)
     histogram = FigureSpec(
@@ -179,14 +214,14 @@ def _coverage(forecast: Forecast) -> Coverage:
     return gaussian_coverage(forecast.mean, forecast.spread_var, forecast.targets)
 
 
-def _pit(forecast: Forecast, seed: int) -> Tensor:
+def pit_values(forecast: Forecast, seed: int) -> Tensor:
     """PIT values of the samples; without samples, of N(mean, variance)."""
     if forecast.samples is not None:
         return pit_samples(forecast.samples, forecast.targets, seed)
     return pit_gaussian(forecast.mean, forecast.spread_var, forecast.targets)
 
 
-def _shape(pit: Tensor) -> tuple[float, float]:
+def pit_shape(pit: Tensor) -> tuple[float, float]:
     """Mean, and variance about ½, of PIT values minus those of uniform values, in standard errors."""
     centred = pit - 0.5
     mean_z = centred.mean() * (12 * len(pit)) ** 0.5

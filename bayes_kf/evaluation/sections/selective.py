@@ -43,6 +43,7 @@ from bayes_kf.evaluation.sections.verdicts.selective import (
 )
 
 TABLE_ROWS = 20
+NUM_THRESHOLDS = 100
 
 
 def usefulness_section(probs: Array, targets: Array) -> Sections:
@@ -112,7 +113,12 @@ def _selective_section(probs: Tensor, correct: Tensor) -> Sections:
         draw=lambda ax: risk_coverage_plot((confidence, correct), ax=ax),
         table=_risk_table(confidence, correct),
     )
-    return Sections(scores=scores, verdict=[sentence], drawings={"risk_coverage": figure})
+    return Sections(
+        scores=scores,
+        verdict=[sentence],
+        drawings={"risk_coverage": figure},
+        thresholds=_thresholds(confidence, correct),
+    )
 
 
 def _error_section(probs: Tensor, correct: Tensor) -> Sections:
@@ -139,6 +145,19 @@ def _risk_table(confidence: Tensor, correct: Tensor) -> Table:
     ]
     header = ("Coverage", "Number", "Share of errors", "Best possible order")
     return make_table("Risk and coverage", header, rows)
+
+
+def _thresholds(confidence: Tensor, correct: Tensor) -> list[tuple[float, float, float]]:
+    """Thresholds of the confidence, with the share of inputs at or above each and the share of errors among them."""
+    steps = []
+    for place in range(NUM_THRESHOLDS):
+        threshold = place / NUM_THRESHOLDS
+        answered = confidence >= threshold
+        if not bool(answered.any()):
+            break
+        wrong = 1.0 - correct[answered].double().mean().item()
+        steps.append((threshold, round(answered.double().mean().item(), 4), round(wrong, 4)))
+    return steps
 
 
 def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, settings: NullSettings) -> Sections:

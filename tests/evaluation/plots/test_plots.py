@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.plots.tensor_variance import short_names
@@ -32,12 +33,20 @@ def test_reliability_diagram_draws_bins_band_counts_and_error(ax, binning):
     bins = ev.reliability_bins(probs, targets, 10, binning)
     low, high = ev.reliability_band(probs, num_bins=10, binning=binning)
     used = bins.counts > 0
-    bars, band = ax.containers
-    assert [bar.get_height() for bar in bars] == pytest.approx(bins.accuracy[used].tolist())
-    assert [bar.get_x() for bar in bars] == pytest.approx(bins.edges[:-1][used].tolist())
+    (band,) = ax.containers
+    points = np.concatenate([np.asarray(drawn.get_offsets()) for drawn in ax.collections])
+    points = points[points[:, 0].argsort()]
+    assert points[:, 0] == pytest.approx(bins.confidence[used].numpy())
+    assert points[:, 1] == pytest.approx(bins.accuracy[used].numpy())
     assert [bar.get_y() for bar in band] == pytest.approx(low[used].tolist())
     assert [bar.get_y() + bar.get_height() for bar in band] == pytest.approx(high[used].tolist())
-    assert all(bar.get_hatch() for bar in band)
+    outside = ((bins.accuracy < low) | (bins.accuracy > high))[used]
+    assert 0 < int(outside.sum()) < len(outside)
+    inside_points, outside_points = ax.collections
+    assert np.asarray(outside_points.get_offsets())[:, 1] == pytest.approx(bins.accuracy[used][outside].numpy())
+    areas = np.concatenate([inside_points.get_sizes(), outside_points.get_sizes()])
+    counts = torch.cat([bins.counts[used][~outside], bins.counts[used][outside]]).numpy()
+    assert (areas.argsort() == (counts + 1e-9 * areas).argsort()).all()  # larger with more examples
     strip = ax.child_axes[0]
     assert [bar.get_height() for bar in strip.containers[0]] == bins.counts[used].tolist()
     ece = ev.calibration_test(probs, targets, num_bins=10, binning=binning)
@@ -48,32 +57,76 @@ def test_reliability_diagram_draws_bins_band_counts_and_error(ax, binning):
 def test_a_bin_that_holds_one_value_is_still_visible(ax):
     probs = torch.tensor([[1.0, 0.0]] * 5 + [[0.6, 0.4]])
     ev.reliability_diagram(probs, torch.zeros(6, dtype=torch.int64), binning="equal_mass", ax=ax)
-    last = ax.containers[0][-1]
+    last = ax.child_axes[0].containers[0][-1]
     assert last.get_width() > 0
     assert last.get_x() + last.get_width() <= 1
 
 
-def test_entropy_histogram_draws_densities_on_common_bins(ax):
+def test_the_legend_keeps_out_of_the_fuller_corner():
+    sure, unsure = torch.tensor([[0.95, 0.05]] * 40), torch.tensor([[0.55, 0.45]] * 40)
+    wrong, right = torch.ones(40, dtype=torch.int64), torch.zeros(40, dtype=torch.int64)
+    places = [
+        ev.reliability_diagram(probs, labels, ax=Figure().subplots()).get_legend()._loc
+        for probs, labels in ((sure, wrong), (unsure, right))
+    ]
+    assert places == [Legend.codes["upper left"], Legend.codes["lower right"]]
+
+
+def test_entropy_curves_are_the_shares_up_to_each_entropy(ax):
     id_entropy, ood_entropy = np.linspace(0, 1, 50), np.linspace(1, 2, 30)
-    ev.entropy_histogram(id_entropy, {"noise": ood_entropy}, num_bins=8, ax=ax)
-    edges = np.linspace(0, 2, 9)
-    for patch, values in zip(ax.patches, (id_entropy, ood_entropy), strict=True):
-        density, found_edges, _ = patch.get_data()
-        assert found_edges == pytest.approx(edges)
-        assert density == pytest.approx(np.histogram(values, edges, density=True)[0])
-    assert {(patch.get_linestyle(), patch.get_hatch()) for patch in ax.patches} == {("-", ""), ("--", "///")}
+    ev.entropy_curves(id_entropy, {"noise": ood_entropy}, ax=ax)
+    for line, values in zip(ax.lines, (id_entropy, ood_entropy), strict=True):
+        places, shares = line.get_data()
+        for place, share in zip(places[1:-1], shares[1:-1], strict=True):
+            assert share == pytest.approx((values <= place).mean())
+        assert (places[-1], shares[-1]) == (2.0, 1.0)
+    assert {line.get_linestyle() for line in ax.lines} == {"-", "--"}
+
+
+def test_a_curve_of_many_entropies_has_few_steps(ax):
+    ev.entropy_curves(np.random.default_rng(0).random(100_000), ax=ax)
+    places, shares = ax.lines[0].get_data()
+    assert len(places) <= 202
+    assert np.abs(shares - places).max() < 0.02
+
+
+def test_comparison_plot_shows_gaps_to_the_best_and_the_better_side(ax):
+    probs, targets = random_case()
+    models = {"flat": torch.full_like(probs, 1 / 3), "as it is": probs, "sharper": (2 * probs.log()).softmax(1)}
+    for score, side in (("nll", "← better"), ("accuracy", "better →")):
+        axes = Figure().subplots()
+        comparison = ev.compare_predictions(models, targets)[score]
+        ev.comparison_plot(comparison, ax=axes)
+        order = [label.get_text().partition(":")[0] for label in axes.get_yticklabels()]
+        assert order[0] == comparison.leader
+        assert side in axes.get_xlabel()
+        values = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() in ("s", "o")]
+        expected = [comparison.values[name] - comparison.values[comparison.leader] for name in order]
+        assert values == pytest.approx(expected)
+
+
+def test_the_prediction_plot_counts_what_lies_inside(ax):
+    mean = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    targets = mean + torch.where(torch.arange(1000) % 4 == 0, 2.0, 0.5)
+    ev.prediction_plot(mean, targets, mean - 1, mean + 1, ax=ax)
+    labels = ax.get_legend_handles_labels()[1]
+    assert labels[2:] == ["inside (750 of 1,000)", "outside (250 of 1,000)"]
+    assert sum(len(points.get_offsets()) for points in ax.collections[1:]) == 400
+    with pytest.raises(ValueError, match="must be of the shape of `mean`"):
+        ev.prediction_plot(mean, targets[:5], mean, mean)
 
 
 def test_ood_sets_of_any_name_stand_in_the_legend(ax):
-    ev.entropy_histogram(np.ones(4), {"_hidden": np.ones(4), r"$\bad$": np.ones(4)}, ax=ax)
+    ev.entropy_curves(np.ones(4), {"_hidden": np.ones(4), r"$\bad$": np.ones(4)}, ax=ax)
     ax.figure.canvas.draw()  # mathematics that cannot be parsed would raise here
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == ["in distribution (4)", "“_hidden” (4)", r"“\$\bad\$” (4)"]
 
 
-def test_entropy_histogram_of_certain_predictions(ax):
-    ev.entropy_histogram(np.zeros(4), ax=ax)
-    assert np.isfinite(ax.patches[0].get_data().values).all()
+def test_entropy_curves_of_certain_predictions(ax):
+    ev.entropy_curves(np.zeros(4), ax=ax)
+    assert np.isfinite(ax.lines[0].get_xydata()).all()
+    assert ax.get_xlim() == (0.0, 1.0)
 
 
 def test_coverage_plot_draws_shares_and_band(ax):

@@ -319,7 +319,7 @@ def test_report_holds_the_scores_of_the_functions(shape, by_samples):
         quantiles
     )
     assert ("ence_null_high" in scores) == (not by_samples)
-    assert set(report.sections.drawings) == {"coverage", "pit", "quantiles"}
+    assert set(report.sections.drawings) == {"predictions", "coverage", "pit", "quantiles"}
     assert report.sections.sizes == {"examples": shape[0], "outputs": shape[-1] if len(shape) == 2 else 1}
     json.loads(report.to_json())
 
@@ -359,6 +359,7 @@ def test_figures_stand_in_tables_too():
     tables = {table.caption: table for table in (*report.sections.tables, *drawn) if table is not None}
     assert set(tables) == {
         "Predicted standard deviation and error",
+        "Predicted and actual",
         "Coverage of intervals",
         "PIT histogram",
         "Coverage of quantiles",

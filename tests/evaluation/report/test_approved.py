@@ -93,8 +93,9 @@ def masked(text):
 def words(report):
     """The page's text, a line a cell or paragraph, up to its fingerprints."""
     html = report.to_html().partition("Fingerprints (SHA-256)")[0].partition("<body")[2]
+    figures = re.findall(r'<svg[^>]*? aria-label="([^"]*)"', html)
     html = re.sub(r"<(script|style|svg)\b.*?</\1>", "", html, flags=re.DOTALL)
-    alt = "".join(f"\nalt: {text}" for text in re.findall(r'alt="([^"]*)"', html))
+    alt = "".join(f"\nalt: {text}" for text in [*figures, *re.findall(r'alt="([^"]*)"', html)])
     text = unescape(re.sub(r"<[^>]+>", "\n", html) + alt)
     lines = (" ".join(masked(line).split()) for line in text.splitlines())
     return [line for line in lines if line]

@@ -197,8 +197,10 @@ def test_pages_load_in_silence_ask_for_nothing_and_fit(case, pages, visit):
     assert [url for url in seen.asked if not url.startswith("data:")] == [path.as_uri()]
     assert page.evaluate("document.scripts.length") == 1
     images = page.evaluate("[...document.images].map(image => [image.naturalWidth, image.naturalHeight, image.alt])")
-    assert len(images) >= 3
-    assert all(width > 0 and height > 0 and alt for width, height, alt in images)
+    boxes = "(svg => { const box = svg.getBoundingClientRect(); return [box.width, box.height, svg.ariaLabel]; })"
+    drawn = page.evaluate(f"[...document.querySelectorAll('figure > svg')].map{boxes}")
+    assert len(drawn) >= 3
+    assert all(width > 0 and height > 0 and alt for width, height, alt in images + drawn)
     assert path.stat().st_size < 5_000_000
 
 
@@ -223,6 +225,7 @@ def test_names_are_text(pages, visit):
     assert HOSTILE in page.locator("h1").inner_text()
     assert HOSTILE in column(page, "Class by class", 0)
     assert page.locator(".settings th", has_text=HOSTILE).count() >= 1
+    assert HOSTILE in page.locator(".card p").last.inner_text()
     assert seen.said == []
 
 
@@ -317,6 +320,7 @@ def test_scores_sort_inside_their_groups(case, pages, visit):
     table = page.locator("table.scores")
     titles = table.locator(".group").all_text_contents()
     labels = [body.locator("tr:not(.group) > th").all_text_contents() for body in table.locator("tbody").all()]
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     table.get_by_role("columnheader", name="Value", exact=True).get_by_role("button").press("Enter")
     assert table.locator(".group").all_text_contents() == titles
     for body, before in zip(table.locator("tbody").all(), labels, strict=True):
@@ -324,6 +328,62 @@ def test_scores_sort_inside_their_groups(case, pages, visit):
         values = [float(text.replace("−", "-")) for text in body.locator("td:nth-child(2)").all_text_contents()]
         assert values == sorted(values)
         assert body.locator("tr").first.get_attribute("class") == "group"
+
+
+def test_a_search_shows_the_scores_with_its_words_and_their_groups(pages, visit):
+    page = visit(pages("10")).page
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    table, field = page.locator("table.scores"), page.get_by_role("searchbox", name="Table of scores")
+    rows = table.locator("tbody tr:not(.group)")
+    count = rows.count()
+    field.fill("ece mass")
+    shown = [row.locator("th").inner_text() for row in rows.all() if row.is_visible()]
+    assert [text.split("\n")[0] for text in shown] == ["ECE, equal mass"]
+    assert [group.inner_text() for group in table.locator(".group").all() if group.is_visible()] == ["Calibration"]
+    field.fill("")
+    assert sum(row.is_visible() for row in rows.all()) == count
+
+
+def test_a_threshold_reads_coverage_and_risk(pages, visit):
+    page = visit(pages("10")).page
+    slider = page.get_by_role("slider", name="Answer only from this confidence on")
+    assert slider.is_visible()
+    probs, targets = classifier_case(10)
+    confidence, wrong = probs.max(1).values, probs.argmax(1) != targets
+    for step in (0, 50, 70):
+        slider.fill(str(step))
+        chosen = confidence >= step / 100
+        text = page.locator(".threshold output").inner_text()
+        assert text.startswith(f"{step:.1f} %: {100 * chosen.double().mean():.1f} % of inputs are answered")
+        assert f"{100 * wrong[chosen].double().mean():.1f} % of the answers are wrong" in text
+        assert slider.get_attribute("aria-valuetext") == text
+
+
+def test_a_link_opens_what_is_folded_in_its_part(pages, visit):
+    page = visit(pages("10")).page
+    table = page.locator("table.scores")
+    assert not table.is_visible()
+    page.get_by_role("link", name="All scores").click()
+    table.wait_for(state="visible", timeout=5000)  # the event comes after the click
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_the_readers_colours(scheme, pages, visit):
+    page = visit(pages("10")).page
+    page.emulate_media(color_scheme=scheme)
+    colours = page.evaluate(
+        "[getComputedStyle(document.body), getComputedStyle(document.querySelector('figure > svg text'))]"
+        ".map((style, place) => place ? style.fill : style.backgroundColor)"
+    )
+    ground, text = (sum(int(part) for part in colour[4:-1].split(",")) / 3 for colour in colours)
+    assert (ground > 200 > 100 > text) if scheme == "light" else (ground < 50 < 200 < text)
+
+
+def test_the_answers_and_the_diagram_stand_above_the_fold(pages, visit):
+    page = visit(pages("10"), (1400, 900)).page
+    for selector in (".headline", ".cards", ".main-figure svg"):
+        box = page.locator(selector).last.bounding_box()
+        assert box["y"] + box["height"] <= 900
 
 
 def test_print_opens_what_is_folded(pages, visit):
@@ -340,7 +400,7 @@ def test_print_opens_what_is_folded(pages, visit):
 
 def test_without_scripts_everything_is_there(pages, visit):
     scripted, plain = (visit(pages("10"), java_script_enabled=enabled).page for enabled in (True, False))
-    for selector in ("tbody tr", "figure img", "details", "h2", "h3", ".gallery li"):
+    for selector in ("tbody tr", "figure img, figure svg", "details", "h2", "h3", ".gallery li"):
         assert plain.locator(selector).count() == scripted.locator(selector).count()
     assert plain.locator("button").count() == 0
     assert scripted.locator("th button").count() == scripted.locator("thead th").count()

@@ -38,7 +38,7 @@ def shown(examples):
 
 def test_the_most_uncertain_and_the_surest_of_the_wrong_are_shown():
     probs, targets = random_case(300, 4)
-    uncertain, mistaken = galleries([str(i) for i in range(300)], probs=probs, targets=targets, num_examples=7)
+    mistaken, uncertain = galleries([str(i) for i in range(300)], probs=probs, targets=targets, num_examples=7)
     entropy = [-sum(p * np.log(p) for p in row) for row in probs.numpy()]
     by_entropy = sorted(range(300), key=lambda i: -entropy[i])[:7]
     wrong = [i for i in range(300) if probs[i].argmax() != targets[i]]
@@ -60,13 +60,13 @@ def test_the_most_uncertain_and_the_surest_of_the_wrong_are_shown():
 
 def test_among_equals_the_earlier_ones_are_shown():
     probs = torch.full((50, 2), 0.5)
-    uncertain, mistaken = galleries(["x"] * 50, probs=probs, targets=torch.ones(50, dtype=torch.int64), num_examples=3)
+    mistaken, uncertain = galleries(["x"] * 50, probs=probs, targets=torch.ones(50, dtype=torch.int64), num_examples=3)
     assert [example.index for example in uncertain.examples] == [0, 1, 2]
     assert [example.index for example in mistaken.examples] == [0, 1, 2]
 
 
 def test_certain_and_right_predictions_leave_no_mistakes():
-    uncertain, mistaken = galleries(["a"], probs=torch.tensor([[1.0, 0.0]]), targets=torch.tensor([0]))
+    mistaken, uncertain = galleries(["a"], probs=torch.tensor([[1.0, 0.0]]), targets=torch.tensor([0]))
     assert [(example.entropy, example.is_right) for example in uncertain.examples] == [(0.0, True)]
     assert (mistaken.examples, mistaken.note) == ((), "No prediction is wrong.")
 
@@ -84,7 +84,7 @@ def test_only_what_is_shown_is_read():
 
 
 def test_names_of_classes_are_used_and_equal_names_are_not_mixed_up():
-    uncertain, mistaken = galleries(["x"] * 3, class_names=["same", "same"])
+    mistaken, uncertain = galleries(["x"] * 3, class_names=["same", "same"])
     assert [(e.label, e.prediction, e.is_right) for e in mistaken.examples] == [("same", "same", False)]
     assert [e.is_right for e in uncertain.examples] == [True, True, False]
 
@@ -192,7 +192,7 @@ def test_turned_photographs_stand_upright_and_lose_their_metadata():
 
 def test_texts_are_cut_and_pairs_stand_on_two_lines():
     long = "word " * 100
-    uncertain, _ = galleries([("premise", "hypothesis"), "a" * 300, long])
+    _, uncertain = galleries([("premise", "hypothesis"), "a" * 300, long])
     texts = {example.index: example.text for example in uncertain.examples}
     assert texts[0] == "premise\nhypothesis"
     assert texts[1] == "a" * 300
@@ -205,7 +205,7 @@ def test_arrays_and_columns_of_texts_are_taken_by_place():
     texts = ["zero", "one", "two"]
     column = pandas.Series(texts, index=[2, 0, 1])
     for examples in (np.array(texts), np.array(texts, dtype=object), column):
-        assert {example.text: example.index for example in galleries(examples)[0].examples} == {
+        assert {example.text: example.index for example in galleries(examples)[1].examples} == {
             "zero": 0,
             "one": 1,
             "two": 2,

@@ -1,4 +1,4 @@
-// Sorts a table when its heading is pressed: ascending, descending, original order. The page is complete without it.
+// Sorts and searches tables, unfolds parts, reads a threshold. The page is complete without it.
 "use strict";
 (() => {
   const collator = new Intl.Collator("en", { numeric: true });
@@ -47,6 +47,54 @@
 
   document.querySelectorAll("table.sortable").forEach(makeSortable);
   document.documentElement.classList.add("scripted");
+
+  // A field above a long table that hides the rows without its words.
+  document.querySelectorAll("table.searchable").forEach((table) => {
+    const field = document.createElement("input");
+    field.type = "search";
+    field.placeholder = "Search";
+    field.setAttribute("aria-label", `Search ${table.closest("[aria-label]")?.getAttribute("aria-label") ?? "the table"}`);
+    table.closest(".scroll").before(field);
+    field.addEventListener("input", () => {
+      const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const body of table.tBodies) {
+        let shown = 0;
+        for (const row of body.rows) {
+          if (row.classList.contains("group")) continue;
+          const text = row.textContent.toLowerCase();
+          row.hidden = !words.every((word) => text.includes(word));
+          shown += !row.hidden;
+        }
+        body.hidden = shown === 0;
+      }
+    });
+  });
+
+  // A threshold of confidence: what is answered, and how much of it is wrong.
+  document.querySelectorAll(".threshold").forEach((part) => {
+    const steps = JSON.parse(part.dataset.steps);
+    const [input, output] = [part.querySelector("input"), part.querySelector("output")];
+    const percent = (share) => `${(100 * share).toFixed(1)} %`;
+    const show = () => {
+      const [threshold, answered, wrong] = steps[Number(input.value)];
+      output.textContent = `${percent(threshold)}: ${percent(answered)} of inputs are answered, ${percent(wrong)} of the answers are wrong`;
+      input.setAttribute("aria-valuetext", output.textContent);
+    };
+    input.max = String(steps.length - 1);
+    input.value = "0";
+    input.addEventListener("input", show);
+    part.hidden = false;
+    show();
+  });
+
+  // A link to a part opens what is folded in it.
+  const unfold = () => {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const part = target?.closest("section")?.querySelector(":scope > details");
+    if (part) part.open = true;
+  };
+  window.addEventListener("hashchange", unfold);
+  unfold();
 
   let opened = [];
   window.addEventListener("beforeprint", () => {

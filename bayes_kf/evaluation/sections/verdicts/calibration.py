@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from bayes_kf.evaluation.classification.score_summary import PRIMARY
+from bayes_kf.evaluation.report.contents import Answer, Card
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.verdicts.phrases import (
     DETECTABLE_ERROR,
@@ -27,13 +28,41 @@ def confidence_verdict(scores: Mapping[str, Score]) -> str:
     )
 
 
-def calibration_verdict(scores: Mapping[str, Score], num_targets: int) -> str:
-    """Whether the model is calibrated, miscalibrated, or there are too few examples to tell.
+def calibration_answer(scores: Mapping[str, Score], num_targets: int) -> Answer:
+    """Whether the probabilities are right, by the one test of calibration of a report, the score `PRIMARY`.
 
-    This is the one test of calibration of a report, by the score `PRIMARY`. For a calibrated model it says
-    "miscalibrated" in at most 5 % of data sets.
+    "no" comes in at most 5 % of data sets of a calibrated model; "yes" only if an error of `DETECTABLE_ERROR` would be
+    detected in four of five.
     """
-    error = scores[PRIMARY]
+    if scores[PRIMARY].null_position:
+        return "no"
+    return "too few" if _detectable(scores, num_targets) > DETECTABLE_ERROR else "yes"
+
+
+def calibration_card(scores: Mapping[str, Score], num_targets: int) -> Card:
+    """The answer with its headline and its main numbers."""
+    answer, error = calibration_answer(scores, num_targets), scores[PRIMARY]
+    confidence, accuracy = (percent(scores[name].value) for name in ("confidence", "accuracy"))
+    reason = f"Calibration error {error.value:.3f}; chance alone gives up to {null_band_of(error).high:.3f}"
+    if answer == "yes":
+        headline = "Its probabilities can be trusted."
+        reason += f", and an error of {_detectable(scores, num_targets):.2g} would show."
+    elif answer == "too few":
+        headline = f"{num_targets:,} targets are too few to tell whether its probabilities can be trusted."
+        reason += f". About {needed_targets(scores, num_targets):,} targets would do."
+    elif error.null_position > 0:
+        how = ("they are wrong", "they are too high", "they are too low")[scores["confidence_gap"].null_position]
+        headline = f"Do not trust its probabilities, {how}: on average it says {confidence}, and {accuracy} are right."
+        reason += "."
+    else:
+        headline = "Its probabilities fit better than chance allows: are the targets independent?"
+        reason = f"Calibration error {error.value:.3f}; chance alone gives at least {null_band_of(error).low:.3f}."
+    return Card("Are the probabilities right?", answer, reason, headline)
+
+
+def calibration_verdict(scores: Mapping[str, Score], num_targets: int) -> str:
+    """The answer of `calibration_answer` in a sentence with its numbers."""
+    error, answer = scores[PRIMARY], calibration_answer(scores, num_targets)
     null_band = null_band_of(error)
     error_text = f"the smooth calibration error is {error.value:.3f}"
     band = f"its null band of {decimal_range(null_band)}"
@@ -42,17 +71,27 @@ def calibration_verdict(scores: Mapping[str, Score], num_targets: int) -> str:
         return f"Miscalibrated{_direction(scores['confidence_gap'])}: {error_text}, above {band} ({targets})."
     if error.null_position < 0:
         return f"{error_text.capitalize()}, below {band}: are the targets independent?"
-    detectable = detectable_error(null_band.high, scores["confidence"].value, num_targets)
-    if detectable > DETECTABLE_ERROR:
-        needed = round_up(max(MIN_TARGETS_ASKED, num_targets * (detectable / DETECTABLE_ERROR) ** 2))
+    detectable = _detectable(scores, num_targets)
+    if answer == "too few":
         return (
             f"Too few examples to tell whether the model is calibrated: {error_text}, inside {band} ({targets}). "
-            f"About {needed:,} targets would detect an error of {DETECTABLE_ERROR:g} in four of five data sets."
+            f"About {needed_targets(scores, num_targets):,} targets would detect an error of {DETECTABLE_ERROR:g} in "
+            "four of five data sets."
         )
     return (
         f"No miscalibration detected: {error_text}, inside {band}. With {targets}, an error of {detectable:.2g} would "
         "be detected in four of five data sets."
     )
+
+
+def needed_targets(scores: Mapping[str, Score], num_targets: int) -> int:
+    """About the number of targets that detects an error of `DETECTABLE_ERROR` in four of five data sets."""
+    ratio = _detectable(scores, num_targets) / DETECTABLE_ERROR
+    return round_up(max(MIN_TARGETS_ASKED, num_targets * ratio**2))
+
+
+def _detectable(scores: Mapping[str, Score], num_targets: int) -> float:
+    return detectable_error(null_band_of(scores[PRIMARY]).high, scores["confidence"].value, num_targets)
 
 
 def detectable_error(null_high: float, confidence: float, num_targets: int) -> float:

@@ -8,12 +8,22 @@ from bayes_kf.evaluation.sections.verdicts.phrases import quoted
 SCORE_NAMES = {"nll": "negative log-likelihood", "brier": "Brier score", "accuracy": "accuracy"}
 
 
+def comparison_headline(comparison: ScoreComparison) -> str:
+    """The best model in one score, and how many are tied with it."""
+    name = SCORE_NAMES[comparison.score]
+    if len(comparison.best) == len(comparison.ranking):
+        return f"In {name} all are tied."
+    others = [quoted(other) for other in comparison.best if other != comparison.leader]
+    tie = f", tied with {others[0] if len(others) == 1 else f'{len(others)} others'}" if others else ""
+    return f"Best in {name}: {quoted(comparison.leader)}{tie}."
+
+
 def comparison_verdict(comparison: ScoreComparison) -> str:
     """The best model in one score, the models tied with it, and the differences of the others."""
     name = SCORE_NAMES[comparison.score]
     if len(comparison.best) == len(comparison.ranking):
         return f"In {name} all models are tied: no difference is clear with this many examples."
-    best = next(rank for rank in comparison.ranking if rank.place == 1)  # the best value may be only of a lower place
+    best = next(rank for rank in comparison.ranking if rank.name == comparison.leader)
     others = [rank for rank in comparison.ranking if rank is not best]
     tied = [quoted(rank.name) for rank in others if rank.place == 1]
     tie = f", tied with {' and '.join(tied)}" if tied else ""

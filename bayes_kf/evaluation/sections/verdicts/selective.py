@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
+from bayes_kf.evaluation.report.contents import Card
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.verdicts.phrases import (
     decimal_range,
@@ -28,15 +30,44 @@ def selective_verdict(scores: Mapping[str, Score], accuracy: float) -> str:
     )
 
 
+def error_answer(auroc: Score, num_wrong: int, num_correct: int) -> Literal["yes", "no", "too few"]:
+    """Whether uncertainty detects errors: the AUROC is clearly above one half, and not below `USELESS_AUROC`."""
+    if math.isnan(auroc.value):
+        return "too few"
+    is_clear, random = _clear(auroc, num_wrong, num_correct)
+    if not is_clear and 1.43 * random > DETECTABLE_AUROC:
+        return "too few"
+    return "yes" if is_clear and auroc.value >= USELESS_AUROC else "no"
+
+
+def error_card(scores: Mapping[str, Score], num_wrong: int, num_correct: int) -> Card:
+    """The answer with its headline and its main number."""
+    auroc = scores["error_entropy_auroc"]
+    answer = error_answer(auroc, num_wrong, num_correct)
+    reason = f"{num_wrong:,} wrong and {num_correct:,} right predictions."
+    if not math.isnan(auroc.value):
+        reason = (
+            f"In {percent(auroc.value)} of pairs of a wrong and a right prediction the wrong one is less certain; "
+            "chance gives 50 %."
+        )
+    headline = {
+        "yes": "It knows its errors.",
+        "no": "It does not know its errors: it is as sure of them as of right answers.",
+        "too few": f"{num_wrong:,} error{'s' if num_wrong != 1 else ''} are too few to tell whether it knows them.",
+    }[answer]
+    if not num_wrong:
+        headline = "It makes no error here, so nothing says whether it would know one."
+    return Card("Does it know its errors?", answer, reason, headline)
+
+
 def error_verdict(scores: Mapping[str, Score], num_wrong: int, num_correct: int) -> str:
     """Whether the entropy is higher for wrong predictions than for correct ones."""
     auroc = scores["error_entropy_auroc"]
     if math.isnan(auroc.value):
         return f"{'No' if num_wrong == 0 else 'Every'} prediction is wrong, so error detection is not defined."
-    low, high = interval = interval_of(auroc)
-    random = 1.96 * math.sqrt((num_wrong + num_correct + 1) / (12 * num_wrong * num_correct))  # sd of Mann-Whitney's U
-    is_clear = abs(auroc.value - 0.5) > random and (low > 0.5 or high < 0.5)
-    if not is_clear and 1.43 * random > DETECTABLE_AUROC:
+    low, _ = interval = interval_of(auroc)
+    is_clear, random = _clear(auroc, num_wrong, num_correct)
+    if error_answer(auroc, num_wrong, num_correct) == "too few":
         needed = round_up((num_wrong + num_correct) * (1.43 * random / DETECTABLE_AUROC) ** 2)
         return (
             f"Too few examples to tell whether uncertainty detects errors: {num_wrong:,} wrong and {num_correct:,} "
@@ -46,11 +77,56 @@ def error_verdict(scores: Mapping[str, Score], num_wrong: int, num_correct: int)
     word = "No evidence that uncertainty detects errors"
     if is_clear:
         word = "Uncertainty detects errors" if low > 0.5 else "Uncertainty is lower for errors"
+    if is_clear and low > 0.5 and auroc.value < USELESS_AUROC:
+        word = "Uncertainty hardly detects errors"
     return (
         f"{word}: the wrong prediction has the higher entropy in {percent(auroc.value)} ({percent_range(interval)}) of "
         f"pairs of a wrong and a correct prediction (50 % is random). A threshold that flags 95 % of the {num_wrong:,} "
         f"errors also flags {percent(scores['error_entropy_fpr95'].value)} of the correct predictions."
     )
+
+
+def _clear(auroc: Score, num_wrong: int, num_correct: int) -> tuple[bool, float]:
+    """Whether an AUROC differs clearly from one half, and how far from it chance alone brings it."""
+    low, high = interval_of(auroc)
+    random = 1.96 * math.sqrt((num_wrong + num_correct + 1) / (12 * num_wrong * num_correct))  # sd of Mann-Whitney's U
+    return abs(auroc.value - 0.5) > random and (low > 0.5 or high < 0.5), random
+
+
+def detection_answer(auroc: Score) -> Literal["yes", "no", "too few"]:
+    """Whether the entropy of out-of-distribution inputs is higher: clearly, and not below `USELESS_AUROC`."""
+    low, high = interval_of(auroc)
+    if low <= 0.5 and high >= USELESS_AUROC:
+        return "too few"
+    return "yes" if low > 0.5 and auroc.value >= USELESS_AUROC else "no"
+
+
+def detection_card(detected: Mapping[str, Score]) -> Card:
+    """Whether all out-of-distribution sets are detected.
+
+    Args:
+        detected: Name of each set to its AUROC.
+    """
+    question = "Does it notice what it has not seen?"
+    if not detected:
+        return Card(question, "not tested", "No inputs of another kind were given (`ood`).", "")
+    answers = {name: detection_answer(auroc) for name, auroc in detected.items()}
+    shares = [f"{percent(auroc.value)} of pairs with “{name}”" for name, auroc in list(detected.items())[:3]]
+    more = f" (and {len(detected) - 3} more)" if len(detected) > 3 else ""
+    reason = f"The other input is less certain in {', '.join(shares)}{more}; chance gives 50 %."
+    missed = [f"“{name}”" for name, answer in answers.items() if answer == "no"]
+    unclear = [f"“{name}”" for name, answer in answers.items() if answer == "too few"]
+    if missed:
+        return Card(question, "no", reason, f"It does not notice {_listed(missed)}.")
+    if unclear:
+        return Card(question, "too few", reason, f"Too few inputs to tell whether it notices {_listed(unclear)}.")
+    return Card(question, "yes", reason, f"It notices {_listed([f'“{name}”' for name in answers])}.")
+
+
+def _listed(names: list[str]) -> str:
+    """Names in a sentence, at most three of them."""
+    shown = names[:3] if len(names) <= 3 else [*names[:2], f"{len(names) - 2} other kinds of inputs"]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
 def detection_verdict(name: str, auroc: Score) -> str:
@@ -61,13 +137,13 @@ def detection_verdict(name: str, auroc: Score) -> str:
         f"they have the higher entropy in {percent(auroc.value)} ({percent_range(interval)}) of pairs with an "
         "in-distribution input (50 % is random)"
     )
-    if low > 0.5:
-        return f"The model is less certain of {inputs}: {share}."
     if high < 0.5:
         return f"The model is more certain of {inputs} than of in-distribution inputs: {share}."
-    if high < USELESS_AUROC:
-        return f"The model does not detect {inputs}: {share}."
-    return f"It is unclear whether the model detects {inputs}: {share}."
+    return {
+        "yes": f"The model is less certain of {inputs}: {share}.",
+        "no": f"The model {'hardly detects' if low > 0.5 else 'does not detect'} {inputs}: {share}.",
+        "too few": f"It is unclear whether the model detects {inputs}: {share}.",
+    }[detection_answer(auroc)]
 
 
 def recalibration_verdict(description: str, scores: Mapping[str, Score], ece_before: float) -> str:

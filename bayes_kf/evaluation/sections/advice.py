@@ -1,0 +1,133 @@
+"""What to do about a classifier: calls that would help, with what they bring on these examples, held out in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_kf.evaluation.calibration.calibration_errors import smooth_calibration_error
+from bayes_kf.evaluation.classification.entropy import max_probability
+from bayes_kf.evaluation.classification.scores import log_losses
+from bayes_kf.evaluation.recalibration.abstention import AbstentionRule
+from bayes_kf.evaluation.recalibration.scaling import TemperatureScaling
+from bayes_kf.evaluation.report.contents import Advice, Card, Sections
+from bayes_kf.evaluation.score import Score
+from bayes_kf.evaluation.sections.distrust import MOST, class_hits, hard_classes
+from bayes_kf.evaluation.sections.verdicts.calibration import needed_targets
+from bayes_kf.evaluation.sections.verdicts.phrases import percent, quoted
+
+RISKS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+LEVEL = 0.9  # of the promise of an abstention rule
+
+
+class Calls(NamedTuple):
+    """How to say it in code.
+
+    Attributes:
+        calibrate: a call that calibrates a classifier.
+        intervals: one that calibrates a regression.
+        ood: one that tests inputs of another kind.
+    """
+
+    calibrate: str = "TemperatureScaling.fit(held_out_probs, held_out_targets)"
+    intervals: str = "ConformalIntervals.fit(held_out_mean, held_out_targets, held_out_sd, level=0.8)"
+    ood: str = 'evaluate_predictions(probs, targets, ood={"name": other_probs})'
+
+
+CALIBRATE = "posterior = posterior.calibrate(held_out)"
+POSTERIOR = Calls(CALIBRATE, CALIBRATE, 'evaluate(posterior, loader, ood={"name": other_inputs})')
+
+
+def advice_section(
+    probs: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    scores: dict[str, Score],
+    cards: Sequence[Card],
+    calls: Calls,
+) -> Sections:
+    """Advice that follows from the cards.
+
+    Args:
+        probs: Class probabilities, (N, C), float64.
+        labels: Class indices, (N,).
+        names: C names of classes.
+        scores: Of the report.
+        cards: The three of a classifier.
+        calls: The code to name.
+    """
+    probabilities, errors, unseen = cards
+    advice = []
+    if probabilities.answer == "no":
+        advice.append(_calibrate(probs, labels, calls))
+    if probabilities.answer == "too few":
+        needed = needed_targets(scores, len(labels))
+        advice.append(
+            Advice("Evaluate more examples", f"about {needed:,} would show a calibration error of 0.1, if there is one")
+        )
+    if errors.answer == "yes":
+        advice += _abstain(probs, labels)
+    advice += _collect(probs, labels, names)
+    if unseen.answer == "not tested":
+        gain = "nothing here says what it does with inputs of another kind"
+        advice.append(Advice("Show it inputs that it was not made for", gain, calls.ood))
+    return Sections(advice=advice)
+
+
+def _calibrate(probs: Tensor, labels: Tensor, calls: Calls) -> Advice:
+    """Temperature scaling, fitted on each half of the examples and applied to the other one."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    after = probs.clone()
+    for fitted, other in (halves, halves[::-1]):
+        after[other] = TemperatureScaling.fit(probs[fitted], labels[fitted])(probs[other])
+    change = log_losses(after, labels) - log_losses(probs, labels)
+    mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
+    if not mean < -2 * error:
+        return Advice(
+            "A temperature does not mend the probabilities",
+            "the error is not one of too much or too little confidence on the whole; see the reliability diagram",
+        )
+    errors = [smooth_calibration_error(values, labels) for values in (probs, after)]
+    losses = [log_losses(values, labels).mean().item() for values in (probs, after)]
+    return Advice(
+        "Calibrate on held-out examples",
+        f"with half of these examples for each other, the calibration error falls from {errors[0]:.3f} to "
+        f"{errors[1]:.3f} and the log loss from {losses[0]:.3f} to {losses[1]:.3f}",
+        calls.calibrate,
+    )
+
+
+def _abstain(probs: Tensor, labels: Tensor) -> list[Advice]:
+    """The least confidence of an answer for a risk of at most half of the error rate."""
+    confidence, correct = max_probability(probs), probs.argmax(dim=1) == labels
+    error_rate = 1.0 - correct.double().mean().item()
+    for risk in (risk for risk in RISKS if risk <= error_rate / 2):
+        rule = AbstentionRule.fit(confidence, correct, risk=risk, level=LEVEL)
+        if math.isfinite(rule.threshold):
+            return [
+                Advice(
+                    f"Abstain below a confidence of {percent(rule.threshold)}",
+                    f"{percent(rule.answered)} of inputs are answered and at most {percent(risk)} of the answers are "
+                    f"wrong (with {100 * LEVEL:.0f} % certainty), instead of {percent(error_rate)}",
+                    f"AbstentionRule.fit(confidence, correct, risk={risk:g})",
+                )
+            ]
+    return []
+
+
+def _collect(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Advice]:
+    """More examples of the classes with the fewest hits."""
+    hard = hard_classes(probs, labels)[:MOST]
+    counts, hits = class_hits(probs, labels)
+    wrong = counts - hits
+    if not hard:
+        return []
+    shown = ", ".join(quoted(names[place]) for place in hard)
+    share = percent(wrong[hard].sum() / wrong.sum())
+    size = percent(counts[hard].sum() / counts.sum())
+    return [Advice(f"Collect more examples of {shown}", f"{share} of the errors come from {size} of the examples")]
