@@ -82,28 +82,22 @@ def reliability_diagram(
         (is_outside, VERMILLION, "D", "accuracy, outside its band"),
     ):
         if chosen.any():
-            style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "zorder": 3}
+            style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "zorder": 3, "clip_on": False}
             places = (confidence[chosen], accuracy[chosen], sizes[chosen])
             points = ax.scatter(*places, edgecolors="black", linewidths=0.6, **style)
             add_tips(points, [text for text, is_chosen in zip(tips, chosen, strict=True) if is_chosen])
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    is_upper = _upper_is_fuller(confidence, accuracy)
     ax.legend(
-        loc="lower right" if is_upper else "upper left",
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14),  # below, where it hides nothing
+        ncols=2,
         fontsize=8,
         title=ece_text(ece.score()),
         title_fontsize=9,
-        alignment="left",
         markerscale=0.7,
     )
     _count_strip(ax, counts, *_bar_places(left, right))
     return ax
-
-
-def _upper_is_fuller(confidence: np.ndarray, accuracy: np.ndarray) -> bool:
-    """Whether more points lie in the upper left corner than in the lower right one."""
-    upper = (confidence < 0.6) & (accuracy > 0.6)
-    return bool(upper.sum() > ((confidence > 0.4) & (accuracy < 0.4)).sum())
 
 
 def ece_text(ece: Score) -> str:

@@ -52,7 +52,7 @@ def score_section(
         title="Reliability diagram",
         alt=f"Accuracy against confidence in {settings.num_bins} bins. {ece_text(scores['ece'])}.",
         draw=lambda ax: reliability_diagram(probs, labels, **asdict(settings), ax=ax),
-        height=4.8,
+        height=5.2,
         table=_bin_table(probs, labels, settings),
     )
     return Sections(

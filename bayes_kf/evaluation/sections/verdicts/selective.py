@@ -109,7 +109,7 @@ def detection_card(detected: Mapping[str, Score]) -> Card:
     """
     question = "Does it notice what it has not seen?"
     if not detected:
-        return Card(question, "not tested", "No inputs of another kind were given (`ood`).", "")
+        return Card(question, "not tested", "No inputs of another kind were given.", "")
     answers = {name: detection_answer(auroc) for name, auroc in detected.items()}
     shares = [f"{percent(auroc.value)} of pairs with “{name}”" for name, auroc in list(detected.items())[:3]]
     more = f" (and {len(detected) - 3} more)" if len(detected) > 3 else ""
