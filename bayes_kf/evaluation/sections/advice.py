@@ -87,19 +87,14 @@ def _calibrate(probs: Tensor, labels: Tensor, calls: Calls) -> Advice:
         after[other] = TemperatureScaling.fit(probs[fitted], labels[fitted])(probs[other])
     change = log_losses(after, labels) - log_losses(probs, labels)
     mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
-    if not mean < -2 * error:
-        return Advice(
-            "A temperature does not mend the probabilities",
-            "the error is not one of too much or too little confidence on the whole; see the reliability diagram",
-        )
     errors = [smooth_calibration_error(values, labels) for values in (probs, after)]
     losses = [log_losses(values, labels).mean().item() for values in (probs, after)]
-    return Advice(
-        "Calibrate on held-out examples",
-        f"with half of these examples for each other, the calibration error falls from {errors[0]:.3f} to "
-        f"{errors[1]:.3f} and the log loss from {losses[0]:.3f} to {losses[1]:.3f}",
-        calls.calibrate,
-    )
+    numbers = f"the calibration error from {errors[0]:.3f} to {errors[1]:.3f} and the log loss from {losses[0]:.3f} to"
+    halves_text = "with half of these examples for each other, a temperature"
+    if not mean < -2 * error:
+        gain = f"{halves_text} changes {numbers} {losses[1]:.3f}, which may be chance"
+        return Advice("Calibration would bring little", gain)
+    return Advice("Calibrate on held-out examples", f"{halves_text} lowers {numbers} {losses[1]:.3f}", calls.calibrate)
 
 
 def _abstain(probs: Tensor, labels: Tensor) -> list[Advice]:

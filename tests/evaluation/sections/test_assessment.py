@@ -65,8 +65,17 @@ def test_an_error_that_no_temperature_mends_is_not_promised_to_be():
     right = torch.cat([torch.rand(1000, generator=generator) < 0.88, torch.rand(1000, generator=generator) < 0.82])
     report = ev.evaluate_predictions(probs, (~right).long(), **QUICK)
     assert answers(report)[0] == "no"
-    assert any(one.what.startswith("A temperature does not mend") for one in report.sections.advice)
+    assert any(one.what == "Calibration would bring little" for one in report.sections.advice)
+    assert not any(one.call.startswith("TemperatureScaling") for one in report.sections.advice)
     assert {one.where.split(" where")[0] for one in report.sections.findings} >= {"Too sure", "Not sure enough"}
+
+
+def test_a_slight_error_is_called_slight():
+    probs, labels = classifier(4000, over=1.2)
+    report = ev.evaluate_predictions(probs, labels, **QUICK)
+    assert answers(report)[0] == "no"
+    assert report.score("ece_smooth").value < 0.05
+    assert report.headline[0].startswith("Its probabilities are slightly too high: on average it says ")
 
 
 def test_few_examples_answer_nothing_and_the_number_that_would_is_named():

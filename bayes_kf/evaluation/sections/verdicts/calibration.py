@@ -15,6 +15,7 @@ from bayes_kf.evaluation.sections.verdicts.phrases import (
     round_up,
 )
 
+SLIGHT_ERROR = 0.05  # a smaller calibration error is called slight
 MIN_TARGETS_ASKED = 16  # 0.9^16 < 0.2: one error among examples of confidence 1
 
 
@@ -51,8 +52,11 @@ def calibration_card(scores: Mapping[str, Score], num_targets: int) -> Card:
         headline = f"{num_targets:,} targets are too few to tell whether its probabilities can be trusted."
         reason += f". About {needed_targets(scores, num_targets):,} targets would do."
     elif error.null_position > 0:
-        how = ("they are wrong", "they are too high", "they are too low")[scores["confidence_gap"].null_position]
-        headline = f"Do not trust its probabilities, {how}: on average it says {confidence}, and {accuracy} are right."
+        how = ("wrong", "too high", "too low")[scores["confidence_gap"].null_position]
+        numbers = f"on average it says {confidence}, and {accuracy} are right"
+        headline = f"Do not trust its probabilities, they are {how}: {numbers}."
+        if error.value < SLIGHT_ERROR:
+            headline = f"Its probabilities are slightly {how}: {numbers}."
         reason += "."
     else:
         headline = "Its probabilities fit better than chance allows: are the targets independent?"
