@@ -94,7 +94,7 @@ class Sections:
     """Contents of a report, or of a part of one; `+` concatenates two parts."""
 
     lead: str = ""  # the accuracy and the number of examples, in a sentence
-    headline: list[str] = field(default_factory=list)  # sentences; those of the cards come after them
+    headline: list[str] = field(default_factory=list)  # sentences, after those of the cards
     cards: list[Card] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     advice: list[Advice] = field(default_factory=list)

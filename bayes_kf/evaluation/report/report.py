@@ -120,7 +120,7 @@ class Report:
     @property
     def headline(self) -> list[str]:
         """The result in a few short sentences."""
-        return self.sections.headline + [card.headline for card in self.sections.cards if card.headline]
+        return [card.headline for card in self.sections.cards if card.headline] + self.sections.headline
 
     def to_html(self) -> str:
         """The page as one self-contained HTML document."""

@@ -27,14 +27,15 @@ WORST = 10  # confident errors that are listed
 
 
 def distrust_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sections:
-    """Findings on confidence ranges and classes.
+    """Findings on confidence ranges and classes; a class that is seldom recognized is a headline.
 
     Args:
         probs: Class probabilities, (N, C), float64.
         labels: Class indices, (N,).
         names: C names of classes.
     """
-    return Sections(findings=[*_ranges(probs, labels), *_shares(probs, labels, names), *_recall(probs, labels, names)])
+    findings = [*_ranges(probs, labels), *_shares(probs, labels, names), *_recall(probs, labels, names)]
+    return Sections(findings=findings, headline=_missed(probs, labels, names))
 
 
 def worst_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sections:
@@ -141,6 +142,17 @@ def _recall(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Finding
         )
         for place in hard_classes(probs, labels)[:MOST]
     ]
+
+
+def _missed(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[str]:
+    """The class that is recognized least, if less than half as often as examples on the whole."""
+    hard = hard_classes(probs, labels)
+    if not hard:
+        return []
+    counts, hits = class_hits(probs, labels)
+    least = min(hard, key=lambda place: hits[place] / counts[place])
+    recall, accuracy = hits[least] / counts[least], hits.sum() / counts.sum()
+    return [f"It seldom recognizes {quoted(names[least])}: {percent(recall)} of them."] if recall < accuracy / 2 else []
 
 
 def hard_classes(probs: Tensor, labels: Tensor) -> list[int]:

@@ -31,8 +31,8 @@ def answers(report):
 
 
 def test_a_good_model_is_trusted_and_says_so():
-    probs, labels = classifier(1500)
-    report = ev.evaluate_predictions(probs, labels, ood={"noise": torch.full((200, 5), 0.2)}, **QUICK)
+    probs, labels = classifier(1500, 3, sharp=3.0)
+    report = ev.evaluate_predictions(probs, labels, ood={"noise": torch.full((200, 3), 1 / 3)}, **QUICK)
     assert answers(report) == ["yes", "yes", "yes"]
     assert report.headline == ["Its probabilities can be trusted.", "It knows its errors.", "It notices “noise”."]
     assert report.sections.lead.endswith("of 1,500 predictions are right.")
@@ -88,6 +88,14 @@ def test_few_examples_answer_nothing_and_the_number_that_would_is_named():
     assert any("ood=" in one.call for one in report.sections.advice)
 
 
+@pytest.mark.parametrize(("sharp", "headline"), [(3.0, "It knows its errors."), (1.0, "It knows some of its errors.")])
+def test_how_well_errors_are_known_is_said(sharp, headline):
+    report = ev.evaluate_predictions(*classifier(3000, 3, sharp=sharp), **QUICK)
+    assert answers(report)[1] == "yes"
+    assert (report.scores["error_entropy_auroc"] >= 0.8) == (headline == "It knows its errors.")
+    assert headline in report.headline
+
+
 def test_no_error_is_no_praise():
     probs = torch.full((300, 3), 0.01, dtype=torch.float64)
     probs[:, 0] = 0.98
@@ -139,8 +147,10 @@ def test_classes_that_stand_out_are_found():
     assert "Errors on “the fourth”" in found
     assert "Too little probability for “the fourth”" in found
     assert "Too much probability for e" in found
-    advice = ev.evaluate_predictions(probs, labels, class_names=list("abcde"), **QUICK).sections.advice
-    (collect,) = [one for one in advice if one.what.startswith("Collect")]
+    report = ev.evaluate_predictions(probs, labels, class_names=list("abcde"), **QUICK)
+    recall = (probs.argmax(1) == labels)[labels == 3].double().mean()
+    assert report.headline[-1] == f"It seldom recognizes d: {100 * recall:.1f} % of them."
+    (collect,) = [one for one in report.sections.advice if one.what.startswith("Collect")]
     assert collect.what == "Collect more examples of d"
     wrong = probs.argmax(1) != labels
     assert f"{100 * (wrong & (labels == 3)).sum() / wrong.sum():.1f} % of the errors" in collect.gain

@@ -17,6 +17,7 @@ from bayes_kf.evaluation.sections.verdicts.phrases import (
 )
 
 DETECTABLE_AUROC = 0.15  # above one half, for the detection of errors
+GOOD_AUROC = 0.8  # a detector of errors below it misses many
 USELESS_AUROC = 0.6  # a detector whose AUROC is known to be lower is of no use
 
 
@@ -51,7 +52,7 @@ def error_card(scores: Mapping[str, Score], num_wrong: int, num_correct: int) ->
             "chance gives 50 %."
         )
     headline = {
-        "yes": "It knows its errors.",
+        "yes": "It knows its errors." if auroc.value >= GOOD_AUROC else "It knows some of its errors.",
         "no": "It does not know its errors: it is as sure of them as of right answers.",
         "too few": f"{num_wrong:,} error{'s' if num_wrong != 1 else ''} are too few to tell whether it knows them.",
     }[answer]
