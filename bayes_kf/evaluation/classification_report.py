@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy_parts
@@ -18,7 +19,13 @@ from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.advice import advice_section
 from bayes_kf.evaluation.sections.classification import class_section, entropy_section, score_section
-from bayes_kf.evaluation.sections.distrust import distrust_section, worst_section
+from bayes_kf.evaluation.sections.distrust import (
+    confidence_directions,
+    distrust_section,
+    least_sure,
+    missed_inputs,
+    worst_section,
+)
 from bayes_kf.evaluation.sections.examples import example_section
 from bayes_kf.evaluation.sections.human_agreement import human_section
 from bayes_kf.evaluation.sections.online import stream_sections
@@ -159,12 +166,18 @@ def _assessment(
     scores: dict[str, Score], probs: Tensor, labels: Tensor, names: Sequence[str], options: EvaluationOptions
 ) -> Sections:
     """Cards, findings and advice."""
-    num_correct = int((probs.argmax(dim=1) == labels).sum())
+    num_examples, num_correct = len(labels), int((probs.argmax(dim=1) == labels).sum())
+    distrust = distrust_section(probs, labels, names)
+    detected = {name: scores[f"ood_{name}_auroc"] for name in options.ood}
     cards = [
-        calibration_card(scores, len(labels)),
-        error_card(scores, len(labels) - num_correct, num_correct),
-        detection_card({name: scores[f"ood_{name}_auroc"] for name in options.ood}),
+        calibration_card(scores, num_examples, confidence_directions(distrust.findings)),
+        error_card(scores, num_examples - num_correct, num_correct),
+        detection_card(detected),
     ]
-    lead = f"{percent(num_correct / len(labels))} of {len(labels):,} predictions are right."
-    sections = Sections(lead=lead, cards=cards) + distrust_section(probs, labels, names)
+    most = percent(torch.bincount(labels).max().item() / num_examples)
+    lead = (
+        f"{percent(num_correct / num_examples)} of {num_examples:,} answers are right; the most frequent class: {most}."
+    )
+    sections = Sections(lead=lead, cards=cards) + distrust
+    sections.findings += [*missed_inputs(detected), *least_sure(probs, labels)]
     return sections + advice_section(probs, labels, names, scores, cards, options.calls)

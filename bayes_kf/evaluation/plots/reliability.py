@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MIN_BAR_WIDTH = 0.008  # an equal-mass bin of equal values has no width of its own
 BAND_WIDTH = 0.035
-POINT_AREA = 90.0  # square points, of the bin with the most examples
+POINT_AREA = 45.0  # square points
+FEW = 10  # examples; the band of a bin with fewer is paler
 MAX_STEPS = 200  # of a cumulative curve
 
 
@@ -32,12 +33,12 @@ def reliability_diagram(
     binning: Binning = "equal_width",
     num_simulations: int = 1000,
     seed: int = 0,
+    caption: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Accuracy against confidence in bins: points on their 95 % null bands, with the counts and the ECE.
 
-    A point lies at the mean confidence of its bin, and is larger the more examples the bin has. One of twenty bins of a
-    calibrated model lies outside its band.
+    A point lies at the mean confidence of its bin. One of twenty bins of a calibrated model lies outside its band.
 
     Args:
         probs: Class probabilities, (N, C).
@@ -46,6 +47,7 @@ def reliability_diagram(
         binning: "equal_width" or "equal_mass".
         num_simulations: Number of simulated data sets for the null bands, at least 39.
         seed: Seed of the simulation.
+        caption: Title of the legend; by default the ECE with its null band.
         ax: Where to draw.
 
     Raises:
@@ -69,22 +71,27 @@ def reliability_diagram(
     columns = (bins.edges[:-1], bins.edges[1:], bins.counts, bins.confidence, bins.accuracy, low, high)
     left, right, counts, confidence, accuracy, least, most = (column[used].numpy() for column in columns)
     ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="confidence = accuracy")
-    band: dict[str, Any] = {"color": SKY, "alpha": 0.45, "label": "95 % null band (perfect calibration)"}
-    ax.bar(confidence, most - least, BAND_WIDTH, least, **band)
+    bars = ax.bar(confidence, most - least, BAND_WIDTH, least, color=SKY, alpha=0.5)
+    for bar, count in zip(bars, counts, strict=True):
+        bar.set_alpha(0.5 if count >= FEW else 0.2)
+    ax.bar(0, 0, color=SKY, alpha=0.5, label="null band: 95 % of right models")
+    corner: dict[str, Any] = {"transform": ax.transAxes, "fontsize": 8, "color": GREY, "style": "italic"}
+    ax.text(0.985, 0.02, "below the line: too sure", ha="right", va="bottom", **corner)
+    ax.text(0.015, 0.98, "above: not sure enough", ha="left", va="top", **corner)
     is_outside = (accuracy < least - ROUNDING) | (accuracy > most + ROUNDING)
     tips = [
         f"confidence {said:.3f}, accuracy {right:.3f} (null band {start:.3f} to {end:.3f}), {count:,} examples"
         for said, right, start, end, count in zip(confidence, accuracy, least, most, counts, strict=True)
     ]
-    sizes = POINT_AREA * (0.25 + 0.75 * np.sqrt(counts / counts.max()))
     for chosen, colour, marker, label in (
         (~is_outside, BLUE, "o", "accuracy, inside its band"),
         (is_outside, VERMILLION, "D", "accuracy, outside its band"),
     ):
         if chosen.any():
             style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "zorder": 3, "clip_on": False}
-            places = (confidence[chosen], accuracy[chosen], sizes[chosen])
-            points = ax.scatter(*places, edgecolors="black", linewidths=0.6, **style)
+            points = ax.scatter(
+                confidence[chosen], accuracy[chosen], POINT_AREA, edgecolors="black", linewidths=0.6, **style
+            )
             add_tips(points, [text for text, is_chosen in zip(tips, chosen, strict=True) if is_chosen])
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     ax.legend(
@@ -92,7 +99,7 @@ def reliability_diagram(
         bbox_to_anchor=(0.5, -0.14),  # below, where it hides nothing
         ncols=2,
         fontsize=8,
-        title=ece_text(ece.score()),
+        title=ece_text(ece.score()) if caption is None else caption,
         title_fontsize=9,
         markerscale=0.7,
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Drawing = Callable[["Axes"], "Axes"]
 TIPS = "tips:"  # begins the identifier of a drawn artist whose marks have tips, a JSON list
-Answer = Literal["yes", "no", "too few", "not tested"]
+Answer = Literal["yes", "partly", "no", "too few", "not tested"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Sections:
     findings: list[Finding] = field(default_factory=list)
     advice: list[Advice] = field(default_factory=list)
     thresholds: list[tuple[float, float, float]] = field(default_factory=list)  # confidence, answered, wrong of these
+    threshold: int = 0  # the one to begin with, as its number in `thresholds`
     scores: dict[str, Score] = field(default_factory=dict)
     tested: list[str] = field(default_factory=list)  # names of the scores that a verdict tests
     verdict: list[str] = field(default_factory=list)  # sentences
@@ -116,6 +117,7 @@ class Sections:
             self.findings + other.findings,
             self.advice + other.advice,
             self.thresholds + other.thresholds,
+            self.threshold or other.threshold,
             self.scores | other.scores,
             self.tested + other.tested,
             self.verdict + other.verdict,

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayes_kf.evaluation.report.contents import Sections
+from bayes_kf.evaluation.report.contents import Card, Sections
 from bayes_kf.evaluation.report.figures import draw_figure, draw_sheet
 from bayes_kf.evaluation.report.files import PAGE_MARK, SHEET_MARK, check_page, write_page
 from bayes_kf.evaluation.report.html_page import render_page
@@ -122,6 +122,12 @@ class Report:
         """The result in a few short sentences."""
         return [card.headline for card in self.sections.cards if card.headline] + self.sections.headline
 
+    @property
+    def _ranks_errors(self) -> bool:
+        """Whether a threshold of confidence leaves errors out."""
+        answers = {card.question: card.answer for card in self.sections.cards}
+        return bool(self.sections.thresholds) and answers.get("Does it know its errors?") != "no"
+
     def to_html(self) -> str:
         """The page as one self-contained HTML document."""
         sections = self.sections
@@ -134,11 +140,12 @@ class Report:
         return render_page(
             title=self.title,
             lead=sections.lead,
-            headline=self.headline,
+            headline=[card.headline for card in sections.cards if _is_headline(card)] + sections.headline,
             cards=sections.cards,
             findings=sections.findings,
             advice=sections.advice,
-            thresholds=json.dumps([list(step) for step in sections.thresholds]) if sections.thresholds else "",
+            threshold=sections.threshold,
+            thresholds=json.dumps([list(step) for step in sections.thresholds]) if self._ranks_errors else "",
             main_figure=figures[0] if figures else None,
             strips=score_strips(sections.scores, sections.tested),
             verdict=sections.verdict,
@@ -176,6 +183,11 @@ class Report:
     def _provenance(self) -> dict[str, str]:
         """Fingerprints of the data, and versions of the software that computed the report."""
         return self.fingerprints | {name: text for name, text in versions().items() if name not in self.fingerprints}
+
+
+def _is_headline(card: Card) -> bool:
+    """Whether the page says it in large type: the first question always, the others if something is wrong."""
+    return bool(card.headline) and (card.question.startswith("Are the") or card.answer == "no")
 
 
 def _text_writer(text: str) -> Callable[[Path], None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayes_kf.evaluation.calibration.calibration_errors import smooth_calibration_error
 from bayes_kf.evaluation.classification.entropy import max_probability
+from bayes_kf.evaluation.classification.score_summary import PRIMARY
 from bayes_kf.evaluation.classification.scores import log_losses
 from bayes_kf.evaluation.recalibration.abstention import AbstentionRule
 from bayes_kf.evaluation.recalibration.scaling import TemperatureScaling
@@ -33,13 +34,13 @@ class Calls(NamedTuple):
         ood: one that tests inputs of another kind.
     """
 
-    calibrate: str = "TemperatureScaling.fit(held_out_probs, held_out_targets)"
-    intervals: str = "ConformalIntervals.fit(held_out_mean, held_out_targets, held_out_sd, level=0.8)"
-    ood: str = 'evaluate_predictions(probs, targets, ood={"name": other_probs})'
+    calibrate: str = "bayes_kf.evaluation.TemperatureScaling.fit(held_out_probs, held_out_targets)(new_probs)"
+    intervals: str = "bayes_kf.evaluation.ConformalIntervals.fit(held_out_mean, held_out_targets, held_out_sd)"
+    ood: str = 'bayes_kf.evaluation.evaluate_predictions(probs, targets, ood={"name": other_probs})'
 
 
 CALIBRATE = "posterior = posterior.calibrate(held_out)"
-POSTERIOR = Calls(CALIBRATE, CALIBRATE, 'evaluate(posterior, loader, ood={"name": other_inputs})')
+POSTERIOR = Calls(CALIBRATE, CALIBRATE, 'bayes_kf.evaluate(posterior, loader, ood={"name": other_inputs})')
 
 
 def advice_section(
@@ -63,22 +64,26 @@ def advice_section(
     probabilities, errors, unseen = cards
     advice = []
     if probabilities.answer == "no":
-        advice.append(_calibrate(probs, labels, calls))
+        band = scores[PRIMARY].null_band
+        assert band is not None
+        advice.append(_calibrate(probs, labels, band.high, calls))
     if probabilities.answer == "too few":
         needed = needed_targets(scores, len(labels))
         advice.append(
             Advice("Evaluate more examples", f"about {needed:,} would show a calibration error of 0.1, if there is one")
         )
-    if errors.answer == "yes":
-        advice += _abstain(probs, labels)
+    threshold = 0
+    if errors.answer in ("yes", "partly") and (rule := _abstention(probs, labels)) is not None:
+        advice.append(_abstain(rule, probs, labels))
+        threshold = math.ceil(100 * rule.threshold)
     advice += _collect(probs, labels, names)
     if unseen.answer == "not tested":
         gain = "nothing here says what it does with inputs of another kind"
         advice.append(Advice("Show it inputs that it was not made for", gain, calls.ood))
-    return Sections(advice=advice)
+    return Sections(advice=advice, threshold=threshold)
 
 
-def _calibrate(probs: Tensor, labels: Tensor, calls: Calls) -> Advice:
+def _calibrate(probs: Tensor, labels: Tensor, null_high: float, calls: Calls) -> Advice:
     """Temperature scaling, fitted on each half of the examples and applied to the other one."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
@@ -90,29 +95,35 @@ def _calibrate(probs: Tensor, labels: Tensor, calls: Calls) -> Advice:
     errors = [smooth_calibration_error(values, labels) for values in (probs, after)]
     losses = [log_losses(values, labels).mean().item() for values in (probs, after)]
     numbers = f"the calibration error from {errors[0]:.3f} to {errors[1]:.3f} and the log loss from {losses[0]:.3f} to"
-    halves_text = "with half of these examples for each other, a temperature"
+    halves_text = "fitted on each half of these examples and tested on the other, a temperature"
     if not mean < -2 * error:
         gain = f"{halves_text} changes {numbers} {losses[1]:.3f}, which may be chance"
         return Advice("Calibration would bring little", gain)
-    return Advice("Calibrate on held-out examples", f"{halves_text} lowers {numbers} {losses[1]:.3f}", calls.calibrate)
+    rest = f"; right probabilities show up to {null_high:.3f}" if errors[1] > null_high else ""
+    gain = f"{halves_text} lowers {numbers} {losses[1]:.3f}{rest}"
+    return Advice("Calibrate on held-out examples", gain, calls.calibrate)
 
 
-def _abstain(probs: Tensor, labels: Tensor) -> list[Advice]:
-    """The least confidence of an answer for a risk of at most half of the error rate."""
+def _abstention(probs: Tensor, labels: Tensor) -> AbstentionRule | None:
+    """The rule with the largest risk that is at most half of the error rate, if it can promise anything."""
     confidence, correct = max_probability(probs), probs.argmax(dim=1) == labels
     error_rate = 1.0 - correct.double().mean().item()
     for risk in (risk for risk in RISKS if risk <= error_rate / 2):
         rule = AbstentionRule.fit(confidence, correct, risk=risk, level=LEVEL)
         if math.isfinite(rule.threshold):
-            return [
-                Advice(
-                    f"Abstain below a confidence of {percent(rule.threshold)}",
-                    f"{percent(rule.answered)} of inputs are answered and at most {percent(risk)} of the answers are "
-                    f"wrong (with {100 * LEVEL:.0f} % certainty), instead of {percent(error_rate)}",
-                    f"AbstentionRule.fit(confidence, correct, risk={risk:g})",
-                )
-            ]
-    return []
+            return rule
+    return None
+
+
+def _abstain(rule: AbstentionRule, probs: Tensor, labels: Tensor) -> Advice:
+    """The rule in words."""
+    error_rate = (probs.argmax(dim=1) != labels).double().mean().item()
+    return Advice(
+        f"Abstain below a confidence of {percent(rule.threshold)}",
+        f"{percent(1 - rule.answered)} of inputs are then left to others, and of the answers at most "
+        f"{percent(rule.risk)} are wrong (with {100 * LEVEL:.0f} % certainty) instead of {percent(error_rate)}",
+        f"bayes_kf.evaluation.AbstentionRule.fit(confidence, correct, risk={rule.risk:g})",
+    )
 
 
 def _collect(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Advice]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.score import Interval, Score
 from bayes_kf.evaluation.sections.verdicts.calibration import calibration_verdict, confidence_verdict, loss_verdict
-from bayes_kf.evaluation.sections.verdicts.phrases import quoted
+from bayes_kf.evaluation.sections.verdicts.phrases import null_band_of, quoted
 from bayes_kf.evaluation.sections.verdicts.selective import detection_verdict
 
+DIAGRAM_BINS = 10  # of confidence, as in the findings
 MAX_CLASS_ROWS = 1_000  # of the table of classes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -47,13 +48,15 @@ def score_section(
     """Accuracy, likelihood and calibration, with the reliability diagram."""
     scores = mean_scores(probs, labels, log_prob, settings.num_bins, ordered)
     scores |= _calibration_scores(probs, labels, settings, top_k)
+    shown, error = replace(settings, num_bins=DIAGRAM_BINS), scores[PRIMARY]
+    caption = f"calibration error {error.value:.3f}, right probabilities show up to {null_band_of(error).high:.3f}"
     verdict = [calibration_verdict(scores, len(labels)), confidence_verdict(scores), loss_verdict(scores)]
     diagram = FigureSpec(
         title="Reliability diagram",
-        alt=f"Accuracy against confidence in {settings.num_bins} bins. {ece_text(scores['ece'])}.",
-        draw=lambda ax: reliability_diagram(probs, labels, **asdict(settings), ax=ax),
+        alt=f"Accuracy against confidence in {DIAGRAM_BINS} bins. {ece_text(scores['ece'])}.",
+        draw=lambda ax: reliability_diagram(probs, labels, **asdict(shown), caption=caption, ax=ax),
         height=5.2,
-        table=_bin_table(probs, labels, settings),
+        table=_bin_table(probs, labels, shown),
     )
     return Sections(
         scores=scores,

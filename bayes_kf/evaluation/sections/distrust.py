@@ -7,7 +7,7 @@ tails the binomial distribution of the same mean bounds (Hoeffding 1956).
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.calibration_errors import reliability_bins
-from bayes_kf.evaluation.report.contents import Finding, Sections
+from bayes_kf.evaluation.report.contents import Card, Finding, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, make_table
+from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.verdicts.phrases import percent, quoted
+from bayes_kf.evaluation.sections.verdicts.selective import detection_answer
 
 SIGNIFICANCE = 0.05
+TOO_SURE, TOO_UNSURE = "Too sure", "Right more often than it says"  # beginnings of findings
 NUM_FAMILIES = 3
 NUM_RANGES = 10  # of the confidence
 MOST = 5  # findings of a family that are shown
@@ -27,7 +30,7 @@ WORST = 10  # confident errors that are listed
 
 
 def distrust_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sections:
-    """Findings on confidence ranges and classes; a class that is seldom recognized is a headline.
+    """Findings on confidence ranges and classes; a class that is seldom recognized has a card.
 
     Args:
         probs: Class probabilities, (N, C), float64.
@@ -35,7 +38,7 @@ def distrust_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sec
         names: C names of classes.
     """
     findings = [*_ranges(probs, labels), *_shares(probs, labels, names), *_recall(probs, labels, names)]
-    return Sections(findings=findings, headline=_missed(probs, labels, names))
+    return Sections(findings=findings, cards=_missed(probs, labels, names))
 
 
 def worst_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sections:
@@ -82,6 +85,38 @@ def two_sided(hits: np.ndarray, counts: np.ndarray, rates: np.ndarray) -> np.nda
     return np.where(counts > 0, np.minimum(1.0, 2 * np.minimum(below, above)), np.nan)
 
 
+def confidence_directions(findings: Sequence[Finding]) -> set[int]:
+    """1 if a range of confidence is too sure, −1 if one is right more often than it says."""
+    starts = {TOO_SURE: 1, TOO_UNSURE: -1}
+    return {sign for start, sign in starts.items() for finding in findings if finding.where.startswith(f"{start} at")}
+
+
+def missed_inputs(detected: Mapping[str, Score]) -> list[Finding]:
+    """Out-of-distribution sets that are not detected; name of each set to its AUROC."""
+    return [
+        Finding(f"“{name}”", f"it is less sure of them than of usual inputs {percent(auroc.value)} of the time only")
+        for name, auroc in detected.items()
+        if detection_answer(auroc) == "no"
+    ]
+
+
+def least_sure(probs: Tensor, labels: Tensor) -> list[Finding]:
+    """The share of errors among the least confident fifth, if there are errors and half of all of them are there."""
+    confidence, predicted = probs.max(dim=1)
+    wrong = (predicted != labels).double()
+    edge = confidence.sort().values[len(confidence) // 5]
+    chosen = confidence < edge
+    if not bool(chosen.any()) or wrong[chosen].mean() < 1.5 * wrong.mean() or not wrong.sum():
+        return []
+    rate, all_rate = percent(wrong[chosen].mean().item()), percent(wrong.mean().item())
+    return [
+        Finding(
+            f"Below a confidence of {percent(edge.item())}",
+            f"{rate} of these {int(chosen.sum()):,} answers are wrong, of all {all_rate}",
+        )
+    ]
+
+
 def _ranges(probs: Tensor, labels: Tensor) -> list[Finding]:
     """Ranges of confidence in which more or fewer are right than it says; neighbours with one direction are joined."""
     bins = reliability_bins(probs, labels, NUM_RANGES)
@@ -89,13 +124,13 @@ def _ranges(probs: Tensor, labels: Tensor) -> list[Finding]:
     sure, right = counts * confidence, np.rint(counts * accuracy)
     rejected = is_beyond_chance(two_sided(right, counts, np.clip(confidence, 0, 1)))
     findings = []
-    for sign, own in neighbours(np.sign(sure - right) * rejected):
+    for sign, own in sorted(neighbours(np.sign(sure - right) * rejected), reverse=True):
         number, said, hits = (values[own].sum() for values in (counts, sure, right))
         low, high = (f"{100 * bins.edges[end].item():.0f} %" for end in (own[0], own[-1] + 1))
         findings.append(
             Finding(
-                f"{'Too sure' if sign > 0 else 'Not sure enough'} where it says {low} to {high}",
-                f"of {number:,.0f} such predictions {percent(hits / number)} are right, it says "
+                f"{TOO_SURE if sign > 0 else TOO_UNSURE} at {low} to {high}",
+                f"{percent(hits / number)} of {number:,.0f} such answers are right, on average it says "
                 f"{percent(said / number)}",
             )
         )
@@ -144,7 +179,7 @@ def _recall(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Finding
     ]
 
 
-def _missed(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[str]:
+def _missed(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Card]:
     """The class that is recognized least, if less than half as often as examples on the whole."""
     hard = hard_classes(probs, labels)
     if not hard:
@@ -152,7 +187,12 @@ def _missed(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[str]:
     counts, hits = class_hits(probs, labels)
     least = min(hard, key=lambda place: hits[place] / counts[place])
     recall, accuracy = hits[least] / counts[least], hits.sum() / counts.sum()
-    return [f"It seldom recognizes {quoted(names[least])}: {percent(recall)} of them."] if recall < accuracy / 2 else []
+    if recall >= accuracy / 2:
+        return []
+    name = quoted(names[least])
+    headline = f"It seldom recognizes {name}: {percent(recall)} of {counts[least]:,}."
+    reason = f"{percent(recall)} of {counts[least]:,} examples of {name} are recognized, of all {percent(accuracy)}."
+    return [Card("Does it recognize every class?", "no", reason, headline)]
 
 
 def hard_classes(probs: Tensor, labels: Tensor) -> list[int]:

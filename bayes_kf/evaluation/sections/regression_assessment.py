@@ -110,8 +110,8 @@ def _advice(forecast: Forecast, pit: Tensor, cards: Sequence[Card], calls: Calls
     return [
         Advice(
             f"Make the intervals {factor:.2f} times as wide, by calibration on held-out examples",
-            f"with half of these targets for each other, the {100 * LEVEL:.0f} % intervals contain {percent(after)} "
-            f"instead of {percent(now)}",
+            f"fitted on each half of these targets and tested on the other, the {100 * LEVEL:.0f} % intervals contain "
+            f"{percent(after)} instead of {percent(now)}",
             calls.intervals,
         )
     ]

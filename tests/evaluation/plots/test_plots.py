@@ -32,7 +32,9 @@ def test_reliability_diagram_draws_bins_band_counts_and_error(ax, binning):
     bins = ev.reliability_bins(probs, targets, 10, binning)
     low, high = ev.reliability_band(probs, num_bins=10, binning=binning)
     used = bins.counts > 0
-    (band,) = ax.containers
+    band, _ = ax.containers  # the other is of the legend
+    paler = [bar.get_alpha() for bar in band]
+    assert [alpha < 0.5 for alpha in paler] == (bins.counts[used] < 10).tolist()
     points = np.concatenate([np.asarray(drawn.get_offsets()) for drawn in ax.collections])
     points = points[points[:, 0].argsort()]
     assert points[:, 0] == pytest.approx(bins.confidence[used].numpy())
@@ -41,16 +43,18 @@ def test_reliability_diagram_draws_bins_band_counts_and_error(ax, binning):
     assert [bar.get_y() + bar.get_height() for bar in band] == pytest.approx(high[used].tolist())
     outside = ((bins.accuracy < low) | (bins.accuracy > high))[used]
     assert 0 < int(outside.sum()) < len(outside)
-    inside_points, outside_points = ax.collections
+    _, outside_points = ax.collections
     assert np.asarray(outside_points.get_offsets())[:, 1] == pytest.approx(bins.accuracy[used][outside].numpy())
-    areas = np.concatenate([inside_points.get_sizes(), outside_points.get_sizes()])
-    counts = torch.cat([bins.counts[used][~outside], bins.counts[used][outside]]).numpy()
-    assert (areas.argsort() == (counts + 1e-9 * areas).argsort()).all()  # larger with more examples
     strip = ax.child_axes[0]
     assert [bar.get_height() for bar in strip.containers[0]] == bins.counts[used].tolist()
     ece = ev.calibration_test(probs, targets, num_bins=10, binning=binning)
     text = ax.get_legend().get_title().get_text()
     assert text == f"ECE {ece.value:.3f}, null band {ece.null_low:.3f}–{ece.null_high:.3f}"
+
+
+def test_the_legend_may_have_another_title(ax):
+    ev.reliability_diagram(*random_case(), caption="ours", ax=ax)
+    assert ax.get_legend().get_title().get_text() == "ours"
 
 
 def test_a_bin_that_holds_one_value_is_still_visible(ax):

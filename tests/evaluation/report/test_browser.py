@@ -346,7 +346,7 @@ def test_a_search_shows_the_scores_with_its_words_and_their_groups(pages, visit)
 
 def test_a_threshold_reads_coverage_and_risk(pages, visit):
     page = visit(pages("10")).page
-    slider = page.get_by_role("slider", name="Answer only from this confidence on")
+    slider = page.get_by_role("slider", name="Answer only when the confidence is at least")
     assert slider.is_visible()
     probs, targets = classifier_case(10)
     confidence, wrong = probs.max(1).values, probs.argmax(1) != targets
@@ -354,7 +354,7 @@ def test_a_threshold_reads_coverage_and_risk(pages, visit):
         slider.fill(str(step))
         chosen = confidence >= step / 100
         text = page.locator(".threshold output").inner_text()
-        assert text.startswith(f"{step:.1f} %: {100 * chosen.double().mean():.1f} % of inputs are answered")
+        assert text.startswith(f"{step:.1f} %: {100 * (1 - chosen.double().mean()):.1f} % of inputs are left to others")
         assert f"{100 * wrong[chosen].double().mean():.1f} % of the answers are wrong" in text
         assert slider.get_attribute("aria-valuetext") == text
 

@@ -77,11 +77,11 @@
     const percent = (share) => `${(100 * share).toFixed(1)} %`;
     const show = () => {
       const [threshold, answered, wrong] = steps[Number(input.value)];
-      output.textContent = `${percent(threshold)}: ${percent(answered)} of inputs are answered, ${percent(wrong)} of the answers are wrong`;
+      output.textContent = `${percent(threshold)}: ${percent(1 - answered)} of inputs are left to others, ${percent(wrong)} of the answers are wrong`;
       input.setAttribute("aria-valuetext", output.textContent);
     };
     input.max = String(steps.length - 1);
-    input.value = "0";
+    input.value = part.dataset.start;
     input.addEventListener("input", show);
     part.hidden = false;
     show();

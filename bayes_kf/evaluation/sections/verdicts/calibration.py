@@ -1,7 +1,7 @@
 """Sentences on accuracy, confidence and calibration of a classifier."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from bayes_kf.evaluation.classification.score_summary import PRIMARY
 from bayes_kf.evaluation.report.contents import Answer, Card
@@ -40,27 +40,38 @@ def calibration_answer(scores: Mapping[str, Score], num_targets: int) -> Answer:
     return "too few" if _detectable(scores, num_targets) > DETECTABLE_ERROR else "yes"
 
 
-def calibration_card(scores: Mapping[str, Score], num_targets: int) -> Card:
-    """The answer with its headline and its main numbers."""
+def calibration_card(scores: Mapping[str, Score], num_targets: int, directions: Collection[int] = ()) -> Card:
+    """The answer with its headline and its main numbers.
+
+    Args:
+        scores: Of the report.
+        num_targets: Number of examples.
+        directions: 1 if some range of confidence is too sure, −1 if some range is right more often than it says.
+    """
     answer, error = calibration_answer(scores, num_targets), scores[PRIMARY]
     confidence, accuracy = (percent(scores[name].value) for name in ("confidence", "accuracy"))
-    reason = f"Calibration error {error.value:.3f}; chance alone gives up to {null_band_of(error).high:.3f}"
+    high = null_band_of(error).high
+    reason = f"Calibration error {error.value:.3f}; right probabilities show up to {high:.3f} at this size"
     if answer == "yes":
         headline = "Its probabilities can be trusted."
-        reason += f", and an error of {_detectable(scores, num_targets):.2g} would show."
+        reason += f". An error of {_detectable(scores, num_targets):.2g} would have been seen."
     elif answer == "too few":
-        headline = f"{num_targets:,} targets are too few to tell whether its probabilities can be trusted."
-        reason += f". About {needed_targets(scores, num_targets):,} targets would do."
+        headline = f"{num_targets:,} examples are too few to tell whether its probabilities can be trusted."
+        reason += f". About {needed_targets(scores, num_targets):,} examples would show an error of 0.1."
     elif error.null_position > 0:
         how = ("wrong", "too high", "too low")[scores["confidence_gap"].null_position]
         numbers = f"on average it says {confidence}, and {accuracy} are right"
+        if len(set(directions)) > 1:
+            how, numbers = "too high in some ranges and too low in others", "see below"
         headline = f"Do not trust its probabilities, they are {how}: {numbers}."
         if error.value < SLIGHT_ERROR:
             headline = f"Its probabilities are slightly {how}: {numbers}."
         reason += "."
     else:
         headline = "Its probabilities fit better than chance allows: are the targets independent?"
-        reason = f"Calibration error {error.value:.3f}; chance alone gives at least {null_band_of(error).low:.3f}."
+        reason = (
+            f"Calibration error {error.value:.3f}; right probabilities show at least {null_band_of(error).low:.3f}."
+        )
     return Card("Are the probabilities right?", answer, reason, headline)
 
 

@@ -17,6 +17,7 @@ from bayes_kf.evaluation.sections.verdicts.phrases import (
 )
 
 DETECTABLE_CORRELATION = 0.3
+GOOD_CORRELATION = 0.5  # between predicted sd and size of the error
 DETECTION_FACTOR = 1.31  # 1 + 0.84·½/1.36: from the distance at the 5 % level to that detected in 80 % of data sets
 
 
@@ -48,7 +49,7 @@ def pit_card(pit_ks: Score, mean_z: float, variance_z: float, coverage: Score, n
         "too few": f"{num_targets:,} targets are too few to tell whether its intervals can be trusted.",
         "no": f"Do not trust its intervals, they are {_wrong_way(mean_z, variance_z)}.",
     }[answer]
-    reason = f"The 80 % intervals contain {inside}; chance alone gives {percent_range(null_band_of(coverage))}."
+    reason = f"The 80 % intervals contain {inside}; right ones contain {percent_range(null_band_of(coverage))}."
     return Card("Are the intervals right?", answer, reason, headline)
 
 
@@ -63,9 +64,13 @@ def spread_card(spearman: Score, num_targets: int) -> Card:
     question = "Does it know where it errs?"
     if math.isnan(spearman.value):
         return Card(question, "no", "All forecasts are equally wide.", "It is equally sure of every forecast.")
-    reason = f"Rank correlation of predicted sd and size of the error {minus(f'{spearman.value:.2f}')}; chance gives 0."
+    reason = (
+        f"Rank correlation of predicted sd and size of the error {minus(f'{spearman.value:.2f}')}; guessing gives 0."
+    )
     random = 1.96 / math.sqrt(max(num_targets - 1, 1))
     if spearman.value > random and interval_of(spearman).low > 0:
+        if spearman.value < GOOD_CORRELATION:
+            return Card(question, "partly", reason, "It knows in part where it errs.")
         return Card(question, "yes", reason, "It knows where it errs.")
     if 1.43 * random > DETECTABLE_CORRELATION:
         return Card(question, "too few", reason, "Too few targets to tell whether it knows where it errs.")

@@ -16,8 +16,10 @@ from bayes_kf.evaluation.sections.verdicts.phrases import (
     round_up,
 )
 
+Detected = Literal["yes", "partly", "no", "too few"]
+WORST_FIRST: tuple[Detected, ...] = ("no", "too few", "partly", "yes")
 DETECTABLE_AUROC = 0.15  # above one half, for the detection of errors
-GOOD_AUROC = 0.8  # a detector of errors below it misses many
+GOOD_AUROC = 0.8  # a detector below it is one in part
 USELESS_AUROC = 0.6  # a detector whose AUROC is known to be lower is of no use
 
 
@@ -31,14 +33,17 @@ def selective_verdict(scores: Mapping[str, Score], accuracy: float) -> str:
     )
 
 
-def error_answer(auroc: Score, num_wrong: int, num_correct: int) -> Literal["yes", "no", "too few"]:
-    """Whether uncertainty detects errors: the AUROC is clearly above one half, and not below `USELESS_AUROC`."""
+def error_answer(auroc: Score, num_wrong: int, num_correct: int) -> Detected:
+    """Whether uncertainty detects errors: the AUROC is clearly above one half, and at least `GOOD_AUROC`.
+
+    "partly" from `USELESS_AUROC` on.
+    """
     if math.isnan(auroc.value):
         return "too few"
     is_clear, random = _clear(auroc, num_wrong, num_correct)
     if not is_clear and 1.43 * random > DETECTABLE_AUROC:
         return "too few"
-    return "yes" if is_clear and auroc.value >= USELESS_AUROC else "no"
+    return _graded(auroc) if is_clear else "no"
 
 
 def error_card(scores: Mapping[str, Score], num_wrong: int, num_correct: int) -> Card:
@@ -47,12 +52,11 @@ def error_card(scores: Mapping[str, Score], num_wrong: int, num_correct: int) ->
     answer = error_answer(auroc, num_wrong, num_correct)
     reason = f"{num_wrong:,} wrong and {num_correct:,} right predictions."
     if not math.isnan(auroc.value):
-        reason = (
-            f"In {percent(auroc.value)} of pairs of a wrong and a right prediction the wrong one is less certain; "
-            "chance gives 50 %."
-        )
+        share = percent(auroc.value)
+        reason = f"Of a wrong and a right answer, it is less sure of the wrong one {share} of the time; guessing: 50 %."
     headline = {
-        "yes": "It knows its errors." if auroc.value >= GOOD_AUROC else "It knows some of its errors.",
+        "yes": "It knows its errors: it is less sure of them.",
+        "partly": "It knows some of its errors.",
         "no": "It does not know its errors: it is as sure of them as of right answers.",
         "too few": f"{num_wrong:,} error{'s' if num_wrong != 1 else ''} are too few to tell whether it knows them.",
     }[answer]
@@ -94,12 +98,17 @@ def _clear(auroc: Score, num_wrong: int, num_correct: int) -> tuple[bool, float]
     return abs(auroc.value - 0.5) > random and (low > 0.5 or high < 0.5), random
 
 
-def detection_answer(auroc: Score) -> Literal["yes", "no", "too few"]:
-    """Whether the entropy of out-of-distribution inputs is higher: clearly, and not below `USELESS_AUROC`."""
+def detection_answer(auroc: Score) -> Detected:
+    """Whether the entropy of out-of-distribution inputs is higher, graded as for errors."""
     low, high = interval_of(auroc)
     if low <= 0.5 and high >= USELESS_AUROC:
         return "too few"
-    return "yes" if low > 0.5 and auroc.value >= USELESS_AUROC else "no"
+    return _graded(auroc) if low > 0.5 else "no"
+
+
+def _graded(auroc: Score) -> Literal["yes", "partly", "no"]:
+    """How good a detector is whose AUROC is clearly above one half."""
+    return "yes" if auroc.value >= GOOD_AUROC else "partly" if auroc.value >= USELESS_AUROC else "no"
 
 
 def detection_card(detected: Mapping[str, Score]) -> Card:
@@ -112,16 +121,20 @@ def detection_card(detected: Mapping[str, Score]) -> Card:
     if not detected:
         return Card(question, "not tested", "No inputs of another kind were given.", "")
     answers = {name: detection_answer(auroc) for name, auroc in detected.items()}
-    shares = [f"{percent(auroc.value)} of pairs with “{name}”" for name, auroc in list(detected.items())[:3]]
+    shares = [f"of “{name}” {percent(auroc.value)} of the time" for name, auroc in list(detected.items())[:3]]
     more = f" (and {len(detected) - 3} more)" if len(detected) > 3 else ""
-    reason = f"The other input is less certain in {', '.join(shares)}{more}; chance gives 50 %."
-    missed = [f"“{name}”" for name, answer in answers.items() if answer == "no"]
-    unclear = [f"“{name}”" for name, answer in answers.items() if answer == "too few"]
-    if missed:
-        return Card(question, "no", reason, f"It does not notice {_listed(missed)}.")
-    if unclear:
-        return Card(question, "too few", reason, f"Too few inputs to tell whether it notices {_listed(unclear)}.")
-    return Card(question, "yes", reason, f"It notices {_listed([f'“{name}”' for name in answers])}.")
+    reason = (
+        f"Beside a usual input, it is less sure {', '.join(shares)}{more}; guessing: 50 %. Nothing else was tested."
+    )
+    answer = min(answers.values(), key=WORST_FIRST.index)
+    named = _listed([f"“{name}”" for name, own in answers.items() if own == answer])
+    headline = {
+        "no": f"It does not notice {named}.",
+        "too few": f"Too few inputs to tell whether it notices {named}.",
+        "partly": f"It notices {named} in part.",
+        "yes": f"It notices {named}.",
+    }[answer]
+    return Card(question, answer, reason, headline)
 
 
 def _listed(names: list[str]) -> str:
@@ -142,6 +155,7 @@ def detection_verdict(name: str, auroc: Score) -> str:
         return f"The model is more certain of {inputs} than of in-distribution inputs: {share}."
     return {
         "yes": f"The model is less certain of {inputs}: {share}.",
+        "partly": f"The model is less certain of {inputs}, not by much: {share}.",
         "no": f"The model {'hardly detects' if low > 0.5 else 'does not detect'} {inputs}: {share}.",
         "too few": f"It is unclear whether the model detects {inputs}: {share}.",
     }[detection_answer(auroc)]
