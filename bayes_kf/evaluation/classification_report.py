@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy_parts
-from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
+from bayes_kf.evaluation.flattened_predictions import flattened
+from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, column_names
 from bayes_kf.evaluation.options import EvaluationOptions
 from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
@@ -27,6 +28,7 @@ from bayes_kf.evaluation.sections.distrust import (
     worst_section,
 )
 from bayes_kf.evaluation.sections.examples import example_section
+from bayes_kf.evaluation.sections.groups import group_section
 from bayes_kf.evaluation.sections.human_agreement import human_section
 from bayes_kf.evaluation.sections.online import stream_sections
 from bayes_kf.evaluation.sections.selective import recalibration_section, usefulness_section
@@ -50,6 +52,7 @@ def evaluate_predictions(
     human: Array | None = None,
     recalibration: Recalibration | None = None,
     conformal: ConformalSets | None = None,
+    groups: Mapping[str, Any] | None = None,
     ordered: bool = False,
     top_k: Sequence[int] | None = None,
     config: Mapping[str, object] | None = None,
@@ -62,8 +65,10 @@ def evaluate_predictions(
     """Report on class probabilities of any model.
 
     Args:
-        probs: Class probabilities, (N, C).
-        targets: Class indices, (N,).
+        probs: Class probabilities, (N, C), or of class 1 of two, (N,) or (N, 1). A table's columns name the classes.
+            Tokens (B, T, C), pixels (B, C, H, W) and several labels (N, L) count as examples, see `flattened`.
+        targets: Class indices, (N,) or (N, 1), class names, or one-hot (N, C); of the shape of tokens, pixels or
+            labels, where -100 does not count.
         samples: Class probabilities of posterior draws, (S, N, C), for aleatoric and epistemic entropy.
         uncertainty: The predictive, aleatoric and epistemic entropies, each (N,), if they are known already.
         log_prob: Predictive log probability of the labels, (N,). The likelihood uses it instead of log(probs), which
@@ -77,6 +82,8 @@ def evaluate_predictions(
         human: Shares of people's answers, (N, C).
         recalibration: A recalibration fitted on other examples; the report states its effect.
         conformal: Conformal sets fitted on other examples; the report states their coverage and size.
+        groups: Name of a kind (source, language) to the group of each example, (N,); or a table with a column for each
+            kind. The report names groups with fewer right answers or wrong probabilities, beyond chance.
         ordered: Whether the classes have an order, for the ranked probability score.
         top_k: Numbers of most probable classes that count together, each with an ECE; by default 5 if there are more
             than 10 classes.
@@ -111,11 +118,18 @@ def evaluate_predictions(
         conformal=conformal,
         ordered=ordered,
         top_k=top_k,
-        class_names=class_names,
+        class_names=column_names(probs) if class_names is None else class_names,
+        groups={} if groups is None else groups,
     )
-    checked = as_probs(probs)
+    flat = flattened(probs, targets)
+    if flat.note:
+        options.check_no_examples()
+    checked = as_probs(flat.probs)
+    labels = as_targets(flat.targets, checked, class_names=options.class_names)
     parts = entropy_parts(samples) if uncertainty is None and samples is not None else uncertainty
-    return classification_report(checked, as_targets(targets, checked), options, log_prob=log_prob, uncertainty=parts)
+    report = classification_report(checked, labels, options, log_prob=log_prob, uncertainty=parts)
+    report.sections.lead += f" {flat.note}" if flat.note else ""
+    return report
 
 
 def classification_report(
@@ -154,6 +168,8 @@ def _sections(
     if options.human is not None:
         sections += human_section(probs, options.human)
     sections += stream_sections(options.history, options.parameter_variance, options.output_variance)
+    if len(options.groups):
+        sections += group_section(probs, labels, options.groups)
     sections += class_section(probs, labels, names)
     if options.examples is not None:
         sections += example_section(probs, labels, options.examples, names)

@@ -32,6 +32,7 @@ class EvaluationOptions:
         ordered: Whether the classes have an order.
         top_k: Numbers of most probable classes that count together.
         class_names: Names of the classes.
+        groups: Kinds of groups of the examples.
         calls: Code that the advice names.
 
     Raises:
@@ -52,6 +53,7 @@ class EvaluationOptions:
     ordered: bool = False
     top_k: Sequence[int] | None = None
     class_names: Sequence[str] | None = None
+    groups: Mapping[str, Any] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
 
     def __post_init__(self) -> None:
@@ -65,9 +67,9 @@ class EvaluationOptions:
         Raises:
             ValueError: If one is.
         """
-        for name in ("ood", "human", "recalibration", "conformal"):
+        for name in ("ood", "human", "recalibration", "conformal", "groups"):
             given = getattr(self, name)
-            if given is not None and given != {}:
+            if given is not None and not (isinstance(given, dict) and not given):
                 raise ValueError(f"`{name}` must be None for a posterior without class probabilities, got one.")
         for name in ("ordered", "top_k", "class_names"):
             given = getattr(self, name)
@@ -75,6 +77,17 @@ class EvaluationOptions:
                 raise ValueError(
                     f"`{name}` must be left out for a posterior without class probabilities, got {given!r}."
                 )
+
+    def check_no_examples(self) -> None:
+        """Check that nothing is given that belongs to single examples, where tokens, pixels or labels count as such.
+
+        Raises:
+            ValueError: If something is.
+        """
+        for name in ("examples", "human", "groups"):
+            given = getattr(self, name)
+            if given is not None and len(given):
+                raise ValueError(f"`{name}` must be left out if tokens, pixels or labels count as examples, got some.")
 
     def top_k_of(self, num_classes: int) -> Sequence[int]:
         """The given numbers of classes, by default 5 if there are more than 10 classes.

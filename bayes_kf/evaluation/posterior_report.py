@@ -31,6 +31,7 @@ def evaluate(
     human: Array | None = None,
     recalibration: Recalibration | None = None,
     conformal: ConformalSets | None = None,
+    groups: Mapping[str, Any] | None = None,
     ordered: bool = False,
     top_k: Sequence[int] | None = None,
     method: str = "linearized",
@@ -57,6 +58,7 @@ def evaluate(
         human: Shares of people's answers, (N, C).
         recalibration: A recalibration fitted on other examples.
         conformal: Conformal sets fitted on other examples.
+        groups: Name of a kind to the group of each example of the loader, in its order; see `evaluate_predictions`.
         ordered: Whether the classes have an order; always true under the likelihood "ordinal".
         top_k: Numbers of most probable classes that count together.
         method: Prediction method, as the posterior names it.
@@ -84,6 +86,7 @@ def evaluate(
         ordered=ordered,
         top_k=top_k,
         class_names=class_names,
+        groups={} if groups is None else groups,
         calls=POSTERIOR,
     )
     report = _report(posterior, loader, options, method=method, num_samples=num_samples)

@@ -1,9 +1,10 @@
 """When not to trust a classifier: confidence ranges and classes whose numbers are beyond chance.
 
-Each family of tests (ranges, shares of classes, recall of classes) holds its own multiplicity by Holm's method at a
-third of `SIGNIFICANCE`, so that a calibrated model whose classes are equally hard has any finding in at most 5 % of
-data sets. Under calibration the number of hits is a sum of independent zeros and ones with unequal probabilities, whose
-tails the binomial distribution of the same mean bounds (Hoeffding 1956).
+Each family of tests (ranges, shares of classes, recall of classes, accuracy of groups, calibration of groups) holds its
+own multiplicity by Holm's method at a fifth of `SIGNIFICANCE`, so that a calibrated model whose classes and groups are
+equally hard has any finding in at most 5 % of data sets. Under calibration the number of hits is a sum of independent
+zeros and ones with unequal probabilities, whose tails the binomial distribution of the same mean bounds (Hoeffding
+1956).
 """
 
 import itertools
@@ -23,7 +24,7 @@ from bayes_kf.evaluation.sections.verdicts.selective import detection_answer
 
 SIGNIFICANCE = 0.05
 TOO_SURE, TOO_UNSURE = "Too sure", "Right more often than it says"  # beginnings of findings
-NUM_FAMILIES = 3
+NUM_FAMILIES = 5
 NUM_RANGES = 10  # of the confidence
 MOST = 5  # findings of a family that are shown
 WORST = 10  # confident errors that are listed
@@ -199,7 +200,7 @@ def hard_classes(probs: Tensor, labels: Tensor) -> list[int]:
     """Classes that are recognized less often than examples on the whole, beyond chance, the clearest first."""
     counts, hits = class_hits(probs, labels)
     p_values = np.where(counts > 0, scipy.stats.binom.cdf(hits, counts, hits.sum() / counts.sum()), np.nan)
-    return _ordered(p_values)
+    return beyond_chance_first(p_values)
 
 
 def class_hits(probs: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -211,10 +212,10 @@ def class_hits(probs: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _chosen(p_values: np.ndarray) -> list[int]:
     """The clearest of the rejected hypotheses."""
-    return _ordered(p_values)[:MOST]
+    return beyond_chance_first(p_values)[:MOST]
 
 
-def _ordered(p_values: np.ndarray) -> list[int]:
+def beyond_chance_first(p_values: np.ndarray) -> list[int]:
     """All rejected hypotheses, the clearest first."""
     rejected = np.flatnonzero(is_beyond_chance(p_values))
     ordered: list[int] = rejected[np.argsort(p_values[rejected], kind="stable")].tolist()

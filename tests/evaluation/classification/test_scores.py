@@ -154,8 +154,11 @@ BAD_PROBS = [
     (torch.tensor([[0.5, 0.6]]), r"`probs` must sum to one in every row, got 1\.1 in row 0; pass the softmax .*"),
     (torch.tensor([[float("nan"), 0.5]]), r"`probs` must be finite, got 1 bad of 2 values\."),
     (torch.tensor([[1.5, -0.5]]), r"`probs` must not be negative, got -0\.5; if these are logits, pass .*"),
-    (torch.tensor([0.5, 0.5]), r"`probs` must have shape \(N, C\) with at least two classes, got \(2,\)\."),
-    (torch.ones(3, 1), r"`probs` must have shape \(N, C\) with at least two classes, got \(3, 1\)\."),
+    (
+        torch.tensor([0.5, 1.5]),
+        r"`probs` of one column must be probabilities of class 1 between 0 and 1, got values .*",
+    ),
+    (torch.tensor(0.5), r"`probs` must have shape \(N, C\) with at least two classes, got \(\)\."),
     (torch.empty(0, 3), r"`probs` must not be empty, got shape \(0, 3\)\."),
     (torch.tensor([[1j, 1.0]]), r"`probs` must hold real numbers, got torch\.complex64\."),
 ]
@@ -172,7 +175,11 @@ BAD_TARGETS = [
     (torch.tensor([0, 2]), r"`targets` must lie in 0\.\.1, got values in 0\.\.2\."),
     (torch.tensor([-1, 0]), r"`targets` must lie in 0\.\.1, got values in -1\.\.0\."),
     (torch.tensor([0]), r"`targets` must have shape \(2,\) as `probs` has, got \(1,\)\."),
-    (torch.tensor([[0], [1]]), r"`targets` must have shape \(2,\) as `probs` has, got \(2, 1\)\."),
+    (
+        torch.tensor([[0, 1], [1, 1]]),
+        r"`targets` of the shape of `probs` must be one-hot: one 1 and zeros in every row\.",
+    ),
+    (["cat", "dog"], r"`targets` must hold class indices unless `class_names` is given, got 'cat'\."),
     (torch.tensor([0.0, 1.0]), r"`targets` must hold integer class indices, got torch\.float32\."),
 ]
 
