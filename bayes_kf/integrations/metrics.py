@@ -6,32 +6,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction
 
 from bayes_kf.evaluation import accuracy, brier_score, calibration_test, entropy
-
-
-def of_labelled_tokens(prediction: Any) -> EvalPrediction:
-    """The predictions (N, C) and labels (N,) of all labelled tokens, from those of sequences, (B, T, C) and (B, T)."""
-    outputs = prediction.predictions
-    outputs, labels = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs), prediction.label_ids
-    labelled = np.asarray(labels) >= 0
-    return EvalPrediction(outputs[labelled], np.asarray(labels)[labelled])
+from bayes_kf.models.batch import IGNORED
 
 
 def calibration_metrics(prediction: Any) -> dict[str, float]:
     """Accuracy, log loss, Brier score, mean entropy and ECE with its null band, of a classifier.
 
+    For ``Trainer(compute_metrics=calibration_metrics)``.
+
     Args:
-        prediction: transformers' ``EvalPrediction``: ``predictions`` are logits or log probabilities (N, m), or a tuple
-            whose first item they are; ``label_ids`` are labels (N,).
+        prediction: transformers' ``EvalPrediction``: ``predictions`` are logits or log probabilities (N, m), or of
+            tokens (B, T, m), or a tuple whose first item they are; ``label_ids`` are labels (N,) or (B, T), of which
+            −100 does not count.
 
     Returns:
         ``accuracy``, ``log_loss`` and ``entropy`` (nats), ``brier``, ``ece``, and the ends of its 95 % null band,
         ``ece_null_low`` and ``ece_null_high``: the ECE of a perfectly calibrated model with the same confidences.
 
     Raises:
-        ValueError: if the predictions are not (N, m) or the labels not (N,).
+        ValueError: if the shapes are others, or no label counts.
 
     Example:
         >>> from transformers import EvalPrediction
@@ -42,6 +37,11 @@ def calibration_metrics(prediction: Any) -> dict[str, float]:
     outputs = prediction.predictions
     outputs = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
     labels = np.asarray(prediction.label_ids)
+    if outputs.ndim in (2, 3) and labels.shape == outputs.shape[:-1]:
+        counted = labels != IGNORED
+        if not counted.any():
+            raise ValueError(f"`prediction` must hold a label that counts, got {IGNORED} everywhere.")
+        outputs, labels = outputs[counted], labels[counted]
     if outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
         raise ValueError(
             f"`prediction` must hold predictions (N, classes) and labels (N,), got {outputs.shape} and {labels.shape}."

@@ -19,7 +19,7 @@ from bayes_kf.inference.predictive.predict import predict
 from bayes_kf.inference.predictive.prediction import METHODS, Prediction
 from bayes_kf.inference.predictive.token_predictions import at_places
 from bayes_kf.inference.saving import pretrained
-from bayes_kf.integrations.metrics import calibration_metrics, of_labelled_tokens
+from bayes_kf.integrations.metrics import calibration_metrics
 from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_filter import TrainerFilter
 from bayes_kf.models.adapter import AdapterModel
@@ -172,7 +172,7 @@ class PosteriorTrainer(Trainer):
         outputs = prediction.predictions
         is_text = getattr(outputs[0] if isinstance(outputs, tuple) else outputs, "ndim", 0) == 3  # before training
         if is_text and labels_tokens(self._module):
-            return calibration_metrics(of_labelled_tokens(prediction)) | own
+            return calibration_metrics(prediction) | own
         several = getattr(prediction.label_ids, "ndim", 1) != 1  # also before training, when no likelihood is known
         if is_text or several or (config is not None and config.likelihood not in ONE_OF_CLASSES):
             return own

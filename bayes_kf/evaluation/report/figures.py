@@ -19,6 +19,9 @@ def draw_figure(spec: FigureSpec) -> Figure:
 
     figure = Figure(figsize=(WIDTH, spec.height), layout="constrained")
     spec.draw(figure.subplots())
+    for _ in range(2):  # a legend below the axes moves with them
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # drawn again it would move a little, and the page would be another
     return figure
 
 

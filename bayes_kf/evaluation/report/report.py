@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from bayes_kf.evaluation.score import Score, flatten_scores
 from bayes_kf.validation import did_you_mean
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.figure import Figure
 
 HEADLINES = ("accuracy", "rmse", "mae", "nll", "crps", "ece")  # scores that a report's repr shows
@@ -85,6 +87,30 @@ class Report:
         if name not in scores:
             raise ValueError(f"`name` must be a score of this report, got {name!r}{did_you_mean(name, scores) or '.'}")
         return scores[name]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The scores as a table: a row for each, with value, interval, null band and p-value, NaN where unknown.
+
+        Example:
+            >>> table = Report("Mine", {}, Sections(scores={"nll": Score(0.25, p_value=0.5)})).to_pandas()
+            >>> table.loc["nll", ["value", "p_value"]].tolist()
+            [0.25, 0.5]
+        """
+        import pandas
+
+        columns = {"value": "", **{end: f"_{end}" for end in ("low", "high", "null_mean", "null_low", "null_high")}}
+        columns["p_value"] = "_p_value"
+        rows = {
+            name: [score.flat(name).get(name + end, math.nan) for end in columns.values()]
+            for name, score in self.sections.scores.items()
+        }
+        return pandas.DataFrame.from_dict(rows, orient="index", columns=list(columns))
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks."""
+        page = escape(self.to_html(), quote=True)
+        style = "width: 100%; height: 900px; border: 1px solid #999"
+        return f'<iframe title="{escape(self.title, quote=True)}" srcdoc="{page}" style="{style}"></iframe>'
 
     @cached_property
     def figures(self) -> dict[str, Figure]:

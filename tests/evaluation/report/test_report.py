@@ -492,6 +492,24 @@ def test_curves_of_a_short_stream_are_seen(length):
     assert len(report.sections.drawings["innovation"].table.rows) == min(20, len(line.get_xdata()))
 
 
+def test_the_scores_as_a_table(report):
+    table = report.to_pandas()
+    assert list(table.index) == list(report.sections.scores)
+    for name in ("ece", "accuracy", "spiegelhalter"):
+        score = report.score(name)
+        assert table.loc[name, "value"] == score.value
+        assert math.isnan(table.loc[name, "low"]) == (score.interval is None)
+        assert math.isnan(table.loc[name, "p_value"]) == (score.p_value is None)
+    assert table.loc["ece", "null_high"] == report.scores["ece_null_high"]
+
+
+def test_notebooks_show_the_page_in_a_frame_of_its_own(report):
+    frames = Page(report._repr_html_()).all("iframe")
+    assert len(frames) == 1
+    assert frames[0]["srcdoc"] == report.to_html()
+    assert frames[0]["title"] == report.title
+
+
 def test_repr_is_short():
     probs, targets = random_case()
     report = ev.evaluate_predictions(probs, targets, history=history(), num_simulations=50, title="Ours, again")
