@@ -22,7 +22,9 @@ from bayes_kf.evaluation.calibration.null_distribution import (
 )
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
 from bayes_kf.evaluation.classification.comparison import Difference, Rank, ScoreComparison, compare_predictions
+from bayes_kf.evaluation.classification.corp import CorpReliability, corp_reliability
 from bayes_kf.evaluation.classification.corruption_shift import ShiftScores, shift_curve
+from bayes_kf.evaluation.classification.decision_curve import DecisionCurve, decision_curve
 from bayes_kf.evaluation.classification.entropy import (
     EntropyParts,
     aleatoric_entropy,
@@ -55,11 +57,15 @@ from bayes_kf.evaluation.classification.selective import (
     RiskCoverage,
     SelectiveIntervals,
     accuracy_at_coverage,
+    augrc,
     aurc,
     best_risk_coverage,
     excess_aurc,
+    ood_risk_coverage,
+    rejection_ratio,
     risk_coverage,
     selective_intervals,
+    sparsification_error,
 )
 from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
 from bayes_kf.evaluation.classification_report import evaluate_predictions
@@ -106,6 +112,11 @@ from bayes_kf.evaluation.regression.quantile_calibration import (
     quantile_calibration_test,
     quantile_coverage,
 )
+from bayes_kf.evaluation.regression.quantile_scores import (
+    crps_quantiles,
+    interval_score,
+    pinball_loss,
+)
 from bayes_kf.evaluation.regression.scores import (
     Coverage,
     coverage_null,
@@ -131,7 +142,9 @@ __all__ = [
     "CalibrationTest",
     "ConformalIntervals",
     "ConformalSets",
+    "CorpReliability",
     "Coverage",
+    "DecisionCurve",
     "DetectionIntervals",
     "Difference",
     "DriftAlarm",
@@ -165,6 +178,7 @@ __all__ = [
     "accuracy",
     "accuracy_at_coverage",
     "aleatoric_entropy",
+    "augrc",
     "aurc",
     "best_risk_coverage",
     "brier_decomposition",
@@ -177,12 +191,15 @@ __all__ = [
     "comparison_plot",
     "confidence_gap",
     "conformal_coverage_null",
+    "corp_reliability",
     "coverage_and_size",
     "coverage_null",
     "coverage_plot",
     "crps_gaussian",
+    "crps_quantiles",
     "crps_samples",
     "debiased_calibration_error",
+    "decision_curve",
     "detection_intervals",
     "drift_alarm",
     "ence_test",
@@ -208,6 +225,7 @@ __all__ = [
     "innovation_plot",
     "innovation_whiteness",
     "interval_coverage",
+    "interval_score",
     "ks_calibration_error",
     "margin",
     "max_probability",
@@ -218,8 +236,10 @@ __all__ = [
     "negative_log_likelihood",
     "online_comparison",
     "online_curves",
+    "ood_risk_coverage",
     "ood_scores",
     "output_variance_plot",
+    "pinball_loss",
     "pit_gaussian",
     "pit_histogram",
     "pit_samples",
@@ -233,6 +253,7 @@ __all__ = [
     "quantile_coverage",
     "quantile_coverage_plot",
     "ranked_probability_score",
+    "rejection_ratio",
     "reliability_band",
     "reliability_bins",
     "reliability_diagram",
@@ -246,6 +267,7 @@ __all__ = [
     "shift_curve",
     "shift_plot",
     "smooth_calibration_error",
+    "sparsification_error",
     "spiegelhalter_test",
     "spread_bins",
     "variance_by_tensor",

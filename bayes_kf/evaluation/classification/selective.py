@@ -3,6 +3,7 @@
 Ties of the confidence are handled exactly: every number is its expectation over random orders of equal confidences.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -95,6 +96,103 @@ def excess_aurc(confidence: Array, correct: Array | None = None, *, loss: Array 
     """
     best = best_risk_coverage(correct, loss=loss).risk.mean().item()
     return max(0.0, aurc(confidence, correct, loss=loss) - best)  # negative only by rounding
+
+
+def augrc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
+    """Area under the generalized risk-coverage curve: the mean of (k/N) · risk of the k most confident.
+
+    Lower is better. It is the average number of undetected errors among all predictions, and weights every error alike,
+    where AURC weights the most confident ones more.
+
+    Args:
+        confidence: Higher for predictions to retain, (N,).
+        correct: One (or True) for each correct prediction, else zero, (N,).
+        loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+
+    Raises:
+        ValueError: If an argument is malformed, see `risk_coverage`.
+
+    Reference: Traub et al., *Overcoming common flaws in the evaluation of selective classification systems*, 2024.
+
+    Example:
+        >>> augrc(torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
+        0.25
+    """
+    curve = risk_coverage(confidence, correct, loss=loss)
+    return (curve.coverage * curve.risk).mean().item()
+
+
+def rejection_ratio(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
+    """Prediction rejection ratio: gain of this order over a random one, as a share of the best order's gain.
+
+    The gain is in AUGRC: 1 for the best order, 0 for a random one, negative for a worse one; NaN if all losses are
+    equal.
+
+    Args:
+        confidence: Higher for predictions to retain, (N,).
+        correct: One (or True) for each correct prediction, else zero, (N,).
+        loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+
+    Raises:
+        ValueError: If an argument is malformed, see `risk_coverage`.
+
+    Reference: Malinin, Mlodozeniec, Gales, *Ensemble distribution distillation*, 2020.
+
+    Example:
+        >>> rejection_ratio(torch.tensor([0.9, 0.6, 0.8]), torch.tensor([1, 0, 1]))
+        1.0
+    """
+    scores = as_vector(confidence, "confidence")
+    losses = _losses(correct, loss, len(scores))
+    random, best = (augrc(order, loss=losses) for order in (torch.zeros_like(losses), -losses))
+    return (random - augrc(scores, loss=losses)) / (random - best) if random - best > 1e-15 else math.nan
+
+
+def ood_risk_coverage(confidence: Array, correct: Array, ood_confidence: Array) -> RiskCoverage:
+    """The risk-coverage curve where out-of-distribution inputs count as errors (SCOD).
+
+    Args:
+        confidence: Of in-distribution predictions, higher for those to retain, (N,).
+        correct: Whether each of them is correct, (N,).
+        ood_confidence: Of the out-of-distribution inputs, (M,).
+
+    Raises:
+        ValueError: If a vector is malformed or lengths differ.
+
+    Reference: Xia, Bouganis, *Augmenting softmax information for selective classification with out-of-distribution
+    data*, 2022.
+
+    Example:
+        >>> ood_risk_coverage(torch.tensor([0.9, 0.5]), torch.tensor([1, 1]), torch.tensor([0.7])).risk
+        tensor([0.0000, 0.5000, 0.3333], dtype=torch.float64)
+    """
+    known, foreign = as_vector(confidence, "confidence"), as_vector(ood_confidence, "ood_confidence")
+    losses = torch.cat([_losses(correct, None, len(known)), torch.ones_like(foreign)])
+    return risk_coverage(torch.cat([known, foreign]), loss=losses)
+
+
+def sparsification_error(uncertainty: Array, errors: Array) -> float:
+    """AUSE: how far the order of uncertainties is from that of errors, for regressions; 0 if they agree.
+
+    As predictions with the largest uncertainty are left out one by one, the mean error of the others falls; the score
+    is the area between this curve and that of the best order, over the mean error of all.
+
+    Args:
+        uncertainty: For example predictive variances, (N,).
+        errors: Not negative, for example absolute errors, (N,).
+
+    Raises:
+        ValueError: If an argument is malformed.
+
+    Reference: Ilg et al., *Uncertainty estimates and multi-hypotheses networks for optical flow*, 2018.
+
+    Example:
+        >>> sparsification_error(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 0.2, 0.3]))
+        0.0
+    """
+    spread, losses = as_vector(uncertainty, "uncertainty"), as_vector(errors, "errors")
+    mean = losses.mean().item()
+    return excess_aurc(-spread, loss=losses) / mean if mean > 0 else 0.0
 
 
 def best_risk_coverage(correct: Array | None = None, *, loss: Array | None = None) -> RiskCoverage:

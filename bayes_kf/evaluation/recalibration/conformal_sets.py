@@ -25,8 +25,8 @@ from bayes_kf.evaluation.inputs import (
 )
 from bayes_kf.evaluation.recalibration.log_probs import check_num_classes
 
-ConformityScore = Literal["lac", "aps"]
-SCORES = ("lac", "aps")
+ConformityScore = Literal["lac", "aps", "raps"]
+SCORES = ("lac", "aps", "raps")
 
 
 class SetCoverage(NamedTuple):
@@ -43,21 +43,25 @@ class ConformalSets:
 
     A class is in the set if its conformity score is at most the threshold. The score "lac" is 1 − p_c and gives small
     sets. The score "aps" is the total probability of the classes before c in descending order plus u p_c, with one
-    uniform number u per example; its sets grow with the difficulty of the input. Both may give empty sets. Classes of
-    equal probability are ordered by their index.
+    uniform number u per example; its sets grow with the difficulty of the input. The score "raps" adds `penalty` for
+    every place of c in that order after the first `free` ones, which keeps sets small where there are many classes. All
+    may give empty sets. Classes of equal probability are ordered by their index.
 
     Attributes:
         level: Probability that a label is in its set.
-        score: "lac" or "aps".
+        score: "lac", "aps" or "raps".
         threshold: The ⌈(n + 1) level⌉-th smallest score of the n labels of the fit. If n is too small it is infinite,
             and every set contains every class.
         num_classes: The number of classes, C.
         split: Name of the examples of the fit.
         num_examples: Their number, n.
-        seed: Seed of the uniform numbers of "aps"; the fit and the sets use different numbers.
+        seed: Seed of the uniform numbers of "aps" and "raps"; the fit and the sets use different numbers.
+        penalty: Of "raps", for every place.
+        free: Of "raps", places without a penalty.
 
     Reference: lac: Sadinle, Lei, Wasserman 2019; aps: Romano, Sesia, Candès, *Classification with valid and adaptive
-    coverage*, 2020; both: Angelopoulos, Bates 2023.
+    coverage*, 2020; raps: Angelopoulos, Bates, Malik, Jordan, *Uncertainty sets for image classifiers*, 2021;
+    all: Angelopoulos, Bates 2023.
     """
 
     level: float
@@ -67,6 +71,8 @@ class ConformalSets:
     split: str
     num_examples: int
     seed: int
+    penalty: float = 0.0
+    free: int = 0
 
     @classmethod
     def fit(
@@ -78,6 +84,8 @@ class ConformalSets:
         score: ConformityScore = "lac",
         split: str = "calibration",
         seed: int = 0,
+        penalty: float = 0.01,
+        free: int = 1,
     ) -> "ConformalSets":
         """The sets whose threshold is the conformal quantile of the labels' scores.
 
@@ -85,9 +93,11 @@ class ConformalSets:
             probs: Class probabilities, (N, C).
             targets: Class indices, (N,).
             level: Required probability that a label is in its set.
-            score: "lac" or "aps".
+            score: "lac", "aps" or "raps".
             split: Name of these examples, for the report.
-            seed: Seed of the uniform numbers of "aps".
+            seed: Seed of the uniform numbers of "aps" and "raps".
+            penalty: Of "raps", for every place after the first `free` ones; not negative.
+            free: Of "raps".
 
         Raises:
             ValueError: If an argument is malformed.
@@ -99,10 +109,14 @@ class ConformalSets:
         """
         check_fraction(level, "level")
         check_choice(score, "score", SCORES)
+        if penalty < 0 or free < 0:
+            raise ValueError(f"`penalty` and `free` must not be negative, got {penalty!r} and {free!r}.")
         checked = as_probs(probs)
         labels = as_targets(targets, checked)
-        label_scores = _scores(checked, score, [seed, 0]).gather(1, labels[:, None])[:, 0]
-        return cls(level, score, conformal_threshold(label_scores, level), checked.shape[1], split, len(labels), seed)
+        penalty, free = (penalty, free) if score == "raps" else (0.0, 0)
+        label_scores = _scores(checked, score, [seed, 0], penalty, free).gather(1, labels[:, None])[:, 0]
+        threshold = conformal_threshold(label_scores, level)
+        return cls(level, score, threshold, checked.shape[1], split, len(labels), seed, penalty, free)
 
     def sets(self, probs: Array) -> Tensor:
         """Membership of each class in each example's set, bool (N, C).
@@ -115,7 +129,8 @@ class ConformalSets:
         Raises:
             ValueError: If they are malformed or have another number of classes than the fit.
         """
-        return _scores(check_num_classes(probs, self.num_classes), self.score, [self.seed, 1]) <= self.threshold
+        checked = check_num_classes(probs, self.num_classes)
+        return _scores(checked, self.score, [self.seed, 1], self.penalty, self.free) <= self.threshold
 
 
 def coverage_and_size(sets: Array, targets: Array) -> SetCoverage:
@@ -193,11 +208,12 @@ def _rank(level: float, num_examples: int) -> int:
     return max(1, math.ceil((num_examples + 1) * level - 1e-9))
 
 
-def _scores(probs: Tensor, score: ConformityScore, seed: list[int]) -> Tensor:
+def _scores(probs: Tensor, score: ConformityScore, seed: list[int], penalty: float, free: int) -> Tensor:
     """The conformity score of every class, (N, C)."""
     if score == "lac":
         return 1 - probs
     ordered, order = probs.sort(dim=1, descending=True, stable=True)
     uniform = torch.from_numpy(np.random.default_rng(seed).random(len(probs)))[:, None]
     before = ordered.cumsum(dim=1) - ordered
-    return torch.empty_like(probs).scatter_(1, order, before + uniform * ordered)
+    extra = penalty * (torch.arange(1, probs.shape[1] + 1, dtype=torch.float64) - free).clamp_min(0)
+    return torch.empty_like(probs).scatter_(1, order, before + uniform * ordered + extra)

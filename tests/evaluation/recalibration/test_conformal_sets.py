@@ -270,8 +270,8 @@ BAD = [
         "`level` must lie strictly between 0 and 1, got 1.0.",
     ),
     (
-        lambda: ev.ConformalSets.fit(torch.full((1, 2), 0.5), torch.tensor([0]), score="raps"),
-        "`score` must be one of lac, aps, got 'raps'; did you mean 'aps'?",
+        lambda: ev.ConformalSets.fit(torch.full((1, 2), 0.5), torch.tensor([0]), score="rapss"),
+        "`score` must be one of lac, aps, raps, got 'rapss'; did you mean 'raps'?",
     ),
     (lambda: good_sets().sets(torch.full((1, 2), 0.5)), "`probs` must have the 3 classes of the fit, got 2."),
     (
