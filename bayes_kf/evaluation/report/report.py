@@ -20,6 +20,7 @@ from bayes_kf.evaluation.report.provenance import versions
 from bayes_kf.evaluation.report.score_labels import size_label
 from bayes_kf.evaluation.report.score_strips import score_strips
 from bayes_kf.evaluation.report.score_table import score_table
+from bayes_kf.evaluation.report.sortable_tables import Table
 from bayes_kf.evaluation.score import Score, flatten_scores
 from bayes_kf.validation import did_you_mean
 
@@ -87,6 +88,12 @@ class Report:
         if name not in scores:
             raise ValueError(f"`name` must be a score of this report, got {name!r}{did_you_mean(name, scores) or '.'}")
         return scores[name]
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Every table of the page by its caption; each has `to_markdown` and `to_latex`."""
+        under_figures = (spec.table for spec in self.sections.drawings.values() if spec.table is not None)
+        return {table.caption: table for table in (*self.sections.tables, *under_figures)}
 
     def to_pandas(self) -> pandas.DataFrame:
         """The scores as a table: a row for each, with value, interval, null band and p-value, NaN where unknown.

@@ -65,6 +65,40 @@ class Table:
         """Columns of which every cell has a value, and some cell one that is not NaN, are columns of numbers."""
         return tuple(Column(name, _are_numbers([row[i] for row in self.rows])) for i, name in enumerate(self.header))
 
+    def to_markdown(self) -> str:
+        r"""The table for a Markdown page.
+
+        Example:
+            >>> print(make_table("Sizes", ("Name", "Size"), [("a|b", 1200)]).to_markdown())
+            | Name | Size |
+            | --- | ---: |
+            | a\|b | 1,200 |
+        """
+        rule = ["---:" if column.is_number else "---" for column in self.columns]
+        rows = [[cell.text.replace("|", "\\|") for cell in row] for row in self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in [list(self.header), rule, *rows])
+
+    def to_latex(self) -> str:
+        r"""The table for a paper, with the rules of the package booktabs.
+
+        Example:
+            >>> print(make_table("Sizes", ("Name", "Size"), [("a_b", 0.5)]).to_latex())
+            \begin{tabular}{lr}
+            \toprule
+            Name & Size \\
+            \midrule
+            a\_b & 0.5000 \\
+            \bottomrule
+            \end{tabular}
+        """
+        columns = "".join("r" if column.is_number else "l" for column in self.columns)
+        head, *rows = (
+            " & ".join(map(_latex, cells)) + r" \\"
+            for cells in [self.header, *([cell.text for cell in row] for row in self.rows)]
+        )
+        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
+        return "\n".join([*lines, r"\end{tabular}"])
+
 
 def make_table(
     caption: str, header: Iterable[str], rows: Iterable[Sequence[CellContent]], *, is_open: bool = False
@@ -129,6 +163,14 @@ def _cell(content: CellContent) -> Cell:
     if isinstance(content, str):
         return Cell(content)
     return Cell(f"{content:,}" if isinstance(content, int) else number(content), content)
+
+
+def _latex(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    special = {character: f"\\{character}" for character in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"−": "$-$", "∞": r"$\infty$", "\u00a0": "~"}
+    return "".join(special.get(character, character) for character in text)
 
 
 def _are_numbers(cells: Sequence[Cell]) -> bool:

@@ -492,6 +492,24 @@ def test_curves_of_a_short_stream_are_seen(length):
     assert len(report.sections.drawings["innovation"].table.rows) == min(20, len(line.get_xdata()))
 
 
+def test_tables_can_be_pasted():
+    probs, targets = random_case()
+    report = ev.report_comparison({"a_b": probs, "c|d": probs.flip(1)}, targets, num_simulations=39)
+    table = report.tables["Models side by side; place 1: no model is clearly better"]
+    lines = table.to_markdown().splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith(r"| c\|d |")
+    assert f"{report.scores['a_b/nll']:.4f}" in lines[2]
+    latex = table.to_latex().splitlines()
+    assert latex[0] == r"\begin{tabular}{l" + "r" * (len(table.header) - 1) + "}"
+    assert latex[4].startswith(r"a\_b & ")
+    assert all(line.endswith(r"\\") for line in (latex[2], latex[4], latex[5]))
+    special = make_table("t", ("~^",), [("−1 % & {x} \\y",)]).to_latex().splitlines()
+    assert special[2] == r"\textasciitilde{}\textasciicircum{} \\"
+    assert special[4] == r"$-$1 \% \& \{x\} \textbackslash{}y \\"
+    assert "Negative log-likelihood: differences" in report.tables
+
+
 def test_the_scores_as_a_table(report):
     table = report.to_pandas()
     assert list(table.index) == list(report.sections.scores)
