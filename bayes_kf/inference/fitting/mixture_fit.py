@@ -24,7 +24,7 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.defaults.default_curvature import EXACT_IN_MIXTURE, default_curvature
 from bayes_kf.inference.fitting.defaults.default_likelihood import as_text, default_likelihood
-from bayes_kf.inference.fitting.defaults.default_prior import NEW, default_prior
+from bayes_kf.inference.fitting.defaults.default_prior import NEW, default_prior, learned_nothing, narrower_priors
 from bayes_kf.inference.fitting.fit_config import fit_config
 from bayes_kf.inference.fitting.loader import first_batches, num_batches
 from bayes_kf.inference.fitting.loop import inputs_and_targets
@@ -61,6 +61,7 @@ from bayes_kf.validation import check_whole
 BATCH = 16  # the most examples of a batch
 MEMBERS = 2
 PRIOR_EXAMPLES = 128  # on which the default prior is chosen, at least
+FREQUENCY_EXAMPLES = 512  # whose labels' frequencies a pass has to beat
 TEXT_RANK = 20  # of their covariances if they are over text, whose adapters are large
 MEAN_PASSES = 5  # of each member
 LAST_STEP_SIZE = 0.5  # r of the first step of the pass in which a single member learns its held-out examples
@@ -137,7 +138,8 @@ def fit_default_mixture(
     """:func:`fit_mixture` without settings, for a loader that can be split and targets that are not real numbers."""
     if not isinstance(model, AdapterModel):
         model = token_reading(model) if holds_text(loader, model) else AdapterModel(model)
-    return _combined(_fit_members(model, loader, default_members(model, loader, members, seed), progress), progress)
+    configs = default_members(model, loader, members, seed)
+    return _combined(_fit_members(model, loader, configs, progress, narrower_priors(configs[0])), progress)
 
 
 def default_members(
@@ -163,22 +165,41 @@ def default_members(
 
 
 def _fit_members(
-    adapter: AdapterModel, loader: Iterable[Any], configs: Sequence[KalmanConfig], progress: bool
+    adapter: AdapterModel,
+    loader: Iterable[Any],
+    configs: Sequence[KalmanConfig],
+    progress: bool,
+    narrower: Sequence[dict[str, Any]] = (),
 ) -> list[Member]:
     """The members that did not diverge.
+
+    Args:
+        adapter: the model.
+        loader: can be split.
+        configs: of the members.
+        progress: whether to show it.
+        narrower: priors for all members, tried in turn if the first member learns nothing in its pass.
 
     Raises:
         FitDivergenceError: if all of them diverge.
     """
-    members, divergence = list[Member](), None
+    members, divergence, changes = list[Member](), None, iter(narrower)
+    change: dict[str, Any] = {}
     for number, config in enumerate(configs):
         split = split_loader(loader, number % HELDOUT_SHARE)
         assert split is not None
         split = shuffled(split, BATCH)
         generator = torch.Generator().manual_seed(config.seed + number)
         start = redrawn_factors(adapter, generator) if number else adapter.vector()
+        label = f"member {number + 1}: "
         try:
-            posterior = _fit_member(adapter, split, config, start, progress, f"member {number + 1}: ")
+            first = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
+            while not number and narrower and learned_nothing(first.history["log_loss"], _labels(split.fitted)):
+                if (other := next(changes, None)) is None:
+                    break
+                change = other
+                first = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
+            posterior = _fit_member(first, split, config.mean_passes, progress, label)
         except DivergenceError as error:
             divergence = error
         else:
@@ -188,15 +209,25 @@ def _fit_members(
     return members
 
 
-def _fit_member(
+def _first_pass(
     adapter: AdapterModel, split: Split, config: KalmanConfig, start: Tensor, progress: bool, label: str
 ) -> Posterior:
-    """A member of size 1, fitted to the first part of its data from the prior mean ``start``, (n,)."""
+    """The filter's pass over the first part of a member's data from the prior mean ``start``, (n,), at size 1."""
     single = dataclasses.replace(config, mean_passes=0, temperature=1.0, softmax_temperature=1.0, tune=None)
-    first = fit_config(adapter, split.fitted, single, "prior", progress, label, prior_mean=start)
+    return fit_config(adapter, split.fitted, single, "prior", progress, label, prior_mean=start)
+
+
+def _labels(loader: Iterable[Any]) -> Tensor:
+    """The labels of some of the examples."""
+    batches = first_batches(iter(loader), FREQUENCY_EXAMPLES)
+    return torch.cat([inputs_and_targets(batch, number)[1].flatten() for number, batch in enumerate(batches)])
+
+
+def _fit_member(first: Posterior, split: Split, mean_passes: int, progress: bool, label: str) -> Posterior:
+    """A member after its first pass: passes of the mean, and the covariance there."""
     kf, bar = first.kf, _bars(split.fitted, progress, label)
     heldout = list(heldout_batches(first, split.heldout))
-    stopped = early_stopped_passes(kf, first.state, split.fitted, heldout, config.mean_passes, bar)
+    stopped = early_stopped_passes(kf, first.state, split.fitted, heldout, mean_passes, bar)
     with bar("covariance at the mean") as at_mean:
         state = covariance_pass(kf, stopped.state, split.fitted, at_mean)
     losses = torch.tensor(stopped.losses, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """``fit_mixture``: what its members learn, what the held-out part chooses, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kf as bkf
+from bayes_kf.inference.fitting.defaults.default_prior import NEW
 from bayes_kf.inference.fitting.mixture_fit import default_members
 from bayes_kf.inference.fitting.selection.heldout_config_selection import shuffled, split_loader
 from bayes_kf.models.adapter import AdapterModel
@@ -155,3 +158,44 @@ def test_more_than_three_outputs_get_sampled_curvature(outputs, expected):
     )
     assert [member.curvature for member in members] == [expected] * 2
     assert [member.seed for member in members] == [0, 1]
+
+
+def noise(count=128, seed=0):
+    """Labels that have nothing to do with the inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 12, generator=generator)
+    return x, torch.randint(2, (count,), generator=generator)
+
+
+def deep(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+
+
+def test_a_prior_under_which_nothing_is_learned_is_narrowed_for_all_members():
+    x, y = noise()
+    loader = [(x[k::16], y[k::16]) for k in range(16)]
+    posterior = bkf.fit_mixture(deep(), loader, progress=False)
+    assert {member.config.initial_logit_sd for member in posterior.members} == {1.0}
+    wide = dataclasses.replace(posterior.members[0].config, **NEW)
+    others, labels = noise(400, seed=1)
+    before = bkf.fit_mixture(deep(), loader, [wide, dataclasses.replace(wide, seed=1)], progress=False)
+    losses = [
+        float(-fitted.predict(others).probs.log().gather(1, labels[:, None]).mean()) for fitted in (posterior, before)
+    ]
+    assert losses[0] < losses[1]
+    assert losses[0] < 0.75  # chance is 0.693
+
+
+def test_a_prior_under_which_something_is_learned_stays():
+    x, _ = noise()
+    y = (x[:, 0] + x[:, 1] > 0).long()
+    posterior = bkf.fit_mixture(deep(), [(x[k::16], y[k::16]) for k in range(16)], progress=False)
+    assert {member.config.initial_logit_sd for member in posterior.members} == {5.0}
+
+
+def test_given_configs_are_not_narrowed():
+    x, y = noise()
+    configs = [bkf.KalmanConfig(seed=seed, mean_passes=1, **NEW) for seed in range(2)]
+    posterior = bkf.fit_mixture(deep(), [(x[k::16], y[k::16]) for k in range(16)], configs, progress=False)
+    assert {member.config.initial_logit_sd for member in posterior.members} == {5.0}

@@ -1,4 +1,8 @@
-"""The prior of class labels in a fit without a config: wide for a new classifier, narrower for one that knows them."""
+"""The prior of class labels in a fit without a config: wide for a new classifier, narrower for one that knows them.
+
+Under a prior that is too wide for a network, each step of the filter changes far more than the example that it learns,
+and the next examples are predicted worse than by the labels' frequencies. Then the next narrower prior is tried.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.heldout.sharpness import point_log_losses
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, to_device
 
 NEW: dict[str, Any] = {"initial_spread": "bounded", "initial_logit_sd": 5.0}
 TRAINED: dict[str, Any] = {"initial_spread": "modules", "initial_logit_sd": 3.0}
+CAREFUL: dict[str, Any] = {"initial_spread": "modules", "initial_logit_sd": 1.0}
 KNOWN = 0.5  # loss of a classifier that knows the labels, relative to that of their frequencies
 
 
@@ -33,6 +39,27 @@ def default_prior(adapter: AdapterModel, batches: Sequence[tuple[Inputs, Tensor]
         return TRAINED if _relative_loss(adapter, batches) < KNOWN else NEW
     except (TypeError, ValueError):
         return NEW
+
+
+def narrower_priors(config: KalmanConfig) -> list[dict[str, Any]]:
+    """The priors to try after that of ``config``, a default one of class labels; none after others."""
+    if config.likelihood != "categorical":
+        return []
+    ladder = [NEW, TRAINED, CAREFUL]
+    own = {"initial_spread": config.initial_spread, "initial_logit_sd": config.initial_logit_sd}
+    return ladder[ladder.index(own) + 1 :] if own in ladder else []
+
+
+def learned_nothing(log_losses: Tensor, labels: Tensor) -> bool:
+    """Whether the later half of a pass was predicted no better than by the labels' frequencies.
+
+    Args:
+        log_losses: of each example before its update, (N,), in nats.
+        labels: of some of the examples, (M,).
+    """
+    counts = torch.bincount(labels.flatten().long()).double()
+    shares = counts[counts > 0] / counts.sum()
+    return bool(log_losses[len(log_losses) // 2 :].double().mean() >= torch.special.entr(shares).sum())
 
 
 def _relative_loss(adapter: AdapterModel, batches: Sequence[tuple[Inputs, Tensor]]) -> float:

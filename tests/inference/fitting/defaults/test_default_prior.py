@@ -1,11 +1,20 @@
 """The prior of a fit without a config: that of a new classifier, or of one that knows the labels."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.fitting.defaults.default_prior import NEW, TRAINED, default_prior
+from bayes_kf.inference.fitting.defaults.default_prior import (
+    CAREFUL,
+    NEW,
+    TRAINED,
+    default_prior,
+    learned_nothing,
+    narrower_priors,
+)
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.zoo import lora_digits_vit
 
@@ -59,3 +68,19 @@ def test_the_default_fit_uses_it(digits):
     for model, expected in ((trained, TRAINED), (fresh, NEW)):
         config = bkf.fit_mixture(model, train, members=1, progress=False).best.config
         assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_the_ladder_of_priors_is_for_classes_alone():
+    assert narrower_priors(bkf.KalmanConfig(**NEW)) == [TRAINED, CAREFUL]
+    assert narrower_priors(bkf.KalmanConfig(**TRAINED)) == [CAREFUL]
+    assert narrower_priors(bkf.KalmanConfig(**CAREFUL)) == []
+    assert narrower_priors(bkf.KalmanConfig(initial_logit_sd=4.0)) == []
+    assert narrower_priors(bkf.KalmanConfig(likelihood="bernoulli", **NEW)) == []
+
+
+def test_nothing_is_learned_if_frequencies_predict_as_well():
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    early = torch.full((50,), 9.0)  # does not count
+    assert learned_nothing(torch.cat([early, torch.full((50,), entropy + 1e-6)]), labels)
+    assert not learned_nothing(torch.cat([early, torch.full((50,), entropy - 1e-6)]), labels)
