@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from html import escape
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+DARKEST = 3.0  # nats of entropy that have the full colour in `to_html`
 
 
 class ScoredText(NamedTuple):
@@ -56,3 +59,25 @@ class ScoredText(NamedTuple):
     def sequence_aleatoric(self) -> Tensor:
         """Mean aleatoric entropy of a text's tokens, (B,)."""
         return self.sequence_entropy - self.sequence_epistemic
+
+    def to_html(self, tokenizer: Any, number: int = 0) -> str:
+        """A text as HTML whose tokens have the colour of their entropy, for a notebook or a page.
+
+        A tip on each token has its probability, entropy and epistemic entropy. Tokens that do not count are plain.
+
+        Args:
+            tokenizer: of the model.
+            number: of the text, below B.
+        """
+        spans = []
+        for place, token in enumerate(self.tokens[number].tolist()):
+            text = escape(tokenizer.decode([token]))
+            if not bool(self.counted[number, place]):
+                spans.append(text)
+                continue
+            shown = (self.log_prob, self.entropy, self.epistemic)
+            log_prob, entropy, epistemic = (float(values[number, place]) for values in shown)
+            depth = min(entropy / DARKEST, 1.0)
+            tip = f"log p {log_prob:.2f}, entropy {entropy:.2f} nats, of which epistemic {epistemic:.3f}"
+            spans.append(f'<span title="{tip}" style="background: rgba(213, 94, 0, {0.85 * depth:.2f})">{text}</span>')
+        return f'<p style="white-space: pre-wrap">{"".join(spans)}</p>'

@@ -1,6 +1,8 @@
 """The probability of text that exists, and answers chosen among options."""
 
 import functools
+import re
+from html import unescape
 
 import language_models as lm
 import pytest
@@ -54,6 +56,17 @@ def test_prompts_and_labels_say_which_tokens_count():
     labels = ids.clone()
     labels[:, :13] = -100
     assert torch.equal(posterior.score({"input_ids": ids, "labels": labels}).counted, after.counted)
+
+
+def test_tokens_are_coloured_by_their_entropy():
+    posterior, tokenizer = lm.posterior_around(lm.lora(), 1e-2), lm.tokenizer()
+    scored = posterior.score(["a <b> & c"], prompts=["<i>"], tokenizer=lm.Letters())
+    html = scored.to_html(tokenizer)
+    depths = [float(depth) for depth in re.findall(r"rgba\(213, 94, 0, ([\d.]+)\)", html)]
+    entropies = scored.entropy[0][scored.counted[0]].tolist()
+    assert depths == [pytest.approx(0.85 * min(entropy / 3, 1), abs=0.006) for entropy in entropies]
+    assert unescape(re.sub(r"<[^>]+>", "", html)) == "<i>a <b> & c"
+    assert html.startswith('<p style="white-space: pre-wrap">&lt;i&gt;<span title="log p ')
 
 
 def test_a_mixture_scores_text():
