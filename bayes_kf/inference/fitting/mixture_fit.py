@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,6 @@ from bayes_kf.validation import check_whole
 BATCH = 16  # the most examples of a batch
 MEMBERS = 2
 PRIOR_EXAMPLES = 128  # on which the default prior is chosen, at least
-FREQUENCY_EXAMPLES = 512  # whose labels' frequencies a pass has to beat
 TEXT_RANK = 20  # of their covariances if they are over text, whose adapters are large
 MEAN_PASSES = 5  # of each member
 LAST_STEP_SIZE = 0.5  # r of the first step of the pass in which a single member learns its held-out examples
@@ -193,12 +192,12 @@ def _fit_members(
         start = redrawn_factors(adapter, generator) if number else adapter.vector()
         label = f"member {number + 1}: "
         try:
-            first = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
-            while not number and narrower and learned_nothing(first.history["log_loss"], _labels(split.fitted)):
+            first, labels = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
+            while not number and narrower and learned_nothing(first.history["log_loss"], labels):
                 if (other := next(changes, None)) is None:
                     break
                 change = other
-                first = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
+                first, _ = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
             posterior = _fit_member(first, split, config.mean_passes, progress, label)
         except DivergenceError as error:
             divergence = error
@@ -211,16 +210,28 @@ def _fit_members(
 
 def _first_pass(
     adapter: AdapterModel, split: Split, config: KalmanConfig, start: Tensor, progress: bool, label: str
-) -> Posterior:
-    """The filter's pass over the first part of a member's data from the prior mean ``start``, (n,), at size 1."""
+) -> tuple[Posterior, list[Tensor]]:
+    """The filter's pass over the first part of a member's data from the prior mean ``start``, (n,), and its targets."""
     single = dataclasses.replace(config, mean_passes=0, temperature=1.0, softmax_temperature=1.0, tune=None)
-    return fit_config(adapter, split.fitted, single, "prior", progress, label, prior_mean=start)
+    fitted = _WithTargets(split.fitted)
+    return fit_config(adapter, fitted, single, "prior", progress, label, prior_mean=start), fitted.targets
 
 
-def _labels(loader: Iterable[Any]) -> Tensor:
-    """The labels of some of the examples."""
-    batches = first_batches(iter(loader), FREQUENCY_EXAMPLES)
-    return torch.cat([inputs_and_targets(batch, number)[1].flatten() for number, batch in enumerate(batches)])
+class _WithTargets:
+    """A loader that remembers the targets of its latest pass; another pass for them would be in another order."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+        self.targets: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]  # TypeError if it has none
+
+    def __iter__(self) -> Iterator[Any]:
+        self.targets = []
+        for batch in self._loader:
+            self.targets.append(inputs_and_targets(batch, len(self.targets))[1])
+            yield batch
 
 
 def _fit_member(first: Posterior, split: Split, mean_passes: int, progress: bool, label: str) -> Posterior:

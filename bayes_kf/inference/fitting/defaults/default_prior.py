@@ -50,14 +50,14 @@ def narrower_priors(config: KalmanConfig) -> list[dict[str, Any]]:
     return ladder[ladder.index(own) + 1 :] if own in ladder else []
 
 
-def learned_nothing(log_losses: Tensor, labels: Tensor) -> bool:
+def learned_nothing(log_losses: Tensor, labels: Sequence[Tensor]) -> bool:
     """Whether the later half of a pass was predicted no better than by the labels' frequencies.
 
     Args:
         log_losses: of each example before its update, (N,), in nats.
-        labels: of some of the examples, (M,).
+        labels: of each batch, (B,).
     """
-    counts = torch.bincount(labels.flatten().long()).double()
+    counts = torch.bincount(torch.cat([some.flatten().cpu().long() for some in labels])).double()
     shares = counts[counts > 0] / counts.sum()
     return bool(log_losses[len(log_losses) // 2 :].double().mean() >= torch.special.entr(shares).sum())
 

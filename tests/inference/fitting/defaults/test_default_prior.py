@@ -79,7 +79,7 @@ def test_the_ladder_of_priors_is_for_classes_alone():
 
 
 def test_nothing_is_learned_if_frequencies_predict_as_well():
-    labels = torch.tensor([0] * 30 + [1] * 10)
+    labels = [torch.tensor([0] * 15 + [1] * 5)] * 2
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     early = torch.full((50,), 9.0)  # does not count
     assert learned_nothing(torch.cat([early, torch.full((50,), entropy + 1e-6)]), labels)
