@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,13 +20,14 @@ STYLES = ((GREY, ":"), (VERMILLION, "--"), (GREEN, "-."), (BLUE, "-"))  # in the
 def save_reliability(rows: list[Row], path: Path) -> None:
     """Reliability diagrams side by side, with one common legend."""
     figure = Figure(figsize=(4.7 * len(rows), 5.2), layout="constrained")
+    shown: dict[str, Any] = {}  # of some rows no point lies outside its band
     for ax, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
         row.report.sections.drawings["reliability"].draw(ax)
-        handles, labels = ax.get_legend_handles_labels()
+        shown |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         legend = ax.get_legend()
         ax.set_xlabel(f"confidence\n\n{row.name}\n{legend.get_title().get_text()}")
         legend.remove()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(path, dpi=DPI)
 
 
