@@ -103,6 +103,21 @@ class Letters:
         return {"input_ids": ids(text).tolist()}
 
 
+def untrained_llama(layers):
+    """A small Llama with random weights, whose tokens are letters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(LETTERS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def tokenizer():
     """The same as one of transformers."""
     one = Tokenizer(WordLevel({letter: number for number, letter in enumerate(LETTERS)}, unk_token="?"))

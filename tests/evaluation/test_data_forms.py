@@ -18,7 +18,7 @@ def case(count=120, classes=3, seed=0):
 
 
 def test_tables_and_columns_count_by_place_whatever_their_index():
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="needs the Python package pandas")
     probs, labels = case()
     order = np.random.default_rng(0).permutation(len(labels))
     table = pandas.DataFrame(probs.numpy(), columns=NAMES, index=order)
@@ -119,7 +119,7 @@ def test_a_group_that_stands_out_is_named_and_a_table_has_all():
 
 
 def test_groups_of_a_table():
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="needs the Python package pandas")
     probs, labels = case(300)
     table = pandas.DataFrame({"site": ["a", "b", "c"] * 100, "year": [2024, 2025] * 150})
     report = ev.evaluate_predictions(probs, labels, groups=table, **QUICK)
@@ -141,7 +141,7 @@ def test_groups_of_a_calibrated_model_are_found_in_five_per_cent_of_data_sets():
 
 
 def test_polars_tables():
-    polars = pytest.importorskip("polars")
+    polars = pytest.importorskip("polars", reason="needs the Python package polars")
     probs, labels = case()
     table = polars.DataFrame({name: probs[:, place].numpy() for place, name in enumerate(NAMES)})
     report = ev.evaluate_predictions(table, polars.Series([NAMES[label] for label in labels]), **QUICK)

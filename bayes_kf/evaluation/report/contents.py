@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Drawing = Callable[["Axes"], "Axes"]
 TIPS = "tips:"  # begins the identifier of a drawn artist whose marks have tips, a JSON list
+Topic = Literal["probabilities", "errors", "unseen", "classes"]
 Answer = Literal["yes", "partly", "no", "too few", "not tested"]
 
 
@@ -21,6 +22,7 @@ Answer = Literal["yes", "partly", "no", "too few", "not tested"]
 class Card:
     """One of the questions at the top of the page, answered by one test."""
 
+    topic: Topic
     question: str
     answer: Answer
     reason: str  # the numbers, in one or two sentences
@@ -33,6 +35,7 @@ class Finding:
 
     where: str
     what: str
+    direction: int = 0  # of a range of confidence: 1 if it is too sure, −1 if it is right more often than it says
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ class Report:
     @property
     def _ranks_errors(self) -> bool:
         """Whether a threshold of confidence leaves errors out."""
-        answers = {card.question: card.answer for card in self.sections.cards}
-        return bool(self.sections.thresholds) and answers.get("Does it know its errors?") != "no"
+        cards = {card.topic: card for card in self.sections.cards}
+        return bool(self.sections.thresholds) and ("errors" not in cards or cards["errors"].answer != "no")
 
     def to_html(self) -> str:
         """The page as one self-contained HTML document."""
@@ -219,8 +219,8 @@ class Report:
 
 
 def _is_headline(card: Card) -> bool:
-    """Whether the page says it in large type: the first question always, the others if something is wrong."""
-    return bool(card.headline) and (card.question.startswith("Are the") or card.answer == "no")
+    """Whether the page says it in large type: about probabilities always, about others if something is wrong."""
+    return bool(card.headline) and (card.topic == "probabilities" or card.answer == "no")
 
 
 def _text_writer(text: str) -> Callable[[Path], None]:

@@ -23,7 +23,6 @@ from bayes_kf.evaluation.sections.verdicts.phrases import percent, quoted
 from bayes_kf.evaluation.sections.verdicts.selective import detection_answer
 
 SIGNIFICANCE = 0.05
-TOO_SURE, TOO_UNSURE = "Too sure", "Right more often than it says"  # beginnings of findings
 NUM_FAMILIES = 5
 NUM_RANGES = 10  # of the confidence
 MOST = 5  # findings of a family that are shown
@@ -86,12 +85,6 @@ def two_sided(hits: np.ndarray, counts: np.ndarray, rates: np.ndarray) -> np.nda
     return np.where(counts > 0, np.minimum(1.0, 2 * np.minimum(below, above)), np.nan)
 
 
-def confidence_directions(findings: Sequence[Finding]) -> set[int]:
-    """1 if a range of confidence is too sure, −1 if one is right more often than it says."""
-    starts = {TOO_SURE: 1, TOO_UNSURE: -1}
-    return {sign for start, sign in starts.items() for finding in findings if finding.where.startswith(f"{start} at")}
-
-
 def missed_inputs(detected: Mapping[str, Score]) -> list[Finding]:
     """Out-of-distribution sets that are not detected; name of each set to its AUROC."""
     return [
@@ -130,9 +123,10 @@ def _ranges(probs: Tensor, labels: Tensor) -> list[Finding]:
         low, high = (f"{100 * bins.edges[end].item():.0f} %" for end in (own[0], own[-1] + 1))
         findings.append(
             Finding(
-                f"{TOO_SURE if sign > 0 else TOO_UNSURE} at {low} to {high}",
+                f"{'Too sure' if sign > 0 else 'Right more often than it says'} at {low} to {high}",
                 f"{percent(hits / number)} of {number:,.0f} such answers are right, on average it says "
                 f"{percent(said / number)}",
+                direction=sign,
             )
         )
     return findings
@@ -193,7 +187,7 @@ def _missed(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Card]:
     name = quoted(names[least])
     headline = f"It seldom recognizes {name}: {percent(recall)} of {counts[least]:,}."
     reason = f"{percent(recall)} of {counts[least]:,} examples of {name} are recognized, of all {percent(accuracy)}."
-    return [Card("Does it recognize every class?", "no", reason, headline)]
+    return [Card("classes", "Does it recognize every class?", "no", reason, headline)]
 
 
 def hard_classes(probs: Tensor, labels: Tensor) -> list[int]:

@@ -177,13 +177,12 @@ def _fit_members(
         loader: can be split.
         configs: of the members.
         progress: whether to show it.
-        narrower: priors for all members, tried in turn if the first member learns nothing in its pass.
+        narrower: priors for all members, tried in turn while the first member learns nothing in its pass.
 
     Raises:
         FitDivergenceError: if all of them diverge.
     """
-    members, divergence, changes = list[Member](), None, iter(narrower)
-    change: dict[str, Any] = {}
+    members, divergence, change = list[Member](), None, dict[str, Any]()
     for number, config in enumerate(configs):
         split = split_loader(loader, number % HELDOUT_SHARE)
         assert split is not None
@@ -192,12 +191,8 @@ def _fit_members(
         start = redrawn_factors(adapter, generator) if number else adapter.vector()
         label = f"member {number + 1}: "
         try:
-            first, labels = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
-            while not number and narrower and learned_nothing(first.history["log_loss"], labels):
-                if (other := next(changes, None)) is None:
-                    break
-                change = other
-                first, _ = _first_pass(adapter, split, dataclasses.replace(config, **change), start, progress, label)
+            changes = [change] if members else [{}, *narrower]
+            first, change = _pass_that_learns(adapter, split, config, changes, start, progress, label)
             posterior = _fit_member(first, split, config.mean_passes, progress, label)
         except DivergenceError as error:
             divergence = error
@@ -208,13 +203,26 @@ def _fit_members(
     return members
 
 
-def _first_pass(
-    adapter: AdapterModel, split: Split, config: KalmanConfig, start: Tensor, progress: bool, label: str
-) -> tuple[Posterior, list[Tensor]]:
-    """The filter's pass over the first part of a member's data from the prior mean ``start``, (n,), and its targets."""
+def _pass_that_learns(
+    adapter: AdapterModel,
+    split: Split,
+    config: KalmanConfig,
+    changes: Sequence[dict[str, Any]],
+    start: Tensor,
+    progress: bool,
+    label: str,
+) -> tuple[Posterior, dict[str, Any]]:
+    """The filter's pass over the first part of a member's data from the prior mean ``start``, (n,), at size 1.
+
+    It is that of the first of the changes of ``config`` under which something is learned, or of the last one.
+    """
     single = dataclasses.replace(config, mean_passes=0, temperature=1.0, softmax_temperature=1.0, tune=None)
-    fitted = _WithTargets(split.fitted)
-    return fit_config(adapter, fitted, single, "prior", progress, label, prior_mean=start), fitted.targets
+    for change in changes:
+        fitted, changed = _WithTargets(split.fitted), dataclasses.replace(single, **change)
+        first = fit_config(adapter, fitted, changed, "prior", progress, label, prior_mean=start)
+        if change is changes[-1] or not learned_nothing(first.history["log_loss"], fitted.targets):
+            break
+    return first, change
 
 
 class _WithTargets:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributions
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.language import bayesian_lora, figure, kept_search, language_model, measured, questions, rows, run
 from benchmarks.language.bayesian_lora import Blob, drawn, lora_factors, tfb
@@ -30,17 +29,7 @@ GAPS = [["The trophy did not fit into the case since the _ was large.", ["trophy
 def small(tmp_path, monkeypatch):
     """Six layers of an untrained model, letters as tokens, and a few questions."""
     monkeypatch.setattr(language_model, "TOP", 2)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(lm.LETTERS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    model, halves = LlamaForCausalLM(config).eval(), None
+    model, halves = lm.untrained_llama(6), None
 
     class Words(lm.Letters):
         def __call__(self, text, add_special_tokens=True):

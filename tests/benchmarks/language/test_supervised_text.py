@@ -4,7 +4,6 @@ import language_models as lm
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.language import language_model, supervised_text
 from benchmarks.language.questions import Question
@@ -33,17 +32,7 @@ def small(monkeypatch):
     monkeypatch.setattr(supervised_text, "RATES", (3e-3,))
     monkeypatch.setattr(supervised_text, "splits", lambda name: (ASKED * 4, ASKED[:2] * 2))
     monkeypatch.setattr(supervised_text, "text_parts", lambda q: [(f"{q.text} ", own) for own in q.options])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(lm.LETTERS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = lm.untrained_llama(5)
     monkeypatch.setattr(supervised_text, "smollm2", lambda: (Words(), model))
     return model
 

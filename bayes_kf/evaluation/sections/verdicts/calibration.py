@@ -72,7 +72,7 @@ def calibration_card(scores: Mapping[str, Score], num_targets: int, directions: 
         reason = (
             f"Calibration error {error.value:.3f}; right probabilities show at least {null_band_of(error).low:.3f}."
         )
-    return Card("Are the probabilities right?", answer, reason, headline)
+    return Card("probabilities", "Are the probabilities right?", answer, reason, headline)
 
 
 def calibration_verdict(scores: Mapping[str, Score], num_targets: int) -> str:

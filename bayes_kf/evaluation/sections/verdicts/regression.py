@@ -50,7 +50,7 @@ def pit_card(pit_ks: Score, mean_z: float, variance_z: float, coverage: Score, n
         "no": f"Do not trust its intervals, they are {_wrong_way(mean_z, variance_z)}.",
     }[answer]
     reason = f"The 80 % intervals contain {inside}; right ones contain {percent_range(null_band_of(coverage))}."
-    return Card("Are the intervals right?", answer, reason, headline)
+    return Card("probabilities", "Are the intervals right?", answer, reason, headline)
 
 
 def spread_card(spearman: Score, num_targets: int) -> Card:
@@ -63,18 +63,26 @@ def spread_card(spearman: Score, num_targets: int) -> Card:
     """
     question = "Does it know where it errs?"
     if math.isnan(spearman.value):
-        return Card(question, "no", "All forecasts are equally wide.", "It is equally sure of every forecast.")
+        return Card(
+            "errors", question, "no", "All forecasts are equally wide.", "It is equally sure of every forecast."
+        )
     reason = (
         f"Rank correlation of predicted sd and size of the error {minus(f'{spearman.value:.2f}')}; guessing gives 0."
     )
     random = 1.96 / math.sqrt(max(num_targets - 1, 1))
     if spearman.value > random and interval_of(spearman).low > 0:
         if spearman.value < GOOD_CORRELATION:
-            return Card(question, "partly", reason, "It knows in part where it errs.")
-        return Card(question, "yes", reason, "It knows where it errs.")
+            return Card("errors", question, "partly", reason, "It knows in part where it errs.")
+        return Card("errors", question, "yes", reason, "It knows where it errs.")
     if 1.43 * random > DETECTABLE_CORRELATION:
-        return Card(question, "too few", reason, "Too few targets to tell whether it knows where it errs.")
-    return Card(question, "no", reason, "It does not know where it errs: wide forecasts are no worse than narrow ones.")
+        return Card("errors", question, "too few", reason, "Too few targets to tell whether it knows where it errs.")
+    return Card(
+        "errors",
+        question,
+        "no",
+        reason,
+        "It does not know where it errs: wide forecasts are no worse than narrow ones.",
+    )
 
 
 def _wrong_way(mean_z: float, variance_z: float) -> str:

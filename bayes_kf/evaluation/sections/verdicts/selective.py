@@ -62,7 +62,7 @@ def error_card(scores: Mapping[str, Score], num_wrong: int, num_correct: int) ->
     }[answer]
     if not num_wrong:
         headline = "It makes no error here, so nothing says whether it would know one."
-    return Card("Does it know its errors?", answer, reason, headline)
+    return Card("errors", "Does it know its errors?", answer, reason, headline)
 
 
 def error_verdict(scores: Mapping[str, Score], num_wrong: int, num_correct: int) -> str:
@@ -119,7 +119,7 @@ def detection_card(detected: Mapping[str, Score]) -> Card:
     """
     question = "Does it notice what it has not seen?"
     if not detected:
-        return Card(question, "not tested", "No inputs of another kind were given.", "")
+        return Card("unseen", question, "not tested", "No inputs of another kind were given.", "")
     answers = {name: detection_answer(auroc) for name, auroc in detected.items()}
     shares = [f"of “{name}” {percent(auroc.value)} of the time" for name, auroc in list(detected.items())[:3]]
     more = f" (and {len(detected) - 3} more)" if len(detected) > 3 else ""
@@ -134,7 +134,7 @@ def detection_card(detected: Mapping[str, Score]) -> Card:
         "partly": f"It notices {named} in part.",
         "yes": f"It notices {named}.",
     }[answer]
-    return Card(question, answer, reason, headline)
+    return Card("unseen", question, answer, reason, headline)
 
 
 def _listed(names: list[str]) -> str:
