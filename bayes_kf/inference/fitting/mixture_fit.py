@@ -24,7 +24,13 @@ from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.defaults.default_curvature import EXACT_IN_MIXTURE, default_curvature
 from bayes_kf.inference.fitting.defaults.default_likelihood import as_text, default_likelihood
-from bayes_kf.inference.fitting.defaults.default_prior import NEW, default_prior, learned_nothing, narrower_priors
+from bayes_kf.inference.fitting.defaults.default_prior import (
+    NEW,
+    default_prior,
+    later_loss,
+    learned_nothing,
+    narrower_priors,
+)
 from bayes_kf.inference.fitting.fit_config import fit_config
 from bayes_kf.inference.fitting.loader import first_batches, num_batches
 from bayes_kf.inference.fitting.loop import inputs_and_targets
@@ -214,15 +220,21 @@ def _pass_that_learns(
 ) -> tuple[Posterior, dict[str, Any]]:
     """The filter's pass over the first part of a member's data from the prior mean ``start``, (n,), at size 1.
 
-    It is that of the first of the changes of ``config`` under which something is learned, or of the last one.
+    It is that of the first of the changes of ``config`` under which something is learned. A change that follows one
+    under which nothing is learned counts only if the later half of its pass is predicted better.
     """
     single = dataclasses.replace(config, mean_passes=0, temperature=1.0, softmax_temperature=1.0, tune=None)
+    best: tuple[Posterior, dict[str, Any]] | None = None
     for change in changes:
         fitted, changed = _WithTargets(split.fitted), dataclasses.replace(single, **change)
         first = fit_config(adapter, fitted, changed, "prior", progress, label, prior_mean=start)
+        if best is not None and later_loss(first.history["log_loss"]) >= later_loss(best[0].history["log_loss"]):
+            break
+        best = first, change
         if change is changes[-1] or not learned_nothing(first.history["log_loss"], fitted.targets):
             break
-    return first, change
+    assert best is not None  # there is at least one change
+    return best
 
 
 class _WithTargets:

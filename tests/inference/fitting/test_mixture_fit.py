@@ -194,6 +194,18 @@ def test_a_prior_under_which_something_is_learned_stays():
     assert {member.config.initial_logit_sd for member in posterior.members} == {5.0}
 
 
+def test_a_model_that_is_surely_wrong_keeps_its_wide_prior():
+    """It loses to the frequencies all through its pass, but a narrow prior would keep it where it is."""
+    x, _ = noise(64)
+    y = (x[:, 0] > 0).long()
+    wrong = nn.Linear(12, 2)
+    with torch.no_grad():
+        wrong.weight.zero_()
+        wrong.weight[:, 0] = torch.tensor([8.0, -8.0])
+    posterior = bkf.fit_mixture(wrong, [(x[k::16], y[k::16]) for k in range(16)], progress=False)
+    assert {member.config.initial_logit_sd for member in posterior.members} == {5.0}
+
+
 def test_given_configs_are_not_narrowed():
     x, y = noise()
     configs = [bkf.KalmanConfig(seed=seed, mean_passes=1, **NEW) for seed in range(2)]

@@ -1,7 +1,9 @@
 """The prior of class labels in a fit without a config: wide for a new classifier, narrower for one that knows them.
 
 Under a prior that is too wide for a network, each step of the filter changes far more than the example that it learns,
-and the next examples are predicted worse than by the labels' frequencies. Then the next narrower prior is tried.
+and the next examples are predicted worse than by the labels' frequencies. Then the next narrower prior is tried, and
+kept if its pass predicted better: a model that is surely wrong before the fit loses to the frequencies too, and needs a
+wide prior.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ def narrower_priors(config: KalmanConfig) -> list[dict[str, Any]]:
     return ladder[ladder.index(own) + 1 :] if own in ladder else []
 
 
+def later_loss(log_losses: Tensor) -> float:
+    """Mean log loss of the later half of a pass, each example before its update, in nats."""
+    return float(log_losses[len(log_losses) // 2 :].double().mean())
+
+
 def learned_nothing(log_losses: Tensor, labels: Sequence[Tensor]) -> bool:
     """Whether the later half of a pass was predicted no better than by the labels' frequencies.
 
@@ -59,7 +66,7 @@ def learned_nothing(log_losses: Tensor, labels: Sequence[Tensor]) -> bool:
     """
     counts = torch.bincount(torch.cat([some.flatten().cpu().long() for some in labels])).double()
     shares = counts[counts > 0] / counts.sum()
-    return bool(log_losses[len(log_losses) // 2 :].double().mean() >= torch.special.entr(shares).sum())
+    return later_loss(log_losses) >= float(torch.special.entr(shares).sum())
 
 
 def _relative_loss(adapter: AdapterModel, batches: Sequence[tuple[Inputs, Tensor]]) -> float:
