@@ -4,6 +4,7 @@ Arrays are tensors, NumPy arrays, lists, or columns and tables of pandas or pola
 by their place.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -33,6 +34,8 @@ def as_float(values: Array, name: str, *, allow_infinite: bool = False) -> Tenso
     if tensor.numel() == 0:
         raise ValueError(f"`{name}` must not be empty, got shape {tuple(tensor.shape)}.")
     tensor = tensor.to(device="cpu", dtype=torch.float64)
+    if math.isfinite(tensor.sum().item()):  # so is every value
+        return tensor
     invalid = torch.isnan(tensor) if allow_infinite else ~torch.isfinite(tensor)
     if invalid.any():
         rule = "must not hold NaN" if allow_infinite else "must be finite"
@@ -84,10 +87,12 @@ def as_probs(probs: Array, name: str = "probs") -> Tensor:
     sums = tensor.sum(dim=1)
     deviation = (sums - 1).abs()
     worst = int(deviation.argmax())
-    tolerance = HALF_SUM_TOLERANCE if _is_half(tensor) else SUM_TOLERANCE
-    if deviation[worst].item() > tolerance:
+    largest = deviation[worst].item()
+    if largest > HALF_SUM_TOLERANCE or (largest > SUM_TOLERANCE and not _is_half(tensor)):
         got = f"got {sums[worst].item():.6g} in row {worst}"
         raise ValueError(f"`{name}` must sum to one in every row, {got}{_hint(tensor, name)}.")
+    if largest <= SUM_ROUNDING:
+        return tensor
     return torch.where(deviation[:, None] > SUM_ROUNDING, tensor / sums[:, None], tensor)
 
 

@@ -6,6 +6,7 @@ calibration error (top label, 15 bins) are measured, the two of its scores that 
 own, whose peak memory includes the interpreter and libraries.
 
     python -m benchmarks.speed.evaluation_cost                      # a million by 100; on an otherwise idle machine
+    python -m benchmarks.speed.evaluation_cost --classes 1000       # more classes
     python -m benchmarks.speed.evaluation_cost --examples 100000    # fewer
     python -m benchmarks.speed.evaluation_cost --table              # the table from existing results
 """
@@ -48,6 +49,8 @@ def batches(examples: int, classes: int, sharpness: float = 1.2) -> Iterator[tup
 
 def score(who: str, examples: int, classes: int) -> dict[str, Any]:
     """Seconds of scoring (without making predictions), peak memory, and the scores."""
+    import scipy.stats  # noqa: F401, as torchmetrics below: what is measured is not the import
+
     torch.set_num_threads(2)
     scores: dict[str, float] = {}
     spent = 0.0

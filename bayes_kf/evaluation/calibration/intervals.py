@@ -173,7 +173,8 @@ def difference_interval(change: Tensor, first: Tensor, second: Tensor, level: fl
 
 def runner_up_losses(probs: Tensor) -> Tensor:
     """−log of the second largest probability, (N,): the smallest loss of an example whose top label is wrong."""
-    return -probs.topk(2, dim=1).values[:, 1].clamp(min=MIN_LOSS_PROB).log()
+    others = probs.scatter(1, probs.argmax(dim=1, keepdim=True), 0.0)  # faster than topk
+    return -others.amax(dim=1).clamp(min=MIN_LOSS_PROB).log()
 
 
 def _beta_end(first: float, second: float, count: float, added: float, share: float) -> float:

@@ -47,9 +47,10 @@ def spiegelhalter_parts(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Both are exactly zero, without rounding, where every probability is 0 or equals the other ones.
     """
     normalized = probs / probs.sum(dim=1, keepdim=True)
-    squares = normalized.square().sum(dim=1)
+    powers = normalized.square()
+    squares = powers.sum(dim=1)
     excess = 2 * (squares - normalized.gather(1, labels[:, None])[:, 0])
-    variance = 4 * (normalized.pow(3).sum(dim=1) - squares.square())
+    variance = 4 * ((powers * normalized).sum(dim=1) - squares.square())
     constant = variance <= VARIANCE_ROUNDING * squares.square()
     return excess.masked_fill(constant & (excess.abs() < EXCESS_ROUNDING), 0.0), variance.masked_fill(constant, 0.0)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from scipy.stats import binomtest
+from scipy.stats import binomtest, kstest
 
 from bayes_kf import evaluation as ev
 
@@ -49,7 +49,7 @@ def test_streamed_scores_are_those_of_all_at_once(num_examples):
     if num_examples == 9000:
         for name in ("ece", "ece_classwise", "ks", "confidence_gap", "ece_smooth"):
             width = expected[f"{name}_null_high"] - expected[f"{name}_null_low"]
-            for end in ("low", "high"):  # quantiles of 1,000, classwise of 200 simulated data sets
+            for end in ("low", "high"):  # quantiles of 1,000, classwise by 40 simulated data sets
                 assert scores[f"{name}_null_{end}"] == pytest.approx(expected[f"{name}_null_{end}"], abs=0.2 * width)
     for name, value in expected.items():
         if name.endswith(("_low", "_high")) and "_null_" not in name and name in scores:
@@ -67,7 +67,7 @@ def test_batches_and_merging_change_nothing_but_the_drawn_labels():
     for name, total in whole.state.items():
         if name != "class_draws":
             torch.testing.assert_close(parts.state[name], total, rtol=1e-12, atol=1e-12)
-    assert parts.state["class_draws"].sum() == whole.state["class_draws"].sum() == 200 * 700
+    assert parts.state["class_draws"].sum() == whole.state["class_draws"].sum() == 40 * 700
 
 
 def test_labels_are_drawn_anew_for_every_batch():
@@ -162,6 +162,23 @@ def test_equal_batches_have_labels_of_their_own():
     merged.merge(streamed(probs[:250], torch.ones(250, dtype=torch.int64), 1))
     result = merged.scores(39)["ece_classwise_null_high"]
     assert result == pytest.approx(together["ece_classwise_null_high"], rel=0.15)
+
+
+@pytest.mark.parametrize(("num_examples", "num_classes"), [(300, 2), (60, 4), (400, 12)])
+def test_the_band_of_the_classwise_error_covers_calibrated_models(num_examples, num_classes):
+    """40 simulated data sets and a normal root give a band that 95 % of calibrated data sets are in."""
+    generator = torch.Generator().manual_seed(2)
+    outside, p_values = 0, []
+    for seed in range(400):
+        probs = (1.5 * torch.randn(num_examples, num_classes, generator=generator)).softmax(dim=1)
+        targets = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        scores = streamed(probs, targets, 100, seed=seed).scores(39)
+        low, high = scores["ece_classwise_null_low"], scores["ece_classwise_null_high"]
+        outside += not low <= scores["ece_classwise"] <= high
+        p_values.append(scores["ece_classwise_p_value"])
+    assert binomtest(outside, 400, 0.05).pvalue > 0.01, outside
+    assert binomtest(sum(p < 0.1 for p in p_values), 400, 0.1).pvalue > 0.01
+    assert kstest(p_values, "uniform").pvalue > 0.01
 
 
 @pytest.mark.parametrize("kind", ["tied", "low", "sure", "few levels"])
