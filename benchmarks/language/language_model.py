@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, cut in two: the layers below the adapter, which are run once, and those with the adapter.
 
 LoRA lies on the last ``TOP`` of thirty layers, so what enters them does not depend on it. It is computed once for every
-question and kept. All rows of the bench then pay for ten layers instead of thirty, in training and in predictions.
+question and kept. All rows of the bench then pay for five layers instead of thirty, in training and in predictions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-TOP, RANK = 10, 8
+TOP, RANK = 5, 8
 TARGETS = {
     "qv": ["q_proj", "v_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

