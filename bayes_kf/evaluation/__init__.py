@@ -21,7 +21,7 @@ from bayes_kf.evaluation.calibration.null_distribution import (
     reliability_band,
 )
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
-from bayes_kf.evaluation.classification.comparison import Difference, Rank, ScoreComparison, compare_predictions
+from bayes_kf.evaluation.classification.comparison import compare_predictions
 from bayes_kf.evaluation.classification.corp import CorpReliability, corp_reliability
 from bayes_kf.evaluation.classification.corruption_shift import ShiftScores, shift_curve
 from bayes_kf.evaluation.classification.decision_curve import DecisionCurve, decision_curve
@@ -69,7 +69,7 @@ from bayes_kf.evaluation.classification.selective import (
 )
 from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
 from bayes_kf.evaluation.classification_report import evaluate_predictions
-from bayes_kf.evaluation.comparison_report import compare, report_comparison
+from bayes_kf.evaluation.comparison_report import compare, report_comparison, report_forecast_comparison
 from bayes_kf.evaluation.online.drift_detection import DriftAlarm, DriftDetector, drift_alarm
 from bayes_kf.evaluation.online.innovations import InnovationHealth, Whiteness, innovation_health, innovation_whiteness
 from bayes_kf.evaluation.online.prequential import (
@@ -78,6 +78,7 @@ from bayes_kf.evaluation.online.prequential import (
     prequential_regret,
     running_accuracy,
 )
+from bayes_kf.evaluation.own_metrics import register_metric, unregister_metric
 from bayes_kf.evaluation.plots.comparison import comparison_plot, forest_plot, online_comparison
 from bayes_kf.evaluation.plots.human_agreement import human_entropy_plot
 from bayes_kf.evaluation.plots.online import innovation_plot, online_curves
@@ -130,6 +131,7 @@ from bayes_kf.evaluation.regression_report import evaluate_regression
 from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import CalibrationNull, CalibrationTest, NullComparison
 from bayes_kf.evaluation.score import Interval, Score
+from bayes_kf.evaluation.score_comparison import Difference, Rank, ScoreComparison
 
 Calibrated = NullComparison  # the name of earlier releases
 
@@ -253,11 +255,13 @@ __all__ = [
     "quantile_coverage",
     "quantile_coverage_plot",
     "ranked_probability_score",
+    "register_metric",
     "rejection_ratio",
     "reliability_band",
     "reliability_bins",
     "reliability_diagram",
     "report_comparison",
+    "report_forecast_comparison",
     "risk_coverage",
     "risk_coverage_plot",
     "rmse",
@@ -270,5 +274,6 @@ __all__ = [
     "sparsification_error",
     "spiegelhalter_test",
     "spread_bins",
+    "unregister_metric",
     "variance_by_tensor",
 ]

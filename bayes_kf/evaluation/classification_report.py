@@ -1,7 +1,7 @@
 """The report on a classifier, from its class probabilities alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy_par
 from bayes_kf.evaluation.flattened_predictions import flattened
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, column_names
 from bayes_kf.evaluation.options import EvaluationOptions
+from bayes_kf.evaluation.own_metrics import own_scores
 from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.report.contents import Sections
 from bayes_kf.evaluation.report.provenance import fingerprint
 from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.advice import advice_section
 from bayes_kf.evaluation.sections.classification import class_section, entropy_section, score_section
@@ -27,7 +29,7 @@ from bayes_kf.evaluation.sections.distrust import (
     worst_section,
 )
 from bayes_kf.evaluation.sections.examples import example_section
-from bayes_kf.evaluation.sections.groups import group_section
+from bayes_kf.evaluation.sections.groups import group_section, groups_of_inputs
 from bayes_kf.evaluation.sections.human_agreement import human_section
 from bayes_kf.evaluation.sections.online import stream_sections
 from bayes_kf.evaluation.sections.selective import recalibration_section, usefulness_section
@@ -52,6 +54,8 @@ def evaluate_predictions(
     recalibration: Recalibration | None = None,
     conformal: ConformalSets | None = None,
     groups: Mapping[str, Any] | None = None,
+    weights: Array | None = None,
+    clusters: Any = None,
     ordered: bool = False,
     top_k: Sequence[int] | None = None,
     config: Mapping[str, object] | None = None,
@@ -82,7 +86,13 @@ def evaluate_predictions(
         recalibration: A recalibration fitted on other examples; the report states its effect.
         conformal: Conformal sets fitted on other examples; the report states their coverage and size.
         groups: Name of a kind (source, language) to the group of each example, (N,); or a table with a column for each
-            kind. The report names groups with fewer right answers or wrong probabilities, beyond chance.
+            kind. The report names groups with fewer right answers or wrong probabilities, beyond chance. For tokens,
+            pixels or several labels, an entry for each input.
+        weights: How much each example counts, (N,), in means, calibration and what follows from them. Detection and
+            selective prediction count every example alike.
+        clusters: What each example is part of (a patient, a document), (N,): examples of one cluster may depend on each
+            other, and intervals, null bands and tests allow for that. Tokens, pixels and several labels are those of
+            their input.
         ordered: Whether the classes have an order, for the ranked probability score.
         top_k: Numbers of most probable classes that count together, each with an ECE; by default 5 if there are more
             than 10 classes.
@@ -121,10 +131,14 @@ def evaluate_predictions(
         groups={} if groups is None else groups,
     )
     flat = flattened(probs, targets)
-    if flat.note:
+    if flat.inputs is not None:
         options.check_no_examples()
+        options = replace(options, groups=groups_of_inputs(options.groups, flat.inputs, len(targets)))
+        if clusters is None and len(targets) > 1:
+            clusters = flat.inputs
     checked = as_probs(flat.probs)
     labels = as_targets(flat.targets, checked, class_names=options.class_names)
+    options = replace(options, design=SampleDesign.of(weights, clusters, len(labels)))
     parts = entropy_parts(samples) if uncertainty is None and samples is not None else uncertainty
     report = classification_report(checked, labels, options, log_prob=log_prob, uncertainty=parts)
     report.sections.lead += f" {flat.note}" if flat.note else ""
@@ -159,16 +173,17 @@ def _sections(
     """All sections that the options ask for, in the order of the page."""
     num_classes, null = probs.shape[1], options.null
     names, top_k = options.class_names_of(num_classes), options.top_k_of(num_classes)
-    sections = score_section(probs, labels, log_prob, null, ordered=options.ordered, top_k=top_k)
-    sections += entropy_section(probs, uncertainty, options.ood)
-    sections += usefulness_section(probs, labels)
+    sections = score_section(probs, labels, log_prob, null, ordered=options.ordered, top_k=top_k, design=options.design)
+    sections += Sections(scores=own_scores(probs, labels, null, options.design))
+    sections += entropy_section(probs, uncertainty, options.ood, options.design)
+    sections += usefulness_section(probs, labels, options.design)
     sections = _assessment(sections.scores, probs, labels, names, options) + sections
     sections += recalibration_section(probs, labels, options.recalibration, options.conformal, null)
     if options.human is not None:
         sections += human_section(probs, options.human)
     sections += stream_sections(options.history, options.parameter_variance, options.output_variance)
     if len(options.groups):
-        sections += group_section(probs, labels, options.groups)
+        sections += group_section(probs, labels, options.groups, options.design)
     sections += class_section(probs, labels, names)
     if options.examples is not None:
         sections += example_section(probs, labels, options.examples, names)
@@ -182,17 +197,18 @@ def _assessment(
 ) -> Sections:
     """Cards, findings and advice."""
     num_examples, num_correct = len(labels), int((probs.argmax(dim=1) == labels).sum())
-    distrust = distrust_section(probs, labels, names)
+    distrust = distrust_section(probs, labels, names, options.design)
     detected = {name: scores[f"ood_{name}_auroc"] for name in options.ood}
     cards = [
         calibration_card(scores, num_examples, {finding.direction for finding in distrust.findings} - {0}),
         error_card(scores, num_examples - num_correct, num_correct),
         detection_card(detected),
     ]
-    most = percent(torch.bincount(labels).max().item() / num_examples)
+    weights = None if options.design is None else options.design.weights
+    most = percent(torch.bincount(labels, weights).max().item() / num_examples)
     lead = (
-        f"{percent(num_correct / num_examples)} of {num_examples:,} answers are right; the most frequent class: {most}."
+        f"{percent(scores['accuracy'].value)} of {num_examples:,} answers are right; the most frequent class: {most}."
     )
     sections = Sections(lead=lead, cards=cards) + distrust
     sections.findings += [*missed_inputs(detected), *least_sure(probs, labels)]
-    return sections + advice_section(probs, labels, names, scores, cards, options.calls)
+    return sections + advice_section(probs, labels, names, scores, cards, options.calls, options.design)

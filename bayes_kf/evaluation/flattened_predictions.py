@@ -19,11 +19,13 @@ class Flattened(NamedTuple):
         probs: Class probabilities, (N, C), not checked.
         targets: Class indices, (N,), not checked.
         note: How the examples came about, a sentence; empty if they were given one by one.
+        inputs: The number of the input that each example is part of, (N,); None if they were given one by one.
     """
 
     probs: Any
     targets: Any
     note: str = ""
+    inputs: Tensor | None = None
 
 
 def flattened(probs: Any, targets: Any) -> Flattened:
@@ -69,7 +71,8 @@ def _places(probs: Tensor, targets: Tensor) -> Flattened:
     counted = targets != IGNORED
     if not bool(counted.any()):
         raise ValueError(f"`targets` must have an entry that counts, got {IGNORED} everywhere.")
-    return Flattened(moved[counted], targets[counted], _note(int(counted.sum()), word))
+    inputs = counted.nonzero()[:, 0]
+    return Flattened(moved[counted], targets[counted], _note(int(counted.sum()), word, len(targets)), inputs)
 
 
 def _labels(probs: Tensor, targets: Tensor) -> Flattened:
@@ -78,11 +81,15 @@ def _labels(probs: Tensor, targets: Tensor) -> Flattened:
         raise ValueError("`targets` of several labels must be zeros and ones, got others.")
     second = probs.flatten()
     probs = torch.stack([1 - second, second], dim=1)
-    return Flattened(probs, targets.flatten().long(), _note(second.numel(), "yes-or-no labels"))
+    size, number = targets.shape
+    inputs = torch.arange(size).repeat_interleave(number)
+    note = _note(second.numel(), "yes-or-no labels", size)
+    return Flattened(probs, targets.flatten().long(), note, inputs)
 
 
-def _note(number: int, word: str) -> str:
-    return (
-        f"The {number:,} {word} count as independent examples; those of one input are not, so intervals and null bands "
-        "are too narrow."
-    )
+def _note(number: int, word: str, num_inputs: int) -> str:
+    if num_inputs == 1:
+        return (
+            f"The {number:,} {word} of the one input count as independent, so intervals and null bands are too narrow."
+        )
+    return f"The {number:,} {word} are those of {num_inputs:,} inputs; intervals and null bands allow for that."

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bayes_kf.evaluation.classification.score_summary import LEVEL
+from bayes_kf.evaluation.calibration.score_summary import LEVEL
 from bayes_kf.evaluation.inputs import Array, check_positive_int
 from bayes_kf.evaluation.recalibration.conformal_sets import ConformalSets
 from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.sections.advice import Calls
 
 
@@ -33,6 +34,7 @@ class EvaluationOptions:
         top_k: Numbers of most probable classes that count together.
         class_names: Names of the classes.
         groups: Kinds of groups of the examples.
+        design: Weights and clusters of the examples.
         calls: Code that the advice names.
 
     Raises:
@@ -54,6 +56,7 @@ class EvaluationOptions:
     top_k: Sequence[int] | None = None
     class_names: Sequence[str] | None = None
     groups: Mapping[str, Any] = field(default_factory=dict)
+    design: SampleDesign | None = None
     calls: Calls = field(default_factory=Calls)
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ class EvaluationOptions:
         Raises:
             ValueError: If something is.
         """
-        for name in ("examples", "human", "groups"):
+        for name in ("examples", "human"):
             given = getattr(self, name)
             if given is not None and len(given):
                 raise ValueError(f"`{name}` must be left out if tokens, pixels or labels count as examples, got some.")

@@ -17,7 +17,9 @@ from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.regression_report import make_forecast, regression_report
 from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.sections.advice import POSTERIOR
+from bayes_kf.evaluation.sections.regression import Forecast
 
 NUM_TARGET_DRAWS = 512  # of a prediction that is no normal distribution
 
@@ -32,6 +34,8 @@ def evaluate(
     recalibration: Recalibration | None = None,
     conformal: ConformalSets | None = None,
     groups: Mapping[str, Any] | None = None,
+    weights: Array | None = None,
+    clusters: Any = None,
     ordered: bool = False,
     top_k: Sequence[int] | None = None,
     method: str = "linearized",
@@ -44,9 +48,9 @@ def evaluate(
 ) -> Report:
     """Report on a posterior's predictions for a loader.
 
-    Bernoulli outputs count as N·m problems of two classes. Intervals and null bands assume that these are independent;
-    they are up to √m too narrow if the errors of the m outputs of an example are correlated. Labels of tokens count as
-    problems of their own too, with the same limit. A posterior without class probabilities (real targets, counts) gets
+    Bernoulli outputs count as N·m problems of two classes; intervals, null bands and tests allow for the dependence of
+    the m outputs of an example. Labels of tokens count as problems of their own too, and as independent ones unless
+    `clusters` says which belong together. A posterior without class probabilities (real targets, counts) gets
     a regression report. Unless each target is predicted by a normal distribution, its scores are those of draws of the
     targets. If the posterior has a method `output_variance`, the report shows its result for the first batch.
 
@@ -59,6 +63,8 @@ def evaluate(
         recalibration: A recalibration fitted on other examples.
         conformal: Conformal sets fitted on other examples.
         groups: Name of a kind to the group of each example of the loader, in its order; see `evaluate_predictions`.
+        weights: How much each example counts, (N,); see `evaluate_predictions`.
+        clusters: What each example is part of, (N,); see `evaluate_predictions`.
         ordered: Whether the classes have an order; always true under the likelihood "ordinal".
         top_k: Numbers of most probable classes that count together.
         method: Prediction method, as the posterior names it.
@@ -89,12 +95,15 @@ def evaluate(
         groups={} if groups is None else groups,
         calls=POSTERIOR,
     )
-    report = _report(posterior, loader, options, method=method, num_samples=num_samples)
+    counted = {"weights": weights, "clusters": clusters}
+    report = _report(posterior, loader, options, counted, method=method, num_samples=num_samples)
     notes = list(getattr(posterior, "notes", ()))  # the posterior's own remarks, sentences
     return replace(report, sections=replace(report.sections, verdict=report.sections.verdict + notes))
 
 
-def _report(posterior: PosteriorLike, loader: Any, options: EvaluationOptions, **method: Any) -> Report:
+def _report(
+    posterior: PosteriorLike, loader: Any, options: EvaluationOptions, counted: dict[str, Any], **method: Any
+) -> Report:
     """The report of the kind that the posterior's likelihood asks for."""
     generator = torch.Generator().manual_seed(options.null.seed)
     first: list[Any] = []
@@ -110,6 +119,9 @@ def _report(posterior: PosteriorLike, loader: Any, options: EvaluationOptions, *
     )
     if prediction.probs is None:
         options.check_no_classes()
+        for name, given in counted.items():
+            if given is not None:
+                raise ValueError(f"`{name}` must be left out for a posterior without class probabilities, got some.")
         return _regression(prediction, options)
     is_bernoulli = _is_bernoulli(posterior)
     if getattr(posterior.config, "likelihood", None) == "ordinal":
@@ -117,25 +129,47 @@ def _report(posterior: PosteriorLike, loader: Any, options: EvaluationOptions, *
     ood = {
         name: posterior.predict_loader(inputs, **method, generator=generator) for name, inputs in options.ood.items()
     }
-    options = replace(options, ood={name: _ood_probs(name, ood[name], is_bernoulli) for name in ood})
+    options = replace(options, ood={name: ood_probs(posterior, name, ood[name]) for name in ood})
     probs, targets = class_predictions(posterior, prediction, "posterior")
     checked = as_probs(probs)
+    labels = as_targets(targets, checked)
+    design = _design(len(prediction.targets), len(labels), **counted)
     return classification_report(
         checked,
-        as_targets(targets, checked),
-        options,
+        labels,
+        replace(options, design=design),
         log_prob=prediction.log_prob,
         uncertainty=_entropy_parts(prediction, is_bernoulli),
     )
 
 
+def _design(num_examples: int, num_problems: int, weights: Any, clusters: Any) -> SampleDesign | None:
+    """Weights and clusters of the problems; those of one example with several Bernoulli outputs are dependent."""
+    design = SampleDesign.of(weights, clusters, num_examples)
+    each = num_problems // num_examples
+    if each == 1:
+        return design
+    problems = torch.arange(num_examples).repeat_interleave(each)
+    if design is None:
+        return SampleDesign.of(None, problems, num_problems) if num_examples > 1 else None
+    return SampleDesign.of(design.weights[problems], design.clusters[problems], num_problems)
+
+
 def _regression(prediction: LoaderPrediction, options: EvaluationOptions) -> Report:
     """The report on predictions of real values."""
+    return regression_report(forecast_of(prediction, options.null.seed), options, log_prob=prediction.log_prob)
+
+
+def forecast_of(prediction: LoaderPrediction, seed: int) -> Forecast:
+    """The forecast of a posterior's predictions of real values.
+
+    Raises:
+        ValueError: If it has no mean, or the loader had no targets.
+    """
     if prediction.mean is None or prediction.targets is None:
         raise ValueError("`posterior` must predict probs or a mean, got neither.")
-    samples = _target_draws(prediction, options.null.seed)
-    forecast = make_forecast(prediction.mean, prediction.targets, prediction.variance, samples)
-    return regression_report(forecast, options, log_prob=prediction.log_prob)
+    samples = _target_draws(prediction, seed)
+    return make_forecast(prediction.mean, prediction.targets, prediction.variance, samples)
 
 
 def _target_draws(prediction: LoaderPrediction, seed: int) -> Tensor | None:
@@ -184,11 +218,11 @@ def _is_bernoulli(posterior: PosteriorLike) -> bool:
     return getattr(posterior.config, "likelihood", None) == "bernoulli"
 
 
-def _ood_probs(name: str, prediction: LoaderPrediction, is_bernoulli: bool) -> Tensor:
-    """Class probabilities of an out-of-distribution set."""
+def ood_probs(posterior: PosteriorLike, name: str, prediction: LoaderPrediction) -> Tensor:
+    """Class probabilities of a posterior's predictions for an out-of-distribution set."""
     if prediction.probs is None:
         raise ValueError(f"`posterior` must predict probs for ood[{name!r}] too, got none.")
-    return _two_classes(prediction.probs) if is_bernoulli else prediction.probs
+    return _two_classes(prediction.probs) if _is_bernoulli(posterior) else prediction.probs
 
 
 def _entropy_parts(prediction: LoaderPrediction, is_bernoulli: bool) -> EntropyParts | None:

@@ -29,8 +29,8 @@ from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.calibration.confidence_profile import exact_profile, top_confidence
 from bayes_kf.evaluation.calibration.intervals import difference_interval
 from bayes_kf.evaluation.calibration.null_distribution import profile_tests
+from bayes_kf.evaluation.calibration.score_summary import PRIMARY, STATISTICS
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
-from bayes_kf.evaluation.classification.score_summary import PRIMARY, STATISTICS
 from bayes_kf.evaluation.classification.scores import brier_scores, log_losses
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.score import Score, flatten_scores

@@ -72,14 +72,17 @@ def test_tokens_and_pixels_count_one_by_one_but_for_the_ignored_ones():
     targets = labels.clone()
     targets[::7] = -100
     kept = targets != -100
-    expected = ev.evaluate_predictions(probs[kept], labels[kept], **QUICK).scores
+    parts = [(torch.arange(240) // size)[kept] for size in (30, 60)]
+    expected = [ev.evaluate_predictions(probs[kept], labels[kept], clusters=part, **QUICK).scores for part in parts]
     tokens = ev.evaluate_predictions(probs.view(8, 30, 3), targets.view(8, 30), **QUICK)
     pixels = ev.evaluate_predictions(
         probs.view(4, 6, 10, 3).permute(0, 3, 1, 2).numpy(), targets.view(4, 6, 10).numpy(), **QUICK
     )
-    assert tokens.scores == expected
-    assert pixels.scores == expected
-    assert f"The {int(kept.sum())} tokens count as independent examples" in tokens.sections.lead
+    assert [tokens.scores, pixels.scores] == expected
+    assert f"The {int(kept.sum())} tokens are those of 8 inputs; intervals" in tokens.sections.lead
+    one = ev.evaluate_predictions(probs[None], targets[None], **QUICK)
+    assert one.scores == ev.evaluate_predictions(probs[kept], labels[kept], **QUICK).scores
+    assert f"The {int(kept.sum())} tokens of the one input count as independent" in one.sections.lead
     assert "pixels" in pixels.sections.lead
     with pytest.raises(ValueError, match="without its last or second dimension"):
         flattened(probs.view(8, 30, 3), targets.view(30, 8))

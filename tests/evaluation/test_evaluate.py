@@ -216,3 +216,19 @@ def test_what_a_regression_has_no_use_for_is_refused_and_the_simulations_are_tho
             ev.evaluate(posterior, [(x, y)], **unused)
     with pytest.raises(ValueError, match="`num_simulations` must be at least 39"):
         ev.evaluate(posterior, [(x, y)], num_simulations=1)
+
+
+def test_bernoulli_outputs_of_an_example_are_dependent():
+    """Two equal outputs are one answer: the interval of the accuracy is that of the examples."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(100, 1, generator=generator)
+    targets = (torch.rand(100, 1, generator=generator) < probs).long()
+    one = ev.evaluate(FakePosterior("bernoulli"), {"probs": probs, "targets": targets}, clusters=torch.arange(100))
+    both = {"probs": probs.expand(-1, 2), "targets": targets.expand(-1, 2)}
+    two = ev.evaluate(FakePosterior("bernoulli"), both)
+    assert two.score("accuracy").interval == pytest.approx(one.score("accuracy").interval)
+    weighted = ev.evaluate(FakePosterior("bernoulli"), both, weights=torch.arange(100) % 3, clusters=torch.arange(100))
+    right = ((probs > 0.5) == targets).double()[:, 0]
+    assert weighted.scores["accuracy"] == pytest.approx(float((torch.arange(100) % 3 * right).sum() / 99))
+    with pytest.raises(ValueError, match=r"^`weights` must be left out for a posterior without class probabilities"):
+        ev.evaluate(FakePosterior("gaussian"), {"mean": probs, "targets": targets}, weights=[1.0] * 100)

@@ -75,10 +75,12 @@ def top_confidence(probs: Tensor, targets: Tensor | None, top_k: int) -> tuple[T
     return confidence, (before < top_k).double()
 
 
-def exact_profile(confidence: Tensor, hit: Tensor) -> Profile:
-    """A profile with one cell for each distinct confidence."""
+def exact_profile(confidence: Tensor, hit: Tensor, weights: Tensor | None = None) -> Profile:
+    """A profile with one cell for each distinct confidence; counts and hits are weighted if weights are given."""
+    if weights is not None:
+        confidence, hit, weights = confidence[weights > 0], (weights * hit)[weights > 0], weights[weights > 0]
     values, inverse = confidence.unique(return_inverse=True)
-    counts = torch.bincount(inverse).double()
+    counts = torch.bincount(inverse, weights).double()
     return Profile(values, counts, values * counts, torch.bincount(inverse, weights=hit))
 
 

@@ -5,9 +5,13 @@ construction and has the same size and the same confidences as the observed one.
 miscalibration only if it lies outside the band of the simulated errors.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from bayes_kf.evaluation.calibration.calibration_errors import reliability_bins
 from bayes_kf.evaluation.calibration.confidence_profile import (
     Profile,
     coarse_profile,
@@ -38,6 +42,17 @@ from bayes_kf.evaluation.resampling.null_test import (
 
 MAX_LABEL_DRAWS = 2 * 10**8  # labels drawn for a classwise band; it bounds the time
 MIN_CLASSWISE_SIMULATIONS = 200  # simulated even where they need more labels than that
+
+
+class BinsWithBands(NamedTuple):
+    """The B bins of a reliability diagram that are not empty."""
+
+    edges: Tensor  # (B, 2)
+    counts: Tensor  # examples, (B,) as the following
+    confidence: Tensor  # mean
+    accuracy: Tensor
+    low: Tensor  # of the null band of the accuracy
+    high: Tensor
 
 
 def calibration_null(
@@ -180,12 +195,45 @@ def reliability_band(
     return low, high
 
 
+def bins_with_bands(
+    probs: Array,
+    targets: Array,
+    *,
+    num_bins: int,
+    num_simulations: int,
+    seed: int,
+    binning: Binning = "equal_width",
+) -> BinsWithBands:
+    """The bins of a reliability diagram with the null band of each, see `reliability_bins` and `reliability_band`."""
+    bins = reliability_bins(probs, targets, num_bins, binning)
+    low, high = reliability_band(probs, num_bins=num_bins, binning=binning, num_simulations=num_simulations, seed=seed)
+    used = bins.counts > 0
+    edges = torch.stack([bins.edges[:-1], bins.edges[1:]], dim=1)
+    columns = (edges, bins.counts, bins.confidence, bins.accuracy, low, high)
+    return BinsWithBands(*(column[used] for column in columns))
+
+
 def profile_tests(
-    profile: Profile, statistics: tuple[tuple[str, Binning], ...], settings: NullSettings, level: float
+    profile: Profile,
+    statistics: tuple[tuple[str, Binning], ...],
+    settings: NullSettings,
+    level: float,
+    simulate: Callable[[Profile], Tensor] | None = None,
 ) -> list[NullComparison]:
-    """Statistics of a profile, each with its null band; one simulation serves them all."""
+    """Statistics of a profile, each with its null band; one simulation serves them all.
+
+    Args:
+        profile: Of the data.
+        statistics: Names and binnings.
+        settings: Of the bins and the simulation.
+        level: Probability inside each null band.
+        simulate: Gives the hits of each cell in simulated data sets, (R, K); by default those of independent examples.
+    """
     narrow = coarse_profile(profile, settings.num_bins)
-    hits = simulate_profile_hits(narrow, settings.num_simulations, settings.seed)
+    if simulate is None:
+        hits = simulate_profile_hits(narrow, settings.num_simulations, settings.seed)
+    else:
+        hits = simulate(narrow)
     comparisons = []
     for name, binning in statistics:
         bins = profile_bins(narrow, settings.num_bins, binning)

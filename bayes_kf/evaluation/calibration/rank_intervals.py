@@ -12,23 +12,30 @@ MIN_PAIRS = 10  # fewer pairs have no interval of the rank correlation
 EDGE = 1e-9  # distance from 0 and 1 at which the score test is evaluated
 
 
-def auroc_interval(negatives: Tensor, positives: Tensor, level: float) -> Interval | None:
+def auroc_interval(
+    negatives: Tensor, positives: Tensor, level: float, clusters: tuple[Tensor, Tensor] | None = None
+) -> Interval | None:
     """Interval of the AUROC of negatives (n,) and positives (m,): all values that a score test does not reject.
 
     Newcombe's method 5 with Hanley and McNeil's variance, which is positive even if the scores separate both kinds
-    perfectly. If DeLong's estimate is larger, the variance is multiplied by the ratio of the two. Returns None without
-    a positive or without a negative.
+    perfectly. If DeLong's estimate is larger, the variance is multiplied by the ratio of the two. Clusters, 0..G − 1,
+    of the negatives (n,) and the positives (m,) put Obuchowski's estimate in its place. Returns None without a positive
+    or without a negative.
 
-    References: Hanley, McNeil 1982; DeLong et al. 1988; Newcombe 2006.
+    References: Hanley, McNeil 1982; DeLong et al. 1988; Newcombe 2006; Obuchowski, *Nonparametric analysis of clustered
+    ROC curve data*, 1997.
     """
     n, m = len(negatives), len(positives)
     if n == 0 or m == 0:
         return None
-    ranks = scipy.stats.rankdata(torch.cat([positives, negatives]).numpy())
-    own_ranks = [scipy.stats.rankdata(scores.numpy()) for scores in (positives, negatives)]
-    above, below = (ranks[:m] - own_ranks[0]) / n, 1 - (ranks[m:] - own_ranks[1]) / m
-    value = float(above.mean())
-    delong = (above.var(ddof=1) / m if m > 1 else 0.0) + (below.var(ddof=1) / n if n > 1 else 0.0)
+    below, above = auroc_parts(negatives, positives)
+    value = above.mean().item()
+    delong = (above.var().item() / m if m > 1 else 0.0) + (below.var().item() / n if n > 1 else 0.0)
+    if clusters is not None:
+        parts = [(below - value) / n, (above - value) / m]
+        number = 1 + int(torch.cat(clusters).max())
+        sums = torch.zeros(number, dtype=torch.float64).index_add_(0, torch.cat(clusters), torch.cat(parts))
+        delong = sums.square().sum().item() * number / (number - 1)
     modelled = _auroc_variance(value, n, m)
     scale = scipy.stats.norm.ppf((1 + level) / 2) ** 2 * (max(1.0, delong / modelled) if modelled > 0 else 1.0)
 
@@ -38,6 +45,18 @@ def auroc_interval(negatives: Tensor, positives: Tensor, level: float) -> Interv
     inside = min(max(value, EDGE), 1 - EDGE)  # the variance is zero at 0 and 1
     ends = [end if rejection(inside) > 0 else scipy.optimize.brentq(rejection, inside, end) for end in (0.0, 1.0)]
     return Interval(min(ends[0], value), max(ends[1], value))
+
+
+def auroc_parts(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of positives above each negative, (n,), and of negatives below each positive, (m,); ties count half.
+
+    The mean of either is the AUROC.
+    """
+    n, m = len(negatives), len(positives)
+    ranks = scipy.stats.rankdata(torch.cat([positives, negatives]).numpy())
+    own_ranks = [scipy.stats.rankdata(scores.numpy()) for scores in (positives, negatives)]
+    below, above = 1 - (ranks[m:] - own_ranks[1]) / m, (ranks[:m] - own_ranks[0]) / n
+    return torch.from_numpy(below), torch.from_numpy(above)
 
 
 def rank_correlation_interval(value: float, count: int, level: float) -> Interval | None:

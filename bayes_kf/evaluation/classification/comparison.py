@@ -1,76 +1,38 @@
 """Comparison of several models on one test set: paired differences with simultaneous intervals, and a ranking."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
 
+import scipy
 import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.intervals import (
     MIN_LOSSES,
-    Interval,
     bounded_interval,
     difference_interval,
     skewed_interval,
 )
+from bayes_kf.evaluation.calibration.rank_intervals import auroc_parts
+from bayes_kf.evaluation.classification.entropy import entropy, max_probability
 from bayes_kf.evaluation.classification.scores import brier_scores, log_losses
+from bayes_kf.evaluation.classification.selective import aurc_influence
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_fraction
+from bayes_kf.evaluation.score import Interval
+from bayes_kf.evaluation.score_comparison import Difference, ScoreComparison, ranked_comparison
 
-HIGHER_IS_BETTER = ("accuracy",)
 COMPARED = ("nll", "brier", "accuracy")
-
-
-class Difference(NamedTuple):
-    """Score of the first model minus score of the second, with an interval."""
-
-    first: str
-    second: str
-    value: float
-    low: float
-    high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
-
-class Rank(NamedTuple):
-    """A model's rank: one plus the number of models that are clearly better."""
-
-    name: str
-    value: float
-    place: int
-    tied_with: tuple[str, ...]  # models without a clear difference
-
-
-class ScoreComparison(NamedTuple):
-    """One score of all models, with differences and ranking."""
-
-    score: str
-    values: dict[str, float]
-    differences: tuple[Difference, ...]  # of every pair
-    ranking: tuple[Rank, ...]  # best first
-
-    @property
-    def best(self) -> tuple[str, ...]:
-        """The models that no other model clearly beats."""
-        return tuple(rank.name for rank in self.ranking if rank.place == 1)
-
-    @property
-    def leader(self) -> str:
-        """The first in place, and among those the one with the best value."""
-        return next(rank.name for rank in self.ranking if rank.place == 1)  # the best value may be of a lower place
-
-    def behind(self, name: str) -> Difference:
-        """The score of a model minus that of the leader."""
-        pair = next(d for d in self.differences if {d.first, d.second} == {name, self.leader})
-        return pair if pair.first == name else Difference(name, pair.first, -pair.value, -pair.high, -pair.low)
+SELECTIVE = "aurc"
 
 
 def compare_predictions(
-    probs: Mapping[str, Array], targets: Array, *, scores: Sequence[str] = COMPARED, level: float = 0.95
+    probs: Mapping[str, Array],
+    targets: Array,
+    *,
+    scores: Sequence[str] = COMPARED,
+    ood: Mapping[str, Mapping[str, Array]] | None = None,
+    level: float = 0.95,
 ) -> dict[str, ScoreComparison]:
     """Pairwise comparison of several models' class probabilities for the same examples.
 
@@ -85,7 +47,10 @@ def compare_predictions(
     Args:
         probs: Name of at least two models to class probabilities, (N, C); C may differ.
         targets: Class indices, (N,).
-        scores: Any of "nll", "brier" and "accuracy".
+        scores: Any of "nll", "brier", "accuracy" and "aurc", the area under the risk-coverage curve of the
+            confidence, with intervals by its influence function.
+        ood: Name of a set of out-of-distribution inputs to the class probabilities of each model for them, (M, C). The
+            AUROC of their detection by entropy is compared by DeLong's test for paired curves.
         level: Probability that all intervals cover.
 
     Returns:
@@ -104,14 +69,16 @@ def compare_predictions(
     """
     if len(probs) < 2:
         raise ValueError(f"`probs` must hold at least two models, got {len(probs)}.")
-    unknown = [name for name in scores if name not in COMPARED]
+    known = (*COMPARED, SELECTIVE)
+    unknown = [name for name in scores if name not in known]
     if unknown or not scores:
-        raise ValueError(f"`scores` must be among {', '.join(COMPARED)}, got {', '.join(unknown) or 'none'}.")
+        raise ValueError(f"`scores` must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}.")
     check_fraction(level, "level")
     checked = {str(name): as_probs(values, f"probs[{name!r}]") for name, values in probs.items()}
     labels = {name: as_targets(targets, values) for name, values in checked.items()}
     pairs = list(combinations(checked, 2))
-    pair_level = 1 - (1 - level) / (len(pairs) * len(set(scores)))
+    foreign = _checked_ood(ood or {}, checked)
+    pair_level = 1 - (1 - level) / (len(pairs) * (len(set(scores)) + len(foreign)))
     comparisons = {}
     for score in scores:
         per_example = {name: _example_scores(score, checked[name], labels[name]) for name in checked}
@@ -120,14 +87,46 @@ def compare_predictions(
         for i, j in pairs:
             interval = _interval(score, per_example[i] - per_example[j], checked[i], checked[j], pair_level)
             differences.append(Difference(i, j, values[i] - values[j], *interval))
-        comparisons[score] = ScoreComparison(score, values, tuple(differences), _ranking(score, values, differences))
+        comparisons[score] = ranked_comparison(score, values, differences)
+    for set_name, models in foreign.items():
+        parts = {name: auroc_parts(entropy(checked[name]), entropy(own)) for name, own in models.items()}
+        values = {name: above.mean().item() for name, (_, above) in parts.items()}
+        differences = [
+            Difference(i, j, values[i] - values[j], *_auroc_interval(parts[i], parts[j], pair_level)) for i, j in pairs
+        ]
+        score = f"ood_{set_name}_auroc"
+        comparisons[score] = ranked_comparison(score, values, differences)
     return comparisons
 
 
+def _checked_ood(ood: Mapping[str, Mapping[str, Array]], models: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Class probabilities of every set and model."""
+    found = {}
+    for name, given in ood.items():
+        if {str(model) for model in given} != set(models):
+            raise ValueError(f"`ood[{name!r}]` must hold the models {', '.join(models)}, got {', '.join(given)}.")
+        own = {str(model): as_probs(values, f"ood[{name!r}][{model!r}]") for model, values in given.items()}
+        if len({len(values) for values in own.values()}) > 1:
+            raise ValueError(f"`ood[{name!r}]` must hold the same inputs for every model, got different numbers.")
+        found[str(name)] = own
+    return found
+
+
+def _auroc_interval(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], level: float) -> Interval:
+    """Normal interval of a difference of paired AUROCs (DeLong et al. 1988)."""
+    inside, outside = first[0] - second[0], first[1] - second[1]
+    value = outside.mean().item()
+    variance = sum((part.var().item() / len(part) if len(part) > 1 else 0.0) for part in (inside, outside))
+    half = float(scipy.stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
+    return Interval(value - half, value + half)
+
+
 def _example_scores(score: str, probs: Tensor, labels: Tensor) -> Tensor:
-    """The score of each example for checked probabilities, (N,)."""
+    """The score of each example for checked probabilities, (N,); of the AURC, the AURC plus its influence function."""
     if score == "nll":
         return log_losses(probs, labels)
+    if score == SELECTIVE:
+        return aurc_influence(max_probability(probs), probs.argmax(dim=1) == labels)
     return brier_scores(probs, labels) if score == "brier" else (probs.argmax(dim=1) == labels).double()
 
 
@@ -140,6 +139,8 @@ def _interval(score: str, change: Tensor, first: Tensor, second: Tensor, level: 
         return Interval(0.0, 0.0)
     if score == "nll":
         return difference_interval(change, first, second, level)
+    if score == SELECTIVE:
+        return skewed_interval(change, level)
     if score == "accuracy" or len(change) < MIN_LOSSES or first.shape != second.shape:
         bound = 1.0 if score == "accuracy" else 2.0
         return bounded_interval(change.sum().item(), change.square().sum().item(), len(change), -bound, bound, level)
@@ -147,15 +148,3 @@ def _interval(score: str, change: Tensor, first: Tensor, second: Tensor, level: 
     possible = shift[:, None] - 2 * (first - second)  # (N, C): the difference if this class were the label
     below, above = possible.amin(dim=1).mean().item(), possible.amax(dim=1).mean().item()
     return skewed_interval(change, level, below=below, above=above)
-
-
-def _ranking(score: str, values: dict[str, float], differences: Sequence[Difference]) -> tuple[Rank, ...]:
-    """The ranks of the models from best to worst."""
-    sign = -1 if score in HIGHER_IS_BETTER else 1
-    ranks = []
-    for name in sorted(values, key=lambda n: (sign * values[n], list(values).index(n))):
-        own = [d for d in differences if name in (d.first, d.second)]
-        losses = [d for d in own if d.is_clear and (sign * (d.low + d.high) > 0) == (d.first == name)]
-        ties = tuple(d.second if d.first == name else d.first for d in own if not d.is_clear)
-        ranks.append(Rank(name, values[name], 1 + len(losses), ties))
-    return tuple(ranks)

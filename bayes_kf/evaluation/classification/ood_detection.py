@@ -8,10 +8,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.rank_intervals import auroc_interval
 from bayes_kf.evaluation.inputs import Array, as_vector, check_fraction
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Interval, Score
 
 NO_INTERVAL = Interval(math.nan, math.nan)
@@ -90,6 +92,15 @@ def detection_intervals(uncertainty_id: Array, uncertainty_ood: Array, *, level:
     return DetectionIntervals(auroc_interval(negatives, positives, level) or NO_INTERVAL)
 
 
+def designed_detection(
+    uncertainty_id: Tensor, uncertainty_ood: Tensor, level: float, design: SampleDesign
+) -> DetectionIntervals:
+    """As `detection_intervals` for in-distribution inputs in clusters, without their weights."""
+    own = design.num_clusters + torch.arange(len(uncertainty_ood))
+    interval = auroc_interval(uncertainty_id, uncertainty_ood, level, (design.clusters, own))
+    return DetectionIntervals(interval or NO_INTERVAL)
+
+
 def error_detection(uncertainty: Array, correct: Array) -> OODScores:
     """AUROC, AUPR and FPR@95 of a score that should be higher for wrong predictions; errors are the positives.
 
@@ -117,13 +128,16 @@ def error_detection(uncertainty: Array, correct: Array) -> OODScores:
     return ood_scores(scores[is_correct], scores[~is_correct])
 
 
-def error_detection_intervals(uncertainty: Array, correct: Array, *, level: float = 0.95) -> DetectionIntervals:
+def error_detection_intervals(
+    uncertainty: Array, correct: Array, *, level: float = 0.95, design: SampleDesign | None = None
+) -> DetectionIntervals:
     """Interval of the AUROC of `error_detection`; NaN without an error or without a correct prediction.
 
     Args:
         uncertainty: Score of each example, (N,).
         correct: One (or True) for each correct prediction, else zero, (N,).
         level: Probability that the interval covers the population AUROC.
+        design: Clusters of the examples; their weights are not used.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -138,7 +152,9 @@ def error_detection_intervals(uncertainty: Array, correct: Array, *, level: floa
     scores = as_vector(uncertainty, "uncertainty")
     is_correct = as_correct(correct, len(scores), "uncertainty")
     check_fraction(level, "level")
-    return DetectionIntervals(auroc_interval(scores[is_correct], scores[~is_correct], level) or NO_INTERVAL)
+    clusters = None if design is None else (design.clusters[is_correct], design.clusters[~is_correct])
+    interval = auroc_interval(scores[is_correct], scores[~is_correct], level, clusters)
+    return DetectionIntervals(interval or NO_INTERVAL)
 
 
 def detection_scores(name: str, scores: OODScores, intervals: DetectionIntervals) -> dict[str, Score]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
 from bayes_kf.evaluation.resampling.binning import classwise_bins
+from bayes_kf.evaluation.score import Score
 
 
 class BrierParts(NamedTuple):
@@ -164,6 +165,11 @@ def brier_parts(
     brier = squares.sum() - 2 * products.sum() + num_examples
     parts = [part.item() / num_examples for part in (brier, miscalibration, resolution, within)]
     return BrierParts(parts[0], parts[1], parts[2], uncertainty.item(), parts[3])
+
+
+def brier_part_scores(parts: BrierParts) -> dict[str, Score]:
+    """Uncertainty, resolution, reliability and the other summands of the Brier score, under the names of a report."""
+    return {f"brier_{name}": Score(value) for name, value in parts._asdict().items() if name != "brier"}
 
 
 def log_losses(probs: Tensor, labels: Tensor) -> Tensor:

@@ -77,6 +77,24 @@ def aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None 
     return risk_coverage(confidence, correct, loss=loss).risk.mean().item()
 
 
+def aurc_influence(confidence: Tensor, correct: Tensor) -> Tensor:
+    """The AURC plus the influence of each example on it, (N,): their mean is the AURC.
+
+    An example of rank r, with the risks R_k of the k most confident, has R_r − AURC for its place as a threshold and
+    Σ_{k ≥ r} (loss − R_k)/k for its part in the risks.
+    """
+    order = confidence.argsort(descending=True, stable=True)
+    losses = (~correct[order]).double()
+    numbers = torch.arange(1, len(losses) + 1, dtype=torch.float64)
+    risks = losses.cumsum(0) / numbers
+
+    def from_here(terms: Tensor) -> Tensor:
+        return terms.flip(0).cumsum(0).flip(0)
+
+    values = risks + losses * from_here(1 / numbers) - from_here(risks / numbers)
+    return torch.empty_like(values).index_copy_(0, order, values)
+
+
 def excess_aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
     """AURC minus the AURC of the best possible order of the same losses; zero for a perfect order.
 

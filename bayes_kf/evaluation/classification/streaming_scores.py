@@ -9,9 +9,15 @@ from torch import Tensor
 
 from bayes_kf.evaluation.calibration.confidence_profile import Profile, stream_edges, top_confidence
 from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, runner_up_losses
+from bayes_kf.evaluation.calibration.score_summary import LEVEL, calibration_scores
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_from, spiegelhalter_parts
-from bayes_kf.evaluation.classification.score_summary import LEVEL, brier_part_scores, calibration_scores
-from bayes_kf.evaluation.classification.scores import brier_parts, brier_scores, log_losses, ranked_probability_scores
+from bayes_kf.evaluation.classification.scores import (
+    brier_part_scores,
+    brier_parts,
+    brier_scores,
+    log_losses,
+    ranked_probability_scores,
+)
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
 from bayes_kf.evaluation.resampling.binning import bin_index, classwise_bins, observed_hits, simulate_hits
 from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation, compare_to_few

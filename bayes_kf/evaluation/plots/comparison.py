@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_kf.evaluation.classification.comparison import HIGHER_IS_BETTER, Difference, ScoreComparison
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.online.prequential import moving_average, running_accuracy
 from bayes_kf.evaluation.plots.style import COLOURS, GREY, LINES, VERMILLION, add_tips, axes_or_new
+from bayes_kf.evaluation.score_comparison import Difference, ScoreComparison, is_higher_better
 from bayes_kf.validation import check_one_of
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ def comparison_plot(comparison: ScoreComparison, *, ax: Axes | None = None) -> A
     labels = [f"{name}: {comparison.values[name]:.3f}".replace("$", r"\$") for name in names]
     ax.set_yticks(range(len(names)), labels)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    is_higher = comparison.score in HIGHER_IS_BETTER
-    arrow = "better →" if is_higher else "← better"
+    arrow = "better →" if is_higher_better(comparison.score) else "← better"
     ax.set_xlabel(f"difference to {leader}".replace("$", r"\$") + f"    {arrow}")
     ax.grid(axis="x", alpha=0.3)
     return ax

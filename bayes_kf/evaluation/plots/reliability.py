@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_kf.evaluation.calibration.calibration_errors import reliability_bins
-from bayes_kf.evaluation.calibration.null_distribution import calibration_test, reliability_band
+from bayes_kf.evaluation.calibration.null_distribution import BinsWithBands, bins_with_bands, calibration_test
 from bayes_kf.evaluation.inputs import Array, as_vector
 from bayes_kf.evaluation.plots.style import BLUE, COLOURS, GREY, LINES, SKY, VERMILLION, add_tips, axes_or_new
 from bayes_kf.evaluation.resampling.binning import Binning
@@ -61,15 +60,18 @@ def reliability_diagram(
         >>> [points.get_offsets()[:, 1].tolist() for points in ax.collections]
         [[0.0, 1.0]]
     """
-    bins = reliability_bins(probs, targets, num_bins, binning)
     settings: dict[str, Any] = {"num_bins": num_bins, "binning": binning}
     settings |= {"num_simulations": num_simulations, "seed": seed}
-    low, high = reliability_band(probs, **settings)
-    ece = calibration_test(probs, targets, **settings)
-    ax = axes_or_new(ax)
-    used = bins.counts > 0
-    columns = (bins.edges[:-1], bins.edges[1:], bins.counts, bins.confidence, bins.accuracy, low, high)
-    left, right, counts, confidence, accuracy, least, most = (column[used].numpy() for column in columns)
+    bins = bins_with_bands(probs, targets, **settings)
+    if caption is None:
+        caption = ece_text(calibration_test(probs, targets, **settings).score())
+    return draw_reliability(bins, caption, axes_or_new(ax))
+
+
+def draw_reliability(bins: BinsWithBands, caption: str, ax: Axes) -> Axes:
+    """The reliability diagram of some bins; the caption is the title of its legend."""
+    left, right = bins.edges.numpy().T
+    counts, confidence, accuracy, least, most = (column.numpy() for column in bins[1:])
     ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="confidence = accuracy")
     bars = ax.bar(confidence, most - least, BAND_WIDTH, least, color=SKY, alpha=0.5)
     for bar, count in zip(bars, counts, strict=True):
@@ -99,7 +101,7 @@ def reliability_diagram(
         bbox_to_anchor=(0.5, -0.14),  # below, where it hides nothing
         ncols=2,
         fontsize=8,
-        title=ece_text(ece.score()) if caption is None else caption,
+        title=caption,
         title_fontsize=9,
         markerscale=0.7,
     )

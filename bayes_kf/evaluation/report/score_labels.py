@@ -68,6 +68,7 @@ LABELS = {
     "conformal_coverage": ScoreLabel("Conformal sets: coverage", "share of labels in their set"),
     "conformal_size": ScoreLabel("Conformal sets: mean size", "classes in a set; smaller is better at equal coverage"),
     "conformal_empty": ScoreLabel("Conformal sets: share empty", "sets without a class"),
+    "mse": ScoreLabel("Mean squared error", "in the target's unit squared; lower is better"),
     "rmse": ScoreLabel("RMSE", "in the target's unit; lower is better"),
     "crps": ScoreLabel("CRPS", "in the target's unit; lower is better"),
     "sharpness": ScoreLabel("Sharpness", "root mean predictive variance, in the target's unit"),
@@ -88,6 +89,7 @@ LABELS = {
     "innovation_ratio": ScoreLabel("Innovation² / degrees of freedom", "1 for a consistent filter"),
     "innovation_whiteness_p": ScoreLabel("Whiteness of innovations, p value", "small if large ones come in runs"),
 }
+OWN_LABELS: dict[str, ScoreLabel] = {}  # of metrics that users register
 OOD_LABELS = {
     "auroc": ScoreLabel("AUROC", "0.5 is random, 1 is perfect"),
     "aupr": ScoreLabel("AUPR", "random is the share of OOD inputs"),
@@ -105,7 +107,7 @@ def known_label(name: str) -> ScoreLabel | None:
         return ScoreLabel(f"Coverage of {coverage[1]} % intervals", "share of targets inside")
     if top := re.fullmatch(r"ece_top(\d+)", name):
         return ScoreLabel(f"ECE, top {top[1]}", f"label among the {top[1]} most probable classes, bins of equal width")
-    return LABELS.get(name)
+    return LABELS.get(name) or OWN_LABELS.get(name)
 
 
 def size_label(name: str) -> str:

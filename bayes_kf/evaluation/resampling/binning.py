@@ -86,6 +86,12 @@ def simulate_hits(bins: ClasswiseBins, probs: Tensor, num_simulations: int, seed
     return hits
 
 
+def sample_labels(probs: Tensor, num_draws: int, seed: int) -> Tensor:
+    """Labels drawn from the probabilities (N, C) themselves, (N, num_draws)."""
+    generator = torch.Generator().manual_seed(seed)
+    return _draw_labels(probs.cumsum(dim=1), torch.rand(len(probs), num_draws, generator=generator))
+
+
 def _equal_mass_index(values: Tensor, num_bins: int) -> Tensor:
     """The equal-mass bin of each value (N,); equal values share a bin."""
     ordered = values.sort().values

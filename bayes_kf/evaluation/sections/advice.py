@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.calibration_errors import smooth_calibration_error
+from bayes_kf.evaluation.calibration.score_summary import PRIMARY
 from bayes_kf.evaluation.classification.entropy import max_probability
-from bayes_kf.evaluation.classification.score_summary import PRIMARY
 from bayes_kf.evaluation.classification.scores import log_losses
 from bayes_kf.evaluation.recalibration.abstention import AbstentionRule
 from bayes_kf.evaluation.recalibration.scaling import TemperatureScaling
 from bayes_kf.evaluation.report.contents import Advice, Card, Sections
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.distrust import MOST, class_hits, hard_classes
 from bayes_kf.evaluation.sections.verdicts.calibration import needed_targets
@@ -50,6 +51,7 @@ def advice_section(
     scores: dict[str, Score],
     cards: Sequence[Card],
     calls: Calls,
+    design: SampleDesign | None = None,
 ) -> Sections:
     """Advice that follows from the cards.
 
@@ -60,38 +62,46 @@ def advice_section(
         scores: Of the report.
         cards: The three of a classifier.
         calls: The code to name.
+        design: Weights and clusters of the examples. No rule of abstention is promised for dependent ones.
     """
     probabilities, errors, unseen = cards
     advice = []
     if probabilities.answer == "no":
         band = scores[PRIMARY].null_band
         assert band is not None
-        advice.append(_calibrate(probs, labels, band.high, calls))
+        advice.append(_calibrate(probs, labels, band.high, calls, design))
     if probabilities.answer == "too few":
         needed = needed_targets(scores, len(labels))
         advice.append(
             Advice("Evaluate more examples", f"about {needed:,} would show a calibration error of 0.1, if there is one")
         )
     threshold = 0
-    if errors.answer in ("yes", "partly") and (rule := _abstention(probs, labels)) is not None:
+    if design is None and errors.answer in ("yes", "partly") and (rule := _abstention(probs, labels)) is not None:
         advice.append(_abstain(rule, probs, labels))
         threshold = math.ceil(100 * rule.threshold)
-    advice += _collect(probs, labels, names)
+    advice += _collect(probs, labels, names, design)
     if unseen.answer == "not tested":
         gain = "nothing here says what it does with inputs of another kind"
         advice.append(Advice("Show it inputs that it was not made for", gain, calls.ood))
     return Sections(advice=advice, threshold=threshold)
 
 
-def _calibrate(probs: Tensor, labels: Tensor, null_high: float, calls: Calls) -> Advice:
-    """Temperature scaling, fitted on each half of the examples and applied to the other one."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
+def _calibrate(probs: Tensor, labels: Tensor, null_high: float, calls: Calls, design: SampleDesign | None) -> Advice:
+    """Temperature scaling, fitted on each half of the examples (of the clusters) and applied to the other one."""
+    units = len(labels) if design is None else design.num_clusters
+    rank = torch.randperm(units, generator=torch.Generator().manual_seed(0)).argsort()
+    if design is not None:
+        rank = rank[design.clusters]
+    halves = (rank < units // 2).nonzero()[:, 0], (rank >= units // 2).nonzero()[:, 0]
     after = probs.clone()
     for fitted, other in (halves, halves[::-1]):
         after[other] = TemperatureScaling.fit(probs[fitted], labels[fitted])(probs[other])
     change = log_losses(after, labels) - log_losses(probs, labels)
     mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
+    if design is not None:
+        count, total, squares, _ = design.equivalent(change)
+        mean = total / count
+        error = math.sqrt(max(squares / count - mean**2, 0.0) / count)
     errors = [smooth_calibration_error(values, labels) for values in (probs, after)]
     losses = [log_losses(values, labels).mean().item() for values in (probs, after)]
     numbers = f"the calibration error from {errors[0]:.3f} to {errors[1]:.3f} and the log loss from {losses[0]:.3f} to"
@@ -126,9 +136,9 @@ def _abstain(rule: AbstentionRule, probs: Tensor, labels: Tensor) -> Advice:
     )
 
 
-def _collect(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Advice]:
+def _collect(probs: Tensor, labels: Tensor, names: Sequence[str], design: SampleDesign | None) -> list[Advice]:
     """More examples of the classes with the fewest hits."""
-    hard = hard_classes(probs, labels)[:MOST]
+    hard = hard_classes(probs, labels, design)[:MOST]
     counts, hits = class_hits(probs, labels)
     wrong = counts - hits
     if not hard:

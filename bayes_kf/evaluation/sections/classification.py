@@ -7,25 +7,36 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.calibration_errors import reliability_bins
 from bayes_kf.evaluation.calibration.confidence_profile import exact_profile, top_confidence
+from bayes_kf.evaluation.calibration.designed_scores import (
+    designed_bins,
+    designed_scores,
+    designed_spiegelhalter,
+)
 from bayes_kf.evaluation.calibration.intervals import bounded_interval, loss_interval, runner_up_losses
-from bayes_kf.evaluation.calibration.null_distribution import classwise_tests, reliability_band
+from bayes_kf.evaluation.calibration.null_distribution import BinsWithBands, bins_with_bands, classwise_tests
+from bayes_kf.evaluation.calibration.score_summary import LEVEL, PRIMARY, calibration_scores
 from bayes_kf.evaluation.calibration.spiegelhalter import spiegelhalter_test
 from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy, margin
-from bayes_kf.evaluation.classification.ood_detection import detection_intervals, detection_scores, ood_scores
-from bayes_kf.evaluation.classification.score_summary import LEVEL, PRIMARY, brier_part_scores, calibration_scores
+from bayes_kf.evaluation.classification.ood_detection import (
+    designed_detection,
+    detection_intervals,
+    detection_scores,
+    ood_scores,
+)
 from bayes_kf.evaluation.classification.scores import (
     brier_decomposition,
+    brier_part_scores,
     brier_scores,
     log_losses,
     ranked_probability_scores,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_vector
-from bayes_kf.evaluation.plots.reliability import ece_text, entropy_curves, reliability_diagram
+from bayes_kf.evaluation.plots.reliability import draw_reliability, ece_text, entropy_curves
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_table, range_cell
 from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Interval, Score
 from bayes_kf.evaluation.sections.verdicts.calibration import calibration_verdict, confidence_verdict, loss_verdict
 from bayes_kf.evaluation.sections.verdicts.phrases import null_band_of, quoted
@@ -44,19 +55,20 @@ def score_section(
     *,
     ordered: bool = False,
     top_k: Sequence[int] = (),
+    design: SampleDesign | None = None,
 ) -> Sections:
     """Accuracy, likelihood and calibration, with the reliability diagram."""
-    scores = mean_scores(probs, labels, log_prob, settings.num_bins, ordered)
-    scores |= _calibration_scores(probs, labels, settings, top_k)
+    scores = mean_scores(probs, labels, log_prob, settings.num_bins, ordered, design)
+    scores |= _calibration_scores(probs, labels, settings, top_k, design)
     shown, error = replace(settings, num_bins=DIAGRAM_BINS), scores[PRIMARY]
     caption = f"calibration error {error.value:.3f}, right probabilities show up to {null_band_of(error).high:.3f}"
     verdict = [calibration_verdict(scores, len(labels)), confidence_verdict(scores), loss_verdict(scores)]
     diagram = FigureSpec(
         title="Reliability diagram",
         alt=f"Accuracy against confidence in {DIAGRAM_BINS} bins. {ece_text(scores['ece'])}.",
-        draw=lambda ax: reliability_diagram(probs, labels, **asdict(shown), caption=caption, ax=ax),
+        draw=lambda ax: draw_reliability(_bins(probs, labels, shown, design), caption, ax),
         height=5.2,
-        table=_bin_table(probs, labels, shown),
+        table=_bin_table(_bins(probs, labels, shown, design)),
     )
     return Sections(
         scores=scores,
@@ -67,7 +79,9 @@ def score_section(
     )
 
 
-def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str, Array]) -> Sections:
+def entropy_section(
+    probs: Tensor, parts: EntropyParts | None, ood: Mapping[str, Array], design: SampleDesign | None = None
+) -> Sections:
     """Entropies, and the detection of each out-of-distribution set by predictive entropy."""
     id_entropy = entropy(probs)
     ood_entropies = {name: entropy(as_probs(values, f"ood[{name!r}]")) for name, values in ood.items()}
@@ -77,10 +91,13 @@ def entropy_section(probs: Tensor, parts: EntropyParts | None, ood: Mapping[str,
             columns[name] = as_vector(values, f"uncertainty.{name}")
     scores: dict[str, Score] = {}
     for name, values in columns.items():
-        scores[name] = mean_score(values, 1.0 if name == "margin" else math.log(probs.shape[1]))
+        own = design if len(values) == len(probs) else None  # the entropies of several outputs are means over them
+        scores[name] = mean_score(values, 1.0 if name == "margin" else math.log(probs.shape[1]), own)
     level = 1 - (1 - LEVEL) / max(1, len(ood))  # Bonferroni: the intervals of all sets hold together
     for name, values in ood_entropies.items():
         intervals = detection_intervals(id_entropy, values, level=level)
+        if design is not None:
+            intervals = designed_detection(id_entropy, values, level, design)
         scores |= detection_scores(f"ood_{name}", ood_scores(id_entropy, values), intervals)
     groups = {"in-distribution": id_entropy, **ood_entropies}
     means = ", ".join(f"{values.mean():.3f} for {quoted(name)}" for name, values in groups.items())
@@ -104,20 +121,29 @@ def class_section(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> 
 
 
 def mean_scores(
-    probs: Tensor, labels: Tensor, log_prob: Array | None, num_bins: int, ordered: bool
+    probs: Tensor,
+    labels: Tensor,
+    log_prob: Array | None,
+    num_bins: int,
+    ordered: bool,
+    design: SampleDesign | None = None,
 ) -> dict[str, Score]:
     """Means of per-example scores with their intervals, and the parts of the Brier score."""
     confidence, hits = top_confidence(probs, labels, 1)
-    scores = {"accuracy": mean_score(hits, 1.0), "nll": _nll(probs, labels, log_prob)}
-    scores["brier"] = mean_score(brier_scores(probs, labels), 2.0)
-    scores |= brier_part_scores(brier_decomposition(probs, labels, num_bins))
+    scores = {"accuracy": mean_score(hits, 1.0, design), "nll": _nll(probs, labels, log_prob, design)}
+    scores["brier"] = mean_score(brier_scores(probs, labels), 2.0, design)
+    if design is None:
+        scores |= brier_part_scores(brier_decomposition(probs, labels, num_bins))
     if ordered:
-        scores["rps"] = mean_score(ranked_probability_scores(probs, labels), probs.shape[1] - 1.0)
-    return scores | {"confidence": mean_score(confidence, 1.0)}
+        scores["rps"] = mean_score(ranked_probability_scores(probs, labels), probs.shape[1] - 1.0, design)
+    return scores | {"confidence": mean_score(confidence, 1.0, design)}
 
 
-def mean_score(values: Tensor, maximum: float) -> Score:
+def mean_score(values: Tensor, maximum: float, design: SampleDesign | None = None) -> Score:
     """Mean of values between zero and `maximum`, with its interval."""
+    if design is not None:
+        count, total, squares, _ = design.equivalent(values)
+        return Score(total / count, bounded_interval(total, squares, count, 0.0, maximum, LEVEL))
     total, squares = values.sum().item(), values.square().sum().item()
     return Score(values.mean().item(), bounded_interval(total, squares, len(values), 0.0, maximum, LEVEL))
 
@@ -131,20 +157,37 @@ def loss_interval_of(losses: Tensor, probs: Tensor, share: float = 1.0) -> Inter
     return None if interval is None else Interval(share * interval.low, share * interval.high)
 
 
-def _nll(probs: Tensor, labels: Tensor, log_prob: Array | None) -> Score:
+def _designed_nll(losses: Tensor, probs: Tensor, design: SampleDesign) -> Score:
+    """Mean log loss with weights and clusters."""
+    if not bool(losses.isfinite().all()):
+        return Score(design.mean(losses))
+    count, total, squares, cubes = design.equivalent(losses)
+    interval = None
+    if losses.min() >= 0:
+        interval = loss_interval(total, squares, cubes, count, design.mean(runner_up_losses(probs)), LEVEL)
+    return Score(total / count, interval)
+
+
+def _nll(probs: Tensor, labels: Tensor, log_prob: Array | None, design: SampleDesign | None = None) -> Score:
     """Negative log-likelihood for each label."""
     losses = log_losses(probs, labels) if log_prob is None else -as_vector(log_prob, "log_prob", allow_infinite=True)
     if len(losses) > len(labels):
         raise ValueError(f"`log_prob` must have at most {len(labels)} values, one a target, got {len(losses)}.")
+    if design is not None and len(losses) == len(labels):
+        return _designed_nll(losses, probs, design)
     share = len(losses) / len(labels)  # a log probability may be the joint one of several targets
     return Score(share * losses.mean().item(), loss_interval_of(losses, probs, share))
 
 
 def _calibration_scores(
-    probs: Tensor, labels: Tensor, settings: NullSettings, top_k: Sequence[int]
+    probs: Tensor, labels: Tensor, settings: NullSettings, top_k: Sequence[int], design: SampleDesign | None
 ) -> dict[str, Score]:
-    """Every calibration score with its null band or p-value."""
+    """Every calibration score with its null band or p-value; with weights or clusters no classwise error."""
     scores: dict[str, Score] = {}
+    if design is not None:
+        for k in (1, *top_k):
+            scores |= designed_scores(probs, labels, k, settings, design)
+        return scores | {"spiegelhalter": designed_spiegelhalter(probs, labels, design)}
     for k in (1, *top_k):
         scores |= calibration_scores(exact_profile(*top_confidence(probs, labels, k)), k, settings)
     scores["ece_classwise"] = classwise_tests(probs, labels, ("ece",), settings, "equal_width", LEVEL)[0].score()
@@ -152,19 +195,19 @@ def _calibration_scores(
     return scores | {"spiegelhalter": Score(statistic, p_value=p_value)}
 
 
-def _bin_table(probs: Tensor, labels: Tensor, settings: NullSettings) -> Table:
+def _bins(probs: Tensor, labels: Tensor, settings: NullSettings, design: SampleDesign | None) -> BinsWithBands:
+    """The bins of the reliability diagram."""
+    if design is not None:
+        return designed_bins(probs, labels, settings, design)
+    return bins_with_bands(probs, labels, **asdict(settings))
+
+
+def _bin_table(bins: BinsWithBands) -> Table:
     """The bins of the reliability diagram that are not empty."""
-    bins = reliability_bins(probs, labels, settings.num_bins)
-    low, high = reliability_band(probs, **asdict(settings))
+    columns = (bins.edges, bins.counts, bins.confidence, bins.accuracy, bins.low, bins.high)
     rows: list[tuple[CellContent, ...]] = [
-        (
-            range_cell(bins.edges[b].item(), bins.edges[b + 1].item(), decimals=3),
-            int(bins.counts[b]),
-            bins.confidence[b].item(),
-            bins.accuracy[b].item(),
-            range_cell(low[b].item(), high[b].item(), decimals=4),
-        )
-        for b in bins.counts.nonzero().flatten().tolist()
+        (range_cell(*edges, decimals=3), int(count), said, right, range_cell(low, high, decimals=4))
+        for edges, count, said, right, low, high in zip(*(column.tolist() for column in columns), strict=True)
     ]
     header = ("Confidence between", "Count", "Mean confidence", "Accuracy", "Null band")
     return make_table("Reliability, bin by bin", header, rows)

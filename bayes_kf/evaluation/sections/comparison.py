@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bayes_kf.evaluation.classification.comparison import COMPARED, ScoreComparison
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.online.prequential import prequential_log_loss, running_accuracy
 from bayes_kf.evaluation.plots.comparison import comparison_plot, online_comparison
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.score_labels import label_of
 from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_table, range_cell
+from bayes_kf.evaluation.score import Score
+from bayes_kf.evaluation.score_comparison import ScoreComparison
 from bayes_kf.evaluation.sections.online import even_steps, window_of
 from bayes_kf.evaluation.sections.verdicts.comparison import comparison_headline, comparison_verdict
 from bayes_kf.evaluation.sections.verdicts.phrases import quoted
@@ -21,22 +22,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_DIAGRAMS = 6
-SCORES = ("accuracy", "nll", "brier", "ece", "ece_debiased", "confidence_gap")  # of each model on the page
+SCORES = ("accuracy", "nll", "brier", "ece", "ece_debiased", "confidence_gap", "rmse", "crps", "coverage_95")  # shown
+FURTHER = ("ece", "coverage_95")  # in the table without a comparison
 
 
-def comparison_section(comparisons: Mapping[str, ScoreComparison], models: Mapping[str, Sections]) -> Sections:
+def comparison_section(
+    comparisons: Mapping[str, ScoreComparison],
+    models: Mapping[str, Sections],
+    cost: Mapping[str, float] | None = None,
+) -> Sections:
     """Verdicts, the table of models, and the differences with their forest plots.
 
     Args:
         comparisons: Score to its comparison over all models.
         models: Name of a model to its `score_section`.
+        cost: Name of a model to its cost, in any unit.
     """
     sections = Sections(sizes=next(iter(models.values())).sizes)
     for name, model in models.items():
         sections.scores |= {f"{name}/{score}": value for score, value in model.scores.items() if score in SCORES}
+    for score, comparison in comparisons.items():
+        sections.scores |= {
+            f"{name}/{score}": Score(value)
+            for name, value in comparison.values.items()
+            if f"{name}/{score}" not in sections.scores
+        }
     sections.headline = [comparison_headline(comparison) for comparison in comparisons.values()]
     sections.verdict = [comparison_verdict(comparison) for comparison in comparisons.values()]
-    sections.tables.append(_model_table(comparisons, models))
+    sections.tables.append(_model_table(comparisons, models, cost or {}))
     sections.drawings |= {f"differences_{score}": _forest(comparison) for score, comparison in comparisons.items()}
     return sections
 
@@ -49,6 +62,16 @@ def diagram_section(models: Mapping[str, Sections]) -> Sections:
         drawings[f"reliability_{name}"] = replace(
             spec, title=f"Reliability of {quoted(name)}", alt=f"{quoted(name)}: {spec.alt}"
         )
+    return Sections(drawings=drawings)
+
+
+def coverage_figures(models: Mapping[str, Sections]) -> Sections:
+    """The figures of the coverage of the first regressions' intervals."""
+    drawings = {}
+    for name, model in list(models.items())[:MAX_DIAGRAMS]:
+        for key, spec in model.drawings.items():
+            title = f"{spec.title}, {quoted(name)}"
+            drawings[f"{key}_{name}"] = replace(spec, title=title, alt=f"{quoted(name)}: {spec.alt}")
     return Sections(drawings=drawings)
 
 
@@ -74,19 +97,23 @@ def _forest(comparison: ScoreComparison) -> FigureSpec:
     return FigureSpec(title, comparison_verdict(comparison), draw, height, _difference_table(label, comparison))
 
 
-def _model_table(comparisons: Mapping[str, ScoreComparison], models: Mapping[str, Sections]) -> Table:
-    """A row for each model: every compared score, and its place."""
+def _model_table(
+    comparisons: Mapping[str, ScoreComparison], models: Mapping[str, Sections], cost: Mapping[str, float]
+) -> Table:
+    """A row for each model: every compared score, and its place; the ECE of classifiers, and the cost."""
+    further = [name for name in FURTHER if all(name in model.scores for model in models.values())]
     header = ["Model"]
-    for score in COMPARED:
+    for score in comparisons:
         header += [label_of(score).name, "place"]
-    header.append(label_of("ece").name)
+    header += [label_of(name).name for name in further] + (["Cost"] if cost else [])
     places = {score: {rank.name: rank.place for rank in c.ranking} for score, c in comparisons.items()}
     rows = []
     for name, model in models.items():
         row: list[CellContent] = [name]
-        for score in COMPARED:
-            row += [comparisons[score].values[name], places[score][name]]
-        rows.append([*row, model.scores["ece"].value])
+        for score, comparison in comparisons.items():
+            row += [comparison.values[name], places[score][name]]
+        row += [model.scores[further_name].value for further_name in further]
+        rows.append([*row, float(cost[name])] if cost else row)
     caption = "Models side by side; place 1: no model is clearly better"
     return make_table(caption, header, rows, is_open=True)
 

@@ -4,20 +4,22 @@ Each family of tests (ranges, shares of classes, recall of classes, accuracy of 
 own multiplicity by Holm's method at a fifth of `SIGNIFICANCE`, so that a calibrated model whose classes and groups are
 equally hard has any finding in at most 5 % of data sets. Under calibration the number of hits is a sum of independent
 zeros and ones with unequal probabilities, whose tails the binomial distribution of the same mean bounds (Hoeffding
-1956).
+1956). With weights or clusters, Student's t over the clusters' sums takes its place.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.calibration.calibration_errors import reliability_bins
 from bayes_kf.evaluation.report.contents import Card, Finding, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, make_table
+from bayes_kf.evaluation.resampling.binning import EDGE_TOLERANCE, bin_index, equal_width_edges
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.verdicts.phrases import percent, quoted
 from bayes_kf.evaluation.sections.verdicts.selective import detection_answer
@@ -29,16 +31,20 @@ MOST = 5  # findings of a family that are shown
 WORST = 10  # confident errors that are listed
 
 
-def distrust_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sections:
+def distrust_section(
+    probs: Tensor, labels: Tensor, names: Sequence[str], design: SampleDesign | None = None
+) -> Sections:
     """Findings on confidence ranges and classes; a class that is seldom recognized has a card.
 
     Args:
         probs: Class probabilities, (N, C), float64.
         labels: Class indices, (N,).
         names: C names of classes.
+        design: Weights and clusters of the examples.
     """
-    findings = [*_ranges(probs, labels), *_shares(probs, labels, names), *_recall(probs, labels, names)]
-    return Sections(findings=findings, cards=_missed(probs, labels, names))
+    tests = _tests(probs, labels, design)
+    findings = [*_ranges(tests), *_shares(tests, names), *_recall(tests, names)]
+    return Sections(findings=findings, cards=_missed(tests, names))
 
 
 def worst_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sections:
@@ -111,21 +117,62 @@ def least_sure(probs: Tensor, labels: Tensor) -> list[Finding]:
     ]
 
 
-def _ranges(probs: Tensor, labels: Tensor) -> list[Finding]:
+class _Tests(NamedTuple):
+    """Ranges of confidence, and classes: numbers of examples, sums with weights of mean one, and p-values."""
+
+    range_counts: np.ndarray  # (NUM_RANGES,)
+    range_sums: np.ndarray  # of one, of the confidence and of right answers, (3, NUM_RANGES)
+    range_p: np.ndarray
+    class_counts: np.ndarray  # (C,)
+    class_sums: np.ndarray  # of one, of the probability over all examples, of recognized ones, (3, C)
+    share_p: np.ndarray
+    recall_p: np.ndarray  # of a lower recall than that of all
+
+
+def _tests(probs: Tensor, labels: Tensor, design: SampleDesign | None) -> _Tests:
+    """All sums and p-values."""
+    confidence, predicted = probs.max(dim=1)
+    hit, size = (predicted == labels).double(), len(labels)
+    weights = torch.ones(size, dtype=torch.float64) if design is None else design.weights
+    place = bin_index(confidence + EDGE_TOLERANCE, equal_width_edges(NUM_RANGES))
+
+    def sums(index: Tensor, number: int, *columns: Tensor) -> np.ndarray:
+        return np.stack([torch.bincount(index, weights * column, minlength=number).numpy() for column in columns])
+
+    ones, num_classes = torch.ones_like(hit), probs.shape[1]
+    ranges = sums(place, NUM_RANGES, ones, confidence, hit)
+    classes = sums(labels, num_classes, ones, ones, hit)
+    classes[1] = (weights @ probs).numpy()
+    range_counts = torch.bincount(place, minlength=NUM_RANGES).numpy()
+    class_counts = torch.bincount(labels, minlength=num_classes).numpy()
+    accuracy = classes[2].sum() / size
+    if design is None:
+        said = np.divide(ranges[1], ranges[0], out=np.zeros(NUM_RANGES), where=ranges[0] > 0)
+        range_p = two_sided(np.rint(ranges[2]), range_counts, np.clip(said, 0, 1))
+        share_p = two_sided(class_counts, np.full(num_classes, size), np.clip(classes[1] / size, 0, 1))
+        recall_p = np.where(class_counts > 0, scipy.stats.binom.cdf(classes[2], class_counts, accuracy), np.nan)
+    else:
+        one_hot = torch.nn.functional.one_hot(labels, num_classes).double()
+        inside = torch.nn.functional.one_hot(place, NUM_RANGES).double()
+        range_p = design.two_sided(inside * (hit - confidence)[:, None])
+        share_p = design.two_sided(one_hot - probs)
+        both = design.two_sided(one_hot * (hit - accuracy)[:, None])
+        recall_p = np.where(classes[2] < accuracy * classes[0], both / 2, 1 - both / 2)
+    return _Tests(range_counts, ranges, range_p, class_counts, classes, share_p, recall_p)
+
+
+def _ranges(tests: _Tests) -> list[Finding]:
     """Ranges of confidence in which more or fewer are right than it says; neighbours with one direction are joined."""
-    bins = reliability_bins(probs, labels, NUM_RANGES)
-    counts, confidence, accuracy = (values.nan_to_num().numpy() for values in bins[1:])
-    sure, right = counts * confidence, np.rint(counts * accuracy)
-    rejected = is_beyond_chance(two_sided(right, counts, np.clip(confidence, 0, 1)))
+    edges, sums = equal_width_edges(NUM_RANGES), tests.range_sums
     findings = []
-    for sign, own in sorted(neighbours(np.sign(sure - right) * rejected), reverse=True):
-        number, said, hits = (values[own].sum() for values in (counts, sure, right))
-        low, high = (f"{100 * bins.edges[end].item():.0f} %" for end in (own[0], own[-1] + 1))
+    for sign, own in sorted(neighbours(np.sign(sums[1] - sums[2]) * is_beyond_chance(tests.range_p)), reverse=True):
+        number, said, hits = sums[:, own].sum(axis=1)
+        low, high = (f"{100 * edges[end].item():.0f} %" for end in (own[0], own[-1] + 1))
         findings.append(
             Finding(
                 f"{'Too sure' if sign > 0 else 'Right more often than it says'} at {low} to {high}",
-                f"{percent(hits / number)} of {number:,.0f} such answers are right, on average it says "
-                f"{percent(said / number)}",
+                f"{percent(hits / number)} of {tests.range_counts[own].sum():,} such answers are right, on average it "
+                f"says {percent(said / number)}",
                 direction=sign,
             )
         )
@@ -143,58 +190,53 @@ def neighbours(signs: np.ndarray) -> list[tuple[int, list[int]]]:
     return [(sign, list(places)) for sign, places in runs if sign]
 
 
-def _shares(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Finding]:
+def _shares(tests: _Tests, names: Sequence[str]) -> list[Finding]:
     """Classes to which more or less probability goes than examples are of them."""
-    counts = torch.bincount(labels, minlength=probs.shape[1]).numpy()
-    given = probs.mean(dim=0).numpy()
-    total = np.full(len(counts), len(labels))
+    share, given, _ = tests.class_sums / tests.class_sums[0].sum()
     findings = []
-    for place in _chosen(two_sided(counts, total, np.clip(given, 0, 1))):
-        word = "Too much" if given[place] > counts[place] / len(labels) else "Too little"
+    for place in _chosen(tests.share_p):
+        word = "Too much" if given[place] > share[place] else "Too little"
         findings.append(
             Finding(
                 f"{word} probability for {quoted(names[place])}",
-                f"{percent(given[place])} on average, but {percent(counts[place] / len(labels))} of the examples are "
-                "of this class",
+                f"{percent(given[place])} on average, but {percent(share[place])} of the examples are of this class",
             )
         )
     return findings
 
 
-def _recall(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Finding]:
+def _recall(tests: _Tests, names: Sequence[str]) -> list[Finding]:
     """Classes of which fewer are recognized than of all."""
-    counts, hits = class_hits(probs, labels)
-    accuracy = hits.sum() / counts.sum()
+    total, _, hits = tests.class_sums
+    accuracy = percent(hits.sum() / total.sum())
     return [
         Finding(
             f"Errors on {quoted(names[place])}",
-            f"{percent(hits[place] / counts[place])} of {counts[place]:,} are recognized, of all {percent(accuracy)}",
+            f"{percent(hits[place] / total[place])} of {tests.class_counts[place]:,} are recognized, of all {accuracy}",
         )
-        for place in hard_classes(probs, labels)[:MOST]
+        for place in beyond_chance_first(tests.recall_p)[:MOST]
     ]
 
 
-def _missed(probs: Tensor, labels: Tensor, names: Sequence[str]) -> list[Card]:
+def _missed(tests: _Tests, names: Sequence[str]) -> list[Card]:
     """The class that is recognized least, if less than half as often as examples on the whole."""
-    hard = hard_classes(probs, labels)
+    hard = beyond_chance_first(tests.recall_p)
     if not hard:
         return []
-    counts, hits = class_hits(probs, labels)
-    least = min(hard, key=lambda place: hits[place] / counts[place])
-    recall, accuracy = hits[least] / counts[least], hits.sum() / counts.sum()
+    total, _, hits = tests.class_sums
+    least = min(hard, key=lambda place: hits[place] / total[place])
+    recall, accuracy = hits[least] / total[least], hits.sum() / total.sum()
     if recall >= accuracy / 2:
         return []
-    name = quoted(names[least])
-    headline = f"It seldom recognizes {name}: {percent(recall)} of {counts[least]:,}."
-    reason = f"{percent(recall)} of {counts[least]:,} examples of {name} are recognized, of all {percent(accuracy)}."
+    name, number = quoted(names[least]), tests.class_counts[least]
+    headline = f"It seldom recognizes {name}: {percent(recall)} of {number:,}."
+    reason = f"{percent(recall)} of {number:,} examples of {name} are recognized, of all {percent(accuracy)}."
     return [Card("classes", "Does it recognize every class?", "no", reason, headline)]
 
 
-def hard_classes(probs: Tensor, labels: Tensor) -> list[int]:
+def hard_classes(probs: Tensor, labels: Tensor, design: SampleDesign | None = None) -> list[int]:
     """Classes that are recognized less often than examples on the whole, beyond chance, the clearest first."""
-    counts, hits = class_hits(probs, labels)
-    p_values = np.where(counts > 0, scipy.stats.binom.cdf(hits, counts, hits.sum() / counts.sum()), np.nan)
-    return beyond_chance_first(p_values)
+    return beyond_chance_first(_tests(probs, labels, design).recall_p)
 
 
 def class_hits(probs: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -11,13 +11,16 @@ from torch import Tensor
 from bayes_kf.evaluation.inputs import plain_array
 from bayes_kf.evaluation.report.contents import Finding, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, make_table
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.sections.distrust import MOST, beyond_chance_first, two_sided
 from bayes_kf.evaluation.sections.verdicts.phrases import percent
 
 MAX_GROUPS = 1_000  # of one kind
 
 
-def group_section(probs: Tensor, labels: Tensor, groups: Mapping[str, Any]) -> Sections:
+def group_section(
+    probs: Tensor, labels: Tensor, groups: Mapping[str, Any], design: SampleDesign | None = None
+) -> Sections:
     """Findings on groups, and a table of each kind.
 
     All groups of all kinds are one family of tests for accuracy and one for calibration.
@@ -27,39 +30,64 @@ def group_section(probs: Tensor, labels: Tensor, groups: Mapping[str, Any]) -> S
         labels: Class indices, (N,).
         groups: Name of a kind to the group of each example, (N,): texts, numbers or a column; or a table with a column
             for each kind.
+        design: Weights and clusters of the examples.
 
     Raises:
         ValueError: If a kind has not N entries, or more than `MAX_GROUPS` groups.
     """
     confidence, predicted = probs.max(dim=1)
-    sure, right = confidence.numpy(), (predicted == labels).numpy()
-    names, rows, tables = [], [], []
+    weights = 1.0 if design is None else design.weights.numpy()
+    said_of, right = confidence.numpy(), (predicted == labels).numpy()
+    accuracy = float((weights * right).mean())
+    names, rows, tables, masks = [], [], [], []
     for kind in getattr(groups, "columns", groups):
         members = _members(groups[kind], f"groups[{kind!r}]", len(labels))
         shown = []
         for name, chosen in members.items():
-            count, said, hits = int(chosen.sum()), float(sure[chosen].sum()), int(right[chosen].sum())
+            count, own = int(chosen.sum()), weights * chosen
+            if not own.any():
+                continue
+            total, said, hits = float(own.sum()), float((own * said_of).sum()), float((own * right).sum())
             names.append(f"{kind} {name}")
-            rows.append((count, said, hits))
-            share, mean = hits / count, said / count
+            masks.append(chosen)
+            share, mean = hits / total, said / total
+            rows.append((count, count * mean, count * share))
             shown.append((name, count, Cell(percent(share), share), Cell(percent(mean), mean), share - mean))
         header = ("Group", "Examples", "Accuracy", "Mean confidence", "Accuracy − confidence")
         tables.append(make_table(f"Groups by {kind}", header, shown))
-    columns = np.array(rows, dtype=float).T
-    return Sections(findings=_findings(names, columns, float(right.mean())), tables=tables)
+    counts, said_sum, hits_sum = columns = np.array(rows, dtype=float).T
+    if design is None:
+        fewer = scipy.stats.binom.cdf(np.rint(hits_sum), counts, accuracy)
+        other = two_sided(np.rint(hits_sum), counts, np.clip(said_sum / counts, 0, 1))
+    else:
+        inside = torch.from_numpy(np.stack(masks, axis=1)).double()
+        both = design.two_sided(inside * torch.from_numpy(right - accuracy)[:, None])
+        fewer = np.where(hits_sum < accuracy * counts, both / 2, 1 - both / 2)
+        other = design.two_sided(inside * torch.from_numpy(right - said_of)[:, None])
+    return Sections(findings=_findings(names, columns, accuracy, fewer, other), tables=tables)
 
 
-def _findings(names: Sequence[str], columns: np.ndarray, accuracy: float) -> list[Finding]:
-    """Groups that stand out; columns (3, groups) of examples, summed confidence and right answers."""
+def _findings(
+    names: Sequence[str], columns: np.ndarray, accuracy: float, fewer: np.ndarray, other: np.ndarray
+) -> list[Finding]:
+    """Groups that stand out.
+
+    Args:
+        names: Of the groups.
+        columns: Examples, summed confidence and right answers, (3, groups).
+        accuracy: Of all examples.
+        fewer: p-values of fewer right answers than of all.
+        other: p-values of another accuracy than the confidence.
+    """
     counts, said, hits = columns
     findings = [
         Finding(
             f"Errors where {names[k]}",
             f"{percent(hits[k] / counts[k])} of {counts[k]:,.0f} answers are right, of all {percent(accuracy)}",
         )
-        for k in beyond_chance_first(np.asarray(scipy.stats.binom.cdf(hits, counts, accuracy)))[:MOST]
+        for k in beyond_chance_first(np.asarray(fewer))[:MOST]
     ]
-    for k in beyond_chance_first(two_sided(hits, counts, np.clip(said / counts, 0, 1)))[:MOST]:
+    for k in beyond_chance_first(other)[:MOST]:
         direction = "Too sure" if said[k] > hits[k] else "Right more often than it says"
         findings.append(
             Finding(
@@ -69,6 +97,24 @@ def _findings(names: Sequence[str], columns: np.ndarray, accuracy: float) -> lis
             )
         )
     return findings
+
+
+def groups_of_inputs(groups: Mapping[str, Any], inputs: Tensor, count: int) -> dict[str, np.ndarray]:
+    """The groups of B = `count` inputs as those of their N parts; `inputs` (N,) is the input of each part.
+
+    Raises:
+        ValueError: If a kind has not B entries.
+    """
+    found = {}
+    for kind in getattr(groups, "columns", groups):
+        plain = plain_array(groups[kind])
+        values = plain.numpy() if isinstance(plain, torch.Tensor) else np.asarray(plain)
+        if values.shape != (count,):
+            raise ValueError(
+                f"`groups[{kind!r}]` must have shape ({count},), an entry for each input, got {values.shape}."
+            )
+        found[str(kind)] = values[inputs.numpy()]
+    return found
 
 
 def _members(values: Any, name: str, count: int) -> dict[str, np.ndarray]:

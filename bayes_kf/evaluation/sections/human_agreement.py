@@ -2,9 +2,9 @@
 
 import torch
 
+from bayes_kf.evaluation.calibration.score_summary import LEVEL
 from bayes_kf.evaluation.classification.entropy import entropy
 from bayes_kf.evaluation.classification.human_agreement import check_human, human_agreement, rounded_entropy
-from bayes_kf.evaluation.classification.score_summary import LEVEL
 from bayes_kf.evaluation.inputs import Array
 from bayes_kf.evaluation.plots.human_agreement import human_entropy_plot
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections

@@ -72,25 +72,27 @@ def error_section(forecast: Forecast, log_prob: Array | None) -> Sections:
     They have no intervals: squared errors and log densities are unbounded, and with heavy-tailed errors or outliers no
     interval that was tested covers the true mean in 90 % of data sets.
     """
+    losses = example_losses(forecast, log_prob)
+    scores = {"rmse": Score(losses.pop("mse").mean().item() ** 0.5)}
+    scores |= {name: Score(values.mean().item()) for name, values in losses.items()}
+    return Sections(scores=scores, sizes={"examples": len(forecast.mean), "outputs": forecast.mean[0].numel()})
+
+
+def example_losses(forecast: Forecast, log_prob: Array | None) -> dict[str, Tensor]:
+    """Squared error, log loss if it is known, and CRPS of each example, the mean over its outputs, (N,)."""
     mean, targets, variance = forecast.mean, forecast.targets, forecast.variance
-    losses = {"rmse": (mean - targets).square()}
+    losses = {"mse": (mean - targets).square()}
     if log_prob is not None:
         joint = -as_vector(log_prob, "log_prob", allow_infinite=True)
         if len(joint) > forecast.num_targets:
             raise ValueError(
                 f"`log_prob` must have at most {forecast.num_targets} values, one a target, got {len(joint)}."
             )
-        losses["nll"] = joint * (
-            len(joint) / forecast.num_targets
-        )  # the log probability may be the joint one of several outputs
+        losses["nll"] = joint * (len(joint) / forecast.num_targets)  # it may be the joint one of several outputs
     elif variance is not None:
         losses["nll"] = gaussian_log_losses(*check_gaussian(mean, variance, targets))
     losses["crps"] = _crps(forecast)
-    scores: dict[str, Score] = {}
-    for name, values in losses.items():
-        mean_loss = values.reshape(len(values), -1).mean(dim=1).mean().item()
-        scores[name] = Score(mean_loss**0.5 if name == "rmse" else mean_loss)
-    return Sections(scores=scores, sizes={"examples": len(mean), "outputs": mean[0].numel()})
+    return {name: values.reshape(len(values), -1).mean(dim=1) for name, values in losses.items()}
 
 
 def spread_section(forecast: Forecast, settings: NullSettings) -> Sections:

@@ -8,13 +8,13 @@ from torch import Tensor
 from bayes_kf.evaluation.calibration.calibration_errors import expected_calibration_error
 from bayes_kf.evaluation.calibration.intervals import difference_interval
 from bayes_kf.evaluation.calibration.null_distribution import calibration_test
+from bayes_kf.evaluation.calibration.score_summary import LEVEL
 from bayes_kf.evaluation.classification.entropy import entropy, max_probability
 from bayes_kf.evaluation.classification.ood_detection import (
     detection_scores,
     error_detection,
     error_detection_intervals,
 )
-from bayes_kf.evaluation.classification.score_summary import LEVEL
 from bayes_kf.evaluation.classification.scores import brier_scores, log_losses
 from bayes_kf.evaluation.classification.selective import (
     COVERAGES,
@@ -33,6 +33,7 @@ from bayes_kf.evaluation.recalibration.scaling import Recalibration
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, Table, make_table
 from bayes_kf.evaluation.resampling.null_test import NullSettings
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Interval, Score
 from bayes_kf.evaluation.sections.classification import loss_interval_of, mean_score
 from bayes_kf.evaluation.sections.verdicts.selective import (
@@ -46,7 +47,7 @@ TABLE_ROWS = 20
 NUM_THRESHOLDS = 100
 
 
-def usefulness_section(probs: Array, targets: Array) -> Sections:
+def usefulness_section(probs: Array, targets: Array, design: SampleDesign | None = None) -> Sections:
     """Selective prediction by confidence, and error detection by entropy and by confidence, with intervals.
 
     For two classes entropy and confidence rank the examples alike, so errors are detected by entropy alone.
@@ -54,6 +55,7 @@ def usefulness_section(probs: Array, targets: Array) -> Sections:
     Args:
         probs: Class probabilities, (N, C).
         targets: Class indices, (N,).
+        design: Clusters of the examples, for which the accuracies at a coverage have no interval; weights are not used.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -67,7 +69,7 @@ def usefulness_section(probs: Array, targets: Array) -> Sections:
     """
     checked = as_probs(probs)
     correct = checked.argmax(dim=1) == as_targets(targets, checked)
-    return _selective_section(checked, correct) + _error_section(checked, correct)
+    return _selective_section(checked, correct, design) + _error_section(checked, correct, design)
 
 
 def recalibration_section(
@@ -98,14 +100,14 @@ def recalibration_section(
     return sections
 
 
-def _selective_section(probs: Tensor, correct: Tensor) -> Sections:
+def _selective_section(probs: Tensor, correct: Tensor, design: SampleDesign | None) -> Sections:
     """Risk and coverage by confidence."""
     confidence = max_probability(probs)
     intervals = selective_intervals(confidence, correct, level=LEVEL)
     scores = {"aurc": Score(aurc(confidence, correct)), "aurc_excess": Score(excess_aurc(confidence, correct))}
     accuracies = accuracy_at_coverage(confidence, correct).tolist()
     for coverage, accuracy, interval in zip(COVERAGES, accuracies, intervals.accuracy, strict=True):
-        scores[f"accuracy_at_{round(100 * coverage)}"] = Score(accuracy, interval)
+        scores[f"accuracy_at_{round(100 * coverage)}"] = Score(accuracy, interval if design is None else None)
     sentence = selective_verdict(scores, correct.double().mean().item())
     figure = FigureSpec(
         title="Risk and coverage",
@@ -121,14 +123,14 @@ def _selective_section(probs: Tensor, correct: Tensor) -> Sections:
     )
 
 
-def _error_section(probs: Tensor, correct: Tensor) -> Sections:
+def _error_section(probs: Tensor, correct: Tensor, design: SampleDesign | None) -> Sections:
     """Detection of errors."""
     detectors = {"entropy": entropy(probs)}
     if probs.shape[1] > 2:
         detectors["confidence"] = 1 - max_probability(probs)
     scores: dict[str, Score] = {}
     for name, values in detectors.items():
-        intervals = error_detection_intervals(values, correct, level=LEVEL)
+        intervals = error_detection_intervals(values, correct, level=LEVEL, design=design)
         scores |= detection_scores(f"error_{name}", error_detection(values, correct), intervals)
     return Sections(scores=scores, verdict=[error_verdict(scores, int((~correct).sum()), int(correct.sum()))])
 

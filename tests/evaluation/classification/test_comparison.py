@@ -64,7 +64,7 @@ def test_models_that_are_equally_good_are_told_apart_no_more_often_than_stated()
 
 def test_calibration_errors_are_not_compared():
     probs, targets = models(100, 0)
-    with pytest.raises(ValueError, match=r"^`scores` must be among nll, brier, accuracy, got ece\.$"):
+    with pytest.raises(ValueError, match=r"^`scores` must be among nll, brier, accuracy, aurc, got ece\.$"):
         ev.compare_predictions(probs, targets, scores=["ece"])
 
 
@@ -101,7 +101,7 @@ def test_an_infinite_loss_is_worse_than_any_other_and_two_are_tied():
         ({"a": torch.full((3, 2), 0.5)}, {}, r"^`probs` must hold at least two models, got 1\.$"),
         ({"a": torch.full((3, 2), 0.5), "b": torch.full((4, 2), 0.5)}, {}, r"^`targets` must have shape \(4,\)"),
         ({"a": torch.full((3, 2), 0.5), "b": torch.full((3, 2), 0.6)}, {}, r"^`probs\['b'\]` must sum to one"),
-        (None, {"scores": ["nll", "auc"]}, r"^`scores` must be among nll, brier, accuracy, got auc\.$"),
+        (None, {"scores": ["nll", "auc"]}, r"^`scores` must be among nll, brier, accuracy, aurc, got auc\.$"),
         (None, {"level": 1.0}, r"^`level` must lie strictly between 0 and 1, got 1\.0\.$"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.calibration.confidence_profile import exact_profile
 from bayes_kf.evaluation.calibration.null_distribution import profile_tests
-from bayes_kf.evaluation.classification.score_summary import PRIMARY
+from bayes_kf.evaluation.calibration.score_summary import PRIMARY
 from bayes_kf.evaluation.report.score_table import score_table
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.score import Score

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 
-from bayes_kf.evaluation.classification.score_summary import PRIMARY
+from bayes_kf.evaluation.calibration.score_summary import PRIMARY
 from bayes_kf.evaluation.report.contents import Answer, Card
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.sections.verdicts.phrases import (

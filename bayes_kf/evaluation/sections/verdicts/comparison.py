@@ -2,15 +2,29 @@
 
 import math
 
-from bayes_kf.evaluation.classification.comparison import Rank, ScoreComparison
+from bayes_kf.evaluation.score_comparison import Rank, ScoreComparison
 from bayes_kf.evaluation.sections.verdicts.phrases import quoted
 
-SCORE_NAMES = {"nll": "negative log-likelihood", "brier": "Brier score", "accuracy": "accuracy"}
+SCORE_NAMES = {
+    "nll": "negative log-likelihood",
+    "brier": "Brier score",
+    "accuracy": "accuracy",
+    "aurc": "AURC (ranking of errors)",
+    "mse": "squared error",
+    "crps": "CRPS",
+}
+
+
+def score_name(score: str) -> str:
+    """A compared score in a sentence."""
+    if score.startswith("ood_"):
+        return f"detection of {quoted(score.removeprefix('ood_').removesuffix('_auroc'))}"
+    return SCORE_NAMES[score]
 
 
 def comparison_headline(comparison: ScoreComparison) -> str:
     """The best model in one score, and how many are tied with it."""
-    name = SCORE_NAMES[comparison.score]
+    name = score_name(comparison.score)
     if len(comparison.best) == len(comparison.ranking):
         return f"In {name} all are tied."
     others = [quoted(other) for other in comparison.best if other != comparison.leader]
@@ -20,7 +34,7 @@ def comparison_headline(comparison: ScoreComparison) -> str:
 
 def comparison_verdict(comparison: ScoreComparison) -> str:
     """The best model in one score, the models tied with it, and the differences of the others."""
-    name = SCORE_NAMES[comparison.score]
+    name = score_name(comparison.score)
     if len(comparison.best) == len(comparison.ranking):
         return f"In {name} all models are tied: no difference is clear with this many examples."
     best = next(rank for rank in comparison.ranking if rank.name == comparison.leader)

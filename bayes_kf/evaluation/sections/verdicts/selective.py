@@ -26,10 +26,11 @@ USELESS_AUROC = 0.6  # a detector whose AUROC is known to be lower is of no use
 def selective_verdict(scores: Mapping[str, Score], accuracy: float) -> str:
     """Accuracy without the least confident predictions, and the area under the risk-coverage curve."""
     selected = scores["accuracy_at_80"]
+    interval = "" if selected.interval is None else f" ({percent_range(selected.interval)})"
     return (
-        f"Without the least confident 20 % of predictions, accuracy is {percent(selected.value)} "
-        f"({percent_range(interval_of(selected))}) instead of {percent(accuracy)}. The area under the risk-coverage "
-        f"curve is {scores['aurc'].value:.3f}, {scores['aurc_excess'].value:.3f} more than in the best possible order."
+        f"Without the least confident 20 % of predictions, accuracy is {percent(selected.value)}{interval} instead of "
+        f"{percent(accuracy)}. The area under the risk-coverage curve is {scores['aurc'].value:.3f}, "
+        f"{scores['aurc_excess'].value:.3f} more than in the best possible order."
     )
 
 

@@ -10,7 +10,6 @@ against over- and under-confidence, but none against miscalibration that leaves 
 from bayes_kf.evaluation.calibration.confidence_profile import Profile
 from bayes_kf.evaluation.calibration.intervals import bounded_interval
 from bayes_kf.evaluation.calibration.null_distribution import profile_tests
-from bayes_kf.evaluation.classification.scores import BrierParts
 from bayes_kf.evaluation.resampling.binning import Binning
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.score import Interval, Score
@@ -42,8 +41,3 @@ def _gap_interval(profile: Profile) -> Interval:
     squares = mean * profile.confidence_sum + (1 - 2 * mean) * profile.hits
     total = (profile.confidence_sum - profile.hits).sum().item()
     return bounded_interval(total, squares.sum().item(), profile.num_examples, -1.0, 1.0, LEVEL)
-
-
-def brier_part_scores(parts: BrierParts) -> dict[str, Score]:
-    """Uncertainty, resolution, reliability and the other summands of the Brier score."""
-    return {f"brier_{name}": Score(value) for name, value in parts._asdict().items() if name != "brier"}

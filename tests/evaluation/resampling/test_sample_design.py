@@ -1,0 +1,157 @@
+"""Weights and clusters: repeated examples add nothing, and dependent examples are not mistaken for evidence."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.resampling.sample_design import SampleDesign
+
+SCORES = ("accuracy", "nll", "brier", "confidence", "ece", "ece_smooth", "ks", "ece_equal_mass", "confidence_gap")
+
+
+def independent(num_examples: int, seed: int = 0, num_classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (1.5 * torch.randn(num_examples, num_classes, generator=generator)).double().softmax(dim=1)
+    return probs, torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def clustered(num_clusters: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Calibrated predictions; in a cluster they are alike, and most labels come from one random number."""
+    logits = 1.5 * torch.randn(num_clusters, 1, 4, generator=generator)
+    logits = logits + 0.5 * torch.randn(num_clusters, size, 4, generator=generator)
+    probs = logits.double().softmax(dim=-1)
+    common = torch.rand(num_clusters, 1, generator=generator).expand(-1, size)
+    shared = torch.rand(num_clusters, size, generator=generator) < 0.7
+    uniform = torch.where(shared, common, torch.rand(num_clusters, size, generator=generator)).double()
+    labels = (probs.cumsum(dim=-1) < uniform[..., None]).sum(dim=-1).clamp(max=3)
+    return probs.flatten(0, 1), labels.flatten(), torch.arange(num_clusters).repeat_interleave(size)
+
+
+def test_copies_of_examples_in_one_cluster_change_no_score_interval_or_band():
+    probs, labels = independent(80)
+    alone = ev.evaluate_predictions(probs, labels, clusters=torch.arange(80), ood={"flat": torch.full((9, 4), 0.25)})
+    copied = ev.evaluate_predictions(
+        probs.repeat_interleave(5, dim=0),
+        labels.repeat_interleave(5),
+        clusters=[f"input {k // 5}" for k in range(400)],
+        ood={"flat": torch.full((9, 4), 0.25)},
+    )
+    assert copied.scores.keys() == alone.scores.keys()
+    for name in SCORES:
+        one, other = alone.score(name), copied.score(name)
+        assert other.value == pytest.approx(one.value, abs=1e-9), name
+        for first, second in ((one.interval, other.interval), (one.null_band, other.null_band)):
+            assert (first is None) == (second is None)
+            if first is not None:  # the clusters are numbered in another order, so the signs are others
+                assert second == pytest.approx(first, abs=0.02), name
+    for name in ("error_entropy_auroc", "ood_flat_auroc"):
+        assert copied.score(name).interval == pytest.approx(alone.score(name).interval, abs=0.02)
+    assert copied.scores["spiegelhalter"] == pytest.approx(alone.scores["spiegelhalter"])
+
+
+def test_clusters_of_one_are_independent_examples():
+    probs, labels = independent(400)
+    plain = ev.evaluate_predictions(probs, labels)
+    own = ev.evaluate_predictions(probs, labels, clusters=torch.arange(400))
+    for name in ("accuracy", "nll", "brier", "confidence_gap", "error_entropy_auroc"):
+        assert own.score(name).value == pytest.approx(plain.score(name).value)
+        assert own.score(name).interval == pytest.approx(plain.score(name).interval, abs=0.01)
+    for name in ("ece", "ece_smooth", "ks"):
+        assert own.score(name).null_band == pytest.approx(plain.score(name).null_band, abs=0.012)
+
+
+def test_whole_weights_are_copies_in_every_mean_and_calibration_error():
+    probs, labels = independent(120)
+    number = torch.arange(120) % 4
+    weighted = ev.evaluate_predictions(probs, labels, weights=number)
+    copied = ev.evaluate_predictions(probs.repeat_interleave(number, dim=0), labels.repeat_interleave(number))
+    for name in set(SCORES) - {"ece_equal_mass"}:  # whose bins are counted in examples
+        assert weighted.scores[name] == pytest.approx(copied.scores[name], abs=1e-6), name
+    width = [report.score("accuracy").interval for report in (weighted, copied)]
+    assert width[0].high - width[0].low > width[1].high - width[1].low  # copies are no evidence
+    assert f"{100 * copied.scores['accuracy']:.1f} % of 120 answers are right" in weighted.sections.lead
+
+
+def test_equal_weights_change_nothing_but_the_draws():
+    probs, labels = independent(300)
+    plain = ev.evaluate_predictions(probs, labels)
+    weighted = ev.evaluate_predictions(probs, labels, weights=np.full(300, 7.0))
+    assert weighted.score("accuracy").interval == pytest.approx(plain.score("accuracy").interval, abs=1e-3)
+    assert weighted.score("ece").null_band == pytest.approx(plain.score("ece").null_band, abs=0.01)
+    assert weighted.scores["spiegelhalter"] == pytest.approx(plain.scores["spiegelhalter"])
+
+
+def test_dependent_examples_of_a_calibrated_model_are_no_evidence_against_it():
+    """Of 120 data sets of 30 clusters no more are called miscalibrated than chance allows; without clusters half."""
+    generator = torch.Generator().manual_seed(5)
+    outside, plain_outside, found, covered = 0, 0, 0, 0
+    for seed in range(120):
+        probs, labels, clusters = clustered(30, 20, generator)
+        settings = {"num_simulations": 199, "seed": seed}
+        report = ev.evaluate_predictions(probs, labels, clusters=clusters, **settings)
+        outside += report.score("ece_smooth").null_position != 0
+        found += any(not finding.where.startswith("Below") for finding in report.sections.findings)
+        gap = report.score("confidence_gap").interval
+        covered += gap.low <= 0 <= gap.high
+        plain_outside += ev.evaluate_predictions(probs, labels, **settings).score("ece_smooth").null_position != 0
+    assert binomtest(outside, 120, 0.06, alternative="greater").pvalue > 0.01, outside
+    assert binomtest(found, 120, 0.05, alternative="greater").pvalue > 0.01, found
+    assert covered >= 110
+    assert plain_outside > 30
+
+
+def test_a_wrong_model_is_found_in_spite_of_clusters():
+    probs, labels, clusters = clustered(40, 20, torch.Generator().manual_seed(1))
+    sure = probs.pow(4) / probs.pow(4).sum(dim=1, keepdim=True)
+    report = ev.evaluate_predictions(sure, labels, clusters=clusters, groups={"part": clusters % 2})
+    assert report.sections.cards[0].answer == "no"
+    assert any("Too sure" in finding.where for finding in report.sections.findings)
+    assert report.sections.advice[0].what == "Calibrate on held-out examples"
+
+
+def test_pixels_of_an_image_are_its_cluster_and_have_its_group():
+    probs, labels, clusters = clustered(24, 16, torch.Generator().manual_seed(2))
+    images, masks = probs.view(24, 8, 2, 4).movedim(-1, 1), labels.view(24, 8, 2)
+    groups = {"source": ["left", "right"] * 12}
+    report = ev.evaluate_predictions(images, masks, groups=groups)
+    flat = ev.evaluate_predictions(
+        probs, labels, clusters=clusters, groups={"source": np.array(groups["source"])[clusters.numpy()]}
+    )
+    assert report.scores == flat.scores
+    assert "those of 24 inputs; intervals and null bands allow for that" in report.sections.lead
+    table = report.tables["Groups by source"]
+    assert [row[1].value for row in table.rows] == [192, 192]
+    with pytest.raises(ValueError, match=r"^`groups\['source'\]` must have shape \(24,\), an entry for each input"):
+        ev.evaluate_predictions(images, masks, groups={"source": ["left"] * 384})
+
+
+def test_the_equivalent_sample_has_the_mean_and_the_robust_variance():
+    values = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.5], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0, 1.0], dtype=torch.float64)
+    design = SampleDesign.of(weights, ["a", "a", "b", "b", "c", "d"], 6)
+    number, total, squares, _ = design.equivalent(values)
+    mean = float((weights * values).sum() / weights.sum())
+    parts = [float((weights[k] * (values[k] - mean)).sum()) / 9 for k in ([0, 1], [2, 3], [4], [5])]
+    assert total / number == pytest.approx(mean)
+    assert number == pytest.approx(81 / (9 + 4 + 9 + 1))
+    assert (squares / number - mean**2) / number == pytest.approx(sum(part**2 for part in parts) * 4 / 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": [1.0] * 9}, r"^`weights` must have shape \(10,\), one for each example, got \(9,\)\.$"),
+        ({"weights": [-1.0] + [1.0] * 9}, r"^`weights` must not be negative, and one must be positive\.$"),
+        ({"weights": [0.0] * 10}, r"^`weights` must not be negative, and one must be positive\.$"),
+        ({"weights": [math.nan] * 10}, r"^`weights` must be finite"),
+        ({"clusters": [1] * 10}, r"^`clusters` must hold at least two clusters, got 1\.$"),
+        ({"clusters": [1, 2]}, r"^`clusters` must have shape \(10,\), an entry for each example, got \(2,\)\.$"),
+    ],
+)
+def test_bad_designs_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ev.evaluate_predictions(*independent(10), **settings)
