@@ -40,6 +40,7 @@ evaluation
 evaluation/comparison_report
 evaluation/posterior_report
 evaluation/classification_report evaluation/regression_report
+evaluation/text/
 evaluation/options evaluation/own_metrics
 evaluation/sections/
 evaluation/plots/

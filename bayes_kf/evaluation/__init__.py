@@ -36,6 +36,7 @@ from bayes_kf.evaluation.classification.entropy import (
     max_probability,
     predictive_entropy,
 )
+from bayes_kf.evaluation.classification.grouping_loss import GroupingLoss, grouping_loss
 from bayes_kf.evaluation.classification.human_agreement import Estimate, HumanAgreement, human_agreement
 from bayes_kf.evaluation.classification.ood_detection import (
     DetectionIntervals,
@@ -132,6 +133,7 @@ from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import CalibrationNull, CalibrationTest, NullComparison
 from bayes_kf.evaluation.score import Interval, Score
 from bayes_kf.evaluation.score_comparison import Difference, Rank, ScoreComparison
+from bayes_kf.evaluation.text.text_report import evaluate_texts
 
 Calibrated = NullComparison  # the name of earlier releases
 
@@ -153,6 +155,7 @@ __all__ = [
     "DriftDetector",
     "EntropyParts",
     "Estimate",
+    "GroupingLoss",
     "HumanAgreement",
     "InnovationHealth",
     "Interval",
@@ -215,12 +218,14 @@ __all__ = [
     "evaluate",
     "evaluate_predictions",
     "evaluate_regression",
+    "evaluate_texts",
     "excess_aurc",
     "expected_calibration_error",
     "expected_normalized_calibration_error",
     "forest_plot",
     "gaussian_coverage",
     "gaussian_log_loss",
+    "grouping_loss",
     "human_agreement",
     "human_entropy_plot",
     "innovation_health",

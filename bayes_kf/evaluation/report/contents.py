@@ -84,12 +84,21 @@ class Example:
 
 
 @dataclass(frozen=True)
+class ColouredText:
+    """A text whose tokens have the colour of their uncertainty."""
+
+    index: int
+    tokens: tuple[tuple[str, float, str, bool], ...]  # text, depth of the colour from 0 to 1, tip, underlined
+    caption: str
+
+
+@dataclass(frozen=True)
 class Gallery:
-    """Examples under one heading."""
+    """Examples under one heading, of one kind."""
 
     title: str
     note: str
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...] | tuple[ColouredText, ...]
 
 
 @dataclass

@@ -17,6 +17,8 @@ HEADLINES = (
     "brier",
     "rmse",
     "crps",
+    "surprise_gap",
+    "surprise_spearman",
     "ece_smooth",
     "confidence_gap",
     "pit_ks",
@@ -28,7 +30,8 @@ HEADLINES = (
     "spread_spearman",
     "accuracy_at_80",
 )
-REFERENCES = {"error_entropy_auroc": 0.5, "confidence_gap": 0.0, "spread_spearman": 0.0}  # what chance gives
+AT_ZERO = ("confidence_gap", "spread_spearman", "surprise_gap", "surprise_spearman")
+REFERENCES = {"error_entropy_auroc": 0.5} | dict.fromkeys(AT_ZERO, 0.0)  # what chance gives
 OOD_REFERENCE = 0.5
 MARGIN = 0.12  # of the axis on both sides
 

@@ -10,12 +10,15 @@ from bayes_kf.evaluation.score import Score
 
 OTHERS = "Other scores"
 GROUPS = {  # title to names of its scores, and to prefixes of such names
-    "Accuracy and likelihood": (("accuracy", "nll", "brier", "rps", "rmse", "crps"), ("brier_",)),
+    "Accuracy and likelihood": (("accuracy", "nll", "perplexity", "brier", "rps", "rmse", "mse", "crps"), ("brier_",)),
     "Calibration": (
         ("confidence", "confidence_gap", "ks", "mce", "spiegelhalter", "ence", "pit_ks", "quantile_error"),
-        ("ece", "coverage_"),
+        ("ece", "coverage_", "surprise_gap"),
     ),
-    "Uncertainty": (("entropy", "margin", "aleatoric", "epistemic", "sharpness", "spread_spearman"), ()),
+    "Uncertainty": (
+        ("entropy", "margin", "aleatoric", "epistemic", "sharpness", "spread_spearman", "surprise_spearman"),
+        (),
+    ),
     "Selective prediction and error detection": ((), ("aurc", "accuracy_at_", "error_")),
     "Out-of-distribution detection": ((), ("ood_",)),
     "Recalibration": ((), ("recalibrated_",)),

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bayes_kf.evaluation import Report, evaluate_texts
+
 DARKEST = 3.0  # nats of entropy that have the full colour in `to_html`
 
 
@@ -59,6 +61,21 @@ class ScoredText(NamedTuple):
     def sequence_aleatoric(self) -> Tensor:
         """Mean aleatoric entropy of a text's tokens, (B,)."""
         return self.sequence_entropy - self.sequence_epistemic
+
+    def report(self, tokenizer: Any, **settings: Any) -> Report:
+        """A page on these texts: are the probabilities right, and where not; see ``evaluation.evaluate_texts``.
+
+        Args:
+            tokenizer: of the model.
+            settings: ``ood``, ``title`` and ``config`` of ``evaluate_texts``.
+
+        Raises:
+            ValueError: if no token counts.
+        """
+        words = [[tokenizer.decode([token]) for token in row] for row in self.tokens.tolist()]
+        return evaluate_texts(
+            self.log_prob, self.entropy, counted=self.counted, epistemic=self.epistemic, words=words, **settings
+        )
 
     def to_html(self, tokenizer: Any, number: int = 0) -> str:
         """A text as HTML whose tokens have the colour of their entropy, for a notebook or a page.
