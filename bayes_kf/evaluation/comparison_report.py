@@ -11,7 +11,7 @@ from torch import Tensor
 from bayes_kf.evaluation.classification.comparison import COMPARED, SELECTIVE, compare_predictions
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets
 from bayes_kf.evaluation.options import EvaluationOptions
-from bayes_kf.evaluation.posterior_report import class_predictions, forecast_of, ood_probs
+from bayes_kf.evaluation.posterior_report import as_loader, class_predictions, forecast_of, ood_probs
 from bayes_kf.evaluation.protocols import LoaderPrediction, PosteriorLike
 from bayes_kf.evaluation.regression.comparison import compare_losses
 from bayes_kf.evaluation.regression_report import make_forecast
@@ -50,7 +50,7 @@ def compare(
         posteriors: At least two. Name to posterior (see `PosteriorLike`), or to class probabilities (N, C) of another
             model for the loader's examples in their order.
         loader: Inputs with their targets. It is iterated once for each posterior, so it cannot be an iterator.
-        ood: Name to loader of out-of-distribution inputs, if all are posteriors of classes.
+        ood: Name to loader of out-of-distribution inputs, or a tensor of them, if all are posteriors of classes.
         cost: Name to cost, in any unit (seconds, epochs, parameters): a column of the table.
         method: Prediction method, as the posteriors name it.
         num_samples: Number of draws for each prediction.
@@ -158,8 +158,8 @@ def report_forecast_comparison(
         >>> targets = torch.linspace(-1, 1, 60)
         >>> near = {"mean": targets + 0.1, "variance": torch.full((60,), 0.01)}
         >>> far = {"mean": torch.zeros(60), "variance": torch.full((60,), 0.4)}
-        >>> report_forecast_comparison({"near": near, "far": far}, targets).headline[1]
-        'Best in CRPS: near.'
+        >>> report_forecast_comparison({"near": near, "far": far}, targets).headline
+        ['Best in negative log-likelihood, CRPS and squared error: near.']
     """
     if len(forecasts) < 2:
         raise ValueError(f"`forecasts` must hold at least two models, got {len(forecasts)}.")
@@ -289,5 +289,6 @@ def _ood_probs(
         if isinstance(posterior, Tensor | np.ndarray):
             raise ValueError(f"`ood` must be left out if a model is given by its predictions, got {model!r}.")
         generator = torch.Generator().manual_seed(seed)
-        found[model] = ood_probs(posterior, name, posterior.predict_loader(inputs, **predict, generator=generator))
+        prediction = posterior.predict_loader(as_loader(inputs), **predict, generator=generator)
+        found[model] = ood_probs(posterior, name, prediction)
     return found

@@ -57,7 +57,7 @@ def evaluate(
     Args:
         posterior: Any object with `predict_loader`, `config` and `history`; see `PosteriorLike`.
         loader: In-distribution inputs with their targets, in any form that the posterior takes.
-        ood: Name to loader of out-of-distribution inputs; their targets are ignored and may be missing.
+        ood: Name to loader of out-of-distribution inputs, or a tensor of them; targets are ignored and may be missing.
         examples: Texts or images of the loader's examples in their order, to be shown; see `evaluate_predictions`.
         human: Shares of people's answers, (N, C).
         recalibration: A recalibration fitted on other examples.
@@ -127,7 +127,8 @@ def _report(
     if getattr(posterior.config, "likelihood", None) == "ordinal":
         options = replace(options, ordered=True)
     ood = {
-        name: posterior.predict_loader(inputs, **method, generator=generator) for name, inputs in options.ood.items()
+        name: posterior.predict_loader(as_loader(inputs), **method, generator=generator)
+        for name, inputs in options.ood.items()
     }
     options = replace(options, ood={name: ood_probs(posterior, name, ood[name]) for name in ood})
     probs, targets = class_predictions(posterior, prediction, "posterior")
@@ -216,6 +217,11 @@ def class_predictions(posterior: PosteriorLike, prediction: LoaderPrediction, na
 def _is_bernoulli(posterior: PosteriorLike) -> bool:
     """Whether the outputs are independent zeros and ones."""
     return getattr(posterior.config, "likelihood", None) == "bernoulli"
+
+
+def as_loader(inputs: Any) -> Any:
+    """A tensor of inputs as a loader of one batch, whose rows are not batches of their own."""
+    return [inputs] if isinstance(inputs, Tensor) else inputs
 
 
 def ood_probs(posterior: PosteriorLike, name: str, prediction: LoaderPrediction) -> Tensor:

@@ -57,8 +57,8 @@ def test_a_better_ranking_and_a_better_detector_are_found_and_stand_on_the_page(
         assert report.scores[f"{name}/aurc"] == pytest.approx(ev.aurc(confidence, predicted == labels), abs=1e-9)
         detected = ev.ood_scores(ev.entropy(probs[name]), ev.entropy(ood["noise"][name])).auroc
         assert report.scores[f"{name}/ood_noise_auroc"] == pytest.approx(detected)
-    assert "Best in AURC (ranking of errors): near." in report.headline
-    assert "Best in detection of noise: near." in report.headline
+    scores = "negative log-likelihood, Brier score, accuracy, AURC (ranking of errors) and detection of noise"
+    assert report.headline == [f"Best in {scores}: near."]
     table = report.tables["Models side by side; place 1: no model is clearly better"]
     assert [column.name for column in table.columns][-2:] == ["ECE", "Cost"]
     assert [row[-1].value for row in table.rows] == [3.0, 1.0]
@@ -106,7 +106,7 @@ def test_regressions_are_compared_by_their_own_losses():
         ev.gaussian_log_loss(far["mean"], far["variance"], targets), abs=1e-9
     )
     assert report.scores["far/crps"] == pytest.approx(ev.crps_gaussian(far["mean"], far["variance"], targets), abs=1e-9)
-    assert [sentence.startswith("Best in") for sentence in report.headline] == [True] * 3
+    assert report.headline == ["Best in negative log-likelihood, CRPS and squared error: near."]
     assert "near" in report.to_html()
     draws = {"mean": far["mean"], "samples": torch.randn(50, 200, 2, generator=generator)}
     mixed = ev.report_forecast_comparison({"near": near, "draws": draws}, targets)

@@ -185,6 +185,19 @@ def test_bad_posteriors_and_loaders_are_refused():
         ev.evaluate_predictions(probs, targets, ood={"far": np.array([[math.nan, 1.0]])})
 
 
+def test_inputs_of_another_kind_may_be_a_tensor():
+    torch.manual_seed(0)
+    x, far = torch.randn(80, 3), 9 * torch.randn(30, 3)
+    batches = [(x[i : i + 8], (x[i : i + 8, 0] > 0).long()) for i in range(0, 80, 8)]
+    posterior = bkf.fit(nn.Linear(3, 2), batches, bkf.KalmanConfig(covariance="full"), progress=False)
+    settings = {"num_simulations": 39}
+    tensor = bkf.evaluate(posterior, batches, ood={"far": far}, **settings)
+    assert tensor.sections.sizes["foreign examples, far"] == 30
+    assert tensor.scores == bkf.evaluate(posterior, batches, ood={"far": [far]}, **settings).scores
+    both = bkf.compare({"a": posterior, "b": posterior}, batches, ood={"far": far}, **settings)
+    assert both.scores["a/ood_far_auroc"] == pytest.approx(tensor.scores["ood_far_auroc"], abs=0.03)  # other draws
+
+
 def test_several_bernoulli_outputs_are_so_many_answers():
     torch.manual_seed(0)
     x = torch.randn(80, 3)

@@ -15,7 +15,7 @@ from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.score_comparison import ScoreComparison
 from bayes_kf.evaluation.sections.online import even_steps, window_of
-from bayes_kf.evaluation.sections.verdicts.comparison import comparison_headline, comparison_verdict
+from bayes_kf.evaluation.sections.verdicts.comparison import comparison_headlines, comparison_verdict
 from bayes_kf.evaluation.sections.verdicts.phrases import quoted
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def comparison_section(
             for name, value in comparison.values.items()
             if f"{name}/{score}" not in sections.scores
         }
-    sections.headline = [comparison_headline(comparison) for comparison in comparisons.values()]
+    sections.headline = comparison_headlines(comparisons.values())
     sections.verdict = [comparison_verdict(comparison) for comparison in comparisons.values()]
     sections.tables.append(_model_table(comparisons, models, cost or {}))
     sections.drawings |= {f"differences_{score}": _forest(comparison) for score, comparison in comparisons.items()}

@@ -1,6 +1,7 @@
 """Sentences on the comparison of several models."""
 
 import math
+from collections.abc import Iterable
 
 from bayes_kf.evaluation.score_comparison import Rank, ScoreComparison
 from bayes_kf.evaluation.sections.verdicts.phrases import quoted
@@ -22,14 +23,25 @@ def score_name(score: str) -> str:
     return SCORE_NAMES[score]
 
 
-def comparison_headline(comparison: ScoreComparison) -> str:
-    """The best model in one score, and how many are tied with it."""
-    name = score_name(comparison.score)
+def comparison_headlines(comparisons: Iterable[ScoreComparison]) -> list[str]:
+    """The best model and how many are tied with it; scores with one answer share a sentence."""
+    scores: dict[str, list[str]] = {}
+    for comparison in comparisons:
+        scores.setdefault(_answer(comparison), []).append(score_name(comparison.score))
+    sentences = []
+    for answer, names in scores.items():
+        listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        sentences.append(f"Best in {listed}: {answer}." if answer else f"In {listed} all are tied.")
+    return sentences
+
+
+def _answer(comparison: ScoreComparison) -> str:
+    """The best model with those that are tied with it; empty if all are tied."""
     if len(comparison.best) == len(comparison.ranking):
-        return f"In {name} all are tied."
+        return ""
     others = [quoted(other) for other in comparison.best if other != comparison.leader]
     tie = f", tied with {others[0] if len(others) == 1 else f'{len(others)} others'}" if others else ""
-    return f"Best in {name}: {quoted(comparison.leader)}{tie}."
+    return f"{quoted(comparison.leader)}{tie}"
 
 
 def comparison_verdict(comparison: ScoreComparison) -> str:
