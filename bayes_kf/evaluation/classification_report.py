@@ -211,4 +211,6 @@ def _assessment(
     )
     sections = Sections(lead=lead, cards=cards) + distrust
     sections.findings += [*missed_inputs(detected), *least_sure(probs, labels)]
-    return sections + advice_section(probs, labels, names, scores, cards, options.calls, options.design)
+    return sections + advice_section(
+        probs, labels, names, scores, [*cards, *distrust.cards], options.calls, options.design
+    )

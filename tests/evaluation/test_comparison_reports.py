@@ -58,7 +58,7 @@ def test_a_better_ranking_and_a_better_detector_are_found_and_stand_on_the_page(
         detected = ev.ood_scores(ev.entropy(probs[name]), ev.entropy(ood["noise"][name])).auroc
         assert report.scores[f"{name}/ood_noise_auroc"] == pytest.approx(detected)
     scores = "negative log-likelihood, Brier score, accuracy, AURC (ranking of errors) and detection of noise"
-    assert report.headline == [f"Best in {scores}: near."]
+    assert report.headline == [f"Best in {scores}: near.", "Cost: near 3."]
     table = report.tables["Models side by side; place 1: no model is clearly better"]
     assert [column.name for column in table.columns][-2:] == ["ECE", "Cost"]
     assert [row[-1].value for row in table.rows] == [3.0, 1.0]

@@ -110,9 +110,9 @@ def test_a_group_that_stands_out_is_named_and_a_table_has_all():
     labels[wrong] = (labels[wrong] + 1) % 3
     report = ev.evaluate_predictions(probs, labels, groups={"source": source, "half": np.arange(1500) % 2}, **QUICK)
     found = [finding.where for finding in report.sections.findings]
-    assert "Errors where source letter" in found
-    assert "Too sure where source letter" in found
-    assert not any(where.startswith("Errors where half") for where in found)
+    assert "Errors for source letter" in found
+    assert "Too sure for source letter" in found
+    assert not any(where.startswith("Errors for half") for where in found)
     table = next(table for table in report.sections.tables if table.caption == "Groups by source")
     right = (probs.argmax(1) == labels).numpy()
     for row in table.rows:

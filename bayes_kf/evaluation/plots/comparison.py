@@ -91,7 +91,7 @@ def comparison_plot(comparison: ScoreComparison, *, ax: Axes | None = None) -> A
     ax.set_yticks(range(len(names)), labels)
     ax.set_ylim(len(names) - 0.5, -0.5)
     arrow = "better →" if is_higher_better(comparison.score) else "← better"
-    ax.set_xlabel(f"difference to {leader}".replace("$", r"\$") + f"    {arrow}")
+    ax.set_xlabel(f"difference to {leader}".replace("$", r"\$") + f"    {arrow}    (filled: clear)")
     ax.grid(axis="x", alpha=0.3)
     return ax
 

@@ -76,7 +76,7 @@ def draw_reliability(bins: BinsWithBands, caption: str, ax: Axes) -> Axes:
     bars = ax.bar(confidence, most - least, BAND_WIDTH, least, color=SKY, alpha=0.5)
     for bar, count in zip(bars, counts, strict=True):
         bar.set_alpha(0.5 if count >= FEW else 0.2)
-    ax.bar(0, 0, color=SKY, alpha=0.5, label="null band: 95 % of right models")
+    ax.bar(0, 0, color=SKY, alpha=0.5, label="where 95 % of calibrated models fall")
     corner: dict[str, Any] = {"transform": ax.transAxes, "fontsize": 8, "color": GREY, "style": "italic"}
     ax.text(0.985, 0.02, "below the line: too sure", ha="right", va="bottom", **corner)
     ax.text(0.015, 0.98, "above: not sure enough", ha="left", va="top", **corner)

@@ -60,12 +60,12 @@ def advice_section(
         labels: Class indices, (N,).
         names: C names of classes.
         scores: Of the report.
-        cards: The three of a classifier.
+        cards: The three of a classifier, and the one of a class that is seldom recognized, if there is one.
         calls: The code to name.
         design: Weights and clusters of the examples. No rule of abstention is promised for dependent ones.
     """
-    probabilities, errors, unseen = cards
-    advice = []
+    probabilities, errors, unseen, *missed = cards
+    advice = [Advice("Do not rely on it for that class", card.reason.rstrip(".")) for card in missed]
     if probabilities.answer == "no":
         band = scores[PRIMARY].null_band
         assert band is not None
@@ -75,11 +75,19 @@ def advice_section(
         advice.append(
             Advice("Evaluate more examples", f"about {needed:,} would show a calibration error of 0.1, if there is one")
         )
-    threshold = 0
+    if errors.answer == "no":
+        advice.append(
+            Advice("Do not sort answers by its confidence", "its errors are not among those that it is unsure of")
+        )
+    threshold = _usual_threshold(probs)
     if design is None and errors.answer in ("yes", "partly") and (rule := _abstention(probs, labels)) is not None:
         advice.append(_abstain(rule, probs, labels))
         threshold = math.ceil(100 * rule.threshold)
     advice += _collect(probs, labels, names, design)
+    if unseen.answer == "no":
+        advice.append(
+            Advice("Keep such other inputs away from it, or train with some", "its confidence does not tell them apart")
+        )
     if unseen.answer == "not tested":
         gain = "nothing here says what it does with inputs of another kind"
         advice.append(Advice("Show it inputs that it was not made for", gain, calls.ood))
@@ -109,9 +117,16 @@ def _calibrate(probs: Tensor, labels: Tensor, null_high: float, calls: Calls, de
     if not mean < -2 * error:
         gain = f"{halves_text} changes {numbers} {losses[1]:.3f}, which may be chance"
         return Advice("Calibration would bring little", gain)
-    rest = f"; right probabilities show up to {null_high:.3f}" if errors[1] > null_high else ""
-    gain = f"{halves_text} lowers {numbers} {losses[1]:.3f}{rest}"
-    return Advice("Calibrate on held-out examples", gain, calls.calibrate)
+    gain = f"{halves_text} lowers {numbers} {losses[1]:.3f}"
+    if errors[1] <= null_high:
+        return Advice("Calibrate on held-out examples", gain, calls.calibrate)
+    gain += f". Chance alone explains up to {null_high:.3f}, so a temperature is not enough"
+    return Advice("Calibrate on held-out examples, which helps in part", gain, calls.calibrate)
+
+
+def _usual_threshold(probs: Tensor) -> int:
+    """The threshold, in percent, with which about 80 % of the inputs are answered."""
+    return int(100 * max_probability(probs).quantile(0.2).item()) if len(probs) < 10**7 else 0
 
 
 def _abstention(probs: Tensor, labels: Tensor) -> AbstentionRule | None:
@@ -128,10 +143,11 @@ def _abstention(probs: Tensor, labels: Tensor) -> AbstentionRule | None:
 def _abstain(rule: AbstentionRule, probs: Tensor, labels: Tensor) -> Advice:
     """The rule in words."""
     error_rate = (probs.argmax(dim=1) != labels).double().mean().item()
+    answered = percent(rule.answered)
     return Advice(
-        f"Abstain below a confidence of {percent(rule.threshold)}",
-        f"{percent(1 - rule.answered)} of inputs are then left to others, and of the answers at most "
-        f"{percent(rule.risk)} are wrong (with {100 * LEVEL:.0f} % certainty) instead of {percent(error_rate)}",
+        f"Answer only {answered} of inputs, those with a confidence of at least {percent(rule.threshold)}",
+        f"of these answers at most {percent(rule.risk)} are wrong (with {100 * LEVEL:.0f} % certainty) instead of "
+        f"{percent(error_rate)}",
         f"bayes_kf.evaluation.AbstentionRule.fit(confidence, correct, risk={rule.risk:g})",
     )
 

@@ -61,7 +61,7 @@ def score_section(
     scores = mean_scores(probs, labels, log_prob, settings.num_bins, ordered, design)
     scores |= _calibration_scores(probs, labels, settings, top_k, design)
     shown, error = replace(settings, num_bins=DIAGRAM_BINS), scores[PRIMARY]
-    caption = f"calibration error {error.value:.3f}, right probabilities show up to {null_band_of(error).high:.3f}"
+    caption = f"calibration error {error.value:.3f}, chance alone explains up to {null_band_of(error).high:.3f}"
     verdict = [calibration_verdict(scores, len(labels)), confidence_verdict(scores), loss_verdict(scores)]
     diagram = FigureSpec(
         title="Reliability diagram",

@@ -11,7 +11,7 @@ from bayes_kf.evaluation.online.prequential import prequential_log_loss, running
 from bayes_kf.evaluation.plots.comparison import comparison_plot, online_comparison
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
 from bayes_kf.evaluation.report.score_labels import label_of
-from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_table, range_cell
+from bayes_kf.evaluation.report.sortable_tables import Cell, CellContent, Table, make_table, range_cell
 from bayes_kf.evaluation.score import Score
 from bayes_kf.evaluation.score_comparison import ScoreComparison
 from bayes_kf.evaluation.sections.online import even_steps, window_of
@@ -48,6 +48,9 @@ def comparison_section(
             if f"{name}/{score}" not in sections.scores
         }
     sections.headline = comparison_headlines(comparisons.values())
+    if cost:
+        leaders = dict.fromkeys(name for comparison in comparisons.values() for name in comparison.best)
+        sections.headline.append(f"Cost: {', '.join(f'{quoted(name)} {cost[name]:g}' for name in leaders)}.")
     sections.verdict = [comparison_verdict(comparison) for comparison in comparisons.values()]
     sections.tables.append(_model_table(comparisons, models, cost or {}))
     sections.drawings |= {f"differences_{score}": _forest(comparison) for score, comparison in comparisons.items()}
@@ -113,7 +116,7 @@ def _model_table(
         for score, comparison in comparisons.items():
             row += [comparison.values[name], places[score][name]]
         row += [model.scores[further_name].value for further_name in further]
-        rows.append([*row, float(cost[name])] if cost else row)
+        rows.append([*row, Cell(f"{cost[name]:g}", cost[name])] if cost else row)
     caption = "Models side by side; place 1: no model is clearly better"
     return make_table(caption, header, rows, is_open=True)
 

@@ -29,6 +29,8 @@ NUM_FAMILIES = 5
 NUM_RANGES = 10  # of the confidence
 MOST = 5  # findings of a family that are shown
 WORST = 10  # confident errors that are listed
+NEARLY_ALL = 0.8  # of the examples
+MIN_UNSURE = 20  # of the least confident fifth, to be a finding
 
 
 def distrust_section(
@@ -43,8 +45,10 @@ def distrust_section(
         design: Weights and clusters of the examples.
     """
     tests = _tests(probs, labels, design)
-    findings = [*_ranges(tests), *_shares(tests, names), *_recall(tests, names)]
-    return Sections(findings=findings, cards=_missed(tests, names))
+    cards = _missed(tests, names)
+    ranges, shares, recall = _ranges(tests), _shares(tests, names), _recall(tests, names)
+    findings = [*recall, *ranges, *shares] if cards else [*ranges, *shares, *recall]
+    return Sections(findings=findings, cards=cards)
 
 
 def worst_section(probs: Tensor, labels: Tensor, names: Sequence[str]) -> Sections:
@@ -93,26 +97,29 @@ def two_sided(hits: np.ndarray, counts: np.ndarray, rates: np.ndarray) -> np.nda
 
 def missed_inputs(detected: Mapping[str, Score]) -> list[Finding]:
     """Out-of-distribution sets that are not detected; name of each set to its AUROC."""
-    return [
-        Finding(f"“{name}”", f"it is less sure of them than of usual inputs {percent(auroc.value)} of the time only")
-        for name, auroc in detected.items()
-        if detection_answer(auroc) == "no"
-    ]
+    findings = []
+    for name, auroc in detected.items():
+        if detection_answer(auroc) == "no":
+            often = f"it is less sure of them than of usual inputs only {percent(auroc.value)} of the time"
+            if auroc.value < 0.5:
+                often = f"it is even surer of them than of usual inputs {percent(1 - auroc.value)} of the time"
+            findings.append(Finding(f"Inputs like “{name}”", often))
+    return findings
 
 
 def least_sure(probs: Tensor, labels: Tensor) -> list[Finding]:
-    """The share of errors among the least confident fifth, if there are errors and half of all of them are there."""
+    """The share of errors among the least confident fifth, if it is clearly larger than that of all."""
     confidence, predicted = probs.max(dim=1)
     wrong = (predicted != labels).double()
     edge = confidence.sort().values[len(confidence) // 5]
     chosen = confidence < edge
-    if not bool(chosen.any()) or wrong[chosen].mean() < 1.5 * wrong.mean() or not wrong.sum():
+    if int(chosen.sum()) < MIN_UNSURE or wrong[chosen].mean() < 1.5 * wrong.mean() or not wrong.sum():
         return []
     rate, all_rate = percent(wrong[chosen].mean().item()), percent(wrong.mean().item())
     return [
         Finding(
-            f"Below a confidence of {percent(edge.item())}",
-            f"{rate} of these {int(chosen.sum()):,} answers are wrong, of all {all_rate}",
+            f"Often wrong, as it says itself, below a confidence of {percent(edge.item())}",
+            f"{rate} of these {int(chosen.sum()):,} answers are wrong, {all_rate} overall",
         )
     ]
 
@@ -168,9 +175,10 @@ def _ranges(tests: _Tests) -> list[Finding]:
     for sign, own in sorted(neighbours(np.sign(sums[1] - sums[2]) * is_beyond_chance(tests.range_p)), reverse=True):
         number, said, hits = sums[:, own].sum(axis=1)
         low, high = (f"{100 * edges[end].item():.0f} %" for end in (own[0], own[-1] + 1))
+        where = " nearly everywhere," if number >= NEARLY_ALL * sums[0].sum() else ""
         findings.append(
             Finding(
-                f"{'Too sure' if sign > 0 else 'Right more often than it says'} at {low} to {high}",
+                f"{'Too sure' if sign > 0 else 'Right more often than it says'}{where} at {low} to {high}",
                 f"{percent(hits / number)} of {tests.range_counts[own].sum():,} such answers are right, on average it "
                 f"says {percent(said / number)}",
                 direction=sign,
@@ -208,11 +216,11 @@ def _shares(tests: _Tests, names: Sequence[str]) -> list[Finding]:
 def _recall(tests: _Tests, names: Sequence[str]) -> list[Finding]:
     """Classes of which fewer are recognized than of all."""
     total, _, hits = tests.class_sums
-    accuracy = percent(hits.sum() / total.sum())
+    accuracy, counts = percent(hits.sum() / total.sum()), tests.class_counts
     return [
         Finding(
             f"Errors on {quoted(names[place])}",
-            f"{percent(hits[place] / total[place])} of {tests.class_counts[place]:,} are recognized, of all {accuracy}",
+            f"{percent(hits[place] / total[place])} of {counts[place]:,} are recognized, {accuracy} overall",
         )
         for place in beyond_chance_first(tests.recall_p)[:MOST]
     ]
@@ -230,7 +238,7 @@ def _missed(tests: _Tests, names: Sequence[str]) -> list[Card]:
         return []
     name, number = quoted(names[least]), tests.class_counts[least]
     headline = f"It seldom recognizes {name}: {percent(recall)} of {number:,}."
-    reason = f"{percent(recall)} of {number:,} examples of {name} are recognized, of all {percent(accuracy)}."
+    reason = f"{percent(recall)} of {number:,} examples of {name} are recognized, {percent(accuracy)} overall."
     return [Card("classes", "Does it recognize every class?", "no", reason, headline)]
 
 

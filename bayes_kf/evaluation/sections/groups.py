@@ -13,7 +13,7 @@ from bayes_kf.evaluation.report.contents import Finding, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, make_table
 from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.sections.distrust import MOST, beyond_chance_first, two_sided
-from bayes_kf.evaluation.sections.verdicts.phrases import percent
+from bayes_kf.evaluation.sections.verdicts.phrases import minus, percent
 
 MAX_GROUPS = 1_000  # of one kind
 
@@ -39,7 +39,8 @@ def group_section(
     weights = 1.0 if design is None else design.weights.numpy()
     said_of, right = confidence.numpy(), (predicted == labels).numpy()
     accuracy = float((weights * right).mean())
-    names, rows, tables, masks = [], [], [], []
+    names: list[tuple[str, str]] = []
+    rows, tables, masks = [], [], []
     for kind in getattr(groups, "columns", groups):
         members = _members(groups[kind], f"groups[{kind!r}]", len(labels))
         shown = []
@@ -48,7 +49,7 @@ def group_section(
             if not own.any():
                 continue
             total, said, hits = float(own.sum()), float((own * said_of).sum()), float((own * right).sum())
-            names.append(f"{kind} {name}")
+            names.append((str(kind), str(name)))
             masks.append(chosen)
             share, mean = hits / total, said / total
             rows.append((count, count * mean, count * share))
@@ -68,12 +69,12 @@ def group_section(
 
 
 def _findings(
-    names: Sequence[str], columns: np.ndarray, accuracy: float, fewer: np.ndarray, other: np.ndarray
+    names: Sequence[tuple[str, str]], columns: np.ndarray, accuracy: float, fewer: np.ndarray, other: np.ndarray
 ) -> list[Finding]:
     """Groups that stand out.
 
     Args:
-        names: Of the groups.
+        names: Kind and group.
         columns: Examples, summed confidence and right answers, (3, groups).
         accuracy: Of all examples.
         fewer: p-values of fewer right answers than of all.
@@ -82,16 +83,28 @@ def _findings(
     counts, said, hits = columns
     findings = [
         Finding(
-            f"Errors where {names[k]}",
-            f"{percent(hits[k] / counts[k])} of {counts[k]:,.0f} answers are right, of all {percent(accuracy)}",
+            f"Errors for {' '.join(names[k])}",
+            f"{percent(hits[k] / counts[k])} of {counts[k]:,.0f} answers are right, {percent(accuracy)} overall",
         )
         for k in beyond_chance_first(np.asarray(fewer))[:MOST]
     ]
-    for k in beyond_chance_first(other)[:MOST]:
+    rejected = beyond_chance_first(other)
+    for kind in dict.fromkeys(kind for kind, _ in names):
+        own = [k for k in range(len(names)) if names[k][0] == kind]
+        signs = {bool(said[k] > hits[k]) for k in own}
+        if len(own) > 1 and len(signs) == 1 and set(own) <= set(rejected):  # all of them
+            rejected = [k for k in rejected if k not in own]
+            word = "Too sure" if signs.pop() else "Right more often than it says"
+            shares = [hits[k] / counts[k] - said[k] / counts[k] for k in own]
+            low, high = (minus(f"{100 * end:+.1f}") for end in (min(shares), max(shares)))
+            findings.append(
+                Finding(f"{word} for every {kind}", f"accuracy minus confidence is {low} to {high} percentage points")
+            )
+    for k in rejected[:MOST]:
         direction = "Too sure" if said[k] > hits[k] else "Right more often than it says"
         findings.append(
             Finding(
-                f"{direction} where {names[k]}",
+                f"{direction} for {' '.join(names[k])}",
                 f"{percent(hits[k] / counts[k])} of {counts[k]:,.0f} answers are right, on average it says "
                 f"{percent(said[k] / counts[k])}",
             )

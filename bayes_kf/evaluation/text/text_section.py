@@ -44,6 +44,7 @@ DETECTABLE = 0.1  # nats a token: with texts too few to see such a gap there is 
 SLIGHT = 0.05  # nats a token
 GOOD_CORRELATION, USELESS_CORRELATION = 0.5, 0.2
 DARKEST = 5.0  # nats of entropy that have the full colour
+NEARLY_ALL = 0.75  # of the ranges of entropy
 SHOWN = 6  # texts of each kind
 MAX_TOKENS = 160  # of a text that is shown
 
@@ -98,7 +99,9 @@ def _probabilities(gap: Score, tokens: TokenScores) -> Card:
     answer: Answer = "yes"
     if gap.null_position:
         answer, how = "no", "too high" if value > 0 else "too low"
-        headline = f"Do not trust its probabilities, they are {how}: {reason[0].lower() + reason[1:]}."
+        headline = (
+            f"Do not trust its probabilities, they are {how}: a token costs {lost:.3f} nats, it expects {said:.3f}."
+        )
         if abs(value) < SLIGHT:
             headline = f"Its probabilities are slightly {how}."
         reason += "."
@@ -107,8 +110,8 @@ def _probabilities(gap: Score, tokens: TokenScores) -> Card:
         headline = f"{tokens.num_texts:,} texts are too few to tell whether its probabilities can be trusted."
         reason += f". About {_needed(gap, tokens):,} such texts would show a difference of {DETECTABLE:g}."
     else:
-        headline = "Its probabilities can be trusted."
-        reason += f"; right probabilities differ by up to {gap.null_band.high:.3f}."
+        headline = "Its probabilities can be trusted on texts like these."
+        reason += f"; chance alone explains a difference up to {gap.null_band.high:.3f}."
     return Card("probabilities", question, answer, reason, headline)
 
 
@@ -146,6 +149,14 @@ def _verdict(gap: Score, tokens: TokenScores) -> str:
 
 def _findings(bins: SurpriseBins) -> list[Finding]:
     """Ranges of entropy with another loss, beyond chance."""
+    outside = int(((bins.loss < bins.low) | (bins.loss > bins.high)).sum())
+    if outside >= NEARLY_ALL * len(bins.counts):
+        how = (
+            "costs more than it expects"
+            if float((bins.loss - bins.entropy).sum()) > 0
+            else "costs less than it expects"
+        )
+        return [Finding("Nearly everywhere", f"in {outside} of {len(bins.counts)} ranges of entropy a token {how}")]
     rejected = is_beyond_chance(bins.p_values)
     findings = []
     for sign, own in neighbours(np.sign((bins.loss - bins.entropy).numpy()) * rejected):
@@ -184,7 +195,15 @@ def _surprise(bins: SurpriseBins) -> FigureSpec:
     def draw(ax: Axes) -> Axes:
         end = 1.05 * float(torch.stack([bins.high.max(), bins.loss.max()]).max())
         ax.plot([0, end], [0, end], color=GREY, linestyle="--", linewidth=1, label="loss = entropy")
-        ax.bar(bins.entropy, bins.high - bins.low, 0.02 * end, bins.low, color=SKY, alpha=0.5, label="null band: 95 %")
+        ax.bar(
+            bins.entropy,
+            bins.high - bins.low,
+            0.02 * end,
+            bins.low,
+            color=SKY,
+            alpha=0.5,
+            label="where 95 % of calibrated models fall",
+        )
         is_outside = (bins.loss < bins.low) | (bins.loss > bins.high)
         for chosen, colour, marker, label in (
             (~is_outside, BLUE, "o", "loss, inside its band"),

@@ -354,7 +354,7 @@ def test_a_threshold_reads_coverage_and_risk(pages, visit):
         slider.fill(str(step))
         chosen = confidence >= step / 100
         text = page.locator(".threshold output").inner_text()
-        assert text.startswith(f"{step:.1f} %: {100 * (1 - chosen.double().mean()):.1f} % of inputs are left to others")
+        assert text.startswith(f"{step:.1f} %: {100 * (1 - chosen.double().mean()):.1f} % of inputs get no answer")
         assert f"{100 * wrong[chosen].double().mean():.1f} % of the answers are wrong" in text
         assert slider.get_attribute("aria-valuetext") == text
 

@@ -94,7 +94,7 @@ def test_dependent_examples_of_a_calibrated_model_are_no_evidence_against_it():
         settings = {"num_simulations": 199, "seed": seed}
         report = ev.evaluate_predictions(probs, labels, clusters=clusters, **settings)
         outside += report.score("ece_smooth").null_position != 0
-        found += any(not finding.where.startswith("Below") for finding in report.sections.findings)
+        found += any(not finding.where.startswith("Often wrong") for finding in report.sections.findings)
         gap = report.score("confidence_gap").interval
         covered += gap.low <= 0 <= gap.high
         plain_outside += ev.evaluate_predictions(probs, labels, **settings).score("ece_smooth").null_position != 0

@@ -36,7 +36,9 @@ def test_a_good_model_is_trusted_and_says_so():
     report = ev.evaluate_predictions(probs, labels, ood={"noise": torch.full((200, 3), 1 / 3)}, **QUICK)
     assert answers(report) == ["yes", "yes", "yes"]
     assert report.headline == [
-        "Its probabilities can be trusted.", "It knows its errors: it is less sure of them.", "It notices “noise”.",
+        "Its probabilities can be trusted on inputs like these.",
+        "It knows its errors: it is less sure of them.",
+        "It notices “noise”.",
     ]  # fmt: skip
     assert "of 1,500 answers are right; the most frequent class: 3" in report.sections.lead
 
@@ -70,9 +72,10 @@ def test_an_error_that_no_temperature_mends_is_not_promised_to_be():
     assert answers(report)[0] == "no"
     assert any(one.what == "Calibration would bring little" for one in report.sections.advice)
     assert not any("TemperatureScaling" in one.call for one in report.sections.advice)
-    assert [one.where.split(" at")[0] for one in report.sections.findings[:2]] == [
-        "Too sure", "Right more often than it says",
+    assert [one.where.split(" at")[0] for one in report.sections.findings[:3]] == [
+        "Errors on 1", "Too sure", "Right more often than it says",
     ]  # fmt: skip
+    assert report.sections.advice[0].what == "Do not rely on it for that class"
     assert "too high in some ranges and too low in others" in report.headline[0]
 
 
@@ -105,7 +108,7 @@ def test_the_page_says_in_large_type_what_is_wrong_and_the_rest_on_cards():
     probs, labels = classifier(900, 3, sharp=3.0)
     html = ev.evaluate_predictions(probs, labels, ood={"same": classifier(300, 3, 7, sharp=3.0)[0]}, **QUICK).to_html()
     large = re.findall(r'<p class="headline">([^<]*)</p>', html)
-    assert large == ["Its probabilities can be trusted.", "It does not notice “same”."]
+    assert large == ["Its probabilities can be trusted on inputs like these.", "It does not notice “same”."]
 
 
 def test_where_it_is_least_sure_is_said():
@@ -113,14 +116,18 @@ def test_where_it_is_least_sure_is_said():
     (finding,) = ev.evaluate_predictions(probs, labels, **QUICK).sections.findings
     confidence, wrong = probs.max(1).values, probs.argmax(1) != labels
     edge = confidence.sort().values[200]
-    assert finding.where == f"Below a confidence of {100 * edge:.1f} %"
+    assert finding.where == f"Often wrong, as it says itself, below a confidence of {100 * edge:.1f} %"
     assert finding.what.startswith(f"{100 * wrong[confidence < edge].double().mean():.1f} % of these 200 answers")
 
 
 def test_inputs_that_are_missed_are_among_what_not_to_trust():
     probs, labels = classifier(900, 3)
     report = ev.evaluate_predictions(probs, labels, ood={"same": classifier(300, 3, 7)[0]}, **QUICK)
-    assert any(finding.where == "“same”" for finding in report.sections.findings)
+    auroc = report.scores["ood_same_auroc"]
+    (finding,) = [finding for finding in report.sections.findings if finding.where == "Inputs like “same”"]
+    assert f"{100 * max(auroc, 1 - auroc):.1f} % of the time" in finding.what
+    assert ("even surer" in finding.what) == (auroc < 0.5)
+    assert any(one.what.startswith("Keep such other inputs away") for one in report.sections.advice)
 
 
 def test_a_threshold_is_offered_only_where_it_leaves_errors_out():
@@ -128,7 +135,9 @@ def test_a_threshold_is_offered_only_where_it_leaves_errors_out():
     report = ev.evaluate_predictions(probs, labels, **QUICK)
     start = int(re.search(r'data-start="(\d+)"', report.to_html())[1])
     assert report.sections.thresholds[start][0] == pytest.approx(start / 100)
-    assert f"Abstain below a confidence of {start}" in "".join(one.what for one in report.sections.advice) or start > 0
+    assert report.sections.thresholds[start][1] == pytest.approx(0.8, abs=0.02) or "Answer only" in "".join(
+        one.what for one in report.sections.advice
+    )
     shuffled = probs[torch.randperm(3000, generator=torch.Generator().manual_seed(0))]
     assert "data-start" not in ev.evaluate_predictions(shuffled, labels, **QUICK).to_html()
 
@@ -221,11 +230,11 @@ def test_the_most_confident_errors_are_listed_without_examples():
 def test_abstention_is_advised_with_the_rules_own_numbers():
     probs, labels = classifier(3000)
     advice = ev.evaluate_predictions(probs, labels, **QUICK).sections.advice
-    (abstain,) = [one for one in advice if one.what.startswith("Abstain")]
+    (abstain,) = [one for one in advice if one.what.startswith("Answer only")]
     confidence, correct = probs.max(1).values, probs.argmax(1) == labels
     rule = ev.AbstentionRule.fit(confidence, correct, risk=float(abstain.call.partition("risk=")[2].rstrip(")")))
     assert f"{100 * rule.threshold:.1f} %" in abstain.what
-    assert abstain.gain.startswith(f"{100 * (1 - rule.answered):.1f} % of inputs are then left to others")
+    assert abstain.what.startswith(f"Answer only {100 * rule.answered:.1f} % of inputs")
     assert rule.risk <= float((~correct).double().mean()) / 2
 
 
@@ -250,14 +259,15 @@ def test_regressions_have_answers_too():
     mean, targets, variance = forecasts(1200)
     good = ev.evaluate_regression(mean, targets, variance=variance, **QUICK)
     assert answers(good) == ["yes", "partly"]
-    assert good.headline == ["Its intervals can be trusted.", "It knows in part where it errs."]
+    assert good.headline == ["Its intervals can be trusted on inputs like these.", "It knows in part where it errs."]
     assert not good.sections.findings
     mean, targets, variance = forecasts(1200, factor=1.5)
     bad = ev.evaluate_regression(mean, targets, variance=variance, **QUICK)
     assert answers(bad) == ["no", "partly"]
     wide = ev.evaluate_regression(*forecasts(1200, spread=1.5)[:2], variance=forecasts(1200, spread=1.5)[2], **QUICK)
     assert answers(wide)[1] == "yes"
-    assert bad.headline[0] == "Do not trust its intervals, they are too narrow."
+    inside = f"{100 * bad.scores['coverage_80']:.1f} %"
+    assert bad.headline[0] == f"Do not trust its intervals, they are too narrow: those of 80 % contain {inside}."
     (advice,) = bad.sections.advice
     factor = float(advice.what.partition("intervals ")[2].split()[0])
     assert factor == pytest.approx(1.5, abs=0.1)

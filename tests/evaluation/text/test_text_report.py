@@ -75,7 +75,10 @@ def test_the_page_says_whether_the_probabilities_can_be_trusted(sharpness, answe
     assert report.scores["surprise_gap"] == pytest.approx(report.scores["nll"] - float(case["entropy"].mean()))
     assert report.sections.cards[2].answer == "yes"
     wrong = {finding.where.split(" at ")[0] for finding in report.sections.findings}
-    assert wrong == ({"Too sure"} if word == "too high" else {"Right more often than it says"} if word else set())
+    assert wrong == ({"Nearly everywhere"} if word else set())
+    if word:
+        costs = "costs more than it expects" if word == "too high" else "costs less than it expects"
+        assert report.sections.findings[0].what.endswith(costs)
     assert any("calibrate" in advice.call for advice in report.sections.advice) == (answer == "no")
 
 

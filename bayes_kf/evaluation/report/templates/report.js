@@ -77,7 +77,7 @@
     const percent = (share) => `${(100 * share).toFixed(1)} %`;
     const show = () => {
       const [threshold, answered, wrong] = steps[Number(input.value)];
-      output.textContent = `${percent(threshold)}: ${percent(1 - answered)} of inputs are left to others, ${percent(wrong)} of the answers are wrong`;
+      output.textContent = `${percent(threshold)}: ${percent(1 - answered)} of inputs get no answer, ${percent(wrong)} of the answers are wrong`;
       input.setAttribute("aria-valuetext", output.textContent);
     };
     input.max = String(steps.length - 1);

@@ -51,13 +51,13 @@ def calibration_card(scores: Mapping[str, Score], num_targets: int, directions: 
     answer, error = calibration_answer(scores, num_targets), scores[PRIMARY]
     confidence, accuracy = (percent(scores[name].value) for name in ("confidence", "accuracy"))
     high = null_band_of(error).high
-    reason = f"Calibration error {error.value:.3f}; right probabilities show up to {high:.3f} at this size"
+    reason = f"Calibration error {error.value:.3f}; chance alone explains up to {high:.3f}"
     if answer == "yes":
-        headline = "Its probabilities can be trusted."
-        reason += f". An error of {_detectable(scores, num_targets):.2g} would have been seen."
+        headline = "Its probabilities can be trusted on inputs like these."
+        reason += f". An error below {_detectable(scores, num_targets):.2g} could go unnoticed."
     elif answer == "too few":
         headline = f"{num_targets:,} examples are too few to tell whether its probabilities can be trusted."
-        reason += f". About {needed_targets(scores, num_targets):,} examples would show an error of 0.1."
+        reason += f". About {needed_targets(scores, num_targets):,} in all would show an error of 0.1."
     elif error.null_position > 0:
         how = ("wrong", "too high", "too low")[scores["confidence_gap"].null_position]
         numbers = f"on average it says {confidence}, and {accuracy} are right"
@@ -69,9 +69,7 @@ def calibration_card(scores: Mapping[str, Score], num_targets: int, directions: 
         reason += "."
     else:
         headline = "Its probabilities fit better than chance allows: are the targets independent?"
-        reason = (
-            f"Calibration error {error.value:.3f}; right probabilities show at least {null_band_of(error).low:.3f}."
-        )
+        reason = f"Calibration error {error.value:.3f}; chance alone gives at least {null_band_of(error).low:.3f}."
     return Card("probabilities", "Are the probabilities right?", answer, reason, headline)
 
 

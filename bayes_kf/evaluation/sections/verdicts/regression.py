@@ -45,11 +45,11 @@ def pit_card(pit_ks: Score, mean_z: float, variance_z: float, coverage: Score, n
     answer = pit_answer(pit_ks)
     inside = percent(coverage.value)
     headline = {
-        "yes": "Its intervals can be trusted.",
+        "yes": "Its intervals can be trusted on inputs like these.",
         "too few": f"{num_targets:,} targets are too few to tell whether its intervals can be trusted.",
-        "no": f"Do not trust its intervals, they are {_wrong_way(mean_z, variance_z)}.",
+        "no": f"Do not trust its intervals, they are {_wrong_way(mean_z, variance_z)}: those of 80 % contain {inside}.",
     }[answer]
-    reason = f"The 80 % intervals contain {inside}; right ones contain {percent_range(null_band_of(coverage))}."
+    reason = f"The 80 % intervals contain {inside}; chance alone explains {percent_range(null_band_of(coverage))}."
     return Card("probabilities", "Are the intervals right?", answer, reason, headline)
 
 

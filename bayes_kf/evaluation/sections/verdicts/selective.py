@@ -54,7 +54,9 @@ def error_card(scores: Mapping[str, Score], num_wrong: int, num_correct: int) ->
     reason = f"{num_wrong:,} wrong and {num_correct:,} right predictions."
     if not math.isnan(auroc.value):
         share = percent(auroc.value)
-        reason = f"Of a wrong and a right answer, it is less sure of the wrong one {share} of the time; guessing: 50 %."
+        known = "" if auroc.interval is None else f" ({percent_range(auroc.interval)})"
+        reason = f"Of a wrong and a right answer, it is less sure of the wrong one {share} of the time{known}; "
+        reason += "guessing: 50 %."
     headline = {
         "yes": "It knows its errors: it is less sure of them.",
         "partly": "It knows some of its errors.",
