@@ -29,7 +29,7 @@ NUM_FAMILIES = 5
 NUM_RANGES = 10  # of the confidence
 MOST = 5  # findings of a family that are shown
 WORST = 10  # confident errors that are listed
-NEARLY_ALL = 0.8  # of the examples
+NEARLY_ALL, MANY_RANGES = 0.8, 4  # share of the examples, and ranges, that are nearly everywhere
 MIN_UNSURE = 20  # of the least confident fifth, to be a finding
 
 
@@ -118,7 +118,7 @@ def least_sure(probs: Tensor, labels: Tensor) -> list[Finding]:
     rate, all_rate = percent(wrong[chosen].mean().item()), percent(wrong.mean().item())
     return [
         Finding(
-            f"Often wrong, as it says itself, below a confidence of {percent(edge.item())}",
+            f"Often wrong below a confidence of {percent(edge.item())}",
             f"{rate} of these {int(chosen.sum()):,} answers are wrong, {all_rate} overall",
         )
     ]
@@ -175,7 +175,8 @@ def _ranges(tests: _Tests) -> list[Finding]:
     for sign, own in sorted(neighbours(np.sign(sums[1] - sums[2]) * is_beyond_chance(tests.range_p)), reverse=True):
         number, said, hits = sums[:, own].sum(axis=1)
         low, high = (f"{100 * edges[end].item():.0f} %" for end in (own[0], own[-1] + 1))
-        where = " nearly everywhere," if number >= NEARLY_ALL * sums[0].sum() else ""
+        is_wide = len(own) >= MANY_RANGES and number >= NEARLY_ALL * sums[0].sum()
+        where = " nearly everywhere," if is_wide else ""
         findings.append(
             Finding(
                 f"{'Too sure' if sign > 0 else 'Right more often than it says'}{where} at {low} to {high}",

@@ -116,7 +116,7 @@ def test_where_it_is_least_sure_is_said():
     (finding,) = ev.evaluate_predictions(probs, labels, **QUICK).sections.findings
     confidence, wrong = probs.max(1).values, probs.argmax(1) != labels
     edge = confidence.sort().values[200]
-    assert finding.where == f"Often wrong, as it says itself, below a confidence of {100 * edge:.1f} %"
+    assert finding.where == f"Often wrong below a confidence of {100 * edge:.1f} %"
     assert finding.what.startswith(f"{100 * wrong[confidence < edge].double().mean():.1f} % of these 200 answers")
 
 
