@@ -17,6 +17,7 @@ SCRIPTS = {  # those whose --table draws no figure
     "tuning": ("papers.prior_sensitivity", ["--tables", "tuning"]),
     "posterior_quality": ("quality.run", []),
     "quality_development": ("quality.split.run", []),
+    "quality_sealed": ("quality.split.run", ["--open-sealed"]),
     "epistemic_entropy": ("quality.epistemic_entropy", []),
     "interval_coverage": ("quality.interval_coverage", []),
     "evaluation_cost": ("speed.evaluation_cost", []),

@@ -7,6 +7,7 @@ from torch import nn
 
 import bayes_kf as bkf
 from bayes_kf.inference.filtering.state import DivergenceError
+from bayes_kf.inference.fitting.passes import early_stopping
 from bayes_kf.inference.fitting.passes.early_stopping import early_stopped_passes, latest_not_worse
 from bayes_kf.inference.fitting.passes.mode_steps import ModeSteps
 from bayes_kf.inference.fitting.progress import ProgressBar
@@ -67,6 +68,32 @@ def test_the_steps_have_the_scale_of_the_prior():
         step = (after.belief.mean - state.belief.mean) / state.prior.variance.sqrt()
         # Adam's first step, up to its ε = 1e-8 beside gradients of about 1e-4
         torch.testing.assert_close(step.abs(), torch.full_like(step, 0.05), rtol=2e-3, atol=0)
+
+
+def test_passes_whose_steps_are_too_long_begin_anew_with_shorter_ones(monkeypatch):
+    """Steps of thirty prior standard deviations make the first pass clearly worse; shorter ones do not."""
+    x, y = data(160, noise=0.5)
+    kf, state = started(x[:96], y[:96], initial_logit_sd=3.0)
+    fitted, heldout = batches(x[:96], y[:96]), [Batch(x[96:], y[96:], 64)]
+    usual = early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
+    rates, steps = [], early_stopping.ModeSteps
+
+    def recorded(kf, state, passes, rate):
+        rates.append(rate)
+        return steps(kf, state, passes, rate)
+
+    monkeypatch.setattr(early_stopping, "ModeSteps", recorded)
+    early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
+    assert rates == [early_stopping.LEARNING_RATE]  # good steps are not begun anew
+    monkeypatch.setattr(early_stopping, "LEARNING_RATE", 30.0)
+    stopped = early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
+    assert rates[1:] == pytest.approx([30 / 3**k for k in range(len(rates) - 1)])
+    assert len(rates) > 2
+    assert len(stopped.losses) == 6
+    assert stopped.losses[0] == usual.losses[0]
+    monkeypatch.setattr(early_stopping, "SMALLEST_RATE", float("inf"))
+    long = early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
+    assert stopped.losses[1] < long.losses[1]
 
 
 def test_other_examples_and_broken_means_are_refused():
