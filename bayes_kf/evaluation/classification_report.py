@@ -29,7 +29,7 @@ from bayes_kf.evaluation.sections.distrust import (
     worst_section,
 )
 from bayes_kf.evaluation.sections.examples import example_section
-from bayes_kf.evaluation.sections.groups import group_section, groups_of_inputs
+from bayes_kf.evaluation.sections.groups import group_section, groups_of_inputs, of_inputs
 from bayes_kf.evaluation.sections.human_agreement import human_section
 from bayes_kf.evaluation.sections.online import stream_sections
 from bayes_kf.evaluation.sections.selective import recalibration_section, usefulness_section
@@ -92,7 +92,7 @@ def evaluate_predictions(
             selective prediction count every example alike.
         clusters: What each example is part of (a patient, a document), (N,): examples of one cluster may depend on each
             other, and intervals, null bands and tests allow for that. Tokens, pixels and several labels are those of
-            their input.
+            their input, and weights and clusters (B,) are of the inputs.
         ordered: Whether the classes have an order, for the ranked probability score.
         top_k: Numbers of most probable classes that count together, each with an ECE; by default 5 if there are more
             than 10 classes.
@@ -133,12 +133,15 @@ def evaluate_predictions(
     flat = flattened(probs, targets)
     if flat.inputs is not None:
         options.check_no_examples()
-        options = replace(options, groups=groups_of_inputs(options.groups, flat.inputs, len(targets)))
-        if clusters is None and len(targets) > 1:
+        size = len(targets)
+        options = replace(options, groups=groups_of_inputs(options.groups, flat.inputs, size))
+        weights, clusters = (of_inputs(given, flat.inputs, size) for given in (weights, clusters))
+        if clusters is None and len(flat.inputs.unique()) > 1:
             clusters = flat.inputs
     checked = as_probs(flat.probs)
     labels = as_targets(flat.targets, checked, class_names=options.class_names)
     options = replace(options, design=SampleDesign.of(weights, clusters, len(labels)))
+    options.check_design()
     parts = entropy_parts(samples) if uncertainty is None and samples is not None else uncertainty
     report = classification_report(checked, labels, options, log_prob=log_prob, uncertainty=parts)
     report.sections.lead += f" {flat.note}" if flat.note else ""
@@ -178,7 +181,7 @@ def _sections(
     sections += entropy_section(probs, uncertainty, options.ood, options.design)
     sections += usefulness_section(probs, labels, options.design)
     sections = _assessment(sections.scores, probs, labels, names, options) + sections
-    sections += recalibration_section(probs, labels, options.recalibration, options.conformal, null)
+    sections += recalibration_section(probs, labels, options.recalibration, options.conformal, null, options.design)
     if options.human is not None:
         sections += human_section(probs, options.human)
     sections += stream_sections(options.history, options.parameter_variance, options.output_variance)
@@ -197,10 +200,11 @@ def _assessment(
 ) -> Sections:
     """Cards, findings and advice."""
     num_examples, num_correct = len(labels), int((probs.argmax(dim=1) == labels).sum())
+    number, unit = (num_examples, "examples") if options.design is None else options.design.independent
     distrust = distrust_section(probs, labels, names, options.design)
     detected = {name: scores[f"ood_{name}_auroc"] for name in options.ood}
     cards = [
-        calibration_card(scores, num_examples, {finding.direction for finding in distrust.findings} - {0}),
+        calibration_card(scores, number, {finding.direction for finding in distrust.findings} - {0}, unit),
         error_card(scores, num_examples - num_correct, num_correct),
         detection_card(detected),
     ]

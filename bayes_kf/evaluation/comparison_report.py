@@ -1,5 +1,6 @@
 """The report that compares several posteriors, or several sets of predictions."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -231,6 +232,8 @@ def _checked_cost(cost: Mapping[str, float] | None, models: Mapping[str, Any]) -
     given = {str(name): float(value) for name, value in (cost or {}).items()}
     if given and set(given) != {str(name) for name in models}:
         raise ValueError(f"`cost` must hold the models {', '.join(map(str, models))}, got {', '.join(given)}.")
+    if not all(map(math.isfinite, given.values())):
+        raise ValueError(f"`cost` must hold finite numbers, got {given}.")
     return given
 
 

@@ -72,7 +72,8 @@ def _places(probs: Tensor, targets: Tensor) -> Flattened:
     if not bool(counted.any()):
         raise ValueError(f"`targets` must have an entry that counts, got {IGNORED} everywhere.")
     inputs = counted.nonzero()[:, 0]
-    return Flattened(moved[counted], targets[counted], _note(int(counted.sum()), word, len(targets)), inputs)
+    note = _note(int(counted.sum()), word, len(inputs.unique()))
+    return Flattened(moved[counted], targets[counted], note, inputs)
 
 
 def _labels(probs: Tensor, targets: Tensor) -> Flattened:

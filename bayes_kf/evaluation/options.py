@@ -81,6 +81,15 @@ class EvaluationOptions:
                     f"`{name}` must be left out for a posterior without class probabilities, got {given!r}."
                 )
 
+    def check_design(self) -> None:
+        """Check that weights and clusters are given only with what takes them.
+
+        Raises:
+            ValueError: If people's answers are given too.
+        """
+        if self.design is not None and self.human is not None:
+            raise ValueError("`human` must be left out with weights or clusters, got both.")
+
     def check_no_examples(self) -> None:
         """Check that nothing is given that belongs to single examples, where tokens, pixels or labels count as such.
 

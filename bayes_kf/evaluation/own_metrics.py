@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,13 +39,14 @@ _METRICS: dict[str, OwnMetric] = {}
 def register_metric(
     name: str, *, label: str | None = None, remark: str = "", bounds: tuple[float, float] | None = None
 ) -> Callable[[FunctionT], FunctionT]:
-    """Decorator: from now on every report on class probabilities has a row for this metric.
+    """Decorator: from now on every report of `evaluate` and `evaluate_predictions` has a row for this metric.
 
     The function takes class probabilities (N, C), float64, and class indices (N,), and returns one number for each
     example, (N,), whose mean is the score, or a single number. The null band is from the values for labels drawn from
     the probabilities. The interval of a mean is that of the package's own scores with these bounds, or Student's; that
     of a single number is the bootstrap's, which is only right for numbers that are smooth in the data and not biased
-    (F1, kappa, a rate; not a calibration error). With clusters, single numbers have none of both.
+    (F1, kappa, a rate; not a calibration error), and is left out if a resample has no value. With clusters, single
+    numbers have none of both.
 
     Args:
         name: Of the score, a Python identifier; registering it again replaces it.
@@ -130,14 +132,17 @@ def _score(
 
 def _values(name: str, metric: OwnMetric, probs: Tensor, labels: Tensor) -> Tensor:
     """What the function returns: (N,) or a number."""
-    values = as_float(torch.as_tensor(metric.function(probs, labels)), name, allow_infinite=True)
+    values = torch.as_tensor(metric.function(probs.clone(), labels.clone())).detach().cpu().double()
+    if values.ndim:
+        values = as_float(values, name, allow_infinite=True)
     if values.ndim and values.shape != labels.shape:
         raise ValueError(
             f"The metric {name!r} must return a number or one for each of {len(labels)} examples, got shape "
             f"{tuple(values.shape)}."
         )
     if metric.bounds is not None and (values.min() < metric.bounds[0] or values.max() > metric.bounds[1]):
-        raise ValueError(f"The metric {name!r} must stay in its bounds {metric.bounds}, got {values.min():.3g}.")
+        got = f"values in {values.min():.3g}..{values.max():.3g}"
+        raise ValueError(f"The metric {name!r} must stay in its bounds {metric.bounds}, got {got}.")
     return values
 
 
@@ -175,15 +180,17 @@ def _number_interval(
     size = len(labels)
     if size < MIN_LOSSES:
         return None
-    found = scipy.stats.bootstrap(
-        (np.arange(size),),
-        of,
-        vectorized=False,
-        n_resamples=MAX_RESAMPLES,
-        method="basic",
-        confidence_level=LEVEL,
-        rng=np.random.default_rng(settings.seed),
-    ).confidence_interval
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that are all equal or missing: there is no interval then
+        found = scipy.stats.bootstrap(
+            (np.arange(size),),
+            of,
+            vectorized=False,
+            n_resamples=MAX_RESAMPLES,
+            method="basic",
+            confidence_level=LEVEL,
+            rng=np.random.default_rng(settings.seed),
+        ).confidence_interval
     if not (math.isfinite(found.low) and found.low < found.high):
         return None
     return Interval(float(found.low), float(found.high))

@@ -19,6 +19,7 @@ from bayes_kf.evaluation.report.report import Report
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.sections.advice import POSTERIOR
+from bayes_kf.evaluation.sections.groups import groups_of_inputs
 from bayes_kf.evaluation.sections.regression import Forecast
 
 NUM_TARGET_DRAWS = 512  # of a prediction that is no normal distribution
@@ -134,11 +135,17 @@ def _report(
     probs, targets = class_predictions(posterior, prediction, "posterior")
     checked = as_probs(probs)
     labels = as_targets(targets, checked)
-    design = _design(len(prediction.targets), len(labels), **counted)
+    size = len(prediction.targets)
+    design, each = _design(size, len(labels), **counted), len(labels) // size
+    if each > 1:
+        groups = groups_of_inputs(options.groups, torch.arange(size).repeat_interleave(each), size)
+        options = replace(options, groups=groups)
+    options = replace(options, design=design)
+    options.check_design()
     return classification_report(
         checked,
         labels,
-        replace(options, design=design),
+        options,
         log_prob=prediction.log_prob,
         uncertainty=_entropy_parts(prediction, is_bernoulli),
     )

@@ -29,6 +29,27 @@ def test_the_influence_of_an_example_on_the_aurc_is_the_jackknifes():
     assert float(influence.std()) == pytest.approx(float(pseudo.std()), rel=0.01)
 
 
+def test_ties_of_the_confidence_do_not_depend_on_the_order_of_the_examples():
+    labels = torch.cat([torch.zeros(300), torch.ones(300)]).long()
+    constant = torch.tensor([[0.7, 0.3]], dtype=torch.float64).repeat(600, 1)
+    sure = 0.5 + 0.4 * torch.rand(600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs = {"constant": constant, "random": torch.stack([sure, 1 - sure], dim=1)}
+    comparison = ev.compare_predictions(probs, labels, scores=["aurc"])["aurc"]
+    assert comparison.values["constant"] == pytest.approx(0.5)
+    assert not comparison.differences[0].is_clear
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(1))
+    shuffled = ev.compare_predictions({n: p[order] for n, p in probs.items()}, labels[order], scores=["aurc"])["aurc"]
+    assert shuffled.values["constant"] == pytest.approx(0.5)
+
+
+def test_few_foreign_inputs_tell_no_models_apart():
+    generator = torch.Generator().manual_seed(5)
+    probs = {name: noisy(torch.randn(100, 4, generator=generator), generator) for name in "ab"}
+    ood = {"far": {"a": torch.eye(4)[:1], "b": torch.full((1, 4), 0.25)}}
+    found = ev.compare_predictions(probs, torch.zeros(100, dtype=torch.int64), scores=["nll"], ood=ood)
+    assert not found["ood_far_auroc"].differences[0].is_clear
+
+
 def test_equal_models_differ_clearly_in_no_more_data_sets_than_chance_allows():
     generator = torch.Generator().manual_seed(1)
     clear = {"aurc": 0, "ood_far_auroc": 0}
@@ -67,6 +88,8 @@ def test_a_better_ranking_and_a_better_detector_are_found_and_stand_on_the_page(
     assert "better →" in page
     with pytest.raises(ValueError, match=r"^`cost` must hold the models near, far, got near\.$"):
         ev.report_comparison(probs, labels, cost={"near": 1.0})
+    with pytest.raises(ValueError, match=r"^`cost` must hold finite numbers"):
+        ev.report_comparison(probs, labels, cost={"near": math.nan, "far": 1.0})
     with pytest.raises(ValueError, match=r"^`ood\['noise'\]` must hold the models near, far, got near\.$"):
         ev.report_comparison(probs, labels, ood={"noise": {"near": ood["noise"]["near"]}})
     short = {"near": ood["noise"]["near"], "far": ood["noise"]["far"][:9]}

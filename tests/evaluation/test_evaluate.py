@@ -243,5 +243,7 @@ def test_bernoulli_outputs_of_an_example_are_dependent():
     weighted = ev.evaluate(FakePosterior("bernoulli"), both, weights=torch.arange(100) % 3, clusters=torch.arange(100))
     right = ((probs > 0.5) == targets).double()[:, 0]
     assert weighted.scores["accuracy"] == pytest.approx(float((torch.arange(100) % 3 * right).sum() / 99))
+    grouped = ev.evaluate(FakePosterior("bernoulli"), both, groups={"half": torch.arange(100) // 50})
+    assert [row[1].value for row in grouped.tables["Groups by half"].rows] == [100, 100]
     with pytest.raises(ValueError, match=r"^`weights` must be left out for a posterior without class probabilities"):
         ev.evaluate(FakePosterior("gaussian"), {"mean": probs, "targets": targets}, weights=[1.0] * 100)

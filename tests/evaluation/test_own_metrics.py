@@ -82,6 +82,17 @@ def test_the_interval_of_a_single_number_covers_it(registered):
     assert outside <= 14
 
 
+def test_a_metric_without_a_value_has_no_interval_and_cannot_change_the_data(registered):
+    registered("rare", lambda probs, labels: float("nan") if (labels == 0).sum() < 40 else 0.5)
+    registered("rough", lambda probs, labels: probs.clamp_(max=0.5).sum(dim=1))
+    probs, labels = case(120)
+    given = probs.numpy().copy()
+    report = ev.evaluate_predictions(given, labels, num_simulations=39)
+    assert (given == probs.numpy()).all()
+    assert report.score("rare").interval is None
+    assert report.score("rare").null_band is None
+
+
 def test_bad_metrics_are_refused(registered):
     probs, labels = case(20)
     for name in ("accuracy", "ood_noise_auroc", "no name"):
@@ -99,5 +110,5 @@ def test_bad_metrics_are_refused(registered):
     registered("other", brier, bounds=(0, 0.1))
     ev.unregister_metric("mine")
     ev.register_metric("mine")(lambda probs, labels: 0.0)
-    with pytest.raises(ValueError, match=r"^The metric 'other' must stay in its bounds"):
+    with pytest.raises(ValueError, match=r"^The metric 'other' must stay in its bounds \(0, 0\.1\), got values in"):
         ev.evaluate_predictions(probs, labels)

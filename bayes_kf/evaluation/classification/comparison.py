@@ -24,6 +24,7 @@ from bayes_kf.evaluation.score_comparison import Difference, ScoreComparison, ra
 
 COMPARED = ("nll", "brier", "accuracy")
 SELECTIVE = "aurc"
+MIN_INPUTS = 10  # fewer of either kind have no clear difference of AUROCs
 
 
 def compare_predictions(
@@ -113,11 +114,13 @@ def _checked_ood(ood: Mapping[str, Mapping[str, Array]], models: Mapping[str, Te
 
 
 def _auroc_interval(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], level: float) -> Interval:
-    """Normal interval of a difference of paired AUROCs (DeLong et al. 1988)."""
+    """Interval of a difference of paired AUROCs (DeLong et al. 1988), with Student's t of the smaller number."""
     inside, outside = first[0] - second[0], first[1] - second[1]
-    value = outside.mean().item()
-    variance = sum((part.var().item() / len(part) if len(part) > 1 else 0.0) for part in (inside, outside))
-    half = float(scipy.stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
+    value, fewest = outside.mean().item(), min(len(inside), len(outside))
+    if fewest < MIN_INPUTS:
+        return Interval(-1.0, 1.0)
+    variance = sum(part.var().item() / len(part) for part in (inside, outside))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, fewest - 1)) * math.sqrt(variance)
     return Interval(value - half, value + half)
 
 

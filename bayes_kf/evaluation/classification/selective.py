@@ -81,18 +81,21 @@ def aurc_influence(confidence: Tensor, correct: Tensor) -> Tensor:
     """The AURC plus the influence of each example on it, (N,): their mean is the AURC.
 
     An example of rank r, with the risks R_k of the k most confident, has R_r − AURC for its place as a threshold and
-    Σ_{k ≥ r} (loss − R_k)/k for its part in the risks.
+    Σ_{k ≥ r} (loss − R_k)/k for its part in the risks. Ties have the mean over their ranks.
     """
-    order = confidence.argsort(descending=True, stable=True)
-    losses = (~correct[order]).double()
+    losses = (~correct).double()
+    _, group, counts = (-confidence).unique(return_inverse=True, return_counts=True)
     numbers = torch.arange(1, len(losses) + 1, dtype=torch.float64)
-    risks = losses.cumsum(0) / numbers
+    risks = _expected_losses(confidence, losses).cumsum(0) / numbers
+    groups = torch.arange(len(counts)).repeat_interleave(counts)
+
+    def of_ties(terms: Tensor) -> Tensor:
+        return (torch.bincount(groups, terms) / counts)[group]
 
     def from_here(terms: Tensor) -> Tensor:
         return terms.flip(0).cumsum(0).flip(0)
 
-    values = risks + losses * from_here(1 / numbers) - from_here(risks / numbers)
-    return torch.empty_like(values).index_copy_(0, order, values)
+    return of_ties(risks) + losses * of_ties(from_here(1 / numbers)) - of_ties(from_here(risks / numbers))
 
 
 def excess_aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:

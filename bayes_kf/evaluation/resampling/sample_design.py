@@ -23,7 +23,7 @@ from torch import Tensor
 from bayes_kf.evaluation.inputs import as_vector, plain_array
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 
-MIN_CLUSTERS = 5  # fewer give no p-value
+MIN_CLUSTERS = 8  # fewer give no p-value and no null band: with G of them a random sign each has p >= 2/2**G
 MAX_DRAWS = 2 * 10**8  # signs or labels times examples; it bounds the time
 MIN_SIMULATIONS = 200  # simulated even where they need more than that
 
@@ -76,6 +76,16 @@ class SampleDesign:
         """G."""
         return int(self.clusters.max()) + 1
 
+    @property
+    def independent(self) -> tuple[int, str]:
+        """The number of what is independent, and its name."""
+        return (self.num_clusters, "clusters") if self.is_clustered else (len(self.weights), "examples")
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether there are clusters enough for null bands."""
+        return not self.is_clustered or self.num_clusters >= MIN_CLUSTERS
+
     def cluster_sums(self, values: Tensor) -> Tensor:
         """Sums over the examples of each cluster, (N, ...) → (G, ...)."""
         return torch.zeros(self.num_clusters, *values.shape[1:], dtype=torch.float64).index_add_(
@@ -90,9 +100,9 @@ class SampleDesign:
         """The sample of independent values with the mean, and its variance and skewness, of values (N,)."""
         mean, total = self.mean(values), self.weights.sum()
         parts = self.cluster_sums(self.weights * (values - mean)) / total
-        shares, number = self.cluster_sums(self.weights) / total, self.num_clusters
-        count = 1.0 / float(shares.square().sum())
-        variance = float(parts.square().sum()) * number / (number - 1) * count
+        shares = self.cluster_sums(self.weights) / total
+        number, count = int((shares > 0).sum()), 1.0 / float(shares.square().sum())
+        variance = float(parts.square().sum()) * number / max(number - 1, 1) * count
         third = float(parts.pow(3).sum()) * count**2
         squares, cubes = variance + mean**2, third + 3 * mean * variance + mean**3
         return EquivalentSample(count, count * mean, count * squares, count * max(cubes, 0.0))

@@ -71,9 +71,10 @@ def advice_section(
         assert band is not None
         advice.append(_calibrate(probs, labels, band.high, calls, design))
     if probabilities.answer == "too few":
-        needed = needed_targets(scores, len(labels))
+        number, unit = (len(labels), "examples") if design is None else design.independent
+        needed = needed_targets(scores, number)
         advice.append(
-            Advice("Evaluate more examples", f"about {needed:,} would show a calibration error of 0.1, if there is one")
+            Advice(f"Evaluate more {unit}", f"about {needed:,} would show a calibration error of 0.1, if there is one")
         )
     if errors.answer == "no":
         advice.append(

@@ -157,6 +157,13 @@ def loss_interval_of(losses: Tensor, probs: Tensor, share: float = 1.0) -> Inter
     return None if interval is None else Interval(share * interval.low, share * interval.high)
 
 
+def mean_loss(losses: Tensor, probs: Tensor, design: SampleDesign | None) -> Score:
+    """Mean log loss with its interval."""
+    if design is None:
+        return Score(losses.mean().item(), loss_interval_of(losses, probs))
+    return _designed_nll(losses, probs, design)
+
+
 def _designed_nll(losses: Tensor, probs: Tensor, design: SampleDesign) -> Score:
     """Mean log loss with weights and clusters."""
     if not bool(losses.isfinite().all()):
@@ -173,9 +180,11 @@ def _nll(probs: Tensor, labels: Tensor, log_prob: Array | None, design: SampleDe
     losses = log_losses(probs, labels) if log_prob is None else -as_vector(log_prob, "log_prob", allow_infinite=True)
     if len(losses) > len(labels):
         raise ValueError(f"`log_prob` must have at most {len(labels)} values, one a target, got {len(losses)}.")
-    if design is not None and len(losses) == len(labels):
-        return _designed_nll(losses, probs, design)
     share = len(losses) / len(labels)  # a log probability may be the joint one of several targets
+    if design is not None and len(labels) % len(losses) == 0:
+        each = len(labels) // len(losses)
+        joint = SampleDesign(design.weights.view(-1, each).mean(dim=1), design.clusters[::each], design.is_clustered)
+        return _designed_nll(share * losses, probs.view(-1, each, probs.shape[1])[:, 0], joint)
     return Score(share * losses.mean().item(), loss_interval_of(losses, probs, share))
 
 

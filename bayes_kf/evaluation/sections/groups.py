@@ -130,6 +130,15 @@ def groups_of_inputs(groups: Mapping[str, Any], inputs: Tensor, count: int) -> d
     return found
 
 
+def of_inputs(values: Any, inputs: Tensor, count: int) -> Any:
+    """Weights or clusters of B = `count` inputs as those of their N parts; others as they are."""
+    if values is None:
+        return None
+    plain = plain_array(values)
+    own = plain.cpu().numpy() if isinstance(plain, torch.Tensor) else np.asarray(plain)
+    return own[inputs.numpy()] if own.shape == (count,) else own
+
+
 def _members(values: Any, name: str, count: int) -> dict[str, np.ndarray]:
     """Each group as a mask of the examples, (N,) bool, in the order of their names."""
     plain = plain_array(values)

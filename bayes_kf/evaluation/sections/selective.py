@@ -6,6 +6,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.calibration_errors import expected_calibration_error
+from bayes_kf.evaluation.calibration.designed_scores import designed_scores
 from bayes_kf.evaluation.calibration.intervals import difference_interval
 from bayes_kf.evaluation.calibration.null_distribution import calibration_test
 from bayes_kf.evaluation.calibration.score_summary import LEVEL
@@ -35,7 +36,7 @@ from bayes_kf.evaluation.report.sortable_tables import Cell, Table, make_table
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Interval, Score
-from bayes_kf.evaluation.sections.classification import loss_interval_of, mean_score
+from bayes_kf.evaluation.sections.classification import mean_loss, mean_score
 from bayes_kf.evaluation.sections.verdicts.selective import (
     conformal_verdict,
     error_verdict,
@@ -78,6 +79,7 @@ def recalibration_section(
     recalibration: Recalibration | None,
     conformal: ConformalSets | None,
     settings: NullSettings,
+    design: SampleDesign | None = None,
 ) -> Sections:
     """Effect of a recalibration, and coverage of conformal sets; both were fitted on other examples.
 
@@ -87,6 +89,7 @@ def recalibration_section(
         recalibration: Recalibration of the probabilities, or None.
         conformal: Conformal sets of the probabilities before recalibration, or None.
         settings: Bins and simulation of the ECE's null band.
+        design: Weights and clusters of the examples; the change of the log loss and the coverage then have no interval.
 
     Raises:
         ValueError: If an argument is malformed or the number of classes differs from the fit's.
@@ -94,9 +97,9 @@ def recalibration_section(
     checked = as_probs(probs)
     labels, sections = as_targets(targets, checked), Sections()
     if recalibration is not None:
-        sections += _recalibrated(checked, labels, recalibration, settings)
+        sections += _recalibrated(checked, labels, recalibration, settings, design)
     if conformal is not None:
-        sections += _covered(checked, labels, conformal)
+        sections += _covered(checked, labels, conformal, design)
     return sections
 
 
@@ -162,23 +165,31 @@ def _thresholds(confidence: Tensor, correct: Tensor) -> list[tuple[float, float,
     return steps
 
 
-def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, settings: NullSettings) -> Sections:
+def _recalibrated(
+    probs: Tensor, labels: Tensor, recalibration: Recalibration, settings: NullSettings, design: SampleDesign | None
+) -> Sections:
     """Scores after the recalibration, and the paired change of the log loss."""
     after = recalibration(probs)
     losses, before = log_losses(after, labels), log_losses(probs, labels)
     hits = (after.argmax(dim=1) == labels).double()
     scores = {
-        "recalibrated_accuracy": mean_score(hits, 1.0),
-        "recalibrated_nll": Score(losses.mean().item(), loss_interval_of(losses, after)),
-        "recalibrated_brier": mean_score(brier_scores(after, labels), 2.0),
+        "recalibrated_accuracy": mean_score(hits, 1.0, design),
+        "recalibrated_nll": mean_loss(losses, after, design),
+        "recalibrated_brier": mean_score(brier_scores(after, labels), 2.0, design),
     }
     if before.isfinite().all() and losses.isfinite().all():
         change = losses - before
         interval = difference_interval(change, after, probs, LEVEL)
-        known = interval if math.isfinite(interval.high) else None
-        scores["recalibrated_nll_change"] = Score(change.mean().item(), known)
-    scores["recalibrated_ece"] = calibration_test(after, labels, level=LEVEL, **asdict(settings)).score()
-    ece_before = expected_calibration_error(probs, labels, settings.num_bins)
+        known = interval if math.isfinite(interval.high) and design is None else None
+        scores["recalibrated_nll_change"] = Score(
+            change.mean().item() if design is None else design.mean(change), known
+        )
+    if design is None:
+        scores["recalibrated_ece"] = calibration_test(after, labels, level=LEVEL, **asdict(settings)).score()
+        ece_before = expected_calibration_error(probs, labels, settings.num_bins)
+    else:
+        scores["recalibrated_ece"] = designed_scores(after, labels, 1, settings, design)["ece"]
+        ece_before = designed_scores(probs, labels, 1, settings, design)["ece"].value
     return Sections(
         scores=scores,
         verdict=[recalibration_verdict(recalibration.describe(), scores, ece_before)],
@@ -186,13 +197,15 @@ def _recalibrated(probs: Tensor, labels: Tensor, recalibration: Recalibration, s
     )
 
 
-def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets) -> Sections:
+def _covered(probs: Tensor, labels: Tensor, conformal: ConformalSets, design: SampleDesign | None) -> Sections:
     """Coverage of conformal sets beside its null band, and their size."""
     covered, size = coverage_and_sizes(conformal.sets(probs), labels)
-    null_band = conformal_coverage_null(conformal.level, conformal.num_examples, len(labels), LEVEL)
+    number = len(labels) if design is None else design.independent[0]
+    null_band = conformal_coverage_null(conformal.level, conformal.num_examples, number, LEVEL)
+    coverage = covered.mean().item() if design is None else design.mean(covered)
     scores = {
-        "conformal_coverage": Score(covered.mean().item(), null_band=Interval(*null_band)),
-        "conformal_size": mean_score(size, probs.shape[1]),
+        "conformal_coverage": Score(coverage, null_band=Interval(*null_band)),
+        "conformal_size": mean_score(size, probs.shape[1], design),
         "conformal_empty": Score((size == 0).double().mean().item()),
     }
     return Sections(

@@ -29,6 +29,7 @@ from bayes_kf.evaluation.sections.distrust import is_beyond_chance, missed_input
 from bayes_kf.evaluation.sections.verdicts.phrases import decimal_range, minus, round_up
 from bayes_kf.evaluation.sections.verdicts.selective import detection_card
 from bayes_kf.evaluation.text.token_scores import (
+    MIN_TEXTS,
     SurpriseBins,
     TokenScores,
     mean_with_interval,
@@ -40,6 +41,7 @@ from bayes_kf.evaluation.text.token_scores import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LARGEST_EXPONENT = 700.0  # of a float64
 DETECTABLE = 0.1  # nats a token: with texts too few to see such a gap there is no verdict
 SLIGHT = 0.05  # nats a token
 GOOD_CORRELATION, USELESS_CORRELATION = 0.5, 0.2
@@ -52,7 +54,7 @@ MAX_TOKENS = 160  # of a text that is shown
 def text_sections(tokens: TokenScores, ood: Mapping[str, Array]) -> Sections:
     """Everything of the page; `ood` is the mean entropy a token of each text of another kind, (M,)."""
     scores = {"nll": mean_with_interval(tokens.loss, tokens.design)}
-    scores["perplexity"] = Score(math.exp(scores["nll"].value))
+    scores["perplexity"] = Score(math.exp(min(scores["nll"].value, LARGEST_EXPONENT)))
     scores["surprise_gap"] = gap = surprise_gap(tokens)
     scores["surprise_spearman"] = correlation = surprise_correlation(tokens)
     scores["entropy"] = mean_with_interval(tokens.entropy, tokens.design)
@@ -93,7 +95,7 @@ def _probabilities(gap: Score, tokens: TokenScores) -> Card:
     question, value = "Are the probabilities right?", gap.value
     if gap.null_band is None:
         headline = f"{tokens.num_texts} texts are too few to tell whether its probabilities can be trusted."
-        return Card("probabilities", question, "too few", "A test needs five texts.", headline)
+        return Card("probabilities", question, "too few", f"A test needs {MIN_TEXTS} texts.", headline)
     said, lost = tokens.entropy.mean().item(), tokens.loss.mean().item()
     reason = f"It expects a loss of {said:.3f} nats a token and has {lost:.3f}"
     answer: Answer = "yes"
@@ -123,8 +125,11 @@ def _needed(gap: Score, tokens: TokenScores) -> int:
 def _errors(correlation: Score) -> Card:
     """Whether tokens that it is unsure of cost more."""
     question, value = "Does it know where it errs?", correlation.value
-    if correlation.interval is None or math.isnan(value):
-        return Card("errors", question, "too few", "A test needs five texts.", "")
+    if math.isnan(value):
+        reason = "All entropies, or all losses, are equal."
+        return Card("errors", question, "no", reason, "It does not know where it errs.")
+    if correlation.interval is None:
+        return Card("errors", question, "too few", f"A test needs {MIN_TEXTS} texts.", "")
     reason = f"Rank correlation of entropy and loss over the tokens: {value:.2f} (guessing: 0, sure: 1)."
     answer: Answer = "no"
     if correlation.interval.low > 0 and value >= USELESS_CORRELATION:
@@ -149,15 +154,12 @@ def _verdict(gap: Score, tokens: TokenScores) -> str:
 
 def _findings(bins: SurpriseBins) -> list[Finding]:
     """Ranges of entropy with another loss, beyond chance."""
-    outside = int(((bins.loss < bins.low) | (bins.loss > bins.high)).sum())
-    if outside >= NEARLY_ALL * len(bins.counts):
-        how = (
-            "costs more than it expects"
-            if float((bins.loss - bins.entropy).sum()) > 0
-            else "costs less than it expects"
-        )
-        return [Finding("Nearly everywhere", f"in {outside} of {len(bins.counts)} ranges of entropy a token {how}")]
     rejected = is_beyond_chance(bins.p_values)
+    signs = (bins.loss > bins.high).int() - (bins.loss < bins.low).int()
+    outside = abs(int(signs.sum()))
+    if outside >= NEARLY_ALL * len(signs) and outside == int(signs.abs().sum()) and bool(rejected.any()):
+        how = f"costs {'more' if int(signs.sum()) > 0 else 'less'} than it expects"
+        return [Finding("Nearly everywhere", f"in {outside} of {len(signs)} ranges of entropy a token {how}")]
     findings = []
     for sign, own in neighbours(np.sign((bins.loss - bins.entropy).numpy()) * rejected):
         count = bins.counts[own].sum()

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bayes_kf.evaluation.calibration.score_summary import LEVEL
 from bayes_kf.evaluation.inputs import Array, as_float
-from bayes_kf.evaluation.resampling.sample_design import SampleDesign
+from bayes_kf.evaluation.resampling.sample_design import MIN_CLUSTERS, SampleDesign
 from bayes_kf.evaluation.score import Interval, Score
 
 NUM_BINS = 10
+MIN_TEXTS = MIN_CLUSTERS  # of a test
 ROUNDING = 1e-6  # by which a rounded entropy may be negative, relative to the largest
 
 
@@ -54,13 +55,14 @@ class TokenScores:
         Raises:
             ValueError: If shapes differ, a log probability is positive, an entropy negative, or no token counts.
         """
-        logs = as_float(log_prob, "log_prob", allow_infinite=True)
-        if logs.ndim != 2:
-            raise ValueError(f"`log_prob` must have shape (B, T), texts and tokens, got {tuple(logs.shape)}.")
-        columns = {"entropy": as_float(entropy, "entropy")}
+        shape = tuple(torch.as_tensor(log_prob).shape)
+        if len(shape) != 2:
+            raise ValueError(f"`log_prob` must have shape (B, T), texts and tokens, got {shape}.")
+        chosen = torch.ones(shape, dtype=torch.float64) if counted is None else as_float(counted, "counted")
+        logs = as_float(_where(chosen, log_prob), "log_prob", allow_infinite=True)
+        columns = {"entropy": as_float(_where(chosen, entropy), "entropy")}
         if epistemic is not None:
-            columns["epistemic"] = as_float(epistemic, "epistemic")
-        chosen = torch.ones_like(logs) if counted is None else as_float(counted, "counted")
+            columns["epistemic"] = as_float(_where(chosen, epistemic), "epistemic")
         for name, values in {**columns, "counted": chosen}.items():
             if values.shape != logs.shape:
                 raise ValueError(f"`{name}` must have shape {tuple(logs.shape)}, got {tuple(values.shape)}.")
@@ -71,7 +73,9 @@ class TokenScores:
             raise ValueError("`counted` must hold a token that counts, got none.")
         loss = -logs[is_counted]
         if not bool(loss.isfinite().all()) or loss.min() < -ROUNDING:
-            raise ValueError(f"`log_prob` must be finite and at most 0, got values up to {-loss.min():.3g}.")
+            raise ValueError(
+                f"`log_prob` must be finite and at most 0, got values in {-loss.max():.3g}..{-loss.min():.3g}."
+            )
         for name, values in columns.items():
             least = values[is_counted].min()
             if least < -ROUNDING * max(1.0, float(values.max())):
@@ -93,9 +97,15 @@ class TokenScores:
         return texts, torch.bincount(inverse, values) / torch.bincount(inverse)
 
 
+def _where(counted: Tensor, values: Array) -> Tensor:
+    """The values (B, T), zero where a token does not count."""
+    given = torch.as_tensor(values)
+    return torch.where(counted != 0, given, torch.zeros_like(given)) if given.shape == counted.shape else given
+
+
 def mean_with_interval(values: Tensor, design: SampleDesign | None) -> Score:
-    """Mean of token values (N,) with Student's interval over the texts; none for fewer than five texts."""
-    if design is None or design.num_clusters < 5:
+    """Mean of token values (N,) with Student's interval over the texts; none for fewer than `MIN_TEXTS` texts."""
+    if design is None or design.num_clusters < MIN_TEXTS:
         return Score(values.mean().item())
     mean, half = values.mean().item(), interval_half(values, design)
     return Score(mean, Interval(mean - half, mean + half))
@@ -127,9 +137,11 @@ def surprise_gap(tokens: TokenScores) -> Score:
 def surprise_correlation(tokens: TokenScores) -> Score:
     """Rank correlation of entropy and loss over the tokens, with an interval by the influence of each text."""
     columns = (tokens.entropy, tokens.loss)
+    if any(column.min() == column.max() for column in columns):
+        return Score(math.nan)
     first, second = (torch.from_numpy(scipy.stats.rankdata(column.numpy())) / len(column) for column in columns)
     value = float(torch.corrcoef(torch.stack([first, second]))[0, 1])
-    if tokens.design is None or tokens.design.num_clusters < 5 or math.isnan(value):
+    if tokens.design is None or tokens.design.num_clusters < MIN_TEXTS:
         return Score(value)
     influence = 12 * (first * second + _mean_from(second, first) + _mean_from(first, second))  # ranks are estimates too
     half = interval_half(influence, tokens.design)
@@ -169,10 +181,11 @@ def surprise_bins(tokens: TokenScores) -> SurpriseBins:
     inside = torch.nn.functional.one_hot(place, number).double()
     gap = inside * (tokens.loss - tokens.entropy)[:, None]
     means = [torch.bincount(place, column, minlength=number) / counts for column in (tokens.entropy, tokens.loss)]
-    design = tokens.design or SampleDesign.of(None, torch.arange(len(place)), len(place))
-    assert design is not None
-    error = design.cluster_sums(gap).square().sum(dim=0).sqrt() / counts
-    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, max(design.num_clusters - 1, 1))) * error
+    design = tokens.design  # None for a single text, whose tokens count as independent
+    sums = gap if design is None else design.cluster_sums(gap)
+    error = sums.square().sum(dim=0).sqrt() / counts
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, max(len(sums) - 1, 1))) * error
     low = (means[0] - half).clamp(min=0)
     ends = torch.stack([edges[:-1], edges[1:]], dim=1)
-    return SurpriseBins(ends, counts, means[0], means[1], low, means[0] + half, design.two_sided(gap))
+    p_values = np.full(number, np.nan) if design is None else design.two_sided(gap)
+    return SurpriseBins(ends, counts, means[0], means[1], low, means[0] + half, p_values)

@@ -155,3 +155,73 @@ def test_the_equivalent_sample_has_the_mean_and_the_robust_variance():
 def test_bad_designs_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ev.evaluate_predictions(*independent(10), **settings)
+
+
+@pytest.mark.parametrize("num_clusters", [2, 5, 7])
+def test_too_few_clusters_tell_nothing(num_clusters):
+    """A model that says 95 % and is right in 91 %: with so few clusters no test could reject it."""
+    probs = torch.tensor([[0.95, 0.05]], dtype=torch.float64).repeat(2000, 1)
+    labels = (torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.3).long()
+    report = ev.evaluate_predictions(probs, labels, clusters=torch.arange(2000) % num_clusters)
+    card = report.sections.cards[0]
+    assert card.answer == "too few"
+    assert f"{num_clusters} clusters are too few" in card.headline
+    assert report.score("ece").null_band == (0.0, 1.0)
+    assert any(advice.what == "Evaluate more clusters" for advice in report.sections.advice)
+    assert not any("Too sure" in finding.where for finding in report.sections.findings)
+    assert "<svg" in report.to_html()
+    enough = ev.evaluate_predictions(probs, labels, clusters=torch.arange(2000) % 10)
+    assert enough.sections.cards[0].answer == "no"
+
+
+def test_a_recalibration_and_conformal_sets_have_the_design_too():
+    probs, labels = independent(60)
+    settings = {
+        "recalibration": ev.TemperatureScaling.fit(*independent(300, 1)),
+        "conformal": ev.ConformalSets.fit(*independent(300, 2), level=0.9),
+    }
+    alone = ev.evaluate_predictions(probs, labels, clusters=torch.arange(60), **settings)
+    copied = ev.evaluate_predictions(
+        probs.repeat(20, 1), labels.repeat(20), clusters=torch.arange(1200) % 60, **settings
+    )
+    for name in ("recalibrated_accuracy", "recalibrated_nll", "recalibrated_brier", "conformal_size"):
+        assert copied.score(name).interval == pytest.approx(alone.score(name).interval, abs=1e-6), name
+    for name in ("recalibrated_ece", "conformal_coverage"):
+        assert copied.score(name).null_band == pytest.approx(alone.score(name).null_band, abs=0.02), name
+    with pytest.raises(ValueError, match=r"^`human` must be left out with weights or clusters, got both\.$"):
+        ev.evaluate_predictions(probs, labels, weights=torch.ones(60), human=probs)
+
+
+def test_inputs_without_a_target_that_counts_are_no_clusters():
+    probs, labels, _ = clustered(6, 12, torch.Generator().manual_seed(3))
+    tokens, targets = probs.view(6, 12, 4), labels.view(6, 12).clone()
+    targets[1:] = -100
+    one = ev.evaluate_predictions(tokens, targets)
+    assert "of the one input count as independent" in one.sections.lead
+    targets[1] = labels.view(6, 12)[1]
+    assert "those of 2 inputs" in ev.evaluate_predictions(tokens, targets).sections.lead
+
+
+def test_clusters_and_weights_may_be_those_of_the_inputs():
+    probs, labels, clusters = clustered(20, 9, torch.Generator().manual_seed(4))
+    tokens, targets = probs.view(20, 9, 4), labels.view(20, 9)
+    people, weights = [f"person {k // 2}" for k in range(20)], torch.arange(20) % 3
+    by_input = ev.evaluate_predictions(tokens, targets, clusters=people, weights=weights)
+    by_token = ev.evaluate_predictions(
+        probs, labels, clusters=np.array(people)[clusters.numpy()], weights=weights[clusters]
+    )
+    assert by_input.scores == by_token.scores
+
+
+def test_one_example_may_have_a_weight():
+    report = ev.evaluate_predictions([[0.9, 0.1]], [0], weights=[2.0], num_simulations=39)
+    assert report.scores["accuracy"] == 1.0
+
+
+def test_joint_log_probabilities_are_weighted_too():
+    probs, labels = independent(40)
+    joint = torch.linspace(-2, -1, 20)
+    weights = torch.arange(20).repeat_interleave(2) % 4
+    report = ev.evaluate_predictions(probs, labels, log_prob=joint, weights=weights)
+    expected = -(weights[::2] * joint).sum() / weights[::2].sum() / 2
+    assert report.scores["nll"] == pytest.approx(float(expected))

@@ -93,6 +93,26 @@ def test_few_texts_are_too_few_and_one_has_no_test():
     assert "<svg" in one.to_html()
 
 
+def test_errors_of_both_signs_are_said_range_by_range():
+    generator = torch.Generator().manual_seed(6)
+    entropy = 0.1 + 2.9 * torch.rand(60, 50, generator=generator, dtype=torch.float64)
+    factor = torch.where(entropy < 1.5, 1.9, 0.6)
+    loss = -entropy * factor * (1 - torch.rand(60, 50, generator=generator, dtype=torch.float64)).log()
+    found = {finding.where.split(" at ")[0] for finding in ev.evaluate_texts(-loss, entropy).sections.findings}
+    assert found == {"Too sure", "Right more often than it says"}
+
+
+def test_odd_texts_have_a_page():
+    one = ev.evaluate_texts(torch.tensor([[-1.0]]), torch.tensor([[0.5]]))
+    assert "<svg" in one.to_html()
+    equal = ev.evaluate_texts(-torch.rand(9, 5), torch.ones(9, 5))
+    assert "are equal" in equal.sections.cards[1].reason
+    blank = torch.tensor([[1.0, 0.0]] * 9)
+    given = {"log_prob": torch.where(blank == 1, -1.0, math.nan), "entropy": torch.where(blank == 1, 0.9, math.nan)}
+    assert ev.evaluate_texts(**given, counted=blank).scores["nll"] == 1.0
+    assert math.isfinite(ev.evaluate_texts(torch.full((9, 2), -800.0), torch.ones(9, 2)).scores["perplexity"])
+
+
 def test_a_scored_text_makes_its_page_with_coloured_tokens():
     class Tokenizer:
         def decode(self, ids):
@@ -118,7 +138,7 @@ def test_a_scored_text_makes_its_page_with_coloured_tokens():
         ({"log_prob": torch.zeros(3)}, r"^`log_prob` must have shape \(B, T\), texts and tokens, got \(3,\)\.$"),
         ({"entropy": torch.zeros(2, 2)}, r"^`entropy` must have shape \(2, 3\), got \(2, 2\)\.$"),
         ({"entropy": -torch.ones(2, 3)}, r"^`entropy` must not be negative, got -1\.$"),
-        ({"log_prob": torch.ones(2, 3)}, r"^`log_prob` must be finite and at most 0, got values up to 1\.$"),
+        ({"log_prob": torch.ones(2, 3)}, r"^`log_prob` must be finite and at most 0, got values in 1\.\.1\.$"),
         ({"log_prob": torch.full((2, 3), -math.inf)}, r"^`log_prob` must be finite and at most 0"),
         ({"counted": torch.zeros(2, 3)}, r"^`counted` must hold a token that counts, got none\.$"),
         ({"words": [["a"] * 3]}, r"^`words` must hold 3 tokens for each of 2 texts, got others\.$"),

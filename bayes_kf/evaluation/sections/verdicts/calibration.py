@@ -40,13 +40,16 @@ def calibration_answer(scores: Mapping[str, Score], num_targets: int) -> Answer:
     return "too few" if _detectable(scores, num_targets) > DETECTABLE_ERROR else "yes"
 
 
-def calibration_card(scores: Mapping[str, Score], num_targets: int, directions: Collection[int] = ()) -> Card:
+def calibration_card(
+    scores: Mapping[str, Score], num_targets: int, directions: Collection[int] = (), unit: str = "examples"
+) -> Card:
     """The answer with its headline and its main numbers.
 
     Args:
         scores: Of the report.
-        num_targets: Number of examples.
+        num_targets: Number of independent examples, or of clusters.
         directions: 1 if some range of confidence is too sure, −1 if some range is right more often than it says.
+        unit: What is counted.
     """
     answer, error = calibration_answer(scores, num_targets), scores[PRIMARY]
     confidence, accuracy = (percent(scores[name].value) for name in ("confidence", "accuracy"))
@@ -56,7 +59,7 @@ def calibration_card(scores: Mapping[str, Score], num_targets: int, directions: 
         headline = "Its probabilities can be trusted on inputs like these."
         reason += f". An error below {_detectable(scores, num_targets):.2g} could go unnoticed."
     elif answer == "too few":
-        headline = f"{num_targets:,} examples are too few to tell whether its probabilities can be trusted."
+        headline = f"{num_targets:,} {unit} are too few to tell whether its probabilities can be trusted."
         reason += f". About {needed_targets(scores, num_targets):,} in all would show an error of 0.1."
     elif error.null_position > 0:
         how = ("wrong", "too high", "too low")[scores["confidence_gap"].null_position]

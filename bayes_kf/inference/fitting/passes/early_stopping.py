@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
-from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.fitting.passes.mode_steps import ModeSteps
 from bayes_kf.inference.fitting.passes.noise_refit import refit_noise
 from bayes_kf.inference.fitting.progress import ProgressBar
@@ -71,9 +71,16 @@ def early_stopped_passes(
     while len(states) <= passes:
         with bar(f"mean pass {len(states)} of {passes}") as progress:
             steps.use_noise_of(refit_noise(kf, states[-1], loader))
-            following = steps.run(loader, progress)
-        loss = heldout_point_losses(kf, following, heldout)
-        if len(states) == 1 and rate > SMALLEST_RATE and _is_clearly_worse(loss, losses[0]):
+            may_begin_anew = len(states) == 1 and rate > SMALLEST_RATE
+            try:
+                following = steps.run(loader, progress)
+                loss = heldout_point_losses(kf, following, heldout)
+                fails = _is_clearly_worse(loss, losses[0])
+            except DivergenceError:
+                if not may_begin_anew:
+                    raise
+                fails = True
+        if may_begin_anew and fails:
             rate *= RATE_FACTOR
             steps = ModeSteps(kf, state, passes, rate)
             continue

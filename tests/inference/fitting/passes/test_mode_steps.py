@@ -91,6 +91,15 @@ def test_passes_whose_steps_are_too_long_begin_anew_with_shorter_ones(monkeypatc
     assert len(rates) > 2
     assert len(stopped.losses) == 6
     assert stopped.losses[0] == usual.losses[0]
+    monkeypatch.setattr(early_stopping, "LEARNING_RATE", float("inf"))  # the mean is not finite
+    monkeypatch.setattr(early_stopping, "RATE_FACTOR", 1.0)
+    sizes = iter([float("inf"), 0.02])
+    monkeypatch.setattr(
+        early_stopping, "ModeSteps", lambda kf, state, passes, rate: steps(kf, state, passes, next(sizes))
+    )
+    assert len(early_stopped_passes(kf, state, fitted, heldout, 2, lambda text: ProgressBar()).losses) == 3
+    monkeypatch.setattr(early_stopping, "ModeSteps", recorded)
+    monkeypatch.setattr(early_stopping, "LEARNING_RATE", 30.0)
     monkeypatch.setattr(early_stopping, "SMALLEST_RATE", float("inf"))
     long = early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
     assert stopped.losses[1] < long.losses[1]
