@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.classification.entropy import EntropyParts, entropy_parts
-from bayes_kf.evaluation.flattened_predictions import flattened
+from bayes_kf.evaluation.flattened_predictions import flattened, of_inputs
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, column_names
 from bayes_kf.evaluation.options import EvaluationOptions
 from bayes_kf.evaluation.own_metrics import own_scores
@@ -29,7 +29,7 @@ from bayes_kf.evaluation.sections.distrust import (
     worst_section,
 )
 from bayes_kf.evaluation.sections.examples import example_section
-from bayes_kf.evaluation.sections.groups import group_section, groups_of_inputs, of_inputs
+from bayes_kf.evaluation.sections.groups import group_section, groups_of_inputs
 from bayes_kf.evaluation.sections.human_agreement import human_section
 from bayes_kf.evaluation.sections.online import stream_sections
 from bayes_kf.evaluation.sections.selective import recalibration_section, usefulness_section

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.inputs import SUM_TOLERANCE, as_float, plain_array
+from bayes_kf.evaluation.inputs import SUM_TOLERANCE, as_float, as_numpy, plain_array
 
 IGNORED = -100  # a target that does not count, as in PyTorch
 
@@ -55,6 +55,14 @@ def flattened(probs: Any, targets: Any) -> Flattened:
         if bool(((given.sum(dim=1) - 1).abs() > SUM_TOLERANCE).any()) and bool((given <= 1).all()):
             return _labels(given, answers)
     return Flattened(probs, targets)
+
+
+def of_inputs(values: Any, inputs: Tensor, count: int) -> Any:
+    """Weights or clusters of B = `count` inputs as those of their N parts; others as they are."""
+    if values is None:
+        return None
+    own = as_numpy(values)
+    return own[inputs.numpy()] if own.shape == (count,) else own
 
 
 def _places(probs: Tensor, targets: Tensor) -> Flattened:

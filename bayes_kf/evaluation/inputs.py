@@ -48,6 +48,12 @@ def plain_array(values: Any) -> Any:
     return values.to_numpy() if hasattr(values, "to_numpy") else values
 
 
+def as_numpy(values: Any) -> np.ndarray:
+    """Numbers or texts (a list, a column, a tensor) as a NumPy array."""
+    plain = plain_array(values)
+    return plain.detach().cpu().numpy() if isinstance(plain, Tensor) else np.asarray(plain)
+
+
 def _as_tensor(values: Any, name: str) -> Tensor:
     """Numbers as a tensor."""
     plain = plain_array(values)

@@ -20,7 +20,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.inputs import as_vector, plain_array
+from bayes_kf.evaluation.inputs import as_numpy, as_vector
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 
 MIN_CLUSTERS = 8  # fewer give no p-value and no null band: with G of them a random sign each has p >= 2/2**G
@@ -147,8 +147,7 @@ class SampleDesign:
 
 def _codes(clusters: Any, count: int) -> Tensor:
     """The number of each example's cluster, (N,)."""
-    plain = plain_array(clusters)
-    values = plain.cpu().numpy() if isinstance(plain, Tensor) else np.asarray(plain)
+    values = as_numpy(clusters)
     if values.shape != (count,):
         raise ValueError(f"`clusters` must have shape ({count},), an entry for each example, got {values.shape}.")
     texts = values if values.dtype.kind in "biu" else np.array([str(value) for value in values.tolist()])

@@ -62,7 +62,7 @@ def advice_section(
         scores: Of the report.
         cards: The three of a classifier, and the one of a class that is seldom recognized, if there is one.
         calls: The code to name.
-        design: Weights and clusters of the examples. No rule of abstention is promised for dependent ones.
+        design: Weights and clusters of the examples. With them no rule of abstention is promised.
     """
     probabilities, errors, unseen, *missed = cards
     advice = [Advice("Do not rely on it for that class", card.reason.rstrip(".")) for card in missed]
@@ -127,7 +127,7 @@ def _calibrate(probs: Tensor, labels: Tensor, null_high: float, calls: Calls, de
 
 def _usual_threshold(probs: Tensor) -> int:
     """The threshold, in percent, with which about 80 % of the inputs are answered."""
-    return int(100 * max_probability(probs).quantile(0.2).item()) if len(probs) < 10**7 else 0
+    return int(100 * max_probability(probs).sort().values[len(probs) // 5].item())
 
 
 def _abstention(probs: Tensor, labels: Tensor) -> AbstentionRule | None:

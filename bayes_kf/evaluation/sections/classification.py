@@ -62,7 +62,8 @@ def score_section(
     scores |= _calibration_scores(probs, labels, settings, top_k, design)
     shown, error = replace(settings, num_bins=DIAGRAM_BINS), scores[PRIMARY]
     caption = f"calibration error {error.value:.3f}, chance alone explains up to {null_band_of(error).high:.3f}"
-    verdict = [calibration_verdict(scores, len(labels)), confidence_verdict(scores), loss_verdict(scores)]
+    counted = (len(labels), "target") if design is None or not design.is_clustered else (design.num_clusters, "cluster")
+    verdict = [calibration_verdict(scores, *counted), confidence_verdict(scores), loss_verdict(scores)]
     diagram = FigureSpec(
         title="Reliability diagram",
         alt=f"Accuracy against confidence in {DIAGRAM_BINS} bins. {ece_text(scores['ece'])}.",

@@ -8,7 +8,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.inputs import plain_array
+from bayes_kf.evaluation.inputs import as_numpy
 from bayes_kf.evaluation.report.contents import Finding, Sections
 from bayes_kf.evaluation.report.sortable_tables import Cell, make_table
 from bayes_kf.evaluation.resampling.sample_design import SampleDesign
@@ -120,8 +120,7 @@ def groups_of_inputs(groups: Mapping[str, Any], inputs: Tensor, count: int) -> d
     """
     found = {}
     for kind in getattr(groups, "columns", groups):
-        plain = plain_array(groups[kind])
-        values = plain.numpy() if isinstance(plain, torch.Tensor) else np.asarray(plain)
+        values = as_numpy(groups[kind])
         if values.shape != (count,):
             raise ValueError(
                 f"`groups[{kind!r}]` must have shape ({count},), an entry for each input, got {values.shape}."
@@ -130,19 +129,9 @@ def groups_of_inputs(groups: Mapping[str, Any], inputs: Tensor, count: int) -> d
     return found
 
 
-def of_inputs(values: Any, inputs: Tensor, count: int) -> Any:
-    """Weights or clusters of B = `count` inputs as those of their N parts; others as they are."""
-    if values is None:
-        return None
-    plain = plain_array(values)
-    own = plain.cpu().numpy() if isinstance(plain, torch.Tensor) else np.asarray(plain)
-    return own[inputs.numpy()] if own.shape == (count,) else own
-
-
 def _members(values: Any, name: str, count: int) -> dict[str, np.ndarray]:
     """Each group as a mask of the examples, (N,) bool, in the order of their names."""
-    plain = plain_array(values)
-    plain = plain.numpy() if isinstance(plain, torch.Tensor) else np.asarray(plain)
+    plain = as_numpy(values)
     if plain.shape != (count,):
         raise ValueError(f"`{name}` must have shape ({count},), an entry for each example, got {plain.shape}.")
     texts = np.array([str(value) for value in plain.tolist()])

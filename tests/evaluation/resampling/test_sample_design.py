@@ -167,6 +167,7 @@ def test_too_few_clusters_tell_nothing(num_clusters):
     assert card.answer == "too few"
     assert f"{num_clusters} clusters are too few" in card.headline
     assert report.score("ece").null_band == (0.0, 1.0)
+    assert report.sections.verdict[0].startswith("Too few clusters to tell")
     assert any(advice.what == "Evaluate more clusters" for advice in report.sections.advice)
     assert not any("Too sure" in finding.where for finding in report.sections.findings)
     assert "<svg" in report.to_html()

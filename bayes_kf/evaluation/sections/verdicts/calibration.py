@@ -76,22 +76,23 @@ def calibration_card(
     return Card("probabilities", "Are the probabilities right?", answer, reason, headline)
 
 
-def calibration_verdict(scores: Mapping[str, Score], num_targets: int) -> str:
-    """The answer of `calibration_answer` in a sentence with its numbers."""
+def calibration_verdict(scores: Mapping[str, Score], num_targets: int, unit: str = "target") -> str:
+    """The answer of `calibration_answer` in a sentence with its numbers; `unit` is what is counted."""
     error, answer = scores[PRIMARY], calibration_answer(scores, num_targets)
     null_band = null_band_of(error)
     error_text = f"the smooth calibration error is {error.value:.3f}"
     band = f"its null band of {decimal_range(null_band)}"
-    targets = f"{num_targets:,} target{'s' if num_targets != 1 else ''}"
+    targets = f"{num_targets:,} {unit}{'s' if num_targets != 1 else ''}"
     if error.null_position > 0:
         return f"Miscalibrated{_direction(scores['confidence_gap'])}: {error_text}, above {band} ({targets})."
     if error.null_position < 0:
         return f"{error_text.capitalize()}, below {band}: are the targets independent?"
     detectable = _detectable(scores, num_targets)
     if answer == "too few":
+        few = "examples" if unit == "target" else f"{unit}s"
         return (
-            f"Too few examples to tell whether the model is calibrated: {error_text}, inside {band} ({targets}). "
-            f"About {needed_targets(scores, num_targets):,} targets would detect an error of {DETECTABLE_ERROR:g} in "
+            f"Too few {few} to tell whether the model is calibrated: {error_text}, inside {band} ({targets}). "
+            f"About {needed_targets(scores, num_targets):,} {unit}s would detect an error of {DETECTABLE_ERROR:g} in "
             "four of five data sets."
         )
     return (
