@@ -12,6 +12,7 @@ References: Cameron, Gelbach, Miller, *Bootstrap-based improvements for inferenc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +36,11 @@ class EquivalentSample(NamedTuple):
     total: float
     squares: float
     cubes: float
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return math.sqrt(max(self.squares / self.number - (self.total / self.number) ** 2, 0.0) / self.number)
 
 
 @dataclass(frozen=True)

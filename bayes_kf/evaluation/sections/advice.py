@@ -108,9 +108,7 @@ def _calibrate(probs: Tensor, labels: Tensor, null_high: float, calls: Calls, de
     change = log_losses(after, labels) - log_losses(probs, labels)
     mean, error = change.mean().item(), change.std().item() / math.sqrt(len(change))
     if design is not None:
-        count, total, squares, _ = design.equivalent(change)
-        mean = total / count
-        error = math.sqrt(max(squares / count - mean**2, 0.0) / count)
+        mean, error = design.mean(change), design.equivalent(change).error
     errors = [smooth_calibration_error(values, labels) for values in (probs, after)]
     losses = [log_losses(values, labels).mean().item() for values in (probs, after)]
     numbers = f"the calibration error from {errors[0]:.3f} to {errors[1]:.3f} and the log loss from {losses[0]:.3f} to"

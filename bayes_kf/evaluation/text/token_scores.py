@@ -113,9 +113,7 @@ def mean_with_interval(values: Tensor, design: SampleDesign | None) -> Score:
 
 def interval_half(values: Tensor, design: SampleDesign) -> float:
     """Half of the width of Student's interval of a mean over clusters."""
-    number, total, squares, _ = design.equivalent(values)
-    error = math.sqrt(max(squares / number - (total / number) ** 2, 0.0) / number)
-    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, design.num_clusters - 1)) * error
+    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, design.num_clusters - 1)) * design.equivalent(values).error
 
 
 def surprise_gap(tokens: TokenScores) -> Score:
