@@ -176,7 +176,16 @@ def _sections(
     """All sections that the options ask for, in the order of the page."""
     num_classes, null = probs.shape[1], options.null
     names, top_k = options.class_names_of(num_classes), options.top_k_of(num_classes)
-    sections = score_section(probs, labels, log_prob, null, ordered=options.ordered, top_k=top_k, design=options.design)
+    sections = score_section(
+        probs,
+        labels,
+        log_prob,
+        null,
+        ordered=options.ordered,
+        top_k=top_k,
+        design=options.design,
+        class_names=names,
+    )
     sections += Sections(scores=own_scores(probs, labels, null, options.design))
     sections += entropy_section(probs, uncertainty, options.ood, options.design)
     sections += usefulness_section(probs, labels, options.design)

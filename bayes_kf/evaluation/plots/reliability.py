@@ -16,10 +16,12 @@ from bayes_kf.evaluation.score import ROUNDING, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 MIN_BAR_WIDTH = 0.008  # an equal-mass bin of equal values has no width of its own
 BAND_WIDTH = 0.035
 POINT_AREA = 45.0  # square points
+POINTS = {"inside": (BLUE, "o"), "outside": (VERMILLION, "D")}  # where a point lies -> colour and marker
 FEW = 10  # examples; the band of a bin with fewer is paler
 MAX_STEPS = 200  # of a cumulative curve
 
@@ -70,31 +72,15 @@ def reliability_diagram(
 
 def draw_reliability(bins: BinsWithBands, caption: str, ax: Axes) -> Axes:
     """The reliability diagram of some bins; the caption is the title of its legend."""
-    left, right = bins.edges.numpy().T
-    counts, confidence, accuracy, least, most = (column.numpy() for column in bins[1:])
     ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="confidence = accuracy")
-    bars = ax.bar(confidence, most - least, BAND_WIDTH, least, color=SKY, alpha=0.5)
-    for bar, count in zip(bars, counts, strict=True):
-        bar.set_alpha(0.5 if count >= FEW else 0.2)
+    draw_bins(bins, ax)
+    for where, (colour, marker) in POINTS.items():
+        style: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.6}
+        ax.plot([], [], marker, color=colour, label=f"accuracy, {where} its band", **style)
     ax.bar(0, 0, color=SKY, alpha=0.5, label="where 95 % of calibrated models fall")
     corner: dict[str, Any] = {"transform": ax.transAxes, "fontsize": 8, "color": GREY, "style": "italic"}
     ax.text(0.985, 0.02, "below the line: too sure", ha="right", va="bottom", **corner)
     ax.text(0.015, 0.98, "above: not sure enough", ha="left", va="top", **corner)
-    is_outside = (accuracy < least - ROUNDING) | (accuracy > most + ROUNDING)
-    tips = [
-        f"confidence {said:.3f}, accuracy {right:.3f} (null band {start:.3f} to {end:.3f}), {count:,} examples"
-        for said, right, start, end, count in zip(confidence, accuracy, least, most, counts, strict=True)
-    ]
-    for chosen, colour, marker, label in (
-        (~is_outside, BLUE, "o", "accuracy, inside its band"),
-        (is_outside, VERMILLION, "D", "accuracy, outside its band"),
-    ):
-        if chosen.any():
-            style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "zorder": 3, "clip_on": False}
-            points = ax.scatter(
-                confidence[chosen], accuracy[chosen], POINT_AREA, edgecolors="black", linewidths=0.6, **style
-            )
-            add_tips(points, [text for text, is_chosen in zip(tips, chosen, strict=True) if is_chosen])
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     ax.legend(
         loc="upper center",
@@ -105,8 +91,32 @@ def draw_reliability(bins: BinsWithBands, caption: str, ax: Axes) -> Axes:
         title_fontsize=9,
         markerscale=0.7,
     )
-    _count_strip(ax, counts, *_bar_places(left, right))
+    _count_strip(ax, bins.counts.numpy(), *_bar_places(*bins.edges.numpy().T))
     return ax
+
+
+def draw_bins(bins: BinsWithBands, ax: Axes) -> Axes:
+    """The accuracies of some bins on their null bands, by which the points have their colour and shape."""
+    counts, confidence, accuracy, least, most = (column.numpy() for column in bins[1:])
+    bars = ax.bar(confidence, most - least, BAND_WIDTH, least, color=SKY)
+    for bar, count in zip(bars, counts, strict=True):
+        bar.set_alpha(0.5 if count >= FEW else 0.2)
+    tips = [
+        f"confidence {said:.3f}, accuracy {right:.3f} (null band {start:.3f} to {end:.3f}), {count:,} examples"
+        for said, right, start, end, count in zip(confidence, accuracy, least, most, counts, strict=True)
+    ]
+    outside = is_outside(bins).numpy()
+    for chosen, (colour, marker) in zip((~outside, outside), POINTS.values(), strict=True):
+        if chosen.any():
+            style: dict[str, Any] = {"color": colour, "marker": marker, "edgecolors": "black", "linewidths": 0.6}
+            points = ax.scatter(confidence[chosen], accuracy[chosen], POINT_AREA, zorder=3, clip_on=False, **style)
+            add_tips(points, [text for text, is_chosen in zip(tips, chosen, strict=True) if is_chosen])
+    return ax
+
+
+def is_outside(bins: BinsWithBands) -> Tensor:
+    """Whether the accuracy of each bin lies outside its null band."""
+    return (bins.accuracy < bins.low - ROUNDING) | (bins.accuracy > bins.high + ROUNDING)
 
 
 def ece_text(ece: Score) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Drawing = Callable[["Axes"], "Axes"]
 TIPS = "tips:"  # begins the identifier of a drawn artist whose marks have tips, a JSON list
+PART = "part:"  # comes before that, with the number of the part of the data and a semicolon
 Topic = Literal["probabilities", "errors", "unseen", "classes"]
 Answer = Literal["yes", "partly", "no", "too few", "not tested"]
 
@@ -48,6 +49,15 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class DataPart:
+    """A part of the data that a figure can show in the place of all."""
+
+    name: str
+    note: str  # its content in words and numbers
+    draw: Drawing  # on the axes of the figure
+
+
+@dataclass(frozen=True)
 class FigureSpec:
     """A figure, drawn when it is first needed."""
 
@@ -56,6 +66,7 @@ class FigureSpec:
     draw: Drawing
     height: float = 3.9  # inches; all have the same width
     table: Table | None = None  # the data, folded under the figure
+    parts: tuple[DataPart, ...] = ()  # one of which the reader of a page picks
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from bayes_kf.evaluation.report.contents import FigureSpec
+from bayes_kf.evaluation.report.contents import PART, FigureSpec
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 5.4  # inches, of every figure
@@ -23,6 +25,30 @@ def draw_figure(spec: FigureSpec) -> Figure:
         figure.draw_without_rendering()
     figure.set_layout_engine("none")  # drawn again it would move a little, and the page would be another
     return figure
+
+
+def draw_with_parts(spec: FigureSpec) -> Figure:
+    """One figure in which each part of the data is drawn too; identifiers say what belongs to which, 0 to all."""
+    figure = draw_figure(spec)
+    (ax,) = figure.axes
+    drawn = [*_marks(ax), *ax.child_axes]
+    _mark_as_part(drawn, 0)
+    for number, part in enumerate(spec.parts, 1):
+        part.draw(ax)
+        added = [mark for mark in _marks(ax) if mark not in drawn]
+        _mark_as_part(added, number)
+        drawn += added
+    return figure
+
+
+def _marks(ax: Axes) -> list[Artist]:
+    """What stands for data: points and bars, without lines and texts."""
+    return [*ax.collections, *ax.patches]
+
+
+def _mark_as_part(marks: Iterable[Artist], number: int) -> None:
+    for mark in marks:
+        mark.set_gid(f"{PART}{number};{mark.get_gid() or ''}")
 
 
 def draw_sheet(title: str, drawings: Mapping[str, FigureSpec]) -> Figure:

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from bayes_kf.evaluation.report.contents import TIPS
+from bayes_kf.evaluation.report.contents import PART, TIPS
 from bayes_kf.evaluation.report.html_page import data_uri
 
 if TYPE_CHECKING:
@@ -62,8 +62,15 @@ def _inline(content: str, alt: str) -> str:
     used |= {link.removeprefix("#") for element in root.iter() if (link := element.get(LINK))}
     for element in root.iter():
         identifier = element.get("id", "")
-        if identifier.startswith(TIPS):
-            _add_tips(element, json.loads(identifier.removeprefix(TIPS)))
+        if identifier.startswith(PART):
+            number, _, rest = identifier.removeprefix(PART).partition(";")
+            element.set("data-part", number)
+            if number != "0":
+                element.set("display", "none")
+        else:
+            rest = identifier
+        if rest.startswith(TIPS):
+            _add_tips(element, json.loads(rest.removeprefix(TIPS)))
         if identifier and identifier not in used:
             del element.attrib["id"]
         if link := element.attrib.pop(LINK, None):

@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayes_kf.evaluation.report.contents import Card, Sections
-from bayes_kf.evaluation.report.figures import draw_figure, draw_sheet
+from bayes_kf.evaluation.report.contents import Card, FigureSpec, Sections
+from bayes_kf.evaluation.report.figures import draw_figure, draw_sheet, draw_with_parts
 from bayes_kf.evaluation.report.files import PAGE_MARK, SHEET_MARK, check_page, write_page
 from bayes_kf.evaluation.report.html_page import render_page
 from bayes_kf.evaluation.report.inline_figures import figure_markup
@@ -166,10 +166,7 @@ class Report:
         sections = self.sections
         under_figures = [spec.table for spec in sections.drawings.values()]
         tables = [table for table in sections.tables if table not in under_figures]
-        figures = [
-            {"title": spec.title, "table": spec.table, "markup": figure_markup(self.figures[name], spec.alt, name)}
-            for name, spec in sections.drawings.items()
-        ]
+        figures = [self._figure(name, spec) for name, spec in sections.drawings.items()]
         return render_page(
             title=self.title,
             lead=sections.lead,
@@ -191,6 +188,13 @@ class Report:
             config=self.config | {size_label(name): f"{size:,}" for name, size in sections.sizes.items()},
             fingerprints=self._provenance(),
         )
+
+    def _figure(self, name: str, spec: FigureSpec) -> dict[str, Any]:
+        """A figure for the page."""
+        figure = draw_with_parts(spec) if spec.parts else self.figures[name]
+        markup = figure_markup(figure, spec.alt, name)
+        parts = spec.parts if markup.startswith("<svg") else ()  # an image of pixels shows all data
+        return {"title": spec.title, "table": spec.table, "markup": markup, "parts": parts, "key": name}
 
     def to_json(self) -> str:
         """Scores, verdicts, sizes, indices of the examples shown, configuration and fingerprints as strict JSON."""

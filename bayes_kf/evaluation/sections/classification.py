@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ from bayes_kf.evaluation.classification.scores import (
     ranked_probability_scores,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_vector
-from bayes_kf.evaluation.plots.reliability import draw_reliability, ece_text, entropy_curves
-from bayes_kf.evaluation.report.contents import FigureSpec, Sections
+from bayes_kf.evaluation.plots.reliability import draw_bins, draw_reliability, ece_text, entropy_curves, is_outside
+from bayes_kf.evaluation.report.contents import DataPart, FigureSpec, Sections
 from bayes_kf.evaluation.report.sortable_tables import CellContent, Table, make_table, range_cell
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 from bayes_kf.evaluation.resampling.sample_design import SampleDesign
@@ -44,6 +45,7 @@ from bayes_kf.evaluation.sections.verdicts.selective import detection_verdict
 
 DIAGRAM_BINS = 10  # of confidence, as in the findings
 MAX_CLASS_ROWS = 1_000  # of the table of classes
+MAX_CLASS_PARTS, FEWEST_PREDICTIONS = 20, 10  # classes that the reliability diagram shows apart
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -56,20 +58,23 @@ def score_section(
     ordered: bool = False,
     top_k: Sequence[int] = (),
     design: SampleDesign | None = None,
+    class_names: Sequence[str] = (),
 ) -> Sections:
-    """Accuracy, likelihood and calibration, with the reliability diagram."""
+    """Accuracy, likelihood and calibration, with the reliability diagram: with class names for each class too."""
     scores = mean_scores(probs, labels, log_prob, settings.num_bins, ordered, design)
     scores |= _calibration_scores(probs, labels, settings, top_k, design)
     shown, error = replace(settings, num_bins=DIAGRAM_BINS), scores[PRIMARY]
+    bins = _bins(probs, labels, shown, design)
     caption = f"calibration error {error.value:.3f}, chance alone explains up to {null_band_of(error).high:.3f}"
     counted = (len(labels), "target") if design is None or not design.is_clustered else (design.num_clusters, "cluster")
     verdict = [calibration_verdict(scores, *counted), confidence_verdict(scores), loss_verdict(scores)]
     diagram = FigureSpec(
         title="Reliability diagram",
         alt=f"Accuracy against confidence in {DIAGRAM_BINS} bins. {ece_text(scores['ece'])}.",
-        draw=lambda ax: draw_reliability(_bins(probs, labels, shown, design), caption, ax),
+        draw=lambda ax: draw_reliability(bins, caption, ax),
         height=5.2,
-        table=_bin_table(_bins(probs, labels, shown, design)),
+        table=_bin_table(bins),
+        parts=_class_parts(probs, labels, shown, class_names) if design is None else (),
     )
     return Sections(
         scores=scores,
@@ -210,6 +215,25 @@ def _bins(probs: Tensor, labels: Tensor, settings: NullSettings, design: SampleD
     if design is not None:
         return designed_bins(probs, labels, settings, design)
     return bins_with_bands(probs, labels, **asdict(settings))
+
+
+def _class_parts(
+    probs: Tensor, labels: Tensor, settings: NullSettings, class_names: Sequence[str]
+) -> tuple[DataPart, ...]:
+    """The reliability of the predictions of each class; of many classes, of those that are predicted most often."""
+    if not class_names:
+        return ()
+    predicted = probs.argmax(dim=1)
+    counts = torch.bincount(predicted, minlength=probs.shape[1])
+    most = counts.argsort(descending=True, stable=True)[:MAX_CLASS_PARTS]
+    parts = []
+    for number in sorted(most[counts[most] >= FEWEST_PREDICTIONS].tolist()):
+        of_class = predicted == number
+        bins = bins_with_bands(probs[of_class], labels[of_class], **asdict(settings))
+        outside = int(is_outside(bins).sum())
+        note = f"{int(counts[number]):,} of them; {outside} of {len(bins.counts)} points outside their bands"
+        parts.append(DataPart(f"predictions of {quoted(class_names[number])}", note, partial(draw_bins, bins)))
+    return tuple(parts)
 
 
 def _bin_table(bins: BinsWithBands) -> Table:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -357,6 +358,38 @@ def test_a_threshold_reads_coverage_and_risk(pages, visit):
         assert text.startswith(f"{step:.1f} %: {100 * (1 - chosen.double().mean()):.1f} % of inputs get no answer")
         assert f"{100 * wrong[chosen].double().mean():.1f} % of the answers are wrong" in text
         assert slider.get_attribute("aria-valuetext") == text
+
+
+def test_a_class_is_picked_in_the_reliability_diagram(pages, visit):
+    page = visit(pages("10")).page
+    probs, targets = classifier_case(10)
+    confidence, predicted = probs.max(1)
+    select, note = page.get_by_label("Show", exact=True), page.locator(".parts output")
+
+    def points():
+        tips = page.locator("[data-part] title").evaluate_all(
+            "all => all.filter(tip => tip.closest('[data-part]').getBoundingClientRect().width).map(t => t.textContent)"
+        )
+        said = [re.match(r"confidence ([\d.]+), accuracy ([\d.]+) ", tip).groups() for tip in tips]
+        return sorted((float(confidence), float(accuracy)) for confidence, accuracy in said)
+
+    def expected(chosen):
+        found = []
+        for low in range(10):
+            inside = chosen & (confidence >= low / 10) & ((confidence < (low + 1) / 10) | (low == 9))
+            if inside.any():
+                right = (predicted == targets)[inside].double().mean()
+                found.append((round(float(confidence[inside].mean()), 3), round(float(right), 3)))
+        return sorted(found)
+
+    np.testing.assert_allclose(points(), expected(predicted >= 0), atol=6e-4)
+    number = [k for k, count in enumerate(predicted.bincount()) if count >= 10][1]
+    assert class_names(10)[number] in select.locator("option").nth(2).inner_text()
+    select.select_option("2")
+    np.testing.assert_allclose(points(), expected(predicted == number), atol=6e-4)
+    assert note.inner_text().startswith(f"{int((predicted == number).sum())} of them; ")
+    select.select_option("0")
+    np.testing.assert_allclose(points(), expected(predicted >= 0), atol=6e-4)
 
 
 def test_a_link_opens_what_is_folded_in_its_part(pages, visit):

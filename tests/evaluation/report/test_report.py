@@ -247,10 +247,19 @@ def test_figures_are_in_the_page_in_its_colours(report):
 
 def test_points_of_the_diagram_say_what_they_are(report):
     figure = re.search(r"<svg.*?</svg>", report.to_html(), flags=re.DOTALL)[0]
-    tips = re.findall(r"<title>(confidence [^<]*)</title>", figure)
-    bins = report.sections.drawings["reliability"].table
-    assert len(tips) == len(bins.rows)
-    assert sum(int(re.search(r"([\d,]+) examples", tip)[1].replace(",", "")) for tip in tips) == 200
+    groups = re.split(r'data-part="', figure)[1:]
+    tips = {}
+    for group in groups:
+        tips.setdefault(group.split('"')[0], []).extend(re.findall(r"<title>(confidence [^<]*)</title>", group))
+    counts = {
+        part: [int(re.search(r"([\d,]+) examples", tip)[1].replace(",", "")) for tip in texts]
+        for part, texts in tips.items()
+    }
+    spec = report.sections.drawings["reliability"]
+    assert len(counts["0"]) == len(spec.table.rows)
+    assert sum(counts["0"]) == 200
+    shown = [sum(counts[str(number)]) for number in range(1, len(spec.parts) + 1)]
+    assert [f"{count} of them" for count in shown] == [part.note.split(";")[0] for part in spec.parts]
 
 
 def test_names_are_text_not_markup(report):

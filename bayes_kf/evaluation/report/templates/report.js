@@ -1,4 +1,4 @@
-// Sorts and searches tables, unfolds parts, reads a threshold. The page is complete without it.
+// Sorts and searches tables, unfolds parts, shows parts of the data, reads a threshold. The page is complete without it.
 "use strict";
 (() => {
   const collator = new Intl.Collator("en", { numeric: true });
@@ -68,6 +68,19 @@
         body.hidden = shown === 0;
       }
     });
+  });
+
+  // A part of the data in the place of all.
+  document.querySelectorAll(".parts").forEach((line) => {
+    const [select, output] = [line.querySelector("select"), line.querySelector("output")];
+    const marks = line.closest("figure").querySelectorAll("[data-part]");
+    const show = () => {
+      marks.forEach((mark) => mark.setAttribute("display", mark.dataset.part === select.value ? "inline" : "none"));
+      output.textContent = select.selectedOptions[0].dataset.note;
+    };
+    select.addEventListener("change", show);
+    line.hidden = false;
+    show(); // a reloaded page keeps the choice
   });
 
   // A threshold of confidence: what is answered, and how much of it is wrong.
