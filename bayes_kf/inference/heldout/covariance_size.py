@@ -10,9 +10,10 @@ log p(y₁ … y_N) − ½ (log₁₀ s)², with the joint likelihood in blocks 
 single examples hardly depend on s where P is small against the noise of the labels. Where they do, under wide priors of
 networks, the joint likelihood alone chose covariances whose predictions were much worse. So s grows from there until
 the mean loss of single examples is at most 0.02 nats above its minimum, or at most two standard errors, paired by
-example. Without the first number, differences of a few thousandths that all examples share would decide. Where the
-held-out examples are learned by an update at the chosen size (``start`` "trained"), the standard errors do not count:
-an update at too wide a covariance leaves a mean that is worse. Ours.
+example. These losses are of all classes; a block makes one class of the unlikely ones, and so hides what a wide
+covariance gives to each. Without the first number, differences of a few thousandths that all examples share would
+decide. Where the held-out examples are learned by an update at the chosen size (``start`` "trained"), the standard
+errors do not count: an update at too wide a covariance leaves a mean that is worse. Ours.
 """
 
 from __future__ import annotations
@@ -23,18 +24,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from bayes_kf.inference.config_groups import DynamicsSettings
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
-from bayes_kf.inference.covariance.gaussian_sampling import semidefinite
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.heldout.choice import Choice, most_probable, near_best
-from bayes_kf.inference.heldout.heldout_examples import HeldoutBlock, HeldoutOutputs, heldout_blocks
+from bayes_kf.inference.heldout.heldout_examples import HeldoutBlock, HeldoutOutputs, heldout_blocks, heldout_outputs_of
 from bayes_kf.inference.heldout.joint_likelihood import joint_log_likelihood
 from bayes_kf.inference.heldout.sharpness import COARSE, choose_sharpness
-from bayes_kf.inference.linearization.jacobian import diagonal_blocks
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 
 SIZES = tuple(10.0 ** (0.5 * k) for k in range(7))  # s, 1 to 1,000
@@ -72,20 +70,17 @@ def choose_common_size(
     Raises:
         ValueError: as :func:`choose_size`.
     """
-    blocks = [(posterior, block) for posterior, loader in pairs for block in heldout_blocks(posterior, loader)]
+    held = [(posterior, list(loader)) for posterior, loader in pairs]
+    blocks = [(posterior, block) for posterior, loader in held for block in heldout_blocks(posterior, loader)]
 
     @functools.cache
-    def measured(size: float) -> tuple[float, Tensor]:
-        parts = [_likelihoods(with_size(posterior, size), block) for posterior, block in blocks]
-        return sum(joint for joint, _ in parts), torch.cat([losses for _, losses in parts])
-
     def log_density(size: float) -> float:
-        return measured(size)[0] - 0.5 * (math.log10(size) / DECADES) ** 2
+        joint = sum(_joint_log_likelihood(with_size(posterior, size), block) for posterior, block in blocks)
+        return joint - 0.5 * (math.log10(size) / DECADES) ** 2
 
     joint = most_probable(log_density, SIZES, evaluations=1)
     candidates = [joint.value, *(size for size in SIZES if size > joint.value)]
-    losses = [measured(size)[1] for size in candidates]
-    value = candidates[first_not_worse(losses, standard_errors)]
+    value = candidates[first_not_worse(_losses(held, candidates), standard_errors)]
     return Choice(value, min(joint.low, value), max(joint.high, value), value == SIZES[-1], joint.log_density)
 
 
@@ -117,12 +112,15 @@ def is_static(settings: DynamicsSettings) -> bool:
     return (settings.forgetting, settings.drift_variance, settings.prior_pull) == (1.0, 0.0, 0.0)
 
 
-def _likelihoods(posterior: GaussianPosterior, block: HeldoutBlock) -> tuple[float, Tensor]:
-    """The joint log-likelihood of a block, and the log loss of each example, (N,), for classes at their best S."""
+def _joint_log_likelihood(posterior: GaussianPosterior, block: HeldoutBlock) -> float:
     belief: GaussianBelief = posterior.state.belief
     covariance = posterior.temperature * belief.joint_output_covariance(block.jacobian)
-    joint = float(joint_log_likelihood(block.family, block.outputs, covariance, block.targets, [1.0])[0])
-    each = semidefinite(diagonal_blocks(covariance, len(block.outputs)))
-    outputs = HeldoutOutputs(block.family, block.outputs, each, None, block.targets)
-    is_class = block.family.name == "categorical"
-    return joint, outputs.log_loss(choose_sharpness([outputs], COARSE).value if is_class else 1.0)
+    return float(joint_log_likelihood(block.family, block.outputs, covariance, block.targets, [1.0])[0])
+
+
+def _losses(held: Sequence[tuple[P, Sequence[Any]]], sizes: Sequence[float]) -> list[Tensor]:
+    """The log loss of each held-out example at each size, (N,), for classes at the best S of that size."""
+    each = [heldout_outputs_of([with_size(posterior, size) for size in sizes], loader) for posterior, loader in held]
+    outputs = [HeldoutOutputs.joined(parts) for parts in zip(*each, strict=True)]
+    is_class = outputs[0].family.name == "categorical"
+    return [at.log_loss(choose_sharpness([at], COARSE, evaluations=1).value if is_class else 1.0) for at in outputs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from bayes_kf.inference.measurement_model import predictive_density
 from bayes_kf.inference.measurement_model.output_directions import MASKED_LOGIT, project_outputs
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.inference.predictive.linearized_prediction import (
-    output_covariance,
     output_deviations,
     parameter_draws_are_cheaper,
     required_targets,
@@ -66,14 +66,21 @@ class HeldoutOutputs:
 
     def log_loss(self, divisor: float = 1.0) -> Tensor:
         """−log E p(y | η / divisor) of each example, (N,) in nats, float64, on the CPU."""
-        outputs = self.outputs / divisor
-        if self.root is not None:
-            losses = predictive_density.root_log_loss(self.family, outputs, self.root / divisor, self.targets, [1.0])
+        outputs, root = self.outputs / divisor, self._root if self.root is None else self.root
+        if root is not None:
+            losses = predictive_density.root_log_loss(self.family, outputs, root / divisor, self.targets, [1.0])
         else:
             assert self.covariance is not None
             covariance = self.covariance / divisor**2
             losses = predictive_density.log_loss(self.family, outputs, covariance, self.targets, [1.0])
         return losses[0].double().cpu()
+
+    @cached_property
+    def _root(self) -> Tensor | None:
+        """A root of the covariance where draws are taken, once for all divisors."""
+        if self.covariance is None or not predictive_density.is_sampled(self.family, self.outputs.shape[1]):
+            return None
+        return predictive_density.square_root(self.covariance).to(self.outputs)
 
     @classmethod
     def joined(cls, parts: Sequence[HeldoutOutputs]) -> HeldoutOutputs:
@@ -109,35 +116,51 @@ def heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iter
 
 def heldout_outputs(posterior: GaussianPosterior, loader: Iterable[Any]) -> HeldoutOutputs:
     """The outputs of every held-out example, with the posterior's temperature but without its softmax temperature."""
-    family, parts = posterior.likelihood, list[tuple[Tensor, Tensor, Tensor]]()
+    return heldout_outputs_of([posterior], loader)[0]
+
+
+def heldout_outputs_of(posteriors: Sequence[GaussianPosterior], loader: Iterable[Any]) -> list[HeldoutOutputs]:
+    """:func:`heldout_outputs` of posteriors with one mean and different covariances; Jacobians are taken once."""
+    first, family = posteriors[0], posteriors[0].likelihood
+    outputs, targets = list[Tensor](), list[Tensor]()
+    spreads: list[list[Tensor]] = [[] for _ in posteriors]  # covariances, or roots of them
     by_draws: bool | None = None
-    with posterior.adapter.full_precision():
-        for batch in heldout_batches(posterior, loader):
+    with first.adapter.full_precision():
+        for batch in heldout_batches(first, loader):
             if by_draws is None:
-                by_draws = parameter_draws_are_cheaper(posterior, batch, NUM_DRAWS)
-            parts += [_draws(posterior, batch)] if by_draws else _covariances(posterior, batch)
-    outputs, spread, targets = (torch.cat(values) for values in zip(*parts, strict=True))
-    checked = family.check(outputs, targets)
+                by_draws = parameter_draws_are_cheaper(first, batch, NUM_DRAWS)
+            for chunk, at_mean, spread in _by_draws(posteriors, batch) if by_draws else _covariances(posteriors, batch):
+                outputs.append(at_mean)
+                targets.append(chunk.required_targets)
+                for parts, part in zip(spreads, spread, strict=True):
+                    parts.append(part)
+    joined = torch.cat(outputs)
+    checked = family.check(joined, torch.cat(targets))
     if by_draws:
-        return HeldoutOutputs(family, outputs, None, spread, checked)
-    return HeldoutOutputs(family, outputs, semidefinite(spread), None, checked)
+        return [HeldoutOutputs(family, joined, None, torch.cat(parts), checked) for parts in spreads]
+    return [HeldoutOutputs(family, joined, semidefinite(torch.cat(parts)), None, checked) for parts in spreads]
 
 
-def _covariances(posterior: GaussianPosterior, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Outputs (b, m), T·J P Jᵀ (b, m, m) and targets, a chunk at a time."""
-    parts = []
-    for _, chunk in posterior.kf.linearize.chunks(posterior.mean_vector, batch):
-        linearized = posterior.kf.linearize(posterior.mean_vector, chunk)
-        covariance = posterior.temperature * output_covariance(posterior, linearized)
-        parts.append((linearized.outputs, covariance, chunk.required_targets))
-    return parts
+def _covariances(posteriors: Sequence[GaussianPosterior], batch: Batch) -> Iterator[tuple[Batch, Tensor, list[Tensor]]]:
+    """Examples, their outputs (b, m), and T·J P Jᵀ (b, m, m) of each posterior, a chunk at a time."""
+    linearize, mean = posteriors[0].kf.linearize, posteriors[0].mean_vector
+    for _, chunk in linearize.chunks(mean, batch):
+        linearized = linearize(mean, chunk)
+        jacobian = linearized.jacobian()
+        yield (
+            chunk,
+            linearized.outputs,
+            [p.temperature * p.state.belief.output_covariance(jacobian) for p in posteriors],
+        )
 
 
-def _draws(posterior: GaussianPosterior, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs (B, m), a root (B, S, m) of their covariance from S parameter draws, and targets."""
-    outputs = posterior.adapter.outputs(posterior.mean_vector, batch.inputs)
-    deviations = output_deviations(posterior, batch, NUM_DRAWS, posterior.generator(), posterior.temperature)
-    return outputs, (deviations / NUM_DRAWS**0.5).transpose(0, 1), batch.required_targets
+def _by_draws(posteriors: Sequence[GaussianPosterior], batch: Batch) -> Iterator[tuple[Batch, Tensor, list[Tensor]]]:
+    """A batch, its outputs (B, m), and a root (B, S, m) of the covariance of each posterior from S parameter draws."""
+    roots = []
+    for posterior in posteriors:
+        deviations = output_deviations(posterior, batch, NUM_DRAWS, posterior.generator(), posterior.temperature)
+        roots.append((deviations / NUM_DRAWS**0.5).transpose(0, 1))
+    yield batch, posteriors[0].adapter.outputs(posteriors[0].mean_vector, batch.inputs), roots
 
 
 def heldout_blocks(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iterator[HeldoutBlock]:

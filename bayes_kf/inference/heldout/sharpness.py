@@ -27,7 +27,10 @@ FEW = 50  # examples
 
 
 def choose_sharpness(
-    members: Sequence[HeldoutOutputs], values: Sequence[float] = SHARPNESS, weights: Sequence[float] = (1.0,)
+    members: Sequence[HeldoutOutputs],
+    values: Sequence[float] = SHARPNESS,
+    weights: Sequence[float] = (1.0,),
+    evaluations: int = 8,
 ) -> Choice:
     """The most probable S, one for all members of a mixture.
 
@@ -35,6 +38,7 @@ def choose_sharpness(
         members: the held-out outputs of each member.
         values: the S that are tried first.
         weights: of the members, which add up to 1.
+        evaluations: as for :func:`.most_probable`.
     """
     number = len(members[0].targets)
     sd = PRIOR_SD if number >= FEW else PRIOR_SD_OF_FEW
@@ -43,7 +47,7 @@ def choose_sharpness(
     def log_density(divisor: float) -> float:
         return -float(mixture_log_loss(members, weights, divisor).sum()) - 0.5 * (math.log(divisor) / sd) ** 2
 
-    return most_probable(log_density, values)
+    return most_probable(log_density, values, evaluations)
 
 
 def cross_fitted_sharpness(members: Sequence[HeldoutOutputs]) -> Choice:

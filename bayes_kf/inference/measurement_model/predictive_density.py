@@ -71,11 +71,20 @@ def log_loss(
         odds = (outputs[:, 1] - outputs[:, 0]).double()
         variance = covariance[:, 0, 0] - 2.0 * covariance[:, 0, 1] + covariance[:, 1, 1]
         return _one_output(Bernoulli(), odds, variance.clamp_min(0.0).sqrt(), targets.double(), temperatures)
+    return root_log_loss(family, outputs, square_root(covariance).to(outputs), targets, temperatures, first)
+
+
+def is_sampled(family: Likelihood, num_outputs: int) -> bool:
+    """Whether :func:`log_loss` takes quasi-random draws, whatever the number of targets."""
+    return family.name == "categorical" and num_outputs > 2
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """The symmetric R (B, m, m) with R R = C, float64; eigenvalues of C that rounding made negative are zero."""
+    covariance = covariance.double()
     scale = covariance.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-300)[:, None, None]
     values, vectors = torch.linalg.eigh(covariance / scale)
-    values = values.clamp_min(0.0)  # negative only by rounding
-    root = scale.sqrt() * (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
-    return root_log_loss(family, outputs, root.to(outputs), targets, temperatures, first)
+    return scale.sqrt() * (vectors * values.clamp_min(0.0).sqrt().unsqueeze(1)) @ vectors.mT
 
 
 def isotropic_log_loss(

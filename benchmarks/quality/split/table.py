@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.bench.registry.data_split import SEEN, UNSEEN, part
+from benchmarks.bench.registry.data_split import ADDED, SEEN, UNSEEN, part
 from benchmarks.bench.registry.problems import QualityProblem, RegressionProblem
 from benchmarks.common.result_files import markdown_table, mean_sd
 from benchmarks.quality.split.measured import (
@@ -71,6 +71,7 @@ def _sets(chosen: Iterable[str], problems: Mapping[str, Problem], sealed: bool) 
     if not sealed:
         texts.append(f"Looked at before the split: {', '.join(name for name in chosen if name in seen)}.")
         texts.append(f"Not looked at before: {', '.join(new)} (UCI sets: see there).")
+        texts.append(f"Added after the sealed images were opened: {', '.join(ADDED)}.")
     return [
         text for line in [*texts, f"{part(not sealed).capitalize()} sets: {', '.join(other)}."] for text in (line, "")
     ]

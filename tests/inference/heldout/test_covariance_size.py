@@ -14,7 +14,7 @@ from bayes_kf.inference.heldout.covariance_size import (
     first_not_worse,
     with_size,
 )
-from bayes_kf.inference.heldout.heldout_examples import heldout_blocks, heldout_outputs
+from bayes_kf.inference.heldout.heldout_examples import heldout_blocks, heldout_outputs, heldout_outputs_of
 from bayes_kf.models.batch import Batch
 
 
@@ -160,6 +160,37 @@ def test_held_out_outputs_are_those_of_the_posterior():
     outputs = heldout_outputs(posterior, batches(x, y))
     prediction = posterior.predict(x, targets=y, num_samples=20_000)
     torch.testing.assert_close(outputs.log_loss(), -prediction.log_prob.double(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("classes", [3, 80])  # the covariance of the outputs, and draws in its place
+def test_held_out_outputs_at_several_sizes_are_those_at_each(classes):
+    posterior = fitted(classes=classes)
+    x, y = data(20, seed=1, classes=classes)
+    sized = [with_size(posterior, size) for size in (1.0, 30.0)]
+    together = heldout_outputs_of(sized, batches(x, y))
+    for one, held in zip(sized, together, strict=True):
+        assert torch.equal(held.log_loss(1.3), heldout_outputs(one, batches(x, y)).log_loss(1.3))
+    assert not torch.equal(together[0].log_loss(), together[1].log_loss())
+
+
+def test_the_size_grows_until_all_classes_are_predicted_well():
+    """A block makes one class of the many unlikely ones, which hides what these take from the label."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(40, (100,), generator=generator)
+    x = centres[y] + 0.3 * torch.randn(100, 8, generator=generator, dtype=torch.float64)
+    model = nn.Linear(8, 40, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(0.3 * centres)
+    config = bkf.KalmanConfig(covariance="diagonal", initial_variance=1.0, temperature=1.0)
+    kf = bkf.KalmanFilter(bkf.AdapterModel(model), config)
+    posterior = bkf.Posterior(kf, kf.init(x), {})
+    means = [
+        -with_size(posterior, size).predict(x, targets=y, num_samples=500).log_prob.double().mean() for size in SIZES
+    ]
+    assert means[0] - min(means) > 0.5, means  # by independent draws
+    chosen = choose_size(posterior, batches(x, y, 50))
+    assert 10.0 < chosen.value < 1000.0
 
 
 @pytest.mark.parametrize("call", [choose_size, heldout_outputs])

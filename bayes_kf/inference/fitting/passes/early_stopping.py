@@ -3,9 +3,10 @@
 After each pass the outputs at the mean are scored on the held-out examples: by the log loss at the divisor of the
 logits that suits them best, or for real targets at the noise variance that does. The pass with the least loss is a
 noisy choice with 50 examples, and the learning rate falls to zero at the end. So the result is that of the latest pass
-whose loss exceeds the least by at most one standard error of the difference, paired by example. If the first pass is
-worse than none by more than three, its steps are too long for this model: the passes begin anew at a third of the rate.
-Ours.
+whose loss exceeds the least by at most one standard error of the difference, paired by example. The rate grows over
+the first pass: without this, Adam's first steps are too long for some networks (measured:
+``docs/development/decisions.md``, "Several posteriors"). If the mean is not finite after the first pass, the passes
+begin anew at a third of the rate. Ours.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from bayes_kf.inference.heldout.sharpness import point_log_losses
 from bayes_kf.models.batch import Batch, join_targets
 
 STANDARD_ERRORS = 1.0
-CLEARLY_WORSE = 3.0  # standard errors
-LEARNING_RATE = 0.02  # of the first step, in prior standard deviations
+LEARNING_RATE, WARM_UP = 0.02, 1.0  # in prior standard deviations; in passes
 RATE_FACTOR, SMALLEST_RATE = 1 / 3, 0.005  # of passes that begin anew: at most two times
 
 
@@ -66,26 +66,22 @@ def early_stopped_passes(
     Raises:
         DivergenceError: as :meth:`ModeSteps.run`.
     """
-    steps, rate = ModeSteps(kf, state, passes, LEARNING_RATE), LEARNING_RATE
+    rate = LEARNING_RATE
     states, losses = [state], [heldout_point_losses(kf, state, heldout)]
+    steps = ModeSteps(kf, state, passes, rate, warm_up=WARM_UP)
     while len(states) <= passes:
         with bar(f"mean pass {len(states)} of {passes}") as progress:
             steps.use_noise_of(refit_noise(kf, states[-1], loader))
-            may_begin_anew = len(states) == 1 and rate > SMALLEST_RATE
             try:
                 following = steps.run(loader, progress)
-                loss = heldout_point_losses(kf, following, heldout)
-                fails = _is_clearly_worse(loss, losses[0])
             except DivergenceError:
-                if not may_begin_anew:
+                if len(states) > 1 or rate < SMALLEST_RATE:
                     raise
-                fails = True
-        if may_begin_anew and fails:
-            rate *= RATE_FACTOR
-            steps = ModeSteps(kf, state, passes, rate)
-            continue
+                rate *= RATE_FACTOR
+                steps = ModeSteps(kf, state, passes, rate, warm_up=WARM_UP)
+                continue
         states.append(following)
-        losses.append(loss)
+        losses.append(heldout_point_losses(kf, following, heldout))
     chosen = latest_not_worse(losses)
     return StoppedPasses(states[chosen], [float(loss.mean()) for loss in losses], chosen)
 
@@ -93,11 +89,6 @@ def early_stopped_passes(
 def latest_not_worse(losses: Sequence[Tensor]) -> int:
     """The last index whose losses (N,) exceed those of the best one by at most one paired standard error."""
     return int(near_best(losses, STANDARD_ERRORS).nonzero().max())
-
-
-def _is_clearly_worse(losses: Tensor, others: Tensor) -> bool:
-    """Whether losses (N,) exceed others of the same examples by more than ``CLEARLY_WORSE`` paired standard errors."""
-    return not bool(near_best([others, losses], CLEARLY_WORSE)[1])
 
 
 def heldout_point_losses(kf: KalmanFilter, state: FilterState, heldout: Iterable[Batch]) -> Tensor:

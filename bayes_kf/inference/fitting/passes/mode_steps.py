@@ -2,8 +2,9 @@
 
 With z = (θ − μ₀)/σ₀ the objective is −Σ log p(y_b | θ)/B over a batch of B plus |z|²/2N, and Adam (Kingma and Ba 2015)
 descends it. Adam's steps do not depend on the scale of a gradient, so these are steps of θ with a learning rate for
-each parameter that is proportional to its σ₀; the rate falls linearly to zero over all passes. The model is prepared
-once for a pass, so that a step costs about as much as one of ``torch.optim.Adam``.
+each parameter that is proportional to its σ₀; the rate falls linearly to zero over all passes, and may first grow over
+the passes of a warm-up. The model is prepared once for a pass, so that a step costs about as much as one of
+``torch.optim.Adam``.
 
 The natural-gradient steps of :mod:`.mean_pass` are bounded by the Kalman gain and stop short of the mode
 (``docs/development/decisions.md``, "Several posteriors"). Ours in this use.
@@ -35,13 +36,22 @@ class ModeSteps:
         kf: the filter.
         state: gives the mean that is moved, the prior and the noise; its ``examples`` are N.
         passes: the number of passes of the whole fit.
-        learning_rate: of the first step of the fit, in prior standard deviations.
+        learning_rate: from which it falls, in prior standard deviations.
         done: the passes that were made before.
+        warm_up: the number of passes over which the rate grows in proportion to the examples seen.
     """
 
-    def __init__(self, kf: KalmanFilter, state: FilterState, passes: int, learning_rate: float, done: int = 0) -> None:
+    def __init__(
+        self,
+        kf: KalmanFilter,
+        state: FilterState,
+        passes: int,
+        learning_rate: float,
+        done: int = 0,
+        warm_up: float = 0.0,
+    ) -> None:
         self._kf, self._adapter, self._state = kf, kf.adapter, state
-        self._passes, self._rate, self._done = passes, learning_rate, done
+        self._passes, self._rate, self._done, self._warm_up = passes, learning_rate, done, warm_up
         self._family = noise.likelihood(kf.config.noise_settings, state.noise)
         self._sd = state.prior.variance.sqrt()
         self._z = (state.belief.mean - state.prior.mean) / self._sd
@@ -85,8 +95,11 @@ class ModeSteps:
     def _step(self, examples: int, inputs: Inputs, targets: Tensor) -> tuple[int, None]:
         """The number of examples of this pass after a step on a batch."""
         check_inputs(inputs)
-        done = (self._done + examples / self._state.examples) / self._passes
-        self._descend(self._gradient(inputs, targets), self._rate * max(0.0, 1.0 - done))
+        before, after = (self._done + seen / self._state.examples for seen in (examples, examples + len(targets)))
+        rate = self._rate * max(0.0, 1.0 - before / self._passes)
+        if after < self._warm_up:
+            rate *= after / self._warm_up
+        self._descend(self._gradient(inputs, targets), rate)
         return examples + len(targets), None
 
     def _gradient(self, inputs: Inputs, targets: Tensor) -> Tensor:

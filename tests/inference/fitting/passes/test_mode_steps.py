@@ -70,39 +70,36 @@ def test_the_steps_have_the_scale_of_the_prior():
         torch.testing.assert_close(step.abs(), torch.full_like(step, 0.05), rtol=2e-3, atol=0)
 
 
-def test_passes_whose_steps_are_too_long_begin_anew_with_shorter_ones(monkeypatch):
-    """Steps of thirty prior standard deviations make the first pass clearly worse; shorter ones do not."""
+def test_the_rate_grows_over_the_warm_up_and_falls_to_zero(monkeypatch):
+    x, y = data(32)
+    kf, state = started(x, y)
+    rates = []
+    monkeypatch.setattr(ModeSteps, "_descend", lambda self, gradient, rate: rates.append(rate))
+    run = ModeSteps(kf, state._replace(examples=32), 4, 0.8, warm_up=2.0)
+    for _ in range(4):
+        run.run(batches(x, y, 8), ProgressBar())
+    falling = [0.8 * (1 - k / 16) for k in range(16)]
+    assert rates == pytest.approx([falling[k] * min(1.0, (k + 1) / 8) for k in range(16)])
+
+
+def test_passes_that_diverge_begin_anew_with_shorter_steps(monkeypatch):
     x, y = data(160, noise=0.5)
     kf, state = started(x[:96], y[:96], initial_logit_sd=3.0)
     fitted, heldout = batches(x[:96], y[:96]), [Batch(x[96:], y[96:], 64)]
     usual = early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
-    rates, steps = [], early_stopping.ModeSteps
+    rates, steps, diverging = [], early_stopping.ModeSteps, iter([True, True, False])
 
-    def recorded(kf, state, passes, rate):
+    def recorded(kf, state, passes, rate, **settings):
         rates.append(rate)
-        return steps(kf, state, passes, rate)
+        return steps(kf, state, passes, float("inf") if next(diverging) else 0.02, **settings)
 
     monkeypatch.setattr(early_stopping, "ModeSteps", recorded)
-    early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
-    assert rates == [early_stopping.LEARNING_RATE]  # good steps are not begun anew
-    monkeypatch.setattr(early_stopping, "LEARNING_RATE", 30.0)
     stopped = early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
-    assert rates[1:] == pytest.approx([30 / 3**k for k in range(len(rates) - 1)])
-    assert len(rates) > 2
-    assert len(stopped.losses) == 6
-    assert stopped.losses[0] == usual.losses[0]
-    monkeypatch.setattr(early_stopping, "LEARNING_RATE", float("inf"))  # the mean is not finite
-    monkeypatch.setattr(early_stopping, "RATE_FACTOR", 1.0)
-    sizes = iter([float("inf"), 0.02])
-    monkeypatch.setattr(
-        early_stopping, "ModeSteps", lambda kf, state, passes, rate: steps(kf, state, passes, next(sizes))
-    )
-    assert len(early_stopped_passes(kf, state, fitted, heldout, 2, lambda text: ProgressBar()).losses) == 3
-    monkeypatch.setattr(early_stopping, "ModeSteps", recorded)
-    monkeypatch.setattr(early_stopping, "LEARNING_RATE", 30.0)
-    monkeypatch.setattr(early_stopping, "SMALLEST_RATE", float("inf"))
-    long = early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
-    assert stopped.losses[1] < long.losses[1]
+    assert rates == pytest.approx([0.02 / 3**k for k in range(3)])
+    assert stopped.losses == usual.losses
+    diverging = iter([True] * 4)
+    with pytest.raises(DivergenceError, match="the mean in a pass of Adam"):
+        early_stopped_passes(kf, state, fitted, heldout, 5, lambda text: ProgressBar())
 
 
 def test_other_examples_and_broken_means_are_refused():
