@@ -52,7 +52,9 @@ from bayes_kf.evaluation.classification.scores import (
     brier_decomposition,
     brier_score,
     negative_log_likelihood,
+    ordinal_error,
     ranked_probability_score,
+    weighted_kappa,
 )
 from bayes_kf.evaluation.classification.selective import (
     RiskCoverage,
@@ -245,6 +247,7 @@ __all__ = [
     "online_curves",
     "ood_risk_coverage",
     "ood_scores",
+    "ordinal_error",
     "output_variance_plot",
     "pinball_loss",
     "pit_gaussian",
@@ -281,4 +284,5 @@ __all__ = [
     "spread_bins",
     "unregister_metric",
     "variance_by_tensor",
+    "weighted_kappa",
 ]

@@ -77,7 +77,12 @@ def test_everything_a_report_can_be_given():
         num_simulations=100,
     )
     scores = report.scores
-    assert scores["rps"] == pytest.approx(ev.ranked_probability_score(probs, targets))
+    for name, score in (
+        ("rps", ev.ranked_probability_score),
+        ("ordinal_error", ev.ordinal_error),
+        ("weighted_kappa", ev.weighted_kappa),
+    ):
+        assert scores[name] == pytest.approx(score(probs, targets)), name
     assert scores["ece_top2"] == pytest.approx(ev.expected_calibration_error(probs, targets, top_k=2))
     assert scores["spiegelhalter"] == ev.spiegelhalter_test(probs, targets).statistic
     assert {"human_nll", "recalibrated_nll", "conformal_coverage", "aurc", "error_entropy_auroc"} <= set(scores)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayes_kf.evaluation.inputs import Array, as_probs, as_targets, check_positive_int
 from bayes_kf.evaluation.resampling.binning import classwise_bins
-from bayes_kf.evaluation.score import Score
+from bayes_kf.evaluation.score import ROUNDING, Score
 
 
 class BrierParts(NamedTuple):
@@ -100,6 +100,51 @@ def ranked_probability_score(probs: Array, targets: Array) -> float:
     return ranked_probability_scores(checked, as_targets(targets, checked)).mean().item()
 
 
+def ordinal_error(probs: Array, targets: Array) -> float:
+    """Mean distance, in classes, of the label from the median class: the absolute error of ordered classes.
+
+    The median class is the first one up to which the total probability is at least one half; of all answers it has the
+    least expected distance. The most probable class may be another.
+
+    Args:
+        probs: Class probabilities, (N, C), classes in order.
+        targets: Class indices, (N,).
+
+    Raises:
+        ValueError: If the probabilities or targets are malformed.
+
+    Example:
+        >>> ordinal_error(torch.tensor([[0.4, 0.3, 0.3]]), torch.tensor([2]))
+        1.0
+    """
+    checked = as_probs(probs)
+    return ordinal_errors(checked, as_targets(targets, checked)).mean().item()
+
+
+def weighted_kappa(probs: Array, targets: Array) -> float:
+    """Cohen's kappa with quadratic weights: agreement of the most probable class with the label, of ordered classes.
+
+    One minus the mean squared distance, in classes, of answer and label, over that of answers and labels paired at
+    random. It is 1 if all answers are right, about 0 if they do not depend on the label, and NaN if all answers and
+    labels are one class.
+
+    Args:
+        probs: Class probabilities, (N, C), classes in order.
+        targets: Class indices, (N,).
+
+    Raises:
+        ValueError: If the probabilities or targets are malformed.
+
+    Reference: Cohen, *Weighted kappa*, 1968.
+
+    Example:
+        >>> weighted_kappa(torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.2, 0.8]]), torch.tensor([0, 2]))
+        1.0
+    """
+    checked = as_probs(probs)
+    return kappa_of(checked.argmax(dim=1), as_targets(targets, checked))
+
+
 def brier_decomposition(probs: Array, targets: Array, num_bins: int = 15) -> BrierParts:
     """Brier score = miscalibration − resolution + uncertainty + within-bin part, each summed over the classes.
 
@@ -180,6 +225,20 @@ def log_losses(probs: Tensor, labels: Tensor) -> Tensor:
 def brier_scores(probs: Tensor, labels: Tensor) -> Tensor:
     """The Brier score of each example of checked probabilities, (N,)."""
     return probs.square().sum(dim=1) - 2 * probs.gather(1, labels[:, None])[:, 0] + 1
+
+
+def ordinal_errors(probs: Tensor, labels: Tensor) -> Tensor:
+    """Distance of each label from the median class of checked probabilities, (N,)."""
+    below = probs.cumsum(dim=1)[:, :-1] < 0.5 - ROUNDING
+    return (below.sum(dim=1) - labels).abs().double()
+
+
+def kappa_of(answers: Tensor, labels: Tensor) -> float:
+    """Quadratically weighted kappa of answers and labels, (N,) each."""
+    first, second = answers.double(), labels.double()
+    observed = (first - second).square().mean()
+    expected = first.square().mean() + second.square().mean() - 2 * first.mean() * second.mean()
+    return (1 - observed / expected).item()
 
 
 def ranked_probability_scores(probs: Tensor, labels: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ LABELS = {
     "brier_uncertainty": ScoreLabel("… its uncertainty part", "Brier score of the overall class frequencies"),
     "brier_within": ScoreLabel("… its within-bin part", "contribution of differences inside the bins"),
     "rps": ScoreLabel("Ranked probability score", "0 to classes − 1; lower is better"),
+    "ordinal_error": ScoreLabel("Distance from the median class", "in classes, mean; lower is better"),
+    "weighted_kappa": ScoreLabel("Weighted kappa", "quadratic weights; 1 is perfect, 0 is chance"),
     "confidence": ScoreLabel("Mean confidence", "probability of the predicted class"),
     "confidence_gap": ScoreLabel("Confidence − accuracy", "positive: over-confident"),
     "ece": ScoreLabel("ECE", "top label, bins of equal width"),

@@ -10,7 +10,10 @@ from bayes_kf.evaluation.score import Score
 
 OTHERS = "Other scores"
 GROUPS = {  # title to names of its scores, and to prefixes of such names
-    "Accuracy and likelihood": (("accuracy", "nll", "perplexity", "brier", "rps", "rmse", "mse", "crps"), ("brier_",)),
+    "Accuracy and likelihood": (
+        ("accuracy", "nll", "perplexity", "brier", "rps", "ordinal_error", "weighted_kappa", "rmse", "mse", "crps"),
+        ("brier_",),
+    ),
     "Calibration": (
         ("confidence", "confidence_gap", "ks", "mce", "spiegelhalter", "ence", "pit_ks", "quantile_error"),
         ("ece", "coverage_", "surprise_gap"),

@@ -29,7 +29,9 @@ from bayes_kf.evaluation.classification.scores import (
     brier_decomposition,
     brier_part_scores,
     brier_scores,
+    kappa_of,
     log_losses,
+    ordinal_errors,
     ranked_probability_scores,
 )
 from bayes_kf.evaluation.inputs import Array, as_probs, as_vector
@@ -141,7 +143,11 @@ def mean_scores(
     if design is None:
         scores |= brier_part_scores(brier_decomposition(probs, labels, num_bins))
     if ordered:
-        scores["rps"] = mean_score(ranked_probability_scores(probs, labels), probs.shape[1] - 1.0, design)
+        most = probs.shape[1] - 1.0
+        scores["rps"] = mean_score(ranked_probability_scores(probs, labels), most, design)
+        scores["ordinal_error"] = mean_score(ordinal_errors(probs, labels), most, design)
+        if design is None:
+            scores["weighted_kappa"] = Score(kappa_of(probs.argmax(dim=1), labels))
     return scores | {"confidence": mean_score(confidence, 1.0, design)}
 
 

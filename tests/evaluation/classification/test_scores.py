@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import scoringrules
 import torch
-from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    cohen_kappa_score,
+    log_loss,
+    roc_auc_score,
+    roc_curve,
+)
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from bayes_kf import evaluation as ev
@@ -47,6 +54,31 @@ def test_ranked_probability_score_by_hand(num_classes):
     assert ev.ranked_probability_score(probs, targets) == pytest.approx(theirs, abs=1e-9)
     if num_classes == 2:
         assert ev.ranked_probability_score(probs, targets) == pytest.approx(ev.brier_score(probs, targets) / 2)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_scores_of_ordered_classes_by_hand(num_classes):
+    probs, targets = random_case(num_classes=num_classes)
+    places = np.arange(num_classes)
+    for row, target in zip(probs.numpy(), targets.numpy(), strict=True):
+        error = ev.ordinal_error(row[None], target[None])
+        expected = [(row * abs(places - answer)).sum() for answer in places]  # of each answer
+        medians = places[expected <= min(expected) + 1e-12]
+        assert error in abs(medians - target)
+    mean = np.mean(
+        [ev.ordinal_error(row[None], y[None]) for row, y in zip(probs.numpy(), targets.numpy(), strict=True)]
+    )
+    assert ev.ordinal_error(probs, targets) == pytest.approx(mean, abs=1e-12)
+    theirs = cohen_kappa_score(targets, probs.argmax(1), weights="quadratic", labels=list(places))
+    assert ev.weighted_kappa(probs, targets) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_a_median_between_two_classes_is_the_first_one():
+    tied = torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.4, 0.5], [0.2, 0.3, 0.5]])  # in float32 0.1 + 0.4 is above one half
+    assert ev.ordinal_error(tied, torch.tensor([0, 1, 1])) == 0.0
+    same = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    assert math.isnan(ev.weighted_kappa(same, torch.zeros(4, dtype=torch.long)))
+    assert ev.weighted_kappa(same, torch.tensor([0, 0, 1, 1])) == 0.0
 
 
 def murphy_by_hand(probs: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
