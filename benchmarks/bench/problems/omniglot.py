@@ -11,6 +11,7 @@ import functools
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from benchmarks.bench.quality_streams import clothes, drawn_parts, seeded_order
 from benchmarks.bench.registry.problems import QualityData, QualityProblem
@@ -28,8 +29,13 @@ def alphabets(part: Literal[1, 2], seed: int) -> QualityData:
 
 
 def characters(part: Literal[1, 2], seed: int) -> QualityData:
-    """50 characters by ten drawers of the seed's choice and by the others; Fashion-MNIST is out of distribution."""
+    """The first 50 characters of a part; see :func:`drawn_characters`."""
     images, character, _ = omniglot(part)
+    return drawn_characters(images, character, seed)
+
+
+def drawn_characters(images: Tensor, character: Tensor, seed: int) -> QualityData:
+    """The first 50 characters by ten drawers of the seed's choice and by the others; clothes are the other inputs."""
     drawers, first = seeded_order(DRAWERS, seed), torch.arange(CHARACTERS)[:, None] * DRAWERS
     train, test = [(first + chosen).flatten() for chosen in (drawers[:10], drawers[10:])]
     train = train[seeded_order(len(train), seed + 1)]

@@ -20,7 +20,8 @@ How unseen the sealed sets are:
   test splits from the last one.
 
 Every problem states its part (``sealed=True``); a test draws the split again and compares. A set that is added later
-(``ADDED``) is a development set: those of images have what the sealed images showed to be missing.
+(``ADDED``) is a development set: those of images have what the sealed images showed to be missing. When the default had
+been mended on these, further pairs were sealed before anything ran on them (``SECOND``).
 """
 
 from __future__ import annotations
@@ -69,6 +70,14 @@ UNSEEN = {
 }
 
 ADDED = ("omniglot-2-characters", "fashion-resnet")  # after the sealed images were opened
+SECOND = (
+    "usps-resnet",
+    "omniglot-1-resnet",
+    "imagenet-kinds-resnet",
+    "ants-bees-resnet",
+    "fashion-mobilenet",
+    "omniglot-last-characters",
+)
 
 
 def drawn_split(
@@ -93,6 +102,6 @@ def drawn_split(
     return frozenset(sealed)
 
 
-def part(sealed: bool) -> str:
+def part(sealed: int) -> str:
     """The name of a part of the split."""
-    return "sealed" if sealed else "development"
+    return ("development", "sealed", "second sealed")[sealed]

@@ -39,7 +39,7 @@ class QualityProblem(NamedTuple):
         model: from a seed and LoRA's dropout rate to the model at its start.
         classes: the number of classes.
         priority: place among the problems; smaller numbers come first.
-        sealed: whether it is opened only once, at the end (``data_split``).
+        sealed: 0 for development; 1 or 2 for the first or second sets that are opened only once (``data_split``).
         is_one_of_nine: whether ``posterior_quality`` measures it, too.
     """
 
@@ -49,7 +49,7 @@ class QualityProblem(NamedTuple):
     model: Callable[[int, float], PeftModel]
     classes: int
     priority: int
-    sealed: bool = False
+    sealed: int = 0
     is_one_of_nine: bool = True
 
 
@@ -68,7 +68,7 @@ class RegressionProblem(NamedTuple):
     load: Callable[[int], RegressionData]
     model: Callable[[int], nn.Module]
     priority: int
-    sealed: bool = False
+    sealed: int = 0
 
 
 def found_quality_problems() -> dict[str, QualityProblem]:

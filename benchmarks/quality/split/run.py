@@ -11,6 +11,7 @@ cell runs in its own process, and is written when it is measured. Data and weigh
     python -m benchmarks.quality.split.run --table                          # the table from existing results
     python -m benchmarks.quality.split.run --keep-default-as 0.1            # before the default changes: keep its cells
     python -m benchmarks.quality.split.run --open-sealed                    # once, at the end
+    python -m benchmarks.quality.split.run --open-sealed 2                  # once: the second sealed sets
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def run(data: str, row: str, seed: int, cap: float, commit: str) -> dict[str, An
     return {"skipped": f"more than {cap:g} s" if alarmed(cell) else f"ended with {cell}", "commit": commit}
 
 
-def checked_data(names: Sequence[str] | None, open_sealed: bool) -> list[str]:
+def checked_data(names: Sequence[str] | None, open_sealed: int) -> list[str]:
     """The data sets to run: those named, or all of one part of the split.
 
     Raises:
@@ -52,7 +53,8 @@ def checked_data(names: Sequence[str] | None, open_sealed: bool) -> list[str]:
     allowed = [name for name, problem in PROBLEMS.items() if problem.sealed == open_sealed]
     if wrong := [name for name in names or () if name not in allowed]:
         if open_sealed:
-            raise SystemExit(f"`--data` must name sealed sets with `--open-sealed`, got {', '.join(wrong)}.")
+            which = part(open_sealed)
+            raise SystemExit(f"`--data` must name {which} sets with `--open-sealed`, got {', '.join(wrong)}.")
         raise SystemExit(
             f"`--data` must name development sets, got {', '.join(wrong)}: sealed sets are opened once, at the end,"
             " with `--open-sealed`."
@@ -100,11 +102,13 @@ def main() -> None:
     """The command line."""
     command = Command(__doc__).names("--rows", ROWS, text="rows; each where it applies").seeds(3)
     command.option("--data", nargs="+", choices=list(PROBLEMS), metavar="NAME", help="data sets (all of one part)")
-    command.option("--open-sealed", action="store_true", help="run the sealed sets; once, at the end")
+    text = "run the sealed sets, 2: the second ones; once, when no setting is left to choose"
+    command.option("--open-sealed", nargs="?", type=int, const=1, default=0, choices=(1, 2), help=text)
     command.option("--keep-default-as", metavar="NAME", help="run nothing; rename the row default to default-NAME")
     command.option("--cap", type=float, default=1800.0, help="seconds that a cell may take (%(default)s)")
     args = command.redo().table().parse()
-    data, file = checked_data(args.data, args.open_sealed), ResultFile(f"quality_{part(args.open_sealed)}")
+    data = checked_data(args.data, args.open_sealed)
+    file = ResultFile(f"quality_{part(args.open_sealed)}".replace(" ", "_"))
     if args.keep_default_as is not None:
         print(f"{keep_default(file, args.keep_default_as)} cells have a new name.")
     elif not args.table:

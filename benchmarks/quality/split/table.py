@@ -47,7 +47,7 @@ SPLIT_NOTE = (
 )
 
 
-def render(cells: Mapping[str, Cell], problems: Mapping[str, Problem], sealed: bool) -> list[str]:
+def render(cells: Mapping[str, Cell], problems: Mapping[str, Problem], sealed: int) -> list[str]:
     """Body of the Markdown file of one part of the split."""
     chosen = {name: problem for name, problem in problems.items() if problem.sealed == sealed}
     lines = [LEGEND, "", *([SEALED_NOTE, ""] if sealed else []), SPLIT_NOTE, "", *_sets(chosen, problems, sealed)]
@@ -62,19 +62,19 @@ def render(cells: Mapping[str, Cell], problems: Mapping[str, Problem], sealed: b
     return lines
 
 
-def _sets(chosen: Iterable[str], problems: Mapping[str, Problem], sealed: bool) -> list[str]:
-    """The names of both parts."""
+def _sets(chosen: Iterable[str], problems: Mapping[str, Problem], sealed: int) -> list[str]:
+    """The names of all parts."""
     seen = {name for names in SEEN.values() for name in names}
-    other = [name for name, problem in problems.items() if problem.sealed != sealed]
     new = [name for names in UNSEEN.values() for name in names if name in chosen]
     texts = [f"{part(sealed).capitalize()} sets: {', '.join(chosen)}."]
     if not sealed:
         texts.append(f"Looked at before the split: {', '.join(name for name in chosen if name in seen)}.")
         texts.append(f"Not looked at before: {', '.join(new)} (UCI sets: see there).")
         texts.append(f"Added after the sealed images were opened: {', '.join(ADDED)}.")
-    return [
-        text for line in [*texts, f"{part(not sealed).capitalize()} sets: {', '.join(other)}."] for text in (line, "")
-    ]
+    for other in sorted({problem.sealed for problem in problems.values()} - {sealed}):
+        names = [name for name, problem in problems.items() if problem.sealed == other]
+        texts.append(f"{part(other).capitalize()} sets: {', '.join(names)}.")
+    return [text for line in texts for text in (line, "")]
 
 
 CLASSIFICATION = {  # column -> score

@@ -3,16 +3,16 @@
 import pytest
 
 from benchmarks.bench.registry import data_split
-from benchmarks.bench.registry.data_split import ADDED, SEEN, UNSEEN, drawn_split
+from benchmarks.bench.registry.data_split import ADDED, SECOND, SEEN, UNSEEN, drawn_split
 from benchmarks.bench.registry.problems import QualityProblem, found_split_problems
 from benchmarks.quality.split import run
 
 PROBLEMS = found_split_problems()
-SEALED = {name for name, problem in PROBLEMS.items() if problem.sealed}
+SEALED = {name for name, problem in PROBLEMS.items() if problem.sealed == 1}
 
 
 def test_every_set_is_in_one_stratum_and_was_seen_or_not():
-    listed = [*ADDED, *(name for part in (SEEN, UNSEEN) for names in part.values() for name in names)]
+    listed = [*ADDED, *SECOND, *(name for part in (SEEN, UNSEEN) for names in part.values() for name in names)]
     assert len(listed) == len(set(listed))
     assert set(listed) == set(PROBLEMS)
     kinds = {name: isinstance(PROBLEMS[name], QualityProblem) for name in PROBLEMS}
@@ -23,6 +23,7 @@ def test_every_set_is_in_one_stratum_and_was_seen_or_not():
 
 def test_problems_state_the_part_that_was_drawn():
     assert drawn_split() == SEALED
+    assert {name for name, problem in PROBLEMS.items() if problem.sealed == 2} == set(SECOND)
     assert not SEALED & {*ADDED, *(name for names in SEEN.values() for name in names)}
 
 
@@ -44,12 +45,15 @@ def test_the_rule_knows_names_only():
 
 
 def test_sealed_sets_are_refused_without_the_option(monkeypatch, tmp_path):
-    assert set(run.checked_data(None, False)) == set(PROBLEMS) - SEALED
-    assert set(run.checked_data(None, True)) == SEALED
+    assert set(run.checked_data(None, 0)) == set(PROBLEMS) - SEALED - set(SECOND)
+    assert set(run.checked_data(None, 1)) == SEALED
+    assert set(run.checked_data(None, 2)) == set(SECOND)
     with pytest.raises(SystemExit, match=r"`--data` must name development sets, got ag-news: sealed sets are opened"):
-        run.checked_data(["fashion", "ag-news"], False)
+        run.checked_data(["fashion", "ag-news"], 0)
     with pytest.raises(SystemExit, match=r"`--data` must name sealed sets with `--open-sealed`, got fashion\."):
-        run.checked_data(["fashion", "ag-news"], True)
+        run.checked_data(["fashion", "ag-news"], 1)
+    with pytest.raises(SystemExit, match="`--data` must name second sealed sets with `--open-sealed`, got ag-news"):
+        run.checked_data(["usps-resnet", "ag-news"], 2)
 
     def refuse(*_):
         raise AssertionError("a sealed set was measured")
