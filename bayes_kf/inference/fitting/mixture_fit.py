@@ -52,7 +52,7 @@ from bayes_kf.inference.fitting.selection.heldout_config_selection import (
 from bayes_kf.inference.heldout import calibration, noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import is_static, with_size
-from bayes_kf.inference.heldout.heldout_examples import heldout_batches, heldout_outputs
+from bayes_kf.inference.heldout.heldout_examples import heldout_batches, heldout_outputs, thinned
 from bayes_kf.inference.heldout.member_weights import choose_weights
 from bayes_kf.inference.heldout.sharpness import choose_sharpness, cross_fitted_sharpness
 from bayes_kf.inference.heldout.text_size import sampled_text_losses
@@ -320,7 +320,7 @@ def _with_noise_and_size(member: Member) -> Member:
 
 def _of_limited_size(member: Member, limit: int) -> tuple[Posterior, list[tuple[Any, Tensor]]]:
     """A member and its held-out examples, thinned out to at most ``limit``."""
-    return member.posterior, calibration.thinned(member.posterior, member.split.heldout, limit)
+    return member.posterior, thinned(member.posterior, member.split.heldout, limit)
 
 
 def _learn_heldout(member: Member, sharpness: Choice | None, learns_mean: bool, progress: bool) -> Posterior:

@@ -21,7 +21,7 @@ from torch import Tensor
 from bayes_kf.inference.heldout import noise_and_size
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import STANDARD_ERRORS, choose_common_size, is_static, with_size
-from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_batches, heldout_outputs
+from bayes_kf.inference.heldout.heldout_examples import JOINT_CLASSES, heldout_outputs, thinned
 from bayes_kf.inference.heldout.residual_noise import with_heldout_noise
 from bayes_kf.inference.heldout.sharpness import choose_sharpness
 from bayes_kf.inference.heldout.text_size import choose_text_size
@@ -189,20 +189,3 @@ def _most_examples(posterior: GaussianPosterior) -> int:
     """The most examples that choose a size: ``SIZE_EXAMPLES``, or fewer of a large adapter."""
     each = (JOINT_CLASSES + 2) * posterior.adapter.num_parameters * posterior.adapter.dtype.itemsize
     return max(1, min(SIZE_EXAMPLES, SIZE_BYTES // each))
-
-
-def thinned(posterior: GaussianPosterior, loader: Iterable[Any], most: int) -> list[tuple[Inputs, Tensor]]:
-    """Every k-th example of the batches, with the least k that leaves at most ``most``.
-
-    Raises:
-        ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
-    """
-    step = -(-sum(batch.size for batch in heldout_batches(posterior, loader)) // most)
-    kept, before = list[tuple[Inputs, Tensor]](), 0
-    for batch in heldout_batches(posterior, loader):
-        which = torch.arange(batch.size, device=batch.device)[-before % step :: step]
-        before += batch.size
-        if len(which):
-            some = batch if step == 1 else batch[which]
-            kept.append((some.inputs, some.required_targets))
-    return kept

@@ -30,7 +30,13 @@ from bayes_kf.inference.config_groups import DynamicsSettings
 from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.heldout.choice import Choice, most_probable, near_best
-from bayes_kf.inference.heldout.heldout_examples import HeldoutBlock, HeldoutOutputs, heldout_blocks, heldout_outputs_of
+from bayes_kf.inference.heldout.heldout_examples import (
+    HeldoutBlock,
+    HeldoutOutputs,
+    heldout_blocks,
+    heldout_outputs_of,
+    thinned,
+)
 from bayes_kf.inference.heldout.joint_likelihood import joint_log_likelihood
 from bayes_kf.inference.heldout.sharpness import COARSE, choose_sharpness
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
@@ -38,6 +44,7 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 SIZES = tuple(10.0 ** (0.5 * k) for k in range(7))  # s, 1 to 1,000
 DECADES = 1.0  # standard deviation of log10 s under its prior
 STANDARD_ERRORS, LEAST_EXCESS = 2.0, 0.02  # by which the mean loss of single examples may exceed its minimum, in nats
+MOST_OUTPUTS, LEAST_EXAMPLES = 2**13, 50  # of all single examples together; as many examples in any case
 
 P = TypeVar("P", bound=GaussianPosterior)
 
@@ -119,8 +126,14 @@ def _joint_log_likelihood(posterior: GaussianPosterior, block: HeldoutBlock) -> 
 
 
 def _losses(held: Sequence[tuple[P, Sequence[Any]]], sizes: Sequence[float]) -> list[Tensor]:
-    """The log loss of each held-out example at each size, (N,), for classes at the best S of that size."""
-    each = [heldout_outputs_of([with_size(posterior, size) for size in sizes], loader) for posterior, loader in held]
+    """The log losses of held-out examples at each size, (N,), for classes at the best S of that size."""
+    most = max(LEAST_EXAMPLES, MOST_OUTPUTS // max(1, held[0][0].kf.linearize.num_outputs))
+    each = [
+        heldout_outputs_of(
+            [with_size(posterior, size) for size in sizes], thinned(posterior, loader, -(-most // len(held)))
+        )
+        for posterior, loader in held
+    ]
     outputs = [HeldoutOutputs.joined(parts) for parts in zip(*each, strict=True)]
     is_class = outputs[0].family.name == "categorical"
     return [at.log_loss(choose_sharpness([at], COARSE, evaluations=1).value if is_class else 1.0) for at in outputs]

@@ -21,7 +21,7 @@ from bayes_kf.inference.predictive.linearized_prediction import (
     parameter_draws_are_cheaper,
     required_targets,
 )
-from bayes_kf.models.batch import Batch, split_batch
+from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.likelihood import Likelihood
 
 NUM_DRAWS = 64  # parameter draws that stand for the covariance of more outputs than that
@@ -114,6 +114,23 @@ def heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iter
         raise ValueError("`loader` must yield at least one batch, got none.")
 
 
+def thinned(posterior: GaussianPosterior, loader: Iterable[Any], most: int) -> list[tuple[Inputs, Tensor]]:
+    """Every k-th example of the batches, with the least k that leaves at most ``most``.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
+    """
+    step = -(-sum(batch.size for batch in heldout_batches(posterior, loader)) // most)
+    kept, before = list[tuple[Inputs, Tensor]](), 0
+    for batch in heldout_batches(posterior, loader):
+        which = torch.arange(batch.size, device=batch.device)[-before % step :: step]
+        before += batch.size
+        if len(which):
+            some = batch if step == 1 else batch[which]
+            kept.append((some.inputs, some.required_targets))
+    return kept
+
+
 def heldout_outputs(posterior: GaussianPosterior, loader: Iterable[Any]) -> HeldoutOutputs:
     """The outputs of every held-out example, with the posterior's temperature but without its softmax temperature."""
     return heldout_outputs_of([posterior], loader)[0]
@@ -128,7 +145,7 @@ def heldout_outputs_of(posteriors: Sequence[GaussianPosterior], loader: Iterable
     with first.adapter.full_precision():
         for batch in heldout_batches(first, loader):
             if by_draws is None:
-                by_draws = parameter_draws_are_cheaper(first, batch, NUM_DRAWS)
+                by_draws = parameter_draws_are_cheaper(first, batch, NUM_DRAWS * len(posteriors))
             for chunk, at_mean, spread in _by_draws(posteriors, batch) if by_draws else _covariances(posteriors, batch):
                 outputs.append(at_mean)
                 targets.append(chunk.required_targets)

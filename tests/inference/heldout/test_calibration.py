@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.heldout import calibration
+from bayes_kf.inference.heldout import calibration, heldout_examples
 from bayes_kf.inference.heldout.choice import Choice
 from bayes_kf.inference.heldout.covariance_size import choose_size, with_size
 from bayes_kf.inference.heldout.heldout_examples import heldout_outputs
@@ -137,7 +137,7 @@ def test_at_most_512_examples_choose_the_size_and_fewer_of_a_large_adapter():
         numbers = torch.arange(sum(sizes))
         batches = list(zip(numbers[:, None].double().split(sizes), numbers.split(sizes), strict=True))
         for most in (512, 64):
-            thinned = calibration.thinned(posterior, batches, most)
+            thinned = heldout_examples.thinned(posterior, batches, most)
             actual = torch.cat([targets for _, targets in thinned])
             assert torch.equal(actual, torch.arange(0, sum(sizes), math.ceil(sum(sizes) / most)))
             assert torch.equal(torch.cat([inputs for inputs, _ in thinned])[:, 0], actual.double())

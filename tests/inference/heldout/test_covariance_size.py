@@ -7,6 +7,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 import bayes_kf as bkf
+from bayes_kf.inference.heldout import covariance_size
 from bayes_kf.inference.heldout.covariance_size import (
     SIZES,
     choose_common_size,
@@ -160,6 +161,15 @@ def test_held_out_outputs_are_those_of_the_posterior():
     outputs = heldout_outputs(posterior, batches(x, y))
     prediction = posterior.predict(x, targets=y, num_samples=20_000)
     torch.testing.assert_close(outputs.log_loss(), -prediction.log_prob.double(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("most", "count"), [(2**13, 80), (12 * 60, 60), (12, 50)])
+def test_of_many_outputs_fewer_examples_stop_the_growth(most, count, monkeypatch):
+    posterior = fitted(classes=12)
+    monkeypatch.setattr(covariance_size, "MOST_OUTPUTS", most)
+    held = [(posterior, batches(*data(40, seed=seed, classes=12))) for seed in (1, 2)]
+    (losses,) = covariance_size._losses(held, [3.0])
+    assert count / 2 < len(losses) <= count  # every k-th of the 80
 
 
 @pytest.mark.parametrize("classes", [3, 80])  # the covariance of the outputs, and draws in its place
