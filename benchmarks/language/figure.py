@@ -56,8 +56,9 @@ def draw_answered(cells: Mapping[str, Cell], shares: Sequence[float], path: Path
         ax.set_xlabel("questions answered (%)")
         ax.set_ylabel("accuracy of the answers")
         ax.grid(alpha=0.25)
+    columns = max(ax.get_subplotspec().colspan.stop for ax, _ in shown)
     handles = {label: h for ax, _ in shown for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2 * columns, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
