@@ -18,6 +18,7 @@ SCRIPTS = {  # those whose --table draws no figure
     "posterior_quality": ("quality.run", []),
     "quality_development": ("quality.split.run", []),
     "quality_sealed": ("quality.split.run", ["--open-sealed"]),
+    "quality_second_sealed": ("quality.split.run", ["--open-sealed", "2"]),
     "epistemic_entropy": ("quality.epistemic_entropy", []),
     "interval_coverage": ("quality.interval_coverage", []),
     "evaluation_cost": ("speed.evaluation_cost", []),
