@@ -162,7 +162,9 @@ def _evaluate(parser: Parser) -> None:
         metavar="NAME=PATH",
         help="out-of-distribution data",
     )
-    parser.add_argument("--ordered", action="store_true", help="the classes have an order: report the RPS")
+    parser.add_argument(
+        "--ordered", action="store_true", help="the classes have an order: report scores of such classes"
+    )
     parser.add_argument(
         "--show-examples",
         action=argparse.BooleanOptionalAction,

@@ -93,7 +93,7 @@ def evaluate_predictions(
         clusters: What each example is part of (a patient, a document), (N,): examples of one cluster may depend on each
             other, and intervals, null bands and tests allow for that. Tokens, pixels and several labels are those of
             their input, and weights and clusters (B,) are of the inputs.
-        ordered: Whether the classes have an order, for the ranked probability score.
+        ordered: Whether the classes have an order, for the scores of such classes.
         top_k: Numbers of most probable classes that count together, each with an ECE; by default 5 if there are more
             than 10 classes.
         config: Settings to print.

@@ -191,9 +191,10 @@ class Report:
 
     def _figure(self, name: str, spec: FigureSpec) -> dict[str, Any]:
         """A figure for the page."""
-        figure = draw_with_parts(spec) if spec.parts else self.figures[name]
-        markup = figure_markup(figure, spec.alt, name)
-        parts = spec.parts if markup.startswith("<svg") else ()  # an image of pixels shows all data
+        parts = spec.parts
+        markup = figure_markup(draw_with_parts(spec) if parts else self.figures[name], spec.alt, name)
+        if parts and not markup.startswith("<svg"):  # an image of pixels shows all data
+            markup, parts = figure_markup(self.figures[name], spec.alt, name), ()
         return {"title": spec.title, "table": spec.table, "markup": markup, "parts": parts, "key": name}
 
     def to_json(self) -> str:

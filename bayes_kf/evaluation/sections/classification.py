@@ -143,9 +143,9 @@ def mean_scores(
     if design is None:
         scores |= brier_part_scores(brier_decomposition(probs, labels, num_bins))
     if ordered:
-        most = probs.shape[1] - 1.0
-        scores["rps"] = mean_score(ranked_probability_scores(probs, labels), most, design)
-        scores["ordinal_error"] = mean_score(ordinal_errors(probs, labels), most, design)
+        scores["rps"] = mean_score(ranked_probability_scores(probs, labels), probs.shape[1] - 1.0, design)
+        errors = ordinal_errors(probs, labels)
+        scores["ordinal_error"] = Score(errors.mean().item() if design is None else design.mean(errors))
         if design is None:
             scores["weighted_kappa"] = Score(kappa_of(probs.argmax(dim=1), labels))
     return scores | {"confidence": mean_score(confidence, 1.0, design)}
@@ -237,7 +237,7 @@ def _class_parts(
         of_class = predicted == number
         bins = bins_with_bands(probs[of_class], labels[of_class], **asdict(settings))
         outside = int(is_outside(bins).sum())
-        note = f"{int(counts[number]):,} of them; {outside} of {len(bins.counts)} points outside their bands"
+        note = f"{int(counts[number]):,} of them; {outside} of {len(bins.counts)} points outside (legend: of all)"
         parts.append(DataPart(f"predictions of {quoted(class_names[number])}", note, partial(draw_bins, bins)))
     return tuple(parts)
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from bayes_kf.inference.config_groups import DynamicsSettings
@@ -44,7 +45,9 @@ from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 SIZES = tuple(10.0 ** (0.5 * k) for k in range(7))  # s, 1 to 1,000
 DECADES = 1.0  # standard deviation of log10 s under its prior
 STANDARD_ERRORS, LEAST_EXCESS = 2.0, 0.02  # by which the mean loss of single examples may exceed its minimum, in nats
-MOST_OUTPUTS, LEAST_EXAMPLES = 2**13, 50  # of all single examples together; as many examples in any case
+MOST_OUTPUTS, LEAST_EXAMPLES = 2**13, 100  # of single examples: about so many outputs, or more of so many examples
+
+WHOLE_MATRICES = ("full", "block_diagonal")  # covariances of which one at a time is in memory
 
 P = TypeVar("P", bound=GaussianPosterior)
 
@@ -128,12 +131,15 @@ def _joint_log_likelihood(posterior: GaussianPosterior, block: HeldoutBlock) -> 
 def _losses(held: Sequence[tuple[P, Sequence[Any]]], sizes: Sequence[float]) -> list[Tensor]:
     """The log losses of held-out examples at each size, (N,), for classes at the best S of that size."""
     most = max(LEAST_EXAMPLES, MOST_OUTPUTS // max(1, held[0][0].kf.linearize.num_outputs))
-    each = [
-        heldout_outputs_of(
-            [with_size(posterior, size) for size in sizes], thinned(posterior, loader, -(-most // len(held)))
-        )
-        for posterior, loader in held
-    ]
+    at_once = 1 if held[0][0].config.covariance in WHOLE_MATRICES else len(sizes)
+    each = []
+    for posterior, loader in held:
+        some, parts = thinned(posterior, loader, -(-most // len(held))), list[HeldoutOutputs]()
+        for first in range(0, len(sizes), at_once):
+            sized = [with_size(posterior, size) for size in sizes[first : first + at_once]]
+            parts += heldout_outputs_of(sized, some)
+        each.append(parts)
+    if each[0][0].family.name != "categorical":  # the noise of each posterior is its own
+        return [torch.cat([one.log_loss() for one in parts]) for parts in zip(*each, strict=True)]
     outputs = [HeldoutOutputs.joined(parts) for parts in zip(*each, strict=True)]
-    is_class = outputs[0].family.name == "categorical"
-    return [at.log_loss(choose_sharpness([at], COARSE, evaluations=1).value if is_class else 1.0) for at in outputs]
+    return [at.log_loss(choose_sharpness([at], COARSE, evaluations=1).value) for at in outputs]

@@ -153,9 +153,16 @@ def heldout_outputs_of(posteriors: Sequence[GaussianPosterior], loader: Iterable
                     parts.append(part)
     joined = torch.cat(outputs)
     checked = family.check(joined, torch.cat(targets))
+    spread = [torch.cat(parts) for parts in spreads]
     if by_draws:
-        return [HeldoutOutputs(family, joined, None, torch.cat(parts), checked) for parts in spreads]
-    return [HeldoutOutputs(family, joined, semidefinite(torch.cat(parts)), None, checked) for parts in spreads]
+        return [
+            HeldoutOutputs(p.likelihood, joined, None, root, checked)
+            for p, root in zip(posteriors, spread, strict=True)
+        ]
+    return [
+        HeldoutOutputs(p.likelihood, joined, semidefinite(covariance), None, checked)
+        for p, covariance in zip(posteriors, spread, strict=True)
+    ]
 
 
 def _covariances(posteriors: Sequence[GaussianPosterior], batch: Batch) -> Iterator[tuple[Batch, Tensor, list[Tensor]]]:

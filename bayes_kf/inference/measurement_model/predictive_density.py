@@ -75,7 +75,7 @@ def log_loss(
 
 
 def is_sampled(family: Likelihood, num_outputs: int) -> bool:
-    """Whether :func:`log_loss` takes quasi-random draws, whatever the number of targets."""
+    """Whether the likelihood is that of more than two classes, for which :func:`log_loss` takes quasi-random draws."""
     return family.name == "categorical" and num_outputs > 2
 
 

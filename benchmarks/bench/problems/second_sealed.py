@@ -95,15 +95,51 @@ def _sized(data: QualityData, side: int | None = None) -> QualityData:
 
 
 QUALITY = tuple(
-    QualityProblem(name, f"{title}, new head", load, model, classes, priority, sealed=2, is_one_of_nine=False)
+    QualityProblem(name, title, load, model, classes, priority, sealed=2, is_one_of_nine=False)
     for priority, (name, title, load, model, classes) in enumerate(
         (
-            ("usps-resnet", "ResNet-20 → USPS: 400 digits", digits, _resnet(10), 10),
-            ("omniglot-1-resnet", "ResNet-20 → five alphabets of Omniglot: 500 characters", alphabets, _resnet(5), 5),
-            ("imagenet-kinds-resnet", "ResNet-20 → six kinds of photographs: 450 of them", kinds, _resnet(6), 6),
-            ("ants-bees-resnet", "ResNet-20 → ants or bees: 245 photographs", insects, _resnet(2), 2),
-            ("fashion-mobilenet", "MobileNetV2 → Fashion-MNIST: 400 images", garments, MOBILENET, 10),
-            ("omniglot-last-characters", "MNIST transformer → 50 characters: 500 images", last_characters, VIT, 50),
+            (
+                "usps-resnet",
+                "ResNet-20 → USPS, new head: 400 digits; out of distribution: notMNIST",
+                digits,
+                _resnet(10),
+                10,
+            ),
+            (
+                "omniglot-1-resnet",
+                "ResNet-20 → five alphabets of Omniglot, new head: 500 characters; out of distribution: Fashion-MNIST",
+                alphabets,
+                _resnet(5),
+                5,
+            ),
+            (
+                "imagenet-kinds-resnet",
+                "ResNet-20 → six kinds of ImageNet's photographs, new head: 450 of them; out of distribution: flowers",
+                kinds,
+                _resnet(6),
+                6,
+            ),
+            (
+                "ants-bees-resnet",
+                "ResNet-20 → ants or bees, new head: 245 photographs; out of distribution: ImageNet",
+                insects,
+                _resnet(2),
+                2,
+            ),
+            (
+                "fashion-mobilenet",
+                "MobileNetV2 → Fashion-MNIST, new head: 400 images; out of distribution: notMNIST",
+                garments,
+                MOBILENET,
+                10,
+            ),
+            (
+                "omniglot-last-characters",
+                "MNIST transformer → Omniglot's last 50 characters, new head: 500; out of distribution: Fashion-MNIST",
+                last_characters,
+                VIT,
+                50,
+            ),
         ),
         start=150,
     )

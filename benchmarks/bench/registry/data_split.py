@@ -19,7 +19,7 @@ How unseen the sealed sets are:
   sets is surely unseen. Sealed sets are those that are not looked at from that day on. The bench counts the standard
   test splits from the last one.
 
-Every problem states its part (``sealed=True``); a test draws the split again and compares. A set that is added later
+Every problem states its part (``sealed``); a test draws the split again and compares. A set that is added later
 (``ADDED``) is a development set: those of images have what the sealed images showed to be missing. When the default had
 been mended on these, further pairs were sealed before anything ran on them (``SECOND``).
 """

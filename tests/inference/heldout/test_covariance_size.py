@@ -7,7 +7,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 import bayes_kf as bkf
-from bayes_kf.inference.heldout import covariance_size
+from bayes_kf.inference.heldout import covariance_size, heldout_examples
 from bayes_kf.inference.heldout.covariance_size import (
     SIZES,
     choose_common_size,
@@ -163,21 +163,39 @@ def test_held_out_outputs_are_those_of_the_posterior():
     torch.testing.assert_close(outputs.log_loss(), -prediction.log_prob.double(), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(("most", "count"), [(2**13, 80), (12 * 60, 60), (12, 50)])
+@pytest.mark.parametrize(("most", "count"), [(2**13, 200), (12 * 150, 100), (12, 100)])
 def test_of_many_outputs_fewer_examples_stop_the_growth(most, count, monkeypatch):
     posterior = fitted(classes=12)
     monkeypatch.setattr(covariance_size, "MOST_OUTPUTS", most)
-    held = [(posterior, batches(*data(40, seed=seed, classes=12))) for seed in (1, 2)]
-    (losses,) = covariance_size._losses(held, [3.0])
-    assert count / 2 < len(losses) <= count  # every k-th of the 80
+    held = [(posterior, batches(*data(100, seed=seed, classes=12))) for seed in (1, 2)]
+    losses = covariance_size._losses(held, [1.0, 3.0])
+    assert [len(each) for each in losses] == [count, count]
 
 
-@pytest.mark.parametrize("classes", [3, 80])  # the covariance of the outputs, and draws in its place
-def test_held_out_outputs_at_several_sizes_are_those_at_each(classes):
-    posterior = fitted(classes=classes)
-    x, y = data(20, seed=1, classes=classes)
+@pytest.mark.parametrize("covariance", ["full", "low_rank"])  # one size at a time, and all sizes together
+def test_every_posterior_has_its_own_noise(covariance):
+    x, _ = data(40)
+    y = x[:, :1]
+    noise_vars, held = (0.04, 4.0), []
+    for noise_var in noise_vars:
+        config = bkf.KalmanConfig(
+            likelihood="gaussian", covariance=covariance, noise_variance=noise_var, forgetting=0.99, temperature=1.0
+        )
+        held.append((bkf.fit(network(1), batches(x, y), config, progress=False), batches(x, y)))
+    together = covariance_size._losses(held, [1.0, 3.0])
+    for size, losses in zip((1.0, 3.0), together, strict=True):
+        each = [heldout_outputs(with_size(posterior, size), loader).log_loss() for posterior, loader in held]
+        torch.testing.assert_close(losses, torch.cat(each))
+
+
+@pytest.mark.parametrize("by_draws", [False, True])
+def test_held_out_outputs_at_several_sizes_are_those_at_each(by_draws, monkeypatch):
+    monkeypatch.setattr(heldout_examples, "parameter_draws_are_cheaper", lambda *_: by_draws)
+    posterior = fitted()
+    x, y = data(20, seed=1)
     sized = [with_size(posterior, size) for size in (1.0, 30.0)]
     together = heldout_outputs_of(sized, batches(x, y))
+    assert [held.root is not None for held in together] == [by_draws] * 2
     for one, held in zip(sized, together, strict=True):
         assert torch.equal(held.log_loss(1.3), heldout_outputs(one, batches(x, y)).log_loss(1.3))
     assert not torch.equal(together[0].log_loss(), together[1].log_loss())

@@ -74,11 +74,14 @@
   document.querySelectorAll(".parts").forEach((line) => {
     const [select, output] = [line.querySelector("select"), line.querySelector("output")];
     const marks = line.closest("figure").querySelectorAll("[data-part]");
+    const display = (part) => marks.forEach((mark) => mark.setAttribute("display", mark.dataset.part === part ? "inline" : "none"));
     const show = () => {
-      marks.forEach((mark) => mark.setAttribute("display", mark.dataset.part === select.value ? "inline" : "none"));
+      display(select.value);
       output.textContent = select.selectedOptions[0].dataset.note;
     };
     select.addEventListener("change", show);
+    window.addEventListener("beforeprint", () => display("0")); // paper does not say what was picked
+    window.addEventListener("afterprint", show);
     line.hidden = false;
     show(); // a reloaded page keeps the choice
   });

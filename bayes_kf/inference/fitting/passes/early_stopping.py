@@ -5,8 +5,8 @@ logits that suits them best, or for real targets at the noise variance that does
 noisy choice with 50 examples, and the learning rate falls to zero at the end. So the result is that of the latest pass
 whose loss exceeds the least by at most one standard error of the difference, paired by example. The rate grows over
 the first pass: without this, Adam's first steps are too long for some networks (measured:
-``docs/development/decisions.md``, "Several posteriors"). If the mean is not finite after the first pass, the passes
-begin anew at a third of the rate. Ours.
+``docs/development/decisions.md``, "Several posteriors"). If the mean or its held-out loss is not finite after the first
+pass, the passes begin anew at a third of the rate. Ours.
 """
 
 from __future__ import annotations
@@ -72,16 +72,21 @@ def early_stopped_passes(
     while len(states) <= passes:
         with bar(f"mean pass {len(states)} of {passes}") as progress:
             steps.use_noise_of(refit_noise(kf, states[-1], loader))
+            may_begin_anew = len(states) == 1 and rate >= SMALLEST_RATE
             try:
                 following = steps.run(loader, progress)
+                loss = heldout_point_losses(kf, following, heldout)
+                fails = not bool(torch.isfinite(loss).all())
             except DivergenceError:
-                if len(states) > 1 or rate < SMALLEST_RATE:
+                if not may_begin_anew:
                     raise
-                rate *= RATE_FACTOR
-                steps = ModeSteps(kf, state, passes, rate, warm_up=WARM_UP)
-                continue
+                fails = True
+        if fails and may_begin_anew:
+            rate *= RATE_FACTOR
+            steps = ModeSteps(kf, state, passes, rate, warm_up=WARM_UP)
+            continue
         states.append(following)
-        losses.append(heldout_point_losses(kf, following, heldout))
+        losses.append(loss)
     chosen = latest_not_worse(losses)
     return StoppedPasses(states[chosen], [float(loss.mean()) for loss in losses], chosen)
 
