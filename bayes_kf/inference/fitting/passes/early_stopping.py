@@ -5,8 +5,9 @@ logits that suits them best, or for real targets at the noise variance that does
 noisy choice with 50 examples, and the learning rate falls to zero at the end. So the result is that of the latest pass
 whose loss exceeds the least by at most one standard error of the difference, paired by example. The rate grows over
 the first pass: without this, Adam's first steps are too long for some networks (measured:
-``docs/development/decisions.md``, "Several posteriors"). If the mean or its held-out loss is not finite after the first
-pass, the passes begin anew at a third of the rate. Ours.
+``docs/development/decisions.md``, "Several posteriors"). For text it does not, because few long sequences make few
+steps. If the mean or its held-out loss is not finite after the first pass, the passes begin anew at a third of the
+rate. Ours.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def early_stopped_passes(
     Raises:
         DivergenceError: as :meth:`ModeSteps.run`.
     """
-    rate = LEARNING_RATE
+    rate, warm_up = LEARNING_RATE, 0.0 if kf.config.likelihood == "tokens" else WARM_UP
     states, losses = [state], [heldout_point_losses(kf, state, heldout)]
-    steps = ModeSteps(kf, state, passes, rate, warm_up=WARM_UP)
+    steps = ModeSteps(kf, state, passes, rate, warm_up=warm_up)
     while len(states) <= passes:
         with bar(f"mean pass {len(states)} of {passes}") as progress:
             steps.use_noise_of(refit_noise(kf, states[-1], loader))
@@ -83,7 +84,7 @@ def early_stopped_passes(
                 fails = True
         if fails and may_begin_anew:
             rate *= RATE_FACTOR
-            steps = ModeSteps(kf, state, passes, rate, warm_up=WARM_UP)
+            steps = ModeSteps(kf, state, passes, rate, warm_up=warm_up)
             continue
         states.append(following)
         losses.append(loss)
