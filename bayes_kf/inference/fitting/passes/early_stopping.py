@@ -5,9 +5,8 @@ logits that suits them best, or for real targets at the noise variance that does
 noisy choice with 50 examples, and the learning rate falls to zero at the end. So the result is that of the latest pass
 whose loss exceeds the least by at most one standard error of the difference, paired by example. The rate grows over
 the first pass: without this, Adam's first steps are too long for some networks (measured:
-``docs/development/decisions.md``, "Several posteriors"). For text it does not, because few long sequences make few
-steps. If the mean or its held-out loss is not finite after the first pass, the passes begin anew at a third of the
-rate. Ours.
+``docs/development/decisions.md``, "Several posteriors"). For text, where this was not measured, it does not. If the
+mean or its held-out loss is not finite after the first pass, the passes begin anew at a third of the rate. Ours.
 """
 
 from __future__ import annotations
