@@ -88,8 +88,7 @@ def evaluate_predictions(
         groups: Name of a kind (source, language) to the group of each example, (N,); or a table with a column for each
             kind. The report names groups with fewer right answers or wrong probabilities, beyond chance. For tokens,
             pixels or several labels, an entry for each input.
-        weights: How much each example counts, (N,), in means, calibration and what follows from them. Detection and
-            selective prediction count every example alike.
+        weights: How much each example counts, (N,), in means, calibration, detection and selective prediction.
         clusters: What each example is part of (a patient, a document), (N,): examples of one cluster may depend on each
             other, and intervals, null bands and tests allow for that. Tokens, pixels and several labels are those of
             their input, and weights and clusters (B,) are of the inputs.

@@ -76,6 +76,16 @@ def as_vector(values: Array, name: str, *, allow_infinite: bool = False) -> Tens
     return tensor
 
 
+def as_weights(weights: Array, length: int, name: str = "weights") -> Tensor:
+    """Weights of examples as a float64 vector (N,); none is negative, and one is positive."""
+    numbers = as_vector(weights, name)
+    if len(numbers) != length:
+        raise ValueError(f"`{name}` must have shape ({length},), one for each example, got ({len(numbers)},).")
+    if numbers.min() < 0 or not bool(numbers.any()):
+        raise ValueError(f"`{name}` must not be negative, and one must be positive.")
+    return numbers
+
+
 def as_probs(probs: Array, name: str = "probs") -> Tensor:
     """Class probabilities as float64 (N, C); rows must be non-negative and sum to one.
 

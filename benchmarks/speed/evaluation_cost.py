@@ -59,7 +59,7 @@ def score(who: str, examples: int, classes: int) -> dict[str, Any]:
 
         metrics = [MulticlassAccuracy(classes, average="micro"), MulticlassCalibrationError(classes, n_bins=15)]
     stream = ev.StreamingScores(classes, top_k=(5,)) if who == "ours" else None
-    for probs, labels in tqdm(batches(examples, classes), total=-(-examples // BATCH), desc=who):
+    for probs, labels in tqdm(batches(examples, classes), total=-(-examples // BATCH), desc=who, disable=None):
         start = time.perf_counter()
         if stream is not None:
             stream.update(probs, labels)

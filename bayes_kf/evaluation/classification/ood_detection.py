@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.evaluation.calibration.rank_intervals import auroc_interval
-from bayes_kf.evaluation.inputs import Array, as_vector, check_fraction
+from bayes_kf.evaluation.inputs import Array, as_vector, as_weights, check_fraction
 from bayes_kf.evaluation.resampling.sample_design import SampleDesign
 from bayes_kf.evaluation.score import Interval, Score
 
@@ -34,7 +34,13 @@ class DetectionIntervals(NamedTuple):
     auroc: Interval
 
 
-def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
+def ood_scores(
+    uncertainty_id: Array,
+    uncertainty_ood: Array,
+    *,
+    weights_id: Array | None = None,
+    weights_ood: Array | None = None,
+) -> OODScores:
     """AUROC, AUPR and FPR@95 of a score that should be higher for out-of-distribution inputs.
 
     AUPR is the average precision; for an uninformative score it equals the share of out-of-distribution inputs. FPR@95
@@ -44,9 +50,11 @@ def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
     Args:
         uncertainty_id: Score of each in-distribution input, (N,), for example its predictive entropy.
         uncertainty_ood: Score of each out-of-distribution input, (M,).
+        weights_id: How much each in-distribution input counts, not negative, (N,).
+        weights_ood: How much each out-of-distribution input counts, (M,).
 
     Raises:
-        ValueError: If a score is not a finite, non-empty vector.
+        ValueError: If a score is not a finite, non-empty vector, or weights are malformed.
 
     Example:
         >>> import torch
@@ -59,10 +67,16 @@ def ood_scores(uncertainty_id: Array, uncertainty_ood: Array) -> OODScores:
     positives = as_vector(uncertainty_ood, "uncertainty_ood").numpy()
     is_ood = np.concatenate([np.zeros(len(negatives)), np.ones(len(positives))])
     scores = np.concatenate([negatives, positives])
-    false_positive, true_positive, _ = roc_curve(is_ood, scores, drop_intermediate=False)
+    weights = None
+    if weights_id is not None or weights_ood is not None:
+        given = ((weights_id, negatives, "weights_id"), (weights_ood, positives, "weights_ood"))
+        weights = np.concatenate(
+            [np.ones(len(of)) if own is None else as_weights(own, len(of), name).numpy() for own, of, name in given]
+        )
+    false_positive, true_positive, _ = roc_curve(is_ood, scores, sample_weight=weights, drop_intermediate=False)
     return OODScores(
-        auroc=float(roc_auc_score(is_ood, scores)),
-        aupr=float(average_precision_score(is_ood, scores)),
+        auroc=float(roc_auc_score(is_ood, scores, sample_weight=weights)),
+        aupr=float(average_precision_score(is_ood, scores, sample_weight=weights)),
         fpr95=float(false_positive[np.argmax(true_positive >= TRUE_POSITIVE_RATE)]),
     )
 
@@ -95,13 +109,14 @@ def detection_intervals(uncertainty_id: Array, uncertainty_ood: Array, *, level:
 def designed_detection(
     uncertainty_id: Tensor, uncertainty_ood: Tensor, level: float, design: SampleDesign
 ) -> DetectionIntervals:
-    """As `detection_intervals` for in-distribution inputs in clusters, without their weights."""
+    """As `detection_intervals` for in-distribution inputs with weights and in clusters."""
     own = design.num_clusters + torch.arange(len(uncertainty_ood))
-    interval = auroc_interval(uncertainty_id, uncertainty_ood, level, (design.clusters, own))
+    weights = (design.weights, torch.ones_like(uncertainty_ood))
+    interval = auroc_interval(uncertainty_id, uncertainty_ood, level, (design.clusters, own), weights)
     return DetectionIntervals(interval or NO_INTERVAL)
 
 
-def error_detection(uncertainty: Array, correct: Array) -> OODScores:
+def error_detection(uncertainty: Array, correct: Array, *, weights: Array | None = None) -> OODScores:
     """AUROC, AUPR and FPR@95 of a score that should be higher for wrong predictions; errors are the positives.
 
     For an uninformative score, AUPR equals the share of errors. All three are NaN without an error or without a correct
@@ -110,6 +125,7 @@ def error_detection(uncertainty: Array, correct: Array) -> OODScores:
     Args:
         uncertainty: Score of each example, (N,), for example its predictive entropy.
         correct: One (or True) for each correct prediction, else zero, (N,).
+        weights: How much each example counts, not negative, (N,).
 
     Raises:
         ValueError: If a vector is malformed or they differ in length.
@@ -123,9 +139,12 @@ def error_detection(uncertainty: Array, correct: Array) -> OODScores:
     """
     scores = as_vector(uncertainty, "uncertainty")
     is_correct = as_correct(correct, len(scores), "uncertainty")
+    numbers = torch.ones_like(scores) if weights is None else as_weights(weights, len(scores))
+    scores, is_correct, numbers = (values[numbers > 0] for values in (scores, is_correct, numbers))
     if is_correct.all() or not is_correct.any():
         return OODScores(math.nan, math.nan, math.nan)
-    return ood_scores(scores[is_correct], scores[~is_correct])
+    right, wrong = numbers[is_correct], numbers[~is_correct]
+    return ood_scores(scores[is_correct], scores[~is_correct], weights_id=right, weights_ood=wrong)
 
 
 def error_detection_intervals(
@@ -137,7 +156,7 @@ def error_detection_intervals(
         uncertainty: Score of each example, (N,).
         correct: One (or True) for each correct prediction, else zero, (N,).
         level: Probability that the interval covers the population AUROC.
-        design: Clusters of the examples; their weights are not used.
+        design: Weights and clusters of the examples.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -152,8 +171,10 @@ def error_detection_intervals(
     scores = as_vector(uncertainty, "uncertainty")
     is_correct = as_correct(correct, len(scores), "uncertainty")
     check_fraction(level, "level")
-    clusters = None if design is None else (design.clusters[is_correct], design.clusters[~is_correct])
-    interval = auroc_interval(scores[is_correct], scores[~is_correct], level, clusters)
+    clusters = weights = None
+    if design is not None:
+        clusters, weights = ((of[is_correct], of[~is_correct]) for of in (design.clusters, design.weights))
+    interval = auroc_interval(scores[is_correct], scores[~is_correct], level, clusters, weights)
     return DetectionIntervals(interval or NO_INTERVAL)
 
 

@@ -1,6 +1,9 @@
 """Selective prediction: the risk of the remaining predictions after the least confident ones are rejected.
 
 Ties of the confidence are handled exactly: every number is its expectation over random orders of equal confidences.
+
+With weights, coverages are shares of their sum, risks are weighted means, and areas are means over the curve by weight.
+Predictions of equal confidence share their mean weight.
 """
 
 import math
@@ -12,15 +15,15 @@ from torch import Tensor
 
 from bayes_kf.evaluation.calibration.intervals import Interval, proportion_interval
 from bayes_kf.evaluation.classification.ood_detection import as_correct
-from bayes_kf.evaluation.inputs import Array, as_vector, check_fraction
+from bayes_kf.evaluation.inputs import Array, as_vector, as_weights, check_fraction
 
 COVERAGES = (0.8, 0.9, 0.95)
 
 
 class RiskCoverage(NamedTuple):
-    """Risk of the k most confident predictions for each k; both fields are (N,)."""
+    """Risk of the k most confident predictions for each k; both fields are (N,), without those of weight zero."""
 
-    coverage: Tensor  # k/N for k = 1 … N
+    coverage: Tensor  # k/N for k = 1 … N, or their share of the weights
     risk: Tensor  # mean loss of the k most confident
 
 
@@ -30,7 +33,9 @@ class SelectiveIntervals(NamedTuple):
     accuracy: tuple[Interval, ...]  # one for each coverage
 
 
-def risk_coverage(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> RiskCoverage:
+def risk_coverage(
+    confidence: Array, correct: Array | None = None, *, loss: Array | None = None, weights: Array | None = None
+) -> RiskCoverage:
     """The risk-coverage curve: mean loss of the k most confident predictions for k = 1 … N.
 
     Each of several predictions of equal confidence counts with their mean loss, the expectation over random orders.
@@ -39,6 +44,7 @@ def risk_coverage(confidence: Array, correct: Array | None = None, *, loss: Arra
         confidence: Higher for predictions to retain, (N,), for example the largest probability or minus the entropy.
         correct: One (or True) for each correct prediction, else zero, (N,); the loss is one minus this.
         loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If a vector is malformed, lengths differ, or not exactly one of `correct` and `loss` is given.
@@ -51,12 +57,20 @@ def risk_coverage(confidence: Array, correct: Array | None = None, *, loss: Arra
     """
     scores = as_vector(confidence, "confidence")
     losses = _losses(correct, loss, len(scores))
-    retained = torch.arange(1, len(scores) + 1, dtype=torch.float64)
-    return RiskCoverage(retained / len(scores), _expected_losses(scores, losses).cumsum(0) / retained)
+    if weights is None:
+        retained = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+        return RiskCoverage(retained / len(scores), _expected_losses(scores, losses).cumsum(0) / retained)
+    numbers = as_weights(weights, len(scores))
+    counts = numbers > 0
+    ordered, shares = _weighted_losses(scores[counts], losses[counts], numbers[counts])
+    retained = shares.cumsum(0)
+    return RiskCoverage(retained / retained[-1], (shares * ordered).cumsum(0) / retained)
 
 
-def aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
-    """Area under the risk-coverage curve: the mean of its N risks; lower is better.
+def aurc(
+    confidence: Array, correct: Array | None = None, *, loss: Array | None = None, weights: Array | None = None
+) -> float:
+    """Area under the risk-coverage curve: the mean of its N risks, by weight; lower is better.
 
     It grows with the error rate of the model; `excess_aurc` measures the quality of the confidence alone.
 
@@ -64,6 +78,7 @@ def aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None 
         confidence: Higher for predictions to retain, (N,).
         correct: One (or True) for each correct prediction, else zero, (N,).
         loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If an argument is malformed, see `risk_coverage`.
@@ -74,7 +89,7 @@ def aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None 
         >>> aurc(torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
         0.25
     """
-    return risk_coverage(confidence, correct, loss=loss).risk.mean().item()
+    return _area(risk_coverage(confidence, correct, loss=loss, weights=weights), weights)
 
 
 def aurc_influence(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -98,13 +113,16 @@ def aurc_influence(confidence: Tensor, correct: Tensor) -> Tensor:
     return of_ties(risks) + losses * of_ties(from_here(1 / numbers)) - of_ties(from_here(risks / numbers))
 
 
-def excess_aurc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
+def excess_aurc(
+    confidence: Array, correct: Array | None = None, *, loss: Array | None = None, weights: Array | None = None
+) -> float:
     """AURC minus the AURC of the best possible order of the same losses; zero for a perfect order.
 
     Args:
         confidence: Higher for predictions to retain, (N,).
         correct: One (or True) for each correct prediction, else zero, (N,).
         loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If an argument is malformed, see `risk_coverage`.
@@ -115,11 +133,13 @@ def excess_aurc(confidence: Array, correct: Array | None = None, *, loss: Array 
         >>> excess_aurc(torch.tensor([0.8, 0.9]), torch.tensor([1, 0]))
         0.5
     """
-    best = best_risk_coverage(correct, loss=loss).risk.mean().item()
-    return max(0.0, aurc(confidence, correct, loss=loss) - best)  # negative only by rounding
+    best = _area(best_risk_coverage(correct, loss=loss, weights=weights), weights)
+    return max(0.0, aurc(confidence, correct, loss=loss, weights=weights) - best)  # negative only by rounding
 
 
-def augrc(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
+def augrc(
+    confidence: Array, correct: Array | None = None, *, loss: Array | None = None, weights: Array | None = None
+) -> float:
     """Area under the generalized risk-coverage curve: the mean of (k/N) · risk of the k most confident.
 
     Lower is better. It is the average number of undetected errors among all predictions, and weights every error alike,
@@ -129,6 +149,7 @@ def augrc(confidence: Array, correct: Array | None = None, *, loss: Array | None
         confidence: Higher for predictions to retain, (N,).
         correct: One (or True) for each correct prediction, else zero, (N,).
         loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If an argument is malformed, see `risk_coverage`.
@@ -139,11 +160,13 @@ def augrc(confidence: Array, correct: Array | None = None, *, loss: Array | None
         >>> augrc(torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))
         0.25
     """
-    curve = risk_coverage(confidence, correct, loss=loss)
-    return (curve.coverage * curve.risk).mean().item()
+    curve = risk_coverage(confidence, correct, loss=loss, weights=weights)
+    return _area(curve._replace(risk=curve.coverage * curve.risk), weights)
 
 
-def rejection_ratio(confidence: Array, correct: Array | None = None, *, loss: Array | None = None) -> float:
+def rejection_ratio(
+    confidence: Array, correct: Array | None = None, *, loss: Array | None = None, weights: Array | None = None
+) -> float:
     """Prediction rejection ratio: gain of this order over a random one, as a share of the best order's gain.
 
     The gain is in AUGRC: 1 for the best order, 0 for a random one, negative for a worse one; NaN if all losses are
@@ -153,6 +176,7 @@ def rejection_ratio(confidence: Array, correct: Array | None = None, *, loss: Ar
         confidence: Higher for predictions to retain, (N,).
         correct: One (or True) for each correct prediction, else zero, (N,).
         loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If an argument is malformed, see `risk_coverage`.
@@ -165,8 +189,9 @@ def rejection_ratio(confidence: Array, correct: Array | None = None, *, loss: Ar
     """
     scores = as_vector(confidence, "confidence")
     losses = _losses(correct, loss, len(scores))
-    random, best = (augrc(order, loss=losses) for order in (torch.zeros_like(losses), -losses))
-    return (random - augrc(scores, loss=losses)) / (random - best) if random - best > 1e-15 else math.nan
+    orders = (scores, torch.zeros_like(losses), -losses)
+    own, random, best = (augrc(order, loss=losses, weights=weights) for order in orders)
+    return (random - own) / (random - best) if random - best > 1e-15 else math.nan
 
 
 def ood_risk_coverage(confidence: Array, correct: Array, ood_confidence: Array) -> RiskCoverage:
@@ -192,7 +217,7 @@ def ood_risk_coverage(confidence: Array, correct: Array, ood_confidence: Array) 
     return risk_coverage(torch.cat([known, foreign]), loss=losses)
 
 
-def sparsification_error(uncertainty: Array, errors: Array) -> float:
+def sparsification_error(uncertainty: Array, errors: Array, *, weights: Array | None = None) -> float:
     """AUSE: how far the order of uncertainties is from that of errors, for regressions; 0 if they agree.
 
     As predictions with the largest uncertainty are left out one by one, the mean error of the others falls; the score
@@ -201,6 +226,7 @@ def sparsification_error(uncertainty: Array, errors: Array) -> float:
     Args:
         uncertainty: For example predictive variances, (N,).
         errors: Not negative, for example absolute errors, (N,).
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If an argument is malformed.
@@ -212,16 +238,20 @@ def sparsification_error(uncertainty: Array, errors: Array) -> float:
         0.0
     """
     spread, losses = as_vector(uncertainty, "uncertainty"), as_vector(errors, "errors")
-    mean = losses.mean().item()
-    return excess_aurc(-spread, loss=losses) / mean if mean > 0 else 0.0
+    numbers = torch.ones_like(losses) if weights is None else as_weights(weights, len(losses))
+    mean = ((numbers * losses).sum() / numbers.sum()).item()
+    return excess_aurc(-spread, loss=losses, weights=weights) / mean if mean > 0 else 0.0
 
 
-def best_risk_coverage(correct: Array | None = None, *, loss: Array | None = None) -> RiskCoverage:
+def best_risk_coverage(
+    correct: Array | None = None, *, loss: Array | None = None, weights: Array | None = None
+) -> RiskCoverage:
     """The risk-coverage curve of the best possible order: predictions sorted by increasing loss.
 
     Args:
         correct: One (or True) for each correct prediction, else zero, (N,).
         loss: Alternative to `correct`: a finite, non-negative loss of each prediction, (N,).
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If an argument is malformed, see `risk_coverage`.
@@ -231,18 +261,22 @@ def best_risk_coverage(correct: Array | None = None, *, loss: Array | None = Non
         tensor([0.0000, 0.5000], dtype=torch.float64)
     """
     losses = _losses(correct, loss, None)
-    return risk_coverage(-losses, loss=losses)
+    return risk_coverage(-losses, loss=losses, weights=weights)
 
 
-def accuracy_at_coverage(confidence: Array, correct: Array, coverages: Sequence[float] = COVERAGES) -> Tensor:
+def accuracy_at_coverage(
+    confidence: Array, correct: Array, coverages: Sequence[float] = COVERAGES, *, weights: Array | None = None
+) -> Tensor:
     """Accuracy of the most confident predictions at each coverage, (K,).
 
-    A coverage c of N predictions retains the ⌈c N⌉ most confident ones.
+    A coverage c of N predictions retains the ⌈c N⌉ most confident ones; with weights, the fewest whose share of the
+    weights is at least c.
 
     Args:
         confidence: Higher for predictions to retain, (N,).
         correct: One (or True) for each correct prediction, else zero, (N,).
         coverages: Shares of predictions to retain, above 0 and at most 1.
+        weights: How much each prediction counts, not negative, (N,).
 
     Raises:
         ValueError: If an argument is malformed.
@@ -251,8 +285,8 @@ def accuracy_at_coverage(confidence: Array, correct: Array, coverages: Sequence[
         >>> accuracy_at_coverage(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 1, 0, 0]), (0.5, 1.0))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
-    risk = risk_coverage(confidence, correct).risk
-    return 1 - risk[num_retained(coverages, len(risk)) - 1]
+    curve = risk_coverage(confidence, correct, weights=weights)
+    return 1 - curve.risk[num_retained(coverages, len(curve.risk), None if weights is None else curve.coverage) - 1]
 
 
 def selective_intervals(
@@ -285,13 +319,22 @@ def selective_intervals(
     return SelectiveIntervals(tuple(proportion_interval(accuracy * k, k, level) for accuracy, k in pairs))
 
 
-def num_retained(coverages: Sequence[float], num_examples: int) -> Tensor:
-    """Number of retained predictions ⌈c N⌉ at each coverage c, (K,)."""
+def num_retained(coverages: Sequence[float], num_examples: int, shares_of_weights: Tensor | None = None) -> Tensor:
+    """Number of retained predictions at each coverage c, (K,): ⌈c N⌉, or the fewest with this share of the weights."""
     shares = as_vector(torch.as_tensor(coverages, dtype=torch.float64), "coverages")
     if shares.min() <= 0 or shares.max() > 1:
         got = f"{shares.min():.3g}..{shares.max():.3g}"
         raise ValueError(f"`coverages` must be above 0 and at most 1, got values in {got}.")
+    if shares_of_weights is not None:
+        return (torch.searchsorted(shares_of_weights, shares - 1e-9) + 1).clamp(max=num_examples)
     return (shares * num_examples - 1e-9).ceil().long().clamp(min=1)
+
+
+def _area(curve: RiskCoverage, weights: Array | None) -> float:
+    """The mean risk of a curve, by weight if there are weights."""
+    if weights is None:
+        return curve.risk.mean().item()
+    return (curve.coverage.diff(prepend=curve.coverage.new_zeros(1)) * curve.risk).sum().item()
 
 
 def _losses(correct: Array | None, loss: Array | None, length: int | None) -> Tensor:
@@ -314,3 +357,11 @@ def _expected_losses(confidence: Tensor, losses: Tensor) -> Tensor:
     _, group, counts = (-confidence).unique(return_inverse=True, return_counts=True)
     means = torch.bincount(group, weights=losses) / counts
     return means.repeat_interleave(counts)
+
+
+def _weighted_losses(confidence: Tensor, losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and weights in descending order of confidence, (N,) each; those of equal confidence share their means."""
+    _, group, counts = (-confidence).unique(return_inverse=True, return_counts=True)
+    totals = torch.bincount(group, weights=weights)
+    means = torch.bincount(group, weights=weights * losses) / totals
+    return means.repeat_interleave(counts), (totals / counts).repeat_interleave(counts)

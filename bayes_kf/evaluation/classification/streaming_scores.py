@@ -23,7 +23,7 @@ from bayes_kf.evaluation.resampling.binning import bin_index, classwise_bins, ob
 from bayes_kf.evaluation.resampling.null_test import NullSettings, check_simulation, compare_to_few
 from bayes_kf.evaluation.score import Interval, Score, flatten_scores
 
-BLOCK = 2**20  # probabilities per block of rows: bounds memory
+BLOCK = 2**18  # probabilities per block of rows: bounds memory, and fits the caches of a processor
 MEANS = ("accuracy", "nll", "brier", "rps", "confidence", "entropy")
 SUMS = (*MEANS, "runner_up")  # the last is for the interval of the log loss
 

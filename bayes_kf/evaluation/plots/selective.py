@@ -20,7 +20,9 @@ MAX_POINTS = 500  # of a curve; more points look the same
 Selection = tuple[Array, Array]
 
 
-def risk_coverage_plot(selections: Mapping[str, Selection] | Selection, *, ax: Axes | None = None) -> Axes:
+def risk_coverage_plot(
+    selections: Mapping[str, Selection] | Selection, *, weights: Array | None = None, ax: Axes | None = None
+) -> Axes:
     """Risk-coverage curve: share of errors among the most confident predictions against their share of all.
 
     A thin grey line under each curve shows the best possible order of the same predictions; the area between both is
@@ -28,6 +30,7 @@ def risk_coverage_plot(selections: Mapping[str, Selection] | Selection, *, ax: A
 
     Args:
         selections: One pair of confidence (N,) and correctness (zeros and ones, (N,)), or name to such a pair.
+        weights: How much each prediction counts, (N,).
         ax: Where to draw.
 
     Raises:
@@ -46,13 +49,13 @@ def risk_coverage_plot(selections: Mapping[str, Selection] | Selection, *, ax: A
         raise ValueError("`selections` must hold at least one, got none.")
     ax = axes_or_new(ax)
     for i, (name, (confidence, correct)) in enumerate(named.items()):
-        area = f"AURC {aurc(confidence, correct):.3f}"
+        area = f"AURC {aurc(confidence, correct, weights=weights):.3f}"
         label = f"{name}: {area}".replace("$", r"\$") if name else area
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
-        _curve(ax, risk_coverage(confidence, correct), linewidth=1.6, label=label, **style)
+        _curve(ax, risk_coverage(confidence, correct, weights=weights), linewidth=1.6, label=label, **style)
     for i, (_, correct) in enumerate(named.values()):
         label_once = {"label": "best possible order"} if i == 0 else {}
-        _curve(ax, best_risk_coverage(correct), color=GREY, linewidth=0.9, **label_once)
+        _curve(ax, best_risk_coverage(correct, weights=weights), color=GREY, linewidth=0.9, **label_once)
     ax.set(xlim=(0, 1), xlabel="coverage: share of most confident predictions", ylabel="share of errors among them")
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)

@@ -21,7 +21,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from bayes_kf.evaluation.inputs import as_numpy, as_vector
+from bayes_kf.evaluation.inputs import as_numpy, as_weights
 from bayes_kf.evaluation.resampling.null_test import NullSettings
 
 MIN_CLUSTERS = 8  # fewer give no p-value and no null band: with G of them a random sign each has p >= 2/2**G
@@ -69,11 +69,7 @@ class SampleDesign:
             return None
         numbers = torch.ones(count, dtype=torch.float64)
         if weights is not None:
-            numbers = as_vector(weights, "weights")
-            if len(numbers) != count:
-                raise ValueError(f"`weights` must have shape ({count},), one for each example, got ({len(numbers)},).")
-            if numbers.min() < 0 or not bool(numbers.any()):
-                raise ValueError("`weights` must not be negative, and one must be positive.")
+            numbers = as_weights(weights, count)
         codes = torch.arange(count) if clusters is None else _codes(clusters, count)
         return cls(numbers / numbers.mean(), codes, clusters is not None)
 

@@ -106,7 +106,8 @@ def entropy_section(
         intervals = detection_intervals(id_entropy, values, level=level)
         if design is not None:
             intervals = designed_detection(id_entropy, values, level, design)
-        scores |= detection_scores(f"ood_{name}", ood_scores(id_entropy, values), intervals)
+        weights = None if design is None else design.weights
+        scores |= detection_scores(f"ood_{name}", ood_scores(id_entropy, values, weights_id=weights), intervals)
     groups = {"in-distribution": id_entropy, **ood_entropies}
     means = ", ".join(f"{values.mean():.3f} for {quoted(name)}" for name, values in groups.items())
     curves = FigureSpec(

@@ -56,7 +56,7 @@ def usefulness_section(probs: Array, targets: Array, design: SampleDesign | None
     Args:
         probs: Class probabilities, (N, C).
         targets: Class indices, (N,).
-        design: Clusters of the examples, for which the accuracies at a coverage have no interval; weights are not used.
+        design: Weights and clusters of the examples; the accuracies at a coverage then have no interval.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -107,62 +107,77 @@ def _selective_section(probs: Tensor, correct: Tensor, design: SampleDesign | No
     """Risk and coverage by confidence."""
     confidence = max_probability(probs)
     intervals = selective_intervals(confidence, correct, level=LEVEL)
-    scores = {"aurc": Score(aurc(confidence, correct)), "aurc_excess": Score(excess_aurc(confidence, correct))}
-    accuracies = accuracy_at_coverage(confidence, correct).tolist()
+    weights = None if design is None else design.weights
+    scores = {
+        "aurc": Score(aurc(confidence, correct, weights=weights)),
+        "aurc_excess": Score(excess_aurc(confidence, correct, weights=weights)),
+    }
+    accuracies = accuracy_at_coverage(confidence, correct, weights=weights).tolist()
     for coverage, accuracy, interval in zip(COVERAGES, accuracies, intervals.accuracy, strict=True):
         scores[f"accuracy_at_{round(100 * coverage)}"] = Score(accuracy, interval if design is None else None)
-    sentence = selective_verdict(scores, correct.double().mean().item())
+    sentence = selective_verdict(scores, _share(correct, weights))
     figure = FigureSpec(
         title="Risk and coverage",
         alt=f"Share of errors against coverage. {sentence}",
-        draw=lambda ax: risk_coverage_plot((confidence, correct), ax=ax),
-        table=_risk_table(confidence, correct),
+        draw=lambda ax: risk_coverage_plot((confidence, correct), weights=weights, ax=ax),
+        table=_risk_table(confidence, correct, weights),
     )
     return Sections(
         scores=scores,
         verdict=[sentence],
         drawings={"risk_coverage": figure},
-        thresholds=_thresholds(confidence, correct),
+        thresholds=_thresholds(confidence, correct, weights),
     )
 
 
 def _error_section(probs: Tensor, correct: Tensor, design: SampleDesign | None) -> Sections:
     """Detection of errors."""
+    weights = None if design is None else design.weights
     detectors = {"entropy": entropy(probs)}
     if probs.shape[1] > 2:
         detectors["confidence"] = 1 - max_probability(probs)
     scores: dict[str, Score] = {}
     for name, values in detectors.items():
         intervals = error_detection_intervals(values, correct, level=LEVEL, design=design)
-        scores |= detection_scores(f"error_{name}", error_detection(values, correct), intervals)
+        scores |= detection_scores(f"error_{name}", error_detection(values, correct, weights=weights), intervals)
     return Sections(scores=scores, verdict=[error_verdict(scores, int((~correct).sum()), int(correct.sum()))])
 
 
-def _risk_table(confidence: Tensor, correct: Tensor) -> Table:
+def _risk_table(confidence: Tensor, correct: Tensor, weights: Tensor | None) -> Table:
     """The risk-coverage curve and the best possible one, at even steps."""
-    curve, best = risk_coverage(confidence, correct), best_risk_coverage(correct)
-    steps = min(TABLE_ROWS, len(correct))
-    places = num_retained([(k + 1) / steps for k in range(steps)], len(correct)) - 1
-    columns = (curve.coverage, curve.risk, best.risk)
+    curve, best = risk_coverage(confidence, correct, weights=weights), best_risk_coverage(correct, weights=weights)
+    steps = min(TABLE_ROWS, len(curve.risk))
+    shares = [(k + 1) / steps for k in range(steps)]
+    places, best_places = (
+        num_retained(shares, len(of.risk), None if weights is None else of.coverage) - 1 for of in (curve, best)
+    )
+    columns = (curve.coverage[places], curve.risk[places], best.risk[best_places])
     rows = [
         (Cell(f"{100 * share:.1f} %", share), k + 1, risk, least)
-        for k, share, risk, least in zip(places.tolist(), *(column[places].tolist() for column in columns), strict=True)
+        for k, share, risk, least in zip(places.tolist(), *(column.tolist() for column in columns), strict=True)
     ]
     header = ("Coverage", "Number", "Share of errors", "Best possible order")
     return make_table("Risk and coverage", header, rows)
 
 
-def _thresholds(confidence: Tensor, correct: Tensor) -> list[tuple[float, float, float]]:
+def _thresholds(confidence: Tensor, correct: Tensor, weights: Tensor | None) -> list[tuple[float, float, float]]:
     """Thresholds of the confidence, with the share of inputs at or above each and the share of errors among them."""
     steps = []
     for place in range(NUM_THRESHOLDS):
         threshold = place / NUM_THRESHOLDS
         answered = confidence >= threshold
-        if not bool(answered.any()):
+        if _share(answered, weights) == 0.0:
             break
-        wrong = 1.0 - correct[answered].double().mean().item()
-        steps.append((threshold, round(answered.double().mean().item(), 4), round(wrong, 4)))
+        wrong = 1.0 - _share(correct[answered], None if weights is None else weights[answered])
+        steps.append((threshold, round(_share(answered, weights), 4), round(wrong, 4)))
     return steps
+
+
+def _share(which: Tensor, weights: Tensor | None) -> float:
+    """The share of examples (N,) that are true, by weight."""
+    if weights is None:
+        return which.double().mean().item()
+    return ((weights * which).sum() / weights.sum()).item()
 
 
 def _recalibrated(

@@ -9,6 +9,7 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from bayes_kf import evaluation as ev
+from bayes_kf.evaluation.calibration.rank_intervals import auroc_interval
 
 
 def by_sklearn(negatives: np.ndarray, positives: np.ndarray) -> list[float]:
@@ -36,6 +37,39 @@ def test_error_detection_is_sklearns(sizes, levels, seed):
     order = np.random.default_rng(seed).permutation(sum(sizes))
     result = ev.error_detection(np.r_[right, wrong][order], np.repeat([True, False], sizes)[order])
     assert list(result) == pytest.approx(by_sklearn(right, wrong), abs=1e-12)
+
+
+@pytest.mark.parametrize(("sizes", "levels"), [((60, 40), 3), ((40, 100), 10**9)])
+def test_whole_weights_are_copies(sizes, levels):
+    known, foreign = scores_of(sizes, levels, 0)
+    numbers, more = np.arange(sizes[0]) % 4, 1 + np.arange(sizes[1]) % 3
+    copied = by_sklearn(np.repeat(known, numbers), np.repeat(foreign, more))
+    assert list(ev.ood_scores(known, foreign, weights_id=numbers, weights_ood=more)) == pytest.approx(copied)
+    one_sided = by_sklearn(np.repeat(known, numbers), foreign)
+    assert list(ev.ood_scores(known, foreign, weights_id=numbers)) == pytest.approx(one_sided)
+    correct = np.repeat([True, False], sizes)
+    both = ev.error_detection(np.r_[known, foreign], correct, weights=np.r_[numbers, more])
+    assert list(both) == pytest.approx(copied)
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_weighted_intervals_hold_the_truth(clustered):
+    """300 sets of 150 known and 60 foreign scores; skewed weights that go with them; clusters of two equal scores."""
+    rng = np.random.default_rng(8)
+
+    def draw(number, shift):
+        scores = shift + (np.repeat(rng.normal(size=number // 2), 2) if clustered else rng.normal(size=number))
+        return torch.from_numpy(scores), torch.from_numpy(np.exp(0.5 * scores + 0.7 * rng.normal(size=number)))
+
+    known, foreign = draw(40_000, 0.0), draw(40_000, 1.0)
+    truth = ev.ood_scores(known[0], foreign[0], weights_id=known[1], weights_ood=foreign[1]).auroc
+    clusters = (torch.arange(150) // 2, 75 + torch.arange(60) // 2) if clustered else None
+    inside = 0
+    for _ in range(300):
+        known, foreign = draw(150, 0.0), draw(60, 1.0)
+        low, high = auroc_interval(known[0], foreign[0], 0.95, clusters, (known[1], foreign[1]))
+        inside += low <= truth <= high
+    assert inside / 300 >= 0.9
 
 
 def test_nothing_wrong_or_nothing_right_is_not_defined():

@@ -114,6 +114,64 @@ def test_intervals_hold_the_truth_as_often_as_they_say(size, least):
     assert inside / 400 >= 0.9
 
 
+def weighted_by_hand(confidence, loss, weights):
+    """Coverages and risks of distinct confidences, one prediction at a time."""
+    order = np.argsort(-confidence)
+    kept = [order[: k + 1] for k in range(len(order))]
+    return (
+        np.array([weights[of].sum() / weights.sum() for of in kept]),
+        np.array([np.average(loss[of], weights=weights[of]) for of in kept]),
+        weights[order] / weights.sum(),
+    )
+
+
+def test_weighted_scores_are_those_by_hand():
+    rng = np.random.default_rng(3)
+    confidence, loss, weights = rng.random(40), rng.exponential(size=40), rng.exponential(size=40)
+    coverage, risk, shares = weighted_by_hand(confidence, loss, weights)
+    curve = ev.risk_coverage(confidence, loss=loss, weights=weights)
+    assert curve.coverage.numpy() == pytest.approx(coverage)
+    assert curve.risk.numpy() == pytest.approx(risk)
+    area = ev.aurc(confidence, loss=loss, weights=weights)
+    assert area == pytest.approx((shares * risk).sum())
+    assert ev.augrc(confidence, loss=loss, weights=weights) == pytest.approx((shares * coverage * risk).sum())
+    _, best, best_shares = weighted_by_hand(-loss, loss, weights)
+    excess = area - (best_shares * best).sum()
+    assert ev.excess_aurc(confidence, loss=loss, weights=weights) == pytest.approx(excess)
+    mean = np.average(loss, weights=weights)
+    assert ev.sparsification_error(-confidence, loss, weights=weights) == pytest.approx(excess / mean)
+    assert ev.rejection_ratio(-loss, loss=loss, weights=weights) == pytest.approx(1.0)
+    assert ev.rejection_ratio(np.zeros(40), loss=loss, weights=weights) == pytest.approx(0.0, abs=1e-12)
+    correct = (loss < 1).astype(float)
+    coverage, risk, _ = weighted_by_hand(confidence, 1 - correct, weights)
+    accuracies = ev.accuracy_at_coverage(confidence, correct, (0.3, 0.8, 1.0), weights=weights)
+    assert accuracies.numpy() == pytest.approx([1 - risk[coverage >= c - 1e-9][0] for c in (0.3, 0.8, 1.0)])
+
+
+def test_equal_weights_change_nothing_and_zero_weights_leave_out():
+    rng = np.random.default_rng(4)
+    confidence, loss = rng.integers(6, size=50).astype(float), rng.exponential(size=50)
+    for score in (ev.aurc, ev.augrc, ev.excess_aurc, ev.rejection_ratio):
+        assert score(confidence, loss=loss, weights=np.full(50, 3.0)) == pytest.approx(score(confidence, loss=loss))
+        part = score(confidence[:20], loss=loss[:20])
+        assert score(confidence, loss=loss, weights=np.arange(50) < 20) == pytest.approx(part)
+
+
+def test_weights_of_ties_do_not_depend_on_the_order_of_examples():
+    rng = np.random.default_rng(5)
+    confidence, loss, weights = rng.integers(5, size=200), rng.exponential(size=200), rng.exponential(size=200)
+    shuffled = rng.permutation(200)
+    first = ev.aurc(confidence, loss=loss, weights=weights)
+    assert ev.aurc(confidence[shuffled], loss=loss[shuffled], weights=weights[shuffled]) == pytest.approx(first)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]])
+def test_weights_that_do_not_fit_are_named(weights):
+    for score in (ev.aurc, ev.error_detection):
+        with pytest.raises(ValueError, match=r"^`weights` must"):
+            score([0.9, 0.8, 0.7], [1, 1, 0], weights=weights)
+
+
 def test_confidences_per_example():
     probs, _ = random_case(40, 4)
     ordered = np.sort(probs.numpy(), axis=1)

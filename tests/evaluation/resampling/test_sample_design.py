@@ -71,6 +71,10 @@ def test_whole_weights_are_copies_in_every_mean_and_calibration_error():
     copied = ev.evaluate_predictions(probs.repeat_interleave(number, dim=0), labels.repeat_interleave(number))
     for name in set(SCORES) - {"ece_equal_mass"}:  # whose bins are counted in examples
         assert weighted.scores[name] == pytest.approx(copied.scores[name], abs=1e-6), name
+    for name in ("error_entropy_auroc", "error_entropy_aupr", "error_entropy_fpr95", "accuracy_at_80"):
+        assert weighted.scores[name] == pytest.approx(copied.scores[name]), name
+    for name in ("aurc", "aurc_excess"):  # by whole steps of an example, not of a copy
+        assert weighted.scores[name] == pytest.approx(copied.scores[name], abs=0.01), name
     width = [report.score("accuracy").interval for report in (weighted, copied)]
     assert width[0].high - width[0].low > width[1].high - width[1].low  # copies are no evidence
     assert f"{100 * copied.scores['accuracy']:.1f} % of 120 answers are right" in weighted.sections.lead
