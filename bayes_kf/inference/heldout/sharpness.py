@@ -24,6 +24,7 @@ SHARPNESS = tuple(10.0 ** (k / 8) for k in range(-8, 9))  # S, 0.1 to 10
 COARSE = tuple(10.0 ** (k / 4) for k in range(-3, 4))  # S, 0.18 to 5.6
 PRIOR_SD, PRIOR_SD_OF_FEW = 0.5, 0.2  # of ln S
 FEW = 50  # examples
+AVERAGING_POWER = 0.2  # of the number of members, by which the S of their average is smaller than that of one
 
 
 def choose_sharpness(
@@ -54,17 +55,14 @@ def cross_fitted_sharpness(members: Sequence[HeldoutOutputs]) -> Choice:
     """The S of an equally weighted mixture whose members were held out from different examples.
 
     Each example is predicted by the one member that has not learned it, so the most probable S is that of a single
-    member. The average of K members is less confident than each of them, and of a large part of the over-confidence
-    of a member nothing is left. The mixture's S is the K-th root, which was right for two and three members (measured:
-    ``docs/development/decisions.md``, "Several posteriors"). Ours.
+    member. The average of K members is less confident than each of them, and more often right. So the mixture's S is
+    that one divided by K^(1/5) (measured for two members: ``docs/development/decisions.md``, "Several posteriors"). Ours.
 
     Args:
         members: the held-out outputs of each member, of its own examples.
     """
-    number = len(members)
-    single = choose_sharpness([HeldoutOutputs.joined(members)])
-    value, low, high = (x ** (1.0 / number) for x in single[:3])
-    return single._replace(value=value, low=low, high=high)
+    single, divisor = choose_sharpness([HeldoutOutputs.joined(members)]), len(members) ** AVERAGING_POWER
+    return single._replace(value=single.value / divisor, low=single.low / divisor, high=single.high / divisor)
 
 
 def point_log_losses(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
