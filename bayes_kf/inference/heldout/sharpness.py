@@ -56,7 +56,7 @@ def cross_fitted_sharpness(members: Sequence[HeldoutOutputs]) -> Choice:
 
     Each example is predicted by the one member that has not learned it, so the most probable S is that of a single
     member. The average of K members is less confident than each of them, and more often right. So the mixture's S is
-    that one divided by K^(1/5) (measured for two members: ``docs/development/decisions.md``, "Several posteriors"). Ours.
+    that one divided by K^(1/5), chosen for two members (``docs/development/decisions.md``, "Several posteriors"). Ours.
 
     Args:
         members: the held-out outputs of each member, of its own examples.
