@@ -51,7 +51,7 @@ evaluation/recalibration/ evaluation/online/
 evaluation/resampling/
 evaluation/
 data/
-files/
+files/ processes/
 validation _version
 """
 RANKS = {part: rank for rank, line in enumerate(ORDER.split("\n")) for part in line.split()}

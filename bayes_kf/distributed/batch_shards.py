@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.distributed.process_group import Group, OtherProcessError
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, batch_size, check_inputs, some_examples, to_device
+from bayes_kf.processes.process_group import Group, OtherProcessError
 
 
 class BatchShard(NamedTuple):
@@ -80,19 +80,6 @@ class BatchShards:
         size = batch_size(inputs)
         if size:
             self._spare = some_examples(inputs, slice(0, 1), size)
-
-    def raise_together(self, failure: Exception | None) -> None:
-        """Return if no process has an error.
-
-        Raises:
-            Exception: the error of this process.
-            OtherProcessError: if only other processes have one.
-        """
-        flags = self.group.all_gather_int(int(failure is not None), self.adapter.device)
-        if failure is not None:
-            raise failure
-        if any(flags):
-            raise OtherProcessError(f"process {flags.index(1)} could not continue; its own error says why")
 
     def _check_local(self, inputs: Inputs | None, targets: Tensor | None) -> tuple[int, Inputs | None, Tensor | None]:
         """The number of examples of this process, its inputs and its targets, on the model's device."""

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.filtering import prequential_temperature
 from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
+from bayes_kf.processes.process_group import Group
 
 
 class BatchSums(NamedTuple):

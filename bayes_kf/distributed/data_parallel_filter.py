@@ -130,7 +130,7 @@ class DataParallelFilter(DistributedFilter):
                 pieces, own = self._linearize_local(before, batch, builder, is_whole)
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
-        self.batch_shards.raise_together(failure)
+        self.group.raise_together(failure)
         sums = own.over_processes(self.group, sum(batch.sizes))
         check_finite("the precision", sums.precision)
         check_finite("the gradient", sums.gradient)

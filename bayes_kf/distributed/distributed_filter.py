@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from bayes_kf.distributed.batch_shards import BatchShard, BatchShards
-from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.config import KalmanConfig, check_config
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
@@ -21,6 +20,7 @@ from bayes_kf.inference.fitting.checkpointing import SINGLE_PASS
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, to_device
+from bayes_kf.processes.process_group import Group
 
 
 class DistributedFilter(ABC):
@@ -66,7 +66,7 @@ class DistributedFilter(ABC):
                 mean, variance = measured.prior
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
-        self.batch_shards.raise_together(failure)
+        self.group.raise_together(failure)
         prior = DiagonalGaussian(self.group.all_reduce(mean), self.group.all_reduce(variance))
         return self.shard(state._replace(belief=self.kf._prior_belief(prior), prior=prior, prior_is_scaled=True))
 
@@ -113,7 +113,7 @@ class DistributedFilter(ABC):
                 whole.save_pretrained(folder)
             except (OSError, ValueError) as raised:
                 failure = raised
-        self.batch_shards.raise_together(failure)
+        self.group.raise_together(failure)
 
     @abstractmethod
     def shard(self, state: FilterState) -> FilterState:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from bayes_kf.distributed.data_parallel_filter import DataParallelFilter
 from bayes_kf.distributed.distributed_filter import DistributedFilter
-from bayes_kf.distributed.process_group import Group
 from bayes_kf.distributed.sharded_filter import ShardedFilter
 from bayes_kf.evaluation.classification.streaming_scores import StreamingScores
 from bayes_kf.inference.config import KalmanConfig
@@ -26,6 +25,7 @@ from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.peft_adapters.in_use import is_peft
+from bayes_kf.processes.process_group import Group
 from bayes_kf.validation import check_one_of, check_whole
 
 FORMS: dict[str, type[DistributedFilter]] = {"sharded": ShardedFilter, "data_parallel": DataParallelFilter}
@@ -119,10 +119,10 @@ def _open_together(
             check_folder(Path(checkpoint), of_peft=is_peft(kf.adapter.model))
     except Exception as raised:  # of any kind, or the other processes would wait for this one
         failure = raised
-    kf.batch_shards.raise_together(failure)
+    kf.group.raise_together(failure)
     if not few and kf.group.rank == 0:
         failure = ValueError("`loader` must yield at least one batch on the first process, got none.")
-    kf.batch_shards.raise_together(failure)
+    kf.group.raise_together(failure)
     return itertools.chain(few, batches), inputs
 
 
@@ -145,7 +145,7 @@ def _global_batches(kf: DistributedFilter, batches: Iterator[Any]) -> Iterator[t
             shard = None if batch is None else inputs_and_targets(batch, number)
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
-        kf.batch_shards.raise_together(failure)
+        kf.group.raise_together(failure)
         if not any(kf.group.all_gather_int(int(shard is not None), kf.adapter.device)):
             return
         yield shard or (None, None)

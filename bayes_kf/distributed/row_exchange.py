@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bayes_kf.distributed.parameter_shards import ParameterShards
-from bayes_kf.distributed.process_group import Group
 from bayes_kf.inference.linearization.jacobian import FactoredBlocks, Jacobian
 from bayes_kf.inference.linearization.jacobian_blocks import Block, DenseBlock, OuterProductBlock
+from bayes_kf.processes.process_group import Group
 
 
 def exchange_rows(group: Group, shards: ParameterShards, jacobian: Jacobian, sizes: Sequence[int]) -> Jacobian:

@@ -32,12 +32,12 @@ from bayes_kf.inference.filtering.measurement import Measurement
 from bayes_kf.inference.filtering.measurement_update import check_finite
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
-from bayes_kf.inference.linearization import parameter_sums
-from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions
+from bayes_kf.inference.linearization.shared_batch import Linearized
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.output_directions import num_rows, project_outputs
 from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.processes import parameter_sums
 
 SHARDED = ("diagonal", "diagonal_information", "diagonal_mixed", "low_rank")
 
@@ -130,7 +130,7 @@ class ShardedFilter(DistributedFilter):
         )
         return Measurement(self._outputs_of(batch), targets, outputs, state.belief.mean, projected, jacobian, rows)
 
-    def _linearize(self, state: FilterState, batch: BatchShard) -> LinearizedBatch:
+    def _linearize(self, state: FilterState, batch: BatchShard) -> Linearized:
         """This process's examples, linearized at the state's mean, once every process has linearized its own."""
         assert batch.inputs is not None  # `NEEDS_EXAMPLE`
         mean, linearized, failure = self._gather_vector(state.belief.mean), None, None
@@ -138,7 +138,7 @@ class ShardedFilter(DistributedFilter):
             linearized = self.kf.linearize(mean, batch.inputs)
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
-        self.batch_shards.raise_together(failure)
+        self.group.raise_together(failure)
         assert linearized is not None
         return linearized
 

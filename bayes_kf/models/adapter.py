@@ -17,6 +17,7 @@ from bayes_kf.models.model_lock import model_lock
 from bayes_kf.models.module_restoring import ModuleState, restore, restore_parameters, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
 from bayes_kf.models.trainable_tensors import table, tensor_places, trainable_tensors, warn_if_large
+from bayes_kf.processes import shared_work
 
 UNKNOWN = "not yet known"  # how a tensor is linearized, before the first batch
 
@@ -252,9 +253,20 @@ class AdapterModel:
                 self._autocast = outside
 
     def outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
-        """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m)."""
-        with self.eval_mode(), torch.no_grad(), self.substituted(self.tensors(vector)):
-            return self.run(inputs).to(self.dtype)
+        """Raw outputs η = f(θ, inputs) with dropout off and batch norm in eval, without gradients, (B, m).
+
+        Processes that share the work (``processes.shared_work``) compute the outputs of a part of the examples each.
+        """
+
+        def run(some: Inputs) -> Tensor:
+            with self.eval_mode(), torch.no_grad(), self.substituted(self.tensors(vector)):
+                return self.run(some).to(self.dtype)
+
+        batch = Batch.of(inputs)
+        share = shared_work.share_of(batch.size)
+        if share is None:
+            return run(inputs)
+        return share.gathered(shared_work.together(lambda: run(batch[share.where].inputs)))
 
     @torch.no_grad()
     def assign(self, vector: Tensor) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, to_device
+from bayes_kf.models.batch import Batch, Inputs, batch_size, to_device
+from bayes_kf.processes import shared_work
 
 STEP_SHARE = {torch.float32: 2e-3, torch.float64: 1e-7}  # of a step: small beside kinks, large beside rounding
 
@@ -31,6 +32,18 @@ def outputs_of_draws(
         gradients: whether the outputs can be differentiated with respect to ``draws``.
     """
     inputs = to_device(inputs, adapter.device)
+    share = None if gradients else shared_work.share_of(batch_size(inputs))
+    if share is None:
+        return _outputs_of_draws(adapter, draws, inputs, at_once, gradients)
+    own = Batch.of(inputs)[share.where].inputs
+    outputs = shared_work.together(lambda: _outputs_of_draws(adapter, draws, own, at_once, False))
+    return share.gathered(outputs.transpose(0, 1)).transpose(0, 1)
+
+
+def _outputs_of_draws(
+    adapter: AdapterModel, draws: Tensor, inputs: Inputs, at_once: int | None, gradients: bool
+) -> Tensor:
+    """:func:`outputs_of_draws` in this process alone."""
     with torch.set_grad_enabled(gradients):
         if len(draws) == 1:
             return _one(adapter, draws[0], inputs).unsqueeze(0)
@@ -39,7 +52,7 @@ def outputs_of_draws(
         except Exception as error:  # vmap and the layers inside it raise errors of any class
             outputs = torch.stack([_one(adapter, draw, inputs) for draw in draws])  # invalid inputs raise here
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=2)
+            warnings.warn(f"{len(draws)} draws were run one by one, not at once: {reason}", stacklevel=3)
             return outputs
 
 

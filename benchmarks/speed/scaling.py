@@ -6,6 +6,7 @@ rounds counts; forms and numbers of processes alternate. The model of `docs/dist
 
     python -m benchmarks.speed.scaling                       # results/scaling.md and .png
     python -m benchmarks.speed.scaling --batch 64 --rounds 5
+    python -m benchmarks.speed.scaling --forms shared --processes 1 2
     python -m benchmarks.speed.scaling --table               # the table and the figure from existing results
 """
 
@@ -24,20 +25,42 @@ import psutil
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from torch import multiprocessing
+from torch import Tensor, multiprocessing, nn
 
 import bayes_kf as bkf
-from bayes_kf.distributed import DataParallelFilter, ShardedFilter
+from bayes_kf.distributed import DataParallelFilter, Group, ShardedFilter
+from bayes_kf.inference.filtering.state import FilterState
+from bayes_kf.models.batch import Inputs
+from bayes_kf.processes import shared_work
 from benchmarks.common.command import Command
 from benchmarks.common.data import data_folder
 from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.common.text import minilm, sentences
 from benchmarks.speed.scaling_model import PLACES, WORLDS, step_model
 
+
+class SharedWork:
+    """The filter of ``bkf.fit`` on several processes: each has the whole belief and a part of the passes."""
+
+    def __init__(self, model: nn.Module, config: bkf.KalmanConfig) -> None:
+        self.kf, self.group = bkf.KalmanFilter(model, config), Group()
+        self.adapter = self.kf.adapter
+
+    def init(self, inputs: Inputs) -> FilterState:
+        """The prior."""
+        return self.kf.init(inputs)
+
+    def update(self, state: FilterState, inputs: Inputs, targets: Tensor) -> tuple[FilterState, Any]:
+        """The state after a batch that every process has."""
+        with shared_work.shared(self.group if self.group.size > 1 else None):
+            return self.kf.update(state, inputs, targets)
+
+
 INFORMATION = {"covariance": "diagonal_information", "expansion": "mean"}
 FORMS = {
     "sharded": ("sharded, low rank 20 (the default)", ShardedFilter, {}),
     "sharded diagonal": ("sharded, diagonal gain form", ShardedFilter, {"covariance": "diagonal"}),
+    "shared": ("shared work, low rank 20 (`bkf.fit`)", SharedWork, {}),
     "data_parallel": ("data parallel, information form", DataParallelFilter, INFORMATION),
 }
 RANK, TIMED = 8, 6
@@ -47,6 +70,7 @@ def main() -> None:
     """The command line."""
     command = Command(__doc__).option("--batch", type=int, default=32, help="examples of a global batch (%(default)s)")
     command.numbers("--processes", (1, 2, 3, 4), "numbers of processes")
+    command.names("--forms", tuple(FORMS), text="forms")
     args = command.option("--rounds", type=int, default=3, help="rounds (%(default)s)").table().parse()
     file = ResultFile("scaling")
     if not args.table:
@@ -55,7 +79,7 @@ def main() -> None:
         set_forkserver_preload(["transformers.models.bert.modeling_bert", "peft", "bayes_kf.distributed"])
         for round_ in range(args.rounds):
             for size in args.processes:
-                for form in FORMS:
+                for form in args.forms:
                     cell = measured(form, size, args.batch)
                     key = f"{args.batch}/{form}/{size}"
                     before = file.cells.get(key, {}) if round_ else {}
@@ -92,6 +116,8 @@ def _process(rank: int, form: str, size: int, batch: int, port: int, folder: str
     each = -(-batch // size)
     for number in range(TIMED + 2):
         low = number * batch + rank * each
+        if form == "shared":
+            low, each = number * batch, batch
         mine = stream.at(torch.arange(low, min(low + each, (number + 1) * batch)))
         dist.barrier()
         before, begun = kf.group.bytes_sent, time.perf_counter()
@@ -100,7 +126,7 @@ def _process(rank: int, form: str, size: int, batch: int, port: int, folder: str
         seconds.append(time.perf_counter() - begun)
         sent.append(kf.group.bytes_sent - before)
     belief = sum(t.numel() * t.element_size() for t in (*state.belief, *state.prior))
-    linear = _linearizing(kf, stream.first(each))
+    linear = _linearizing(kf, stream.first(-(-batch // size)))
     cell = {
         "seconds": min(seconds[2:]),
         "sent": max(sent[2:]),
@@ -172,7 +198,7 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     batch = max(cell["batch"] for cell in cells.values())
     for (form, (title, _, _)), colour, marker in zip(
-        FORMS.items(), ("#0072B2", "#009E73", "#D55E00"), "os^", strict=True
+        FORMS.items(), ("#0072B2", "#009E73", "#CC79A7", "#D55E00"), "osD^", strict=True
     ):
         by_size = {c["processes"]: c for k, c in cells.items() if k.startswith(f"{batch}/{form}/")}
         sizes = sorted(by_size)

@@ -43,12 +43,30 @@ def test_code_runs(path, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "a guide must leave nothing behind where it runs"
 
 
-def test_the_script_for_several_processes_runs(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, GUIDES / "several_processes.py", tmp_path / "posterior"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    assert bkf.Posterior.from_pretrained(tmp_path / "posterior", digits_vit()).state.examples == 160
+def test_one_script_ends_with_one_posterior_whatever_has_launched_it(tmp_path):
+    """As it stands with python, torchrun and accelerate launch: means and variances to 1e-6 of their size."""
+    launchers = {
+        "python": [],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        "accelerate": [
+            *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        ],
+    }
+    found = {}
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, str(GUIDES / "several_processes.py"), str(tmp_path / name)]
+        done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("log loss") == (1 if name == "python" else 2)
+        found[name] = bkf.Posterior.from_pretrained(tmp_path / name, digits_vit())
+    whole = found.pop("python")
+    assert whole.state.examples == 160
+    for other in found.values():
+        for value, expected in zip(
+            (other.mean_vector, other.variance_vector), (whole.mean_vector, whole.variance_vector), strict=True
+        ):
+            assert (value - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_the_commands_of_the_shell_page_run(tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.covariance.observation import Observation, SolvedInnovation, solve_innovation
-from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import Jacobian
 from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
+from bayes_kf.processes import parameter_sums
 
 MAX_SHRINKAGE = 0.999  # relative loss of a variance above which the difference p − p²(...) is mostly rounding
 

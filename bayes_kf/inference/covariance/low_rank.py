@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.covariance.observation import Observation
-from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import Jacobian
+from bayes_kf.processes import parameter_sums
 
 COLUMNS = 16  # of the truncated part, computed at once
 

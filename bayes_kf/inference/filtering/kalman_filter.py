@@ -19,7 +19,6 @@ from bayes_kf.inference.filtering.measurement import Measurement, measurement_bl
 from bayes_kf.inference.filtering.measurement_update import check_finite
 from bayes_kf.inference.filtering.state import DIVERGED, DivergenceError, FilterState
 from bayes_kf.inference.filtering.update_info import UpdateInfo
-from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.linearizer import Linearizer
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.noise import NoiseState
@@ -32,6 +31,7 @@ from bayes_kf.inference.measurement_model.output_directions import (
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.language import LearnedTokens, PreferencePairs, token_reading
+from bayes_kf.processes import parameter_sums
 
 
 def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterModel:

@@ -24,7 +24,6 @@ from bayes_kf.inference.filtering.prequential_temperature import TemperatureStat
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.filtering.step_guard import DAMPING_STEP, MIN_BLOCK_EXAMPLES, StepGuard, warn_of_refused_steps
 from bayes_kf.inference.filtering.update_info import UpdateInfoBuilder
-from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.linearization.jacobian import congruence, diagonal_blocks
 from bayes_kf.inference.measurement_model import noise, predictive_density
 from bayes_kf.inference.measurement_model.innovation_gate import gate_precision
@@ -33,6 +32,7 @@ from bayes_kf.inference.measurement_model.moment_matching import match_moments
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.measurement_model.output_directions import log_odds_direction_square
 from bayes_kf.models.likelihood import Gaussian, StudentT, Tokens
+from bayes_kf.processes import parameter_sums
 
 
 class UpdatedStates(NamedTuple):

@@ -12,8 +12,8 @@ from bayes_kf.inference.covariance.gaussian_belief import GaussianBelief
 from bayes_kf.inference.filtering.linearization_check import TRUST_RADIUS, is_small_change
 from bayes_kf.inference.filtering.measurement import Measurement, MeasurementBlock
 from bayes_kf.inference.filtering.state import FilterState
-from bayes_kf.inference.linearization import parameter_sums
 from bayes_kf.inference.measurement_model import noise
+from bayes_kf.processes import parameter_sums
 
 DAMPING_STEP = 0.25  # an update that the guard refuses is solved again with this much of the precision
 MAX_DAMPINGS = 8

@@ -25,6 +25,7 @@ from bayes_kf.inference.saving.file_names import STATE_FILE
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, batch_size, split_batch
 from bayes_kf.models.peft_adapters.in_use import is_peft
+from bayes_kf.processes import shared_work
 from bayes_kf.validation import check_whole
 
 SINGLE_PASS: dict[str, Any] = {"tune": None, "passes": 1, "mean_passes": 0}  # settings of one pass
@@ -108,8 +109,8 @@ class CheckpointWriter:
             self.save()
 
     def save(self) -> None:
-        """Save the posterior if the folder does not hold it."""
-        if self._state.step > self._saved_step:
+        """Save the posterior if the folder does not hold it; of several processes the first one does."""
+        if self._state.step > self._saved_step and shared_work.is_first():
             self.posterior().save_pretrained(self._folder)
             self._saved_step = self._state.step
 

@@ -18,6 +18,7 @@ from bayes_kf.inference.fitting.checkpointing import fit_with_checkpoints
 from bayes_kf.inference.fitting.defaults.default_likelihood import for_reading
 from bayes_kf.inference.fitting.divergence import posterior_on_divergence
 from bayes_kf.inference.fitting.fit_config import LATEST, fit_config
+from bayes_kf.inference.fitting.fitting_together import fitting_together
 from bayes_kf.inference.fitting.loader import num_batches
 from bayes_kf.inference.fitting.mixture_fit import MEMBERS, fit_default_mixture
 from bayes_kf.inference.fitting.passes.filter_pass import filter_pass
@@ -76,6 +77,9 @@ def fit(
     """The posterior over a model's trainable tensors given a loader's examples.
 
     Under one config it is that of one pass over the loader, or as many as the config asks for.
+
+    Under ``torchrun`` or ``accelerate launch`` every process makes the same call with the same model and the whole
+    loader. Each takes a part of every batch, and all get the posterior of one process, to rounding.
 
     Args:
         model: a PEFT model, any module with trainable tensors, or an adapter of a language model (``models.language``);
@@ -139,7 +143,8 @@ def fit(
     model, loader = read_data(model, loader)
     if held_out is not None and not isinstance(held_out, str):
         held_out = read_loader(model, held_out)
-    posterior = _fit(model, loader, config, start, held_out, checkpoint, every, shows_progress(progress))
+    with fitting_together(model, loader, "fit", config, start, every):
+        posterior = _fit(model, loader, config, start, held_out, checkpoint, every, shows_progress(progress))
     given = [config] if isinstance(config, KalmanConfig) else config or []
     if posterior.temperature not in [setting.temperature for setting in given]:
         prequential_temperature.warn_of_edge(posterior.temperature)
@@ -224,6 +229,14 @@ def fit_default(
     Raises:
         ValueError: if members are asked for where there is no mixture.
     """
+    with fitting_together(model, loader, "fit_default", start, seed, members):
+        return _fit_default(model, loader, start, progress, seed, members)
+
+
+def _fit_default(
+    model: nn.Module | AdapterModel, loader: Iterable[Any], start: str, progress: bool, seed: int, members: int | None
+) -> Posterior | MixturePosterior:
+    """:func:`fit_default` of processes that share the work."""
     if members is not None and (start == "trained" or heldout_config_selection.split_loader(loader) is None):
         raise ValueError(f"`members` needs `start` 'prior' and data that can be split, got {members} of {start!r}.")
     if start == "prior" and holds_real_targets(loader, model):

@@ -11,6 +11,7 @@ from torch import Tensor
 from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.fitting.loop import inputs_and_targets
 from bayes_kf.models.batch import Inputs, batch_size, split_batch, to_device
+from bayes_kf.processes import shared_work
 
 SCALE_EXAMPLES = 32  # first examples, on which the scale of the prior is measured
 
@@ -26,7 +27,7 @@ def num_batches(loader: Iterable[Any]) -> int | None:
 def first_batches(batches: Iterator[Any], least: int = SCALE_EXAMPLES) -> list[Any]:
     """The first batches, which together hold at least ``least`` examples or all there are."""
     first, examples = list[Any](), 0
-    for batch in batches:
+    for batch in shared_work.same_batches(batches):
         first.append(batch)
         examples += batch_size(split_batch(batch)[0])
         if examples >= least:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bayes_kf.inference.filtering.state import DivergenceError
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.models.batch import Inputs, split_batch
+from bayes_kf.processes import shared_work
 
 S = TypeVar("S")  # the state: of a filter or a bank, or a sum
 I = TypeVar("I")  # noqa: E741 - the report of an update
@@ -65,7 +66,7 @@ def run_loop(
         ValueError: if a batch has no targets or does not fit; the message ends with the number of the batch.
     """
     progress, split = progress or ProgressBar(), split or inputs_and_targets
-    for batch in batches:
+    for batch in shared_work.same_batches(batches):
         inputs, targets = split(batch, progress.done)
         with batch_in_errors(progress.done):
             after, info = update(state, inputs, targets)

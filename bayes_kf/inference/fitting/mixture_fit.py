@@ -32,6 +32,7 @@ from bayes_kf.inference.fitting.defaults.default_prior import (
     narrower_priors,
 )
 from bayes_kf.inference.fitting.fit_config import fit_config
+from bayes_kf.inference.fitting.fitting_together import fitting_together
 from bayes_kf.inference.fitting.loader import first_batches, num_batches
 from bayes_kf.inference.fitting.loop import inputs_and_targets
 from bayes_kf.inference.fitting.passes.covariance_pass import add_at_mean, covariance_pass
@@ -123,6 +124,18 @@ def fit_mixture(
     if members is not None:
         check_whole("members", members)
     model, loader = read_data(model, loader)
+    with fitting_together(model, loader, "fit_mixture", configs, members):
+        return _fit_mixture(model, loader, configs, members, progress)
+
+
+def _fit_mixture(
+    model: nn.Module | AdapterModel,
+    loader: Iterable[Any],
+    configs: Sequence[KalmanConfig] | None,
+    members: int | None,
+    progress: bool | None,
+) -> MixturePosterior:
+    """:func:`fit_mixture` of processes that share the work."""
     if configs is None and holds_real_targets(loader, model):
         return fit_regression_mixture(model, loader, shows_progress(progress), members or REAL_MEMBERS)
     if split_loader(loader) is None:

@@ -10,16 +10,19 @@ from torch import Tensor
 from bayes_kf.inference.filtering.update_info import UpdateInfo
 from bayes_kf.inference.predictive.gaussian_posterior import as_training_series
 from bayes_kf.models.likelihood import NUMERIC
+from bayes_kf.processes import shared_work
 
 SUMMARY_UPDATES = 100  # the latest updates, whose means stand beside the progress bar
 
 
 def shows_progress(progress: bool | None) -> bool:
-    """Whether to show progress bars.
+    """Whether to show progress bars; of several processes the first one does.
 
     Args:
         progress: True or False. None: only if standard error is a terminal, or in a notebook.
     """
+    if not shared_work.is_first():
+        return False
     if progress is not None:
         return progress
     if sys.stderr is None:

@@ -27,6 +27,7 @@ from bayes_kf.inference.heldout.sharpness import choose_sharpness
 from bayes_kf.inference.heldout.text_size import choose_text_size
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Inputs
+from bayes_kf.processes.launched import working_together
 
 SIZE_EXAMPLES = 512  # the most that choose a size
 SIZE_BYTES = 2**31  # of their Jacobians, which are all in memory
@@ -54,6 +55,14 @@ def calibrate(
     Raises:
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
+    with working_together("calibrate"):
+        return _calibrated(members, weights, loader, standard_errors, stacklevel + 1)
+
+
+def _calibrated(
+    members: Sequence[P], weights: Sequence[float], loader: Iterable[Any], standard_errors: float, stacklevel: int
+) -> list[P]:
+    """:func:`calibrate` of processes that share the work."""
     batches = reiterable(loader)
     few = thinned(members[0], batches, _most_examples(members[0]))
     sized, notes = list[P](), list[str | None]()
@@ -77,7 +86,8 @@ def calibrate_sharpness(members: Sequence[P], weights: Sequence[float], loader: 
     """
     if members[0].config.likelihood != "categorical":
         raise ValueError(f"`calibrate_softmax` needs `likelihood` 'categorical', got {members[0].config.likelihood!r}.")
-    sharp, sharpness = _with_chosen_sharpness(members, weights, reiterable(loader))
+    with working_together("calibrate_softmax"):
+        sharp, sharpness = _with_chosen_sharpness(members, weights, reiterable(loader))
     warn([edge_of_sharpness(sharpness)], 4)
     return sharp
 

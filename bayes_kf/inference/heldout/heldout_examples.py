@@ -23,6 +23,7 @@ from bayes_kf.inference.predictive.linearized_prediction import (
 )
 from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.likelihood import Likelihood
+from bayes_kf.processes import shared_work
 
 NUM_DRAWS = 64  # parameter draws that stand for the covariance of more outputs than that
 BLOCK_EXAMPLES = 64  # of a block; below about 50 a joint likelihood says little about the size of a covariance
@@ -103,7 +104,7 @@ def heldout_batches(posterior: GaussianPosterior, loader: Iterable[Any]) -> Iter
         ValueError: if the loader yields nothing, or a batch has no targets or does not fit.
     """
     index = -1
-    for index, batch in enumerate(loader):
+    for index, batch in enumerate(shared_work.same_batches(loader)):
         inputs, targets = split_batch(posterior.adapter.read(batch))
         if targets is None:
             raise ValueError(f"`loader` must yield targets with every batch, got none in batch {index}.")

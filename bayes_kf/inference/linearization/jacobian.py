@@ -21,7 +21,7 @@ from bayes_kf.inference.linearization.jacobian_blocks import (
     multiply_blocks,
     multiply_transposed_blocks,
 )
-from bayes_kf.inference.linearization.parameter_sums import all_shards_agree, sum_over_shards
+from bayes_kf.processes.parameter_sums import all_shards_agree, sum_over_shards
 
 
 @dataclass

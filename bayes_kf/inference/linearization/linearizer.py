@@ -20,9 +20,11 @@ from bayes_kf.inference.linearization.jacobian_blocks import CHUNK_NUMEL
 from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import RecordedForward
 from bayes_kf.inference.linearization.rule_check import LinearizationPlan, RowsPerExample, make_plan
+from bayes_kf.inference.linearization.shared_batch import Linearized, SharedLinearizedBatch
 from bayes_kf.inference.linearization.tape import Tape
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
+from bayes_kf.processes import shared_work
 
 T = TypeVar("T")
 
@@ -59,9 +61,7 @@ class Linearizer:
         self._refused: set[str] = set()  # tensors whose hooks have given wrong rows
         self._max_bytes: int | None = None  # of a chunk, after memory ran out
 
-    def __call__(
-        self, vector: Tensor, batch: Batch | Inputs, *, rows_per_example: RowsPerExample = None
-    ) -> LinearizedBatch:
+    def __call__(self, vector: Tensor, batch: Batch | Inputs, *, rows_per_example: RowsPerExample = None) -> Linearized:
         """The outputs at θ = ``vector``, with their graph.
 
         Args:
@@ -70,8 +70,13 @@ class Linearizer:
             rows_per_example: rows of the Jacobian that will be asked for, one per output by default. Only speed
                 depends on it.
         """
-        record = functools.partial(self._record, vector, Batch.of(batch), rows_per_example)
-        return LinearizedBatch(self.adapter, record)
+        batch = Batch.of(batch)
+        share = shared_work.share_of(batch.size)
+        if share is None:
+            return LinearizedBatch(self.adapter, functools.partial(self._record, vector, batch, rows_per_example))
+        own = rows_per_example[share.where] if isinstance(rows_per_example, Sequence) else rows_per_example
+        record = functools.partial(self._record, vector, batch[share.where], own)
+        return SharedLinearizedBatch(share, lambda: LinearizedBatch(self.adapter, record))
 
     @property
     def num_outputs(self) -> int:
@@ -132,6 +137,8 @@ class Linearizer:
             call: goes through a batch by :meth:`chunks`, and changes nothing if it raises.
             size: of the batch.
         """
+        if shared_work.present_group() is not None:  # the other processes would not call again
+            return call()
         while True:
             try:
                 return call()
@@ -150,6 +157,19 @@ class Linearizer:
             cotangent: from the outputs of a chunk, (b, m), and its place in the batch to its w, (b, m).
         """
         batch = Batch.of(batch)
+        share = shared_work.share_of(batch.size)
+        if share is None:
+            return self._own_gradient(vector, batch, cotangent)
+        first = share.where.start
+
+        def of_own(outputs: Tensor, where: slice) -> Tensor:
+            return cotangent(outputs, slice(first + where.start, first + where.stop))
+
+        own = shared_work.together(lambda: self._own_gradient(vector, batch[share.where], of_own))
+        return shared_work.summed(torch.zeros_like(own) if share.is_empty else own)
+
+    def _own_gradient(self, vector: Tensor, batch: Batch, cotangent: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """:meth:`gradient` in this process alone."""
         plan, total = self._planned(vector, batch), torch.zeros_like(vector, dtype=torch.float64)
         for where, chunk in self.chunks(vector, batch, 1):
             with self.adapter.full_precision(), self.adapter.eval_mode(), torch.enable_grad():

@@ -148,7 +148,7 @@ class MixturePosterior(TextPredictions, HubUpload):
         def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
             return predict_mixture(
                 self.members, self.weights, inputs, method, num_samples, generators, targets,
-                compare=is_first, adapter_generator_states=states, stacklevel=6,
+                compare=is_first, adapter_generator_states=states, stacklevel=7,
             )  # fmt: skip
 
         return predict.collect_predictions(predict_batch, map(self.adapter.read, loader), keep_samples, self.adapter)

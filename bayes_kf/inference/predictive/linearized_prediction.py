@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_kf.inference.covariance.gaussian_sampling import gaussian_draws, normal_draws_by_example
-from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
+from bayes_kf.inference.linearization.shared_batch import Linearized
 from bayes_kf.inference.measurement_model.output_directions import MAX_EXACT_OUTPUTS
 from bayes_kf.inference.predictive import predictive_distributions
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
@@ -80,7 +80,7 @@ def output_deviations(
     return finite_difference_jvps(posterior.adapter, posterior.mean_vector, steps, batch.inputs, at_once)
 
 
-def output_covariance(posterior: GaussianPosterior, linearized: LinearizedBatch) -> Tensor:
+def output_covariance(posterior: GaussianPosterior, linearized: Linearized) -> Tensor:
     """J P Jᵀ of each example, (B, m, m), without the temperature."""
     return posterior.state.belief.output_covariance(linearized.jacobian())
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_kf.inference.linearization.linearized_batch import LinearizedBatch
 from bayes_kf.inference.linearization.row_buffer import Directions, selected_outputs
+from bayes_kf.inference.linearization.shared_batch import Linearized
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Batch, split_batch
 from bayes_kf.models.language import LearnedTokens
@@ -33,7 +33,7 @@ def output_variance(posterior: GaussianPosterior, batch: Any) -> dict[str, float
     return {name: posterior.temperature * contributions[where].sum().item() for name, where in slices.items()}
 
 
-def parameter_contributions(posterior: GaussianPosterior, linearized: LinearizedBatch) -> Tensor:
+def parameter_contributions(posterior: GaussianPosterior, linearized: Linearized) -> Tensor:
     """Mean over examples and outputs of J_i (P Jᵀ)_i for each parameter i, (n,); its sum is the mean of J P Jᵀ.
 
     The covariance of two parameters counts once for each of them, so a contribution may be negative. Without

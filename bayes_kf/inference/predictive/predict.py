@@ -25,6 +25,8 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs, split_batch
 from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.language import LabelledTokens, SupervisedTokens
+from bayes_kf.processes import shared_work
+from bayes_kf.processes.launched import working_together
 from bayes_kf.validation import check_one_of, check_whole
 
 NO_PROBIT = {"poisson": "counts", "ordinal": "ordered classes"}
@@ -109,7 +111,7 @@ def predict_loader(
     def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
         return predict(
             posterior, inputs, method, num_samples, generator, targets,
-            compare=is_first, adapter_generator_state=first_state, stacklevel=7,
+            compare=is_first, adapter_generator_state=first_state, stacklevel=8,
         )  # fmt: skip
 
     return collect_predictions(predict_batch, map(posterior.adapter.read, loader), keep_samples, posterior.adapter)
@@ -123,6 +125,8 @@ def collect_predictions(
 ) -> LoaderPrediction:
     """The predictions for all batches of a loader, joined, on the CPU.
 
+    Several processes (``processes.launched``) take a part of every batch each, and get the predictions of all.
+
     Args:
         predict_batch: from inputs, targets and whether it is the first batch to its prediction.
         loader: batches as ``fit`` takes them; targets may be missing.
@@ -132,8 +136,19 @@ def collect_predictions(
     Raises:
         ValueError: if the loader yields nothing, or a batch does not fit.
     """
+    with working_together("predict_loader"):
+        return _joined_predictions(predict_batch, loader, keep_samples, adapter)
+
+
+def _joined_predictions(
+    predict_batch: Callable[[Inputs, Tensor | None, bool], Prediction],
+    loader: Iterable[Any],
+    keep_samples: bool,
+    adapter: AdapterModel,
+) -> LoaderPrediction:
+    """:func:`collect_predictions` of processes that share the work."""
     parts = list[LoaderPrediction]()
-    for batch in loader:
+    for batch in shared_work.same_batches(loader):
         inputs, targets = split_batch(batch)
         part = predict_batch(inputs, targets, not parts)
         fields: dict[str, Any] = {

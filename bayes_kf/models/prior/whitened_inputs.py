@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.prior.layer_tensors import factors_without_effect
+from bayes_kf.processes import shared_work
 
 SMALLEST = 1e-10  # of the eigenvalues, relative to the largest: smaller ones are rounding errors
 
@@ -58,7 +59,8 @@ def whitened_factors(adapter: AdapterModel, vector: Tensor, inputs: Inputs) -> T
         _check_layer(layer)
     hooks = [layer.register_forward_pre_hook(partial(whiten, name, factor)) for name, layer, factor in factors]
     try:
-        adapter.outputs(vector, inputs)
+        with shared_work.shared(None):  # the hooks need all examples
+            adapter.outputs(vector, inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,7 +14,7 @@ natural gradients are from Amari (1998).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from bayes_kf.inference.fitting.passes.filter_pass import check_same_examples
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.batch import Inputs, check_inputs
+from bayes_kf.models.batch import Batch, Inputs, check_inputs
+from bayes_kf.models.likelihood import Likelihood
+from bayes_kf.processes import shared_work
 
 STEP_SIZE = 1.0  # r of the first step
 
@@ -138,8 +140,38 @@ def loss_gradient(
         torch.enable_grad(),
         adapter.substituted(leaves),
     ):
+        return gradient_at(adapter, family, leaves, inputs, targets)
+
+
+def gradient_at(
+    adapter: AdapterModel,
+    family: Likelihood,
+    leaves: Mapping[str, Tensor],
+    inputs: Inputs,
+    targets: Tensor,
+    divisor: float = 1.0,
+) -> tuple[float, Tensor]:
+    """−log p(y | θ) of a batch over ``divisor``, and its gradient, (n,), inside ``adapter.substituted(leaves)``.
+
+    Processes that share the work each compute those of a part of the examples.
+    """
+
+    def of_some(inputs: Inputs, targets: Tensor) -> Tensor:
+        for leaf in leaves.values():
+            leaf.grad = None
         outputs = adapter.run(inputs).to(adapter.dtype)
-        loss = -family.log_prob(outputs, family.check(outputs.detach(), targets.to(outputs.device))).sum()
+        log_prob = family.log_prob(outputs, family.check(outputs.detach(), targets.to(outputs.device)))
+        loss = -log_prob.sum() / divisor
         loss.backward()  # reentrant gradient checkpointing does not support autograd.grad
-    gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-    return float(loss.detach()), adapter.flatten(gradients)
+        parts = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        return torch.cat([adapter.flatten(parts), loss.detach().reshape(1)])
+
+    batch = Batch.of(inputs, targets)
+    share = shared_work.share_of(batch.size)
+    if share is None:
+        both = of_some(inputs, targets)
+    else:
+        own = batch[share.where]
+        both = shared_work.together(lambda: of_some(own.inputs, own.required_targets))
+        both = shared_work.summed(torch.zeros_like(both) if share.is_empty else both)
+    return float(both[-1]), both[:-1]

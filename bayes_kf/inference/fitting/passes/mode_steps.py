@@ -22,6 +22,7 @@ from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.state import DivergenceError, FilterState
 from bayes_kf.inference.fitting.loop import run_loop
 from bayes_kf.inference.fitting.passes.filter_pass import check_same_examples
+from bayes_kf.inference.fitting.passes.mean_pass import gradient_at
 from bayes_kf.inference.fitting.progress import ProgressBar
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.models.batch import Inputs, check_inputs, to_device
@@ -104,15 +105,8 @@ class ModeSteps:
 
     def _gradient(self, inputs: Inputs, targets: Tensor) -> Tensor:
         """The gradient of −Σ log p(y | θ) over a batch, divided by its size, (n,)."""
-        for leaf in self._leaves.values():
-            leaf.grad = None
-        outputs = self._adapter.run(to_device(inputs, self._adapter.device)).to(self._theta)
-        checked = self._family.check(outputs.detach(), targets.to(outputs.device))
-        (-self._family.log_prob(outputs, checked).sum() / len(outputs)).backward()
-        leaves = self._leaves.items()
-        return self._adapter.flatten(
-            {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves}
-        )
+        inputs = to_device(inputs, self._adapter.device)
+        return gradient_at(self._adapter, self._family, self._leaves, inputs, targets, len(targets))[1]
 
     @torch.no_grad()
     def _descend(self, gradient: Tensor, learning_rate: float) -> None:

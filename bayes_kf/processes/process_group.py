@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 class OtherProcessError(RuntimeError):
     """Another process of the group failed in this step; its own error says why."""
@@ -48,20 +50,43 @@ class Group:
         self.bytes_sent += 2 * (self.size - 1) * _num_bytes(result) // self.size  # of a ring
         return result.to(tensor.device)
 
-    def all_gather_int(self, number: int, device: torch.device) -> list[int]:
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """The tensor of the first process; every process gives one of the same shape."""
+        result = tensor.to(self._device or tensor.device).clone()
+        dist.broadcast(result, group_src=0, group=self.group)
+        return result.to(tensor.device)
+
+    def raise_together(self, failure: Exception | None) -> None:
+        """Return if no process has an error.
+
+        Raises:
+            Exception: the error of this process.
+            OtherProcessError: if only other processes have one.
+        """
+        flags = self.all_gather_int(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if any(flags):
+            raise OtherProcessError(f"process {flags.index(1)} could not continue; its own error says why")
+
+    def all_gather_int(self, number: int, device: torch.device = CPU) -> list[int]:
         """One integer from every process, in the order of their ranks."""
         numbers = torch.zeros(self.size, dtype=torch.int64, device=device)
         numbers[self.rank] = number
         return self.all_reduce(numbers).tolist()
 
-    def check_equal(self, name: str, *values: Any, device: torch.device) -> None:
+    def is_equal(self, *values: Any, device: torch.device = CPU) -> bool:
+        """Whether the values have the same ``repr`` in all processes."""
+        digest = hashlib.sha256(repr(values).encode()).digest()
+        return len(set(self.all_gather_int(int.from_bytes(digest[:6], "big"), device))) == 1
+
+    def check_equal(self, name: str, *values: Any, device: torch.device = CPU) -> None:
         """Check that the values have the same ``repr`` in all processes.
 
         Raises:
             RuntimeError: in every process, if they differ.
         """
-        digest = hashlib.sha256(repr(values).encode()).digest()
-        if len(set(self.all_gather_int(int.from_bytes(digest[:6], "big"), device))) > 1:
+        if not self.is_equal(*values, device=device):
             raise RuntimeError(f"{name} must be the same in every process, got different ones.")
 
     def all_gather_rows(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -75,10 +100,11 @@ class Group:
             return tensor
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
+        padded = padded.to(self._device or padded.device)
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded, group=self.group)
         self.bytes_sent += (self.size - 1) * _num_bytes(padded)
-        return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+        return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)]).to(tensor.device)
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """The tensors that the other processes send to this one, one from each process.

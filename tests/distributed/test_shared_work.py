@@ -1,0 +1,222 @@
+"""The same call on several processes: every kind of fit ends as on one, whatever the number of processes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import bayes_kf as bkf
+from bayes_kf import distributed, evaluation
+
+from . import cases
+from .processes import run
+
+N = 90
+X = torch.randn(N, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = (X @ torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).argmax(1)
+BATCHES = list(zip(X.split(11), Y.split(11), strict=True))  # the last one has 2 examples
+
+
+def loader(shuffle=True):
+    return DataLoader(TensorDataset(X, Y), batch_size=7, shuffle=shuffle)
+
+
+def text():
+    """A small language model with LoRA, and batches with padding and prompts that are not learned."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=32,
+        )
+    ).double()  # fmt: skip
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 40, (24, 8), generator=generator)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[::3, 6:] = 0
+    labels[mask == 0] = -100
+    labels[:, :3] = -100
+    parts = zip(ids.split(4), mask.split(4), labels.split(4), strict=True)
+    return model, [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in parts]
+
+
+def fitted(kind):
+    """A posterior by one kind of fit."""
+    model, config = cases.network(), bkf.KalmanConfig
+    torch.manual_seed(5 + (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0))  # shuffles
+    if kind == "default":
+        return bkf.fit(model, loader(), progress=False)
+    if kind == "candidates":
+        candidates = [config(initial_logit_sd=1.0), config(covariance="diagonal", curvature="sampled", mean_passes=1)]
+        return bkf.fit(model, loader(), candidates, progress=False)
+    if kind == "passes":
+        return bkf.fit(model, BATCHES, config(passes=2, mean_passes=2, rank=10), progress=False)
+    if kind == "truncated":
+        settings = config(covariance="full", curvature="truncated", curvature_classes=2, gradient_penalty=0.01)
+        return bkf.fit(model, BATCHES, settings, progress=False)
+    if kind == "trained":
+        return bkf.fit(model, BATCHES[:6], start="trained", held_out=BATCHES[6:], progress=False)
+    if kind == "stream":
+        return bkf.fit(model, iter(BATCHES), held_out="latest", progress=False)
+    if kind == "tune":
+        return bkf.fit(model, iter(BATCHES), config.stream(), progress=False)
+    if kind == "regression":
+        head = nn.Linear(5, 1).double()
+        nn.init.constant_(head.weight, 0.1)
+        nn.init.zeros_(head.bias)
+        return bkf.fit(head, [(x, x.sum(1, keepdim=True).sin()) for x, _ in BATCHES], progress=False)
+    assert kind == "text"
+    return bkf.fit(
+        *text(), bkf.KalmanConfig(likelihood="tokens", curvature="sampled", rank=5, mean_passes=1), progress=False
+    )
+
+
+KINDS = ("default", "candidates", "passes", "truncated", "trained", "stream", "tune", "regression", "text")
+
+
+def results(rank, kinds):
+    """The numbers of each kind of fit, of its predictions and of its calibration."""
+    found = {}
+    for kind in kinds:
+        posterior = fitted(kind)
+        members = getattr(posterior, "members", (posterior,))
+        for number, member in enumerate(members):
+            found[f"{kind} mean {number}"] = member.mean_vector
+            found[f"{kind} variance {number}"] = member.kf.marginal_variance(member.state)
+            found |= {f"{kind} {name} {number}": series for name, series in member.history.items() if name != "seconds"}
+        if kind in ("default", "passes"):
+            predicted = posterior.predict_loader(BATCHES)
+            found |= {f"{kind} probs": predicted.probs, f"{kind} epistemic": predicted.epistemic}
+            found[f"{kind} sampled"] = posterior.predict_loader(BATCHES, method="sampled", num_samples=4).probs
+            found[f"{kind} calibrated"] = posterior.calibrate(BATCHES[:5]).predict(X).probs
+            scores = evaluation.evaluate(posterior, BATCHES, num_simulations=50).scores
+            found |= {f"{kind} {name}": torch.tensor(scores[name]) for name in ("nll", "accuracy", "ece")}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "kinds"),
+    [(2, KINDS), pytest.param(3, KINDS, marks=pytest.mark.slow), pytest.param(4, KINDS[:3], marks=pytest.mark.slow)],
+)
+def test_every_kind_of_fit_equals_that_of_one_process(size, kinds, tmp_path):
+    expected = results(0, kinds)
+    for found in run(size, results, tmp_path, kinds):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            where = partial("{}: {}".format, name)
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=where)
+
+
+class Counted(nn.Module):
+    """A network that counts the examples it is run on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.examples = cases.network(), 0
+
+    def forward(self, x):
+        self.examples += len(x)
+        return self.inner(x)
+
+
+def counted(rank):
+    """How many examples a process runs the model on: in a fit, in predictions, and in a fit alone."""
+    model = Counted()
+    posterior = bkf.fit(model, BATCHES, bkf.KalmanConfig(mean_passes=1), progress=False)
+    fit = model.examples
+    posterior.predict_loader(BATCHES)
+    both = model.examples
+    with distributed.alone():
+        alone = bkf.fit(model, BATCHES[rank:], bkf.KalmanConfig(mean_passes=1), progress=False)
+        posterior.predict_loader(BATCHES[rank:])
+    counts = {"fit": fit, "predict": both - fit, "alone": model.examples - both}
+    return {name: torch.tensor(number) for name, number in counts.items()} | {"of": torch.tensor(alone.state.examples)}
+
+
+def test_each_process_does_its_part_and_alone_all_of_it(tmp_path):
+    (whole,) = run(1, counted, tmp_path)
+    first, second = run(2, counted, tmp_path)
+    for name in ("fit", "predict"):
+        done = int(first[name]), int(second[name])
+        assert max(done) < 0.7 * int(whole[name])
+        assert sum(done) < 1.4 * int(whole[name])  # the check of the model's first batch is done by all
+    assert int(first["alone"]) == int(whole["alone"])
+    assert (int(first["of"]), int(second["of"])) == (N, N - 11)
+
+
+class Breaking:
+    """A loader that raises an error before its third batch."""
+
+    def __iter__(self):
+        yield from BATCHES[:2]
+        raise OSError("no disk")
+
+
+def failing(rank, what):
+    """The error of a process: its kind and its words."""
+    model, loader, config = cases.network(), BATCHES, bkf.KalmanConfig()
+    if what == "model" and rank:
+        with torch.no_grad():
+            model[0].weight[0, 0] += 1e-6
+    if what == "settings" and rank:
+        config = bkf.KalmanConfig(rank=7)
+    if what == "examples":
+        loader = BATCHES[rank::2]
+    if what == "length" and rank:
+        loader = BATCHES[:-1]
+    if what == "loader" and rank:
+        loader = Breaking()
+    if what == "batch" and rank:
+        loader = [*BATCHES[:-1], (X[:2] * torch.nan, Y[:2])]
+    try:
+        if what == "call" and rank:
+            cases.network()
+            bkf.fit_mixture(model, BATCHES, progress=False)
+        else:
+            bkf.fit(model, loader, config, progress=False)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": "none"}
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("model", ["RuntimeError: `model` (seed torch before it is made, or load it) must be the same"] * 2),
+        ("settings", ["RuntimeError: the arguments of `fit` must be the same in every process"] * 2),
+        ("examples", ["RuntimeError: the batches of `loader` (the whole loader belongs in every process"] * 2),
+        ("length", ["RuntimeError: the batches of `loader`"] * 2),
+        ("loader", ["OtherProcessError: process 1 could not continue", "OSError: no disk"]),
+        ("batch", ["RuntimeError: the batches of `loader`"] * 2),
+        ("call", ["RuntimeError: the function that shares its work between processes must be the same"] * 2),
+    ],
+)
+def test_what_differs_between_processes_is_told_by_all(what, words, tmp_path):
+    for found, start in zip(run(2, failing, tmp_path, what), words, strict=True):
+        assert found["error"].startswith(start), found["error"]
+
+
+def checkpointed(rank, folder, stop):
+    """A pass with checkpoints that is stopped after some batches, or goes to its end."""
+    batches = [*BATCHES[:stop], "no batch"] if stop else BATCHES
+    try:
+        posterior = bkf.fit(cases.network(), batches, bkf.KalmanConfig(), checkpoint=folder, every=2, progress=False)
+    except ValueError:
+        return {}
+    return {"mean": posterior.mean_vector, "covariance": posterior.covariance_matrix()}
+
+
+def test_a_pass_is_resumed_on_another_number_of_processes(tmp_path):
+    folder = str(tmp_path / "checkpoint")
+    run(2, checkpointed, tmp_path, folder, 5)
+    assert bkf.Posterior.from_pretrained(folder, cases.network()).state.step == 5
+    run(3, checkpointed, tmp_path, folder, 7)
+    whole = checkpointed(0, str(tmp_path / "other"), None)
+    for name, value in checkpointed(0, folder, None).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-8, atol=1e-10)
