@@ -28,6 +28,8 @@ from bayes_kf.integrations.trainer_callbacks import (
 from bayes_kf.integrations.trainer_filter import TrainerFilter
 from bayes_kf.integrations.trainer_held_out import HeldOut, check_fraction, hold_out, last_steps, learn_held_out
 from bayes_kf.models.batch import Inputs
+from bayes_kf.processes import shared_work
+from bayes_kf.processes.launched import working_together
 
 OPTIMIZER_LOGS = ("grad_norm", "learning_rate")  # names that Trainer logs about its optimizer
 
@@ -53,6 +55,8 @@ class KalmanTrainer(PosteriorTrainer):
       scored by the posterior mean, as Trainer does.
     - Preference pairs train a reward model (:class:`~bayes_kf.models.language.PreferencePairs`). They are known by the
       columns ``chosen_ids`` and ``rejected_ids`` of the data set, and need the collator of TRL's ``RewardTrainer``.
+    - On several processes (``torchrun``, ``accelerate launch``) every process gets whole batches of
+      ``per_device_train_batch_size`` and works on a part of each, so the posterior is that of one process, to rounding.
     - Checkpoints hold the posterior and Trainer's own files. Training resumed from one equals uninterrupted training to
       the bit. Optimizer files are neither saved nor loaded.
 
@@ -74,7 +78,7 @@ class KalmanTrainer(PosteriorTrainer):
     Raises:
         ValueError: if ``method`` is unknown, ``kalman`` is not a KalmanConfig, ``held_out_fraction`` is not in [0, 1),
             or ``model`` is an adapter of a language model (``models.language``), which :func:`~bayes_kf.fit` takes.
-            Also for unsupported arguments: several processes, DeepSpeed or FSDP, label smoothing, an ``optimizer`` or a
+            Also for unsupported arguments: DeepSpeed or FSDP, label smoothing, an ``optimizer`` or a
             custom loss.
 
     Example:
@@ -137,9 +141,12 @@ class KalmanTrainer(PosteriorTrainer):
             if held_out is not None:
                 self.train_dataset = held_out.fitted
             self._check_epochs(bool(resumed))
-            output = super().train(*args, **kwargs)
-            if held_out is not None and self._trained.state is not None:
-                output.metrics.update(self._last_steps(held_out, whole))
+            with working_together("KalmanTrainer.train") as begins:
+                if begins:
+                    shared_work.check_same_model(self._module, (self.kalman, self.held_out_fraction))
+                output = super().train(*args, **kwargs)
+                if held_out is not None and self._trained.state is not None:
+                    output.metrics.update(self._last_steps(held_out, whole))
         finally:
             self.train_dataset = whole
         if self._trained.kf is not None and isinstance(self._trained.kf.config.temperature, str):
@@ -190,6 +197,7 @@ class KalmanTrainer(PosteriorTrainer):
         batch, targets = self._split(self._prepare_inputs(inputs))
         if targets is None:
             raise ValueError(f"`train_dataset` must have {self._label_name!r}, got batches of {', '.join(batch)}.")
+        shared_work.check_same_batch((batch, targets))
         if self._trained.state is None:
             self._trained.start(self._reading, self._settings(targets), self._scale_inputs(batch))
         self._seen_dataset = self._whole_dataset  # even if training is stopped

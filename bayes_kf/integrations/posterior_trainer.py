@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -22,11 +23,14 @@ from bayes_kf.inference.saving import pretrained
 from bayes_kf.integrations.metrics import calibration_metrics
 from bayes_kf.integrations.trainer_bank import TrainerBank
 from bayes_kf.integrations.trainer_filter import TrainerFilter
+from bayes_kf.integrations.whole_batches import WholeBatches
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs, split_batch
 from bayes_kf.models.language import PreferencePairs, SupervisedTokens, labels_tokens
 from bayes_kf.models.likelihood import ONE_OF_CLASSES
 from bayes_kf.models.preference_batch import OF_PAIRS, read_pairs
+from bayes_kf.processes import shared_work
+from bayes_kf.processes.launched import working_together
 from bayes_kf.validation import check_one_of
 
 
@@ -57,6 +61,13 @@ class PosteriorTrainer(Trainer):
         self._compare_draws = False  # whether to compare with the linearized model, in that first batch
         self._user_metrics = self.compute_metrics
         self.compute_metrics = self._metrics
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes Trainer's Accelerator; on several processes, one that gives every process whole batches."""
+        super().create_accelerator_and_postprocess()
+        if self.args.world_size > 1 and type(self.accelerator) is Accelerator:
+            self.accelerator.__class__ = WholeBatches
+            self.gather_function = self.accelerator.gather_for_metrics
 
     @property
     def posterior(self) -> Posterior | MixturePosterior:
@@ -118,7 +129,8 @@ class PosteriorTrainer(Trainer):
             if isinstance(posterior, MixturePosterior):
                 self._draws = member_generators(seeded, len(posterior.members))
             self._draws_begun, self._compare_draws = [draws.get_state() for draws in self._draws], True
-        return super().evaluation_loop(*args, **kwargs)
+        with working_together("evaluation_loop"):
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -137,6 +149,7 @@ class PosteriorTrainer(Trainer):
             loss_only = prediction_loss_only or (is_text and self._user_metrics is None)
             return super().prediction_step(model, inputs, loss_only, ignore_keys)
         batch, targets = self._split(self._prepare_inputs(inputs))
+        shared_work.check_same_batch(batch)
         compare, self._compare_draws = self._compare_draws, False
         prediction = self._predict(batch, targets, compare)
         loss = None if prediction.log_prob is None else -prediction.log_prob.mean()

@@ -95,7 +95,7 @@ def check_arguments(trainer: Trainer) -> None:
     """Raise ValueError for arguments of Trainer that a filter does not support."""
     args = trainer.args
     unsupported = {
-        "one process and one device": args.world_size > 1 or args.n_gpu > 1,
+        "one device in a process": args.n_gpu > 1,
         "no DeepSpeed and no FSDP": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
         "no `label_smoothing_factor`": args.label_smoothing_factor != 0,
         "no `ignore_data_skip`, which would count batches twice": args.ignore_data_skip,

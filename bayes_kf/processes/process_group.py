@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the group failed in this step; its own error says why."""
+    """Another process of the group failed in this step, and its own error says why; or it does not answer."""
 
 
 class Group:
@@ -46,14 +47,16 @@ class Group:
         if self.size == 1:
             return tensor
         result = tensor.to(self._device or tensor.device).contiguous().clone()
-        dist.all_reduce(result, group=self.group)
+        with _others_answer():
+            dist.all_reduce(result, group=self.group)
         self.bytes_sent += 2 * (self.size - 1) * _num_bytes(result) // self.size  # of a ring
         return result.to(tensor.device)
 
     def of_first(self, tensor: Tensor) -> Tensor:
         """The tensor of the first process; every process gives one of the same shape."""
         result = tensor.to(self._device or tensor.device).clone()
-        dist.broadcast(result, group_src=0, group=self.group)
+        with _others_answer():
+            dist.broadcast(result, group_src=0, group=self.group)
         return result.to(tensor.device)
 
     def raise_together(self, failure: Exception | None) -> None:
@@ -102,7 +105,8 @@ class Group:
         padded[: len(tensor)] = tensor
         padded = padded.to(self._device or padded.device)
         gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded, group=self.group)
+        with _others_answer():
+            dist.all_gather(gathered, padded, group=self.group)
         self.bytes_sent += (self.size - 1) * _num_bytes(padded)
         return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)]).to(tensor.device)
 
@@ -117,9 +121,23 @@ class Group:
             return list(parts)
         sent = torch.cat(list(parts))
         received = sent.new_empty(sum(lengths))
-        dist.all_to_all_single(received, sent, list(lengths), [len(part) for part in parts], group=self.group)
+        with _others_answer():
+            dist.all_to_all_single(received, sent, list(lengths), [len(part) for part in parts], group=self.group)
         self.bytes_sent += _num_bytes(sent) - _num_bytes(parts[self.rank])
         return list(received.split(list(lengths)))
+
+
+@contextmanager
+def _others_answer() -> Iterator[None]:
+    """Raise an OtherProcessError where torch.distributed says that another process is gone, or waits too long for it.
+
+    Every process gives tensors of the same shapes, so its other errors do not occur.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise OtherProcessError(f"another process has ended or does not answer ({first})") from error
 
 
 def _num_bytes(tensor: Tensor) -> int:

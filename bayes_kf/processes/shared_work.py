@@ -113,6 +113,17 @@ def is_same(value: Any) -> bool:
     return group is None or group.is_equal(value)
 
 
+def check_same_batch(batch: Any) -> None:
+    """Check that every process has the same batch.
+
+    Raises:
+        RuntimeError: in every process, if they differ.
+    """
+    group = _present.get()
+    if group is not None:
+        group.check_equal(f"the batches of `loader` ({WHOLE})", _fingerprint(batch))
+
+
 def same_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, each once every process has got it.
 
@@ -121,14 +132,14 @@ def same_batches(batches: Iterable[Any]) -> Iterator[Any]:
         OtherProcessError: if the loader of another process raises an error.
     """
     group = _present.get()
-    return iter(batches) if group is None else _same_batches(group, batches)
+    return iter(batches) if group is None else _same_batches(batches)
 
 
-def _same_batches(group: Group, batches: Iterable[Any]) -> Iterator[Any]:
+def _same_batches(batches: Iterable[Any]) -> Iterator[Any]:
     iterator = together(lambda: iter(batches))
     while True:
         batch = together(lambda: next(iterator, None))
-        group.check_equal(f"the batches of `loader` ({WHOLE})", _fingerprint(batch))
+        check_same_batch(batch)
         if batch is None:
             return
         yield batch

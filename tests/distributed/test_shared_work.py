@@ -1,6 +1,8 @@
 """The same call on several processes: every kind of fit ends as on one, whatever the number of processes."""
 
+import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +222,30 @@ def test_a_pass_is_resumed_on_another_number_of_processes(tmp_path):
     whole = checkpointed(0, str(tmp_path / "other"), None)
     for name, value in checkpointed(0, folder, None).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-8, atol=1e-10)
+
+
+class Ending:
+    """A loader in whose sixth batch its process is gone, without a word."""
+
+    def __iter__(self):
+        yield from BATCHES[:5]
+        os._exit(0)
+
+
+def survivor(rank, folder):
+    """Writes the error of a process after another one has ended in the middle of a pass."""
+    loader = Ending() if rank else BATCHES
+    try:
+        bkf.fit(cases.network(), loader, bkf.KalmanConfig(), checkpoint=folder, every=2, progress=False)
+    except distributed.OtherProcessError as error:
+        Path(folder).with_suffix(".txt").write_text(str(error), encoding="utf-8")
+    os._exit(0)
+
+
+def test_a_process_that_is_gone_leaves_a_whole_checkpoint_and_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError):  # both processes end before they return anything
+        run(2, survivor, tmp_path, str(tmp_path / "checkpoint"))
+    assert bkf.Posterior.from_pretrained(tmp_path / "checkpoint", cases.network()).state.step == 5
+    sentence = (tmp_path / "checkpoint.txt").read_text(encoding="utf-8")
+    assert sentence.startswith("another process has ended or does not answer (")
+    assert "\n" not in sentence

@@ -56,11 +56,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(script, folder, model, *, seconds=240):
-    names = [str(folder / name) for name in ("train.csv", "test.csv", "out")]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate launch": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+def run(script, folder, model, *, seconds=240, launcher=(), out="out"):
+    names = [str(folder / name) for name in ("train.csv", "test.csv", out)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     actual = subprocess.run(
-        [sys.executable, str(script), str(model), *names],
+        [sys.executable, *launcher, str(script), str(model), *names],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -83,9 +92,19 @@ def test_the_bayesian_script_runs(folder):
     assert metrics["eval_accuracy"] == 1.0
     assert metrics["eval_log_loss"] < 0.4
     assert metrics["eval_ece"] < 0.35
-    base = BertForSequenceClassification.from_pretrained(folder / "model", num_labels=2)
-    posterior = bkf.Posterior.from_pretrained(folder / "out", base)
+
+    def saved(name):
+        base = BertForSequenceClassification.from_pretrained(folder / "model", num_labels=2)
+        return bkf.Posterior.from_pretrained(folder / name, base)
+
+    posterior = saved("out")
     assert posterior.state.examples == 320
+    for number, (launcher, words) in enumerate(LAUNCHERS.items()):  # as it stands, on two processes
+        others = run(BAYESIAN, folder, folder / "model", launcher=["-m", *words], out=f"out {number}")
+        assert others["eval_log_loss"] == pytest.approx(metrics["eval_log_loss"], abs=1e-6), launcher
+        other = saved(f"out {number}")
+        assert (other.mean_vector - posterior.mean_vector).norm() < 1e-6 * posterior.mean_vector.norm()
+        assert (other.variance_vector - posterior.variance_vector).norm() < 1e-6 * posterior.variance_vector.norm()
 
 
 @pytest.mark.real
