@@ -174,6 +174,12 @@ def check_same_model(model: nn.Module, settings: Any) -> None:
     group.check_equal("`model` (seed torch before it is made, or load it)", sums)
 
 
+def number_of_first(number: int) -> int:
+    """The number that the first process has."""
+    group = _present.get()
+    return number if group is None else int(group.of_first(torch.tensor(number)))
+
+
 def use_random_state_of_first(*generators: torch.Generator) -> None:
     """Give torch's generator for CPUs, and these, the state that they have in the first process."""
     group = _present.get()

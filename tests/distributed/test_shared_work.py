@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bayes_kf as bkf
@@ -150,6 +151,40 @@ def test_each_process_does_its_part_and_alone_all_of_it(tmp_path):
         assert sum(done) < 1.4 * int(whole[name])  # the check of the model's first batch is done by all
     assert int(first["alone"]) == int(whole["alone"])
     assert (int(first["of"]), int(second["of"])) == (N, N - 11)
+
+
+class Numbers(IterableDataset):
+    """A stream of examples."""
+
+    def __iter__(self):
+        return iter(zip(X, Y, strict=True))
+
+
+def prepared(rank, kind):
+    """A fit and predictions with a loader that Accelerate has prepared; on one process it divides nothing."""
+    size = torch.distributed.get_world_size()
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 1}
+    os.environ |= {name: str(value) for name, value in launched.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.manual_seed(7 + rank)  # the order is that of the first process
+    settings = DataLoaderConfiguration(dispatch_batches=kind == "dispatched", use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=settings)
+    data = Numbers() if kind == "stream" else TensorDataset(X, Y)
+    whole = DataLoader(data, batch_size=7, shuffle=kind == "shuffled")
+    ready = accelerator.prepare(whole)
+    assert sum(len(y) for _, y in ready) < N or size == 1  # a process has its part
+    posterior = bkf.fit(cases.network(), ready, bkf.KalmanConfig(mean_passes=1), progress=False)
+    predicted = posterior.predict_loader(accelerator.prepare(DataLoader(TensorDataset(X, Y), batch_size=7)))
+    examples = torch.tensor(posterior.state.examples)
+    return {"mean": posterior.mean_vector, "probs": predicted.probs, "examples": examples}
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "dispatched", "stream"])
+def test_a_loader_that_accelerate_has_prepared_is_read_as_a_whole(kind, tmp_path):
+    (expected,) = run(1, prepared, tmp_path, kind)
+    assert int(expected["examples"]) == N
+    for found in run(2, prepared, tmp_path, kind):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
 
 
 class Breaking:

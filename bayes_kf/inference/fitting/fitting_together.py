@@ -37,6 +37,9 @@ def fitting_together(
         if begins:
             shared_work.check_same_model(model.model if isinstance(model, AdapterModel) else model, settings)
             shared_work.use_random_state_of_first(*_generators(loader))
+            sampler = getattr(loader, "sampler", None)
+            if isinstance(seed := getattr(sampler, "initial_seed", None), int):  # of Accelerate's random sampler
+                sampler.initial_seed = shared_work.number_of_first(seed)  # type: ignore[union-attr]
         yield
 
 

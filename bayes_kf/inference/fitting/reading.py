@@ -14,6 +14,7 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.language import PreferencePairs
 from bayes_kf.models.language.logits import forward_parameters
 from bayes_kf.models.preference_batch import is_certain, read_pairs
+from bayes_kf.processes.whole_loader import whole_loader
 
 TRL_COLUMNS = ("chosen_ids", "rejected_ids")  # of the examples that TRL's collator of preference pairs takes
 
@@ -56,6 +57,7 @@ def _takes_pairs(model: nn.Module) -> bool:
 
 def read_loader(model: nn.Module | AdapterModel, loader: Iterable[Any]) -> Iterable[Any]:
     """The loader, of its own kind, with every batch as the model's reading reads it."""
+    loader = whole_loader(loader)
     if not isinstance(model, PreferencePairs):
         return loader
     if isinstance(loader, list | tuple):

@@ -28,6 +28,7 @@ from bayes_kf.inference.heldout.text_size import choose_text_size
 from bayes_kf.inference.predictive.gaussian_posterior import GaussianPosterior
 from bayes_kf.models.batch import Inputs
 from bayes_kf.processes.launched import working_together
+from bayes_kf.processes.whole_loader import whole_loader
 
 SIZE_EXAMPLES = 512  # the most that choose a size
 SIZE_BYTES = 2**31  # of their Jacobians, which are all in memory
@@ -192,6 +193,7 @@ def _with_chosen_sharpness(
 
 def reiterable(loader: Iterable[Any]) -> Iterable[Any]:
     """The loader, or its batches in a list if it can be iterated only once."""
+    loader = whole_loader(loader)
     return list(loader) if isinstance(loader, Iterator) else loader
 
 

@@ -24,6 +24,7 @@ from bayes_kf.inference.saving.hub_upload import HubUpload
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.likelihood import Likelihood
+from bayes_kf.processes.whole_loader import whole_loader
 
 if TYPE_CHECKING:
     from bayes_kf.inference.pyro.mixture.mixture_guide import MixtureGuide
@@ -151,7 +152,9 @@ class MixturePosterior(TextPredictions, HubUpload):
                 compare=is_first, adapter_generator_states=states, stacklevel=7,
             )  # fmt: skip
 
-        return predict.collect_predictions(predict_batch, map(self.adapter.read, loader), keep_samples, self.adapter)
+        return predict.collect_predictions(
+            predict_batch, map(self.adapter.read, whole_loader(loader)), keep_samples, self.adapter
+        )
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor:
         """Draws from the mixture, (S, n): for each a member, then parameters from its Gaussian.

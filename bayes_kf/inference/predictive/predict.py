@@ -27,6 +27,7 @@ from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.language import LabelledTokens, SupervisedTokens
 from bayes_kf.processes import shared_work
 from bayes_kf.processes.launched import working_together
+from bayes_kf.processes.whole_loader import whole_loader
 from bayes_kf.validation import check_one_of, check_whole
 
 NO_PROBIT = {"poisson": "counts", "ordinal": "ordered classes"}
@@ -114,7 +115,9 @@ def predict_loader(
             compare=is_first, adapter_generator_state=first_state, stacklevel=8,
         )  # fmt: skip
 
-    return collect_predictions(predict_batch, map(posterior.adapter.read, loader), keep_samples, posterior.adapter)
+    return collect_predictions(
+        predict_batch, map(posterior.adapter.read, whole_loader(loader)), keep_samples, posterior.adapter
+    )
 
 
 def collect_predictions(
