@@ -9,7 +9,16 @@ vectors. ``merge_scores`` joins evaluations.
 from bayes_kf.distributed.data_parallel_filter import DataParallelFilter
 from bayes_kf.distributed.distributed_fit import fit, merge_scores
 from bayes_kf.distributed.sharded_filter import ShardedFilter
-from bayes_kf.processes.launched import alone
+from bayes_kf.processes.launched import alone, together
 from bayes_kf.processes.process_group import Group, OtherProcessError
 
-__all__ = ["DataParallelFilter", "Group", "OtherProcessError", "ShardedFilter", "alone", "fit", "merge_scores"]
+__all__ = [
+    "DataParallelFilter",
+    "Group",
+    "OtherProcessError",
+    "ShardedFilter",
+    "alone",
+    "fit",
+    "merge_scores",
+    "together",
+]

@@ -52,6 +52,16 @@ def working_together(call: str) -> Iterator[bool]:
 
 
 @contextmanager
+def together() -> Iterator[None]:
+    """Inside, the processes of this run share the work on every batch: for loops of your own.
+
+    All of them make the same updates and predictions, on the same batches.
+    """
+    with working_together("together"):
+        yield
+
+
+@contextmanager
 def alone() -> Iterator[None]:
     """Inside, this process works alone, whatever has started it: for a fit of its own in each process."""
     global _is_off

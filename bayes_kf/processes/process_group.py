@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,6 +82,13 @@ class Group:
         """Whether the values have the same ``repr`` in all processes."""
         digest = hashlib.sha256(repr(values).encode()).digest()
         return len(set(self.all_gather_int(int.from_bytes(digest[:6], "big"), device))) == 1
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that any process gives, sorted."""
+        own = torch.tensor(list("\n".join(sorted(set(names))).encode()), dtype=torch.uint8)
+        lengths = self.all_gather_int(len(own))
+        texts = self.all_gather_rows(own, lengths).split(lengths) if max(lengths) else ()
+        return sorted({name for text in texts for name in bytes(text.tolist()).decode().split("\n") if name})
 
     def check_equal(self, name: str, *values: Any, device: torch.device = CPU) -> None:
         """Check that the values have the same ``repr`` in all processes.

@@ -113,6 +113,12 @@ def is_same(value: Any) -> bool:
     return group is None or group.is_equal(value)
 
 
+def union(names: Iterable[str]) -> list[str]:
+    """The names that any process gives, sorted."""
+    group = _present.get()
+    return sorted(set(names)) if group is None else group.union(names)
+
+
 def check_same_batch(batch: Any) -> None:
     """Check that every process has the same batch.
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import bayes_kf as bkf
 from bayes_kf import distributed, evaluation
+from bayes_kf.processes import launched
 
 from . import cases
 from .processes import run
@@ -116,6 +117,24 @@ def test_every_kind_of_fit_equals_that_of_one_process(size, kinds, tmp_path):
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=where)
 
 
+def looped(rank):
+    """A loop of one's own over a bank, and predictions between."""
+    bank = bkf.Bank(cases.network(), [bkf.KalmanConfig(forgetting=0.99), bkf.KalmanConfig(covariance="diagonal")])
+    with distributed.together():
+        state = bank.init(X[:20])
+        for inputs, targets in BATCHES[:4]:
+            state, _ = bank.update(state, inputs, targets)
+        probs = bank.predict(state, X[60:]).probs
+    return {"weights": bank.weights(state), "probs": probs}
+
+
+def test_a_loop_of_ones_own_shares_its_work_where_it_is_asked_to(tmp_path):
+    expected = looped(0)
+    for found in run(2, looped, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+
+
 class Counted(nn.Module):
     """A network that counts the examples it is run on."""
 
@@ -185,6 +204,43 @@ def test_a_loader_that_accelerate_has_prepared_is_read_as_a_whole(kind, tmp_path
     for found in run(2, prepared, tmp_path, kind):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+class Moving(nn.Module):
+    """A network that moves rows of its hidden layer where an example says so, so that hooks give wrong rows there."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 6).double(), nn.Linear(6, 4).double()
+
+    def forward(self, x):
+        order = torch.arange(len(x))
+        if len(x) > 1 and bool((x[:, 0] > 50).any()):
+            order = order.flip(0)
+        hidden = torch.tanh(self.first(x[order]))  # the hook of `first` sees other rows than the examples
+        return self.last(hidden[order.argsort()])
+
+
+def moving(rank):
+    """Two batches: in the first only the last process has an example that makes the network move rows."""
+    x = X[:12].clone()
+    x[-1, 0] = 60.0
+    kf = bkf.KalmanFilter(Moving(), bkf.KalmanConfig(covariance="diagonal"))
+    with launched.working_together("moving"):
+        state = kf.init(X[12:24])
+        for inputs, targets in ((X[12:24], Y[12:24]), (x, Y[:12]), (X[24:31], Y[24:31])):
+            state, _ = kf.update(state, inputs, targets)
+    return {"mean": state.belief.mean, "by": torch.tensor([ord(kind[0]) for kind in kf.adapter.linearized_by.values()])}
+
+
+def test_hooks_that_fail_in_one_process_are_refused_in_all(tmp_path):
+    (expected,) = run(1, moving, tmp_path)
+    first, second = run(2, moving, tmp_path)
+    assert torch.equal(first["by"], second["by"])
+    assert ord("g") in first["by"]
+    for found in (first, second):
+        torch.testing.assert_close(found["mean"], expected["mean"], rtol=1e-6, atol=1e-8)
 
 
 class Breaking:

@@ -76,7 +76,9 @@ class Linearizer:
             return LinearizedBatch(self.adapter, functools.partial(self._record, vector, batch, rows_per_example))
         own = rows_per_example[share.where] if isinstance(rows_per_example, Sequence) else rows_per_example
         record = functools.partial(self._record, vector, batch[share.where], own)
-        return SharedLinearizedBatch(share, lambda: LinearizedBatch(self.adapter, record))
+        return SharedLinearizedBatch(
+            share, lambda: LinearizedBatch(self.adapter, record), lambda: sorted(self._refused), self._refuse
+        )
 
     @property
     def num_outputs(self) -> int:

@@ -21,13 +21,21 @@ class SharedLinearizedBatch:
     Args:
         share: of this process.
         linearize: linearizes the examples of this process.
+        refused: the tensors whose hooks have given wrong rows in this process, in some order.
+        refuse: computes the rows of some tensors by the general path from now on.
 
     Attributes:
         outputs: η, (B, m), in the latent dtype, detached.
     """
 
-    def __init__(self, share: Share, linearize: Callable[[], LinearizedBatch]) -> None:
-        self._share = share
+    def __init__(
+        self,
+        share: Share,
+        linearize: Callable[[], LinearizedBatch],
+        refused: Callable[[], list[str]],
+        refuse: Callable[[list[str]], None],
+    ) -> None:
+        self._share, self._refused, self._refuse = share, refused, refuse
         self._own = shared_work.together(linearize)
         self.outputs = share.gathered(self._own.outputs)
 
@@ -42,9 +50,14 @@ class SharedLinearizedBatch:
         return self._gathered(self._own.softmax_jacobian)
 
     def _gathered(self, rows: Callable[[], Jacobian]) -> Jacobian:
-        """The rows of all examples; dense ones if processes hold theirs in different forms."""
+        """The rows of all examples; dense ones if processes hold theirs in different forms.
+
+        Hooks that gave wrong rows in one process are refused in all from now on, so that all have one plan.
+        """
         own = shared_work.together(rows)
-        if not shared_work.is_same([(factor is None, _forms(part.blocks)) for factor, part in own.terms]):
+        forms = [(factor is None, _forms(part.blocks)) for factor, part in own.terms]
+        if not shared_work.is_same((self._refused(), forms)):
+            self._refuse(shared_work.union(self._refused()))
             return Jacobian.from_rows(self._share.gathered(own.dense()))
         size = sum(self._share.sizes)
         terms: list[tuple[Tensor | None, FactoredBlocks]] = []
