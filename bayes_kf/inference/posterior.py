@@ -83,7 +83,8 @@ class Posterior(GaussianPosterior, TextPredictions, HubUpload):
     ) -> LoaderPrediction:
         """Predictive distributions for all N examples of a loader, on the CPU, with the loader's targets.
 
-        They do not depend on the batches, except for rounding: drawn adapters are the same for all of them.
+        They do not depend on the batches, except for rounding: drawn adapters are the same for all of them. Under
+        ``torchrun`` or ``accelerate launch`` every process makes the call, and takes a part of each batch.
 
         Args:
             loader: batches as ``fit`` takes them; targets may be missing.
@@ -103,7 +104,8 @@ class Posterior(GaussianPosterior, TextPredictions, HubUpload):
         The size multiplies the precision of the prior (under settings with dynamics it divides P). It is chosen by
         the joint likelihood of the examples, 50 or more if possible. The sharpness divides the logits; regressions
         have none, and an estimated σ² is estimated again. ``history["size"]`` and ``history["sharpness"]`` hold the
-        value and the ends of its 90 % interval. Warns of a value at an end of what was tried.
+        value and the ends of its 90 % interval. Warns of a value at an end of what was tried. On several processes all
+        of them make the call.
 
         Args:
             loader: batches with targets that the posterior was not fitted on.
@@ -115,6 +117,8 @@ class Posterior(GaussianPosterior, TextPredictions, HubUpload):
 
     def calibrate_softmax(self, loader: Iterable[Any]) -> Self:
         """The same posterior with its sharpness alone set by held-out data; arguments as for :meth:`calibrate`.
+
+        On several processes all of them make the call.
 
         Raises:
             ValueError: if the likelihood has no softmax, and as for :meth:`calibrate`.

@@ -67,6 +67,7 @@ class PosteriorTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if self.args.world_size > 1 and type(self.accelerator) is Accelerator:
             self.accelerator.__class__ = WholeBatches
+            self.accelerator.dataloader_config.dispatch_batches = False  # which would divide them after all
             self.gather_function = self.accelerator.gather_for_metrics
 
     @property

@@ -16,32 +16,32 @@ class WholeBatches(Accelerator):
 
     @property
     def distributed_type(self) -> DistributedType:
-        """That of one process."""
+        """NO: nothing is wrapped or divided."""
         return DistributedType.NO
 
     @property
     def num_processes(self) -> int:
-        """Of those between which batches are divided: one."""
+        """1: every process reads all batches."""
         return 1
 
     @property
     def process_index(self) -> int:
-        """Among these."""
+        """0: every process reads all batches."""
         return 0
 
     @property
     def use_distributed(self) -> bool:
-        """Whether batches are divided."""
+        """False: nothing is divided."""
         return False
 
     def gather(self, tensor: Any) -> Any:
-        """The same: every process has all of it."""
+        """Returns the tensor unchanged: every process has all of it."""
         return tensor
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """The same, without what fills the last batch."""
+        """Returns the data without what fills the last batch."""
         return input_data if use_gather_object else super().gather_for_metrics(input_data)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
-        """The same."""
+        """Returns the tensor unchanged: every process has all of it."""
         return tensor

@@ -14,7 +14,7 @@ from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.eval_mode import EvalMode
 from bayes_kf.models.forward import as_matrix, to_model
 from bayes_kf.models.model_lock import model_lock
-from bayes_kf.models.module_restoring import ModuleState, restore, restore_parameters, take_snapshot
+from bayes_kf.models.module_restoring import ModuleState, is_divided, restore, restore_parameters, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
 from bayes_kf.models.trainable_tensors import table, tensor_places, trainable_tensors, warn_if_large
 from bayes_kf.processes import shared_work
@@ -54,6 +54,8 @@ class AdapterModel:
 
     as_matrix = staticmethod(as_matrix)  # from what the model returned to (B, m)
 
+    rows_are_examples = True  # of the outputs; a subclass may have other rows
+
     def __init__(self, model: nn.Module) -> None:
         trainable = trainable_tensors(model)
         adapter_tensors.check_supported(model)
@@ -69,6 +71,7 @@ class AdapterModel:
         self.eval_mode = EvalMode(model)
         self.owners = tensor_places(model, trainable)
         self.linearized_by: dict[str, str] = dict.fromkeys(self.names, UNKNOWN)  # see describe
+        self.is_divided = any(map(is_divided, model.parameters()))  # the base, among processes
         self._autocast: torch.dtype | None = None  # of the caller, inside `full_precision`
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         warn_if_large(self.num_parameters, self.dtype)
@@ -224,6 +227,10 @@ class AdapterModel:
         """
         return batch
 
+    def part(self, batch: Batch, where: slice) -> Batch:
+        """Some examples of a batch, for a forward pass over them alone that gives what one over all of them gives."""
+        return batch[where]
+
     def predicted_targets(self, inputs: Inputs, targets: Tensor | None) -> Tensor | None:
         """The targets in the order of predictions: as given, unless a subclass predicts parts of an example."""
         return targets
@@ -263,10 +270,10 @@ class AdapterModel:
                 return self.run(some).to(self.dtype)
 
         batch = Batch.of(inputs)
-        share = shared_work.share_of(batch.size)
+        share = shared_work.share_of(batch.size) if self.rows_are_examples else None
         if share is None:
             return run(inputs)
-        return share.gathered(shared_work.together(lambda: run(batch[share.where].inputs)))
+        return share.gathered(shared_work.done_everywhere(lambda: run(self.part(batch, share.where).inputs)))
 
     @torch.no_grad()
     def assign(self, vector: Tensor) -> None:

@@ -32,11 +32,11 @@ def outputs_of_draws(
         gradients: whether the outputs can be differentiated with respect to ``draws``.
     """
     inputs = to_device(inputs, adapter.device)
-    share = None if gradients else shared_work.share_of(batch_size(inputs))
+    share = None if gradients or not adapter.rows_are_examples else shared_work.share_of(batch_size(inputs))
     if share is None:
         return _outputs_of_draws(adapter, draws, inputs, at_once, gradients)
-    own = Batch.of(inputs)[share.where].inputs
-    outputs = shared_work.together(lambda: _outputs_of_draws(adapter, draws, own, at_once, False))
+    own = adapter.part(Batch.of(inputs), share.where).inputs
+    outputs = shared_work.done_everywhere(lambda: _outputs_of_draws(adapter, draws, own, at_once, False))
     return share.gathered(outputs.transpose(0, 1)).transpose(0, 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set)  # ordered dictionaries included
 LARGEST = 256  # entries; longer containers are a model's data, not its registrations
@@ -67,7 +67,8 @@ def restore_parameters(states: Iterable[ModuleState]) -> None:
     """Gives modules their own parameters back, after a forward pass that raised nothing.
 
     PEFT's LoRA layers of ``nn.MultiheadAttention`` and of parameters (``target_parameters``) take weights out of their
-    modules during a forward pass, and put back copies that are off by rounding.
+    modules during a forward pass, and put back copies that are off by rounding. Parameters that FSDP divides stay as it
+    leaves them.
     """
     for state in states:
         now, saved = state.module._parameters, state.parameters
@@ -77,5 +78,21 @@ def restore_parameters(states: Iterable[ModuleState]) -> None:
         if changed:
             for name in saved:
                 state.module.__dict__.pop(name, None)  # a plain tensor that PEFT put in its place
+            divided = {name: value for name, value in now.items() if is_divided(value) or is_divided(saved.get(name))}
             now.clear()
-            now.update(saved)
+            now.update(saved | divided)
+
+
+def is_divided(parameter: Any) -> bool:
+    """Whether a parameter is one of FSDP's, which takes it apart and puts it together itself."""
+    return hasattr(parameter, "to_local")
+
+
+def own_part(tensor: Any) -> Tensor:
+    """This process's part of a tensor that processes divide; any other as it is."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor that processes divide, put together, for which all of them must call this; any other as it is."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor

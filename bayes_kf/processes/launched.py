@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch.distributed as dist
 
@@ -14,7 +15,7 @@ from bayes_kf.processes.process_group import Group
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that a launcher sets
 
-_is_off = False
+_is_alone: ContextVar[bool] = ContextVar("whether this process works alone", default=False)
 
 
 def launched_group() -> Group | None:
@@ -22,7 +23,7 @@ def launched_group() -> Group | None:
 
     Under a launcher that has set the environment, torch.distributed is initialized if it is not yet.
     """
-    if _is_off or not dist.is_available():
+    if _is_alone.get() or not dist.is_available():
         return None
     if not dist.is_initialized():
         if any(name not in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
@@ -35,7 +36,7 @@ def launched_group() -> Group | None:
 
 @contextmanager
 def working_together(call: str) -> Iterator[bool]:
-    """Inside, the processes of this run share the work. Yields whether they did not before.
+    """Inside, the processes of this run share the work. Yields True for the outermost call.
 
     Args:
         call: the name of the function, which every process must call.
@@ -55,7 +56,7 @@ def working_together(call: str) -> Iterator[bool]:
 def together() -> Iterator[None]:
     """Inside, the processes of this run share the work on every batch: for loops of your own.
 
-    All of them make the same updates and predictions, on the same batches.
+    All of them make the same updates and predictions. If batches or means differ, an update raises an error in all.
     """
     with working_together("together"):
         yield
@@ -63,14 +64,13 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process works alone, whatever has started it: for a fit of its own in each process."""
-    global _is_off
-    before, _is_off = _is_off, True
+    """Inside, this process works alone, also under a launcher: for a fit of its own in each process."""
+    token = _is_alone.set(True)
     try:
         with shared_work.shared(None):
             yield
     finally:
-        _is_off = before
+        _is_alone.reset(token)
 
 
 def _leave() -> None:

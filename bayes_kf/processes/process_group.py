@@ -83,6 +83,14 @@ class Group:
         digest = hashlib.sha256(repr(values).encode()).digest()
         return len(set(self.all_gather_int(int.from_bytes(digest[:6], "big"), device))) == 1
 
+    def numbers_of_first(self, numbers: Sequence[int]) -> list[int]:
+        """The whole numbers of the first process; those of the others may be more or fewer."""
+        size = int(self.of_first(torch.tensor(len(numbers))))
+        given = torch.zeros(size, dtype=torch.int64)
+        if self.rank == 0:
+            given += torch.tensor(numbers, dtype=torch.int64)
+        return self.of_first(given).tolist() if size else []
+
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any process gives, sorted."""
         own = torch.tensor(list("\n".join(sorted(set(names))).encode()), dtype=torch.uint8)
@@ -136,15 +144,12 @@ class Group:
 
 @contextmanager
 def _others_answer() -> Iterator[None]:
-    """Raise an OtherProcessError where torch.distributed says that another process is gone, or waits too long for it.
-
-    Every process gives tensors of the same shapes, so its other errors do not occur.
-    """
+    """Raise an OtherProcessError where torch.distributed raises an error, most often since another process is gone."""
     try:
         yield
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
-        raise OtherProcessError(f"another process has ended or does not answer ({first})") from error
+        raise OtherProcessError(f"another process has ended, does not answer, or is not in step ({first})") from error
 
 
 def _num_bytes(tensor: Tensor) -> int:

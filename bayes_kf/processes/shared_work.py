@@ -9,7 +9,9 @@ An error on one process is raised on all of them, before the next collective wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -21,7 +23,8 @@ from bayes_kf.processes.process_group import Group
 
 T = TypeVar("T")
 
-WHOLE = "the whole loader belongs in every process, which takes a part of each batch"
+MOST_ELEMENTS = 4096  # of a parameter that are compared
+READ_WHOLE = "the whole loader belongs in every process, which takes a part of each batch"
 
 _present: ContextVar[Group | None] = ContextVar("processes that share the work", default=None)
 
@@ -72,7 +75,13 @@ class Share:
         return self.sizes[self._group.rank] == 0
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """The rows of all examples, (B, ...), from those of ``where``."""
+        """The rows of all examples, (B, ...), from those of ``where``.
+
+        Raises:
+            RuntimeError: in this process, if the model has not one row for each of them.
+        """
+        if len(rows) != max(1, self.sizes[self._group.rank]):
+            raise RuntimeError(f"`model` must give a row for each example, got {len(rows)} of {self.sizes}.")
         return self._group.all_gather_rows(rows[: self.sizes[self._group.rank]], self.sizes)
 
 
@@ -82,7 +91,7 @@ def share_of(size: int) -> Share | None:
     return None if group is None or size < 2 else Share(group, size)
 
 
-def together(call: Callable[[], T]) -> T:
+def done_everywhere(call: Callable[[], T]) -> T:
     """The result of ``call`` in this process, once it has succeeded in all of them.
 
     Raises:
@@ -101,13 +110,13 @@ def together(call: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # it is there if nothing was raised
 
 
-def summed(tensor: Tensor) -> Tensor:
+def all_reduced(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
     group = _present.get()
     return tensor if group is None else group.all_reduce(tensor)
 
 
-def is_same(value: Any) -> bool:
+def is_equal_everywhere(value: Any) -> bool:
     """Whether a value has the same ``repr`` in all processes."""
     group = _present.get()
     return group is None or group.is_equal(value)
@@ -119,15 +128,18 @@ def union(names: Iterable[str]) -> list[str]:
     return sorted(set(names)) if group is None else group.union(names)
 
 
-def check_same_batch(batch: Any) -> None:
+def check_same_batch(*parts: Any) -> None:
     """Check that every process has the same batch.
+
+    Args:
+        parts: inputs, targets, and what else must be the same.
 
     Raises:
         RuntimeError: in every process, if they differ.
     """
     group = _present.get()
     if group is not None:
-        group.check_equal(f"the batches of `loader` ({WHOLE})", _fingerprint(batch))
+        group.check_equal(f"the batches of `loader` ({READ_WHOLE})", _fingerprint(parts))
 
 
 def same_batches(batches: Iterable[Any]) -> Iterator[Any]:
@@ -142,9 +154,9 @@ def same_batches(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _same_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    iterator = together(lambda: iter(batches))
+    iterator = done_everywhere(lambda: iter(batches))
     while True:
-        batch = together(lambda: next(iterator, None))
+        batch = done_everywhere(lambda: next(iterator, None))
         check_same_batch(batch)
         if batch is None:
             return
@@ -152,9 +164,9 @@ def _same_batches(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _fingerprint(batch: Any) -> Any:
-    """Shapes and sums of all tensors of a batch."""
+    """Shapes and contents of all tensors of a batch."""
     if isinstance(batch, Tensor):
-        return tuple(batch.shape), str(batch.dtype), f"{float(batch.double().sum()):.9g}"
+        return tuple(batch.shape), str(batch.dtype), _digest(batch)
     if isinstance(batch, Mapping):
         return {name: _fingerprint(value) for name, value in batch.items()}
     if isinstance(batch, list | tuple):
@@ -162,11 +174,33 @@ def _fingerprint(batch: Any) -> Any:
     return type(batch).__name__
 
 
+def _digest(tensor: Tensor, most: int | None = None) -> str:
+    """A hash of a tensor's elements, or of ``most`` of them, evenly spaced; of one that holds none, the empty text."""
+    if tensor.is_meta or tensor.layout != torch.strided or hasattr(tensor, "to_local"):
+        return ""
+    flat = tensor.detach().reshape(-1)
+    if most is not None:
+        flat = flat[:: max(1, -(-len(flat) // most))]
+    return hashlib.blake2b(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def check_same(name: str, value: Any) -> None:
+    """Check that a value has the same ``repr`` in every process.
+
+    Raises:
+        RuntimeError: in every process, if it differs.
+    """
+    group = _present.get()
+    if group is not None:
+        group.check_equal(name, value)
+
+
 def check_same_model(model: nn.Module, settings: Any) -> None:
     """Check that every process has the same model and settings.
 
     Args:
-        model: every parameter counts.
+        model: every parameter and buffer counts, by some thousand elements; those that are divided among the processes
+            or on another device than memory, by their shapes.
         settings: anything whose ``repr`` must be the same.
 
     Raises:
@@ -176,21 +210,12 @@ def check_same_model(model: nn.Module, settings: Any) -> None:
     if group is None:
         return
     group.check_equal("the arguments of `fit`", settings)
-    sums = [(name, p.requires_grad, *_fingerprint(p.detach())) for name, p in model.named_parameters()]
-    group.check_equal("`model` (seed torch before it is made, or load it)", sums)
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    found = [(name, t.requires_grad, tuple(t.shape), str(t.dtype), _digest(t, MOST_ELEMENTS)) for name, t in tensors]
+    group.check_equal("`model` (seed torch before it is made, or load it)", found)
 
 
-def number_of_first(number: int) -> int:
-    """The number that the first process has."""
+def numbers_of_first(numbers: Sequence[int]) -> list[int]:
+    """The whole numbers of the first process, on which all have to agree."""
     group = _present.get()
-    return number if group is None else int(group.of_first(torch.tensor(number)))
-
-
-def use_random_state_of_first(*generators: torch.Generator) -> None:
-    """Give torch's generator for CPUs, and these, the state that they have in the first process."""
-    group = _present.get()
-    if group is None:
-        return
-    torch.set_rng_state(group.of_first(torch.get_rng_state()))
-    for generator in generators:
-        generator.set_state(group.of_first(generator.get_state()))
+    return list(numbers) if group is None else group.numbers_of_first(numbers)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from bayes_kf.processes.launched import launched_group
 
@@ -26,6 +26,8 @@ def whole_loader(loader: Iterable[Any]) -> Iterable[Any]:
     data: Any = getattr(loader, "dataset", None)
     options: dict[str, Any] = {name: getattr(loader, name, None) for name in OPTIONS}
     if isinstance(loader, accelerate.DataLoaderDispatcher):
+        if isinstance(data, IterableDataset):
+            return DataLoader(data, batch_size=loader.batch_size, drop_last=loader._drop_last, **options)
         inner = sampler
     elif isinstance(data, accelerate.IterableDatasetShard):
         return DataLoader(data.dataset, batch_size=data.batch_size, drop_last=data.drop_last, **options)

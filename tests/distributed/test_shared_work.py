@@ -1,6 +1,7 @@
 """The same call on several processes: every kind of fit ends as on one, whatever the number of processes."""
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM
 
 import bayes_kf as bkf
 from bayes_kf import distributed, evaluation
@@ -135,6 +136,48 @@ def test_a_loop_of_ones_own_shares_its_work_where_it_is_asked_to(tmp_path):
             torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
 
 
+def loosened(rank):
+    """A prediction in one process alone, which makes its plan another, before one of all; draws of each process."""
+    with distributed.alone():
+        posterior = bkf.fit(cases.network(), BATCHES, bkf.KalmanConfig(), progress=False)
+    again = bkf.Posterior(bkf.KalmanFilter(cases.network(), posterior.config), posterior.state)
+    if rank == 0:
+        again.predict(X[:1].expand(400, -1))
+    generator = torch.Generator().manual_seed(rank)
+    drawn = again.predict_loader(BATCHES, method="sampled", num_samples=4, generator=generator, keep_samples=True)
+    return {"probs": again.predict_loader([(X.repeat(9, 1), Y.repeat(9))]).probs, "samples": drawn.samples}
+
+
+def test_what_one_process_did_alone_and_its_random_numbers_do_not_count(tmp_path):
+    expected = loosened(0)
+    for found in run(2, loosened, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+
+
+def tagged(rank):
+    """Labels of tokens: predictions of the labelled ones; batches in which a part has no token to learn."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForTokenClassification(BertConfig(vocab_size=20, num_labels=3, **small)).double().eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    ids = torch.randint(1, 20, (12, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids % 3
+    labels[::2, 4:] = -100
+    labels[:2] = -100  # all that the first process has of the first batch
+    batches = [{"input_ids": i, "labels": y} for i, y in zip(ids.split(4), labels.split(4), strict=True)]
+    posterior = bkf.fit(model, batches, progress=False)
+    return {"mean": posterior.mean_vector, "probs": posterior.predict_loader(batches).probs}
+
+
+def test_labels_of_tokens_are_predicted_and_parts_without_them_learned(tmp_path):
+    expected = tagged(0)
+    for found in run(2, tagged, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
+
+
 class Counted(nn.Module):
     """A network that counts the examples it is run on."""
 
@@ -185,9 +228,9 @@ def prepared(rank, kind):
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 1}
     os.environ |= {name: str(value) for name, value in launched.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.manual_seed(7 + rank)  # the order is that of the first process
-    settings = DataLoaderConfiguration(dispatch_batches=kind == "dispatched", use_seedable_sampler=True)
+    settings = DataLoaderConfiguration(dispatch_batches=kind.startswith("dispatched"), use_seedable_sampler=True)
     accelerator = Accelerator(cpu=True, dataloader_config=settings)
-    data = Numbers() if kind == "stream" else TensorDataset(X, Y)
+    data = Numbers() if kind.endswith("stream") else TensorDataset(X, Y)
     whole = DataLoader(data, batch_size=7, shuffle=kind == "shuffled")
     ready = accelerator.prepare(whole)
     assert sum(len(y) for _, y in ready) < N or size == 1  # a process has its part
@@ -197,7 +240,7 @@ def prepared(rank, kind):
     return {"mean": posterior.mean_vector, "probs": predicted.probs, "examples": examples}
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "dispatched", "stream"])
+@pytest.mark.parametrize("kind", ["shuffled", "dispatched", "stream", "dispatched stream"])
 def test_a_loader_that_accelerate_has_prepared_is_read_as_a_whole(kind, tmp_path):
     (expected,) = run(1, prepared, tmp_path, kind)
     assert int(expected["examples"]) == N
@@ -265,6 +308,11 @@ def failing(rank, what):
         loader = BATCHES[:-1]
     if what == "loader" and rank:
         loader = Breaking()
+    if what == "order" and rank:
+        loader = [(x.flip(0), y.flip(0)) for x, y in BATCHES]
+    if what == "buffer":
+        model = nn.Sequential(nn.BatchNorm1d(5), model).double()
+        model[0].running_mean += rank
     if what == "batch" and rank:
         loader = [*BATCHES[:-1], (X[:2] * torch.nan, Y[:2])]
     try:
@@ -285,6 +333,8 @@ def failing(rank, what):
         ("settings", ["RuntimeError: the arguments of `fit` must be the same in every process"] * 2),
         ("examples", ["RuntimeError: the batches of `loader` (the whole loader belongs in every process"] * 2),
         ("length", ["RuntimeError: the batches of `loader`"] * 2),
+        ("order", ["RuntimeError: the batches of `loader`"] * 2),
+        ("buffer", ["RuntimeError: `model` (seed torch before it is made, or load it) must be the same"] * 2),
         ("loader", ["OtherProcessError: process 1 could not continue", "OSError: no disk"]),
         ("batch", ["RuntimeError: the batches of `loader`"] * 2),
         ("call", ["RuntimeError: the function that shares its work between processes must be the same"] * 2),
@@ -323,6 +373,46 @@ class Ending:
         os._exit(0)
 
 
+def separate(rank, folder):
+    """Checkpoints in a folder that only one process can see."""
+    stopped = [*BATCHES[:4], "no batch"]
+    try:
+        for batches in (stopped, BATCHES):
+            with suppress(ValueError):
+                bkf.fit(
+                    cases.network(), batches, bkf.KalmanConfig(), checkpoint=f"{folder}/{rank}", every=2, progress=False
+                )
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": "none"}
+
+
+def test_a_checkpoint_that_not_all_processes_see_is_told(tmp_path):
+    for found in run(2, separate, tmp_path, str(tmp_path)):
+        assert found["error"].startswith("the posterior in `checkpoint` must be the same in every process")
+
+
+def unwritten(rank, folder):
+    """The error of a process when the first one cannot write a checkpoint."""
+
+    def no_space(*_):
+        raise OSError("no space left")
+
+    if rank == 0:
+        bkf.Posterior.save_pretrained = no_space
+    try:
+        bkf.fit(cases.network(), BATCHES, bkf.KalmanConfig(), checkpoint=folder, every=2, progress=False)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": "none"}
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all(tmp_path):
+    first, second = run(2, unwritten, tmp_path, str(tmp_path / "checkpoint"))
+    assert first["error"] == "OSError: no space left"
+    assert second["error"].startswith("OtherProcessError: process 0 could not continue")
+
+
 def survivor(rank, folder):
     """Writes the error of a process after another one has ended in the middle of a pass."""
     loader = Ending() if rank else BATCHES
@@ -338,5 +428,5 @@ def test_a_process_that_is_gone_leaves_a_whole_checkpoint_and_one_sentence(tmp_p
         run(2, survivor, tmp_path, str(tmp_path / "checkpoint"))
     assert bkf.Posterior.from_pretrained(tmp_path / "checkpoint", cases.network()).state.step == 5
     sentence = (tmp_path / "checkpoint.txt").read_text(encoding="utf-8")
-    assert sentence.startswith("another process has ended or does not answer (")
+    assert sentence.startswith("another process has ended, does not answer, or is not in step (")
     assert "\n" not in sentence

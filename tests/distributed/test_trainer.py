@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 import bayes_kf as bkf
@@ -24,6 +25,13 @@ def examples(count, seed):
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": int(row[0] % 3)} for row in ids]
 
 
+class Streamed(IterableDataset):
+    """Examples without a length."""
+
+    def __iter__(self):
+        return iter(examples(40, 1))
+
+
 def trained(rank, folder, case):
     """What a training ends with: the posterior's numbers, and the metrics of an evaluation."""
     size = dist.get_world_size() if dist.is_initialized() else 1
@@ -36,6 +44,7 @@ def trained(rank, folder, case):
         per_device_train_batch_size=7,
         per_device_eval_batch_size=5,
         save_steps=3,
+        max_steps=4 if case == "stream" else -1,
         report_to="none",
         disable_tqdm=True,
         seed=3,
@@ -44,7 +53,7 @@ def trained(rank, folder, case):
     trainer = KalmanTrainer(
         cases.new_lora(),
         arguments,
-        train_dataset=examples(40, 1),
+        train_dataset=Streamed() if case == "stream" else examples(40, 1),
         eval_dataset=test if case == "evaluation" else None,
         kalman=MIXTURE if case == "mixture" else None,
     )
@@ -58,7 +67,7 @@ def trained(rank, folder, case):
     return found
 
 
-@pytest.mark.parametrize("case", ["evaluation", "epochs", pytest.param("mixture", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["evaluation", "epochs", "stream", pytest.param("mixture", marks=pytest.mark.slow)])
 def test_two_processes_end_as_one(case, tmp_path):
     (expected,) = run(1, trained, tmp_path, str(tmp_path / "one"), case)
     folder = str(tmp_path / "several")

@@ -18,6 +18,7 @@ from bayes_kf.evaluation.score import Interval, Score
 
 NO_INTERVAL = Interval(math.nan, math.nan)
 TRUE_POSITIVE_RATE = 0.95  # of the threshold of FPR@95
+ROUNDING = 1e-9  # of a sum of weights
 
 
 class OODScores(NamedTuple):
@@ -51,7 +52,8 @@ def ood_scores(
         uncertainty_id: Score of each in-distribution input, (N,), for example its predictive entropy.
         uncertainty_ood: Score of each out-of-distribution input, (M,).
         weights_id: How much each in-distribution input counts, not negative, (N,).
-        weights_ood: How much each out-of-distribution input counts, (M,).
+        weights_ood: How much each out-of-distribution input counts, (M,), on the same scale. If only one side has
+            weights, their mean counts as 1.
 
     Raises:
         ValueError: If a score is not a finite, non-empty vector, or weights are malformed.
@@ -70,14 +72,16 @@ def ood_scores(
     weights = None
     if weights_id is not None or weights_ood is not None:
         given = ((weights_id, negatives, "weights_id"), (weights_ood, positives, "weights_ood"))
-        weights = np.concatenate(
-            [np.ones(len(of)) if own is None else as_weights(own, len(of), name).numpy() for own, of, name in given]
-        )
+        checked = [None if own is None else as_weights(own, len(of), name).numpy() for own, of, name in given]
+        sides = [np.ones(len(of)) if own is None else own for own, (_, of, _) in zip(checked, given, strict=True)]
+        if weights_id is None or weights_ood is None:
+            sides = [side / side.mean() for side in sides]
+        weights = np.concatenate(sides)
     false_positive, true_positive, _ = roc_curve(is_ood, scores, sample_weight=weights, drop_intermediate=False)
     return OODScores(
         auroc=float(roc_auc_score(is_ood, scores, sample_weight=weights)),
         aupr=float(average_precision_score(is_ood, scores, sample_weight=weights)),
-        fpr95=float(false_positive[np.argmax(true_positive >= TRUE_POSITIVE_RATE)]),
+        fpr95=float(false_positive[np.argmax(true_positive >= TRUE_POSITIVE_RATE - ROUNDING)]),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayes_kf.evaluation.calibration.null_distribution import BinsWithBands, bins_with_bands, calibration_test
-from bayes_kf.evaluation.inputs import Array, as_vector
+from bayes_kf.evaluation.inputs import Array, as_vector, as_weights
 from bayes_kf.evaluation.plots.style import BLUE, COLOURS, GREY, LINES, SKY, VERMILLION, add_tips, axes_or_new
 from bayes_kf.evaluation.resampling.binning import Binning
 from bayes_kf.evaluation.score import ROUNDING, Score
@@ -126,7 +126,11 @@ def ece_text(ece: Score) -> str:
 
 
 def entropy_curves(
-    entropy_id: Array, entropy_ood: Mapping[str, Array] | None = None, *, ax: Axes | None = None
+    entropy_id: Array,
+    entropy_ood: Mapping[str, Array] | None = None,
+    *,
+    weights_id: Array | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Shares of inputs with at most each predictive entropy, in distribution and of each out-of-distribution set.
 
@@ -135,6 +139,7 @@ def entropy_curves(
     Args:
         entropy_id: Entropy of each in-distribution input in nats, (N,).
         entropy_ood: Name to entropy of each out-of-distribution input, (M,).
+        weights_id: How much each in-distribution input counts, (N,).
         ax: Where to draw.
 
     Raises:
@@ -156,7 +161,8 @@ def entropy_curves(
     ax = axes_or_new(ax)
     largest = max(values.max() for values in groups.values())
     for i, (name, values) in enumerate(groups.items()):
-        places, shares = _steps(values)
+        own = weights_id if i == 0 else None
+        places, shares = _steps(values, None if own is None else as_weights(own, len(values)).numpy())
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
         ax.step([0.0, *places, largest], [0.0, *shares, 1.0], where="post", label=f"{name} ({len(values):,})", **style)
     ax.set(xlim=(0, largest or 1.0), ylim=(0, 1), xlabel="predictive entropy (nats)", ylabel="share of inputs up to it")
@@ -165,11 +171,14 @@ def entropy_curves(
     return ax
 
 
-def _steps(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _steps(values: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Places and heights of a cumulative curve, at most `MAX_STEPS` of them."""
-    ordered = np.sort(values)
-    at = np.unique(np.linspace(0, len(ordered) - 1, MAX_STEPS).round().astype(int))
-    return ordered[at], (at + 1) / len(ordered)
+    order = np.argsort(values, kind="stable")
+    at = np.unique(np.linspace(0, len(order) - 1, MAX_STEPS).round().astype(int))
+    if weights is None:
+        return values[order][at], (at + 1) / len(order)
+    shares = weights[order].cumsum()
+    return values[order][at], shares[at] / shares[-1]
 
 
 def _bar_places(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -102,19 +102,20 @@ def entropy_section(
         own = design if len(values) == len(probs) else None  # the entropies of several outputs are means over them
         scores[name] = mean_score(values, 1.0 if name == "margin" else math.log(probs.shape[1]), own)
     level = 1 - (1 - LEVEL) / max(1, len(ood))  # Bonferroni: the intervals of all sets hold together
+    weights = None if design is None else design.weights
     for name, values in ood_entropies.items():
         intervals = detection_intervals(id_entropy, values, level=level)
         if design is not None:
             intervals = designed_detection(id_entropy, values, level, design)
-        weights = None if design is None else design.weights
         scores |= detection_scores(f"ood_{name}", ood_scores(id_entropy, values, weights_id=weights), intervals)
     groups = {"in-distribution": id_entropy, **ood_entropies}
-    means = ", ".join(f"{values.mean():.3f} for {quoted(name)}" for name, values in groups.items())
+    table = _entropy_table(groups, weights)
+    means = ", ".join(f"{row[2].value:.3f} for {quoted(name)}" for name, row in zip(groups, table.rows, strict=True))
     curves = FigureSpec(
         title="Predictive entropy",
         alt=f"Cumulative curves of predictive entropy. The mean entropies in nats are {means} inputs.",
-        draw=lambda ax: entropy_curves(id_entropy, ood_entropies, ax=ax),
-        table=_entropy_table(groups),
+        draw=lambda ax: entropy_curves(id_entropy, ood_entropies, weights_id=weights, ax=ax),
+        table=table,
     )
     return Sections(
         scores=scores,
@@ -254,21 +255,24 @@ def _bin_table(bins: BinsWithBands) -> Table:
     return make_table("Reliability, bin by bin", header, rows)
 
 
-def _entropy_table(groups: Mapping[str, Tensor]) -> Table:
-    """Mean and quantiles of each group's entropies."""
-    levels = torch.tensor(QUANTILES, dtype=torch.float64)
-    rows = [
-        (name, len(values), values.mean().item(), *_quantiles(values, levels).tolist())
-        for name, values in groups.items()
-    ]
+def _entropy_table(groups: Mapping[str, Tensor], weights: Tensor | None) -> Table:
+    """Mean and quantiles of each group's entropies; weights are those of the first group."""
+    levels, rows = torch.tensor(QUANTILES, dtype=torch.float64), list[tuple[float | str, ...]]()
+    for name, values in groups.items():
+        own = weights if not rows else None
+        mean = values.mean() if own is None else (own * values).sum() / own.sum()
+        rows.append((name, len(values), mean.item(), *_quantiles(values, levels, own).tolist()))
     header = ("Inputs", "Number", "Mean", *(f"{q:.0%} quantile" for q in QUANTILES))
     return make_table("Predictive entropy in nats", header, rows)
 
 
-def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles of any number of values; `torch.quantile` takes at most 16 million."""
-    ordered = values.sort().values
-    return ordered[(levels * (len(ordered) - 1)).round().long()]
+def _quantiles(values: Tensor, levels: Tensor, weights: Tensor | None) -> Tensor:
+    """Quantiles of any number of values, by weight; `torch.quantile` takes at most 16 million."""
+    ordered, order = values.sort()
+    if weights is None:
+        return ordered[(levels * (len(ordered) - 1)).round().long()]
+    shares = weights[order].cumsum(0)
+    return ordered[torch.searchsorted(shares, levels * shares[-1]).clamp(max=len(ordered) - 1)]
 
 
 def _class_table(probs: Tensor, labels: Tensor, class_names: Sequence[str]) -> Table:

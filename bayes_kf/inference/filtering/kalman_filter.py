@@ -31,7 +31,7 @@ from bayes_kf.inference.measurement_model.output_directions import (
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.language import LearnedTokens, PreferencePairs, token_reading
-from bayes_kf.processes import parameter_sums
+from bayes_kf.processes import parameter_sums, shared_work
 
 
 def _adapter(model: nn.Module | AdapterModel, config: KalmanConfig) -> AdapterModel:
@@ -110,6 +110,7 @@ class KalmanFilter:
         if state.prior_is_scaled:
             return state
         batch = Batch.checked(self.adapter.read(inputs), device=self.adapter.device)
+        batch = self.adapter.part(batch, slice(0, batch.size))
         with self.adapter.full_precision():
             return self.linearize.retry_in_smaller_chunks(lambda: self._scale_prior(state, batch), batch.size)
 
@@ -148,6 +149,7 @@ class KalmanFilter:
         """
         start = time.perf_counter()
         batch = Batch.labelled(self.adapter.read(inputs), targets, self.adapter.device)
+        shared_work.check_same_batch(batch.inputs, batch.targets, state.belief.mean)
         batch = self.adapter.with_targets(batch, self.config.seed + state.examples)
         if self.config.gradient_penalty and (hold_mean or at is not None):
             raise ValueError(

@@ -67,7 +67,9 @@ def fit_with_checkpoints(
             itertools.chain(first, batches),
         )
     _check_single_pass(config, loader)
-    resumed, batches = _resume(folder, model, config), batches or iter(loader)
+    resumed = shared_work.done_everywhere(lambda: _resume(folder, model, config))
+    shared_work.check_same("the posterior in `checkpoint`", None if resumed is None else resumed.state.step)
+    batches = batches or iter(loader)
     if resumed is None:
         start, batches = _start(model, config, batches)
     else:
@@ -79,8 +81,11 @@ def fit_with_checkpoints(
         try:
             with posterior_on_divergence(lambda _: writer.posterior()):
                 run_loop(batches, start.state, start.kf.update, [writer], bar, writer.history.summary)
-        finally:  # also after Ctrl-C, or an error of the loader
-            writer.save()
+        except BaseException:  # also Ctrl-C, or an error of the loader; other processes may be gone
+            if shared_work.is_first():
+                writer.save()
+            raise
+        writer.save_in_step()
     return writer.posterior()
 
 
@@ -106,11 +111,15 @@ class CheckpointWriter:
         self._state = step.state
         self.history.add(step.info)
         if (step.number + 1) % self._every == 0:
-            self.save()
+            self.save_in_step()
+
+    def save_in_step(self) -> None:
+        """Save the posterior if the folder does not hold it; all processes return when the first one has saved it."""
+        shared_work.done_everywhere(self.save if shared_work.is_first() else lambda: None)
 
     def save(self) -> None:
-        """Save the posterior if the folder does not hold it; of several processes the first one does."""
-        if self._state.step > self._saved_step and shared_work.is_first():
+        """Save the posterior if the folder does not hold it."""
+        if self._state.step > self._saved_step:
             self.posterior().save_pretrained(self._folder)
             self._saved_step = self._state.step
 

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.processes import shared_work
 from bayes_kf.processes.launched import working_together
+from bayes_kf.processes.random_state import use_random_state_of_first
 
 
 @contextmanager
@@ -36,16 +35,5 @@ def fitting_together(
     with working_together(call) as begins:
         if begins:
             shared_work.check_same_model(model.model if isinstance(model, AdapterModel) else model, settings)
-            shared_work.use_random_state_of_first(*_generators(loader))
-            sampler = getattr(loader, "sampler", None)
-            if isinstance(seed := getattr(sampler, "initial_seed", None), int):  # of Accelerate's random sampler
-                sampler.initial_seed = shared_work.number_of_first(seed)  # type: ignore[union-attr]
+            use_random_state_of_first(loader)
         yield
-
-
-def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
-    """The random generators of a DataLoader and its sampler."""
-    if not isinstance(loader, DataLoader):
-        return []
-    sampler: Any = loader.sampler
-    return [g for g in (loader.generator, getattr(sampler, "generator", None)) if isinstance(g, torch.Generator)]

@@ -96,7 +96,8 @@ def fit_mixture(
     """A mixture of posteriors of one data set.
 
     One example in eight is held out from each member, for each another. These examples choose the sizes of the
-    covariances, the weights and the sharpness. Temperatures in the settings are not used.
+    covariances, the weights and the sharpness. Temperatures in the settings are not used. On several processes all
+    of them make the call, as for :func:`bayes_kf.fit`.
 
     Args:
         model: as for :func:`bayes_kf.fit`; its weights are not changed.

@@ -57,7 +57,8 @@ class LinearizedBatch:
                 try:
                     check = self._row_check(directions)  # before the backward passes free the graph
                     jacobian = self._rows(directions)
-                    wrong = [] if check is None else wrong_tensors(self._adapter, jacobian, *check)
+                    dtype = self._recorded.tape.outputs.dtype
+                    wrong = [] if check is None else wrong_tensors(self._adapter, jacobian, *check, dtype)
                 except RowsError as error:  # in this batch a module's input does not have examples first
                     wrong = error.names
                 if not wrong:
@@ -82,7 +83,8 @@ class LinearizedBatch:
         """Random weights of the rows, (B, c), and the exact gradients for them; None if rows cannot have moved."""
         plan, tape, repetition = self._recorded
         names, size = list(plan.hooked), len(self.outputs)
-        if not names or len(tape.outputs) == 1 or not may_move_rows(tape.outputs):
+        single = len(tape.outputs) == 1 and not self._adapter.is_divided  # other processes may have more
+        if not names or single or not may_move_rows(tape.outputs):
             return None
         number = self.outputs.shape[1] if directions is None else directions.num_rows
         generator = torch.Generator().manual_seed(0)
@@ -125,8 +127,15 @@ class LinearizedBatch:
         if len(plan.hooked) == len(self._adapter.names):
             return []
         general = [name for name in self._adapter.names if name not in plan.hooked]
+        if self._adapter.is_divided and not plan.unused.issuperset(general):
+            raise ValueError(
+                f"`model` must be whole in every process for {', '.join(general)}, whose rows take a backward pass for "
+                "each example; its base is divided among processes."
+            )
         if not plan.unused.issuperset(general):
             return general
+        if self._adapter.is_divided:
+            return []
         reached = tape.gradients(torch.zeros_like(tape.outputs), general, keep=True)
         return [name for name, gradient in zip(general, reached, strict=True) if gradient is not None]
 

@@ -75,7 +75,7 @@ class Linearizer:
         if share is None:
             return LinearizedBatch(self.adapter, functools.partial(self._record, vector, batch, rows_per_example))
         own = rows_per_example[share.where] if isinstance(rows_per_example, Sequence) else rows_per_example
-        record = functools.partial(self._record, vector, batch[share.where], own)
+        record = functools.partial(self._record, vector, self.adapter.part(batch, share.where), own)
         return SharedLinearizedBatch(
             share, lambda: LinearizedBatch(self.adapter, record), lambda: sorted(self._refused), self._refuse
         )
@@ -91,19 +91,21 @@ class Linearizer:
 
     def num_backward_passes(self, vector: Tensor, batch: Batch | Inputs) -> int:
         """Backward passes that the rows of all outputs take."""
-        return self._planned(vector, Batch.of(batch)).rows_to_compute(None, 1)[0]
+        number = self._planned(vector, Batch.of(batch)).rows_to_compute(None, 1)[0]
+        return shared_work.numbers_of_first([number])[0]
 
     def max_chunk_size(self, vector: Tensor, batch: Batch | Inputs) -> int:
         """The number of examples whose graphs fit the budget."""
         batch = Batch.of(batch)
         plan = self._planned(vector, batch)
-        return max(1, self._budget(plan, batch.size) // plan.bytes_each)
+        return shared_work.numbers_of_first([max(1, self._budget(plan, batch.size) // plan.bytes_each)])[0]
 
     def fits_one_pass(self, vector: Tensor, batch: Batch | Inputs, count: int) -> bool:
         """Whether one backward pass carries ``count`` directions of every example of a small batch."""
         batch = Batch.of(batch)
         plan = self._planned(vector, batch)
-        return count == 1 or (self._may_repeat(plan) and batch.size * count * plan.bytes_each <= MAX_PASS_BYTES)
+        fits = count == 1 or (self._may_repeat(plan) and batch.size * count * plan.bytes_each <= MAX_PASS_BYTES)
+        return bool(shared_work.numbers_of_first([fits])[0])
 
     def chunks(
         self, vector: Tensor, batch: Batch | Inputs, rows_per_example: RowsPerExample = None, cuts: Sequence[int] = ()
@@ -121,6 +123,7 @@ class Linearizer:
         batch = Batch.of(batch)
         plan = self._planned(vector, batch)
         bounds = self._bounds(plan, plan.rows_to_compute(rows_per_example, batch.size), cuts)
+        bounds = shared_work.numbers_of_first(bounds)  # the plans of processes may differ
         if len(bounds) == 2:
             return [(slice(0, batch.size), batch)]
         return [(slice(*ends), batch[slice(*ends)]) for ends in itertools.pairwise(bounds)]
@@ -133,7 +136,8 @@ class Linearizer:
     def retry_in_smaller_chunks(self, call: Callable[[], T], size: int) -> T:
         """The result of ``call``, which is called again, with half the bytes for a chunk, while memory runs out.
 
-        Later batches are divided in the same way. Warns the first time.
+        Later batches are divided in the same way. Warns the first time. A process that shares the work with others does
+        not call again, since these would not.
 
         Args:
             call: goes through a batch by :meth:`chunks`, and changes nothing if it raises.
@@ -167,8 +171,10 @@ class Linearizer:
         def of_own(outputs: Tensor, where: slice) -> Tensor:
             return cotangent(outputs, slice(first + where.start, first + where.stop))
 
-        own = shared_work.together(lambda: self._own_gradient(vector, batch[share.where], of_own))
-        return shared_work.summed(torch.zeros_like(own) if share.is_empty else own)
+        own = shared_work.done_everywhere(
+            lambda: self._own_gradient(vector, self.adapter.part(batch, share.where), of_own)
+        )
+        return shared_work.all_reduced(torch.zeros_like(own) if share.is_empty else own)
 
     def _own_gradient(self, vector: Tensor, batch: Batch, cotangent: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """:meth:`gradient` in this process alone."""
@@ -218,7 +224,12 @@ class Linearizer:
         self.adapter.linearized_by |= dict.fromkeys(general, "general")
 
     def _may_repeat(self, plan: LinearizationPlan) -> bool:
-        """Whether examples may be repeated in a batch, with every tensor hooked or unused."""
+        """Whether examples may be repeated in a batch, with every tensor hooked or unused.
+
+        Processes that divide a base make as many passes as each other, whatever their shares of a batch.
+        """
+        if self.adapter.is_divided:
+            return False
         return plan.repeatable and len(plan.hooked) + len(plan.unused) == len(self.adapter.names)
 
     def _repetition(self, plan: LinearizationPlan, counts: list[int]) -> BatchRepetition:

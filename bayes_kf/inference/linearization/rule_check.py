@@ -18,6 +18,7 @@ from bayes_kf.inference.linearization.per_example_gradients import (
 from bayes_kf.inference.linearization.tape import Cotangents, Tape, by_module, is_outer_product
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
+from bayes_kf.models.module_restoring import own_part
 
 NUM_CHECKED = 4  # examples: the check takes some eight passes over them
 MIN_CHECKED_ROWS = 3  # a batch is repeated to at least this many rows before they are checked
@@ -122,7 +123,7 @@ def _make_plan(adapter: AdapterModel, vector: Tensor, batch: Batch) -> Lineariza
     modules = {hooked.module for hooked in candidates.values()}
     modules |= {module for module in adapter.model.modules() if type(module) is nn.Linear}  # one may be the head
     held = [*adapter.model.parameters(), *leaves.values()]
-    with _saved_bytes({tensor.untyped_storage().data_ptr() for tensor in held}) as saved:
+    with _saved_bytes({tensor.untyped_storage().data_ptr() for tensor in map(own_part, held)}) as saved:
         single = adapter.call(leaves, batch.inputs)
     repeated, times = _repeated(batch)
     plain = _is_plain(adapter, leaves, batch.inputs)

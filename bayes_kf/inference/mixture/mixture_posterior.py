@@ -24,6 +24,8 @@ from bayes_kf.inference.saving.hub_upload import HubUpload
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.likelihood import Likelihood
+from bayes_kf.processes.launched import working_together
+from bayes_kf.processes.random_state import use_random_state_of_first
 from bayes_kf.processes.whole_loader import whole_loader
 
 if TYPE_CHECKING:
@@ -143,18 +145,21 @@ class MixturePosterior(TextPredictions, HubUpload):
         keep_samples: bool = False,
     ) -> LoaderPrediction:
         """Predictive distributions for all examples of a loader; see :meth:`Posterior.predict_loader`."""
-        generators = member_generators(self.generator(generator), len(self.members))
-        states = [one.get_state() for one in generators]
+        loader, generator = whole_loader(loader), self.generator(generator)
+        with working_together("predict_loader") as begins:
+            if begins:
+                use_random_state_of_first(loader, generator)
+            generators = member_generators(generator, len(self.members))
+            states = [one.get_state() for one in generators]
 
-        def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
-            return predict_mixture(
-                self.members, self.weights, inputs, method, num_samples, generators, targets,
-                compare=is_first, adapter_generator_states=states, stacklevel=7,
-            )  # fmt: skip
+            def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
+                return predict_mixture(
+                    self.members, self.weights, inputs, method, num_samples, generators, targets,
+                    compare=is_first, adapter_generator_states=states, stacklevel=6,
+                )  # fmt: skip
 
-        return predict.collect_predictions(
-            predict_batch, map(self.adapter.read, whole_loader(loader)), keep_samples, self.adapter
-        )
+            batches = map(self.adapter.read, loader)
+            return predict.collect_predictions(predict_batch, batches, keep_samples, self.adapter)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor:
         """Draws from the mixture, (S, n): for each a member, then parameters from its Gaussian.

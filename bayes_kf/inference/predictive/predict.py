@@ -27,6 +27,7 @@ from bayes_kf.models.batched_forward import outputs_of_draws
 from bayes_kf.models.language import LabelledTokens, SupervisedTokens
 from bayes_kf.processes import shared_work
 from bayes_kf.processes.launched import working_together
+from bayes_kf.processes.random_state import use_random_state_of_first
 from bayes_kf.processes.whole_loader import whole_loader
 from bayes_kf.validation import check_one_of, check_whole
 
@@ -106,18 +107,20 @@ def predict_loader(
     keep_samples: bool,
 ) -> LoaderPrediction:
     """The predictive distributions for all batches of a loader, on the CPU; see :meth:`Posterior.predict_loader`."""
-    generator = posterior.generator(generator)
-    first_state = generator.get_state()
+    loader, generator = whole_loader(loader), posterior.generator(generator)
+    with working_together("predict_loader") as begins:
+        if begins:
+            use_random_state_of_first(loader, generator)
+        first_state = generator.get_state()
 
-    def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
-        return predict(
-            posterior, inputs, method, num_samples, generator, targets,
-            compare=is_first, adapter_generator_state=first_state, stacklevel=8,
-        )  # fmt: skip
+        def predict_batch(inputs: Inputs, targets: Tensor | None, is_first: bool) -> Prediction:
+            return predict(
+                posterior, inputs, method, num_samples, generator, targets,
+                compare=is_first, adapter_generator_state=first_state, stacklevel=7,
+            )  # fmt: skip
 
-    return collect_predictions(
-        predict_batch, map(posterior.adapter.read, whole_loader(loader)), keep_samples, posterior.adapter
-    )
+        batches = map(posterior.adapter.read, loader)
+        return collect_predictions(predict_batch, batches, keep_samples, posterior.adapter)
 
 
 def collect_predictions(
@@ -128,8 +131,6 @@ def collect_predictions(
 ) -> LoaderPrediction:
     """The predictions for all batches of a loader, joined, on the CPU.
 
-    Several processes (``processes.launched``) take a part of every batch each, and get the predictions of all.
-
     Args:
         predict_batch: from inputs, targets and whether it is the first batch to its prediction.
         loader: batches as ``fit`` takes them; targets may be missing.
@@ -139,17 +140,6 @@ def collect_predictions(
     Raises:
         ValueError: if the loader yields nothing, or a batch does not fit.
     """
-    with working_together("predict_loader"):
-        return _joined_predictions(predict_batch, loader, keep_samples, adapter)
-
-
-def _joined_predictions(
-    predict_batch: Callable[[Inputs, Tensor | None, bool], Prediction],
-    loader: Iterable[Any],
-    keep_samples: bool,
-    adapter: AdapterModel,
-) -> LoaderPrediction:
-    """:func:`collect_predictions` of processes that share the work."""
     parts = list[LoaderPrediction]()
     for batch in shared_work.same_batches(loader):
         inputs, targets = split_batch(batch)

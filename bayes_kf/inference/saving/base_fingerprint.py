@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.module_restoring import restore, take_snapshot
+from bayes_kf.models.module_restoring import restore, take_snapshot, whole
 from bayes_kf.models.peft_adapters import adapter_tensors
 
 MAX_ELEMENTS = 4096  # of a tensor that its fingerprint reads
@@ -173,8 +173,11 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
 
 
 def _elements(tensor: Tensor) -> Tensor:
-    """Evenly spaced elements, on the CPU; for a sparse tensor, of its indices followed by its values."""
-    tensor = tensor.detach()
+    """Evenly spaced elements, on the CPU; for a sparse tensor, of its indices followed by its values.
+
+    Of a tensor that processes divide, all of them must ask.
+    """
+    tensor = whole(tensor.detach())
     if tensor.is_sparse:
         tensor = tensor.coalesce()
         tensor = torch.cat([tensor.indices().flatten().to(tensor.dtype), tensor.values().flatten()])

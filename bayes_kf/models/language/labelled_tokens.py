@@ -65,6 +65,8 @@ class TokenLogits(AdapterModel):
     Tokens of a sequence share its inputs, so this reading predicts, but is not one that a filter can learn from.
     """
 
+    rows_are_examples = False
+
     def run(self, inputs: Inputs) -> Tensor:
         """Logits, (N, C), sequence after sequence."""
         given = mapping(inputs, "input_ids", "labels")

@@ -12,6 +12,7 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.language.logits import mapping
 from bayes_kf.models.language.token_scores import token_scores
+from bayes_kf.processes import shared_work
 
 PROBE_SEEDS = "probe_seeds"  # among the inputs, beside `labels`
 
@@ -52,8 +53,17 @@ class LearnedTokens(AdapterModel):
         inputs = mapping(batch.inputs, "input_ids")
         if batch.targets is not None and batch.targets.ndim == 2:
             inputs["labels"] = batch.targets
+        if shared_work.present_group() is not None and not bool((self.learned_labels(inputs) >= 0).any()):
+            raise ValueError("`labels` must have a token to learn, got −100 everywhere.")
         inputs[PROBE_SEEDS] = seed + torch.arange(batch.size, device=batch.device)
         return Batch(inputs, batch.targets, batch.size)
+
+    def part(self, batch: Batch, where: slice) -> Batch:
+        """Some sequences of a batch, each with the seed of its probes."""
+        inputs = mapping(batch.inputs, "input_ids")
+        if PROBE_SEEDS not in inputs:
+            inputs[PROBE_SEEDS] = torch.arange(batch.size, device=batch.device)
+        return Batch(inputs, batch.targets, batch.size)[where]
 
     def run(self, inputs: Inputs) -> Tensor:
         """The statistics of the likelihood "tokens" and zeros for the probes, (B, 5 + K)."""
@@ -61,7 +71,9 @@ class LearnedTokens(AdapterModel):
         labels = self.learned_labels(given)
         columns = (labels >= 0).any(0).nonzero().squeeze(-1)
         if not len(columns):
-            raise ValueError("`labels` must have a token to learn, got −100 everywhere.")
+            if shared_work.present_group() is None:
+                raise ValueError("`labels` must have a token to learn, got −100 everywhere.")
+            columns = torch.zeros(1, dtype=torch.int64, device=labels.device)  # other processes may have some
         logits = self.logits_of_columns(given, columns)
         check_below(labels, logits.shape[-1])
         seeds = given.get(PROBE_SEEDS, torch.arange(len(labels)))

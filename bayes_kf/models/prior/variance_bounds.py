@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.module_restoring import whole
 from bayes_kf.models.peft_adapters.in_use import peft_in_use
 from bayes_kf.models.prior.output_sensitivity import output_sensitivities
 
@@ -82,7 +83,7 @@ def _size(adapter: AdapterModel, layer: Any) -> float | None:
     if not isinstance(weight, Tensor):
         return None
     if weight.is_floating_point() and not weight.is_meta:
-        return _mean_square(weight)
+        return _mean_square(whole(weight))
     with adapter.eval_mode():
         return _mean_square_by_probes(base, adapter.device)
 

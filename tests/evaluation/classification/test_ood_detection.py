@@ -52,6 +52,15 @@ def test_whole_weights_are_copies(sizes, levels):
     assert list(both) == pytest.approx(copied)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_weights_change_nothing_and_their_scale_does_not_count(seed):
+    known, foreign = scores_of((100, 100), 10**9, seed)
+    plain = list(ev.ood_scores(known, foreign))
+    third = np.full(100, 1 / 3)
+    assert list(ev.ood_scores(known, foreign, weights_id=third, weights_ood=third)) == pytest.approx(plain, abs=1e-12)
+    assert list(ev.ood_scores(known, foreign, weights_id=third)) == pytest.approx(plain, abs=1e-12)
+
+
 @pytest.mark.parametrize("clustered", [False, True])
 def test_weighted_intervals_hold_the_truth(clustered):
     """300 sets of 150 known and 60 foreign scores; skewed weights that go with them; clusters of two equal scores."""

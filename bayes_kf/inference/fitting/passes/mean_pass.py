@@ -171,7 +171,7 @@ def gradient_at(
     if share is None:
         both = of_some(inputs, targets)
     else:
-        own = batch[share.where]
-        both = shared_work.together(lambda: of_some(own.inputs, own.required_targets))
-        both = shared_work.summed(torch.zeros_like(both) if share.is_empty else both)
+        own = adapter.part(batch, share.where)
+        both = shared_work.done_everywhere(lambda: of_some(own.inputs, own.required_targets))
+        both = shared_work.all_reduced(torch.zeros_like(both) if share.is_empty else both)
     return float(both[-1]), both[:-1]
