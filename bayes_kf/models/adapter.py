@@ -264,16 +264,18 @@ class AdapterModel:
 
         Processes that share the work (``processes.shared_work``) compute the outputs of a part of the examples each.
         """
+        if self.rows_are_examples and shared_work.present_group() is not None:
+            batch = Batch.of(inputs)
+            share = shared_work.share_of(batch.size)
+            if share is not None:
+                some = self.part(batch, share.where).inputs
+                return share.gathered(shared_work.done_everywhere(lambda: self._own_outputs(vector, some)))
+        return self._own_outputs(vector, inputs)
 
-        def run(some: Inputs) -> Tensor:
-            with self.eval_mode(), torch.no_grad(), self.substituted(self.tensors(vector)):
-                return self.run(some).to(self.dtype)
-
-        batch = Batch.of(inputs)
-        share = shared_work.share_of(batch.size) if self.rows_are_examples else None
-        if share is None:
-            return run(inputs)
-        return share.gathered(shared_work.done_everywhere(lambda: run(self.part(batch, share.where).inputs)))
+    def _own_outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:
+        """:meth:`outputs` in this process alone."""
+        with self.eval_mode(), torch.no_grad(), self.substituted(self.tensors(vector)):
+            return self.run(inputs).to(self.dtype)
 
     @torch.no_grad()
     def assign(self, vector: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set)  # ordered dictionaries included
+DIVIDED = "to_local"  # a method of tensors that processes divide
 LARGEST = 256  # entries; longer containers are a model's data, not its registrations
 
 _is_container: dict[type, bool] = {}  # by class; faster than isinstance, which every attribute would take
@@ -72,20 +73,23 @@ def restore_parameters(states: Iterable[ModuleState]) -> None:
     """
     for state in states:
         now, saved = state.module._parameters, state.parameters
-        changed = len(now) != len(saved)
+        changed, divided = len(now) != len(saved), dict[str, Any]()
         for name, value in saved.items():
-            changed = changed or now.get(name) is not value
+            present = now.get(name)
+            if present is not value:
+                changed = True
+                if hasattr(value, DIVIDED) or hasattr(present, DIVIDED):
+                    divided[name] = present
         if changed:
             for name in saved:
                 state.module.__dict__.pop(name, None)  # a plain tensor that PEFT put in its place
-            divided = {name: value for name, value in now.items() if is_divided(value) or is_divided(saved.get(name))}
             now.clear()
             now.update(saved | divided)
 
 
 def is_divided(parameter: Any) -> bool:
     """Whether a parameter is one of FSDP's, which takes it apart and puts it together itself."""
-    return hasattr(parameter, "to_local")
+    return hasattr(parameter, DIVIDED)
 
 
 def own_part(tensor: Any) -> Tensor:

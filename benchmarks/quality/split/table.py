@@ -98,12 +98,18 @@ HIGHER_IS_BETTER = {"ood_auroc"}
 
 
 def _means(cells: Mapping[str, Cell], names: Sequence[str], title: str) -> list[str]:
-    """Each row's mean over the sets that the base rows and the default have; dashes for a row without some of these."""
+    """Each row's mean over the sets that the base rows and the default have; dashes for a row without some of these.
+
+    Without such a set: over those that the base rows have.
+    """
     columns = CLASSIFICATION if title == "classification" else REGRESSION
     by_row = {row: {name: measured_cells(cells, name, row) for name in names} for row in row_names(cells, names)}
     by_row = {row: {name: measured for name, measured in sets.items() if measured} for row, sets in by_row.items()}
-    common = [name for name in names if all(name in by_row.get(row, ()) for row in (*BASES, "default"))]
-    if not common:
+    for needed in ({**BASES, "default": "the default"}, BASES):
+        common = [name for name in names if all(name in by_row.get(row, ()) for row in needed)]
+        if common:
+            break
+    else:
         return []
     lines = []
     for row, sets in by_row.items():
@@ -113,7 +119,8 @@ def _means(cells: Mapping[str, Cell], names: Sequence[str], title: str) -> list[
             costs = [_costs([cost(sets[name], unit) for name in common]) for unit in UNITS.values()]
             shown = [*(_number(average(v)) for v in values), *costs]
         lines.append([row_title(row, title), *shown, str(len(sets))])
-    note = f"Over the {len(common)} sets that the strong row, the ensemble and the default have: {', '.join(common)}."
+    *first, last = needed.values()
+    note = f"Over the {len(common)} sets that {', '.join(first)} and {last} have: {', '.join(common)}."
     header = ["", *columns, *UNITS, "sets"]
     return ["", f"## Means, {title}", "", note, "", *markdown_table(header, lines)]
 
