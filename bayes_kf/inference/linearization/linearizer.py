@@ -143,12 +143,12 @@ class Linearizer:
             call: goes through a batch by :meth:`chunks`, and changes nothing if it raises.
             size: of the batch.
         """
-        if shared_work.present_group() is not None:  # the other processes would not call again
-            return call()
         while True:
             try:
                 return call()
             except (RuntimeError, MemoryError) as error:
+                if shared_work.present_group() is not None:  # the other processes would not call again
+                    raise
                 if not _ran_out_of_memory(error) or not self._halve_chunks(size):
                     raise
             if torch.cuda.is_available():
