@@ -14,10 +14,11 @@ from bayes_kf.models.batch import Batch, Inputs
 from bayes_kf.models.eval_mode import EvalMode
 from bayes_kf.models.forward import as_matrix, to_model
 from bayes_kf.models.model_lock import model_lock
-from bayes_kf.models.module_restoring import ModuleState, is_divided, restore, restore_parameters, take_snapshot
+from bayes_kf.models.module_restoring import ModuleState, restore, restore_parameters, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
 from bayes_kf.models.trainable_tensors import table, tensor_places, trainable_tensors, warn_if_large
 from bayes_kf.processes import shared_work
+from bayes_kf.processes.divided_tensors import is_divided
 
 UNKNOWN = "not yet known"  # how a tensor is linearized, before the first batch
 
@@ -42,9 +43,9 @@ class AdapterModel:
         dtype: of θ, float64 if any tensor has it, else float32.
 
     Raises:
-        ValueError: if no tensor is trainable, if trainable tensors are offloaded or on several devices, if adapters
-            are merged into the base, or if PEFT has several active adapters or one that cannot be saved and loaded
-            (``peft_adapters.adapter_tensors``).
+        ValueError: if no tensor is trainable, if trainable tensors are divided, offloaded or on several devices, if
+            adapters are merged into the base, or if PEFT has several active adapters or one that cannot be saved and
+            loaded (``peft_adapters.adapter_tensors``).
 
     Example:
         >>> adapter = AdapterModel(nn.Linear(3, 2))

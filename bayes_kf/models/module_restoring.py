@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
+
+from bayes_kf.processes.divided_tensors import is_divided_by_fsdp
 
 CONTAINERS = (dict, list, set)  # ordered dictionaries included
-DIVIDED = "to_local"  # a method of tensors that processes divide
 LARGEST = 256  # entries; longer containers are a model's data, not its registrations
 
 _is_container: dict[type, bool] = {}  # by class; faster than isinstance, which every attribute would take
@@ -41,9 +42,14 @@ def take_snapshot(modules: Iterable[nn.Module]) -> list[ModuleState]:
             if known is None:
                 known = _is_container[kind] = issubclass(kind, CONTAINERS)
             if known and value:
-                contents[name] = value.copy() if len(value) <= LARGEST else value
-        states.append(ModuleState(module, type(module), attributes, attributes["_parameters"].copy(), contents))
+                contents[name] = _entries(value) if len(value) <= LARGEST else value
+        states.append(ModuleState(module, type(module), attributes, dict(attributes["_parameters"]), contents))
     return states
+
+
+def _entries(container: Any) -> Any:
+    """The entries of a container, whose own ``copy`` may ask for more (that of DeepSpeed's parameters does)."""
+    return dict(container) if isinstance(container, dict) else container.copy()
 
 
 def restore(states: Iterable[ModuleState]) -> None:
@@ -78,25 +84,10 @@ def restore_parameters(states: Iterable[ModuleState]) -> None:
             present = now.get(name)
             if present is not value:
                 changed = True
-                if hasattr(value, DIVIDED) or hasattr(present, DIVIDED):
+                if is_divided_by_fsdp(value) or is_divided_by_fsdp(present):
                     divided[name] = present
         if changed:
             for name in saved:
                 state.module.__dict__.pop(name, None)  # a plain tensor that PEFT put in its place
             now.clear()
             now.update(saved | divided)
-
-
-def is_divided(parameter: Any) -> bool:
-    """Whether a parameter is one of FSDP's, which takes it apart and puts it together itself."""
-    return hasattr(parameter, DIVIDED)
-
-
-def own_part(tensor: Any) -> Tensor:
-    """This process's part of a tensor that processes divide; any other as it is."""
-    return tensor.to_local() if is_divided(tensor) else tensor
-
-
-def whole(tensor: Any) -> Tensor:
-    """A tensor that processes divide, put together, for which all of them must call this; any other as it is."""
-    return tensor.full_tensor() if is_divided(tensor) else tensor

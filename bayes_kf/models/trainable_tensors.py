@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from bayes_kf.processes.divided_tensors import is_divided
+
 Places = list[tuple[nn.Module, str]]  # the modules that hold a tensor, with the name of the attribute
 
 LARGE = 20_000_000  # trainable numbers above which full fine-tuning by accident is more likely than intent
@@ -20,6 +22,12 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("`model` must have trainable tensors, got none with requires_grad=True.")
+    divided = next((name for name, parameter in trainable.items() if is_divided(parameter)), None)
+    if divided is not None:
+        raise ValueError(
+            f"`model` must have its trainable tensors whole in every process, got {divided} divided by FSDP or ZeRO-3: "
+            "divide the base alone (docs/how-to/several-processes.md)."
+        )
     devices = {str(p.device): name for name, p in trainable.items()}
     if len(devices) > 1 or "meta" in devices:
         places = ", ".join(f"{device} ({name})" for device, name in devices.items())

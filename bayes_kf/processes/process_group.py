@@ -28,6 +28,7 @@ class Group:
         rank: the number of this process.
         size: the number of processes.
         bytes_sent: bytes that this process has sent.
+        seconds_worked: that this process spent on its shares, without waiting for others.
 
     Raises:
         RuntimeError: if torch.distributed is not initialized.
@@ -38,7 +39,7 @@ class Group:
             raise RuntimeError("torch.distributed must be initialized first (torchrun, then init_process_group).")
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.bytes_sent = 0
+        self.bytes_sent, self.seconds_worked = 0, 0.0
         on_gpus = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else None
 
@@ -47,7 +48,7 @@ class Group:
         if self.size == 1:
             return tensor
         result = tensor.to(self._device or tensor.device).contiguous().clone()
-        with _others_answer():
+        with others_answer():
             dist.all_reduce(result, group=self.group)
         self.bytes_sent += 2 * (self.size - 1) * _num_bytes(result) // self.size  # of a ring
         return result.to(tensor.device)
@@ -55,7 +56,7 @@ class Group:
     def of_first(self, tensor: Tensor) -> Tensor:
         """The tensor of the first process; every process gives one of the same shape."""
         result = tensor.to(self._device or tensor.device).clone()
-        with _others_answer():
+        with others_answer():
             dist.broadcast(result, group_src=0, group=self.group)
         return result.to(tensor.device)
 
@@ -77,6 +78,12 @@ class Group:
         numbers = torch.zeros(self.size, dtype=torch.int64, device=device)
         numbers[self.rank] = number
         return self.all_reduce(numbers).tolist()
+
+    def slowest(self) -> tuple[int, float, float]:
+        """The process that has worked longest, its seconds, and the mean of the others' seconds."""
+        seconds = [milliseconds / 1000 for milliseconds in self.all_gather_int(round(1000 * self.seconds_worked))]
+        rank = seconds.index(max(seconds))
+        return rank, seconds[rank], (sum(seconds) - seconds[rank]) / max(1, self.size - 1)
 
     def is_equal(self, *values: Any, device: torch.device = CPU) -> bool:
         """Whether the values have the same ``repr`` in all processes."""
@@ -120,7 +127,7 @@ class Group:
         padded[: len(tensor)] = tensor
         padded = padded.to(self._device or padded.device)
         gathered = [torch.empty_like(padded) for _ in sizes]
-        with _others_answer():
+        with others_answer():
             dist.all_gather(gathered, padded, group=self.group)
         self.bytes_sent += (self.size - 1) * _num_bytes(padded)
         return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)]).to(tensor.device)
@@ -136,14 +143,14 @@ class Group:
             return list(parts)
         sent = torch.cat(list(parts))
         received = sent.new_empty(sum(lengths))
-        with _others_answer():
+        with others_answer():
             dist.all_to_all_single(received, sent, list(lengths), [len(part) for part in parts], group=self.group)
         self.bytes_sent += _num_bytes(sent) - _num_bytes(parts[self.rank])
         return list(received.split(list(lengths)))
 
 
 @contextmanager
-def _others_answer() -> Iterator[None]:
+def others_answer() -> Iterator[None]:
     """Raise an OtherProcessError where torch.distributed raises an error, most often since another process is gone."""
     try:
         yield

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -101,11 +102,12 @@ def done_everywhere(call: Callable[[], T]) -> T:
     group = _present.get()
     if group is None:
         return call()
-    failure, result = None, None
+    failure, result, begun = None, None, time.perf_counter()
     try:
         result = call()
     except Exception as raised:  # of any kind, or the other processes would wait for this one
         failure = raised
+    group.seconds_worked += time.perf_counter() - begun
     group.raise_together(failure)
     return result  # type: ignore[return-value]  # it is there if nothing was raised
 

@@ -42,15 +42,24 @@ def tied():
     return Tied().double()
 
 
-def new_lora():
-    """A small BERT with LoRA that has no effect yet and a head, float64."""
+def new_bert():
+    """A small BERT with a head, float64."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3
     )
-    model = BertForSequenceClassification(config).double()
+    return BertForSequenceClassification(config).double()
+
+
+def with_lora(model):
+    """A BERT with LoRA that has no effect yet, beside its head."""
     asked = LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"])
     return get_peft_model(model, asked).eval()
+
+
+def new_lora():
+    """A small BERT with LoRA that has no effect yet and a head, float64."""
+    return with_lora(new_bert())
 
 
 def lora():

@@ -1,4 +1,6 @@
-"""Bases that FSDP divides among the processes, below adapters that every process has: as on one process."""
+"""Bases that FSDP or DeepSpeed's ZeRO-3 divides among the processes, as on one process."""
+
+import os
 
 import pytest
 import torch
@@ -26,16 +28,19 @@ def divided(model, layers):
     return model
 
 
-def language_model():
-    from peft import LoraConfig, get_peft_model
-
+def new_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=32,
     )  # fmt: skip
-    asked = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(LlamaForCausalLM(config).double(), asked)
+    return LlamaForCausalLM(config).double()
+
+
+def with_lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
 def fitted(rank, kind, folder):
@@ -64,19 +69,81 @@ def test_a_divided_base_ends_as_a_whole_one(kind, tmp_path):
     torch.testing.assert_close(getattr(saved, "best", saved).mean_vector, found["mean"], rtol=0, atol=0)
 
 
-def learning_tokens(rank):
-    """The error of a fit of text on a divided base."""
-    model = language_model()
-    inner = model.base_model.model.model
-    divided(model, (*inner.layers, inner.embed_tokens))
+def learned_tokens(rank):
+    """A fit of text on a base that several processes divide and one has whole."""
+    model = with_lora(new_llama())
+    if torch.distributed.get_world_size() > 1:
+        inner = model.base_model.model.model
+        divided(model, (*inner.layers, inner.embed_tokens))
     data = [{"input_ids": ids, "labels": ids} for ids in IDS[:24].split(5)]
-    try:
-        bkf.fit(model, data, bkf.KalmanConfig(likelihood="tokens", curvature="sampled"), progress=False)
-    except ValueError as error:
-        return {"error": str(error)}
-    return {"error": "none"}
+    config = bkf.KalmanConfig(likelihood="tokens", curvature="sampled", mean_passes=1)
+    posterior = bkf.fit(model, data, config, progress=False)
+    return {"mean": posterior.mean_vector, "variance": posterior.variance_vector}
 
 
-def test_text_on_a_divided_base_is_refused(tmp_path):
-    for found in run(2, learning_tokens, tmp_path):
-        assert found["error"].startswith("`model` must be whole in every process for base_model.model.model.layers.0")
+def test_text_on_a_divided_base_ends_as_on_a_whole_one(tmp_path):
+    (expected,) = run(1, learned_tokens, tmp_path)
+    for found in run(2, learned_tokens, tmp_path):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
+
+
+def divided_by_zero3(module):
+    """The module with all of its tensors divided by DeepSpeed."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(torch.distributed.get_rank()))  # as a launcher does
+    import deepspeed
+
+    module.requires_grad_(False)
+    stages = {"stage": 3, "stage3_param_persistence_threshold": 100}  # smaller tensors stay whole after their first use
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stages}
+    deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    assert all(p.numel() == 0 for p in module.parameters() if len(p.ds_shape) == 2 and p.ds_numel > 100)
+
+
+def fitted_below_zero3(rank, kind, folder):
+    """A fit on a base that DeepSpeed divides before it gets its adapter, and that one process has whole."""
+    several = torch.distributed.get_world_size() > 1
+    model = cases.new_bert() if kind != "tokens" else new_llama()
+    if several:
+        divided_by_zero3(model.bert if kind != "tokens" else model)
+    torch.manual_seed(1)
+    if kind == "tokens":
+        model, data = with_lora(model), [{"input_ids": ids, "labels": ids} for ids in IDS[:24].split(5)]
+        config = bkf.KalmanConfig(likelihood="tokens", curvature="sampled", mean_passes=1)
+    else:
+        model, data = cases.with_lora(model), TEXTS
+        config = None if kind == "default" else bkf.KalmanConfig(rank=4, mean_passes=1)
+    posterior = bkf.fit(model, data, config, progress=False)
+    best = getattr(posterior, "best", posterior)
+    if several:
+        posterior.save_pretrained(f"{folder}/saved")
+    else:
+        posterior.save_pretrained(f"{folder}/whole")
+    return {"mean": best.mean_vector, "variance": best.variance_vector}
+
+
+@pytest.mark.parametrize("kind", ["config", "tokens", pytest.param("default", marks=pytest.mark.slow)])
+def test_a_base_below_zero3_ends_as_a_whole_one(kind, tmp_path):
+    pytest.importorskip("deepspeed")
+    (expected,) = run(1, fitted_below_zero3, tmp_path, kind, str(tmp_path))
+    for found in run(2, fitted_below_zero3, tmp_path, kind, str(tmp_path)):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
+    names = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*"))
+    assert sorted(path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*")) == names
+    if kind != "tokens":  # the saved base is recognized by its fingerprint
+        torch.manual_seed(1)
+        saved = bkf.Posterior.from_pretrained(tmp_path / "saved", cases.with_lora(cases.new_bert()))
+        torch.testing.assert_close(getattr(saved, "best", saved).mean_vector, found["mean"], rtol=0, atol=0)
+
+
+def error_of_divided_adapters(rank):
+    model = cases.new_lora()
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r"must have its trainable tensors whole in every process, got .*lora_A"):
+        bkf.fit(model, TEXTS, progress=False)
+    return {}
+
+
+def test_adapters_that_are_divided_themselves_are_refused(tmp_path):
+    run(2, error_of_divided_adapters, tmp_path)

@@ -1,6 +1,8 @@
 """The same call on several processes: every kind of fit ends as on one, whatever the number of processes."""
 
 import os
+import time
+import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -430,3 +432,35 @@ def test_a_process_that_is_gone_leaves_a_whole_checkpoint_and_one_sentence(tmp_p
     sentence = (tmp_path / "checkpoint.txt").read_text(encoding="utf-8")
     assert sentence.startswith("another process has ended, does not answer, or is not in step (")
     assert "\n" not in sentence
+
+
+class Slow:
+    """A loader that waits before every batch."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __iter__(self):
+        for batch in BATCHES:
+            time.sleep(self.seconds)
+            yield batch
+
+
+def waited(rank, seconds):
+    """The warnings of a fit whose second process takes so much longer for each batch."""
+    launched.SLOW_SECONDS = 0.5
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bkf.fit(cases.network(), Slow(seconds if rank else 0.0), bkf.KalmanConfig(), progress=False)
+    return {"said": [str(w.message) for w in caught if "worked" in str(w.message)]}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_slow_process_is_told(seconds, tmp_path):
+    for found in run(2, waited, tmp_path, seconds):
+        if not seconds:
+            assert not found["said"]
+        else:
+            (sentence,) = found["said"]
+            assert sentence.startswith("process 1 worked ")
+            assert "on its share of `fit`" in sentence

@@ -18,7 +18,7 @@ from bayes_kf.inference.linearization.per_example_gradients import (
 from bayes_kf.inference.linearization.tape import Cotangents, Tape, by_module, is_outer_product
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Batch, Inputs
-from bayes_kf.models.module_restoring import own_part
+from bayes_kf.processes.divided_tensors import is_divided, own_part, whole_shape
 
 NUM_CHECKED = 4  # examples: the check takes some eight passes over them
 MIN_CHECKED_ROWS = 3  # a batch is repeated to at least this many rows before they are checked
@@ -123,7 +123,7 @@ def _make_plan(adapter: AdapterModel, vector: Tensor, batch: Batch) -> Lineariza
     modules = {hooked.module for hooked in candidates.values()}
     modules |= {module for module in adapter.model.modules() if type(module) is nn.Linear}  # one may be the head
     held = [*adapter.model.parameters(), *leaves.values()]
-    with _saved_bytes({tensor.untyped_storage().data_ptr() for tensor in map(own_part, held)}) as saved:
+    with _saved_bytes(held) as saved:
         single = adapter.call(leaves, batch.inputs)
     repeated, times = _repeated(batch)
     plain = _is_plain(adapter, leaves, batch.inputs)
@@ -187,15 +187,21 @@ def _stored_numbers(
 
 
 @contextmanager
-def _saved_bytes(parameters: set[int]) -> Iterator[Callable[[], int]]:
-    """Counts the bytes that autograd saves for the backward pass, each storage once; not those of ``parameters``."""
+def _saved_bytes(parameters: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
+    """Counts the bytes that autograd saves for the backward pass, each storage once; not those of ``parameters``.
+
+    Parameters that processes divide are put together in storages of their own, so they are known by their shapes.
+    """
     sizes: dict[int, int] = {}
+    storages = {own_part(parameter).untyped_storage().data_ptr() for parameter in parameters}
+    shapes = {whole_shape(parameter) for parameter in parameters if is_divided(parameter)}
+    shapes |= {shape[::-1] for shape in shapes}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided:  # a sparse mask or projection of an adapter
             return tensor
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in storages and tuple(tensor.shape) not in shapes:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -14,6 +14,7 @@ from bayes_kf.inference.linearization.per_example_gradients import ModuleCall
 from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.models.batch import Inputs
 from bayes_kf.models.module_restoring import ModuleState
+from bayes_kf.processes.divided_tensors import BackwardCounts
 
 HEAD_RTOL = 0.05  # by which a Linear's product may differ from the model's outputs, whatever precision computed them
 
@@ -50,8 +51,10 @@ class Tape:
         self._recording = True
         self._snapshot: Sequence[ModuleState] | None = None  # taken once, since that takes longer than substitution
         self.head_weight: Tensor | None = None
+        self._counts = BackwardCounts(adapter.model.modules() if adapter.is_divided else ())
         with self._substituted(hooks=True):
             self.outputs = adapter.run(inputs)
+            self._counts.after_forward()
             self._recording = False
             recorded, self._calls = self._calls, []
             self.overwritten: set[nn.Module] = set()
@@ -133,6 +136,7 @@ class Tape:
         compiled = "torch._dynamo" in sys.modules  # else nothing was compiled, and the import takes seconds
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # compiled graphs lack modules
         with eager, self.adapter.substituted(self.leaves, self._snapshot) as self._snapshot:
+            self._counts.set_back()
             handles = []
             if hooks:
                 for module in self.modules:

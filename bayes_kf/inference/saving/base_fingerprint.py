@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.module_restoring import restore, take_snapshot, whole
+from bayes_kf.models.module_restoring import restore, take_snapshot
 from bayes_kf.models.peft_adapters import adapter_tensors
+from bayes_kf.processes.divided_tensors import whole, whole_shape
 
 MAX_ELEMENTS = 4096  # of a tensor that its fingerprint reads
 PREFIX = "initialized."  # of the names of saved elements of weights that LoRA's initialization changed
@@ -167,7 +168,7 @@ def _fingerprint(named: Mapping[str, Tensor]) -> str:
 
 
 def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(f"{name}{whole_shape(tensor)}{tensor.dtype}".encode())
     elements = _elements(tensor)
     digest.update(elements.view(torch.uint8).numpy().tobytes() if len(elements) else b"")
 
@@ -177,7 +178,7 @@ def _elements(tensor: Tensor) -> Tensor:
 
     Of a tensor that processes divide, all of them must ask.
     """
-    tensor = whole(tensor.detach())
+    tensor = whole(tensor).detach()
     if tensor.is_sparse:
         tensor = tensor.coalesce()
         tensor = torch.cat([tensor.indices().flatten().to(tensor.dtype), tensor.values().flatten()])

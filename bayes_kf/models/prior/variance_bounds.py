@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kf.models.adapter import AdapterModel
-from bayes_kf.models.module_restoring import whole
 from bayes_kf.models.peft_adapters.in_use import peft_in_use
 from bayes_kf.models.prior.output_sensitivity import output_sensitivities
+from bayes_kf.processes.divided_tensors import whole
 
 LARGEST_CHANGE = 2.0  # prior sd of ΔW over the root mean square of W; chosen from 0.1 to 4 on four streams
 NUM_PROBES = 256  # random inputs that measure a quantized weight: to 1 % for a layer with 100 outputs

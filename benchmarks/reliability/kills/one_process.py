@@ -4,8 +4,8 @@ A process learns a stream with ``fit(checkpoint=..., every=1)``, so that it writ
 (SIGKILL) after a random time, its folder is opened, and another process resumes. At the end the posterior is compared,
 bit for bit, with that of a pass that was never stopped, and the folder must contain no temporary files.
 
-    python -m benchmarks.reliability.kills                  # 200 kills, about three minutes; results/kills.md
-    python -m benchmarks.reliability.kills --kills 20
+    python -m benchmarks.reliability.kills.one_process          # 200 kills, about three minutes; results/kills.md
+    python -m benchmarks.reliability.kills.one_process --kills 20
 """
 
 from __future__ import annotations
