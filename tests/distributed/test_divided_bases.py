@@ -124,7 +124,7 @@ def fitted_below_zero3(rank, kind, folder):
 
 @pytest.mark.parametrize("kind", ["config", "tokens", pytest.param("default", marks=pytest.mark.slow)])
 def test_a_base_below_zero3_ends_as_a_whole_one(kind, tmp_path):
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed, which runs a compiler on import: pip install deepspeed")
     (expected,) = run(1, fitted_below_zero3, tmp_path, kind, str(tmp_path))
     for found in run(2, fitted_below_zero3, tmp_path, kind, str(tmp_path)):
         for name, value in expected.items():

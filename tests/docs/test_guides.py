@@ -28,7 +28,7 @@ def blocks(path, language):
 
 def test_every_guide_is_run():
     with_code = {path.stem for path in PAGES if path.parent == GUIDES}
-    others = {"index", "trainer", "several-processes", "shell"}  # a script of the tutorials, one below, commands
+    others = {"index", "trainer", "several-processes", "shell", "lightning"}  # scripts that other tests run, commands
     assert {path.stem for path in GUIDES.glob("*.md")} == with_code | others
 
 

@@ -58,10 +58,22 @@ def measured_cells(cells: Mapping[str, Cell], name: str, row: str) -> list[Cell]
     return list(seeds_of(cells, name, row).values())
 
 
-def paired_gaps(cells: Mapping[str, Cell], name: str, row: str, base: str, score: str) -> list[float]:
-    """Differences of a row's score to that of another row, for the seeds that both have."""
+def paired_gaps(
+    cells: Mapping[str, Cell], name: str, row: str, base: str, score: str, of_base: str | None = None
+) -> list[float]:
+    """Differences of a row's score to that of another row, for the seeds that both have.
+
+    Args:
+        cells: of the results.
+        name: of the data set.
+        row: whose score it is.
+        base: the other row.
+        score: of the row.
+        of_base: the score of the other row; None for the same.
+    """
     own, other = seeds_of(cells, name, row), seeds_of(cells, name, base)
-    return [own[seed][score] - other[seed][score] for seed in own if seed in other]
+    pairs = [(own[seed].get(score), other[seed][of_base or score]) for seed in own if seed in other]
+    return [value - base_value for value, base_value in pairs if value is not None]
 
 
 def verdict(gaps: Sequence[float]) -> str:

@@ -93,8 +93,12 @@ CLASSIFICATION = {  # column -> score
 }
 REGRESSION = {"NLL": "nll", "RMSE": "rmse", "CRPS": "crps", "50 %": "coverage_50", "90 %": "coverage_90"}
 UNITS = {"cost": "epoch_seconds", "cost, batch 1": "single_seconds"}
-COMPARED = {"classification": ("nll", "ece", "ood_auroc", "shift_nll", "shift_ece"), "regression": ("nll", "crps")}
-HIGHER_IS_BETTER = {"ood_auroc"}
+COMPARED = {
+    "classification": ("nll", "ece", "ood_auroc", "ood_auroc_epistemic", "shift_nll", "shift_ece"),
+    "regression": ("nll", "crps"),
+}
+HIGHER_IS_BETTER = {"ood_auroc", "ood_auroc_epistemic"}
+OF_BASE = {"ood_auroc_epistemic": "ood_auroc"}  # a point estimate has total entropy alone
 
 
 def _means(cells: Mapping[str, Cell], names: Sequence[str], title: str) -> list[str]:
@@ -130,7 +134,7 @@ def _differences(cells: Mapping[str, Cell], names: Sequence[str], title: str, ba
     lines = []
     for row in row_names(cells, names):
         for score in COMPARED[title] if row not in (base, "strong") else ():
-            gaps = {name: paired_gaps(cells, name, row, base, score) for name in names}
+            gaps = {name: paired_gaps(cells, name, row, base, score, OF_BASE.get(score)) for name in names}
             gaps = {name: values for name, values in gaps.items() if values}
             if not gaps:
                 continue
@@ -149,6 +153,8 @@ def _differences(cells: Mapping[str, Cell], names: Sequence[str], title: str, ba
         "Differences are paired by set and seed; ± is the standard error over sets. By set: better or worse by more"
         " than two standard errors over seeds."
     )
+    if "ood_auroc_epistemic" in COMPARED[title]:
+        note += " ood auroc epistemic: by epistemic entropy, against the other row's by total entropy."
     header = ["", "score", "mean difference", "sets", "by set", "worst set"]
     return ["", f"## Against {BASES[base]}, {title}", "", note, "", *markdown_table(header, lines)]
 
