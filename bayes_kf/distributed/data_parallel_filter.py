@@ -69,6 +69,9 @@ class DataParallelFilter(DistributedFilter):
         """The state itself."""
         return state
 
+    def _own_prior(self, prior: DiagonalGaussian) -> DiagonalGaussian:
+        return prior
+
     def _check_config(self) -> None:
         if self.config.likelihood in OWN_NOISE:
             raise ValueError(

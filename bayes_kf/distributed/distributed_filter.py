@@ -54,21 +54,21 @@ class DistributedFilter(ABC):
             ValueError: on the first process, if the prior needs inputs and it has none.
             OtherProcessError: on the other processes, in the same case.
         """
-        failure, state = None, self.kf.init()
-        mean, variance = torch.zeros_like(state.prior.mean), torch.zeros_like(state.prior.variance)
+        failure, mean = None, torch.zeros_like(self.adapter.vector())
+        variance = torch.zeros_like(mean)
         try:
             if inputs is not None:
                 self.batch_shards.remember(to_device(inputs, self.adapter.device))
             if self.group.rank == 0:
-                measured = self.kf.init(inputs)
-                if not measured.prior_is_scaled:
+                measured = self.kf.prior(inputs)
+                if measured is None:
                     raise ValueError("`inputs` must be given on the first process to scale the prior, got None.")
-                mean, variance = measured.prior
+                mean, variance = measured
         except Exception as raised:  # of any kind, or the other processes would wait for this one
             failure = raised
         self.group.raise_together(failure)
         prior = DiagonalGaussian(self.group.all_reduce(mean), self.group.all_reduce(variance))
-        return self.shard(state._replace(belief=self.kf._prior_belief(prior), prior=prior, prior_is_scaled=True))
+        return self.kf.init_from_prior(self._own_prior(prior))
 
     def update(
         self, state: FilterState, inputs: Inputs | None, targets: torch.Tensor | None
@@ -122,6 +122,10 @@ class DistributedFilter(ABC):
     @abstractmethod
     def gather(self, state: FilterState) -> FilterState:
         """The whole state, on every process."""
+
+    @abstractmethod
+    def _own_prior(self, prior: DiagonalGaussian) -> DiagonalGaussian:
+        """What this process holds of a whole prior."""
 
     @abstractmethod
     def _check_config(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayes_kf.distributed import divided_checkpoint
 from bayes_kf.distributed.data_parallel_filter import DataParallelFilter
 from bayes_kf.distributed.distributed_filter import DistributedFilter
 from bayes_kf.distributed.sharded_filter import ShardedFilter
@@ -23,7 +24,7 @@ from bayes_kf.inference.fitting.loop import Callback, LoopStep, every_updates, i
 from bayes_kf.inference.fitting.progress import FitHistory, ProgressBar, shows_progress
 from bayes_kf.inference.posterior import Posterior
 from bayes_kf.inference.saving.pretrained import check_folder
-from bayes_kf.models.batch import Inputs
+from bayes_kf.models.batch import Inputs, batch_size
 from bayes_kf.models.peft_adapters.in_use import is_peft
 from bayes_kf.processes.process_group import Group
 from bayes_kf.validation import check_one_of, check_whole
@@ -40,6 +41,7 @@ def fit(
     group: Any = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
+    divided: bool = False,
     progress: bool | None = None,
 ) -> Posterior:
     """The posterior after one pass over the loaders of all processes of a group; every process gets the whole of it.
@@ -57,6 +59,8 @@ def fit(
         checkpoint: a folder in which the first process saves the whole posterior after every ``every`` updates and at
             the end; other files in it are not changed. None: no checkpoints.
         every: updates between checkpoints.
+        divided: whether checkpoints are those of :meth:`ShardedFilter.save_divided`, so that no process needs the whole
+            belief before the end, and a later call with the same batches, on any number of processes, resumes.
         progress: whether the first process shows a progress bar. None: only if standard error is a terminal, or in a
             notebook.
 
@@ -67,25 +71,37 @@ def fit(
     """
     check_one_of("form", form, FORMS)
     check_whole("every", every)
+    if divided and (form != "sharded" or checkpoint is None):
+        raise ValueError('`divided` must be False without `form="sharded"` and a `checkpoint`, got True.')
     if config is None:
         information: dict[str, Any] = {"covariance": "diagonal_information", "expansion": "mean"}
         config = KalmanConfig(**(information if form == "data_parallel" else {}))
     kf = FORMS[form](model, config, group)
-    batches, inputs = _open_together(kf, loader, checkpoint)
-    state, history = kf.init(inputs), FitHistory(config.likelihood)
+    batches, inputs = _open_together(kf, loader, None if divided else checkpoint)
+    state, history = _resumed(kf, checkpoint, batches, inputs) if divided else None, FitHistory(config.likelihood)
+    done = 0 if state is None else state.step
+    state = kf.init(inputs) if state is None else state
+
+    def save(state: FilterState) -> None:
+        assert checkpoint is not None
+        if divided and isinstance(kf, ShardedFilter):
+            kf.save_divided(state, checkpoint)
+        else:
+            kf.save_pretrained(state, checkpoint)
+
     callbacks: list[Callback[FilterState, UpdateInfo]] = [_record_own_examples(history)]
     if checkpoint is not None:
-        folder = checkpoint
-        callbacks.append(every_updates(every, lambda state: kf.save_pretrained(state, folder)))
+        callbacks.append(every_updates(every, save))
     shown = shows_progress(progress) and kf.group.rank == 0
     with ProgressBar(num_batches(loader) if shown else None, f"fit on {kf.group.size} processes", shown) as bar:
+        bar.skip(done)
         shards = _global_batches(kf, batches)
         state = run_loop(shards, state, kf.update, callbacks, bar, history.summary, split=lambda shard, _: shard)
     posterior = Posterior(kf.kf, kf.gather(state), {} if history.is_empty else history.series())
     if kf.group.rank == 0 and isinstance(config.temperature, str):
         prequential_temperature.warn_of_edge(posterior.temperature)
     if checkpoint is not None:
-        kf.save_pretrained(state, checkpoint)
+        save(state)
     return posterior
 
 
@@ -124,6 +140,31 @@ def _open_together(
         failure = ValueError("`loader` must yield at least one batch on the first process, got none.")
     kf.group.raise_together(failure)
     return itertools.chain(few, batches), inputs
+
+
+def _resumed(
+    kf: DistributedFilter, folder: str | Path | None, batches: Iterator[Any], inputs: Inputs | None
+) -> FilterState | None:
+    """This process's shard of an earlier call's state, and its batches skipped; None if there is no checkpoint."""
+    assert isinstance(kf, ShardedFilter)
+    assert folder is not None
+    found = kf.group.all_gather_int(int(divided_checkpoint.exists(folder)))
+    if not any(found):
+        return None
+    state = kf.load_divided(folder, inputs)
+    examples, failure = 0, None
+    try:
+        for number, batch in enumerate(itertools.islice(batches, state.step)):
+            examples += batch_size(inputs_and_targets(batch, number)[0])
+    except Exception as raised:  # of any kind, or the other processes would wait for this one
+        failure = raised
+    kf.group.raise_together(failure)
+    skipped = sum(kf.group.all_gather_int(examples))
+    if skipped != state.examples:
+        raise ValueError(
+            f"`loader` must yield the batches of the pass in {folder} with {state.examples} examples, got {skipped}."
+        )
+    return state
 
 
 def _record_own_examples(history: FitHistory) -> Callback[FilterState, UpdateInfo]:

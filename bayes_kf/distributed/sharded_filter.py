@@ -17,10 +17,12 @@ Of R processes, each holds n/R entries of every vector and factor of the belief,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from bayes_kf.distributed import divided_checkpoint
 from bayes_kf.distributed.batch_shards import BatchShard
 from bayes_kf.distributed.distributed_filter import DistributedFilter
 from bayes_kf.distributed.parameter_shards import ParameterShards
@@ -37,6 +39,7 @@ from bayes_kf.inference.linearization.shared_batch import Linearized
 from bayes_kf.inference.measurement_model import noise
 from bayes_kf.inference.measurement_model.output_directions import num_rows, project_outputs
 from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.models.batch import Inputs, to_device
 from bayes_kf.processes import parameter_sums
 
 SHARDED = ("diagonal", "diagonal_information", "diagonal_mixed", "low_rank")
@@ -79,6 +82,37 @@ class ShardedFilter(DistributedFilter):
     def gather(self, state: FilterState) -> FilterState:
         """The whole state, on every process."""
         return _map_parameters(state, self._gather_vector)
+
+    def save_divided(self, state: FilterState, folder: str | Path) -> None:
+        """Save the state of which each process has its shard, without the whole of it on any of them.
+
+        Every process calls this, and sees ``folder``. An earlier checkpoint there is replaced once this is complete;
+        other files stay. For use without the filter, :meth:`save_pretrained` saves the whole posterior.
+
+        Raises:
+            ValueError: on the first process, if other files are in the way.
+            OSError: if a file cannot be written; the earlier checkpoint stays.
+            OtherProcessError: on the other processes, in these cases.
+        """
+        divided_checkpoint.save(self, state, folder)
+
+    def load_divided(self, folder: str | Path, inputs: Inputs | None = None) -> FilterState:
+        """This process's shard of a state that any number of processes saved with :meth:`save_divided`.
+
+        Args:
+            folder: of the checkpoint.
+            inputs: a batch, if the first update may give this process no examples.
+
+        Raises:
+            ValueError: if the folder has no complete checkpoint, or one of another model or other settings.
+            OtherProcessError: if only another process finds that.
+        """
+        if inputs is not None:
+            self.batch_shards.remember(to_device(inputs, self.adapter.device))
+        return divided_checkpoint.load(self, folder)
+
+    def _own_prior(self, prior: DiagonalGaussian) -> DiagonalGaussian:
+        return DiagonalGaussian(*map(self.parameter_shards.shard, prior))
 
     def _check_config(self) -> None:
         if self.config.covariance not in SHARDED:

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +223,40 @@ def test_different_models_raise(tmp_path):
     assert [process["error"] for process in actual] == [
         "`model` and `config` must be the same in every process, got different ones."
     ] * 2
+
+
+class Ends:
+    """A loader that raises an error before a batch."""
+
+    def __init__(self, batches, number):
+        self.batches, self.number = batches, number
+
+    def __iter__(self):
+        yield from self.batches[: self.number]
+        raise OSError("no disk")
+
+
+def resumed_divided(rank, size, folder):
+    """A pass that ends early, the whole one from its divided checkpoint, and one that was never stopped."""
+    own, settings = shares(rank, size), {"checkpoint": f"{folder}/divided", "every": 2, "divided": True}
+    with pytest.raises((OSError, distributed.OtherProcessError)):
+        distributed.fit(cases.network(), Ends(own, 5 if rank else 9), progress=False, **settings)
+    saved = sorted(path.name for path in Path(f"{folder}/divided").iterdir())
+    posterior = distributed.fit(cases.network(), own, progress=False, **settings)
+    with pytest.raises(ValueError, match="`loader` must yield the batches of the pass in"):
+        distributed.fit(cases.network(), own[:3], progress=False, **settings)
+    whole = distributed.fit(cases.network(), own, progress=False)
+    same = all(torch.equal(a, b) for a, b in zip(posterior.state.belief, whole.state.belief, strict=True))
+    return {"saved": saved, "same": same, "step": posterior.state.step}
+
+
+def test_a_pass_with_divided_checkpoints_resumes_to_the_bit(tmp_path):
+    for found in run(2, resumed_divided, tmp_path, 2, str(tmp_path)):
+        assert found["saved"] == ["divided-4", "divided.json"]
+        assert found["same"]
+        assert found["step"] == 16
+
+
+def test_divided_checkpoints_need_a_divided_belief(tmp_path):
+    with pytest.raises(ValueError, match='`divided` must be False without `form="sharded"` and a `checkpoint`'):
+        distributed.fit(cases.network(), shares(0, 1), divided=True)

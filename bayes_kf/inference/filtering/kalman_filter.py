@@ -109,10 +109,14 @@ class KalmanFilter:
         """The state with the scale of its prior, measured on ``inputs``; unchanged if it has a scale already."""
         if state.prior_is_scaled:
             return state
-        batch = Batch.checked(self.adapter.read(inputs), device=self.adapter.device)
-        batch = self.adapter.part(batch, slice(0, batch.size))
-        with self.adapter.full_precision():
-            return self.linearize.retry_in_smaller_chunks(lambda: self._scale_prior(state, batch), batch.size)
+        return self._with_prior(state, self._measured_prior(state.prior.mean, inputs))
+
+    def prior(self, inputs: Inputs | None = None) -> DiagonalGaussian | None:
+        """The prior of :meth:`init` without its belief; None if its scale is to be measured and there are no inputs."""
+        mean = self.adapter.vector()
+        if not prior.depends_on_inputs(self.config):
+            return DiagonalGaussian(mean, prior.configured_variance(self.config.prior_settings, mean))
+        return None if inputs is None else self._measured_prior(mean, inputs)
 
     def restart(self, state: FilterState) -> FilterState:
         """The prior, for another pass over the same data, without temperature scores; estimated noise stays."""
@@ -237,7 +241,9 @@ class KalmanFilter:
     def _start_update(self, state: FilterState, batch: Batch) -> PenalizedState:
         """The state with the scale of its prior, after the prediction step, and the penalized state beside it."""
         self.linearize.prepare(state.belief.mean, batch)
-        state = self._predict(state if state.prior_is_scaled else self._scale_prior(state, batch))
+        if not state.prior_is_scaled:
+            state = self._with_prior(state, self._prior_at(state.prior.mean, batch))
+        state = self._predict(state)
         if self.config.gradient_penalty == 0.0:
             return PenalizedState(state)
         checked = batch.with_targets(self._check_targets(state, batch))
@@ -329,11 +335,19 @@ class KalmanFilter:
         sizes = block_sizes(self.adapter, settings.blocks)
         return self.config.structure.from_variance(*start, rank=settings.rank, block_sizes=sizes)
 
-    def _scale_prior(self, state: FilterState, batch: Batch) -> FilterState:
-        """The state with its prior set: the LoRA factors by the inputs, the variance by the change of the outputs."""
-        mean = prior.mean_for_inputs(self.config.prior_settings, self.adapter, state.prior.mean, batch)
+    def _measured_prior(self, initial: Tensor, inputs: Inputs) -> DiagonalGaussian:
+        """The prior, with its scale measured on inputs of any form; see :meth:`_prior_at`."""
+        batch = Batch.checked(self.adapter.read(inputs), device=self.adapter.device)
+        batch = self.adapter.part(batch, slice(0, batch.size))
+        with self.adapter.full_precision():
+            return self.linearize.retry_in_smaller_chunks(lambda: self._prior_at(initial, batch), batch.size)
+
+    def _prior_at(self, initial: Tensor, batch: Batch) -> DiagonalGaussian:
+        """The prior: the LoRA factors by the inputs, from an initial mean (n,), the variance by the outputs' change."""
+        mean = prior.mean_for_inputs(self.config.prior_settings, self.adapter, initial, batch)
         num_outputs = self.linearize.prepare(mean, batch)
         warn_of_many_outputs(self.config.curvature_settings, self.config.likelihood, num_outputs)
-        variance = prior.variance_for_inputs(self.config, self.linearize, mean, batch, state.prior.mean)
-        start = DiagonalGaussian(mean, variance)
+        return DiagonalGaussian(mean, prior.variance_for_inputs(self.config, self.linearize, mean, batch, initial))
+
+    def _with_prior(self, state: FilterState, start: DiagonalGaussian) -> FilterState:
         return state._replace(belief=self._prior_belief(start), prior=start, prior_is_scaled=True)
