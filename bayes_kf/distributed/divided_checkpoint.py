@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,16 +21,18 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
+from bayes_kf.distributed.parameter_shards import ParameterShards
 from bayes_kf.files.staging import staging
+from bayes_kf.inference.config import KalmanConfig
 from bayes_kf.inference.covariance.diagonal import DiagonalGaussian
 from bayes_kf.inference.filtering import prequential_temperature
+from bayes_kf.inference.filtering.kalman_filter import KalmanFilter
 from bayes_kf.inference.filtering.prequential_temperature import TemperatureState
 from bayes_kf.inference.filtering.state import FilterState
 from bayes_kf.inference.measurement_model.noise import NoiseState
 from bayes_kf.inference.saving import base_fingerprint
-
-if TYPE_CHECKING:
-    from bayes_kf.distributed.sharded_filter import ShardedFilter
+from bayes_kf.models.adapter import AdapterModel
+from bayes_kf.processes.process_group import Group
 
 FORMAT = 1
 INDEX, PART = "divided.json", "divided-{step}"
@@ -39,7 +41,17 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}  # of estimated no
 ADDED_UP = ("gram",)  # a tensor of the belief that is the same on all processes
 
 
-def save(kf: ShardedFilter, state: FilterState, folder: str | Path) -> None:
+class Divided(Protocol):
+    """What a filter whose belief is divided has."""
+
+    group: Group
+    config: KalmanConfig
+    kf: KalmanFilter
+    adapter: AdapterModel
+    parameter_shards: ParameterShards
+
+
+def save(kf: Divided, state: FilterState, folder: str | Path) -> None:
     """Save the state whose shards the processes hold; all of them call this.
 
     Args:
@@ -81,7 +93,7 @@ def save(kf: ShardedFilter, state: FilterState, folder: str | Path) -> None:
     _together(kf, publish if is_first else None)
 
 
-def load(kf: ShardedFilter, folder: str | Path) -> FilterState:
+def load(kf: Divided, folder: str | Path) -> FilterState:
     """This process's shard of a saved state, of any number of processes; all of them call this.
 
     Args:
@@ -108,7 +120,7 @@ def exists(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def _index(kf: ShardedFilter, state: FilterState) -> dict[str, Any]:
+def _index(kf: Divided, state: FilterState) -> dict[str, Any]:
     """What ``divided.json`` says, but for the folder's name."""
     counts = state.step, state.examples, state.prior_is_scaled, state.temperature_scores.updates, state.noise.step
     return {
@@ -119,7 +131,7 @@ def _index(kf: ShardedFilter, state: FilterState) -> dict[str, Any]:
     }
 
 
-def _identity(kf: ShardedFilter) -> dict[str, Any]:
+def _identity(kf: Divided) -> dict[str, Any]:
     """What a checkpoint has in common with the filter that loads it."""
     names, shapes = list(kf.adapter.names), [list(shape) for shape in kf.adapter.shapes]
     base = base_fingerprint.fingerprint(kf.adapter.model, set(kf.adapter.names))
@@ -137,7 +149,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _checked_index(kf: ShardedFilter, folder: Path) -> dict[str, Any]:
+def _checked_index(kf: Divided, folder: Path) -> dict[str, Any]:
     index = _read_index(folder)
     for name, wanted in _identity(kf).items():
         if index.get(name) != wanted:
@@ -152,7 +164,7 @@ def _checked_index(kf: ShardedFilter, folder: Path) -> dict[str, Any]:
     return index
 
 
-def _empty(kf: ShardedFilter, index: dict[str, Any]) -> FilterState:
+def _empty(kf: Divided, index: dict[str, Any]) -> FilterState:
     """A shard of the right shapes, whose tensors are to be filled."""
     own = torch.ones(kf.parameter_shards.num_own, dtype=kf.adapter.dtype, device=kf.adapter.device)
     prior = DiagonalGaussian(own, own.clone())
@@ -168,7 +180,7 @@ def _kind(tensor: Tensor) -> tuple[str, list[int]]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
-def _tensors(kf: ShardedFilter, state: FilterState) -> dict[str, Any]:
+def _tensors(kf: Divided, state: FilterState) -> dict[str, Any]:
     """All tensors of a state by name; divided ones tensor by tensor of the model, as this process's rows of each."""
     tensors: dict[str, Any] = {}
     parts = {"belief": state.belief._asdict(), "prior": state.prior._asdict()}
@@ -184,7 +196,7 @@ def _tensors(kf: ShardedFilter, state: FilterState) -> dict[str, Any]:
     return tensors
 
 
-def _rows(kf: ShardedFilter, field: str, shard: Tensor) -> Iterator[tuple[str, ShardedTensor]]:
+def _rows(kf: Divided, field: str, shard: Tensor) -> Iterator[tuple[str, ShardedTensor]]:
     """This process's rows of every tensor of the model, as views of its shard (own, ...)."""
     own, first = kf.parameter_shards.slices[kf.group.rank], 0
     place = f"rank:{kf.group.rank}/{shard.device}"
@@ -201,7 +213,7 @@ def _rows(kf: ShardedFilter, field: str, shard: Tensor) -> Iterator[tuple[str, S
         yield f"{field}/{name}", _quietly(partial(ShardedTensor._init_from_local_shards, shards, rows, numbers))
 
 
-def _together(kf: ShardedFilter, call: Callable[[], Any] | None) -> None:
+def _together(kf: Divided, call: Callable[[], Any] | None) -> None:
     """Make a call, or none, in this process; all raise an error if one does."""
     failure: Exception | None = None
     try:

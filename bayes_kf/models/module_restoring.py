@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from bayes_kf.processes.divided_tensors import is_divided_by_fsdp
+from bayes_kf.processes.divided_tensors import BY_FSDP
 
 CONTAINERS = (dict, list, set)  # ordered dictionaries included
 LARGEST = 256  # entries; longer containers are a model's data, not its registrations
@@ -84,7 +84,7 @@ def restore_parameters(states: Iterable[ModuleState]) -> None:
             present = now.get(name)
             if present is not value:
                 changed = True
-                if is_divided_by_fsdp(value) or is_divided_by_fsdp(present):
+                if hasattr(value, BY_FSDP) or hasattr(present, BY_FSDP):  # without a call, which counts here
                     divided[name] = present
         if changed:
             for name in saved:

@@ -11,11 +11,6 @@ BY_FSDP, BY_DEEPSPEED = "to_local", "ds_id"  # attributes of divided tensors
 COUNTS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")  # attributes of modules, kept by ZeRO-3
 
 
-def is_divided_by_fsdp(tensor: Any) -> bool:
-    """Whether a tensor is one of FSDP's."""
-    return hasattr(tensor, BY_FSDP)
-
-
 def is_divided(tensor: Any) -> bool:
     """Whether processes divide a tensor."""
     return hasattr(tensor, BY_FSDP) or hasattr(tensor, BY_DEEPSPEED)

@@ -51,10 +51,11 @@ class Tape:
         self._recording = True
         self._snapshot: Sequence[ModuleState] | None = None  # taken once, since that takes longer than substitution
         self.head_weight: Tensor | None = None
-        self._counts = BackwardCounts(adapter.model.modules() if adapter.is_divided else ())
+        self._counts = BackwardCounts(adapter.model.modules()) if adapter.is_divided else None
         with self._substituted(hooks=True):
             self.outputs = adapter.run(inputs)
-            self._counts.after_forward()
+            if self._counts is not None:
+                self._counts.after_forward()
             self._recording = False
             recorded, self._calls = self._calls, []
             self.overwritten: set[nn.Module] = set()
@@ -136,7 +137,8 @@ class Tape:
         compiled = "torch._dynamo" in sys.modules  # else nothing was compiled, and the import takes seconds
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # compiled graphs lack modules
         with eager, self.adapter.substituted(self.leaves, self._snapshot) as self._snapshot:
-            self._counts.set_back()
+            if self._counts is not None:
+                self._counts.set_back()
             handles = []
             if hooks:
                 for module in self.modules:
