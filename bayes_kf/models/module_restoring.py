@@ -42,14 +42,12 @@ def take_snapshot(modules: Iterable[nn.Module]) -> list[ModuleState]:
             if known is None:
                 known = _is_container[kind] = issubclass(kind, CONTAINERS)
             if known and value:
-                contents[name] = _entries(value) if len(value) <= LARGEST else value
+                if len(value) > LARGEST:
+                    contents[name] = value
+                else:  # the copy() of DeepSpeed's parameters fails
+                    contents[name] = dict(value) if isinstance(value, dict) else value.copy()
         states.append(ModuleState(module, type(module), attributes, dict(attributes["_parameters"]), contents))
     return states
-
-
-def _entries(container: Any) -> Any:
-    """The entries of a container, whose own ``copy`` may ask for more (that of DeepSpeed's parameters does)."""
-    return dict(container) if isinstance(container, dict) else container.copy()
 
 
 def restore(states: Iterable[ModuleState]) -> None:
