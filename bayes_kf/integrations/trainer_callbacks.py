@@ -107,9 +107,9 @@ def check_arguments(trainer: Trainer) -> None:
             raise ValueError(f"KalmanTrainer needs {needed}, got other arguments.")
 
 
-def check_passes(config: KalmanConfig) -> None:
-    """Raise ValueError for settings that do not allow a second epoch."""
+def check_passes(config: KalmanConfig, epochs: str = "num_train_epochs") -> None:
+    """Raise ValueError for settings that do not allow a second epoch; ``epochs`` is the argument's name."""
     try:
         dataclasses.replace(config, mean_passes=1)
     except ValueError as error:
-        raise ValueError(f"`num_train_epochs` must be 1 with these settings, got more: {error}") from error
+        raise ValueError(f"`{epochs}` must be 1 with these settings, got more: {error}") from error

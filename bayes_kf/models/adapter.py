@@ -270,7 +270,8 @@ class AdapterModel:
             share = shared_work.share_of(batch.size)
             if share is not None:
                 some = self.part(batch, share.where).inputs
-                return share.gathered(shared_work.done_everywhere(lambda: self._own_outputs(vector, some)))
+                own = shared_work.done_everywhere(lambda: self._own_outputs(vector, some), is_share=True)
+                return share.gathered(own)
         return self._own_outputs(vector, inputs)
 
     def _own_outputs(self, vector: Tensor, inputs: Inputs) -> Tensor:

@@ -36,7 +36,7 @@ def outputs_of_draws(
     if share is None:
         return _outputs_of_draws(adapter, draws, inputs, at_once, gradients)
     own = adapter.part(Batch.of(inputs), share.where).inputs
-    outputs = shared_work.done_everywhere(lambda: _outputs_of_draws(adapter, draws, own, at_once, False))
+    outputs = shared_work.done_everywhere(lambda: _outputs_of_draws(adapter, draws, own, at_once, False), is_share=True)
     return share.gathered(outputs.transpose(0, 1)).transpose(0, 1)
 
 

@@ -58,7 +58,7 @@ def working_together(call: str) -> Iterator[bool]:
     with shared_work.shared(group):
         yield True
     slowest, longest, others = group.slowest()
-    if longest > SLOW_RATIO * others and longest > others + SLOW_SECONDS:
+    if group.rank == 0 and longest > SLOW_RATIO * others and longest > others + SLOW_SECONDS:
         warnings.warn(
             f"process {slowest} worked {longest:.0f} seconds on its share of `{call}`, the others {others:.0f}: they "
             "waited for it; is its device slower, or shared?",

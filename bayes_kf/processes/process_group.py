@@ -25,6 +25,7 @@ class Group:
         group: the process group; by default the one of ``torch.distributed.init_process_group``.
 
     Attributes:
+        all_seconds_worked: that of every process, at the latest :meth:`raise_together`.
         rank: the number of this process.
         size: the number of processes.
         bytes_sent: bytes that this process has sent.
@@ -40,6 +41,7 @@ class Group:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.bytes_sent, self.seconds_worked = 0, 0.0
+        self.all_seconds_worked = [0.0] * self.size
         on_gpus = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else None
 
@@ -67,11 +69,15 @@ class Group:
             Exception: the error of this process.
             OtherProcessError: if only other processes have one.
         """
-        flags = self.all_gather_int(int(failure is not None))
+        flags = torch.zeros(self.size, 2, dtype=torch.int64)
+        flags[self.rank, 0], flags[self.rank, 1] = int(failure is not None), round(1000 * self.seconds_worked)
+        flags, milliseconds = self.all_reduce(flags).unbind(1)
+        self.all_seconds_worked = [number / 1000 for number in milliseconds.tolist()]
+        failed = flags.tolist()
         if failure is not None:
             raise failure
-        if any(flags):
-            raise OtherProcessError(f"process {flags.index(1)} could not continue; its own error says why")
+        if any(failed):
+            raise OtherProcessError(f"process {failed.index(1)} could not continue; its own error says why")
 
     def all_gather_int(self, number: int, device: torch.device = CPU) -> list[int]:
         """One integer from every process, in the order of their ranks."""
@@ -81,7 +87,7 @@ class Group:
 
     def slowest(self) -> tuple[int, float, float]:
         """The process that has worked longest, its seconds, and the mean of the others' seconds."""
-        seconds = [milliseconds / 1000 for milliseconds in self.all_gather_int(round(1000 * self.seconds_worked))]
+        seconds = self.all_seconds_worked
         rank = seconds.index(max(seconds))
         return rank, seconds[rank], (sum(seconds) - seconds[rank]) / max(1, self.size - 1)
 

@@ -92,8 +92,12 @@ def share_of(size: int) -> Share | None:
     return None if group is None or size < 2 else Share(group, size)
 
 
-def done_everywhere(call: Callable[[], T]) -> T:
+def done_everywhere(call: Callable[[], T], *, is_share: bool = False) -> T:
     """The result of ``call`` in this process, once it has succeeded in all of them.
+
+    Args:
+        call: what this process does.
+        is_share: whether every process does its part of the same work, so that all should take the same time.
 
     Raises:
         Exception: the error of this process.
@@ -107,7 +111,7 @@ def done_everywhere(call: Callable[[], T]) -> T:
         result = call()
     except Exception as raised:  # of any kind, or the other processes would wait for this one
         failure = raised
-    group.seconds_worked += time.perf_counter() - begun
+    group.seconds_worked += (time.perf_counter() - begun) if is_share else 0.0
     group.raise_together(failure)
     return result  # type: ignore[return-value]  # it is there if nothing was raised
 

@@ -147,3 +147,18 @@ def error_of_divided_adapters(rank):
 
 def test_adapters_that_are_divided_themselves_are_refused(tmp_path):
     run(2, error_of_divided_adapters, tmp_path)
+
+
+def checkpointed(rank, folder):
+    """A pass on a divided base with checkpoints, which are saved by all."""
+    model = cases.new_lora()
+    encoder = model.base_model.model.bert
+    divided(model, (*encoder.encoder.layer, encoder.embeddings))
+    posterior = bkf.fit(model, TEXTS, bkf.KalmanConfig(rank=4), checkpoint=f"{folder}/pass", every=4, progress=False)
+    return {"mean": posterior.mean_vector}
+
+
+def test_a_pass_on_a_divided_base_is_saved_as_it_goes(tmp_path):
+    for found in run(2, checkpointed, tmp_path, str(tmp_path)):
+        saved = bkf.Posterior.from_pretrained(tmp_path / "pass", cases.new_lora())
+        assert torch.equal(saved.mean_vector, found["mean"])

@@ -43,8 +43,8 @@ class Named(nn.Module):
         return self.inner(x)
 
 
-def loader(first=0, last=70, shuffle=False):
-    return DataLoader(TensorDataset(X[first:last], Y[first:last]), batch_size=16, shuffle=shuffle)
+def loader(first=0, last=70, shuffle=False, size=16):
+    return DataLoader(TensorDataset(X[first:last], Y[first:last]), batch_size=size, shuffle=shuffle)
 
 
 def trainer(**settings):
@@ -52,10 +52,12 @@ def trainer(**settings):
     return lightning.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **settings)
 
 
-def test_an_epoch_is_a_pass_of_fit():
-    module = KalmanModule(network(), CONFIG)
-    trainer(max_epochs=1).fit(module, loader())
-    expected = bkf.fit(network(), loader(), CONFIG, progress=False)
+@pytest.mark.parametrize("size", [16, 20, 64])
+def test_an_epoch_is_a_pass_of_fit(size):
+    module, run = KalmanModule(network(), CONFIG), trainer(max_epochs=1)
+    run.fit(module, loader(size=size))
+    expected = bkf.fit(network(), loader(size=size), CONFIG, progress=False)
+    assert run.global_step == expected.state.step
     for found, wanted in zip(module.posterior.state.belief, expected.state.belief, strict=True):
         assert torch.equal(found, wanted)
     torch.testing.assert_close(module.posterior.adapter.vector(), expected.mean_vector, rtol=0, atol=1e-7)
@@ -108,8 +110,12 @@ def test_a_stopped_pass_resumes_to_the_bit(tmp_path):
         trainer(max_epochs=1, callbacks=[Stop()]).fit(
             KalmanModule(network(), CONFIG, checkpoint=tmp_path, every=2), loader()
         )
-    assert bkf.Posterior.from_pretrained(tmp_path, network()).state.step == 2
+    assert bkf.Posterior.from_pretrained(tmp_path, network()).state.step == 3  # saved when it was stopped
     module = KalmanModule(network(), CONFIG, checkpoint=tmp_path, every=2)
+    with pytest.raises(ValueError, match=r"must yield the batches of the pass in .* with 48 examples, got 24"):
+        trainer(max_epochs=1).fit(module, loader(size=8))
+    with pytest.raises(ValueError, match=r"must yield the batches of the pass in .* with 48 examples, got 20"):
+        trainer(max_epochs=1).fit(module, loader(0, 20))
     trainer(max_epochs=1).fit(module, loader())
     whole = KalmanModule(network(), CONFIG)
     trainer(max_epochs=1).fit(whole, loader())
@@ -143,6 +149,14 @@ def test_what_cannot_be_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="`Trainer` must have use_distributed_sampler=False"):
         trainer(max_epochs=1).fit(KalmanModule(network(), CONFIG), sampled)
+    with pytest.raises(ValueError, match="`Trainer` must have use_distributed_sampler=False"):
+        trainer().test(module, sampled)
+    with pytest.raises(ValueError, match="`max_epochs` must be 1 or more for a KalmanModule, got -1"):
+        trainer(max_epochs=-1, max_steps=3).fit(KalmanModule(network(), CONFIG), loader())
+    with pytest.raises(ValueError, match="`max_epochs` must be 1 with these settings"):
+        trainer(max_epochs=2).fit(KalmanModule(network(), bkf.KalmanConfig(forgetting=0.99)), loader())
+    with pytest.raises(ValueError, match="must yield the same order in every call with a `checkpoint`"):
+        trainer(max_epochs=1).fit(KalmanModule(network(), CONFIG, checkpoint=tmp_path / "new"), loader(shuffle=True))
     with pytest.raises(ValueError, match="must yield targets with every batch"):
         trainer(max_epochs=1).fit(KalmanModule(network(), CONFIG), DataLoader(X))
 
@@ -175,3 +189,51 @@ def test_the_guides_script_ends_alike_on_one_and_two_processes(tmp_path):
     one, two = (bkf.Posterior.from_pretrained(tmp_path / name, lora_digits_vit(rank=4)) for name in ("one", "two"))
     for found, wanted in [(two.mean_vector, one.mean_vector), (two.variance_vector, one.variance_vector)]:
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5  # float32 over two epochs
+
+
+def test_forked_processes_are_refused():
+    run = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_checkpointing=False, max_epochs=1
+    )
+    module = KalmanModule(network(), CONFIG)
+    with pytest.raises(Exception, match='must be one device or "ddp" for a KalmanModule, got DDPStrategy'):
+        run.fit(module, loader())
+
+
+def test_steps_are_counted_and_stop():
+    module, run = KalmanModule(network(), CONFIG), trainer(max_epochs=5, max_steps=7)
+    run.fit(module, loader())
+    assert run.global_step == 7
+    assert module.posterior.state.step == 5  # the others moved the mean
+
+
+def test_estimated_noise_is_refitted_at_the_mean_of_later_epochs():
+    targets = X @ torch.randn(6, 1, generator=torch.Generator().manual_seed(2)) + 0.5 * torch.randn(
+        100, 1, generator=torch.Generator().manual_seed(3)
+    )
+    data = DataLoader(TensorDataset(X[:80], targets[:80]), batch_size=16)
+    config = bkf.KalmanConfig(likelihood="gaussian", noise_variance="estimated", rank=8)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    module = KalmanModule(model, config)
+    trainer(max_epochs=4).fit(module, data)
+    with torch.no_grad():
+        error = float((model(X[:80]) - targets[:80]).square().mean())
+    assert 0.5 * error < float(module.posterior.state.noise.variance) < 2.5 * error
+
+
+def test_several_validation_loaders_and_limits_are_read():
+    module = KalmanModule(network())
+    trainer(max_epochs=1, limit_val_batches=1).fit(module, loader(), [loader(70, 90), loader(90, 100)])
+    assert "sharpness" in module.posterior.history
+
+
+def test_texts_whose_tokens_are_learned_are_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_key_value_heads=2, **small))
+    ids = torch.randint(9, (8, 5), generator=torch.Generator().manual_seed(0))
+    data = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=4)
+    with pytest.raises(ValueError, match="`model` must not learn tokens in a KalmanModule"):
+        trainer(max_epochs=1).fit(KalmanModule(model), data)

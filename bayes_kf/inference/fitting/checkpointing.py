@@ -59,14 +59,14 @@ def fit_with_checkpoints(
     check_whole("every", every)
     batches: Iterator[Any] | None = None
     if config is None:
-        _check_single_pass(KalmanConfig(), loader)
+        check_single_pass(KalmanConfig(), loader)
         batches = iter(loader)
         first = first_batches(batches)
         config, batches = (
             KalmanConfig(**default_likelihood((split_batch(b)[1] for b in first), model)),
             itertools.chain(first, batches),
         )
-    _check_single_pass(config, loader)
+    check_single_pass(config, loader)
     resumed = shared_work.done_everywhere(lambda: _resume(folder, model, config))
     shared_work.check_same("the posterior in `checkpoint`", None if resumed is None else resumed.state.step)
     batches = batches or iter(loader)
@@ -82,7 +82,7 @@ def fit_with_checkpoints(
             with posterior_on_divergence(lambda _: writer.posterior()):
                 run_loop(batches, start.state, start.kf.update, [writer], bar, writer.history.summary)
         except BaseException:  # also Ctrl-C, or an error of the loader; other processes may be gone
-            if shared_work.is_first():
+            if shared_work.is_first() and not start.adapter.is_divided:  # whose fingerprint needs all processes
                 writer.save()
             raise
         writer.save_in_step()
@@ -115,7 +115,8 @@ class CheckpointWriter:
 
     def save_in_step(self) -> None:
         """Save the posterior if the folder does not hold it; all processes return when the first one has saved it."""
-        shared_work.done_everywhere(self.save if shared_work.is_first() else lambda: None)
+        saves = shared_work.is_first() or self._start.adapter.is_divided  # all have a part of the base's fingerprint
+        shared_work.done_everywhere(self.save if saves else lambda: None)
 
     def save(self) -> None:
         """Save the posterior if the folder does not hold it."""
@@ -128,7 +129,7 @@ class CheckpointWriter:
         return Posterior(self._start.kf, self._state, self.history.appended_to(self._start.history))
 
 
-def _check_single_pass(config: KalmanConfig, loader: Iterable[Any]) -> None:
+def check_single_pass(config: KalmanConfig, loader: Iterable[Any]) -> None:
     """Raise ValueError if a pass with this config over this loader cannot be resumed."""
     for name, needed in SINGLE_PASS.items():
         if getattr(config, name) != needed:

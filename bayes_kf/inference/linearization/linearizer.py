@@ -172,7 +172,7 @@ class Linearizer:
             return cotangent(outputs, slice(first + where.start, first + where.stop))
 
         own = shared_work.done_everywhere(
-            lambda: self._own_gradient(vector, self.adapter.part(batch, share.where), of_own)
+            lambda: self._own_gradient(vector, self.adapter.part(batch, share.where), of_own), is_share=True
         )
         return shared_work.all_reduced(torch.zeros_like(own) if share.is_empty else own)
 

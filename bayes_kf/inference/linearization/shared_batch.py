@@ -36,7 +36,7 @@ class SharedLinearizedBatch:
         refuse: Callable[[list[str]], None],
     ) -> None:
         self._share, self._refused, self._refuse = share, refused, refuse
-        self._own = shared_work.done_everywhere(linearize)
+        self._own = shared_work.done_everywhere(linearize, is_share=True)
         self.outputs = share.gathered(self._own.outputs)
 
     def jacobian(self, directions: Directions | None = None) -> Jacobian:
@@ -54,7 +54,7 @@ class SharedLinearizedBatch:
 
         Hooks that gave wrong rows in one process are refused in all from now on, so that all have one plan.
         """
-        own = shared_work.done_everywhere(rows)
+        own = shared_work.done_everywhere(rows, is_share=True)
         forms = [(factor is None, _forms(part.blocks)) for factor, part in own.terms]
         if not shared_work.is_equal_everywhere((self._refused(), forms)):
             self._refuse(shared_work.union(self._refused()))

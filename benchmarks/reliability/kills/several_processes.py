@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ from benchmarks.common.result_files import ResultFile, markdown_table
 from benchmarks.reliability.kills.one_process import CONFIG, network, stream
 
 RESTARTS = 10_000
-STARTED = "started-{rank}-{restarts}"  # a file of each process, with its number, once it works
+STARTED = "started-{rank}-{restarts}"  # a file of each process, with its number, once all are connected
 LATEST_STEP = 60.0  # seconds without a new process, after which something hangs
 
 
@@ -38,11 +39,18 @@ def learn(folder: Path, length: int) -> None:
     """The pass in one of the processes, resumed from its checkpoint."""
     torch.set_num_threads(1)
     rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-    name = STARTED.format(rank=rank, restarts=restarts)
-    (folder / name).with_suffix(".new").write_text(str(os.getpid()))
-    (folder / name).with_suffix(".new").rename(folder / name)
+    mark = folder / STARTED.format(rank=rank, restarts=restarts)
+
+    class Marked(list):  # type: ignore[type-arg]
+        """Batches whose first one is read once the processes are connected."""
+
+        def __iter__(self) -> Iterator[Any]:
+            mark.with_suffix(".new").write_text(str(os.getpid()))
+            mark.with_suffix(".new").rename(mark)
+            return super().__iter__()
+
     try:
-        bkf.fit(network(), stream(length), CONFIG, checkpoint=folder / "pass", every=1, progress=False)
+        bkf.fit(network(), Marked(stream(length)), CONFIG, checkpoint=folder / "pass", every=1, progress=False)
     except Exception as error:
         with (folder / "said").open("a") as said:
             said.write(f"{type(error).__name__}\n")

@@ -172,6 +172,6 @@ def gradient_at(
         both = of_some(inputs, targets)
     else:
         own = adapter.part(batch, share.where)
-        both = shared_work.done_everywhere(lambda: of_some(own.inputs, own.required_targets))
+        both = shared_work.done_everywhere(lambda: of_some(own.inputs, own.required_targets), is_share=True)
         both = shared_work.all_reduced(torch.zeros_like(both) if share.is_empty else both)
     return float(both[-1]), both[:-1]
