@@ -160,3 +160,25 @@ def test_two_processes_on_this_machine(tmp_path):
     expected = bkf.fit(network().to(DEVICE), BATCHES, bkf.KalmanConfig(), progress=False)
     found = bkf.Posterior.from_pretrained(tmp_path / "out", network())
     torch.testing.assert_close(found.mean_vector, expected.mean_vector.cpu(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*isinstance.treespec, LeafSpec.*", "ignore:The 'train_dataloader' does not have many"
+)
+@pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many")
+def test_a_posterior_of_lightning_follows_the_model_to_the_cpu():
+    """Lightning moves the module to the CPU after training."""
+    lightning = pytest.importorskip("lightning")
+    from bayes_kf.integrations.lightning import KalmanModule
+
+    module = KalmanModule(network().float())
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="gpu" if DEVICE.type == "cuda" else "cpu", devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = TensorDataset(X.float(), Y)
+    trainer.fit(module, DataLoader(data, batch_size=12), DataLoader(data, batch_size=60))
+    device = module.posterior.adapter.device
+    assert module.posterior.mean_vector.device == device
+    assert module.posterior.predict(X.float().to(device)).probs.argmax(1).cpu().eq(Y).double().mean() > 0.7
+    trainer.test(module, DataLoader(data, batch_size=60), verbose=False)
