@@ -125,6 +125,15 @@ def test_a_stopped_pass_resumes_to_the_bit(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_whole_pass_is_not_sized_again(tmp_path):
+    first, again = (KalmanModule(network(), CONFIG, checkpoint=tmp_path / "pass") for _ in range(2))
+    trainer(max_epochs=1).fit(first, loader(), loader(70, 100))
+    trainer(max_epochs=1).fit(again, loader(), loader(70, 100))
+    assert "size" in first.posterior.history
+    assert torch.equal(again.posterior.variance_vector, first.posterior.variance_vector)
+    assert again.posterior.config == first.posterior.config
+
+
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`kalman` must be a KalmanConfig or None, got dict"):
         KalmanModule(network(), {})

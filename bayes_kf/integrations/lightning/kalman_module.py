@@ -220,7 +220,7 @@ class KalmanModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Save the posterior, and set size and sharpness by the validation examples, if there are any."""
-        if self._trained.state is None:
+        if self._trained.state is None or self._to_skip == self._trained.state.step:  # nothing was learned now
             return
         with together():
             if self.checkpoint is not None:
