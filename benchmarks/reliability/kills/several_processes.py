@@ -190,7 +190,7 @@ def write_page(file: ResultFile) -> None:
     text = (
         "One of the processes was killed, torchrun started all again, and the fit resumed by itself. Every checkpoint "
         "opened, none behind the one before; whole passes were compared with one that was never killed. torchrun "
-        "stopped most of the others before they could say anything."
+        "stopped the other ones before they could say anything."
     )
     heads = [f"{key.split()[0]} processes" for key in file.cells]
     file.write_markdown("Processes killed at random moments", [*markdown_table(["", *heads], rows), "", text])
