@@ -61,7 +61,6 @@ def draw_sheet(title: str, drawings: Mapping[str, FigureSpec]) -> Figure:
     figure.suptitle(title, parse_math=False)
     parts = figure.subfigures(len(heights), columns, squeeze=False, height_ratios=heights).flatten()
     for part, spec in zip(parts, specs, strict=False):
-        ax = part.subplots()
-        spec.draw(ax)
-        ax.set_xlabel(ax.get_xlabel() + "\n" + spec.title.replace("$", r"\$"))
+        spec.draw(part.subplots())
+        part.suptitle(spec.title, fontsize=11, parse_math=False)  # above, since a legend may stand below the axes
     return figure

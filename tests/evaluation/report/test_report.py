@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import math
 import platform
@@ -19,6 +20,7 @@ from PIL import Image
 import bayes_kf
 from bayes_kf import evaluation as ev
 from bayes_kf.evaluation.report.contents import FigureSpec, Sections
+from bayes_kf.evaluation.report.figures import draw_sheet
 from bayes_kf.evaluation.report.inline_figures import LARGEST_SVG
 from bayes_kf.evaluation.report.provenance import fingerprint
 from bayes_kf.evaluation.report.report import Report
@@ -123,6 +125,17 @@ def test_every_calibration_score_has_its_band(report, name, statistic, binning, 
     test = ev.calibration_test(*random_case(), statistic, binning=binning, kind=kind, num_simulations=200)
     actual = [report.scores[name + suffix] for suffix in ("", "_null_mean", "_null_low", "_null_high", "_p_value")]
     assert actual == list(test)
+
+
+def test_titles_on_the_sheet_are_free_of_legends(report):
+    sheet = draw_sheet("all", report.sections.drawings)
+    sheet.savefig(io.BytesIO())  # sets the layout
+    titles = [part._suptitle.get_window_extent() for part in sheet.subfigs if part.axes]
+    legends = [a.get_legend().get_window_extent() for a in sheet.axes if a.get_legend()]
+    labels = [a.xaxis.label.get_window_extent() for a in sheet.axes if a.get_xlabel()]
+    assert len(titles) >= 3
+    assert len(legends) >= 2
+    assert not any(text.overlaps(legend) for text in titles + labels for legend in legends)
 
 
 def test_saved_files(report, tmp_path):
