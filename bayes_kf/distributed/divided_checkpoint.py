@@ -8,9 +8,9 @@ of its own; ``divided.json`` names it once it is complete, and then the older on
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,8 @@ from bayes_kf.models.adapter import AdapterModel
 from bayes_kf.processes.process_group import Group
 
 FORMAT = 1
-INDEX, PART = "divided.json", "divided-{step}"
+INDEX, PART, AGAIN = "divided.json", "divided-{step}", "-again"  # the last: a second state of the same step
+SHARDS = "shard-*.safetensors"  # the files that torch writes into a part
 COUNTS = ("step", "examples", "scaled", "scored", "noise_step")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}  # of estimated noise
 ADDED_UP = ("gram",)  # a tensor of the belief that is the same on all processes
@@ -67,18 +68,21 @@ def save(kf: Divided, state: FilterState, folder: str | Path) -> None:
     """
     folder, index = Path(folder), _index(kf, state)
     part, is_first = PART.format(step=state.step), kf.group.rank == 0
-    before: list[str | None] = [None]
+    before: list[str] = []
+
+    def find() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / INDEX).exists():
+            before.append(_read_index(folder)["part"])
 
     def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        before[0] = _read_index(folder)["part"] if (folder / INDEX).exists() else None
-        if before[0] != part:
-            shutil.rmtree(folder / part, ignore_errors=True)  # of a save that was killed
-            (folder / part).mkdir()  # an error if another file has that name
+        _remove(folder / part)  # of a save that was killed
+        (folder / part).mkdir()  # an error if something else has that name
 
+    _together(kf, find if is_first else None)
+    if kf.group.numbers_of_first([int(before == [part])])[0]:
+        part += AGAIN  # the one that is there stays until this one is complete
     _together(kf, prepare if is_first else None)
-    if before[0] == part and is_first:
-        before[0] = None  # nothing was learned since
     tensors = _tensors(kf, state)
     writer = dcp.HuggingFaceStorageWriter(str(folder / part), save_distributed=True)
     _together(kf, lambda: _quietly(lambda: dcp.save(tensors, storage_writer=writer, process_group=kf.group.group)))
@@ -87,10 +91,19 @@ def save(kf: Divided, state: FilterState, folder: str | Path) -> None:
         with staging(folder) as stage:
             (stage / INDEX).write_text(json.dumps(index | {"part": part}, indent=2) + "\n", encoding="utf-8")
             (stage / INDEX).replace(folder / INDEX)
-        if before[0] is not None:
-            shutil.rmtree(folder / before[0], ignore_errors=True)
+        for old in before:
+            _remove(folder / old)
 
     _together(kf, publish if is_first else None)
+
+
+def _remove(part: Path) -> None:
+    """Remove the files of a checkpoint, and its folder if nothing else is in it."""
+    if part.is_dir() and not part.is_symlink():
+        for file in part.glob(SHARDS):
+            file.unlink()
+        with suppress(OSError):
+            part.rmdir()
 
 
 def load(kf: Divided, folder: str | Path) -> FilterState:
@@ -141,8 +154,8 @@ def _identity(kf: Divided) -> dict[str, Any]:
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        good = index["format"] == FORMAT and index["part"] == PART.format(step=int(index["step"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        good = index["format"] == FORMAT and index["part"].removesuffix(AGAIN) == PART.format(step=int(index["step"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"`folder` must hold a readable {INDEX}, got {folder}: {error}.") from error
     if not good:
         raise ValueError(f"`folder` must hold a {INDEX} of format {FORMAT}, got another in {folder}.")

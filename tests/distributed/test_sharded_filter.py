@@ -102,7 +102,7 @@ def saved_half_way(rank, size, names, folder):
         for inputs, targets in data[:2]:
             state, _ = kf.update(state, *cases.share(inputs, targets, rank, size))
         kf.save_divided(state, f"{folder}/{number}")
-        kf.save_divided(state, f"{folder}/{number}")  # nothing new
+        kf.save_divided(state, f"{folder}/{number}")  # of the same step: beside the first until it is complete
         back = kf.load_divided(f"{folder}/{number}")
         assert all(torch.equal(a, b) for a, b in zip(back.belief, state.belief, strict=True))
         assert back.noise.step == state.noise.step
@@ -129,8 +129,8 @@ def test_rows_that_two_processes_saved_go_on_with_three(expected, tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "notes.txt").write_text("mine")
     run(2, saved_half_way, tmp_path, 2, NAMES, str(tmp_path))
-    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["divided-2", "divided.json", "notes.txt"]
-    assert all(path.suffix == ".safetensors" for path in (tmp_path / "0" / "divided-2").iterdir())
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["divided-2-again", "divided.json", "notes.txt"]
+    assert all(path.suffix == ".safetensors" for path in (tmp_path / "0" / "divided-2-again").iterdir())
     for found in run(3, went_on, tmp_path, 3, NAMES, str(tmp_path)):
         for name in NAMES:
             state, _ = expected[name]
@@ -176,11 +176,15 @@ def refused(rank, folder):
             save_file({"other": torch.zeros(1)}, path)
         Path(f"{folder}/taken").mkdir()
         Path(f"{folder}/taken/divided-0").write_text("mine")
+        Path(f"{folder}/full/divided-0").mkdir(parents=True)
+        Path(f"{folder}/full/divided-0/thesis.txt").write_text("mine")
     torch.distributed.barrier()
     told("cut", lambda: kf.load_divided(f"{folder}/cut"))
     told("taken", lambda: kf.save_divided(state, f"{folder}/taken"))
+    told("full", lambda: kf.save_divided(state, f"{folder}/full"))
     torch.distributed.barrier()
     assert Path(f"{folder}/taken/divided-0").read_text() == "mine"
+    assert Path(f"{folder}/full/divided-0/thesis.txt").read_text() == "mine"
     return said
 
 
@@ -192,4 +196,5 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         assert "checkpoint of this model, got another" in found["model"]
         assert "could not be written or read" in found["cut"]
     assert first["taken"].startswith("FileExistsError")
+    assert first["full"].startswith("FileExistsError")
     assert second["taken"].startswith("OtherProcessError: process 0 could not continue")
